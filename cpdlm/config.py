@@ -1,0 +1,385 @@
+"""Every knob on one page.
+
+A run is described by one `Config`: a few root dials that name the experiment and one group per stage, in the order
+in which the data flows. Precedence, weakest first: defaults < preset < command line. This module imports no torch,
+so that `--help` and every configuration error come before any slow import.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NoReturn
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """The user's mistake: names the setting, the value, and what to type instead. Entry points exit 2 on it."""
+
+
+def knob(default: Any, help: str) -> Any:
+    """A dataclass field with a line of meaning for `--help`."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a trunk. `parameters` of the published layouts are asserted by a test."""
+
+    layers: int
+    width: int
+    attention_heads: int
+    feed_forward: int
+
+
+# `56m` has 56.3M parameters with an 8192-token vocabulary and tied embeddings (Llama family); the paper gives the
+# parameter count of its TinyStories model, not its layout, so this layout is ours.
+SIZES: dict[str, Size] = {
+    "micro": Size(layers=2, width=64, attention_heads=2, feed_forward=176),
+    "tiny": Size(layers=4, width=128, attention_heads=4, feed_forward=344),
+    "small": Size(layers=4, width=256, attention_heads=4, feed_forward=688),
+    "base": Size(layers=8, width=512, attention_heads=8, feed_forward=1376),
+    "56m": Size(layers=12, width=576, attention_heads=9, feed_forward=1720),
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "size": tuple(SIZES),
+    "balance": ("switch", "kl", "bias", "none"),
+    "anchor": ("none", "token"),
+    "parallel": ("auto", "ddp", "fsdp"),
+    "model.family": ("llama", "gpt2"),
+    "model.head": ("shared", "separate"),
+    "train.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
+}
+
+
+@dataclass
+class DataConfig:
+    tokenizer: str = knob("bytes", "bytes | bpe:SIZE (trained on the corpus) | hf:NAME (a Hugging Face tokenizer)")
+    context: int = knob(256, "tokens in one training row")
+    batch_rows: int = knob(8, "rows in one optimiser step, over all processes")
+    max_bytes: int = knob(0, "bytes of text to take from the corpus, documents in hash order (0 = all)")
+    cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
+    bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")
+    workers: int = knob(0, "data-loader worker processes")
+
+
+@dataclass
+class ModelConfig:
+    family: str = knob("llama", "trunk architecture: llama | gpt2")
+    trunk: str = knob("", "folder of a finished run whose trunk is frozen and is the target; only the heads train")
+    head: str = knob("shared", "shared: a map per (component, position), one unembedding | separate: an unembedding each")
+    map_rank: int = knob(0, "rank of each map of head=shared (0 = full width x width)")
+    tie_first: bool = knob(False, "every component shares the next-token head, so that the draft's q_1 is the target's p_1")
+    tie_embeddings: bool = knob(True, "the unembedding is the input embedding")
+    noise: float = knob(0.2, "size of the maps' random start relative to identity; tells equal components apart")
+    anchor_width: int = knob(0, "hidden width of the anchor map (0 = width / 2)")
+
+
+@dataclass
+class LossConfig:
+    joint_fraction: float = knob(1.0, "share of positions that train x_{t+2..t+n}; x_{t+1} always trains on all")
+    chunk_mib: int = knob(32, "MiB of logits alive at once in the joint loss")
+    balance_weight: float = knob(0.01, "weight of the balance loss (balance=switch or kl)")
+    balance_rate: float = knob(0.001, "step of the gate's bias buffer (balance=bias)")
+
+
+@dataclass
+class OptimConfig:
+    steps: int = knob(600, "optimiser steps")
+    lr: float = knob(3e-3, "peak learning rate")
+    warmup: int = knob(50, "steps of linear warm-up")
+    floor: float = knob(0.1, "final learning rate, as a share of the peak (cosine decay)")
+    weight_decay: float = knob(0.1, "AdamW weight decay, on matrices only")
+    beta1: float = knob(0.9, "AdamW beta 1")
+    beta2: float = knob(0.95, "AdamW beta 2")
+    clip: float = knob(1.0, "largest gradient norm (0 = no clipping)")
+
+
+@dataclass
+class TrainConfig:
+    precision: str = knob("32-true", "Lightning precision: 32-true | bf16-mixed | bf16-true | 64-true")
+    accumulate: int = knob(1, "micro-batches per optimiser step; data.batch_rows is split among them")
+    log_every: int = knob(20, "steps between logged metrics")
+    validate_every: int = knob(200, "steps between validations")
+    validation_rows: int = knob(32, "rows of the validation split per validation")
+    checkpoint_every: int = knob(200, "steps between checkpoints a killed run resumes from")
+
+
+@dataclass
+class EvaluateConfig:
+    rows: int = knob(200, "rows of the test split for the likelihoods")
+    batch_rows: int = knob(8, "rows per evaluation batch")
+
+
+@dataclass
+class DecodeConfig:
+    prompts: int = knob(16, "prompts, drawn by hash from the test split")
+    prompt_tokens: int = knob(64, "tokens of each prompt")
+    new_tokens: int = knob(96, "tokens to write after each prompt")
+    temperature: float = knob(1.0, "temperature of the sampling runs (greedy is always measured too)")
+    top_k: int = knob(0, "keep the k likeliest tokens (0 = all)")
+    top_p: float = knob(1.0, "keep the smallest set of tokens with this much probability")
+    repeats: int = knob(5, "interleaved timed repeats")
+    warmups: int = knob(3, "untimed repeats before them")
+
+
+@dataclass
+class TrackingConfig:
+    mlflow: bool = knob(True, "log to MLflow where it is installed")
+    uri: str = knob("", "MLflow store (default: MLFLOW_TRACKING_URI, else sqlite:///OUTPUT/mlflow.db)")
+    experiment: str = knob("cpdlm", "MLflow experiment")
+    parent: str = knob("", "MLflow run id of the sweep this cell belongs to")
+
+
+@dataclass
+class Config:
+    preset: str = knob("none", "named set of overrides, applied before the command line")
+    rank: int = knob(4, "components of the mixture (1 = independent heads)")
+    horizon: int = knob(4, "tokens per window: the fixed one and horizon-1 drafts")
+    size: str = knob("tiny", "trunk: " + " | ".join(SIZES))
+    corpus: str = knob("code", "code | text | hf:NAME | a text file | a folder")
+    seed: int = knob(0, "seed of weights, data order and decoding")
+    balance: str = knob("switch", "keeps components in use: switch | kl | bias | none")
+    anchor: str = knob("none", "none: the paper's law | token: gate and factors 2..n also see x_{t+1}")
+    parallel: str = knob("auto", "auto | ddp | fsdp")
+    devices: int = knob(1, "processes (GPUs, or CPU processes with gloo)")
+    name: str = knob("", "name of the run (default: made from the dials)")
+    output: str = knob("runs", "folder that receives the run, its record and the MLflow store")
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def first_is_tied(self) -> bool:
+        """True where x_{t+1} has one next-token head and the mixture covers x_{t+2..t+n} only."""
+        return self.model.tie_first or self.anchor == "token" or self.horizon == 1
+
+    @property
+    def target(self) -> str:
+        """`common`: a frozen trunk's own next-token law; `own`: the model's eq. 11."""
+        return "common" if self.model.trunk else "own"
+
+    @property
+    def run_name(self) -> str:
+        if self.name:
+            return self.name
+        corpus = "".join(c if c.isalnum() else "-" for c in self.corpus).strip("-")
+        tie = "-tied" if self.model.tie_first and self.anchor == "none" else ""
+        return f"{corpus}-{self.size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}-s{self.seed}"
+
+
+# A preset is a set of overrides for one cell (a profile, in experiments/suite.py, is a list of cells).
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "smoke": {
+        "size": "micro",
+        "data.max_bytes": 1_000_000,
+        "data.context": 128,
+        "optim.steps": 60,
+        "optim.warmup": 10,
+        "train.validate_every": 30,
+        "train.validation_rows": 8,
+        "evaluate.rows": 32,
+        "decode.prompts": 4,
+        "decode.new_tokens": 32,
+        "decode.prompt_tokens": 32,
+        "decode.repeats": 3,
+        "decode.warmups": 1,
+    },
+    "trunk": {"horizon": 1, "rank": 1, "balance": "none"},
+    "56m": {
+        "size": "56m",
+        "corpus": "hf:roneneldan/TinyStories",
+        "data.tokenizer": "bpe:8192",
+        "data.context": 512,
+        "data.batch_rows": 64,
+        "optim.steps": 20_000,
+        "optim.lr": 6e-4,
+        "optim.warmup": 500,
+        "train.precision": "bf16-mixed",
+        "loss.joint_fraction": 0.25,
+    },
+}
+
+
+def leaves(group: Any = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> dataclass field, for every setting."""
+    found: dict[str, Any] = {}
+    template = group() if isinstance(group, type) else group
+    for entry in fields(template):
+        value = getattr(template, entry.name)
+        if is_dataclass(value):
+            found |= leaves(value, f"{prefix}{entry.name}.")
+        else:
+            found[prefix + entry.name] = entry
+    return found
+
+
+def parse(arguments: list[str]) -> Config:
+    """`key=value` words -> a checked Config; raises ConfigError."""
+    given: dict[str, str] = {}
+    for word in arguments:
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{word}' is not a setting; write KEY=VALUE, for example rank=8 (--help lists them)")
+        given[key] = value
+    preset = given.get("preset", "none")
+    _one_of("preset", preset, tuple(PRESETS))
+    return resolve(PRESETS[preset] | given)
+
+
+def resolve(overrides: dict[str, Any]) -> Config:
+    """Dotted overrides on the defaults -> a checked Config; raises ConfigError."""
+    known = leaves()
+    merged: DictConfig = OmegaConf.structured(Config)
+    for key, value in overrides.items():
+        if key not in known:
+            _unknown(key, tuple(known))
+        try:
+            # The value as YAML reads it, so that 3e-4 is a number on the command line as well.
+            OmegaConf.update(merged, key, _read(value, known[key].type))
+        except OmegaConfBaseException as error:
+            raise ConfigError(
+                f"{key}={value!r}: expected {known[key].type}; the default is {_default(known[key])!r}"
+            ) from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def _read(value: Any, kind: str) -> Any:
+    if isinstance(value, str) and kind == "int" and value.replace("_", "").lstrip("+-").isdigit():
+        return int(value)
+    return value
+
+
+def check(config: Config) -> None:
+    """Cross-field rules; raises ConfigError naming the settings and their values."""
+    values = flatten(config)
+    for key, allowed in CHOICES.items():
+        _one_of(key, values[key], allowed)
+    for key, least in {
+        "rank": 1, "horizon": 1, "devices": 1, "data.context": 2, "data.batch_rows": 1, "data.max_bytes": 0,
+        "data.workers": 0, "model.map_rank": 0, "model.anchor_width": 0, "loss.chunk_mib": 1, "optim.steps": 1,
+        "optim.warmup": 0, "train.accumulate": 1, "train.log_every": 1, "train.validate_every": 1,
+        "train.validation_rows": 1, "train.checkpoint_every": 1, "evaluate.rows": 1, "evaluate.batch_rows": 1,
+        "decode.prompts": 1, "decode.prompt_tokens": 1, "decode.new_tokens": 1, "decode.top_k": 0,
+        "decode.repeats": 1, "decode.warmups": 0, "seed": 0,
+    }.items():  # fmt: skip
+        if values[key] < least:
+            raise ConfigError(f"{key}={values[key]} is too small; the least is {least}")
+    for key in ("model.noise", "loss.balance_weight", "loss.balance_rate", "optim.weight_decay", "optim.clip"):
+        if not values[key] >= 0 or math.isinf(values[key]):
+            raise ConfigError(f"{key}={values[key]} must be a number of at least 0")
+    for key in ("loss.joint_fraction", "decode.top_p"):
+        if not 0 < values[key] <= 1:
+            raise ConfigError(f"{key}={values[key]} must lie in (0, 1]")
+    for key in ("optim.floor", "optim.beta1", "optim.beta2"):
+        if not 0 <= values[key] <= 1:
+            raise ConfigError(f"{key}={values[key]} must lie in [0, 1]")
+    if not 0 < config.optim.lr < math.inf:
+        raise ConfigError(f"optim.lr={config.optim.lr} must be a positive number")
+    if not 0 < config.decode.temperature < math.inf:
+        raise ConfigError(f"decode.temperature={config.decode.temperature} must be positive (greedy is always measured)")
+    if config.horizon >= config.data.context:
+        raise ConfigError(f"horizon={config.horizon} does not fit data.context={config.data.context}; lower the horizon")
+    if config.horizon == 1 and config.rank > 1:
+        raise ConfigError(f"rank={config.rank} needs horizon of at least 2 (horizon={config.horizon} is a plain model)")
+    if config.horizon == 1 and config.anchor == "token":
+        raise ConfigError(f"anchor=token needs horizon of at least 2 (horizon={config.horizon})")
+    if config.model.map_rank and config.model.head == "separate":
+        raise ConfigError(f"model.map_rank={config.model.map_rank} needs model.head=shared (model.head=separate has no maps)")
+    if config.model.trunk and config.horizon == 1:
+        raise ConfigError(f"model.trunk={config.model.trunk} needs horizon of at least 2 (horizon=1 has no heads to train)")
+    step_rows = config.devices * config.train.accumulate
+    if config.data.batch_rows % step_rows:
+        raise ConfigError(
+            f"data.batch_rows={config.data.batch_rows} does not divide into devices={config.devices} x "
+            f"train.accumulate={config.train.accumulate}; try data.batch_rows={step_rows * max(1, round(config.data.batch_rows / step_rows))}"
+        )
+    if config.decode.prompt_tokens + config.decode.new_tokens > config.data.context:
+        raise ConfigError(
+            f"decode.prompt_tokens={config.decode.prompt_tokens} + decode.new_tokens={config.decode.new_tokens} "
+            f"exceed data.context={config.data.context}"
+        )
+    kind, _, size = config.data.tokenizer.partition(":")
+    if not (config.data.tokenizer == "bytes" or (kind == "bpe" and size.isdigit() and int(size) >= 257) or (kind == "hf" and size)):
+        raise ConfigError(f"data.tokenizer={config.data.tokenizer!r}: write bytes, bpe:SIZE with SIZE of at least 257, or hf:NAME")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted name -> value, in the order of the page."""
+    values: dict[str, Any] = {}
+    for key in leaves():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        values[key] = value
+    return values
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionary, as saved with a run and in its record."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
+def from_dict(plain: dict[str, Any]) -> Config:
+    """The Config that `to_dict` wrote; raises ConfigError on a foreign one."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"this configuration was written by another version: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def as_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def help_text(program: str) -> str:
+    """The page that `--help` prints: every setting with type, default and a line of meaning."""
+    lines = [
+        f"usage: {program} [KEY=VALUE ...] [--print-config] [--help]",
+        "",
+        "One cell: train, evaluate, decode, write one record. Later words win; a preset is applied first.",
+        "presets: " + ", ".join(PRESETS),
+        "",
+    ]
+    for key, entry in leaves().items():
+        lines.append(f"  {key + '=' + str(_default(entry)):<36} {entry.type:<6} {entry.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _default(entry: Any) -> Any:
+    return entry.default
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        guess = f"; did you mean {key}={near[0]}?" if near else ""
+        raise ConfigError(f"{key}={value!r} is not one of {', '.join(allowed)}{guess}")
+
+
+def _unknown(key: str, known: tuple[str, ...]) -> NoReturn:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        near = [name for name in known if name.split(".")[-1] == key][:1]
+    guess = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"unknown setting '{key}'{guess} (--help lists them all)")

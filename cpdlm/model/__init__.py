@@ -1,0 +1,1 @@
+"""Tokens -> hidden states -> the joint law of the next tokens."""

@@ -1,0 +1,143 @@
+"""Hidden state -> gate and factors of the joint law.
+
+`FactorHeads` owns the gate and one map per (position, component); rank 1 is the independent-heads baseline and takes
+the same path. With `shared` heads a factor is a linear map of the hidden state followed by the unembedding that all
+of them share; with `separate` heads each has an unembedding of its own, as in the paper's from-scratch models.
+
+Letters: P positions (any flattened batch), N factors, R rank, V vocabulary, D width, K rank of a low-rank map.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpdlm.model.joint import Joint, log_normalise
+from cpdlm.model.joint_loss import Features, joint_nll
+
+
+class FactorHeads(nn.Module):
+    """The gate and the factors of a rank-R mixture over `factors` positions.
+
+    The maps are residual, z = h + W h, with W small and random: components start near the trunk's own prediction and
+    apart from each other (equal components would stay equal but for the gate). `noise` is the size of W h relative to h.
+    """
+
+    def __init__(
+        self, width: int, vocab_size: int, rank: int, factors: int, *, separate: bool = False, map_rank: int = 0,
+        noise: float = 0.2, bias_buffer: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.rank, self.factors, self.width, self.map_rank = rank, factors, width, map_rank
+        self.gate = nn.Linear(width, rank, bias=not bias_buffer)
+        nn.init.normal_(self.gate.weight, std=0.02)
+        if self.gate.bias is not None:
+            nn.init.zeros_(self.gate.bias)
+        # balance=bias moves this buffer instead of adding a loss; it is part of the law and of the checkpoint.
+        self.register_buffer("balance_bias_R", torch.zeros(rank) if bias_buffer else None)
+        rows = factors * rank
+        self.maps = nn.ParameterDict()
+        if separate:
+            self.maps["unembeddings"] = nn.Parameter(torch.randn(factors, rank, vocab_size, width) * 0.02)
+        elif map_rank:
+            self.maps["down"] = nn.Parameter(torch.randn(rows * map_rank, width) * width**-0.5)
+            self.maps["up"] = nn.Parameter(torch.randn(rows, map_rank, width) * noise * map_rank**-0.5)
+        else:
+            self.maps["full"] = nn.Parameter(torch.randn(rows * width, width) * noise * width**-0.5)
+
+    @property
+    def separate(self) -> bool:
+        return "unembeddings" in self.maps
+
+    def log_weights(self, hidden_PD: Tensor) -> Tensor:
+        """Normalised gate (..., R)."""
+        scores_PR = self.gate(hidden_PD)
+        if self.balance_bias_R is not None:
+            scores_PR = scores_PR + self.balance_bias_R
+        return log_normalise(scores_PR)
+
+    def first_log_weights_and_logits(self, hidden_PD: Tensor, unembedding_VD: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate (..., R) and logits (..., R, V) of the first factor alone, which eq. 11 needs at every position."""
+        return self.log_weights(hidden_PD), self._logits(hidden_PD, unembedding_VD, 1).squeeze(-3)
+
+    def joint(self, hidden_PD: Tensor, unembedding_VD: Tensor) -> Joint:
+        """The law at each position, densely: log-factors (..., N, R, V)."""
+        return Joint(self.log_weights(hidden_PD), log_normalise(self._logits(hidden_PD, unembedding_VD, self.factors)))
+
+    def nll(
+        self, hidden_PD: Tensor, future_PN: Tensor, count_P: Tensor, weight_P: Tensor, unembedding_VD: Tensor,
+        factors: int, chunk_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Bounded-memory loss of the marginal over the first `factors` factors.
+
+        Returns sum_p weight_p nll_p, nll_P (detached, nats) and log_weights_PR.
+        """
+        log_weights_PR = self.log_weights(hidden_PD)
+        table = self._unembeddings(unembedding_VD, factors)
+        total, nll_P = joint_nll(
+            hidden_PD, log_weights_PR, future_PN[:, :factors], count_P.clamp(max=factors), weight_P, table,
+            self._features(), tuple(self._map_parameters(factors)), chunk_bytes,
+        )  # fmt: skip
+        return total, nll_P, log_weights_PR
+
+    def _logits(self, hidden: Tensor, unembedding_VD: Tensor, factors: int) -> Tensor:
+        flat_PD = hidden.reshape(-1, self.width)
+        rows_MD = self._features()(flat_PD, *self._map_parameters(factors))
+        table_VD = self._unembeddings(unembedding_VD, factors).reshape(-1, self.width)
+        logits = F.linear(rows_MD, table_VD)
+        return logits.view(*hidden.shape[:-1], factors, self.rank, -1)
+
+    def _unembeddings(self, unembedding_VD: Tensor, factors: int) -> Tensor:
+        return self.maps["unembeddings"][:factors] if self.separate else unembedding_VD
+
+    def _map_parameters(self, factors: int) -> list[Tensor]:
+        rows = factors * self.rank
+        if self.separate:
+            return []
+        if self.map_rank:
+            return [self.maps["down"][: rows * self.map_rank], self.maps["up"][:rows]]
+        return [self.maps["full"][: rows * self.width]]
+
+    def _features(self) -> Features:
+        if self.separate:
+            return no_map
+        return _low_rank_maps if self.map_rank else _full_maps
+
+
+def no_map(hidden_PD: Tensor) -> Tensor:
+    """Rows that go to the unembedding as they are: separate unembeddings, or a single next-token head."""
+    return hidden_PD
+
+
+def _full_maps(hidden_PD: Tensor, full: Tensor) -> Tensor:
+    """(P, D) and (N*R*D, D) -> rows (P*N*R, D)."""
+    width = hidden_PD.shape[-1]
+    moved_PMD = F.linear(hidden_PD, full).view(hidden_PD.shape[0], -1, width)
+    return (hidden_PD.unsqueeze(1) + moved_PMD).reshape(-1, width)
+
+
+def _low_rank_maps(hidden_PD: Tensor, down: Tensor, up_MKD: Tensor) -> Tensor:
+    """(P, D), (N*R*K, D) and (N*R, K, D) -> rows (P*N*R, D)."""
+    width = hidden_PD.shape[-1]
+    narrow_PMK = F.linear(hidden_PD, down).view(hidden_PD.shape[0], up_MKD.shape[0], -1)
+    moved_PMD = torch.einsum("pmk,mkd->pmd", narrow_PMK, up_MKD)
+    return (hidden_PD.unsqueeze(1) + moved_PMD).reshape(-1, width)
+
+
+class Anchor(nn.Module):
+    """g = h + A(h, E[x_{t+1}]): tells the gate and the later factors which token is already fixed.
+
+    One small map shared by them all; its output starts at zero, so that training starts from the law without it.
+    """
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.into = nn.Linear(2 * width, hidden_width)
+        self.out = nn.Linear(hidden_width, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden_PD: Tensor, embedded_PD: Tensor) -> Tensor:
+        """(..., D) and the fixed token's embedding (..., D) -> (..., D)."""
+        return hidden_PD + self.out(F.silu(self.into(torch.cat([hidden_PD, embedded_PD], dim=-1))))

@@ -1,0 +1,210 @@
+"""The whole model: trunk, next-token law, and the joint law from which drafts are made.
+
+Two layouts share every line but the range of positions that the mixture covers:
+
+- untied (the paper): one rank-R mixture over x_{t+1..t+N}; the next-token law is eq. 11, its first marginal.
+- tied (`model.tie_first`, `anchor=token`, `horizon=1`): p(x_{t+1} | h_t) is one softmax and the mixture covers
+  x_{t+2..t+N}, seen from h_t or, anchored, from g_t = h_t + A(h_t, E[x_{t+1}]).
+
+The *target* is the law that decoding must not change: the model's own next-token law, or, on a frozen trunk
+(`model.trunk`), the trunk's own softmax whatever the heads say.
+
+Letters: B batch, T position, P = positions picked from B x T, N horizon, R rank, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from cpdlm.config import Config
+from cpdlm.model.heads import Anchor, FactorHeads, no_map
+from cpdlm.model.joint import Joint, log_normalise
+from cpdlm.model.joint_loss import joint_nll
+from cpdlm.model.trunk import Trunk, build_body, new_cache
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one forward pass yields: weighted sums that carry gradients, and detached per-position values in nats."""
+
+    loss: Tensor  # scalar: sum of weight * nll over both terms below
+    first_nll_P: Tensor  # -log p(x_{t+1}) at the positions with first_weight != 0
+    rest_nll_P: Tensor  # untied: -log p(x_{t+1..}); tied: -log p(x_{t+2..} | x_{t+1}); where rest_weight != 0
+    log_weights_PR: Tensor  # gate at the same positions as rest_nll_P, with gradient (for the balance loss)
+
+    def joint_nll(self, first_is_tied: bool) -> Tensor:
+        """-log p(x_{t+1..t+N}) per position, for passes in which both weights picked the same positions."""
+        if not first_is_tied:
+            return self.rest_nll_P
+        return self.first_nll_P + self.rest_nll_P if len(self.rest_nll_P) else self.first_nll_P
+
+
+class LanguageModel(nn.Module):
+    def __init__(
+        self, trunk: Trunk, vocab_size: int, *, rank: int, horizon: int, first_is_tied: bool, anchored: bool,
+        common_target: bool, context: int, tie_embeddings: bool = True, separate: bool = False, map_rank: int = 0,
+        noise: float = 0.2, anchor_width: int = 0, bias_buffer: bool = False, chunk_bytes: int = 32 * 2**20,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert first_is_tied or not anchored, "an anchored law has a next-token head of its own"
+        self.trunk = trunk
+        self.rank, self.horizon, self.vocab_size, self.context = rank, horizon, vocab_size, context
+        self.first_is_tied, self.common_target, self.chunk_bytes = first_is_tied, common_target, chunk_bytes
+        width = trunk.width
+        self.unembedding = nn.Linear(width, vocab_size, bias=False)
+        if tie_embeddings:
+            self.unembedding.weight = trunk.body.get_input_embeddings().weight
+        else:
+            nn.init.normal_(self.unembedding.weight, std=0.02)
+        factors = horizon - 1 if first_is_tied else horizon
+        self.heads = (
+            FactorHeads(
+                width, vocab_size, rank, factors, separate=separate, map_rank=map_rank, noise=noise,
+                bias_buffer=bias_buffer,
+            )
+            if factors
+            else None
+        )  # fmt: skip
+        self.anchor = Anchor(width, anchor_width or width // 2) if anchored else None
+        if common_target:
+            self.trunk.requires_grad_(False)
+            self.unembedding.requires_grad_(False)
+
+    # --- laws -------------------------------------------------------------------------------------------------
+
+    def new_cache(self) -> Cache:
+        return new_cache()
+
+    def hidden(
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:  # fmt: skip
+        """Hidden states (B, T, D); see `Trunk.forward`."""
+        return self.trunk(tokens_BT, position_ids_BT, cache)
+
+    def next_token_log_probs(self, hidden: Tensor) -> Tensor:
+        """The model's own log p(x_{t+1}) (..., V): eq. 11, or the tied head's softmax."""
+        if self.first_is_tied:
+            return self._trunk_log_probs(hidden)
+        assert self.heads is not None
+        log_weights_R, logits_RV = self.heads.first_log_weights_and_logits(hidden, self.unembedding.weight)
+        return torch.logsumexp(log_weights_R.unsqueeze(-1) + log_normalise(logits_RV), dim=-2)
+
+    def target_log_probs(self, hidden: Tensor) -> Tensor:
+        """Log law (..., V) of x_{t+1} that decoding preserves: the frozen trunk's own, or the model's own."""
+        return self._trunk_log_probs(hidden) if self.common_target else self.next_token_log_probs(hidden)
+
+    def joint(self, hidden: Tensor, fixed: Tensor | None = None) -> Joint:
+        """The mixture at each position (...): over N tokens untied, over x_{t+2..t+N} given fixed = x_{t+1} (...) tied."""
+        assert self.heads is not None, "horizon 1 has no mixture"
+        return self.heads.joint(self._seen(hidden, fixed), self.unembedding.weight)
+
+    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Joint:
+        """The law of x_{t+2..t+N} given the fixed token x_{t+1}: what drafts are drawn from and scored by."""
+        joint = self.joint(hidden_BD, fixed_B)
+        return joint if self.first_is_tied else joint.condition(fixed_B)
+
+    def _trunk_log_probs(self, hidden: Tensor) -> Tensor:
+        return log_normalise(self.unembedding(hidden))
+
+    def _seen(self, hidden: Tensor, fixed: Tensor | None) -> Tensor:
+        """What gate and factors see. No token beyond x_{t+1} enters."""
+        if self.anchor is None:
+            return hidden
+        assert fixed is not None, "an anchored law needs the fixed token"
+        return self.anchor(hidden, self.trunk.embed(fixed))
+
+    # --- training and evaluation --------------------------------------------------------------------------------
+
+    def forward(
+        self, tokens_BT: Tensor, position_ids_BT: Tensor, future_BTN: Tensor, successors_BT: Tensor,
+        first_weight_BT: Tensor, rest_weight_BT: Tensor,
+    ) -> Terms:  # fmt: skip
+        """Weighted negative log-likelihoods; positions of weight 0 cost nothing.
+
+        future_BTN: successors (0 where absent); successors_BT: how many exist. The rest term covers, untied, the
+        joint's marginal over the successors that exist; tied, that of x_{t+2..} given x_{t+1}.
+        """
+        if self.common_target:
+            with torch.no_grad():
+                hidden_BTD = self.hidden(tokens_BT, position_ids_BT)
+        else:
+            hidden_BTD = self.hidden(tokens_BT, position_ids_BT)
+        first_loss, first_nll_P = self._first_nll(hidden_BTD, future_BTN, first_weight_BT)
+        picked_BT = rest_weight_BT != 0
+        hidden_PD, future_PN = hidden_BTD[picked_BT], future_BTN[picked_BT]
+        count_P, weight_P = successors_BT[picked_BT], rest_weight_BT[picked_BT]
+        if self.heads is None:
+            nothing_P = hidden_PD.new_zeros(0)
+            return Terms(first_loss, first_nll_P, nothing_P, hidden_PD.new_zeros(0, 1))
+        seen_PD = self._seen(hidden_PD, future_PN[:, 0])
+        if self.first_is_tied:
+            future_PN, count_P = future_PN[:, 1:], (count_P - 1).clamp(min=0)
+        rest_loss, rest_nll_P, log_weights_PR = self.heads.nll(
+            seen_PD, future_PN, count_P, weight_P, self.unembedding.weight, self.heads.factors, self.chunk_bytes
+        )
+        return Terms(first_loss + rest_loss, first_nll_P, rest_nll_P, log_weights_PR)
+
+    def _first_nll(self, hidden_BTD: Tensor, future_BTN: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
+        picked_BT = weight_BT != 0
+        hidden_PD, token_P, weight_P = hidden_BTD[picked_BT], future_BTN[picked_BT][:, 0], weight_BT[picked_BT]
+        if self.first_is_tied:
+            certain_PR = hidden_PD.new_zeros(len(hidden_PD), 1)
+            return joint_nll(
+                hidden_PD, certain_PR, token_P.unsqueeze(-1), torch.ones_like(token_P), weight_P,
+                self.unembedding.weight, no_map, chunk_bytes=self.chunk_bytes,
+            )  # fmt: skip
+        assert self.heads is not None
+        total, nll_P, _ = self.heads.nll(
+            hidden_PD, token_P.unsqueeze(-1), torch.ones_like(token_P), weight_P, self.unembedding.weight, 1,
+            self.chunk_bytes,
+        )  # fmt: skip
+        return total, nll_P
+
+    @property
+    def embeddings_are_tied(self) -> bool:
+        return self.unembedding.weight is self.trunk.body.get_input_embeddings().weight
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part; tied embeddings count once, with the trunk."""
+        def count(module: nn.Module | None) -> int:
+            return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+        gate = count(self.heads.gate) if self.heads is not None else 0
+        return {
+            "trunk": count(self.trunk),
+            "unembedding": 0 if self.embeddings_are_tied else count(self.unembedding),
+            "heads": count(self.heads) - gate,
+            "gate": gate,
+            "anchor": count(self.anchor),
+            "total": count(self),
+            "trained": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
+        }
+
+
+def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel | None = None) -> LanguageModel:
+    """The model of a config. trunk: the loaded model of the run that model.trunk names, whose trunk is reused, frozen."""
+    assert (trunk is not None) == bool(config.model.trunk), "a frozen trunk is given exactly when model.trunk names one"
+    model = LanguageModel(
+        trunk.trunk if trunk is not None else Trunk(build_body(config, vocab_size)),
+        vocab_size,
+        rank=config.rank,
+        horizon=config.horizon,
+        first_is_tied=config.first_is_tied,
+        anchored=config.anchor == "token",
+        common_target=trunk is not None,
+        context=config.data.context,
+        tie_embeddings=trunk.embeddings_are_tied if trunk is not None else config.model.tie_embeddings,
+        separate=config.model.head == "separate",
+        map_rank=config.model.map_rank,
+        noise=config.model.noise,
+        anchor_width=config.model.anchor_width,
+        bias_buffer=config.balance == "bias",
+        chunk_bytes=config.loss.chunk_mib * 2**20,
+    )
+    if trunk is not None and not trunk.embeddings_are_tied:
+        model.unembedding.weight = trunk.unembedding.weight
+    return model

@@ -1,0 +1,84 @@
+"""Tokens -> hidden states: any Hugging Face causal language model body, behind one small module.
+
+Letters: B batch, T position, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from cpdlm.config import SIZES, Config
+
+
+class Trunk(nn.Module):
+    """A body (no language-model head) that ends in its own final normalisation.
+
+    body: a Hugging Face model that maps input_ids (B, T) to last_hidden_state (B, T, D) and takes a `Cache`.
+    """
+
+    def __init__(self, body: PreTrainedModel) -> None:
+        super().__init__()
+        self.body = body
+
+    @property
+    def width(self) -> int:
+        return self.body.get_input_embeddings().weight.shape[1]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(...,) ids -> (..., D) input embeddings."""
+        return self.body.get_input_embeddings()(tokens)
+
+    def forward(self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Hidden states (B, T, D). With a cache, tokens_BT follow what it holds and are appended to it in place.
+
+        Positions that restart within a row separate documents: the attention mask is then block-diagonal.
+        """
+        return self.body(
+            input_ids=tokens_BT, position_ids=position_ids_BT, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+
+    def layers(self) -> list[nn.Module]:
+        """The transformer blocks, in order: what FSDP shards one by one."""
+        blocks = getattr(self.body, "layers", None) or getattr(self.body, "h", None)
+        assert blocks is not None, f"{type(self.body).__name__} has neither .layers nor .h"
+        return list(blocks)
+
+
+def new_cache() -> Cache:
+    return DynamicCache()
+
+
+def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
+    """A randomly initialised body of the size and family that the config names; context = data.context."""
+    size = SIZES[config.size]
+    if config.model.family == "gpt2":
+        return GPT2Model(
+            GPT2Config(
+                vocab_size=vocab_size,
+                n_positions=config.data.context,
+                n_embd=size.width,
+                n_layer=size.layers,
+                n_head=size.attention_heads,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=config.data.context,
+            hidden_size=size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.attention_heads,
+            num_key_value_heads=size.attention_heads,
+            intermediate_size=size.feed_forward,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    )

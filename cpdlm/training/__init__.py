@@ -1,0 +1,1 @@
+"""Model and data -> a trained model and the curve of how it got there."""

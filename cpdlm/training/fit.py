@@ -1,0 +1,250 @@
+"""Trains one model, so that it can be watched, interrupted, killed and resumed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from tqdm import tqdm
+
+from cpdlm.config import Config
+from cpdlm.model.language_model import LanguageModel
+from cpdlm.training.module import MultiTokenModule
+from cpdlm.training.storage import CHECKPOINT, TRAINED, check_checkpoint, replaced, save_model, write_json
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C or SIGTERM: the run stopped at a step boundary and left a checkpoint."""
+
+
+@dataclass
+class Summary:
+    """The record's `training` entry. Times in seconds or milliseconds as named; memory in bytes."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    step_ms_median: float = 0.0
+    peak_memory_bytes: int = 0
+    resumed: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+class Journal(Callback):
+    """Step times, the curve and the checkpoint: kept in the checkpoint itself, so that a resumed run has all of it."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.summary = Summary()
+        self.stop_signal = 0
+        self._step_ms: list[float] = []
+        self._began = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"summary": asdict(self.summary), "step_ms": list(self._step_ms)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.summary = Summary(**state_dict["summary"])
+        self.summary.resumed += 1
+        self._step_ms = list(state_dict["step_ms"])
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # fmt: skip
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - self._began
+        self.summary.seconds += elapsed
+        self.summary.tokens += batch["tokens_BT"].numel() * trainer.world_size
+        self._step_ms.append(1000 * elapsed)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step, settings = trainer.global_step, self.config.train
+        self.summary.steps = step
+        if step % settings.log_every == 0 or step == self.config.optim.steps:
+            self._note(trainer, step)
+        if self.stop_signal or (step % settings.checkpoint_every == 0 and step < self.config.optim.steps):
+            self.save(trainer)
+        if self.stop_signal:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._note(trainer, trainer.global_step)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Every process calls; process 0 swaps the finished file in, so that a kill in mid-write costs nothing."""
+        if trainer.world_size > 1:
+            partial = self.folder / f".{CHECKPOINT}.partial"
+            trainer.save_checkpoint(partial)
+            if trainer.is_global_zero:
+                os.replace(partial, self.folder / CHECKPOINT)
+            trainer.strategy.barrier()
+            return
+        with replaced(self.folder / CHECKPOINT) as temporary:
+            trainer.save_checkpoint(temporary)
+
+    def finish(self) -> Summary:
+        self.summary.step_ms_median = statistics.median(self._step_ms) if self._step_ms else 0.0
+        self.summary.tokens_per_second = self.summary.tokens / max(self.summary.seconds, 1e-9)
+        self.summary.peak_memory_bytes = peak_memory_bytes()
+        return self.summary
+
+    def _note(self, trainer: L.Trainer, step: int) -> None:
+        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        if self.summary.curve and self.summary.curve[-1]["step"] == step:
+            self.summary.curve[-1] |= values
+        else:
+            self.summary.curve.append({"step": step, **values})
+
+
+class ProgressBar(Callback):
+    """One line: step, loss, tokens per second, time left."""
+
+    def __init__(self, steps: int, label: str) -> None:
+        self.steps, self.label = steps, label
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.bar = tqdm(
+                total=self.steps, initial=trainer.global_step, desc=self.label, unit="step", dynamic_ncols=True,
+                mininterval=1.0 if sys.stderr.isatty() else 20.0,
+            )  # fmt: skip
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # fmt: skip
+        if self.bar is None:
+            return
+        rate = self.bar.format_dict["rate"] or 0.0
+        tokens = batch["tokens_BT"].numel() * trainer.world_size * trainer.accumulate_grad_batches
+        loss = trainer.callback_metrics.get("train/nll")
+        self.bar.set_postfix_str(f"loss {float(loss) if loss is not None else 0:.3f}, {rate * tokens:,.0f} tokens/s", refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def fit(
+    config: Config, model: LanguageModel, data: L.LightningDataModule, folder: Path, logger: Logger | None = None
+) -> Summary | None:
+    """Train to config.optim.steps, from RUN/last.ckpt where there is one; leave finished weights in `folder`.
+
+    Returns the summary on process 0, None on the others. Raises Interrupted (with a checkpoint left), NonFiniteLoss,
+    or RunError for a checkpoint that cannot be used.
+    """
+    L.seed_everything(config.seed, verbose=False)
+    module, journal = MultiTokenModule(config, model), Journal(config, folder)
+    trainer = build_trainer(config, [journal, ProgressBar(config.optim.steps, config.run_name)], logger)
+    checkpoint = folder / CHECKPOINT
+    if checkpoint.exists():
+        check_checkpoint(checkpoint)
+    with _signals_noted(journal), warnings.catch_warnings():
+        # Lightning advises more loader workers and shorter logging intervals; rows are cut from memory-mapped arrays.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
+    if journal.stop_signal and trainer.global_step < config.optim.steps:
+        raise Interrupted(
+            f"stopped at step {trainer.global_step} of {config.optim.steps}; {checkpoint} is saved. The same command "
+            "continues from it"
+        )
+    state = trainer.strategy.lightning_module_state_dict()
+    if not trainer.is_global_zero:
+        return None
+    prefix = "model."
+    plain = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    save_model(folder, model, plain, model.vocab_size)
+    summary = journal.finish()
+    write_json(folder / TRAINED, asdict(summary))
+    checkpoint.unlink(missing_ok=True)
+    return summary
+
+
+def build_trainer(config: Config, callbacks: list[Callback], logger: Logger | None = None) -> L.Trainer:
+    """A Trainer that leaves order, checkpoints and progress to us."""
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=config.devices,
+        strategy=build_strategy(config),
+        precision=config.train.precision,  # type: ignore[arg-type]
+        max_steps=config.optim.steps,
+        accumulate_grad_batches=config.train.accumulate,
+        gradient_clip_val=config.optim.clip or None,
+        val_check_interval=config.train.validate_every * config.train.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.train.log_every,
+        callbacks=callbacks,
+        logger=logger or False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def build_strategy(config: Config) -> Strategy | str:
+    """auto: one process, or DDP for several. fsdp: FSDP2 over all of them, also on the CPU (gloo)."""
+    if config.parallel == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=config.devices, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    if config.parallel == "ddp" or config.devices > 1:
+        return DDPStrategy()
+    return "auto"
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib if sys.platform == "darwin" else kib * 1024
+
+
+class _signals_noted:
+    """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.previous[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: the caller keeps its own handling
+                return
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.journal.stop_signal:
+            raise KeyboardInterrupt
+        self.journal.stop_signal = number
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)

@@ -1,0 +1,116 @@
+"""The LightningModule: plumbing between batches, the objective and the optimiser, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from cpdlm.config import Config
+from cpdlm.model.language_model import LanguageModel, Terms
+from cpdlm.training import objective
+from cpdlm.training.schedule import learning_rate_factor
+
+Batch = dict[str, Tensor]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the batch."""
+
+
+class MultiTokenModule(L.LightningModule):
+    def __init__(self, config: Config, model: LanguageModel) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+        self.validation_joint = MeanMetric()
+        self.validation_first = MeanMetric()
+        self.use: objective.ComponentUse | None = None
+
+    def configure_model(self) -> None:
+        """Shards under FSDP2 (parallel=fsdp): block by block, then the rest in one group.
+
+        Embedding, unembedding, gate and maps sit in that last group, whose forward is the whole model's: tied weights
+        are gathered together, and the joint loss, computed inside it, sees plain tensors.
+        """
+        mesh = self.device_mesh
+        if mesh is None or self._is_sharded():
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in self.model.trunk.layers():
+            fully_shard(layer, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"], reshard_after_forward=False)
+
+    def _is_sharded(self) -> bool:
+        return any(hasattr(parameter, "placements") for parameter in self.model.parameters())
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        loss_config = self.config.loss
+        generator = torch.Generator().manual_seed(hash((self.config.seed, self.global_step, batch_index, self.global_rank)))
+        weights = objective.position_weights(
+            batch["successors_BT"], loss_config.joint_fraction, self.model.first_is_tied, generator
+        )
+        terms = self._terms(batch, weights.first_BT, weights.rest_BT)
+        loss = terms.loss
+        self.log("train/nll", loss.detach(), sync_dist=True)
+        if self.model.heads is not None and self.config.rank > 1:
+            self.use = objective.component_use(terms.log_weights_PR)
+            if self.config.balance in ("switch", "kl"):
+                penalty = objective.switch_balance if self.config.balance == "switch" else objective.kl_balance
+                balance = penalty(self.use)
+                loss = loss + loss_config.balance_weight * balance.to(loss.dtype)
+                self.log("train/balance", balance.detach())
+            self.log("train/weight_entropy", self.use.entropy)
+            self.log("train/effective_components", self.use.effective)
+            self.log("train/dead_components", self.use.dead.float())
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss is {loss.item()} at step {self.global_step}, batch {batch_index}; the checkpoint before it is "
+                f"kept. A lower optim.lr (now {self.config.optim.lr}) or optim.clip (now {self.config.optim.clip}) "
+                "usually helps"
+            )
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.config.balance == "bias" and self.use is not None and self.model.heads is not None:
+            bias_R = self.model.heads.balance_bias_R
+            with torch.no_grad():
+                bias_R += objective.bias_step(self.use, self.config.loss.balance_rate).to(bias_R.dtype)
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        weights = objective.evaluation_weights(batch["successors_BT"], self.config.horizon)
+        terms = self._terms(batch, *weights)
+        joint_P = terms.joint_nll(self.model.first_is_tied)
+        if len(joint_P):
+            self.validation_joint.update(joint_P.double())
+            self.validation_first.update(terms.first_nll_P.double())
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("validation/joint_nll", self.validation_joint.compute())
+        self.log("validation/first_token_nll", self.validation_first.compute())
+        self.validation_joint.reset()
+        self.validation_first.reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW, weight decay on matrices only; learning rate by step."""
+        optim = self.config.optim
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
+                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, optim))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _terms(self, batch: Batch, first_BT: Tensor, rest_BT: Tensor) -> Terms:
+        return self.model(
+            batch["tokens_BT"], batch["position_ids_BT"], batch["future_BTN"], batch["successors_BT"], first_BT, rest_BT
+        )

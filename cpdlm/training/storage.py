@@ -1,0 +1,161 @@
+"""A run's folder: who may write to it, its saved config, its finished weights.
+
+    RUN/config.yaml         the resolved config
+    RUN/last.ckpt           what a killed run resumes from (Lightning; loads with weights_only)
+    RUN/model.safetensors   finished weights, without those of a frozen trunk
+    RUN/train.json          the training part of the record; present once training is complete
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cpdlm.config import Config, ConfigError, as_yaml, from_dict, to_dict
+from cpdlm.model.language_model import LanguageModel, build_language_model
+
+CONFIG, CHECKPOINT, WEIGHTS, TRAINED = "config.yaml", "last.ckpt", "model.safetensors", "train.json"
+
+# Settings that say where and how a run is watched, not what it computes: they may differ when it resumes.
+_INCIDENTAL = ("tracking", "output", "name", "decode", "evaluate")
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used; the message says what is there and what to type."""
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the folder while a run writes to it; raises RunError when another process does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the lock is given back
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}; give another folder with output=DIR") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise RunError(f"another run is writing to {folder}; wait for it, or give this one name=OTHER") from error
+    try:
+        yield
+    finally:
+        handle.close()
+
+
+def open_run(folder: Path, config: Config) -> None:
+    """Save the config, or check that the folder's saved one describes the same run; raises RunError."""
+    path = folder / CONFIG
+    if path.exists():
+        saved = read_config(folder)
+        mine, theirs = to_dict(config), to_dict(saved)
+        differing = [key for key in mine if key not in _INCIDENTAL and mine[key] != theirs[key]]
+        if differing:
+            key = differing[0]
+            raise RunError(
+                f"{folder} holds another run ({key}: {theirs[key]!r} there, {mine[key]!r} now); give this one "
+                f"name=OTHER, or delete the folder"
+            )
+    write_atomically(path, as_yaml(config).encode())
+
+
+def read_config(folder: Path) -> Config:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(plain, dict)
+        return from_dict(plain)  # type: ignore[arg-type]
+    except (ConfigError, AssertionError, OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def save_model(folder: Path, model: LanguageModel, state: dict[str, Tensor], vocab_size: int) -> None:
+    """Write finished weights. state: the model's full state dict, gathered if it was sharded."""
+    kept = {
+        name: tensor.contiguous()
+        for name, tensor in state.items()
+        if not (model.common_target and name.startswith(("trunk.", "unembedding.")))
+        and not (name == "unembedding.weight" and model.embeddings_are_tied)
+    }
+    with replaced(folder / WEIGHTS) as path:
+        save_file(kept, path, metadata={"vocab_size": str(vocab_size)})
+
+
+def load_model(folder: Path) -> LanguageModel:
+    """The finished model of a run folder, in evaluation mode; raises RunError for a truncated or foreign one."""
+    config, path = read_config(folder), folder / WEIGHTS
+    if not path.is_file():
+        raise RunError(f"{folder} has no finished model ({WEIGHTS}); run its command again to finish it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            vocab_size = int((file.metadata() or {}).get("vocab_size", "0"))
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path} is truncated or not a safetensors file ({error}); delete it and run again") from error
+    trunk = load_model(Path(config.model.trunk)) if config.model.trunk else None
+    if trunk is not None and trunk.vocab_size != vocab_size:
+        raise RunError(f"{path} has vocabulary {vocab_size}, its trunk {config.model.trunk} has {trunk.vocab_size}")
+    model = build_language_model(config, vocab_size, trunk)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    absent = [
+        name
+        for name in missing
+        if not (model.common_target and name.startswith(("trunk.", "unembedding."))) and name != "unembedding.weight"
+    ]
+    if absent or unexpected:
+        raise RunError(
+            f"{path} does not fit its config: missing {absent[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
+        )
+    return model.eval()
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise RunError for a checkpoint that is truncated or is not ours."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        foreign = not isinstance(content, dict) or "global_step" not in content
+    except Exception as error:
+        raise RunError(f"{path} is truncated or not a checkpoint ({type(error).__name__}); delete it to start again") from error
+    if foreign:
+        raise RunError(f"{path} is not a checkpoint of this program; delete it to start again")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    with replaced(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well; else the old file stays."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; free space, or give another folder with output=DIR") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; free space, or give another folder with output=DIR") from error
+    finally:
+        temporary.unlink(missing_ok=True)
