@@ -62,7 +62,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class DataConfig:
     tokenizer: str = knob("bytes", "bytes | bpe:SIZE (trained on the corpus) | hf:NAME (a Hugging Face tokenizer)")
     context: int = knob(256, "tokens in one training row")
-    batch_rows: int = knob(8, "rows in one optimiser step, over all processes")
+    batch_rows: int = knob(4, "rows in one optimiser step, over all processes")
     max_bytes: int = knob(0, "bytes of text to take from the corpus, documents in hash order (0 = all)")
     cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
     bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")
@@ -91,8 +91,8 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    steps: int = knob(600, "optimiser steps")
-    lr: float = knob(3e-3, "peak learning rate")
+    steps: int = knob(500, "optimiser steps")
+    lr: float = knob(2e-3, "peak learning rate")
     warmup: int = knob(50, "steps of linear warm-up")
     floor: float = knob(0.1, "final learning rate, as a share of the peak (cosine decay)")
     weight_decay: float = knob(0.1, "AdamW weight decay, on matrices only")
@@ -121,7 +121,7 @@ class EvaluateConfig:
 class DecodeConfig:
     prompts: int = knob(16, "prompts, drawn by hash from the test split")
     prompt_tokens: int = knob(64, "tokens of each prompt")
-    new_tokens: int = knob(96, "tokens to write after each prompt")
+    new_tokens: int = knob(64, "tokens to write after each prompt")
     temperature: float = knob(1.0, "temperature of the sampling runs (greedy is always measured too)")
     top_k: int = knob(0, "keep the k likeliest tokens (0 = all)")
     top_p: float = knob(1.0, "keep the smallest set of tokens with this much probability")
@@ -139,7 +139,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    preset: str = knob("none", "named set of overrides, applied before the command line")
+    preset: str = knob("none", "named sets of overrides, applied in order before the command line: a or a,b")
     rank: int = knob(4, "components of the mixture (1 = independent heads)")
     horizon: int = knob(4, "tokens per window: the fixed one and horizon-1 drafts")
     size: str = knob("tiny", "trunk: " + " | ".join(SIZES))
@@ -179,9 +179,13 @@ class Config:
         return f"{corpus}-{self.size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}-s{self.seed}"
 
 
-# A preset is a set of overrides for one cell (a profile, in experiments/suite.py, is a list of cells).
+# A preset is a set of overrides for one cell; `preset=a,b` applies a, then b. (A profile, in experiments/suite.py, is a
+# list of cells.)
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
+    # A plain next-token model: what heads are trained on, and the reference of equal training.
+    "trunk": {"horizon": 1, "rank": 1, "balance": "none"},
+    # Seconds on two cores: shows that everything runs, measures nothing worth quoting.
     "smoke": {
         "size": "micro",
         "data.max_bytes": 1_000_000,
@@ -197,20 +201,34 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decode.repeats": 3,
         "decode.warmups": 1,
     },
-    "trunk": {"horizon": 1, "rank": 1, "balance": "none"},
-    "56m": {
-        "size": "56m",
-        "corpus": "hf:roneneldan/TinyStories",
-        "data.tokenizer": "bpe:8192",
-        "data.context": 512,
-        "data.batch_rows": 64,
-        "optim.steps": 20_000,
-        "optim.lr": 6e-4,
-        "optim.warmup": 500,
-        "train.precision": "bf16-mixed",
+    # Minutes on two cores: bytes, a 3.2M-parameter trunk, then heads on it. (From scratch, the defaults serve.)
+    "cpu-trunk": {"size": "small", "optim.steps": 2000, "optim.warmup": 100, "optim.lr": 1e-3},
+    "cpu-heads": {
+        "size": "small", "optim.steps": 400, "optim.warmup": 40, "optim.lr": 2e-3, "loss.joint_fraction": 0.5,
+    },
+    # Minutes on one GPU: the 56.3M-parameter layout on an 8192-token vocabulary.
+    "gpu-trunk": {
+        "size": "56m", "data.tokenizer": "bpe:8192", "data.context": 512, "data.batch_rows": 64,
+        "train.precision": "bf16-mixed", "optim.steps": 1500, "optim.warmup": 150, "optim.lr": 1e-3,
+        "evaluate.rows": 400,
+    },
+    "gpu-heads": {
+        "size": "56m", "data.tokenizer": "bpe:8192", "data.context": 512, "data.batch_rows": 64,
+        "train.precision": "bf16-mixed", "optim.steps": 500, "optim.warmup": 50, "optim.lr": 1e-3,
         "loss.joint_fraction": 0.25,
     },
-}
+    "gpu-scratch": {
+        "size": "base", "data.tokenizer": "bpe:8192", "data.context": 512, "data.batch_rows": 64,
+        "train.precision": "bf16-mixed", "optim.steps": 500, "optim.warmup": 50, "optim.lr": 1e-3,
+        "loss.joint_fraction": 0.25,
+    },
+    # The paper's own setting as far as it is known: from scratch, 56.3M parameters, TinyStories, separate heads.
+    "paper": {
+        "size": "56m", "corpus": "hf:roneneldan/TinyStories", "data.tokenizer": "bpe:8192", "data.context": 1024,
+        "data.batch_rows": 64, "model.head": "separate", "optim.steps": 20_000, "optim.lr": 6e-4, "optim.warmup": 500,
+        "train.precision": "bf16-mixed",
+    },
+}  # fmt: skip
 
 
 def leaves(group: Any = Config, prefix: str = "") -> dict[str, Any]:
@@ -234,9 +252,16 @@ def parse(arguments: list[str]) -> Config:
         if not separator or not key:
             raise ConfigError(f"'{word}' is not a setting; write KEY=VALUE, for example rank=8 (--help lists them)")
         given[key] = value
-    preset = given.get("preset", "none")
-    _one_of("preset", preset, tuple(PRESETS))
-    return resolve(PRESETS[preset] | given)
+    return resolve(expand(given))
+
+
+def expand(given: dict[str, Any]) -> dict[str, Any]:
+    """The overrides of the named presets, in their order, then the given ones; raises ConfigError."""
+    merged: dict[str, Any] = {}
+    for name in str(given.get("preset", "none")).split(","):
+        _one_of("preset", name, tuple(PRESETS))
+        merged |= PRESETS[name]
+    return merged | given
 
 
 def resolve(overrides: dict[str, Any]) -> Config:
@@ -249,6 +274,7 @@ def resolve(overrides: dict[str, Any]) -> Config:
         try:
             # The value as YAML reads it, so that 3e-4 is a number on the command line as well.
             OmegaConf.update(merged, key, _read(value, known[key].type))
+            OmegaConf.select(merged, key, throw_on_missing=True)  # an interpolation that leads nowhere raises here
         except OmegaConfBaseException as error:
             raise ConfigError(
                 f"{key}={value!r}: expected {known[key].type}; the default is {_default(known[key])!r}"

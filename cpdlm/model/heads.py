@@ -86,7 +86,7 @@ class FactorHeads(nn.Module):
         rows_MD = self._features()(flat_PD, *self._map_parameters(factors))
         table_VD = self._unembeddings(unembedding_VD, factors).reshape(-1, self.width)
         logits = F.linear(rows_MD, table_VD)
-        return logits.view(*hidden.shape[:-1], factors, self.rank, -1)
+        return logits.view(*hidden.shape[:-1], factors, self.rank, unembedding_VD.shape[0])
 
     def _unembeddings(self, unembedding_VD: Tensor, factors: int) -> Tensor:
         return self.maps["unembeddings"][:factors] if self.separate else unembedding_VD
@@ -113,14 +113,14 @@ def no_map(hidden_PD: Tensor) -> Tensor:
 def _full_maps(hidden_PD: Tensor, full: Tensor) -> Tensor:
     """(P, D) and (N*R*D, D) -> rows (P*N*R, D)."""
     width = hidden_PD.shape[-1]
-    moved_PMD = F.linear(hidden_PD, full).view(hidden_PD.shape[0], -1, width)
+    moved_PMD = F.linear(hidden_PD, full).view(hidden_PD.shape[0], full.shape[0] // width, width)
     return (hidden_PD.unsqueeze(1) + moved_PMD).reshape(-1, width)
 
 
 def _low_rank_maps(hidden_PD: Tensor, down: Tensor, up_MKD: Tensor) -> Tensor:
     """(P, D), (N*R*K, D) and (N*R, K, D) -> rows (P*N*R, D)."""
     width = hidden_PD.shape[-1]
-    narrow_PMK = F.linear(hidden_PD, down).view(hidden_PD.shape[0], up_MKD.shape[0], -1)
+    narrow_PMK = F.linear(hidden_PD, down).view(hidden_PD.shape[0], *up_MKD.shape[:2])
     moved_PMD = torch.einsum("pmk,mkd->pmd", narrow_PMK, up_MKD)
     return (hidden_PD.unsqueeze(1) + moved_PMD).reshape(-1, width)
 

@@ -47,8 +47,10 @@ def joint_nll(
     shared unembedding, or (C, D) for separate ones.  chunk_bytes: bound on the float32 logits alive at once.
     """
     assert not weight_P.requires_grad, "position weights carry no gradient"
+    # Inside `forward` gradients are always off and `needs_input_grad` ignores no_grad: ask here.
+    learns = torch.is_grad_enabled()
     return _JointNLL.apply(
-        features, chunk_bytes, hidden_PD, log_weights_PR, future_PN, count_P, weight_P, unembedding, *parameters
+        features, chunk_bytes, learns, hidden_PD, log_weights_PR, future_PN, count_P, weight_P, unembedding, *parameters
     )
 
 
@@ -58,6 +60,7 @@ class _JointNLL(torch.autograd.Function):
         ctx: Any,
         features: Features,
         chunk_bytes: int,
+        learns: bool,
         hidden_PD: Tensor,
         log_weights_PR: Tensor,
         future_PN: Tensor,
@@ -68,8 +71,7 @@ class _JointNLL(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         positions, horizon = future_PN.shape
         rank, vocab, width = log_weights_PR.shape[-1], unembedding.shape[-2], unembedding.shape[-1]
-        wanted = [n for n, need in enumerate(ctx.needs_input_grad) if need]
-        learns = bool(wanted)
+        learns = learns and any(ctx.needs_input_grad)
         exact = torch.promote_types(hidden_PD.dtype, torch.float32)
         device = hidden_PD.device.type
         fast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unembedding.dtype
@@ -146,10 +148,11 @@ class _JointNLL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> Any:  # type: ignore[override]
-        factor = grad_sum * ctx.scale
         grads, ctx.grads = ctx.grads, None
+        assert grads is not None, "the joint loss frees its gradients in backward; run the forward pass again"
+        factor = grad_sum * ctx.scale
         scaled = [
             (grad.mul_(factor.to(grad.dtype)).to(dtype) if grad is not None and need else None)
-            for grad, dtype, need in zip(grads, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
+            for grad, dtype, need in zip(grads, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
         ]
-        return None, None, *scaled
+        return None, None, None, *scaled

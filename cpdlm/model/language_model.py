@@ -56,7 +56,8 @@ class LanguageModel(nn.Module):
         self.first_is_tied, self.common_target, self.chunk_bytes = first_is_tied, common_target, chunk_bytes
         width = trunk.width
         self.unembedding = nn.Linear(width, vocab_size, bias=False)
-        if tie_embeddings:
+        # Separate heads without a next-token head use no shared unembedding: then it is the embedding, not dead weight.
+        if tie_embeddings or (separate and not first_is_tied and not common_target):
             self.unembedding.weight = trunk.body.get_input_embeddings().weight
         else:
             nn.init.normal_(self.unembedding.weight, std=0.02)
@@ -206,5 +207,5 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         chunk_bytes=config.loss.chunk_mib * 2**20,
     )
     if trunk is not None and not trunk.embeddings_are_tied:
-        model.unembedding.weight = trunk.unembedding.weight
+        model.unembedding.weight = trunk.unembedding.weight.requires_grad_(False)
     return model

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import signal
 import statistics
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -23,7 +25,15 @@ from tqdm import tqdm
 from cpdlm.config import Config
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.training.module import MultiTokenModule
-from cpdlm.training.storage import CHECKPOINT, TRAINED, check_checkpoint, replaced, save_model, write_json
+from cpdlm.training.storage import (
+    CHECKPOINT,
+    TRAINED,
+    check_checkpoint,
+    replaced,
+    save_model,
+    write_errors_named,
+    write_json,
+)
 
 
 class Interrupted(RuntimeError):
@@ -53,6 +63,7 @@ class Journal(Callback):
         self.stop_signal = 0
         self._step_ms: list[float] = []
         self._began = 0.0
+        self._save_is_due = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"summary": asdict(self.summary), "step_ms": list(self._step_ms)}
@@ -61,6 +72,18 @@ class Journal(Callback):
         self.summary = Summary(**state_dict["summary"])
         self.summary.resumed += 1
         self._step_ms = list(state_dict["step_ms"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning has put a SIGTERM handler before ours that ends the run with exit code 0 and no word.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.note_signal)
+
+    def note_signal(self, number: int, frame: Any) -> None:
+        """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once."""
+        if self.stop_signal:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self._began = time.perf_counter()
@@ -79,23 +102,31 @@ class Journal(Callback):
         step, settings = trainer.global_step, self.config.train
         self.summary.steps = step
         if step % settings.log_every == 0 or step == self.config.optim.steps:
-            self._note(trainer, step)
-        if self.stop_signal or (step % settings.checkpoint_every == 0 and step < self.config.optim.steps):
+            self._note(trainer, step, "train/")
+        if trainer.world_size > 1:  # a signal reaches processes at different steps, or one of them only
+            self.stop_signal = int(trainer.strategy.reduce_boolean_decision(bool(self.stop_signal), all=False))
+        due = bool(self.stop_signal) or (step % settings.checkpoint_every == 0 and step < self.config.optim.steps)
+        self._save_is_due = due and step % settings.validate_every == 0  # then the checkpoint holds its validation, too
+        if self.stop_signal or (due and not self._save_is_due):
             self.save(trainer)
         if self.stop_signal:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._note(trainer, trainer.global_step)
+            self._note(trainer, trainer.global_step, "validation/")
+            if self._save_is_due:
+                self._save_is_due = False
+                self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
         """Every process calls; process 0 swaps the finished file in, so that a kill in mid-write costs nothing."""
         if trainer.world_size > 1:
             partial = self.folder / f".{CHECKPOINT}.partial"
-            trainer.save_checkpoint(partial)
-            if trainer.is_global_zero:
-                os.replace(partial, self.folder / CHECKPOINT)
+            with write_errors_named(self.folder / CHECKPOINT):
+                trainer.save_checkpoint(partial)
+                if trainer.is_global_zero:
+                    os.replace(partial, self.folder / CHECKPOINT)
             trainer.strategy.barrier()
             return
         with replaced(self.folder / CHECKPOINT) as temporary:
@@ -107,8 +138,8 @@ class Journal(Callback):
         self.summary.peak_memory_bytes = peak_memory_bytes()
         return self.summary
 
-    def _note(self, trainer: L.Trainer, step: int) -> None:
-        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    def _note(self, trainer: L.Trainer, step: int, prefix: str) -> None:
+        values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(prefix)}
         if self.summary.curve and self.summary.curve[-1]["step"] == step:
             self.summary.curve[-1] |= values
         else:
@@ -154,7 +185,10 @@ def fit(
     Returns the summary on process 0, None on the others. Raises Interrupted (with a checkpoint left), NonFiniteLoss,
     or RunError for a checkpoint that cannot be used.
     """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and inventories are not ours to print
     L.seed_everything(config.seed, verbose=False)
+    if config.train.precision == "64-true":
+        model.double()
     module, journal = MultiTokenModule(config, model), Journal(config, folder)
     trainer = build_trainer(config, [journal, ProgressBar(config.optim.steps, config.run_name)], logger)
     checkpoint = folder / CHECKPOINT
@@ -164,6 +198,7 @@ def fit(
         # Lightning advises more loader workers and shorter logging intervals; rows are cut from memory-mapped arrays.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
     if journal.stop_signal and trainer.global_step < config.optim.steps:
         raise Interrupted(
@@ -189,7 +224,8 @@ def build_trainer(config: Config, callbacks: list[Callback], logger: Logger | No
         accelerator=accelerator,
         devices=config.devices,
         strategy=build_strategy(config),
-        precision=config.train.precision,  # type: ignore[arg-type]
+        # Lightning's FSDP2 strategy has no word for float64; `fit` has made the weights so, and this leaves them alone.
+        precision="32-true" if (config.parallel, config.train.precision) == ("fsdp", "64-true") else config.train.precision,  # type: ignore[arg-type]
         max_steps=config.optim.steps,
         accumulate_grad_batches=config.train.accumulate,
         gradient_clip_val=config.optim.clip or None,
@@ -226,7 +262,7 @@ def peak_memory_bytes() -> int:
 
 
 class _signals_noted:
-    """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once."""
+    """Ctrl-C and SIGTERM go to the journal while the block runs."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
@@ -235,16 +271,10 @@ class _signals_noted:
     def __enter__(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self.previous[number] = signal.signal(number, self._note)
+                self.previous[number] = signal.signal(number, self.journal.note_signal)
             except ValueError:  # not the main thread: the caller keeps its own handling
                 return
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.journal.stop_signal:
-            raise KeyboardInterrupt
-        self.journal.stop_signal = number
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)

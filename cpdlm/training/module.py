@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -50,7 +51,9 @@ class MultiTokenModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         loss_config = self.config.loss
-        generator = torch.Generator().manual_seed(hash((self.config.seed, self.global_step, batch_index, self.global_rank)))
+        generator = torch.Generator().manual_seed(
+            hash((self.config.seed, self.global_step, batch_index % self.config.train.accumulate, self.global_rank))
+        )
         weights = objective.position_weights(
             batch["successors_BT"], loss_config.joint_fraction, self.model.first_is_tied, generator
         )
@@ -90,27 +93,59 @@ class MultiTokenModule(L.LightningModule):
             self.validation_first.update(terms.first_nll_P.double())
 
     def on_validation_epoch_end(self) -> None:
-        self.log("validation/joint_nll", self.validation_joint.compute())
-        self.log("validation/first_token_nll", self.validation_first.compute())
+        self.log("validation/joint_nll", self.validation_joint.compute(), sync_dist=True)
+        self.log("validation/first_token_nll", self.validation_first.compute(), sync_dist=True)
         self.validation_joint.reset()
         self.validation_first.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, weight decay on matrices only; learning rate by step."""
         optim = self.config.optim
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-        )
+        optimizer = torch.optim.AdamW(self._groups(), lr=optim.lr, betas=(optim.beta1, optim.beta2))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, optim))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.config.optim.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Optimiser state goes by parameter name, as FSDP2 writes it, so that one mode resumes another's run."""
+        name_of = dict(enumerate(self._optimised_names()))
+        checkpoint["optimizer_states"] = [_renamed(state, name_of) for state in checkpoint["optimizer_states"]]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "optimizer_states" not in checkpoint:  # FSDP2 has taken it already
+            return
+        index_of: dict[str | int, int] = {name: index for index, name in enumerate(self._optimised_names())}
+        first_name = {id(parameter): name for name, parameter in self.named_parameters()}
+        for name, parameter in self.named_parameters(remove_duplicate=False):  # a tied weight goes by either name
+            if parameter.requires_grad:
+                index_of[name] = index_of[first_name[id(parameter)]]
+        checkpoint["optimizer_states"] = [_renamed(state, index_of) for state in checkpoint["optimizer_states"]]
+
+    def _optimised_names(self) -> list[str]:
+        """Parameter names in the optimiser's own order: group by group."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        groups = self.trainer.optimizers[0].param_groups if self.trainer.optimizers else self._groups()
+        return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
     def _terms(self, batch: Batch, first_BT: Tensor, rest_BT: Tensor) -> Terms:
         return self.model(
             batch["tokens_BT"], batch["position_ids_BT"], batch["future_BTN"], batch["successors_BT"], first_BT, rest_BT
         )
+
+
+def _renamed(state: dict[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimiser's state dict with its parameters called by other names; those without a new name keep theirs."""
+    if not state:  # FSDP2 gathers it on process 0 alone
+        return state
+    return {
+        "state": {new.get(key, key): value for key, value in state["state"].items()},
+        "param_groups": [
+            group | {"params": [new.get(key, key) for key in group["params"]]} for group in state["param_groups"]
+        ],
+    }

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from yaml import YAMLError
 
 from cpdlm.config import Config, ConfigError, as_yaml, from_dict, to_dict
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -79,7 +80,7 @@ def read_config(folder: Path) -> Config:
         plain = OmegaConf.to_container(OmegaConf.load(path))
         assert isinstance(plain, dict)
         return from_dict(plain)  # type: ignore[arg-type]
-    except (ConfigError, AssertionError, OSError, ValueError) as error:
+    except (ConfigError, AssertionError, OSError, ValueError, YAMLError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 
 
@@ -110,11 +111,14 @@ def load_model(folder: Path) -> LanguageModel:
     if trunk is not None and trunk.vocab_size != vocab_size:
         raise RunError(f"{path} has vocabulary {vocab_size}, its trunk {config.model.trunk} has {trunk.vocab_size}")
     model = build_language_model(config, vocab_size, trunk)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise RunError(f"{path} does not fit its config: {str(error).splitlines()[1].strip()}") from error
     absent = [
         name
         for name in missing
-        if not (model.common_target and name.startswith(("trunk.", "unembedding."))) and name != "unembedding.weight"
+        if not (model.common_target and name.startswith(("trunk.", "unembedding."))) and not (name == "unembedding.weight" and model.embeddings_are_tied)
     ]
     if absent or unexpected:
         raise RunError(
@@ -127,7 +131,7 @@ def check_checkpoint(path: Path) -> None:
     """Raise RunError for a checkpoint that is truncated or is not ours."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        foreign = not isinstance(content, dict) or "global_step" not in content
+        foreign = not isinstance(content, dict) or "Journal" not in content.get("callbacks", {})
     except Exception as error:
         raise RunError(f"{path} is truncated or not a checkpoint ({type(error).__name__}); delete it to start again") from error
     if foreign:
@@ -146,16 +150,22 @@ def write_atomically(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well; else the old file stays."""
-    try:
+    with write_errors_named(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; free space, or give another folder with output=DIR") from error
-    os.close(handle)
-    temporary = Path(name)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_errors_named(path: Path) -> Iterator[None]:
+    """A full disk or a read-only folder becomes a RunError that names the file."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; free space, or give another folder with output=DIR") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot write {path}: {reason}; free space, or give another folder with output=DIR") from error

@@ -1,0 +1,474 @@
+"""Documents -> splits -> tokens, cached as memory-mapped arrays that are keyed by their content.
+
+    CACHE/tokens/NAME-KEY/meta.json                 format, request, sizes, sha256 of every file
+                          token_bytes.npy           bytes of text behind each id
+                          SPLIT/tokens.npy          uint16 or uint32; document = [bos] x_1 .. x_m [eos]
+                          SPLIT/offsets.npy         documents + 1 token offsets
+                          SPLIT/source_ids.npy      source of each document
+                          SPLIT/byte_lengths.npy    bytes of each document
+                          bpe.json or hf/           the tokenizer, for those that have files
+
+A folder is written aside and renamed when whole. Every load checks sizes and sha256; what does not fit is rebuilt.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cpdlm.config import Config, ConfigError
+from cpdlm.data import sources
+from cpdlm.data.duplicates import clusters
+from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer
+from cpdlm.data.windows import mix, row_count
+
+FORMAT = 1  # raise when the layout or the way documents are split changes
+SPLITS = ("train", "validation", "test")
+HELD_OUT_SHARE = 0.05  # of the documents, for validation and for test
+ARRAYS = ("tokens", "offsets", "source_ids", "byte_lengths")
+BUNDLE = "bundle.json"
+BATCH = 512  # documents tokenised at a time
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """One split: its documents' tokens end to end. offsets: (documents + 1,). source_ids index source_names."""
+
+    tokens: NDArray[np.integer]
+    offsets: NDArray[np.int64]
+    source_ids: NDArray[np.integer]
+    byte_lengths: NDArray[np.int64]
+    source_names: list[str]
+
+    @property
+    def documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of text, special tokens not counted."""
+        return int(self.byte_lengths.sum())
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Three splits and the tokenizer that made them."""
+
+    train: TokenSplit
+    validation: TokenSplit
+    test: TokenSplit
+    tokenizer: Tokenizer
+    meta: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def source_names(self) -> list[str]:
+        return self.train.source_names
+
+    def split(self, name: str) -> TokenSplit:
+        """train, validation or test."""
+        split: TokenSplit = getattr(self, name)
+        return split
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """(V,) bytes of text behind each id; 0 for special tokens."""
+        return self.tokenizer.token_bytes()
+
+    def describe(self) -> dict[str, Any]:
+        """The record's `data` entry. sha256: over the sha256 of every array, so of exactly these tokens."""
+        return {
+            "corpus": self.meta["request"]["corpus"],
+            "sha256": self.meta["sha256"],
+            "tokenizer": self.tokenizer.name,
+            "vocab_size": self.vocab_size,
+            "splits": {
+                name: {"documents": split.documents, "bytes": split.bytes, "tokens": len(split.tokens)}
+                for name, split in ((name, self.split(name)) for name in SPLITS)
+            },
+            "max_bytes": self.meta["request"]["max_bytes"],
+            "sources": self.meta["provenance"],
+            "notes": self.meta["notes"],
+        }
+
+
+def load_corpus(config: Config, progress: bool = True) -> Corpus:
+    """The corpus of a config: from data.bundle, else from the cache, else built (downloading what is pinned).
+
+    ConfigError for an unknown, empty or too short corpus, an unreachable index, a document that the tokenizer cannot
+    read, a bundle without this corpus, or a cache folder that cannot be written.
+    """
+    if config.data.bundle:
+        corpus = _from_bundle(config)
+    else:
+        with _disk_errors_explained(config):
+            corpus = _from_cache(config, progress)
+    _check_length(config, corpus)
+    return corpus
+
+
+def _request(config: Config) -> dict[str, Any]:
+    """The settings that the tokens depend on."""
+    return {"corpus": config.corpus, "tokenizer": config.data.tokenizer, "max_bytes": config.data.max_bytes}
+
+
+def _slug(config: Config) -> str:
+    return re.sub(r"\W+", "-", f"{Path(config.corpus).name}-{config.data.tokenizer}").strip("-")
+
+
+def _check_length(config: Config, corpus: Corpus) -> None:
+    """Every split needs a whole row, or nothing can be trained, validated or tested."""
+    context = config.data.context
+    for name in SPLITS:
+        tokens = len(corpus.split(name).tokens)
+        if row_count(tokens, context) < 1:
+            shorter = f"lower data.context (to {tokens} at most)" if tokens > 1 else "lower data.context"
+            more = "raise data.max_bytes" if config.data.max_bytes else "give a longer corpus"
+            raise ConfigError(
+                f"corpus={config.corpus}: its {name} split has {tokens} tokens, fewer than one row of "
+                f"data.context={context}; {shorter} or {more}"
+            )
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def _from_cache(config: Config, progress: bool) -> Corpus:
+    origin = sources.locate(config, progress)
+    settings = {key: value for key, value in _request(config).items() if key != "corpus"}
+    identity = json.dumps({"format": FORMAT, "origin": origin.identity, **settings}, sort_keys=True)
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    root = Path(config.data.cache) / "tokens"
+    folder = root / f"{_slug(config)}-{key}"
+    if (corpus := _read_or_warn(folder)) is not None:
+        return corpus
+    root.mkdir(parents=True, exist_ok=True)
+    with _only_one(root / f".{folder.name}.lock"):
+        if folder.exists() and (corpus := _read_or_warn(folder, quietly=True)) is not None:
+            return corpus  # another process built it meanwhile
+        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".partial-{folder.name}-"))
+        try:
+            _build(config, origin, temporary, progress)
+            if folder.exists():
+                old = Path(tempfile.mkdtemp(dir=root, prefix=".replaced-"))
+                os.replace(folder, old / folder.name)
+                shutil.rmtree(old, ignore_errors=True)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return read_tokens(folder)
+
+
+class TornCache(ValueError):
+    """A folder of tokens that is not what its meta.json says; the message says in which way."""
+
+
+def _read_or_warn(folder: Path, quietly: bool = False) -> Corpus | None:
+    if not folder.exists():
+        return None
+    try:
+        return read_tokens(folder)
+    except TornCache as error:
+        if not quietly:
+            warnings.warn(f"{error}; building it again", stacklevel=3)
+        return None
+
+
+def read_tokens(folder: Path) -> Corpus:
+    """The corpus in a folder of tokens; raises TornCache where a file is missing, cut, changed or of another format."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["format"] != FORMAT:
+            raise TornCache(f"{folder} has format {meta['format']}, not {FORMAT}")
+        for name, entry in meta["files"].items():
+            path = folder / name
+            if (size := path.stat().st_size) != entry["size"]:
+                raise TornCache(f"{path} has {size} bytes instead of {entry['size']}")
+            if _file_hash(path) != entry["sha256"]:
+                raise TornCache(f"{path} is not the file that was written (its sha256 differs)")
+        splits = {
+            split: {name: _array(folder / split / f"{name}.npy") for name in ARRAYS} for split in SPLITS
+        }
+        return _assemble(meta, splits, np.load(folder / "token_bytes.npy"), folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, TornCache):
+            raise
+        raise TornCache(f"{folder} is torn or foreign ({type(error).__name__}: {error})") from error
+
+
+def _assemble(
+    meta: dict[str, Any], splits: dict[str, dict[str, NDArray[Any]]], token_bytes: NDArray[np.int64], folder: Path
+) -> Corpus:
+    saved = meta["tokenizer"]
+    tokenizer = SavedTokenizer(
+        saved["name"], saved["vocab_size"], saved["bos"], saved["eos"], folder, token_bytes
+    )  # fmt: skip
+    made = {name: TokenSplit(**arrays, source_names=list(meta["source_names"])) for name, arrays in splits.items()}
+    for name, split in made.items():
+        if split.offsets[-1] != len(split.tokens) or len(split.source_ids) != split.documents:
+            raise TornCache(f"{folder}: the arrays of {name} do not belong together")
+    return Corpus(made["train"], made["validation"], made["test"], tokenizer, meta)
+
+
+def _array(path: Path) -> NDArray[Any]:
+    """Memory-mapped where it is long."""
+    array: NDArray[Any] = np.load(path, mmap_mode="r" if path.name == "tokens.npy" else None)
+    return array
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """One process at a time; where the file system has no locks, the last rename wins, which is harmless."""
+    with open(path, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
+
+
+@contextmanager
+def _disk_errors_explained(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, *reasons):
+            reason = reasons.get(error.errno, error.strerror)
+            raise ConfigError(
+                f"data.cache={config.data.cache}: cannot use {error.filename or 'it'} ({reason}); "
+                "give another folder with data.cache=DIR"
+            ) from error
+        raise
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def _build(config: Config, origin: sources.Origin, folder: Path, progress: bool) -> None:
+    documents = origin.read()
+    assignment, counts = assign_splits(documents, config, progress)
+    chosen = {name: take(documents, assignment[name], assignment, config.data.max_bytes) for name in SPLITS}
+    tokenizer = build_tokenizer(config.data.tokenizer, [documents.texts[i] for i in chosen["train"]], progress)
+    with tqdm(total=sum(map(len, chosen.values())), desc="tokenising", unit="document", disable=not progress) as bar:
+        for name, indices in chosen.items():
+            if name != "train":
+                # By source, so that rows of the evaluation splits are of one source wherever possible.
+                indices = sorted(indices, key=lambda i: documents.sources[i])
+            (folder / name).mkdir()
+            for array, values in _tokenise(documents, indices, tokenizer, bar).items():
+                np.save(folder / name / f"{array}.npy", values)
+    np.save(folder / "token_bytes.npy", tokenizer.token_bytes().astype(np.int64))
+    arrays = sorted(folder.rglob("*.npy"))
+    tokenizer.save(folder)
+    files: dict[str, dict[str, Any]] = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _file_hash(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    content = "".join(files[str(path.relative_to(folder))]["sha256"] for path in arrays)
+    meta = {
+        "format": FORMAT,
+        "request": _request(config),
+        "origin": origin.identity,
+        "provenance": origin.provenance,
+        "notes": documents.notes | {"documents": counts},
+        "source_names": documents.source_names,
+        "tokenizer": {
+            "name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "eos": tokenizer.eos,
+        },
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "files": files,
+    }  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
+
+
+def document_hashes(texts: Sequence[bytes]) -> NDArray[np.uint64]:
+    """(len(texts),) the first 64 bits of each sha256: what splits and orders are made from."""
+    digests = b"".join(hashlib.sha256(text).digest()[:8] for text in texts)
+    return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+
+
+def assign_splits(
+    documents: sources.Documents, config: Config, progress: bool = True
+) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Indices of each split's documents in hash order, and counts of what was left out.
+
+    Whole-document copies are dropped (a held-out one stays). A cluster of near-duplicates goes where the hash of the
+    cluster sends it: about 90 % train, 5 % validation, 5 % test. Where packages are held out, they alone are the test
+    split, near-duplicates of theirs are dropped, and the other documents are 95 % train. ConfigError below 3 clusters.
+    """
+    hashes = document_hashes(documents.texts)
+    # Held-out documents first, so that of two copies theirs is kept.
+    order = sorted(range(len(hashes)), key=lambda i: (documents.sources[i] not in documents.held_out, hashes[i], i))
+    unique = list({int(hashes[i]): i for i in reversed(order)}.values())
+    unique.sort(key=lambda i: hashes[i])
+    labels = clusters([documents.texts[i] for i in unique], progress)
+    # Of a cluster, `unique` holds the lowest hash first, and labels name the lowest index.
+    share = mix(hashes[np.array(unique)][labels] if unique else np.zeros(0, np.uint64)) / 2.0**64
+    held_out = np.array([documents.sources[i] in documents.held_out for i in unique], dtype=bool)
+    touched = np.isin(labels, labels[held_out])
+    counts = {
+        "read": len(hashes),
+        "copies_dropped": len(hashes) - len(unique),
+        "near_duplicates": int(len(labels) - len(np.unique(labels))),
+        "near_held_out_dropped": int((touched & ~held_out).sum()),
+    }
+    needed = ("validation",) if held_out.any() else ("test", "validation")
+    lot = np.unique(labels[~touched])
+    if len(lot) <= len(needed):
+        raise ConfigError(
+            f"corpus={config.corpus} has {len(unique)} different documents in {len(lot)} groups of near-duplicates; "
+            f"train, validation and test need {len(needed) + 1} groups at least; give more text"
+        )
+    lot = lot[np.argsort(share[lot], kind="stable")]
+    split_of = {int(label): "train" for label in lot}
+    begin = 0
+    for number, name in enumerate(needed, start=1):
+        end = int(np.searchsorted(share[lot], HELD_OUT_SHARE * number))
+        # A small corpus may have no cluster there: then the next one serves. The train split keeps one in any case.
+        end = min(max(end, begin + 1), len(lot) - 1 - (len(needed) - number))
+        split_of.update((int(label), name) for label in lot[begin:end])
+        begin = end
+    assignment: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for position, index in enumerate(unique):
+        if held_out[position]:
+            assignment["test"].append(index)
+        elif not touched[position]:
+            assignment[split_of[int(labels[position])]].append(index)
+    return assignment, counts
+
+
+def take(
+    documents: sources.Documents, indices: list[int], assignment: dict[str, list[int]], max_bytes: int
+) -> list[int]:  # fmt: skip
+    """The first documents of a split until its share of max_bytes is reached: in proportion to the splits' sizes, at
+    least a twentieth, and one document at least. All of them where max_bytes is 0."""
+    if not max_bytes:
+        return indices
+    total = sum(len(documents.texts[i]) for split in assignment.values() for i in split)
+    sizes = np.array([len(documents.texts[i]) for i in indices])
+    budget = max_bytes * max(sizes.sum() / total, 0.05)
+    return indices[: int(np.searchsorted(np.cumsum(sizes), budget)) + 1]
+
+
+def _tokenise(
+    documents: sources.Documents, indices: list[int], tokenizer: Tokenizer, bar: Any
+) -> dict[str, NDArray[Any]]:  # fmt: skip
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    parts: list[NDArray[Any]] = []
+    lengths = []
+    bos, eos = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos], dtype)
+    for start in range(0, len(indices), BATCH):
+        for ids in tokenizer.encode([documents.texts[i] for i in indices[start : start + BATCH]]):
+            parts += [bos, ids.astype(dtype), eos]
+            lengths.append(len(ids) + 2)
+        bar.update(len(indices[start : start + BATCH]))
+    return {
+        "tokens": np.concatenate(parts),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "source_ids": np.array([documents.sources[i] for i in indices], dtype=np.int32),
+        "byte_lengths": np.array([len(documents.texts[i]) for i in indices], dtype=np.int64),
+    }
+
+
+# --- bundles ---------------------------------------------------------------------------------------------------------
+
+
+def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int = 55 * 2**20) -> dict[str, int]:
+    """Put the tokens that `configs` need into a folder for machines without a network; returns sizes in bytes by name.
+
+    Arrays are compressed; reading needs numpy alone (and `tokenizers` to turn BPE ids into text). ConfigError, and
+    nothing left behind, where the bundle would be larger than limit_bytes.
+    """
+    folder = Path(folder)
+    if (folder / BUNDLE).exists() is False and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} exists and is not a bundle; give an empty or new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
+    try:
+        entries: list[dict[str, Any]] = []
+        sizes: dict[str, int] = {}
+        for config in configs:
+            if any(entry["request"] == _request(config) for entry in entries):
+                continue
+            corpus = load_corpus(config)
+            name = f"{len(entries)}-{_slug(config)}"
+            (temporary / name).mkdir()
+            arrays = {f"{split}.{key}": getattr(corpus.split(split), key) for split in SPLITS for key in ARRAYS}
+            np.savez_compressed(temporary / name / "tokens.npz", token_bytes=corpus.token_bytes(), **arrays)
+            corpus.tokenizer.save(temporary / name)
+            (temporary / name / "meta.json").write_text(json.dumps(corpus.meta, indent=1, sort_keys=True))
+            files = {
+                str(path.relative_to(temporary)): _file_hash(path)
+                for path in sorted((temporary / name).rglob("*"))
+                if path.is_file()
+            }
+            sizes[name] = sum((temporary / file).stat().st_size for file in files)
+            entries.append({"request": _request(config), "folder": name, "files": files})
+        if sum(sizes.values()) > limit_bytes:
+            listed = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
+            raise ConfigError(
+                f"the bundle has {sum(sizes.values()) / 2**20:.1f} MiB, more than {limit_bytes / 2**20:.1f}: {listed}; "
+                "lower data.max_bytes of the largest"
+            )
+        (temporary / BUNDLE).write_text(json.dumps({"format": FORMAT, "entries": entries}, indent=1))
+        os.chmod(temporary, 0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        return sizes
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _from_bundle(config: Config) -> Corpus:
+    folder = Path(config.data.bundle)
+    again = "make it again with ./dev bundle"
+    try:
+        listing = json.loads((folder / BUNDLE).read_text())
+        entries, form = listing["entries"], listing["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"data.bundle={folder} is not a bundle ({type(error).__name__}: {error}); {again}") from error
+    if form != FORMAT:
+        raise ConfigError(f"data.bundle={folder} has format {form}, not {FORMAT}; {again}")
+    for entry in entries:
+        if entry["request"] == _request(config):
+            break
+    else:
+        there = "; ".join(", ".join(f"{key}={value}" for key, value in entry["request"].items()) for entry in entries)
+        wanted = ", ".join(f"{key}={value}" for key, value in _request(config).items())
+        raise ConfigError(f"data.bundle={folder} does not hold {wanted}; it holds {there}")
+    inner = folder / entry["folder"]
+    for name, digest in entry["files"].items():
+        path = folder / name
+        if not path.is_file() or _file_hash(path) != digest:
+            raise ConfigError(f"data.bundle={folder}: {name} is missing, cut or changed; copy it again, or {again}")
+    meta = json.loads((inner / "meta.json").read_text())
+    with np.load(inner / "tokens.npz") as arrays:
+        splits = {split: {key: arrays[f"{split}.{key}"] for key in ARRAYS} for split in SPLITS}
+        return _assemble(meta, splits, arrays["token_bytes"], inner)

@@ -1,0 +1,175 @@
+"""Rows -> batches: which rows a process sees at a step, and nothing else.
+
+The training order is a pure function of (seed, global sample index), so it does not depend on the number of processes
+or of loader workers, and a resumed run goes on with exactly the rows that come next.
+
+Letters: B rows in a batch, T position, N horizon, P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cpdlm.config import Config, ConfigError
+from cpdlm.data import windows
+from cpdlm.data.corpus import Corpus, TokenSplit
+
+# Keys that keep the draws of different purposes apart.
+_TRAINING, _VALIDATION, _PROMPTS, _SLOTS = 1, 2, 3, 4
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """A split, indexed by a list of rows: int64 tokens_BT, position_ids_BT, future_BTN, successors_BT (see `windows`)
+    and source_B, the source that most tokens of the row come from."""
+
+    def __init__(self, split: TokenSplit, context: int, horizon: int) -> None:
+        self.split, self.context, self.horizon = split, context, horizon
+        self.count = windows.row_count(len(split.tokens), context)
+
+    def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
+        rows_B = np.asarray(rows, dtype=np.int64)
+        arrays = windows.batch(self.split.tokens, self.split.offsets, rows_B, self.context, self.horizon)
+        arrays["source_B"] = windows.row_sources(self.split.offsets, self.split.source_ids, rows_B, self.context)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def training_rows(row_count: int, seed: int, first_sample: int, samples: int) -> list[int]:
+    """Rows of the global samples first_sample .. first_sample + samples - 1.
+
+    The stream is one permutation of all rows after another, each a pure function of (seed, epoch).
+    """
+    rows: list[int] = []
+    while len(rows) < samples:
+        epoch, begin = divmod(first_sample + len(rows), row_count)
+        order = _permutation(row_count, seed, epoch)
+        rows += order[begin : begin + samples - len(rows)].tolist()
+    return rows
+
+
+@lru_cache(maxsize=2)
+def _permutation(row_count: int, seed: int, epoch: int) -> windows.Ints:
+    return windows.hash_order(row_count, _TRAINING, seed, epoch)
+
+
+class TrainingOrder(Sampler[list[int]]):
+    """Endless micro-batches of one process: `accumulate` of them per optimiser step.
+
+    Step s takes the global samples s * batch_rows .. (s + 1) * batch_rows - 1; micro-batch m is their m-th part, and
+    process r of W takes the r-th part of it.
+    """
+
+    def __init__(
+        self, row_count: int, *, seed: int, batch_rows: int, accumulate: int = 1, rank: int = 0, world: int = 1,
+        start_step: int = 0,
+    ) -> None:  # fmt: skip
+        if batch_rows % (world * accumulate):
+            raise ConfigError(
+                f"data.batch_rows={batch_rows} does not divide into {world} processes x train.accumulate={accumulate}; "
+                f"try data.batch_rows={world * accumulate * max(1, round(batch_rows / (world * accumulate)))}"
+            )
+        self.row_count, self.seed, self.batch_rows, self.accumulate = row_count, seed, batch_rows, accumulate
+        self.rank, self.world, self.start_step = rank, world, start_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = self.batch_rows // (self.world * self.accumulate)
+        step = self.start_step
+        while True:
+            for micro in range(self.accumulate):
+                first = step * self.batch_rows + (micro * self.world + self.rank) * size
+                yield training_rows(self.row_count, self.seed, first, size)
+            step += 1
+
+
+class TokenDataModule(L.LightningDataModule):
+    """Batches of one config on one corpus. Rank, world size and step come from the trainer where there is one.
+
+    start_step: the optimiser step that train_dataloader() begins with when there is no trainer.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, *, start_step: int = 0) -> None:
+        super().__init__()
+        self.config, self.corpus, self.start_step = config, corpus, start_step
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Endless; begins with the batch of the trainer's global step, so call it after the step is restored."""
+        rank, world, step = self._place()
+        data, rows = self.config.data, self._rows("train")
+        order = TrainingOrder(
+            rows.count, seed=self.config.seed, batch_rows=data.batch_rows, accumulate=self.config.train.accumulate,
+            rank=rank, world=world, start_step=step,
+        )  # fmt: skip
+        return self._loader(rows, order)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """This process's share of the first `train.validation_rows` validation rows in hash order.
+
+        Every process gets as many batches, so that collective operations meet; their sizes may differ by one.
+        """
+        rank, world, _ = self._place()
+        rows = self._rows("validation")
+        chosen = windows.hash_order(rows.count, _VALIDATION)[: self.config.train.validation_rows]
+        if len(chosen) < world:
+            raise ConfigError(
+                f"train.validation_rows={self.config.train.validation_rows} of {rows.count} validation rows are fewer "
+                f"than the {world} processes; raise it, or lower devices or data.context"
+            )
+        size = self.config.data.batch_rows // self.config.train.accumulate
+        batches = np.array_split(chosen, min(-(-len(chosen) // size), len(chosen) // world))
+        return self._loader(rows, [np.array_split(batch, world)[rank].tolist() for batch in batches])
+
+    def test_batches(self, split: str = "test") -> DataLoader[dict[str, Tensor]]:
+        """All of `evaluate.rows` rows spread evenly over a split, in order, `evaluate.batch_rows` at a time."""
+        rows = self._rows(split)
+        count = min(self.config.evaluate.rows, rows.count)
+        chosen = (np.arange(count) * rows.count // count).tolist()
+        size = self.config.evaluate.batch_rows
+        return self._loader(rows, [chosen[start : start + size] for start in range(0, count, size)])
+
+    def prompts(self, split: str = "test") -> Tensor:
+        """(P, T) int64 ids: `decode.prompts` prompts of `decode.prompt_tokens` tokens, the same for every seed.
+
+        Documents are taken in an order given by a hash, one prompt from each as long as there are documents, at an
+        offset given by a hash; no two prompts share a position and none contains an end of document. ConfigError where
+        the split has too few.
+        """
+        chosen = self.corpus.split(split)
+        wanted, length = self.config.decode.prompts, self.config.decode.prompt_tokens
+        lengths = np.diff(chosen.offsets) - 1  # without eos
+        slots = lengths // length
+        if slots.sum() < wanted:
+            raise ConfigError(
+                f"decode.prompts={wanted} prompts of decode.prompt_tokens={length} tokens: the {split} split of "
+                f"corpus={self.config.corpus} has room for {slots.sum()}; lower one of them, or raise "
+                "data.max_bytes if it is set"
+            )
+        order = windows.hash_order(len(lengths), _PROMPTS)
+        starts: list[int] = []
+        turn = 0
+        while len(starts) < wanted:
+            for document in order[slots[order] > turn][: wanted - len(starts)].tolist():
+                free = int(lengths[document] - slots[document] * length)
+                shift = int(windows.mix(windows.mix(document) ^ windows.mix(_SLOTS))[0] % np.uint64(free + 1))
+                slot = int(windows.hash_order(int(slots[document]), _SLOTS, document)[turn])
+                starts.append(int(chosen.offsets[document]) + shift + slot * length)
+            turn += 1
+        return torch.from_numpy(chosen.tokens[np.array(starts)[:, None] + np.arange(length)].astype(np.int64))
+
+    def _rows(self, split: str) -> Rows:
+        return Rows(self.corpus.split(split), self.config.data.context, self.config.horizon)
+
+    def _loader(self, rows: Rows, order: Sampler[list[int]] | list[list[int]]) -> DataLoader[dict[str, Tensor]]:
+        workers = self.config.data.workers
+        return DataLoader(rows, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+
+    def _place(self) -> tuple[int, int, int]:
+        """Rank, world size, optimiser step."""
+        if self.trainer is None:
+            return 0, 1, self.start_step
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step

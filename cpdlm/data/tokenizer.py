@@ -1,0 +1,237 @@
+"""Text to ids and back behind one small interface: bytes, a BPE trained on the corpus, or a Hugging Face tokenizer.
+
+Documents are bytes throughout; only the tokenizers that need text decode them. A document is encoded without special
+tokens: [bos] and [eos] are put round it by the corpus. `token_bytes` says how many bytes of text each id stands for, so
+that bits per byte can be computed from ids alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpdlm.config import ConfigError
+
+END = "<|endoftext|>"
+TRAINING_BYTES = 8 * 2**20  # a BPE is trained on this much of the train split, documents in hash order
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project knows of a tokenizer."""
+
+    name: str  # as in data.tokenizer
+    vocab_size: int
+    bos: int
+    eos: int
+
+    def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
+        """Ids of each document, without bos and eos. ConfigError where a document is no text the tokenizer can read."""
+        ...
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
+        """The text of some ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """(V,) bytes of text behind each id; 0 for special tokens."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` needs."""
+        ...
+
+
+class BytesTokenizer:
+    """Ids 0..255 are bytes; 256 is <|endoftext|>, both bos and eos. Takes any bytes, UTF-8 or not."""
+
+    name = "bytes"
+    vocab_size = 257
+    bos = eos = 256
+
+    def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
+        return [np.frombuffer(_as_bytes(document), dtype=np.uint8) for document in documents]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
+        return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        return np.array([1] * 256 + [0])
+
+    def save(self, folder: Path) -> None:
+        """Nothing to keep."""
+
+
+class BpeTokenizer:
+    """Byte-level BPE. Its last id is <|endoftext|>, both bos and eos, kept outside the BPE itself so that the same
+    characters in a document stay ordinary text. `tokenizers` is imported when text is read or written, not before."""
+
+    FILE = "bpe.json"
+
+    def __init__(self, name: str, vocab_size: int, folder: Path | None = None, model: Any = None) -> None:
+        self.name, self.vocab_size, self._folder = name, vocab_size, folder
+        self.bos = self.eos = vocab_size - 1
+        if model is not None:
+            self._model = model
+
+    @cached_property
+    def _model(self) -> Any:
+        assert self._folder is not None
+        from tokenizers import Tokenizer as Model
+
+        return Model.from_file(str(self._folder / self.FILE))
+
+    @classmethod
+    def train(cls, name: str, documents: Sequence[bytes], progress: bool = True) -> BpeTokenizer:
+        """name: bpe:SIZE, SIZE counting <|endoftext|>. Fewer ids (and a warning) where the text yields fewer merges."""
+        from tokenizers import Tokenizer as Model
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        size = int(name.partition(":")[2])
+        model = Model(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size - 1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=progress
+        )
+        sizes = np.cumsum([len(document) for document in documents])
+        model.train_from_iterator(_texts(documents[: int((sizes <= TRAINING_BYTES).sum()) or 1], name), trainer)
+        if model.get_vocab_size() < size - 1:
+            warnings.warn(f"{name}: the corpus yields only {model.get_vocab_size() + 1} tokens", stacklevel=2)
+        return cls(name, model.get_vocab_size() + 1, model=model)
+
+    def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
+        encoded = self._model.encode_batch(_texts(documents, self.name), add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.int64) for one in encoded]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
+        text: str = self._model.decode([int(i) for i in ids if int(i) != self.eos])
+        return text
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        # In the byte-level alphabet one character stands for one byte.
+        lengths = [len(self._model.id_to_token(i)) for i in range(self.vocab_size - 1)]
+        return np.array([*lengths, 0])
+
+    def save(self, folder: Path) -> None:
+        self._model.save(str(folder / self.FILE))
+
+
+class HubTokenizer:
+    """A Hugging Face tokenizer with an end-of-sequence token; bos is its own, or eos where it has none."""
+
+    FOLDER = "hf"
+
+    def __init__(self, name: str, source: str | Path) -> None:
+        self.name = name
+        try:
+            from transformers import AutoTokenizer
+
+            self._model = AutoTokenizer.from_pretrained(str(source))
+        except Exception as error:  # the hub, the file system and the tokenizer classes all raise their own
+            reason = (str(error).splitlines() or [""])[0]
+            raise ConfigError(
+                f"data.tokenizer={name} cannot be loaded ({type(error).__name__}: {reason}). "
+                "Give a Hugging Face name or a local folder (hf:./folder), or type data.tokenizer=bpe:8192 or bytes"
+            ) from error
+        if self._model.eos_token_id is None:
+            raise ConfigError(
+                f"data.tokenizer={name} has no end-of-sequence token, which separates documents; type "
+                "data.tokenizer=bpe:8192 or bytes"
+            )
+        self.vocab_size = len(self._model)
+        self.eos = int(self._model.eos_token_id)
+        self.bos = self.eos if self._model.bos_token_id is None else int(self._model.bos_token_id)
+
+    def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
+        encoded = self._model(
+            _texts(documents, self.name), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        return [np.array(ids, dtype=np.int64) for ids in encoded]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
+        return str(self._model.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        alphabet, special = set(bytes_to_unicode().values()), set(self._model.all_special_ids)
+        tokens = self._model.convert_ids_to_tokens(list(range(self.vocab_size)))
+        # The space of a byte-level vocabulary is written U+0120, that of a sentencepiece one U+2581.
+        marks = ["".join(token or "" for token in tokens).count(mark) for mark in ("\u0120", "\u2581")]
+        byte_level = marks[0] > marks[1]
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for index, token in enumerate(tokens):
+            if token is None or index in special:
+                continue
+            if byte_level and set(token) <= alphabet:
+                lengths[index] = len(token)
+            elif len(token) == 6 and token.startswith("<0x"):
+                lengths[index] = 1
+            else:
+                lengths[index] = len(token.replace("\u2581", " ").encode())
+        return lengths
+
+    def save(self, folder: Path) -> None:
+        self._model.save_pretrained(str(folder / self.FOLDER))
+
+
+class SavedTokenizer:
+    """A tokenizer in a token cache or bundle: ids need only numpy; text loads the real one at the first call."""
+
+    def __init__(
+        self, name: str, vocab_size: int, bos: int, eos: int, folder: Path, token_bytes: NDArray[np.int64]
+    ) -> None:  # fmt: skip
+        self.name, self.vocab_size, self.bos, self.eos = name, vocab_size, bos, eos
+        self._folder, self._token_bytes = folder, token_bytes
+
+    @cached_property
+    def _real(self) -> Tokenizer:
+        kind = self.name.partition(":")[0]
+        if kind == "bytes":
+            return BytesTokenizer()
+        if kind == "bpe":
+            return BpeTokenizer(self.name, self.vocab_size, self._folder)
+        return HubTokenizer(self.name, self._folder / HubTokenizer.FOLDER)
+
+    def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
+        return self._real.encode(documents)
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
+        return self._real.decode(ids)
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        return self._token_bytes
+
+    def save(self, folder: Path) -> None:
+        self._real.save(folder)
+
+
+def build_tokenizer(name: str, train_documents: Sequence[bytes], progress: bool = True) -> Tokenizer:
+    """The tokenizer that data.tokenizer names; a BPE is trained on the given documents. Raises as the classes say."""
+    kind, _, rest = name.partition(":")
+    if kind == "bytes":
+        return BytesTokenizer()
+    if kind == "bpe":
+        return BpeTokenizer.train(name, train_documents, progress)
+    return HubTokenizer(name, rest)
+
+
+def _as_bytes(document: bytes | str) -> bytes:
+    return document.encode() if isinstance(document, str) else document
+
+
+def _texts(documents: Sequence[bytes | str], name: str) -> list[str]:
+    try:
+        return [document if isinstance(document, str) else document.decode() for document in documents]
+    except UnicodeDecodeError as error:
+        start = error.object[max(0, error.start - 20) : error.start + 8]
+        raise ConfigError(
+            f"data.tokenizer={name} needs UTF-8 text, and a document of the corpus is not (byte {error.start}, near "
+            f"{start!r}); type data.tokenizer=bytes, or convert the file"
+        ) from error

@@ -1,0 +1,63 @@
+"""The acceptance test: which drafts are kept, and which token follows them. It sees probabilities, never models.
+
+Rejection sampling of one token (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318): draft d ~ q, keep it
+with probability min(1, p(d)/q(d)), otherwise emit a draw of norm(max(0, p - q)). The emitted token has law p, provided
+that q is the law from which d was drawn, given the drafts before it.
+
+Letters: B batch, K drafts in the window (horizon - 1 or fewer, may be 0), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cpdlm.decoding.filtering import draw
+
+
+def residual(target: Tensor, draft: Tensor) -> Tensor:
+    """Unnormalised norm(max(0, p - q)) (..., V); p itself where the difference is nothing but rounding.
+
+    A draft law of NaN gives p: its token was never kept, so that p is right.
+    """
+    excess = (target - draft).clamp(min=0)
+    return torch.where(excess.sum(dim=-1, keepdim=True) > 0, excess, target)
+
+
+def verify(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (accepted_B, next_B): how many drafts are kept, and the token after them (V: the target is no law there).
+
+    target_BSV: the filtered target at the S = K+1 positions: row k is the law of draft k, the last row that of the token
+    after them all. draft_BKV: the law from which each draft was drawn, given those before it. uniforms_BS: float64 in
+    [0, 1): K tests and one draw. With K = 0 this is plain sampling.
+    """
+    drafts = tokens_BK.shape[1]
+    if drafts == 0:
+        return torch.zeros_like(uniforms_BS[:, 0], dtype=torch.long), draw(target_BSV[:, 0], uniforms_BS[:, 0])
+    index_BK1 = tokens_BK.unsqueeze(-1)
+    p_BK = target_BSV[:, :drafts].gather(-1, index_BK1).squeeze(-1)
+    q_BK = draft_BKV.gather(-1, index_BK1).squeeze(-1)
+    # U < p/q without the division; NaN on either side compares false, that is, rejects.
+    accepted_B = (uniforms_BS[:, :drafts] * q_BK < p_BK).long().cumprod(dim=-1).sum(dim=-1)
+    stop_B11 = accepted_B[:, None, None]
+    target_BV = target_BSV.take_along_dim(stop_B11, dim=1).squeeze(1)
+    draft_BV = draft_BKV.take_along_dim(stop_B11.clamp(max=drafts - 1), dim=1).squeeze(1)
+    rejected_B1 = (accepted_B < drafts).unsqueeze(-1)
+    law_BV = torch.where(rejected_B1, residual(target_BV, draft_BV), target_BV)
+    return accepted_B, draw(law_BV, uniforms_BS[:, drafts])
+
+
+def verify_greedy(target_BSV: Tensor, tokens_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """`verify` at temperature 0: drafts are kept while each is the target's argmax, which is also what follows them.
+
+    target_BSV: log-probabilities or any scores that rank alike.
+    """
+    vocabulary, drafts = target_BSV.shape[-1], tokens_BK.shape[1]
+    value_BS, best_BS = target_BSV.max(dim=-1)
+    best_BS = best_BS.masked_fill(~(value_BS > -math.inf), vocabulary)  # no draft equals V: NaN rejects
+    if drafts == 0:
+        return torch.zeros_like(best_BS[:, 0]), best_BS[:, 0]
+    accepted_B = (best_BS[:, :drafts] == tokens_BK).long().cumprod(dim=-1).sum(dim=-1)
+    return accepted_B, best_BS.gather(1, accepted_B.unsqueeze(-1)).squeeze(-1)

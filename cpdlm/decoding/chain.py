@@ -1,0 +1,83 @@
+"""Chain drafts: one token after another from the mixture's conditionals, with the law each was drawn from.
+
+The conditional of draft k is the mixture with posterior weights, q_k = sum_a w_a(d_1..d_{k-1}) p_a^(k). It is what the
+acceptance test must use, whatever way the tokens were drawn. Filters act on these conditionals: filtering the
+components would be another joint. The loop runs over the K depths at most, never over components or vocabulary, and in
+probabilities rather than logs: one `exp` of the factors and one matrix product per depth instead of a log-sum-exp.
+
+Letters: B batch, K drafts, R rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpdlm.decoding.filtering import Sampling, draw, filtered
+from cpdlm.model.joint import Joint
+
+
+def greedy_chain(joint: Joint, count: int) -> Tensor:
+    """Drafts (B, K): the argmax of each conditional in turn. joint: batch (B,), at least `count` factors."""
+    if joint.rank == 1:
+        return joint.log_factors_NRV[:, :count, 0].argmax(dim=-1)
+    weights_B1R, factors_BKRV = _probabilities(joint, count)
+    tokens: list[Tensor] = []
+    for k in range(count):
+        token_B11 = (weights_B1R @ factors_BKRV[:, k]).argmax(dim=-1, keepdim=True)
+        tokens.append(token_B11[:, :, 0])
+        if k + 1 < count:
+            weights_B1R = _posterior(weights_B1R, factors_BKRV[:, k], token_B11)
+    return torch.cat(tokens, dim=1)
+
+
+def sampled_chain(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (tokens_BK, laws_BKV): drafts, and the law from which each was drawn given those before it.
+
+    uniforms_BS: (B, K+1) float64 in [0, 1). Where nothing is filtered the component is drawn first and then all tokens
+    at once, which is equal in law to the chain; the laws returned are the mixture's conditionals all the same.
+    """
+    if joint.rank == 1:
+        laws_BKV = filtered(joint.log_factors_NRV[:, :count, 0], sampling)
+        return _draw_draft(laws_BKV, uniforms_BS[:, :count]), laws_BKV
+    if sampling.plain:
+        return _component_first(joint, count, uniforms_BS)
+    weights_B1R, factors_BKRV = _probabilities(joint, count)
+    tokens: list[Tensor] = []
+    laws: list[Tensor] = []
+    for k in range(count):
+        law_B1V = filtered((weights_B1R @ factors_BKRV[:, k]).log(), sampling)
+        token_B1 = _draw_draft(law_B1V, uniforms_BS[:, k : k + 1])
+        tokens.append(token_B1)
+        laws.append(law_B1V)
+        if k + 1 < count:
+            weights_B1R = _posterior(weights_B1R, factors_BKRV[:, k], token_B1.unsqueeze(-1))
+    return torch.cat(tokens, dim=1), torch.cat(laws, dim=1)
+
+
+def _component_first(joint: Joint, count: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
+    log_factors_BKRV = joint.log_factors_NRV[:, :count]
+    factors_BKRV = log_factors_BKRV.exp()
+    component_B = _draw_draft(joint.log_weights_R.exp(), uniforms_BS[:, 0])
+    drawn_BKV = factors_BKRV.take_along_dim(component_B[:, None, None, None], dim=2).squeeze(2)
+    tokens_BK = _draw_draft(drawn_BKV, uniforms_BS[:, 1 : count + 1])
+    before_BKR = joint.log_weights_R.unsqueeze(1)
+    if count > 1:
+        seen_BKR = log_factors_BKRV[:, :-1].take_along_dim(tokens_BK[:, :-1, None, None], dim=3).squeeze(3)
+        before_BKR = torch.cat([before_BKR, before_BKR + seen_BKR.cumsum(dim=1)], dim=1)
+    posterior_BK1R = before_BKR.softmax(dim=-1).unsqueeze(2)
+    return tokens_BK, (posterior_BK1R @ factors_BKRV).squeeze(2)
+
+
+def _probabilities(joint: Joint, count: int) -> tuple[Tensor, Tensor]:
+    return joint.log_weights_R.exp().unsqueeze(1), joint.log_factors_NRV[:, :count].exp()
+
+
+def _posterior(weights_B1R: Tensor, factors_BRV: Tensor, token_B11: Tensor) -> Tensor:
+    weights_B1R = weights_B1R * factors_BRV.take_along_dim(token_B11, dim=2).transpose(1, 2)
+    return weights_B1R / weights_B1R.sum(dim=-1, keepdim=True)
+
+
+def _draw_draft(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """A draw that stays in the vocabulary where the draft law is broken (NaN): such a draft is always rejected."""
+    return draw(probs, uniforms).clamp(max=probs.shape[-1] - 1)

@@ -1,0 +1,1 @@
+"""What a trained model is worth: likelihood, acceptance of its drafts, and time."""

@@ -1,0 +1,325 @@
+"""The speed protocol: decoders that are compared run side by side, in one process, on the same prompts.
+
+Every repeat runs, prompt after prompt, plain decoding, each cell's speculative decoding and Hugging Face's generate on
+the same weights, and the order of the contenders rotates from repeat to repeat, so that a slow minute of the machine
+falls on all alike. Ratios are taken within a repeat; their median and a bootstrap interval over repeats are reported.
+Tokens are counted from the ids, passes by a hook on the trunk. All run for the same number of tokens (no end-of-sequence
+stop), with the same seed per (prompt, repeat). The time split comes from a separate repeat with synchronising timers.
+
+Letters: P prompts, T position, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from cpdlm.decoding import Decoded, Sampling, decode
+from cpdlm.evaluation.drafting import RESAMPLES, acceptance
+from cpdlm.model.language_model import LanguageModel
+
+PARTS = ("prefill", "draft", "trunk", "verify", "other")
+Generate = Callable[[Tensor, int, Sampling, int], list[int]]
+
+
+class PassCounter:
+    """Passes of a trunk since the hook was set."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self.count += 1
+
+
+@contextmanager
+def count_passes(model: LanguageModel) -> Iterator[PassCounter]:
+    """Counts passes by a forward hook on the trunk's body: a count that the decoding loop has no hand in."""
+    counter = PassCounter()
+    hook = model.trunk.body.register_forward_hook(counter)
+    try:
+        yield counter
+    finally:
+        hook.remove()
+
+
+class Clock:
+    """Seconds per part; `decode` calls it at the end of each stretch of work. Synchronises on CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.last = self.now()
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = self.now()
+        self.seconds[part] += now - self.last
+        self.last = now
+
+
+def hugging_face(model: LanguageModel) -> Generate | None:
+    """Hugging Face's generate on the model's own trunk and unembedding (shared, not copied).
+
+    None where the target is not softmax(U h), so that no Hugging Face model has this law (own target, untied). The
+    result is (prompt_T, new tokens, sampling, seed) -> ids; the global generator, which generate uses, is restored.
+    """
+    if not (model.first_is_tied or model.common_target):
+        return None
+    body = model.trunk.body
+    with torch.device("meta"):  # the shell's own weights are never made
+        shell = AutoModelForCausalLM.from_config(body.config)
+    setattr(shell, shell.base_model_prefix, body)
+    shell.get_output_embeddings().weight = model.unembedding.weight
+    shell.eval()
+
+    def generate(prompt_T: Tensor, new_tokens: int, sampling: Sampling, seed: int) -> list[int]:
+        choice: dict[str, Any] = {"do_sample": False}
+        if not sampling.greedy:
+            choice = {
+                "do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p
+            }  # fmt: skip
+        settings = GenerationConfig(
+            max_new_tokens=new_tokens, min_new_tokens=None, eos_token_id=None, pad_token_id=0, use_cache=True, **choice
+        )
+        shell.generation_config = settings
+        devices = [prompt_T.device] if prompt_T.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            text_1T = shell.generate(prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), generation_config=settings)
+        ids: list[int] = text_1T[0, len(prompt_T) :].tolist()
+        return ids
+
+    return generate
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender's repeats: seconds and tokens of each, and, of ours, what was decoded per prompt."""
+
+    seconds: list[float]
+    tokens: list[int]
+    decoded: list[list[Decoded]]
+
+    def rates(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.asarray(self.tokens, dtype=np.float64) / np.asarray(self.seconds, dtype=np.float64)
+
+
+def measure(
+    models: Mapping[str, LanguageModel],
+    prompts_PT: Tensor,
+    new_tokens: int,
+    sampling: Sampling,
+    *,
+    repeats: int = 5,
+    warmups: int = 3,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The record's `modes` entry of each cell, measured side by side: {name: mode}.
+
+    models: cells by name, in evaluation mode, all on the prompts' device; horizon 2 or more. Cells on one frozen trunk
+    share one plain decoder and one generate. prompts_PT: (P, T) ids. A warm-up decodes the first prompt with every
+    contender. "speedup_over_rank1" compares with the group's first rank-1 cell of the same horizon (null for itself and
+    where there is none). Tokens and passes are summed over repeats. Times in seconds or ms as named.
+
+    Raises ValueError on an empty group or a cell without drafts.
+    """
+    if not models:
+        raise ValueError("no cell to measure; pass at least one model")
+    for name, model in models.items():
+        if model.horizon < 2:
+            raise ValueError(f"cell {name} has horizon {model.horizon} and drafts nothing; measure cells of horizon 2 or more")
+    say = progress or (lambda line: None)
+    shared = _shared_plain(models)
+    contenders: dict[tuple[str, str], Callable[[Tensor, int], Decoded | list[int]]] = {}
+    for name, model in models.items():
+        if shared[name] == name:
+            contenders["plain", name] = _ours(model, new_tokens, sampling, draft=False)
+            generate = hugging_face(model)
+            if generate is not None:
+                contenders["generate", name] = _theirs(generate, new_tokens, sampling)
+        contenders["speculative", name] = _ours(model, new_tokens, sampling, draft=True)
+    timings = _run(contenders, models, prompts_PT, repeats, warmups, seed, say)
+    rank_one: dict[int, str] = {}
+    for name, model in models.items():
+        if model.rank == 1:
+            rank_one.setdefault(model.horizon, name)
+    modes = {}
+    for name, model in models.items():
+        say(f"{name}: time split")
+        modes[name] = _mode(
+            model, prompts_PT, new_tokens, sampling, repeats, seed,
+            plain=timings["plain", shared[name]],
+            speculative=timings["speculative", name],
+            generate=timings.get(("generate", shared[name])),
+            rank_one=timings["speculative", rank_one[model.horizon]]
+            if rank_one.get(model.horizon, name) != name
+            else None,
+        )  # fmt: skip
+    return modes
+
+
+def _mode(
+    model: LanguageModel, prompts_PT: Tensor, new_tokens: int, sampling: Sampling, repeats: int, seed: int, *,
+    plain: Timing, speculative: Timing, generate: Timing | None, rank_one: Timing | None,
+) -> dict[str, Any]:  # fmt: skip
+    statistics = acceptance(speculative.decoded, model.horizon, seed)
+    speedup = _ratio(speculative, plain, seed)
+    one, window = pass_milliseconds(model, prompts_PT, new_tokens)
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "prompts": len(prompts_PT),
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        **statistics,
+        "tokens_per_second": {
+            "plain": float(np.median(plain.rates())),
+            "speculative": float(np.median(speculative.rates())),
+            "generate": float(np.median(generate.rates())) if generate is not None else None,
+        },
+        "speedup": speedup,
+        "speedup_over_rank1": _ratio(speculative, rank_one, seed) if rank_one is not None else None,
+        "plain_over_generate": _ratio(plain, generate, seed) if generate is not None else None,
+        "conversion": speedup["median"] / statistics["tokens_per_pass"]["mean"],
+        "conversion_limit": one / window,
+        "t1_ms": one,
+        "tn_ms": window,
+        "seconds_by_part": seconds_by_part(model, prompts_PT, new_tokens, sampling, seed),
+        "repeat_seconds": {"plain": plain.seconds, "speculative": speculative.seconds},
+    }
+
+
+def seconds_by_part(
+    model: LanguageModel, prompts_PT: Tensor, new_tokens: int, sampling: Sampling, seed: int = 0
+) -> dict[str, float]:
+    """Seconds of one repeat over all prompts, by part. Timers synchronise, so that the sum may exceed an untimed run.
+
+    trunk: hidden states. verify: the target's law (output layer; eq. 11 where that is the target) and the acceptance test.
+    """
+    total = dict.fromkeys(PARTS, 0.0)
+    for index, prompt_T in enumerate(prompts_PT):
+        clock = Clock(prompt_T.device)
+        decode(model, prompt_T, new_tokens, sampling, _generator(prompt_T, seed, index, 0), clock=clock)
+        for part, seconds in clock.seconds.items():
+            total[part] += seconds
+    return total
+
+
+@torch.inference_mode()
+def pass_milliseconds(model: LanguageModel, prompts_PT: Tensor, new_tokens: int, times: int = 30) -> tuple[float, float]:
+    """Median ms of the target (trunk through the cache, and output law) for 1 token and for `horizon` tokens.
+
+    Behind a text of half the new tokens, alternating, after warm-up; the rollback of the cache is not timed.
+    """
+    device, horizon = prompts_PT.device, model.horizon
+    row_T = prompts_PT.flatten()
+    length = min(prompts_PT.shape[1] + new_tokens // 2, model.context - horizon)
+    text_T = row_T.repeat(-(-(length + horizon) // len(row_T)))[: length + horizon]
+    cache = model.new_cache()
+    model.hidden(text_T[None, :length], cache=cache)
+    clock = Clock(device)
+    taken: dict[int, list[float]] = {1: [], horizon: []}
+    for _ in range(times + 5):
+        for count, seconds in taken.items():
+            start = clock.now()
+            model.target_log_probs(model.hidden(text_T[None, length : length + count], cache=cache))
+            seconds.append(clock.now() - start)
+            cache.crop(-count)
+    one, window = (float(np.median(taken[count][5:])) * 1e3 for count in (1, horizon))
+    return one, window
+
+
+def _run(
+    contenders: Mapping[tuple[str, str], Callable[[Tensor, int], Decoded | list[int]]],
+    models: Mapping[str, LanguageModel], prompts_PT: Tensor, repeats: int, warmups: int, seed: int,
+    say: Callable[[str], None],
+) -> dict[tuple[str, str], Timing]:  # fmt: skip
+    for warmup in range(warmups):
+        say(f"warm-up {warmup + 1}/{warmups}")
+        for contender in contenders.values():
+            contender(prompts_PT[0], seed)
+    timings = {key: Timing([], [], [[] for _ in prompts_PT]) for key in contenders}
+    clock = Clock(prompts_PT.device)
+    order = list(contenders)
+    for repeat in range(repeats):
+        say(f"repeat {repeat + 1}/{repeats}")
+        spent, written = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0)
+        for index, prompt_T in enumerate(prompts_PT):
+            turn = (repeat + index) % len(order)
+            for key in order[turn:] + order[:turn]:
+                with count_passes(models[key[1]]) as passes:
+                    start = clock.now()
+                    result = contenders[key](prompt_T, _seed(seed, index, repeat))
+                    spent[key] += clock.now() - start
+                if isinstance(result, Decoded):
+                    assert passes.count == result.passes, f"{key}: the hook saw {passes.count} passes, the loop {result.passes}"
+                    timings[key].decoded[index].append(result)
+                written[key] += len(result.tokens if isinstance(result, Decoded) else result)
+        for key in order:
+            timings[key].seconds.append(spent[key])
+            timings[key].tokens.append(written[key])
+    return timings
+
+
+def _shared_plain(models: Mapping[str, LanguageModel]) -> dict[str, str]:
+    """Cell -> the cell whose plain decoder stands for it: the first with the very same target and weights."""
+    shared: dict[str, str] = {}
+    for name, model in models.items():
+        same = (first for first in shared.values() if _same_target(models[first], model))
+        shared[name] = next(same, name)
+    return shared
+
+
+def _same_target(one: LanguageModel, other: LanguageModel) -> bool:
+    if not (one.common_target and other.common_target):
+        return one is other
+    weights, others = (
+        [*model.trunk.body.state_dict().values(), model.unembedding.weight] for model in (one, other)
+    )
+    return len(weights) == len(others) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(weights, others, strict=True)
+    )
+
+
+def _ours(model: LanguageModel, new_tokens: int, sampling: Sampling, draft: bool) -> Callable[[Tensor, int], Decoded]:
+    def run(prompt_T: Tensor, seed: int) -> Decoded:
+        generator = torch.Generator(prompt_T.device).manual_seed(seed)
+        return decode(model, prompt_T, new_tokens, sampling, generator, draft=draft)
+
+    return run
+
+
+def _theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Callable[[Tensor, int], list[int]]:
+    return lambda prompt_T, seed: generate(prompt_T, new_tokens, sampling, seed)
+
+
+def _seed(seed: int, index: int, repeat: int) -> int:
+    return (seed * 1_000_003 + index) * 1009 + repeat
+
+
+def _generator(prompt_T: Tensor, seed: int, index: int, repeat: int) -> torch.Generator:
+    return torch.Generator(prompt_T.device).manual_seed(_seed(seed, index, repeat))
+
+
+def _ratio(top: Timing, bottom: Timing, seed: int) -> dict[str, float]:
+    """{"median", "low", "high"} of tokens/s ratios taken repeat by repeat; 95 % bootstrap of the median over repeats."""
+    ratios = top.rates() / bottom.rates()
+    picks = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
+    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
+

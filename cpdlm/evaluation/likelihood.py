@@ -1,0 +1,142 @@
+"""Held-out likelihoods: the joint, its chain-rule terms, the first token, and bits per byte.
+
+The joint and its terms are averaged over positions with all n successors; bits per byte is of the target law (what
+decoding writes) over every token with a predecessor in its document.
+
+Letters: B batch, T position, P positions picked, N horizon, R rank, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpdlm.model.joint import log_normalise
+from cpdlm.model.language_model import LanguageModel
+
+CHUNK_BYTES = 64 * 2**20
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel, batches: Iterable[dict[str, Tensor]], token_bytes_V: np.ndarray, source_names: list[str],
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """The record's `likelihood` entry, in nats (and bits per byte).
+
+    batches: as the data module's, one row per sequence, with `source_B` (index into source_names). token_bytes_V: how
+    many bytes of text each token stands for (0 for special tokens).
+    """
+    model = model.to(device).eval()
+    bytes_V = torch.as_tensor(token_bytes_V, dtype=torch.float64)
+    rows: list[dict[str, Any]] = []
+    weights_R = torch.zeros(model.rank, dtype=torch.float64)
+    entropy = 0.0
+    for batch in batches:
+        hidden_BTD = model.hidden(batch["tokens_BT"].to(device), batch["position_ids_BT"].to(device))
+        for row in range(len(hidden_BTD)):
+            successors_T, future_TN = batch["successors_BT"][row], batch["future_BTN"][row]
+            hidden_TD = hidden_BTD[row]
+            exists_T = successors_T > 0
+            token_P = future_TN[exists_T][:, 0]
+            target_P = _gathered(model.target_log_probs(hidden_TD[exists_T.to(device)]), token_P.to(device))
+            whole_T = successors_T >= model.horizon
+            terms_PN, log_weights_PR = position_terms(model, hidden_TD[whole_T.to(device)], future_TN[whole_T].to(device))
+            weights_PR = log_weights_PR.double().exp().cpu()
+            weights_R += weights_PR.sum(dim=0)
+            entropy += float(-(weights_PR * log_weights_PR.double().cpu()).sum())
+            rows.append(
+                {
+                    "source": int(batch["source_B"][row]) if "source_B" in batch else 0,
+                    "terms": -terms_PN.double().sum(dim=0).cpu().numpy(),
+                    "positions": int(whole_T.sum()),
+                    "target": -float(target_P.double().sum()),
+                    "bytes": float(bytes_V[token_P].sum()),
+                }
+            )
+    positions = sum(row["positions"] for row in rows)
+    if not positions:
+        raise ValueError(f"no test position has all {model.horizon} successors: the documents are too short")
+    mean_R = (weights_R / positions).clamp_min(1e-12)
+    joint = [row["terms"].sum() for row in rows]
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["positions"]:
+            by_source.setdefault(source_names[row["source"]], []).append(row)
+    return {
+        "split": "test",
+        "rows": len(rows),
+        "positions": positions,
+        "joint_nll": _ratio(joint, [row["positions"] for row in rows]),
+        "position_nll": [
+            _ratio([row["terms"][k] for row in rows], [row["positions"] for row in rows]) for k in range(model.horizon)
+        ],
+        "first_token_nll": _ratio([row["terms"][0] for row in rows], [row["positions"] for row in rows]),
+        "bits_per_byte": _bits_per_byte(rows),
+        "per_source": {name: _of_source(mine) for name, mine in by_source.items()},
+        # Row by row, so that two models can be compared on the same rows.
+        "per_row": {
+            "positions": [row["positions"] for row in rows],
+            "joint_nll": [round(float(value), 3) for value in joint],
+            "first_token_nll": [round(float(row["terms"][0]), 3) for row in rows],
+        },
+        "weights": {
+            "entropy_mean": entropy / positions,
+            "effective": float(torch.exp(-(mean_R * mean_R.log()).sum())),
+            "dead": int((mean_R < 0.1 / model.rank).sum()),
+            "mean": [float(value) for value in mean_R],
+        },
+    }
+
+
+@torch.no_grad()
+def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -> tuple[Tensor, Tensor]:
+    """Chain-rule log-probabilities (P, N), which sum to the joint's, and the gate's log-weights (P, R)."""
+    if model.heads is None:
+        certain_PR = torch.zeros(len(hidden_PD), 1, device=hidden_PD.device)
+        return _gathered(model.next_token_log_probs(hidden_PD), future_PN[:, 0]).unsqueeze(-1), certain_PR
+    terms, gates = [], []
+    chunk = max(1, CHUNK_BYTES // (4 * model.horizon * model.rank * model.vocab_size))
+    for start in range(0, max(1, len(hidden_PD)), chunk):
+        part_PD, future_CN = hidden_PD[start : start + chunk], future_PN[start : start + chunk]
+        joint = model.joint(part_PD, future_CN[:, 0])
+        gates.append(joint.log_weights_R)
+        if model.first_is_tied:
+            first_C1 = _gathered(model.next_token_log_probs(part_PD), future_CN[:, 0]).unsqueeze(-1)
+            terms.append(torch.cat([first_C1, joint.chain(future_CN[:, 1:])], dim=-1))
+        else:
+            terms.append(joint.chain(future_CN))
+    return torch.cat(terms), torch.cat(gates)
+
+
+def _gathered(log_probs_PV: Tensor, token_P: Tensor) -> Tensor:
+    return log_normalise(log_probs_PV).gather(-1, token_P.unsqueeze(-1)).squeeze(-1)
+
+
+def _ratio(sums: list[float], counts: list[int]) -> dict[str, float]:
+    """Total over count, with the standard error of that ratio over rows (rows are what is independent)."""
+    total, count = float(np.sum(sums)), float(np.sum(counts))
+    mean = total / count
+    deviations = np.asarray(sums) - mean * np.asarray(counts)
+    rows = len(sums)
+    sem = math.sqrt(rows / max(1, rows - 1) * float((deviations**2).sum())) / count
+    return {"mean": mean, "sem": sem}
+
+
+def _of_source(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    counts = [row["positions"] for row in rows]
+    return {
+        "joint_nll": _ratio([row["terms"].sum() for row in rows], counts)["mean"],
+        "bits_per_byte": _bits_per_byte(rows),
+        "positions": sum(counts),
+    }
+
+
+def _bits_per_byte(rows: list[dict[str, Any]]) -> float | None:
+    total = sum(row["bytes"] for row in rows)
+    return sum(row["target"] for row in rows) / math.log(2) / total if total else None

@@ -1,0 +1,41 @@
+"""From records to verdicts, tables and figures: everything printed as a result is a function of `results/` alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cpdlm.report.verdicts import Verdict
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `render` made. text: the claims table for a terminal. notes: what a reader must know, one line each."""
+
+    text: str
+    verdicts: list[Verdict]
+    files: list[Path]
+    notes: list[str] = field(default_factory=list)
+
+
+def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
+    """Redraw the tables and figures of the records under `results` into `figures`; update `readme` where it is there.
+
+    Tables need no matplotlib; without it the figures are left out with a note. Raises RecordError for a folder that
+    is not there or a claims block that is torn, WriteError where `figures` cannot be written.
+    """
+    from cpdlm.report import figures as drawing
+    from cpdlm.report import results as store
+    from cpdlm.report import tables, verdicts
+
+    records, damaged = store.load_all(results)
+    families, notes = store.families(records)
+    found = verdicts.judge(families)
+    notes = [*damaged, *notes]
+    files = tables.write_tables(families, found, notes, figures / "tables")
+    if readme is not None and readme.is_file() and not tables.update_readme(readme, families, found, notes):
+        notes.append(f"{readme} has no {tables.BEGIN} line: its claims table was not updated")
+    drawn, skipped = drawing.draw_all(families, figures)
+    return Report(tables.claims_text(found), found, [*files, *drawn], [*notes, *skipped])

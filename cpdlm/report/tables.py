@@ -1,0 +1,287 @@
+"""Claims and cells as Markdown, LaTeX, CSV and plain text. The same records always give the same bytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpdlm.report.results import (
+    MODES,
+    VARIANTS,
+    Cells,
+    Family,
+    Record,
+    RecordError,
+    hardware_text,
+    trunk_records,
+    write_bytes,
+)
+from cpdlm.report.statistics import Interval, over_seeds
+from cpdlm.report.verdicts import Verdict, seeds_text
+
+BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; caption states what was measured and on what."""
+
+    name: str
+    caption: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        lines = [" | ".join(self.header), " | ".join("---" for _ in self.header)]
+        lines += [" | ".join(cell.replace("|", "\\|") for cell in row) for row in self.rows]
+        return "\n".join(f"| {line} |" for line in lines) + f"\n\n{self.caption}\n"
+
+    def latex(self) -> str:
+        """A booktabs table; long text wraps in the claims table."""
+        columns = (
+            "p{0.06\\linewidth}" + "p{0.17\\linewidth}" * (len(self.header) - 1)
+            if self.name == "claims"
+            else "l" * len(self.header)
+        )
+        body = [" & ".join(map(_escaped, row)) + r" \\" for row in self.rows]
+        head = " & ".join(map(_escaped, self.header)) + r" \\"
+        return "\n".join(
+            [
+                r"\begin{table}[t]", r"\centering\footnotesize", rf"\caption{{{_escaped(self.caption)}}}",
+                rf"\label{{tab:{self.name}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body,
+                r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+            ]
+        )  # fmt: skip
+
+    def csv(self) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
+        return text.getvalue()
+
+
+def write_tables(families: list[Family], verdicts: list[Verdict], notes: list[str], folder: Path) -> list[Path]:
+    """claims, cells, beyond and trunks, each as .md, .tex and .csv; returns the files, sorted."""
+    made = [claims_table(verdicts), cells_table(families), beyond_table(families), trunks_table(families)]
+    files = []
+    for table in made:
+        if not table.rows:
+            for suffix in ("md", "tex", "csv"):
+                (folder / f"{table.name}.{suffix}").unlink(missing_ok=True)
+            continue
+        markdown = table.markdown()
+        if table.name == "claims":
+            markdown += _notes_markdown(notes)
+        for suffix, text in (("md", markdown), ("tex", table.latex()), ("csv", table.csv())):
+            files.append(folder / f"{table.name}.{suffix}")
+            write_bytes(files[-1], text.encode())
+    return sorted(files)
+
+
+def claims_table(verdicts: list[Verdict], short: bool = False) -> Table:
+    """short: for the README; without what stands beside the deciding numbers."""
+    rows: list[tuple[str, ...]] = []
+    for v in verdicts:
+        measured = v.measured() + (
+            "" if short or not v.beside else f". Beside: {'; '.join(n.text() for n in v.beside)}"
+        )
+        rows.append((v.claim.id, v.setting, v.claim.expected, measured, v.verdict, braces(v.records) or "none"))
+    caption = "Intervals are 95% unless marked, over test rows or prompts and over seeds. Verdicts are about the untied law (anchor=none). "
+    caption += "Rules, fixed before any run: " + " ".join(
+        f"{c.id}: {c.statistic}; {c.rule}." for c in dict.fromkeys(v.claim for v in verdicts)
+    )
+    return Table("claims", caption, ("claim", "setting", "expected", "measured", "verdict", "record"), rows)
+
+
+_COLUMNS = (
+    "setting", "law", "rank", "seeds", "trained parameters", "joint NLL (nats)", "first-token NLL (nats)", "bits per byte",
+    "tokens per pass, greedy", "tokens per pass, sampling", "speed-up, greedy", "speed-up, sampling",
+    "over rank 1, sampling", "conversion / limit",
+)  # fmt: skip
+
+
+def cells_table(families: list[Family]) -> Table:
+    """The paper's law: untied cells."""
+    rows = [_row(f, "untied", rank, None) for f in families for rank in f.ranks()]
+    return Table("cells", _caption("Untied cells (the paper's law).", families, ("untied",)), _COLUMNS, rows)
+
+
+def beyond_table(families: list[Family]) -> Table:
+    """Tied and anchored cells beside the untied ones of the same rank: rank-1 controls and added parameters."""
+    rows = []
+    for family in families:
+        kinds = [variant for variant in VARIANTS if family.ranks(variant)]
+        if kinds in ([], ["untied"]):
+            continue
+        ranks = {rank for kind in ("tied", "anchored") for rank in family.ranks(kind)} | {1}
+        for variant, rank in itertools.product(kinds, sorted(ranks)):
+            if (variant, rank) in family.cells:
+                rows.append(_row(family, variant, rank, _added(family, variant, rank)))
+    header = (*_COLUMNS[:5], "added parameters", *_COLUMNS[5:])
+    caption = "Beyond the paper: tied and anchored cells, with the untied cells of the same rank as controls. "
+    caption += "Added parameters: over the untied cell of the same rank."
+    return Table("beyond", _caption(caption, families, VARIANTS), header, rows)
+
+
+def trunks_table(families: list[Family]) -> Table:
+    """Pure next-token trunks: the common targets, and the references of equal training."""
+    rows: list[tuple[str, ...]] = []
+    for record in trunk_records(families):
+        config, likelihood = record.config, record["likelihood"]
+        first, bits = likelihood["first_token_nll"], likelihood["bits_per_byte"]
+        rows.append(
+            (
+                str(record["name"]), str(config["corpus"]), str(config["size"]), f"{record['parameters']['total']:,}",
+                str(config["optim"]["steps"]), f"{first['mean']:.4f} (sem {first['sem']:.4f})", _dash(bits, 4), record.path,
+            )
+        )  # fmt: skip
+    header = ("trunk", "corpus", "size", "parameters", "steps", "first-token NLL (nats)", "bits per byte", "record")
+    caption = "Next-token models: common targets of the heads, and references trained for as many steps as the from-scratch cells."
+    return Table("trunks", caption, header, rows)
+
+
+def claims_text(verdicts: list[Verdict], notes: Sequence[str] = (), width: int = 118) -> str:
+    """The claims table for a terminal."""
+    widths = (5, 30, 0, 32)
+    widths = (*widths[:2], width - sum(widths) - 3 * 2, widths[3])
+    header = ("claim", "setting", "measured", "verdict")
+    lines = [
+        "  ".join(h.ljust(w) for h, w in zip(header, widths, strict=True)).rstrip(),
+        "  ".join("-" * w for w in widths),
+    ]
+    for v in verdicts:
+        cells = (v.claim.id, v.setting, "\n".join(n.text() for n in v.numbers) or "nothing", v.verdict)
+        wrapped = [
+            [part for line in cell.splitlines() for part in textwrap.wrap(line, w) or [""]]
+            for cell, w in zip(cells, widths, strict=True)
+        ]
+        for parts in itertools.zip_longest(*wrapped, fillvalue=""):
+            lines.append("  ".join(part.ljust(w) for part, w in zip(parts, widths, strict=True)).rstrip())
+    lines += [part for note in notes for part in textwrap.wrap(f"note: {note}", width, subsequent_indent="      ")]
+    return "\n".join(lines)
+
+
+def update_readme(path: Path, families: list[Family], verdicts: list[Verdict], notes: Sequence[str] = ()) -> bool:
+    """Put the claims table between the markers of `path`. False where it has none; RecordError where one is torn off."""
+    text = path.read_text(encoding="utf-8")
+    if BEGIN not in text and END not in text:
+        return False
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest:
+        raise RecordError(
+            f"{path}: the claims block must be one {BEGIN} line followed by one {END} line; mend it by hand"
+        )
+    used = {record for verdict in verdicts for record in verdict.records}
+    block = claims_table(verdicts, short=True)
+    block = Table(
+        block.name, described([r for f in families for r in f.records() if r.path in used]), block.header, block.rows
+    )
+    write_bytes(path, f"{before}{BEGIN}\n{block.markdown()}{_notes_markdown(notes)}{END}{after}".encode())
+    return True
+
+
+def described(records: Sequence[Record]) -> str:
+    """Sizes, seeds, steps, sequence length and hardware of some records, in one paragraph."""
+    if not records:
+        return "No records."
+    sizes = sorted({f"{r.config['size']} ({r['parameters']['trunk'] / 1e6:.1f}M trunk parameters)" for r in records})
+    steps = _listed({r["training"]["steps"] for r in records})
+    lengths = _listed({r.config["data"]["context"] for r in records})
+    hardware = sorted({hardware_text(r) for r in records})
+    text = f"{_plural(len(records), 'record')}; {', '.join(sizes)}; {seeds_text(list(records))}; {steps} steps; "
+    text += f"rows of {lengths} tokens"
+    decoded = [mode for r in records for name in MODES if (mode := r.mode(name))]
+    if decoded:
+        spans = _listed({mode["new_tokens"] for mode in decoded})
+        text += f"; {_listed({mode['prompts'] for mode in decoded})} prompts, {spans} new tokens each, batch 1"
+    return f"{text}; {'; '.join(hardware)}."
+
+
+def braces(names: Sequence[str]) -> str:
+    """Paths in shell notation, a/x{1,2}-s{0,1}.json, where they are all of such a product; else listed."""
+    if len(names) < 2:
+        return ", ".join(names)
+    split = [re.split(r"(\d+)", name) for name in names]
+    if len({len(parts) for parts in split}) == 1:
+        columns = [sorted(set(column), key=lambda t: (len(t), t)) for column in zip(*split, strict=True)]
+        fixed = all(len(column) == 1 for column in columns[::2])
+        if fixed and {"".join(p) for p in itertools.product(*columns)} == set(names):
+            return "".join(c[0] if len(c) == 1 else "{" + ",".join(c) + "}" for c in columns)
+    return ", ".join(sorted(names))
+
+
+def _row(family: Family, variant: str, rank: int, added: str | None) -> tuple[str, ...]:
+    cells = family.cells[variant, rank]
+    record = next(iter(cells.values()))
+    values = (
+        _shown(over_seeds(cells, "joint_nll")), _shown(over_seeds(cells, "first_token_nll")),
+        _shown(over_seeds(cells, "bits_per_byte"), bare=True),
+        *(_shown(over_seeds(cells, "tokens_per_pass", mode)) for mode in MODES),
+        *(_shown(over_seeds(cells, "speedup", mode), 2) for mode in MODES),
+        _shown(over_seeds(cells, "speedup_over_rank1"), 2), _conversion(cells),
+    )  # fmt: skip
+    start = (family.label, variant, str(rank), str(len(cells)), f"{record['parameters']['trained']:,}")
+    return (*start, *((added,) if added is not None else ()), *values)
+
+
+def _added(family: Family, variant: str, rank: int) -> str:
+    untied = family.cells.get(("untied", rank))
+    if variant == "untied" or not untied:
+        return "-"
+    total = next(iter(family.cells[variant, rank].values()))["parameters"]["total"]
+    return f"{total - next(iter(untied.values()))['parameters']['total']:+,}"
+
+
+def _conversion(cells: Cells) -> str:
+    modes = [mode for record in cells.values() if (mode := record.mode("sampling"))]
+    if not modes:
+        return "-"
+    mean, limit = (sum(mode[key] for mode in modes) / len(modes) for key in ("conversion", "conversion_limit"))
+    return f"{mean:.2f} / {limit:.2f}"
+
+
+def _caption(start: str, families: list[Family], variants: Sequence[str]) -> str:
+    records = [record for family in families for variant in variants for record in family.records(variant)]
+    return (
+        f"{start} Means over seeds with 95% intervals over test rows or prompts and seeds (one seed: rows or prompts only). "
+        "Joint NLL: over all n tokens, positions with all n. Tokens per pass: plain decoding is 1.00. Speed-up: over plain "
+        "decoding with the same weights and loop; conversion is speed-up / tokens per pass, its limit t(1)/t(n). "
+        f"{described(records)}"
+    )
+
+
+def _shown(interval: Interval | None, digits: int = 3, bare: bool = False) -> str:
+    if interval is None:
+        return "-"
+    return f"{interval.mean:.{digits}f}" if bare else interval.text(digits)
+
+
+def _dash(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _listed(values: set[int]) -> str:
+    return ", ".join(f"{value:,}" for value in sorted(values))
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def _notes_markdown(notes: Sequence[str]) -> str:
+    return "".join(f"\n- Note: {note}" for note in notes) + "\n" * bool(notes)
+
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "+-": r"$\pm$"} | {
+    c: "\\" + c for c in "&%$#_{}"
+}
+
+
+def _escaped(text: str) -> str:
+    return re.sub("|".join(map(re.escape, sorted(_TEX, key=len, reverse=True))), lambda match: _TEX[match[0]], text)

@@ -1,0 +1,1 @@
+"""Entry points and the list of what is run."""

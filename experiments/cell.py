@@ -1,0 +1,215 @@
+"""The life of one cell: train, evaluate, decode, record. Both entry points call these and nothing else.
+
+    OUTPUT/NAME/train.json      training summary    (with model.safetensors, config.yaml)
+    OUTPUT/NAME/evaluate.json   held-out likelihoods
+    OUTPUT/NAME/decode.json     decoding, measured beside the other cells of its group
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cpdlm import tracking
+from cpdlm.config import Config
+from cpdlm.data.corpus import load_corpus
+from cpdlm.data.datamodule import TokenDataModule
+from cpdlm.decoding import Sampling
+from cpdlm.evaluation import latency, likelihood
+from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.report import render, results
+from cpdlm.training import storage
+from cpdlm.training.fit import fit
+
+EVALUATED, MEASURED = "evaluate.json", "decode.json"
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.output) / config.run_name
+
+
+def is_trained(config: Config) -> bool:
+    return (run_folder(config) / EVALUATED).is_file()
+
+
+def is_measured(configs: list[Config]) -> bool:
+    """True where each cell was measured beside (at least) all the others."""
+    names = {config.run_name for config in configs}
+    for config in configs:
+        path = run_folder(config) / MEASURED
+        if not path.is_file() or not names <= set(_read(path)["group"]):
+            return False
+    return True
+
+
+def run(config: Config, command: str, stage: str) -> int:
+    """What `experiments/run.py` does; returns the exit code."""
+    if stage in ("train", "all") and not is_trained(config) and not train(config, command):
+        return 0  # a helper process of a distributed run
+    if stage in ("decode", "all"):
+        if config.horizon > 1 and not is_measured([config]):
+            measure([config])
+        path = write_record(config, command, run_folder(config), claim="single", profile="single")
+        tracking.log_record(config, path)
+        print(results.summary_table(results.load(path)))
+        print(f"record: {path}")
+    return 0
+
+
+def train(config: Config, command: str) -> bool:
+    """Train to the end (resuming), then evaluate on the test split. False in a helper process."""
+    folder, began, origin = run_folder(config), time.monotonic(), results.provenance()
+    corpus = load_corpus(config)
+    data_seconds = time.monotonic() - began
+    storage.open_run(folder, config)
+    torch.manual_seed(config.seed)
+    trunk = _frozen_trunk(config, corpus.vocab_size)
+    model = build_language_model(config, corpus.vocab_size, trunk)
+    data = TokenDataModule(config, corpus)
+    began = time.monotonic()
+    with tracking.cell_run(config, command, folder) as tracker:
+        if not (folder / storage.TRAINED).is_file() or not (folder / storage.WEIGHTS).is_file():
+            if fit(config, model, data, folder, tracker.logger) is None:
+                return False
+        else:
+            model = storage.load_model(folder)
+        train_seconds, began = time.monotonic() - began, time.monotonic()
+        device = _device()
+        held_out = likelihood.evaluate(
+            model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device
+        )
+        storage.write_json(
+            folder / EVALUATED,
+            {
+                "likelihood": held_out,
+                "parameters": model.parameter_counts(),
+                "data": corpus.describe() | _trunk_hash(config),
+                "command": command,
+                "seconds": {"data": data_seconds, "train": train_seconds, "evaluate": time.monotonic() - began},
+                "origin": origin,
+            },
+        )
+    return True
+
+
+def measure(configs: list[Config]) -> None:
+    """Decode with every cell of a group side by side, greedily and by sampling; leave each its decode.json."""
+    began, first = time.monotonic(), configs[0]
+    corpus = load_corpus(first)
+    prompts_PT = TokenDataModule(first, corpus).prompts().to(_device())
+    models = {config.run_name: storage.load_model(run_folder(config)).to(_device()) for config in configs}
+    decode = first.decode
+    modes = {}
+    for mode, sampling in {
+        "greedy": Sampling(temperature=0),
+        "sampling": Sampling(decode.temperature, decode.top_k, decode.top_p),
+    }.items():
+        with tqdm(total=decode.warmups + decode.repeats, desc=f"decoding, {mode}", unit="repeat") as bar:
+
+            def say(line: str, bar: tqdm = bar) -> None:
+                bar.set_postfix_str(line, refresh=False)
+                bar.update(int(line.startswith(("repeat", "warm-up"))))
+
+            modes[mode] = latency.measure(
+                models, prompts_PT, decode.new_tokens, sampling,
+                repeats=decode.repeats, warmups=decode.warmups, seed=first.seed, progress=say,
+            )  # fmt: skip
+    seconds = (time.monotonic() - began) / len(configs)
+    for config in configs:
+        name = config.run_name
+        content = {
+            "group": list(models),
+            "modes": {mode: cells[name] for mode, cells in modes.items()},
+            "seconds": seconds,
+            "origin": results.provenance(),
+        }
+        storage.write_json(run_folder(config) / MEASURED, content)
+
+
+def write_record(config: Config, command: str, folder: Path, *, claim: str, profile: str) -> Path:
+    """Assemble the record of a finished cell and write it to folder/NAME.json."""
+    own = run_folder(config)
+    evaluated = _read(own / EVALUATED)
+    measured = _read(own / MEASURED) if config.horizon > 1 else None
+    record = results.build(
+        config,
+        claim=claim,
+        profile=profile,
+        command=command,
+        data=evaluated["data"],
+        seconds=evaluated["seconds"] | {"decode": measured["seconds"] if measured else 0.0},
+        parameters=evaluated["parameters"],
+        training=_read(own / storage.TRAINED),
+        likelihood=evaluated["likelihood"],
+        decoding={key: measured[key] for key in ("group", "modes")} if measured else None,
+        origin=evaluated["origin"],
+    )
+    # Decoding is timed alone, later: it says its own commit and threads.
+    if measured:
+        record["decoding"]["origin"] = measured["origin"]
+    return results.write(record, folder)
+
+
+def sweep(profile: str, output: str, command: str) -> str:
+    """The MLflow run id of this sweep's parent ("" without MLflow)."""
+    return tracking.start_sweep(profile, Path(output), command).run_id
+
+
+def log(configs_and_records: list[tuple[Config, Path]], profile: str, output: Path, figures: list[Path]) -> None:
+    """Add finished records to their MLflow runs, and the figures to the sweep's."""
+    for config, path in configs_and_records:
+        tracking.log_record(config, path)
+    parent = tracking.start_sweep(profile, output, "")
+    for figure in figures:
+        parent.artifact(figure, "figures")
+    parent.end()
+
+
+def report(root: Path, output: Path, publish: bool) -> tuple[str, list[Path]]:
+    """Redraw tables and figures from the records under `root`: (claims table and where things are, the figures)."""
+    figures = Path("paper_figures") if publish else output / "figures"
+    rendered = render(root, figures, Path("README.md") if publish else None)
+    notes = "".join(f"note: {line}\n" for line in rendered.notes)
+    text = (
+        f"\n{rendered.text}\n{notes}\nfigures and tables: {figures}\nrecords: {root}\n"
+        f"dashboard: ./dev ui {output}   (MLflow on http://127.0.0.1:5000)"
+    )
+    return text, [path for path in rendered.files if path.suffix == ".png"]
+
+
+def _frozen_trunk(config: Config, vocab_size: int) -> LanguageModel | None:
+    if not config.model.trunk:
+        return None
+    trunk = storage.load_model(Path(config.model.trunk))
+    if trunk.vocab_size != vocab_size:
+        raise storage.RunError(
+            f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, "
+            f"data.tokenizer={config.data.tokenizer} one of {vocab_size}; use the trunk's own data settings"
+        )
+    if trunk.context < config.data.context:
+        raise storage.RunError(
+            f"model.trunk={config.model.trunk} has a context of {trunk.context}; lower data.context={config.data.context}"
+        )
+    return trunk
+
+
+def _trunk_hash(config: Config) -> dict[str, str]:
+    if not config.model.trunk:
+        return {}
+    weights = Path(config.model.trunk) / storage.WEIGHTS
+    return {"trunk_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content

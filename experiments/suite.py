@@ -1,0 +1,148 @@
+"""The experiments, as data: what each profile runs. Commands, tests and the report read this one list.
+
+A profile is a list of cells; a cell is a set of overrides for `experiments/run.py` and the folder of its record. Cells
+on a common target name the cell that trains their trunk. Every cell of a comparison has the same steps, rows and data
+order; only the dial under study differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cpdlm.config import Config, expand, resolve
+
+RANKS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. folder: where its record lies under results/. trunk: the cell whose frozen trunk it uses."""
+
+    folder: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    trunk: Cell | None = None
+
+    def config(self, output: str) -> Config:
+        """The resolved config of this cell, with all its files under `output`."""
+        return resolve(expand(self.settings(output)))
+
+    def settings(self, output: str) -> dict[str, Any]:
+        """What is typed after `python experiments/run.py`."""
+        settings = dict(self.overrides) | {"output": output}
+        if self.trunk is not None:
+            settings["model.trunk"] = str(Path(output) / self.trunk.config(output).run_name)
+        return settings
+
+    def words(self, output: str) -> list[str]:
+        return [f"{key}={_word(value)}" for key, value in self.settings(output).items()]
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def trunk(corpus: str, preset: str) -> Cell:
+    """A plain next-token model: the common target, and the equal-training reference of the from-scratch cells."""
+    return Cell("trunks", {"preset": preset, "corpus": corpus})
+
+
+def heads(target: Cell, rank: int, preset: str, *, horizon: int = 4, anchor: str = "none", tied: bool = False,
+          seed: int = 0) -> Cell:  # fmt: skip
+    """Heads on a frozen trunk: every rank has the same target law."""
+    folder = "beyond" if anchor != "none" or tied else "C3" if horizon == 4 else "horizon"
+    return Cell(folder, _dials(target.overrides["corpus"], rank, preset, horizon, anchor, tied, seed), target)
+
+
+def scratch(corpus: str, rank: int, preset: str = "none", *, anchor: str = "none", seed: int = 0) -> Cell:
+    """Trunk and heads trained together: the target is the model's own, another one for every rank."""
+    return Cell("C1" if anchor == "none" else "beyond", _dials(corpus, rank, preset, 4, anchor, False, seed))
+
+
+def _dials(
+    corpus: str, rank: int, preset: str, horizon: int, anchor: str, tied: bool, seed: int
+) -> dict[str, Any]:  # fmt: skip
+    """Only what differs from the defaults is typed."""
+    overrides: dict[str, Any] = {} if preset == "none" else {"preset": preset}
+    overrides |= {"corpus": corpus, "rank": rank, "horizon": horizon, "anchor": anchor, "seed": seed}
+    return overrides | ({"model.tie_first": True} if tied else {})
+
+
+# --- two cores -------------------------------------------------------------------------------------------------------
+
+
+def smoke() -> list[Cell]:
+    code = trunk("code", "smoke,trunk")
+    return [
+        code,
+        *(heads(code, rank, "smoke") for rank in (1, 4)),
+        heads(code, 4, "smoke", anchor="token"),
+        *(scratch("code", rank, "smoke") for rank in (1, 4)),
+    ]
+
+
+def cpu() -> list[Cell]:
+    code, text = trunk("code", "cpu-trunk,trunk"), trunk("text", "cpu-trunk,trunk")
+    return [
+        code,
+        text,
+        *(heads(code, rank, "cpu-heads") for rank in RANKS),
+        *(heads(code, rank, "cpu-heads", anchor="token") for rank in RANKS),
+        trunk("code", "trunk"),
+        *(scratch("code", rank) for rank in RANKS),
+        *(heads(text, rank, "cpu-heads") for rank in (1, 8)),
+        *(heads(code, 4, "cpu-heads", horizon=horizon) for horizon in (2, 8)),
+    ]
+
+
+def cpu_full() -> list[Cell]:
+    code, text = trunk("code", "cpu-trunk,trunk"), trunk("text", "cpu-trunk,trunk")
+    cells = [code, text, trunk("code", "trunk")]
+    for seed in range(3):
+        cells += [
+            *(heads(code, rank, "cpu-heads", seed=seed) for rank in RANKS),
+            *(scratch("code", rank, seed=seed) for rank in RANKS),
+            *(heads(text, rank, "cpu-heads", seed=seed) for rank in RANKS),
+            *(heads(code, rank, "cpu-heads", anchor="token", seed=seed) for rank in RANKS),
+            *(scratch("code", rank, anchor="token", seed=seed) for rank in RANKS),
+        ]
+        if seed == 0:
+            cells += [
+                *(heads(code, rank, "cpu-heads", tied=True) for rank in RANKS),
+                *(heads(text, rank, "cpu-heads", anchor="token") for rank in (1, 8)),
+                *(heads(code, 4, "cpu-heads", horizon=horizon) for horizon in (2, 8)),
+            ]
+    return cells
+
+
+# --- one GPU ---------------------------------------------------------------------------------------------------------
+
+
+def gpu() -> list[Cell]:
+    code = trunk("code", "gpu-trunk,trunk")
+    return [
+        code,
+        *(heads(code, rank, "gpu-heads") for rank in RANKS),
+        *(heads(code, rank, "gpu-heads", anchor="token") for rank in RANKS),
+        *(scratch("code", rank, "gpu-scratch") for rank in RANKS),
+    ]
+
+
+def paper() -> list[Cell]:
+    """From scratch on TinyStories at 56.3M parameters, equal steps per rank; needs a hub and a large GPU."""
+    return [Cell("C1", {"preset": "paper", "rank": rank, "seed": seed}) for seed in range(3) for rank in RANKS]
+
+
+PROFILES = {"smoke": smoke, "cpu": cpu, "cpu-full": cpu_full, "gpu": gpu, "paper": paper}
+
+
+def decode_groups(cells: list[Cell], output: str) -> list[list[Cell]]:
+    """Cells whose decoders are timed side by side in one process: same corpus, horizon, seed and kind of target."""
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        config = cell.config(output)
+        if config.horizon > 1:
+            key = (config.corpus, config.target, config.model.trunk, config.size, config.horizon, config.seed)
+            groups.setdefault(key, []).append(cell)
+    return list(groups.values())

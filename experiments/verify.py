@@ -1,0 +1,281 @@
+"""Runs a committed record again, at its commit, and compares: what a number in the tables is worth.
+
+    python -m experiments.verify results/C1/NAME.json        (./dev verify RECORD)
+
+The commit is checked out into a temporary worktree; the record's command runs there with its outputs in a temporary
+folder and this repository's downloads. Judged: settings, data, likelihoods (equal within a tolerance in nats), tokens per
+pass (inside the record's own 95% interval). Speeds depend on the machine and its load: they are shown, not judged.
+Exit code 0 where all agrees, 1 where something differs or the run fails, 2 where the record cannot be run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpdlm.report.results import MODES, Record, RecordError, load
+
+ROOT = Path(__file__).resolve().parent.parent
+# Same machine, same versions, same number of threads give the same bits; another processor rounds differently.
+TOLERANCE = 1e-3
+# Where a run lies and what it tells others is not part of what it is.
+_PLACES = ("output", "name", "preset", "data.cache", "data.bundle", "data.workers", "model.trunk", "tracking.")
+WEIGHTS = "model.safetensors"
+
+
+class VerifyError(ValueError):
+    """The record cannot be run again: says why, and what to do."""
+
+
+class RunFailed(RuntimeError):
+    """The record's command ran and failed."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the comparison. agrees None: shown, not judged."""
+
+    what: str
+    expected: str
+    found: str
+    agrees: bool | None
+
+    def __str__(self) -> str:
+        word = {True: "agrees", False: "DIFFERS", None: "-"}[self.agrees]
+        return f"{self.what:<34} {self.expected:>24} {self.found:>24}  {word}"
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def compare(old: Record, new: Record, tolerance: float = TOLERANCE) -> list[Line]:
+    """The rows of the table: every judged quantity, then what is shown only."""
+    return [
+        *_settings(old, new),
+        *(_equal(f"data {key}", old["data"][key], new["data"][key]) for key in ("corpus", "sha256", "vocab_size")),
+        *_likelihoods(old["likelihood"], new["likelihood"], tolerance),
+        *(line for mode in MODES for line in _decoding(mode, old.mode(mode), new.mode(mode))),
+        *_shown(old, new),
+    ]
+
+
+def _settings(old: Record, new: Record) -> list[Line]:
+    before, after = _flat(old.config), _flat(new.config)
+    keys = sorted({key for key in before.keys() | after.keys() if not key.startswith(_PLACES)})
+    differing = [key for key in keys if before.get(key) != after.get(key)]
+    lines = [_equal(key, before.get(key), after.get(key)) for key in differing]
+    names = [Path(record.config["model"]["trunk"]).name for record in (old, new)]
+    if names[0] != names[1]:
+        lines.append(_equal("model.trunk", *names))
+    return lines or [Line("settings", f"{len(keys)} of them", "the same", True)]
+
+
+def _likelihoods(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[Line]:
+    lines = [_equal("test positions", old["positions"], new["positions"])]
+    terms = [("joint NLL", old["joint_nll"], new["joint_nll"]), ("first-token NLL", old["first_token_nll"], new["first_token_nll"])]
+    pairs = zip(old["position_nll"], new["position_nll"], strict=False)
+    terms += [(f"NLL of position {number}", *pair) for number, pair in enumerate(pairs, start=1)]
+    for what, before, after in terms:
+        near = abs(before["mean"] - after["mean"]) <= tolerance
+        lines.append(Line(f"{what} (nats)", f"{before['mean']:.6f}", f"{after['mean']:.6f}", near))
+    return lines
+
+
+def _decoding(mode: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -> list[Line]:
+    if old is None:
+        return []
+    if new is None:
+        return [Line(f"{mode}: decoding", "measured", "missing", False)]
+    low, high, mean = old["tokens_per_pass"]["low"], old["tokens_per_pass"]["high"], new["tokens_per_pass"]["mean"]
+    inside = low - 1e-9 <= mean <= high + 1e-9
+    speedups = [f"{side['speedup']['median']:.3f}" for side in (old, new)]
+    rates = [f"{side['tokens_per_second']['speculative']:.1f}" for side in (old, new)]
+    return [
+        Line(f"{mode}: tokens per pass", f"{low:.4f} to {high:.4f}", f"{mean:.4f}", inside),
+        Line(f"{mode}: speed-up", speedups[0], speedups[1], None),
+        Line(f"{mode}: tokens/s", rates[0], rates[1], None),
+    ]
+
+
+def _shown(old: Record, new: Record) -> list[Line]:
+    lines = []
+    for group in ("hardware", "versions"):
+        before, after = old[group], new[group]
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                lines.append(Line(f"{group.removesuffix('s')} {key}", str(before.get(key)), str(after.get(key)), None))
+    before, after = (record["data"].get("trunk_sha256", "") for record in (old, new))
+    if before != after:
+        lines.append(Line("trunk sha256", before[:16], after[:16], None))
+    return lines
+
+
+def _equal(what: str, before: Any, after: Any) -> Line:
+    left, right = (text if len(text) <= 24 else text[:21] + "..." for text in (str(before), str(after)))
+    return Line(what, left, right, before == after)
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# --- running again ---------------------------------------------------------------------------------------------------
+
+
+def check(path: Path, root: Path) -> Record:
+    """The record, if it can be run again; raises VerifyError."""
+    if not path.is_file():
+        names = {str(found.relative_to(root)) for found in (root / "results").rglob("*.json")}
+        near = difflib.get_close_matches(str(path), sorted(names), n=1, cutoff=0.4)
+        guess = f"; did you mean {near[0]}?" if near else "" if names else "; results/ has no record yet"
+        raise VerifyError(f"{path}: there is no such record{guess}")
+    try:
+        record = load(path)
+    except RecordError as error:
+        raise VerifyError(str(error)) from error
+    commit = record["commit"]
+    if record["dirty"]:
+        raise VerifyError(f"{path} comes from uncommitted changes on {commit[:10]}; only a record of a clean commit can be repeated")
+    if _git(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode != 0:
+        raise VerifyError(f"{path}: commit {commit[:10]} is not in this clone; git fetch --unshallow (or git fetch --all) gets the history")
+    _words(record)
+    return record
+
+
+def rerun(record: Record, source: Path, tree: Path, output: Path, root: Path) -> Record:
+    """Run the record's command in `tree` with everything it writes under `output`; raises RunFailed."""
+    extra: list[str] = []
+    trunk = record.config["model"]["trunk"]
+    if trunk:
+        extra.append(f"model.trunk={_trunk(record, source, tree, output, root)}")
+    _run(record, [*_words(record), *extra], tree, output, root)
+    return _written(output, record["name"])
+
+
+def _trunk(record: Record, source: Path, tree: Path, output: Path, root: Path) -> Path:
+    """The frozen trunk of the record: the very weights if they are still here, else trained again from its own record."""
+    trunk = Path(record.config["model"]["trunk"])
+    digest = record["data"].get("trunk_sha256", "")
+    kept = root / trunk
+    if digest and (kept / WEIGHTS).is_file() and hashlib.sha256((kept / WEIGHTS).read_bytes()).hexdigest() == digest:
+        print(f"trunk: {trunk} is still here, with the recorded weights")
+        return kept
+    for folder in (source.parent.parent, root / "results"):
+        for path in sorted(folder.rglob(f"{trunk.name}.json")):
+            try:
+                found = load(path)
+            except RecordError:
+                continue
+            if found["commit"] == record["commit"] and not found["dirty"]:
+                print(f"trunk: training {trunk.name} again from {path}")
+                _run(found, [*_words(found), "--stage=train"], tree, output, root)
+                return output / trunk.name
+    raise VerifyError(
+        f"the frozen trunk {trunk} is not here with the recorded weights, and no clean record {trunk.name}.json of the same commit "
+        "tells how to train it; keep the trunk's record beside this one"
+    )
+
+
+def _run(record: Record, words: list[str], tree: Path, output: Path, root: Path) -> None:
+    places = [f"output={output}", f"data.cache={root / '.cache' / 'cpdlm'}", "tracking.mlflow=false"]
+    bundle = record.config.get("data", {}).get("bundle", "")
+    if bundle:
+        places.append(f"data.bundle={root / bundle if (root / bundle).is_dir() else ''}")
+    threads = record["hardware"]["threads"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("CPDLM_", "MLFLOW_TRACKING"))}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    # Later words win, so the places replace those of the record.
+    done = subprocess.run([sys.executable, *words, *places], cwd=tree, env=environment, check=False)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode != 0:
+        raise RunFailed(f"the command ended with exit code {done.returncode} (see above): {shlex.join(['python', *words])}")
+
+
+def _words(record: Record) -> list[str]:
+    """The words after `python` of the record's command; raises VerifyError for one that is not of this suite."""
+    words = shlex.split(record["command"])
+    if words[:2] != ["python", "experiments/run.py"]:
+        raise VerifyError(f"{record.path}: its command is {record['command']!r}, not `python experiments/run.py ...`")
+    return words[1:]
+
+
+def _written(output: Path, name: str) -> Record:
+    for path in sorted(output.rglob("*.json")):
+        try:
+            record = load(path)
+        except RecordError:
+            continue
+        if record["name"] == name:
+            return record
+    raise RunFailed(f"the command wrote no record named {name}")
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+
+
+def verify(path: Path, root: Path, tolerance: float) -> bool:
+    """Run again and print the table; True where everything judged agrees. Raises VerifyError or RunFailed."""
+    record = check(path, root)
+    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="cpdlm-verify-"))
+    tree, output = folder / "tree", folder / "runs"
+    try:
+        added = _git(root, "worktree", "add", "--detach", str(tree), record["commit"])
+        if added.returncode != 0:
+            raise VerifyError(f"git could not check out {record['commit'][:10]}: {added.stderr.strip()}")
+        print(f"{record['name']} at {record['commit'][:10]}: {record['command']}", flush=True)
+        lines = compare(record, rerun(record, path.resolve(), tree, output, root), tolerance)
+    finally:
+        _git(root, "worktree", "remove", "--force", str(tree))
+        shutil.rmtree(folder, ignore_errors=True)
+        _git(root, "worktree", "prune")
+    print(f"\n{'':<34} {'recorded':>24} {'run again':>24}")
+    for line in lines:
+        print(line)
+    differing = [line.what for line in lines if line.agrees is False]
+    judged = sum(line.agrees is not None for line in lines)
+    seconds = f"{time.monotonic() - began:.0f} s"
+    if differing:
+        print(f"\n{len(differing)} of {judged} differ ({seconds}): {', '.join(differing)}")
+    else:
+        print(f"\nall {judged} judged quantities agree, likelihoods within {tolerance:g} nats ({seconds})")
+    return not differing
+
+
+def main(arguments: list[str], root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(prog="./dev verify", description="Run a record again at its commit and compare.")
+    parser.add_argument("record", type=Path, help="results/CLAIM/NAME.json")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"nats (default: {TOLERANCE:g}, for the same kind of machine)")
+    options = parser.parse_args(arguments)
+    try:
+        return 0 if verify(options.record, root, options.tolerance) else 1
+    except VerifyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was changed", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

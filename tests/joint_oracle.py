@@ -1,0 +1,93 @@
+"""The joint law, its loss and the balance terms by enumeration and loops: slow, obvious, sharing no code with cpdlm.
+
+A mixture is `weights[a]` and `factors[s][a][v]`, plain Python floats; the loss takes torch tensors, one scalar at a time,
+so that autograd differentiates what is written here and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+Window = tuple[int, ...]
+
+
+def windows(vocab_size: int, length: int) -> list[Window]:
+    return list(itertools.product(range(vocab_size), repeat=length))
+
+
+def probability(weights: list[float], factors: list[list[list[float]]], window: Window) -> float:
+    """sum_a w_a prod_s p_a^(s)(x_s) over the tokens of the window; factors beyond it are 1."""
+    total = 0.0
+    for a, weight in enumerate(weights):
+        product = weight
+        for s, token in enumerate(window):
+            product *= factors[s][a][token]
+        total += product
+    return total
+
+
+def posterior(weights: list[float], factors: list[list[list[float]]], prefix: Window) -> list[float]:
+    joint = []
+    for a, weight in enumerate(weights):
+        for s, token in enumerate(prefix):
+            weight *= factors[s][a][token]
+        joint.append(weight)
+    return [value / sum(joint) for value in joint]
+
+
+def entropy(weights: list[float], factors: list[list[list[float]]]) -> float:
+    vocab_size = len(factors[0][0])
+    law = [probability(weights, factors, window) for window in windows(vocab_size, len(factors))]
+    return -sum(p * math.log(p) for p in law if p > 0)
+
+
+# --- the dense loss, one row at a time ------------------------------------------------------------------------
+
+
+def rows(kind: str, hidden_D: Tensor, s: int, a: int, rank: int, maps: dict[str, Tensor], unembedding_VD: Tensor) -> Tensor:
+    """Logits (V,) of component a at position s."""
+    width = len(hidden_D)
+    m = s * rank + a
+    if kind == "separate":
+        return maps["unembeddings"][s, a] @ hidden_D
+    if kind == "full":
+        return unembedding_VD @ (hidden_D + maps["full"][m * width : (m + 1) * width] @ hidden_D)
+    narrow = maps["up"].shape[1]
+    return unembedding_VD @ (hidden_D + (maps["down"][m * narrow : (m + 1) * narrow] @ hidden_D) @ maps["up"][m])
+
+
+def loss(
+    kind: str, hidden_PD: Tensor, log_weights_PR: Tensor, future_PN: Tensor, count_P: Tensor, weight_P: Tensor,
+    maps: dict[str, Tensor], unembedding_VD: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """sum_p weight_p nll_p and each nll_p."""
+    positions, rank = log_weights_PR.shape
+    each = []
+    for p in range(positions):
+        terms = []
+        for a in range(rank):
+            term = log_weights_PR[p, a]
+            for s in range(int(count_P[p])):
+                logits = rows(kind, hidden_PD[p], s, a, rank, maps, unembedding_VD)
+                term = term + logits[future_PN[p, s]] - torch.logsumexp(logits, 0)
+            terms.append(term)
+        each.append(-torch.logsumexp(torch.stack(terms), 0))
+    if not each:
+        return hidden_PD.sum() * 0, hidden_PD.new_zeros(0)
+    total = sum((weight_P[p] * value for p, value in enumerate(each)), start=each[0] * 0)
+    return total, torch.stack(each)
+
+
+# --- balance --------------------------------------------------------------------------------------------------
+
+
+def use(weights: list[list[float]]) -> tuple[list[float], list[float], float]:
+    """Mean weight and share of firsts of each component, and mean entropy, of a batch of gates."""
+    rank, positions = len(weights[0]), len(weights)
+    mean = [sum(row[a] for row in weights) / positions for a in range(rank)]
+    firsts = [sum(1 for row in weights if max(row) == row[a]) / positions for a in range(rank)]
+    return mean, firsts, sum(-sum(w * math.log(w) for w in row) for row in weights) / positions

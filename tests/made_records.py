@@ -1,0 +1,118 @@
+"""Made-up records for the report's tests: the shape of real ones, values from simple laws, no measurement."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cpdlm.config import Config, resolve
+from cpdlm.report import results
+
+ORIGIN = {
+    "commit": "0123456789abcdef", "dirty": False, "started": "2026-01-01T00:00:00+00:00",
+    "hardware": {"machine": "Linux x86_64", "processor": "Made-up CPU", "cores": 2, "threads": 2, "memory_gib": 8.0, "accelerator": "none"},
+    "versions": {"python": "3.11.9", "torch": "2.13.0"},
+}  # fmt: skip
+
+
+def made(
+    rank: int = 1, seed: int = 0, *, claim: str = "C1", slope: float = 0.05, first: float = 0.0, pace: float = 0.06, speed: float = 1.0,
+    noise: float = 0.002, origin: dict[str, Any] | None = None, **overrides: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A record. slope: nats that the joint NLL falls per doubling of the rank; first: nats that the first-token NLL
+    rises; pace: tokens per pass gained per doubling; speed: factor on the speed-up; noise: between seeds.
+    overrides: settings, with "." written as "__"."""
+    settings = {key.replace("__", "."): value for key, value in overrides.items()}
+    config = resolve({"rank": rank, "seed": seed} | settings)
+    octave, bonus = math.log2(rank), 0.25 if config.anchor == "token" else 0.1 if config.model.tie_first else 0.0
+    rows = np.random.default_rng(7)  # the same rows for every cell
+    own = np.random.default_rng([seed, rank, config.anchor == "token", config.corpus == "text"])
+    wobble = noise * own.standard_normal()
+    positions = rows.integers(180, 250, 60)
+    difficulty = rows.normal(0, 0.15, 60)
+    first_nll = 1.35 + (0.2 if config.corpus == "text" else 0) + first * octave + wobble
+    terms = [first_nll] + [
+        1.35 + 0.45 * k**0.7 - bonus * 0.5 - slope * octave * k / 6 + wobble for k in range(1, config.horizon)
+    ]
+    joint = sum(terms)
+    likelihood = {
+        "split": "test", "rows": 60, "positions": int(positions.sum()), "joint_nll": {"mean": joint, "sem": 0.05},
+        "position_nll": [{"mean": term, "sem": 0.004 * (k + 1)} for k, term in enumerate(terms)],
+        "first_token_nll": {"mean": first_nll, "sem": 0.02}, "bits_per_byte": first_nll / math.log(2),
+        "per_source": {"package": {"joint_nll": joint, "bits_per_byte": first_nll / math.log(2), "positions": int(positions.sum())}},
+        "per_row": {
+            "positions": positions.tolist(),
+            "joint_nll": ((joint + config.horizon * difficulty + own.normal(0, noise, 60)) * positions).tolist(),
+            "first_token_nll": ((first_nll + difficulty + own.normal(0, noise, 60)) * positions).tolist(),
+        },
+        "weights": {"entropy_mean": 0.8 * math.log(rank), "effective": 0.9 * rank, "dead": 0, "mean": [1 / rank] * rank},
+    }  # fmt: skip
+    decoding = None
+    if config.horizon > 1:
+        modes = {mode: _mode(config, mode, octave, pace, speed, bonus, rows, own) for mode in results.MODES}
+        decoding = {"group": [config.run_name], "modes": modes}
+    heads = 128 * 128 * config.horizon * rank
+    return results.build(
+        config, claim=claim, profile="test", command=f"python experiments/run.py rank={rank} seed={seed}",
+        data={"corpus": config.corpus, "sha256": "ab" * 32, "tokenizer": "bytes", "vocab_size": 257,
+              "splits": {"train": {"documents": 10, "bytes": 1000, "tokens": 1010}}},
+        seconds={"data": 1.0, "train": 60.0, "evaluate": 5.0, "decode": 20.0},
+        parameters={"trunk": 800_000, "unembedding": 0, "heads": heads, "gate": 129 * rank, "anchor": 20_000 * (config.anchor == "token"),
+                    "total": 800_000 + heads + 129 * rank + 20_000 * (config.anchor == "token"), "trained": heads},
+        training={"steps": config.optim.steps, "tokens": 819_200, "tokens_per_second": 9000.0, "step_ms_median": 110.0,
+                  "peak_memory_bytes": 600_000_000, "resumed": 0,
+                  "curve": [{"step": step, "train/nll": 9 - step / 100, "validation/joint_nll": 9.5 - step / 100} for step in (100, 200, 400)]},
+        likelihood=likelihood, decoding=decoding, origin=origin or ORIGIN,
+    )  # fmt: skip
+
+
+def _mode(
+    config: Config, mode: str, octave: float, pace: float, speed: float, bonus: float, rows: Any, own: Any
+) -> dict[str, Any]:
+    greedy = mode == "greedy"
+    rate = min(
+        config.horizon,
+        1.7 + 0.08 * config.horizon + pace * octave * (0.4 if greedy else 1) + bonus + 0.01 * own.standard_normal(),
+    )
+    passes = np.round(480 / rate * np.exp(rows.normal(0, 0.08, 16)))
+    tokens, limit = np.full(16, 480.0), 0.85
+    gain = speed * rate * limit * 0.9 * (1 - 0.02 * octave)
+    plain, share = 100.0, {"prefill": 0.03, "draft": 0.12 + 0.05 * octave, "trunk": 0.5, "verify": 0.15, "other": 0.08}
+    reached, depths = int(passes.sum()), []
+    for depth in range(2, config.horizon + 1):
+        accepted = int(reached * (0.62 - 0.05 * depth + 0.03 * octave * (depth > 2) + bonus / 2))
+        depths.append({"depth": depth, "reached": reached, "accepted": accepted})
+        reached = accepted
+    return {
+        "temperature": 0.0 if greedy else 1.0, "top_k": 0, "top_p": 1.0, "prompts": 16, "new_tokens": 96, "repeats": 5,
+        "tokens": int(tokens.sum()), "passes": int(passes.sum()),
+        "tokens_per_pass": {"mean": rate, "low": rate - 0.05, "high": rate + 0.05},
+        "emitted_histogram": [int(passes.sum()), *[0] * (config.horizon - 1)], "acceptance_by_depth": depths,
+        "per_prompt": {"tokens": tokens.tolist(), "passes": passes.tolist()},
+        "tokens_per_second": {"plain": plain, "speculative": plain * gain, "generate": 95.0 if config.model.trunk else None},
+        "speedup": {"median": gain, "low": gain * 0.98, "high": gain * 1.02},
+        "speedup_over_rank1": None if config.rank == 1 and not bonus
+        else {"median": speed * (1 + 0.02 * octave + bonus / 2), "low": speed * (1 + 0.02 * octave + bonus / 2) * 0.99, "high": speed * (1 + 0.02 * octave + bonus / 2) * 1.01},
+        "plain_over_generate": None, "conversion": gain / rate, "conversion_limit": limit, "t1_ms": 8.5, "tn_ms": 10.0,
+        "seconds_by_part": {part: 10 * value for part, value in share.items()},
+        "repeat_seconds": {"plain": [15.0] * 5, "speculative": [15.0 / gain] * 5},
+    }  # fmt: skip
+
+
+def suite(seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **laws: Any) -> list[dict[str, Any]]:
+    """Records shaped like a full sweep: from scratch, heads on a common trunk on two corpora, beyond, trunks."""
+    common = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"} | laws
+    text = common | {"model__trunk": "runs/text-small-own-r1-n1-none-s0", "corpus": "text"}
+    made_of = [made(1, horizon=1, preset="trunk", claim="trunks"), made(1, horizon=1, size="small", claim="trunks"),
+               made(1, horizon=1, size="small", corpus="text", claim="trunks")]  # fmt: skip
+    for seed in range(seeds):
+        for rank in ranks:
+            made_of += [
+                made(rank, seed, **laws), made(rank, seed, **common), made(rank, seed, **text),
+                made(rank, seed, **common | {"anchor": "token", "claim": "beyond"}),
+            ]  # fmt: skip
+    made_of += [made(rank, 0, **common | {"model__tie_first": True, "claim": "beyond"}) for rank in ranks]
+    made_of += [made(4, 0, horizon=horizon, **common | {"claim": "horizon"}) for horizon in (2, 8)]
+    return made_of

@@ -1,0 +1,207 @@
+"""The config: every error says what is wrong and what to type; precedence; help; round trips; sizes."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cpdlm.config import (
+    CHOICES,
+    PRESETS,
+    SIZES,
+    Config,
+    ConfigError,
+    as_yaml,
+    expand,
+    flatten,
+    from_dict,
+    help_text,
+    leaves,
+    parse,
+    resolve,
+    to_dict,
+)
+
+BAD: list[tuple[str, str]] = [
+    # words and names
+    ("rank", "'rank' is not a setting; write KEY=VALUE, for example rank=8"),
+    ("=8", "'=8' is not a setting"),
+    ("rnak=8", "unknown setting 'rnak'; did you mean rank?"),
+    ("optim.learning_rate=1", "unknown setting 'optim.learning_rate'"),
+    ("optim.warmpu=1", "unknown setting 'optim.warmpu'; did you mean optim.warmup?"),
+    ("lr=1", "unknown setting 'lr'; did you mean optim.lr?"),
+    ("zzzzzzzz=1", "unknown setting 'zzzzzzzz' (--help lists them all)"),
+    ("data=1", "unknown setting 'data'"),
+    # choices
+    ("preset=smok", "preset='smok' is not one of none, trunk, smoke"),
+    ("preset=smoke,nope", "preset='nope' is not one of"),
+    ("size=tinny", "did you mean size=tiny?"),
+    ("size=huge", "size='huge' is not one of micro, tiny, small, base, 56m"),
+    ("balance=swich", "balance='swich' is not one of switch, kl, bias, none; did you mean balance=switch?"),
+    ("anchor=tokens", "anchor='tokens' is not one of none, token; did you mean anchor=token?"),
+    ("parallel=fdsp", "parallel='fdsp' is not one of auto, ddp, fsdp; did you mean parallel=fsdp?"),
+    ("model.family=lama", "did you mean model.family=llama?"),
+    ("model.head=sep", "model.head='sep' is not one of shared, separate"),
+    ("train.precision=bf16", "train.precision='bf16' is not one of 32-true, bf16-mixed, bf16-true, 64-true"),
+    # types
+    ("rank=four", "rank='four': expected int; the default is 4"),
+    ("rank=2.5", "rank='2.5': expected int"),
+    ("optim.lr=fast", "optim.lr='fast': expected float; the default is 0.003"),
+    ("model.tie_first=perhaps", "model.tie_first='perhaps': expected bool; the default is False"),
+    ("name=${nowhere}", "name='${nowhere}'"),
+    ("name=${", "name='${'"),
+    ("name=???", "name='???'"),
+    # ranges
+    *((f"{key}=0", f"{key}=0 is too small; the least is 1") for key in (
+        "rank", "horizon", "devices", "data.batch_rows", "loss.chunk_mib", "optim.steps", "train.accumulate",
+        "train.log_every", "train.validate_every", "train.validation_rows", "train.checkpoint_every", "evaluate.rows",
+        "evaluate.batch_rows", "decode.prompts", "decode.prompt_tokens", "decode.new_tokens", "decode.repeats",
+    )),
+    *((f"{key}=-1", f"{key}=-1 is too small; the least is 0") for key in (
+        "data.max_bytes", "data.workers", "model.map_rank", "model.anchor_width", "optim.warmup", "decode.top_k",
+        "decode.warmups", "seed",
+    )),
+    ("data.context=1", "data.context=1 is too small; the least is 2"),
+    *((f"{key}=-0.1", f"{key}=-0.1 must be a number of at least 0") for key in (
+        "model.noise", "loss.balance_weight", "loss.balance_rate", "optim.weight_decay", "optim.clip",
+    )),
+    ("optim.clip=nan", "optim.clip=nan must be a number of at least 0"),
+    ("model.noise=inf", "model.noise=inf must be a number of at least 0"),
+    ("loss.joint_fraction=0", "loss.joint_fraction=0.0 must lie in (0, 1]"),
+    ("decode.top_p=1.5", "decode.top_p=1.5 must lie in (0, 1]"),
+    ("optim.floor=2", "optim.floor=2.0 must lie in [0, 1]"),
+    ("optim.beta1=-1", "optim.beta1=-1.0 must lie in [0, 1]"),
+    ("optim.beta2=1.1", "optim.beta2=1.1 must lie in [0, 1]"),
+    ("optim.lr=0", "optim.lr=0.0 must be a positive number"),
+    ("optim.lr=nan", "optim.lr=nan must be a positive number"),
+    ("decode.temperature=0", "decode.temperature=0.0 must be positive (greedy is always measured)"),
+    # combinations
+    ("horizon=256", "horizon=256 does not fit data.context=256; lower the horizon"),
+    ("horizon=1", "rank=4 needs horizon of at least 2"),
+    ("horizon=1 rank=1 anchor=token", "anchor=token needs horizon of at least 2 (horizon=1)"),
+    ("horizon=1 rank=1 model.trunk=runs/t", "model.trunk=runs/t needs horizon of at least 2"),
+    ("model.head=separate model.map_rank=4", "model.map_rank=4 needs model.head=shared"),
+    ("devices=3", "data.batch_rows=8 does not divide into devices=3 x train.accumulate=1; try data.batch_rows=9"),
+    ("devices=4 train.accumulate=4", "devices=4 x train.accumulate=4; try data.batch_rows=16"),
+    ("decode.new_tokens=250", "decode.prompt_tokens=64 + decode.new_tokens=250 exceed data.context=256"),
+    ("data.tokenizer=word", "data.tokenizer='word': write bytes, bpe:SIZE with SIZE of at least 257, or hf:NAME"),
+    ("data.tokenizer=bpe:100", "data.tokenizer='bpe:100'"),
+    ("data.tokenizer=bpe:big", "data.tokenizer='bpe:big'"),
+    ("data.tokenizer=hf:", "data.tokenizer='hf:'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words,message", BAD, ids=[words for words, _ in BAD])
+def test_every_mistake_says_what_is_wrong(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(words.split())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_row_counts_that_an_error_suggests_work() -> None:
+    assert parse(["devices=3", "data.batch_rows=9"]).data.batch_rows == 9
+
+
+@pytest.mark.parametrize("key", list(CHOICES))
+def test_every_choice_resolves(key: str) -> None:
+    for value in CHOICES[key]:
+        assert flatten(resolve({key: value}))[key] == value
+
+
+def test_values_are_read_as_their_type() -> None:
+    config = parse(
+        ["optim.lr=3e-4", "data.max_bytes=1_000_000", "model.tie_first=true", "corpus=123", "name=a=b", "optim.clip=0",
+         "rank=+2"]
+    )  # fmt: skip
+    assert config.optim.lr == 3e-4 and config.data.max_bytes == 1_000_000 and config.model.tie_first is True
+    assert config.corpus == "123" and config.name == "a=b" and config.rank == 2
+    assert isinstance(config.optim.clip, float)
+
+
+def test_precedence_is_defaults_then_presets_in_order_then_the_command_line() -> None:
+    assert parse([]) == Config() == resolve({})
+    smoke = parse(["preset=smoke"])
+    assert (smoke.size, smoke.optim.steps, smoke.rank) == ("micro", 60, Config().rank)
+    assert parse(["optim.steps=7", "preset=smoke"]).optim.steps == 7, "the command line wins wherever it stands"
+    assert parse(["rank=2", "rank=3"]).rank == 3, "the later word wins"
+    assert parse(["preset=smoke,cpu-heads"]).size == "small" and parse(["preset=cpu-heads,smoke"]).size == "micro"
+    assert expand({"preset": "smoke,cpu-heads", "optim.steps": 9})["optim.steps"] == 9
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_resolves_and_names_real_settings(preset: str) -> None:
+    config = parse([f"preset={preset}"])
+    values = flatten(config)
+    assert all(values[key] == value for key, value in PRESETS[preset].items())
+    assert config.preset == preset
+
+
+def test_help_lists_every_setting_with_type_default_and_meaning() -> None:
+    page, values = help_text("run.py"), flatten(Config())
+    for key, entry in leaves().items():
+        line = next(line for line in page.splitlines() if line.startswith(f"  {key}="))
+        assert f"{key}={values[key]}" in line and entry.type in line and len(entry.metadata["help"]) > 5
+        assert entry.metadata["help"] in line
+    assert all(name in page for name in PRESETS)
+    assert all(any(part in page for part in CHOICES[key]) for key in CHOICES)
+
+
+def test_round_trips() -> None:
+    config = parse(["preset=smoke", "rank=2", "optim.lr=1e-5", "name=été: a # b", "model.tie_first=true"])
+    assert from_dict(to_dict(config)) == config
+    from omegaconf import OmegaConf
+
+    again = OmegaConf.to_container(OmegaConf.create(as_yaml(config)))
+    assert isinstance(again, dict) and from_dict(again) == config  # type: ignore[arg-type]
+    assert set(flatten(config)) == set(leaves())
+
+
+def test_a_foreign_config_is_refused() -> None:
+    with pytest.raises(ConfigError, match="written by another version"):
+        from_dict({"rank": 2, "colour": "red"})
+    with pytest.raises(ConfigError, match="written by another version"):
+        from_dict({"rank": "many"})
+    with pytest.raises(ConfigError, match="too small"):
+        from_dict({"rank": 0})
+
+
+def test_names_tell_runs_apart() -> None:
+    names = {
+        parse(words.split()).run_name
+        for words in ("", "rank=2", "horizon=2", "anchor=token", "model.tie_first=true", "seed=1", "size=small",
+                      "corpus=text", "model.trunk=runs/t")
+    }  # fmt: skip
+    assert len(names) == 9
+    assert parse(["corpus=hf:a/b"]).run_name.startswith("hf-a-b-") and parse(["name=mine"]).run_name == "mine"
+
+
+def test_layout_of_the_law() -> None:
+    assert not parse([]).first_is_tied and parse(["anchor=token"]).first_is_tied
+    assert parse(["model.tie_first=true"]).first_is_tied and parse(["preset=trunk"]).first_is_tied
+    assert parse([]).target == "own" and parse(["model.trunk=runs/t"]).target == "common"
+
+
+def test_the_56m_layout_has_56_3_million_parameters() -> None:
+    """8192 tokens, tied embeddings: the count that the paper gives for its TinyStories model, to three digits."""
+    from cpdlm.model.trunk import build_body
+
+    with torch.device("meta"):
+        body = build_body(resolve({"size": "56m", "data.tokenizer": "bpe:8192"}), 8192)
+    assert round(sum(parameter.numel() for parameter in body.parameters()) / 1e6, 1) == 56.3
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_sizes_are_consistent(size: str) -> None:
+    shape = SIZES[size]
+    assert shape.width % shape.attention_heads == 0 and (shape.width // shape.attention_heads) % 2 == 0
+    assert all(math.isfinite(value) and value > 0 for value in vars(shape).values())
+
+
+def test_the_page_comes_without_torch() -> None:
+    code = "import sys, cpdlm.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

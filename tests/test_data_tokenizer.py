@@ -1,0 +1,78 @@
+"""Ids and back, and the bytes behind each id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpdlm.config import ConfigError
+from cpdlm.data.tokenizer import BpeTokenizer, BytesTokenizer, SavedTokenizer, build_tokenizer
+
+TEXTS = ["def main(x):\n    return x + 1\n", "naïve café — 東京 \N{GRINNING FACE}\n", " leading space\t\ttabs\r\n", "a <|endoftext|> b"]
+
+
+def test_bytes_round_trip_non_utf8() -> None:
+    tokenizer = BytesTokenizer()
+    document = bytes(range(256)) + b"\xff\xfe caf\xe9"
+    (ids,) = tokenizer.encode([document])
+    assert bytes(ids.astype(np.uint8)) == document
+    assert tokenizer.vocab_size == 257 and tokenizer.bos == tokenizer.eos == 256
+    assert tokenizer.token_bytes()[ids].sum() == len(document)
+    assert tokenizer.decode([256, *b"ok", 256]) == "ok"
+
+
+@pytest.fixture(scope="module")
+def bpe() -> BpeTokenizer:
+    return BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20], progress=False)
+
+
+def test_bpe_round_trip_and_bits_per_byte_accounting(bpe: BpeTokenizer) -> None:
+    for text, ids in zip(TEXTS, bpe.encode(TEXTS), strict=True):
+        assert bpe.decode([bpe.bos, *ids, bpe.eos]) == text
+        # Every byte of the text belongs to exactly one token, else bits per byte would be off.
+        assert bpe.token_bytes()[ids].sum() == len(text.encode())
+        assert bpe.eos not in ids, "an end mark written in a document is text"
+    assert bpe.vocab_size == 300 and bpe.eos == 299 and bpe.token_bytes()[299] == 0
+
+
+def test_bpe_training_is_deterministic_and_saved(bpe: BpeTokenizer, tmp_path: Path) -> None:
+    again = BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20], progress=False)
+    bpe.save(tmp_path)
+    saved = SavedTokenizer("bpe:300", 300, 299, 299, tmp_path, bpe.token_bytes())
+    for ours, theirs, third in zip(bpe.encode(TEXTS), again.encode(TEXTS), saved.encode(TEXTS), strict=True):
+        assert ours.tolist() == theirs.tolist() == third.tolist()
+
+
+def test_bpe_of_a_tiny_corpus_is_smaller_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="yields only"):
+        tokenizer = BpeTokenizer.train("bpe:5000", [b"aaaa bbbb"], progress=False)
+    assert tokenizer.vocab_size < 5000 and tokenizer.eos == tokenizer.vocab_size - 1
+
+
+def test_non_utf8_needs_bytes(bpe: BpeTokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"needs UTF-8 text.*caf.*type data.tokenizer=bytes"):
+        bpe.encode([b"caf\xe9 au lait"])
+
+
+def test_hub_tokenizer(bpe: BpeTokenizer, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    bpe.save(tmp_path)
+    model = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE), eos_token="<|endoftext|>")
+    model.save_pretrained(tmp_path / "with")
+    tokenizer = build_tokenizer(f"hf:{tmp_path / 'with'}", [])
+    for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert tokenizer.bos == tokenizer.eos == tokenizer.vocab_size - 1
+    PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE)).save_pretrained(tmp_path / "without")
+    with pytest.raises(ConfigError, match="has no end-of-sequence token"):
+        build_tokenizer(f"hf:{tmp_path / 'without'}", [])
+
+
+def test_missing_hub_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=r"data.tokenizer=hf:.*nowhere cannot be loaded.*type data.tokenizer=bpe:8192 or bytes"):
+        build_tokenizer(f"hf:{tmp_path / 'nowhere'}", [])

@@ -1,0 +1,113 @@
+"""Heads and anchor: hidden states to the joint law, against the written-out formulas; nothing leaks through the anchor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpdlm.model.heads import Anchor, FactorHeads
+from tests import joint_oracle as oracle
+
+P, N, R, V, D, K = 4, 3, 2, 7, 6, 2
+KINDS = ("full", "low-rank", "separate")
+
+
+def make(kind: str, rank: int = R, bias_buffer: bool = False) -> tuple[FactorHeads, Tensor, Tensor]:
+    torch.manual_seed(0)
+    heads = FactorHeads(
+        D, V, rank, N, separate=kind == "separate", map_rank=K if kind == "low-rank" else 0, bias_buffer=bias_buffer
+    ).double()
+    heads.gate.weight.data.normal_()
+    return heads, torch.randn(P, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [1, R])
+def test_joint_is_the_written_out_formula(kind: str, rank: int) -> None:
+    heads, hidden_PD, table_VD = make(kind, rank)
+    joint = heads.joint(hidden_PD, table_VD)
+    gate_PR = (hidden_PD @ heads.gate.weight.T + heads.gate.bias).log_softmax(-1)
+    torch.testing.assert_close(joint.log_weights_R, gate_PR)
+    for p in range(P):
+        for s in range(N):
+            for a in range(rank):
+                row = oracle.rows(kind, hidden_PD[p], s, a, rank, dict(heads.maps.items()), table_VD)
+                torch.testing.assert_close(joint.log_factors_NRV[p, s, a], row.log_softmax(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_factor_alone_is_the_joints_first(kind: str) -> None:
+    heads, hidden_PD, table_VD = make(kind)
+    joint = heads.joint(hidden_PD, table_VD)
+    log_weights, logits = heads.first_log_weights_and_logits(hidden_PD, table_VD)
+    torch.testing.assert_close(log_weights, joint.log_weights_R)
+    torch.testing.assert_close(logits.log_softmax(-1), joint.log_factors_NRV[:, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_dimensions_come_through(kind: str) -> None:
+    heads, _, table_VD = make(kind)
+    hidden = torch.randn(2, 3, D, dtype=torch.float64)
+    joint = heads.joint(hidden, table_VD)
+    assert joint.log_factors_NRV.shape == (2, 3, N, R, V)
+    torch.testing.assert_close(joint.log_factors_NRV[1, 2], heads.joint(hidden[1, 2], table_VD).log_factors_NRV)
+
+
+def test_rank_one_is_independent_heads() -> None:
+    """log p(window) is the sum of what N separate softmax heads say."""
+    heads, hidden_PD, table_VD = make("separate", rank=1)
+    future_PN = torch.randint(0, V, (P, N), generator=torch.Generator().manual_seed(0))
+    alone_P = torch.zeros(P, dtype=torch.float64)
+    for s in range(N):
+        log_probs_PV = (hidden_PD @ heads.maps["unembeddings"][s, 0].T).log_softmax(-1)
+        alone_P += log_probs_PV[torch.arange(P), future_PN[:, s]]
+    torch.testing.assert_close(heads.joint(hidden_PD, table_VD).log_prob(future_PN), alone_P)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameter_counts(kind: str) -> None:
+    heads, _, _ = make(kind)
+    expected = {"full": N * R * D * D, "low-rank": 2 * N * R * K * D, "separate": N * R * V * D}[kind]
+    assert sum(p.numel() for p in heads.maps.parameters()) == expected
+    assert sum(p.numel() for p in heads.gate.parameters()) == R * D + R
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_components_start_apart(kind: str) -> None:
+    """Equal components would stay equal: their gradients would be, too."""
+    heads, hidden_PD, table_VD = make(kind)
+    factors = heads.joint(hidden_PD, table_VD).log_factors_NRV
+    assert (factors[:, :, 0] - factors[:, :, 1]).abs().amax(-1).min() > 1e-3
+
+
+def test_maps_start_near_the_trunks_own_prediction() -> None:
+    torch.manual_seed(0)
+    width = 256
+    hidden = torch.randn(64, width)
+    for map_rank in (0, 16):
+        heads = FactorHeads(width, V, R, N, map_rank=map_rank, noise=0.2)
+        rows = heads._features()(hidden, *heads._map_parameters(N)).view(64, N * R, width)
+        moved = (rows - hidden[:, None]).norm(dim=-1) / hidden.norm(dim=-1)[:, None]
+        assert 0.15 < moved.mean() < 0.25
+
+
+def test_bias_buffer_takes_the_place_of_the_gates_bias() -> None:
+    heads, hidden_PD, table_VD = make("full", bias_buffer=True)
+    assert heads.gate.bias is None and "balance_bias_R" in heads.state_dict()
+    assert not any("bias" in name for name, _ in heads.named_parameters())
+    before = heads.joint(hidden_PD, table_VD).log_weights_R
+    heads.balance_bias_R += torch.tensor([0.3, -0.2], dtype=torch.float64)
+    after = heads.joint(hidden_PD, table_VD).log_weights_R
+    expected = (before + torch.tensor([0.3, -0.2], dtype=torch.float64)).log_softmax(-1)
+    torch.testing.assert_close(after, expected)
+    torch.testing.assert_close(heads.first_log_weights_and_logits(hidden_PD, table_VD)[0], expected)
+
+
+def test_anchor_starts_as_the_identity_and_learns_from_the_first_step() -> None:
+    anchor = Anchor(D, 4).double()
+    hidden_PD, embedded_PD = torch.randn(P, D, dtype=torch.float64), torch.randn(P, D, dtype=torch.float64)
+    assert torch.equal(anchor(hidden_PD, embedded_PD), hidden_PD)
+    anchor(hidden_PD, embedded_PD).square().sum().backward()
+    assert anchor.out.weight.grad is not None and anchor.out.weight.grad.norm() > 0
+    assert sum(p.numel() for p in anchor.parameters()) == (2 * D * 4 + 4) + (4 * D + D)

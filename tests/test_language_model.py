@@ -1,0 +1,295 @@
+"""The whole model: causality by gradient, packed documents, cache, layouts, and the chain rule through `forward`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpdlm.config import resolve
+from cpdlm.model.language_model import LanguageModel, build_language_model
+
+V, T, N, R = 11, 8, 3, 2
+FAMILIES = ("llama", "gpt2")
+# name -> overrides; "common" is added by `make`
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "separate": {"model.head": "separate", "model.tie_embeddings": False},
+    "low-rank": {"model.map_rank": 4},
+    "tied": {"model.tie_first": True},
+    "anchored": {"anchor": "token"},
+    "bias": {"balance": "bias"},
+    "plain": {"horizon": 1, "rank": 1, "balance": "none"},
+    "common": {"model.trunk": "a folder"},
+    "common anchored": {"model.trunk": "a folder", "anchor": "token"},
+}
+WITH_MIXTURE = [name for name in LAYOUTS if name != "plain"]
+
+
+def make(layout: str = "untied", family: str = "llama", seed: int = 0, **more: Any) -> LanguageModel:
+    torch.manual_seed(seed)
+    base = {"size": "micro", "rank": R, "horizon": N, "model.family": family, "data.context": 16,
+            "decode.prompt_tokens": 4, "decode.new_tokens": 4}  # fmt: skip
+    trunk = make("plain", family, seed) if layout.startswith("common") else None
+    model = build_language_model(resolve(base | LAYOUTS[layout] | more), V, trunk).double()
+    with torch.no_grad():
+        if model.anchor is not None:  # as after some training
+            model.anchor.out.weight.normal_(std=0.1)
+        if model.heads is not None:
+            model.heads.gate.weight.normal_(std=0.5)
+    return model
+
+
+def rows(count: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Rows whose successors all exist."""
+    stream = torch.randint(0, V, (count, T + N), generator=torch.Generator().manual_seed(seed))
+    return {
+        "tokens_BT": stream[:, :T],
+        "position_ids_BT": torch.arange(T).expand(count, T),
+        "future_BTN": torch.stack([stream[:, k + 1 : k + 1 + T] for k in range(N)], dim=-1),
+        "successors_BT": torch.full((count, T), N),
+    }
+
+
+class Embeddings:
+    """Turns each embedding look-up into a leaf, so that gradients say what was looked at. Calls in order."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.calls: list[Tensor] = []
+        self.handle = model.trunk.body.get_input_embeddings().register_forward_hook(self._hook)
+
+    def _hook(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
+        self.calls.append(output.detach().requires_grad_())
+        return self.calls[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_see_no_later_token(family: str) -> None:  # law 14
+    model = make(family=family)
+    seen = Embeddings(model)
+    hidden_BTD = model.hidden(rows()["tokens_BT"])
+    for t in range(T):
+        (gradient,) = torch.autograd.grad(hidden_BTD[0, t].square().sum(), seen.calls[0], retain_graph=True)
+        reached = gradient.abs().amax(-1)
+        assert (reached[0, : t + 1] > 0).all(), "every earlier token is seen"
+        assert (reached[0, t + 1 :] == 0).all(), "a later token leaks"
+        assert (reached[1] == 0).all(), "another row leaks"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["untied", "tied", "anchored"])
+def test_nothing_beyond_the_fixed_token_leaks_into_the_law(layout: str, family: str) -> None:
+    """The loss of position t depends on the tokens up to t and, anchored, on the embedding of x_{t+1}, and no other."""
+    for t in (0, 3, T - 1):
+        model, batch = make(layout, family), rows(1)
+        seen = Embeddings(model)
+        weight = torch.zeros(1, T, dtype=torch.float64)
+        weight[0, t] = 1
+        model(**batch, first_weight_BT=torch.zeros_like(weight), rest_weight_BT=weight).loss.backward()
+        trunk_gradient = seen.calls[0].grad
+        assert trunk_gradient is not None
+        reached = trunk_gradient[0].abs().amax(-1)
+        assert (reached[: t + 1] > 0).all() and (reached[t + 1 :] == 0).all(), "a later token leaks through the trunk"
+        if layout == "anchored":
+            assert len(seen.calls) == 2 and seen.calls[1].shape[0] == 1, "the anchor looks up one token per position"
+            assert seen.calls[1].grad is not None and seen.calls[1].grad.abs().max() > 0
+            expected = model.trunk.body.get_input_embeddings().weight[batch["future_BTN"][0, t, 0]]
+            torch.testing.assert_close(seen.calls[1][0], expected, msg="the anchor looks at another token than x_{t+1}")
+        else:
+            assert len(seen.calls) == 1
+
+
+def test_the_anchored_law_moves_with_the_fixed_token_alone() -> None:
+    model, hidden_BD = make("anchored"), torch.randn(1, 64, dtype=torch.float64)
+    one, two = (model.draft_joint(hidden_BD, torch.tensor([token])) for token in (3, 4))
+    assert (one.log_weights_R - two.log_weights_R).abs().max() > 1e-4
+    assert (one.log_factors_NRV - two.log_factors_NRV).abs().max() > 1e-4
+
+
+def test_the_anchor_starts_as_the_law_without_it() -> None:
+    torch.manual_seed(0)
+    model = build_language_model(resolve({"size": "micro", "rank": R, "horizon": N, "anchor": "token"}), V).double()
+    hidden_BD = torch.randn(2, 64, dtype=torch.float64)
+    with_anchor = model.draft_joint(hidden_BD, torch.tensor([1, 2]))
+    model.anchor = None
+    without = model.draft_joint(hidden_BD, torch.tensor([1, 2]))
+    assert torch.equal(with_anchor.log_factors_NRV, without.log_factors_NRV)
+    assert torch.equal(with_anchor.log_weights_R, without.log_weights_R)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_target_and_draft_laws_of_each_layout(layout: str) -> None:
+    model = make(layout)
+    hidden_BTD = model.hidden(rows()["tokens_BT"])
+    softmax = (hidden_BTD @ model.unembedding.weight.T).log_softmax(-1)
+    target, own = model.target_log_probs(hidden_BTD), model.next_token_log_probs(hidden_BTD)
+    torch.testing.assert_close(target.exp().sum(-1), torch.ones(2, T, dtype=torch.float64))
+    if model.common_target or model.first_is_tied:
+        torch.testing.assert_close(target, softmax)
+    if model.first_is_tied:  # q_1 = p_1, exactly
+        assert torch.equal(own, target)
+    else:
+        torch.testing.assert_close(own, model.joint(hidden_BTD).first())
+        assert (own - softmax).abs().max() > 1e-3, "eq. 11 is another law than the trunk's softmax"
+    if layout == "plain":
+        return
+    fixed_B = torch.tensor([1, 2])
+    draft = model.draft_joint(hidden_BTD[:, -1], fixed_B)
+    assert (draft.horizon, draft.rank, draft.vocab_size) == (N - 1, R, V)
+    if not model.first_is_tied:
+        whole, rest = model.joint(hidden_BTD[:, -1]), torch.tensor([[3, 4], [5, 6]])
+        window = torch.cat([fixed_B[:, None], rest], -1)
+        torch.testing.assert_close(draft.log_prob(rest), whole.log_prob(window) - whole.log_prob(window[:, :1]))
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_forward_is_the_law_and_its_chain_sums_to_the_joint(layout: str) -> None:  # law 16
+    model, batch = make(layout), rows()
+    if layout == "plain":
+        batch["future_BTN"], batch["successors_BT"] = batch["future_BTN"][..., :1], torch.ones(2, T, dtype=torch.long)
+    ones = torch.ones(2, T, dtype=torch.float64)
+    terms = model(**batch, first_weight_BT=ones, rest_weight_BT=ones)
+    hidden, future = model.hidden(batch["tokens_BT"]).flatten(0, 1), batch["future_BTN"].flatten(0, 1)
+    first = -model.next_token_log_probs(hidden).gather(-1, future[:, :1]).squeeze(-1)
+    torch.testing.assert_close(terms.first_nll_P, first)
+    if layout == "plain":
+        torch.testing.assert_close(terms.joint_nll(True), first)
+        torch.testing.assert_close(terms.loss, first.sum())
+        return
+    joint = model.joint(hidden, future[:, 0])
+    if model.first_is_tied:
+        chain = torch.cat([first[:, None], -joint.chain(future[:, 1:])], dim=-1)
+    else:
+        chain = -joint.chain(future)
+        torch.testing.assert_close(chain[:, 0], first)
+    assert chain.shape == (2 * T, N)
+    torch.testing.assert_close(terms.joint_nll(model.first_is_tied), chain.sum(-1))
+    torch.testing.assert_close(terms.loss, (terms.first_nll_P + terms.rest_nll_P).sum())
+    torch.testing.assert_close(terms.log_weights_PR, joint.log_weights_R)
+
+
+@pytest.mark.parametrize("layout", ["untied", "anchored"])
+def test_absent_successors_drop_out_of_the_loss(layout: str) -> None:
+    """At a document's end the marginal over what exists counts, whatever stands in the empty places."""
+    model, batch = make(layout), rows(1)
+    batch["successors_BT"] = torch.tensor([[N, N, N, N, N, 2, 1, 0]])
+    exists = (batch["successors_BT"] > 0).double()
+    before = model(**batch, first_weight_BT=exists, rest_weight_BT=exists)
+    empty = torch.arange(N) >= batch["successors_BT"][..., None]
+    batch["future_BTN"] = batch["future_BTN"].masked_fill(empty, 0)
+    after = model(**batch, first_weight_BT=exists, rest_weight_BT=exists)
+    torch.testing.assert_close(after.loss, before.loss)
+    hidden, future = model.hidden(batch["tokens_BT"])[0], batch["future_BTN"][0]
+    for t, count in enumerate([N, N, N, N, N, 2, 1]):
+        joint = model.joint(hidden[t], future[t, 0])
+        skip = 1 if model.first_is_tied else 0
+        exact = -joint.marginal(count - skip).log_prob(future[t, skip:count])
+        torch.testing.assert_close(after.rest_nll_P[t], exact)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_equal_separate_ones(family: str) -> None:
+    model = make(family=family)
+    lengths = [[3, 5], [1, 4, 3]]
+    tokens_BT = rows()["tokens_BT"]
+    position_ids_BT = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    packed_BTD = model.hidden(tokens_BT, position_ids_BT)
+    for b, row in enumerate(lengths):
+        start = 0
+        for n in row:
+            alone = model.hidden(tokens_BT[b : b + 1, start : start + n])
+            torch.testing.assert_close(packed_BTD[b, start : start + n], alone[0], rtol=1e-9, atol=1e-9)
+            start += n
+    assert (packed_BTD - model.hidden(tokens_BT)).abs().max() > 1e-3, "the mask would not matter"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_do_not_see_each_other_by_gradient(family: str) -> None:
+    model = make(family=family)
+    seen = Embeddings(model)
+    position_ids_BT = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    hidden = model.hidden(rows(1)["tokens_BT"], position_ids_BT)
+    (gradient,) = torch.autograd.grad(hidden[0, -1].square().sum(), seen.calls[0])
+    reached = gradient[0].abs().amax(-1)
+    assert (reached[:3] == 0).all() and (reached[3:] > 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("split", [[8], [1] * 8, [3, 1, 4], [5, 3]])
+def test_cache_equals_no_cache(family: str, split: list[int]) -> None:
+    model, tokens_BT = make(family=family), rows()["tokens_BT"]
+    whole, cache, parts, start = model.hidden(tokens_BT), model.new_cache(), [], 0
+    for n in split:
+        parts.append(model.hidden(tokens_BT[:, start : start + n], cache=cache))
+        start += n
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cache_after_rollback_is_cache_recomputed(family: str) -> None:  # law 12
+    model, tokens_BT = make(family=family), rows(1)["tokens_BT"]
+    other = (tokens_BT + 1) % V
+    cache = model.new_cache()
+    model.hidden(tokens_BT[:, :4], cache=cache)
+    model.hidden(other[:, 4:7], cache=cache)  # rejected drafts
+    cache.crop(-3)
+    again = model.hidden(tokens_BT[:, 4:], cache=cache)
+    torch.testing.assert_close(again, model.hidden(tokens_BT)[:, 4:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_parameter_counts_add_up(layout: str) -> None:
+    model = make(layout)
+    counts, width = model.parameter_counts(), 64
+    parts = ("trunk", "unembedding", "heads", "gate", "anchor")
+    assert sum(counts[part] for part in parts) == counts["total"] == sum(p.numel() for p in model.parameters())
+    factors = N - 1 if model.first_is_tied else N
+    if layout == "separate":
+        assert counts["heads"] == N * R * V * width
+        assert counts["unembedding"] == 0, "nothing would use it"
+    elif layout == "low-rank":
+        assert counts["heads"] == 2 * N * R * 4 * width
+    elif layout != "plain":
+        assert counts["heads"] == factors * R * width * width and counts["unembedding"] == 0
+    assert counts["gate"] == (0 if layout == "plain" else R * width + (0 if layout == "bias" else R))
+    assert counts["anchor"] == ((2 * width + 1) * 32 + 33 * width if model.anchor is not None else 0)
+    assert counts["trained"] == counts["total"] - (counts["trunk"] + counts["unembedding"] if model.common_target else 0)
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_a_frozen_trunk_is_the_target_and_stays_as_it_is(tie_embeddings: bool) -> None:
+    trunk = make("plain", **{"model.tie_embeddings": tie_embeddings})
+    config = resolve({"size": "micro", "rank": R, "horizon": N, "model.trunk": "x"})
+    model = build_language_model(config, V, trunk).double()
+    assert model.embeddings_are_tied == tie_embeddings
+    frozen = [*model.trunk.parameters(), model.unembedding.weight]
+    assert not any(parameter.requires_grad for parameter in frozen)
+    batch, ones = rows(), torch.ones(2, T, dtype=torch.float64)
+    model(**batch, first_weight_BT=ones, rest_weight_BT=ones).loss.backward()
+    assert all(parameter.grad is None for parameter in frozen)
+    assert model.heads is not None and all(parameter.grad is not None for parameter in model.heads.parameters())
+    hidden = model.hidden(batch["tokens_BT"])
+    assert torch.equal(model.target_log_probs(hidden), trunk.next_token_log_probs(trunk.hidden(batch["tokens_BT"])))
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not name.startswith("common")])
+def test_every_parameter_of_a_from_scratch_model_is_used(layout: str, tie_embeddings: bool) -> None:
+    """A parameter that no loss reaches is dead weight in the counts, and stops data-parallel training."""
+    model, batch = make(layout, **{"model.tie_embeddings": tie_embeddings}), rows()
+    ones = torch.ones(2, T, dtype=torch.float64)
+    model(**batch, first_weight_BT=ones, rest_weight_BT=ones).loss.backward()
+    for name, parameter in model.named_parameters():
+        # A mixture of one component has no use for a gate, but keeps it: rank 1 is not another code path.
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_weight_zero_everywhere_is_free_and_finite(layout: str) -> None:
+    model, batch = make(layout), rows()
+    zero = torch.zeros(2, T, dtype=torch.float64)
+    terms = model(**batch, first_weight_BT=zero, rest_weight_BT=zero)
+    assert terms.loss.item() == 0 and terms.first_nll_P.numel() == 0 and terms.rest_nll_P.numel() == 0

@@ -1,0 +1,146 @@
+"""The speed protocol: what it counts, what it compares, and the shape of its record. Times themselves are not judged."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from cpdlm.config import resolve
+from cpdlm.decoding import Decoded, Sampling, decode
+from cpdlm.evaluation import latency
+from cpdlm.evaluation.drafting import acceptance, bootstrap_ratio
+from cpdlm.evaluation.latency import Timing, hugging_face, measure, pass_milliseconds
+from cpdlm.model.language_model import LanguageModel, build_language_model
+
+BASE = {"size": "micro", "data.context": 64, "decode.prompt_tokens": 8, "decode.new_tokens": 8}
+PROMPTS = torch.randint(0, 17, (3, 6), generator=torch.Generator().manual_seed(0))
+MODE = {
+    "temperature", "top_k", "top_p", "prompts", "new_tokens", "repeats", "tokens", "passes", "tokens_per_pass",
+    "emitted_histogram", "acceptance_by_depth", "per_prompt", "tokens_per_second", "speedup", "speedup_over_rank1",
+    "plain_over_generate", "conversion", "conversion_limit", "t1_ms", "tn_ms", "seconds_by_part", "repeat_seconds",
+}  # fmt: skip
+
+
+@cache
+def trunk() -> LanguageModel:
+    torch.manual_seed(0)
+    return build_language_model(resolve(BASE | {"rank": 1, "horizon": 1}), 17)
+
+
+def cell(rank: int, common: bool = True, horizon: int = 3, **settings: object) -> LanguageModel:
+    torch.manual_seed(rank)
+    overrides = BASE | {"rank": rank, "horizon": horizon} | settings | ({"model.trunk": "frozen"} if common else {})
+    return build_language_model(resolve(overrides), 17, trunk() if common else None).eval()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.9, 5, 0.9)])
+def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
+    models = {"r1": cell(1), "r2": cell(2), "own": cell(2, common=False)}
+    lines: list[str] = []
+    modes = measure(models, PROMPTS, 9, sampling, repeats=2, warmups=1, progress=lines.append)
+    assert list(modes) == list(models) and any("repeat 2/2" in line for line in lines)
+    for mode in modes.values():
+        assert set(mode) == MODE
+        assert mode["tokens"] == 2 * 3 * 9 == sum(mode["per_prompt"]["tokens"])
+        assert mode["passes"] == sum(mode["emitted_histogram"]) == sum(mode["per_prompt"]["passes"])
+        assert mode["tokens"] == sum((k + 1) * count for k, count in enumerate(mode["emitted_histogram"]))
+        assert mode["tokens_per_pass"]["low"] <= mode["tokens_per_pass"]["mean"] <= mode["tokens_per_pass"]["high"]
+        assert mode["tokens_per_pass"]["mean"] == pytest.approx(mode["tokens"] / mode["passes"])
+        assert [row["depth"] for row in mode["acceptance_by_depth"]] == [2, 3]
+        assert list(mode["seconds_by_part"]) == ["prefill", "draft", "trunk", "verify", "other"]
+        assert all(seconds > 0 for seconds in mode["seconds_by_part"].values())
+        assert len(mode["repeat_seconds"]["plain"]) == len(mode["repeat_seconds"]["speculative"]) == 2
+        assert mode["conversion"] == pytest.approx(mode["speedup"]["median"] / mode["tokens_per_pass"]["mean"])
+        assert mode["conversion_limit"] == pytest.approx(mode["t1_ms"] / mode["tn_ms"])
+    assert modes["r1"]["repeat_seconds"]["plain"] == modes["r2"]["repeat_seconds"]["plain"], "one plain decoder per trunk"
+    assert modes["own"]["repeat_seconds"]["plain"] != modes["r1"]["repeat_seconds"]["plain"]
+    assert modes["own"]["plain_over_generate"] is None and modes["own"]["tokens_per_second"]["generate"] is None
+    assert modes["r2"]["plain_over_generate"] and modes["r1"]["tokens_per_second"]["generate"] > 0
+    assert modes["r1"]["speedup_over_rank1"] is None and modes["r2"]["speedup_over_rank1"] is not None
+
+
+def test_the_ratio_of_times_is_taken_within_a_repeat() -> None:
+    slow_minute = [1.0, 10.0, 1.0]
+    plain = Timing([2 * s for s in slow_minute], [10] * 3, [])
+    fast = Timing(slow_minute, [10] * 3, [])
+    assert latency._ratio(fast, plain, 0) == {"median": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_greedy_repeats_and_sampled_seeds() -> None:
+    """The same (prompt, repeat) has the same text in every contender's run; other repeats have others."""
+    model = cell(2)
+    run = latency._ours(model, 9, Sampling(), draft=True)
+    assert run(PROMPTS[0], 3) == run(PROMPTS[0], 3) != run(PROMPTS[0], 4)
+    seeds = {latency._seed(s, p, r) for s in range(3) for p in range(50) for r in range(9)}
+    assert len(seeds) == 3 * 50 * 9
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generate_runs_on_the_same_weights(family: str) -> None:
+    torch.manual_seed(0)
+    overrides = BASE | {"model.family": family, "rank": 1, "horizon": 1, "model.tie_embeddings": False}
+    model = build_language_model(resolve(overrides), 17).double().eval()
+    generate = hugging_face(model)
+    assert generate is not None
+    before = torch.random.get_rng_state()
+    greedy = generate(PROMPTS[0], 20, Sampling(0.0), 0)
+    assert greedy == decode(model, PROMPTS[0], 20, Sampling(0.0)).tokens
+    assert len(generate(PROMPTS[0], 20, Sampling(), 1)) == 20 and torch.equal(before, torch.random.get_rng_state())
+    assert generate(PROMPTS[0], 20, Sampling(), 1) != generate(PROMPTS[0], 20, Sampling(), 2)
+    with torch.no_grad():
+        model.unembedding.weight.mul_(-1)
+    assert generate(PROMPTS[0], 20, Sampling(0.0), 0) != greedy, "the weights are shared, not copied"
+
+
+def test_one_token_and_a_window_are_timed_through_the_cache() -> None:
+    model = cell(2, horizon=4)
+    one, window = pass_milliseconds(model, PROMPTS, 40, times=5)
+    assert one > 0 and window > 0
+    assert pass_milliseconds(model, PROMPTS[:1, :2], 200, times=2)[0] > 0  # no further than the context
+
+
+def test_the_clock_attributes_time_to_the_part_that_ended() -> None:
+    clock = latency.Clock(torch.device("cpu"))
+    time.sleep(0.02)
+    clock("draft")
+    clock("verify")
+    assert clock.seconds["draft"] >= 0.02 > clock.seconds["verify"]
+
+
+def test_acceptance_counts() -> None:
+    runs = [
+        [Decoded([1, 2, 3, 4], [1, 3], [1, 1], [1, 1]), Decoded([1, 2, 3], [1, 1, 1], [2, 0], [0, 0])],
+        [Decoded([5], [1], [0, 0], [0, 0])],
+    ]
+    counted = acceptance(runs, 3)
+    assert (counted["tokens"], counted["passes"]) == (8, 6)
+    assert counted["emitted_histogram"] == [5, 0, 1]
+    assert counted["acceptance_by_depth"] == [
+        {"depth": 2, "reached": 3, "accepted": 1}, {"depth": 3, "reached": 1, "accepted": 1}
+    ]  # fmt: skip
+    assert counted["per_prompt"] == {"tokens": [7, 1], "passes": [5, 1]}
+    with pytest.raises(AssertionError, match="passes emitted 4 tokens, the text has 3"):
+        acceptance([[replace(runs[0][0], tokens=[1, 2, 3])]], 3)
+
+
+def test_the_bootstrap_covers_the_truth() -> None:
+    """95 % intervals over 40 prompts cover the true ratio in at least 88 of 100 trials (binomial tail below 1e-3)."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(100):
+        passes = rng.integers(20, 40, 40)
+        interval = bootstrap_ratio(rng.poisson(2.0 * passes), passes)
+        covered += interval["low"] <= 2.0 <= interval["high"]
+    assert covered >= 88
+
+
+def test_wrong_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="pass at least one model"):
+        measure({}, PROMPTS, 4, Sampling())
+    with pytest.raises(ValueError, match="cell plain has horizon 1"):
+        measure({"plain": trunk()}, PROMPTS, 4, Sampling())

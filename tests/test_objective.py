@@ -1,0 +1,157 @@
+"""The objective: which positions count, unbiased subsets, and the balance terms against loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpdlm.training import objective
+from tests import joint_oracle as oracle
+
+B, T, N = 2, 32, 3
+
+
+def ragged() -> Tensor:
+    return torch.randint(0, N + 1, (B, T), generator=torch.Generator().manual_seed(0))
+
+
+def losses() -> tuple[Tensor, Tensor]:
+    """nll of x_{t+1}, and of the later tokens given it, at each position."""
+    generator = torch.Generator().manual_seed(1)
+    first, later = (torch.rand(B, T, generator=generator, dtype=torch.float64) for _ in range(2))
+    return 2 * first, 5 * later
+
+
+def value(weights: objective.PositionWeights, first_is_tied: bool) -> float:
+    first, later = losses()
+    rest = later if first_is_tied else first + later
+    return (weights.first_BT * first + weights.rest_BT * rest).sum().item()
+
+
+def mean_joint_nll() -> float:
+    exists = ragged() > 0
+    first, later = losses()
+    return (first + later)[exists].mean().item()
+
+
+def test_all_positions_untied_is_exactly_the_mean_joint_nll() -> None:
+    weights = objective.position_weights(ragged(), 1.0, first_is_tied=False)
+    exists = ragged() > 0
+    assert torch.equal(weights.first_BT, torch.zeros(B, T, dtype=torch.float64))
+    torch.testing.assert_close(weights.rest_BT, exists / exists.sum().double())
+    assert (weights.positions, weights.picked) == (exists.sum(), exists.sum())
+    assert math.isclose(value(weights, False), mean_joint_nll(), rel_tol=1e-12)
+
+
+def test_all_positions_tied_is_the_same_mean() -> None:
+    weights = objective.position_weights(ragged(), 1.0, first_is_tied=True)
+    assert torch.equal(weights.first_BT, weights.rest_BT)
+    assert math.isclose(value(weights, True), mean_joint_nll(), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("first_is_tied", [False, True])
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_a_random_subset_is_an_unbiased_estimate(first_is_tied: bool, fraction: float) -> None:
+    """Mean of 4000 subsets within 5 standard errors (false alarms: 6e-7), and the standard error is small."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor(
+        [value(objective.position_weights(ragged(), fraction, first_is_tied, generator), first_is_tied) for _ in range(4000)]
+    )
+    error = values.std().item() / len(values) ** 0.5
+    assert 0 < error < 0.02
+    assert abs(values.mean().item() - mean_joint_nll()) < 5 * error
+
+
+@pytest.mark.parametrize("first_is_tied", [False, True])
+def test_the_next_token_is_trained_at_every_position_of_a_subset(first_is_tied: bool) -> None:
+    """Weight of -log p(x_{t+1}), over both terms: the same everywhere. That of the later tokens: on the subset alone."""
+    weights = objective.position_weights(ragged(), 0.3, first_is_tied, torch.Generator().manual_seed(0))
+    exists = ragged() > 0
+    of_first = weights.first_BT if first_is_tied else weights.first_BT + weights.rest_BT
+    torch.testing.assert_close(of_first, exists / exists.sum().double())
+    assert 0 < (weights.rest_BT > 0).sum() == weights.picked < exists.sum()
+    assert not (weights.rest_BT > 0)[~exists].any()
+    torch.testing.assert_close(weights.rest_BT.sum(), torch.ones((), dtype=torch.float64))
+
+
+def test_subsets_follow_their_generator() -> None:
+    one, two, three = (
+        objective.position_weights(ragged(), 0.3, True, torch.Generator().manual_seed(seed)).rest_BT for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, two) and not torch.equal(one, three)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.01])
+def test_no_position_at_all_is_no_weight_and_no_nan(fraction: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = objective.position_weights(torch.zeros(1, 4, dtype=torch.long), fraction, False, generator)
+    assert not weights.first_BT.any() and not weights.rest_BT.any()
+
+
+def test_reported_losses_use_positions_with_every_successor() -> None:
+    first_BT, rest_BT = objective.evaluation_weights(ragged(), N)
+    assert torch.equal(first_BT, (ragged() == N).double()) and torch.equal(first_BT, rest_BT)
+
+
+# --- balance ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate() -> Tensor:
+    return (2 * torch.randn(40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).log_softmax(-1)
+
+
+def test_component_use_against_loops(gate: Tensor) -> None:
+    use = objective.component_use(gate)
+    mean, firsts, entropy = oracle.use(gate.exp().tolist())
+    torch.testing.assert_close(use.mean_R.tolist(), mean)
+    torch.testing.assert_close(use.top_share_R.tolist(), firsts)
+    assert math.isclose(use.entropy.item(), entropy, rel_tol=1e-9)
+    assert math.isclose(use.effective.item(), math.exp(-sum(p * math.log(p) for p in mean)), rel_tol=1e-9)
+    assert use.dead.item() == sum(p < 0.1 / 4 for p in mean)
+
+
+def test_balance_terms_against_loops(gate: Tensor) -> None:
+    mean, firsts, _ = oracle.use(gate.exp().tolist())
+    use = objective.component_use(gate)
+    assert math.isclose(objective.switch_balance(use).item(), 4 * sum(f * p for f, p in zip(firsts, mean, strict=True)))
+    kl = sum(0.25 * math.log(0.25 / p) for p in mean)
+    assert math.isclose(objective.kl_balance(use).item(), kl, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["switch", "kl"])
+def test_gradients_of_the_balance_terms(gate: Tensor, name: str) -> None:
+    """f counts as a constant; the gradient goes through P alone."""
+    leaf = gate.clone().requires_grad_()
+    use = objective.component_use(leaf)
+    (objective.switch_balance(use) if name == "switch" else objective.kl_balance(use)).backward()
+    mean, firsts, _ = oracle.use(gate.exp().tolist())
+    by_mean = [4 * f for f in firsts] if name == "switch" else [-0.25 / p for p in mean]
+    expected = gate.exp() * torch.tensor(by_mean, dtype=torch.float64) / len(gate)
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_balance_is_least_when_components_share_equally() -> None:
+    equal = torch.full((8, 4), 0.25, dtype=torch.float64).log()
+    one = torch.tensor([[0.97, 0.01, 0.01, 0.01]], dtype=torch.float64).log().expand(8, 4)
+    rotating = torch.stack([one[0].roll(k) for k in range(8)])
+    assert math.isclose(objective.kl_balance(objective.component_use(equal)).item(), 0, abs_tol=1e-12)
+    assert math.isclose(objective.switch_balance(objective.component_use(rotating)).item(), 1, rel_tol=1e-9)
+    assert math.isclose(objective.switch_balance(objective.component_use(one)).item(), 4 * 0.97, rel_tol=1e-9)
+    assert objective.kl_balance(objective.component_use(one)) > 1
+    assert objective.component_use(one).dead == 3 and objective.component_use(rotating).dead == 0
+    assert math.isclose(objective.component_use(equal).effective.item(), 4, rel_tol=1e-9)
+
+
+def test_bias_step_lifts_the_unused_and_lowers_the_overused() -> None:
+    gate = torch.tensor([[0.7, 0.25, 0.05, 0.0]], dtype=torch.float64).clamp_min(1e-30).log()
+    step = objective.bias_step(objective.component_use(gate), 0.01)
+    torch.testing.assert_close(step.tolist(), [-0.01, 0.0, 0.01, 0.01])
+
+
+def test_no_position_leaves_the_balance_finite() -> None:
+    use = objective.component_use(torch.zeros(0, 4))
+    assert torch.isfinite(objective.switch_balance(use)) and torch.isfinite(objective.kl_balance(use))

@@ -1,0 +1,203 @@
+"""The record: what is refused and how, whole writes, provenance, and what may be compared."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_records import ORIGIN, made
+
+from cpdlm.report import results
+
+
+def test_a_record_survives_the_round_trip(tmp_path: Path) -> None:
+    content = made(4)
+    path = results.write(content, tmp_path / "C1")
+    assert path == tmp_path / "C1" / "code-tiny-own-r4-n4-none-s0.json"
+    record = results.load(path, tmp_path)
+    assert record.content == content
+    assert (record.path, record.rank, record.seed, record.horizon) == ("C1/code-tiny-own-r4-n4-none-s0.json", 4, 0, 4)
+    assert (record.target, record.variant) == ("own", "untied")
+    assert "tokens per pass" in results.summary_table(record)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("schema", 2, "schema is 2, this version reads 1"),
+        ("commit", None, "commit must be str, found None"),
+        ("dirty", 1, "dirty must be bool, found 1"),
+        ("likelihood.joint_nll.mean", "high", "likelihood.joint_nll.mean must be int or float, found 'high'"),
+        ("likelihood.joint_nll.mean", math.nan, "likelihood.joint_nll.mean is nan"),
+        ("likelihood.position_nll", [], "likelihood.position_nll has 0 entries, config.horizon is 4"),
+        ("training.curve", [{"loss": 1.0}], r"training.curve\[0\].step is missing"),
+        ("training.steps", True, "training.steps must be int, found True"),
+        ("decoding.modes.greedy.per_prompt.passes", [1.0], "16 tokens and 1 passes for 16 prompts"),
+        ("seed", 3, "seed is 3, config.seed is 0"),
+    ],
+)
+def test_a_wrong_field_is_named(field: str, value: Any, said: str) -> None:
+    content = made(2)
+    *parents, last = field.split(".")
+    place = content
+    for part in parents:
+        place = place[part]
+    place[last] = value
+    with pytest.raises(results.RecordError, match=f"here.json: .*{said}"):
+        results.validate(content, "here.json")
+
+
+@pytest.mark.parametrize("field", ["hardware", "likelihood", "decoding", "parameters"])
+def test_a_missing_field_is_named(field: str) -> None:
+    content = made(2)
+    del content[field]
+    with pytest.raises(results.RecordError, match=f"{field} is missing; the record has claim, "):
+        results.validate(content)
+
+
+def test_a_null_is_taken_only_where_the_schema_says_so() -> None:
+    assert results.validate(made(1, horizon=1))["decoding"] is None
+    content = made(1)
+    content["decoding"]["modes"]["greedy"]["speedup"] = None
+    with pytest.raises(results.RecordError, match="decoding.modes.greedy.speedup must be an object"):
+        results.validate(content)
+
+
+def test_damaged_files_are_named_and_the_others_load(tmp_path: Path) -> None:
+    good = results.write(made(1), tmp_path / "C1")
+    (tmp_path / "C1" / "torn.json").write_bytes(good.read_bytes()[:200])
+    (tmp_path / "C1" / "binary.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / ".hidden.json").write_text("not mine")
+    records, damaged = results.load_all(tmp_path)
+    assert [record.path for record in records] == ["C1/code-tiny-own-r1-n4-none-s0.json"]
+    assert len(damaged) == 3
+    assert all(name in " ".join(damaged) for name in ("torn.json", "binary.json", "list.json"))
+    with pytest.raises(results.RecordError, match="not a folder of records"):
+        results.load_all(tmp_path / "nowhere")
+
+
+def test_a_full_disk_leaves_the_old_record_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = results.write(made(1), tmp_path)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        results.WriteError, match=f"cannot write to {tmp_path} .No space left on device.; make it writable or free"
+    ):
+        results.write(made(1, noise=0.5), tmp_path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name], "a temporary file was left behind"
+
+
+def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for action in (
+        lambda: results.write(made(1), tmp_path / "file"),
+        lambda: results.check_writable(tmp_path / "file" / "sub"),
+    ):
+        with pytest.raises(OSError, match="file") as caught:
+            action()
+        assert isinstance(caught.value, results.WriteError)
+    results.check_writable(tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == []
+
+
+def _git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CPDLM_COMMIT", raising=False)
+    assert results.git_state(tmp_path) == ("unknown", False)
+    _git(tmp_path, "init", "-q")
+    (tmp_path / "code.py").write_text("1")
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-qm", "x")
+    commit, dirty = results.git_state(tmp_path)
+    assert len(commit) == 40
+    assert not dirty
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "new.json").write_text("{}")
+    assert results.git_state(tmp_path) == (commit, False), "what a sweep writes is not a change of the code"
+    (tmp_path / "new.py").write_text("2")
+    assert results.git_state(tmp_path) == (commit, True)
+    (tmp_path / "copied").mkdir()
+    assert results.git_state(tmp_path / "copied") == ("unknown", False), "another project's repository is not ours"
+    monkeypatch.setenv("CPDLM_COMMIT", "abc-dirty")
+    assert results.git_state(tmp_path) == ("abc", True)
+
+
+def test_provenance_names_no_host() -> None:
+    origin = results.provenance()
+    assert set(origin) == {"commit", "dirty", "hardware", "versions", "started"}
+    assert origin["versions"]["omegaconf"]
+    node = os.uname().nodename
+    assert node not in json.dumps(origin["hardware"]).replace("localhost", "") or len(node) < 4
+
+
+def _records(*contents: dict[str, Any]) -> list[results.Record]:
+    return [results.Record(f"{index}/{content['name']}.json", content) for index, content in enumerate(contents)]
+
+
+def test_families_keep_other_data_and_settings_apart() -> None:
+    other = made(2)
+    other["data"]["sha256"] = "cd" * 32
+    found, notes = results.families(_records(made(1), made(8), other, made(4, optim__steps=99)))
+    assert sorted(family.ranks() for family in found) == [[1, 8], [2], [4]]
+    assert len({family.label for family in found}) == 3
+    assert any("optim.steps=99" in family.label for family in found)
+    assert any("data.sha256=cd" in family.label for family in found)
+    assert notes == []
+
+
+def test_incidental_settings_do_not_split_a_family() -> None:
+    found, _ = results.families(
+        _records(made(1), made(2, output="elsewhere", data__workers=3, tracking__uri="sqlite:///x", seed=5))
+    )
+    assert [family.ranks() for family in found] == [[1, 2]]
+
+
+def test_mixed_commits_hardware_and_duplicates_are_said() -> None:
+    origin = copy.deepcopy(ORIGIN) | {
+        "commit": "fedcba9876543210",
+        "dirty": True,
+        "started": "2026-02-01T00:00:00+00:00",
+    }
+    origin["hardware"] = ORIGIN["hardware"] | {"processor": "Another CPU"}  # type: ignore[operator]
+    found, notes = results.families(_records(made(1), made(8, origin=origin), made(1, origin=origin)))
+    text = "\n".join(notes)
+    assert (
+        "0/code-tiny-own-r1-n4-none-s0.json left out: 2/code-tiny-own-r1-n4-none-s0.json is the same cell and newer"
+        in text
+    )
+    assert found[0].cells["untied", 1][0].path.startswith("2/")
+    assert "2 of 2 records come from uncommitted changes" in text
+    _, notes = results.families(_records(made(1), made(8, origin=origin)))
+    assert "records of 2 commits (0123456789, fedcba9876) are compared" in "\n".join(notes)
+    assert "records of 2 kinds of hardware are compared" in "\n".join(notes)
+
+
+def test_references_are_of_equal_training_or_the_common_target() -> None:
+    common = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small"}
+    contents = [
+        made(1, horizon=1),
+        made(1, horizon=1, optim__steps=7),
+        made(1, horizon=1, size="small"),
+        made(1),
+        made(1, **common),
+    ]
+    found, _ = results.families(_records(*contents))
+    named = {family.target: [record.path for record in family.reference] for family in found}
+    assert named == {"own": ["0/code-tiny-own-r1-n1-none-s0.json"], "common": ["2/code-small-own-r1-n1-none-s0.json"]}

@@ -1,0 +1,134 @@
+"""Every profile is well formed, and every kind of cell in it builds, trains, decodes and writes a valid record."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cpdlm.config import flatten
+from cpdlm.report import results
+from experiments import pipeline
+from experiments.suite import PROFILES, Cell, decode_groups
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Shrinks any cell to a fraction of a second of training on a folder of a few documents.
+TINY = {
+    "size": "micro", "data.tokenizer": "bytes", "data.context": 64, "data.batch_rows": 2, "optim.steps": 2,
+    "optim.warmup": 1, "train.precision": "32-true", "train.validate_every": 2, "train.validation_rows": 2,
+    "evaluate.rows": 4, "decode.prompts": 2, "decode.prompt_tokens": 8, "decode.new_tokens": 8, "decode.repeats": 2,
+    "decode.warmups": 1, "tracking.mlflow": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(60):
+        lines = [f"def function_{number}_{line}(x):\n    return x * {number * 7 + line}\n" for line in range(12)]
+        (folder / f"{number}.py").write_text("\n".join(lines))
+    return folder
+
+
+def shrunk(cell: Cell, corpus: Path, cache: Path) -> Cell:
+    trunk = shrunk(cell.trunk, corpus, cache) if cell.trunk is not None else None
+    return Cell(cell.folder, cell.overrides | TINY | {"corpus": str(corpus), "data.cache": str(cache)}, trunk)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_cells_resolve_and_have_names_of_their_own(profile: str) -> None:
+    cells = PROFILES[profile]()
+    names = [cell.config("runs/x").run_name for cell in cells]
+    assert len(set(names)) == len(names)
+    for cell in cells:
+        assert cell.trunk is None or cell.trunk in cells[: cells.index(cell)], "a trunk is listed before its heads"
+    for group in decode_groups(cells, "runs/x"):
+        configs = [cell.config("runs/x") for cell in group]
+        ours = [{k: v for k, v in flatten(c).items() if k.startswith(("decode.", "data."))} for c in configs]
+        assert all(settings == ours[0] for settings in ours), "a group is timed on the same prompts"
+        untied = [c for c in configs if not c.first_is_tied]
+        assert not untied or configs[0] == untied[0], "the rank-1 reference is the paper's rank 1"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_cells_of_a_comparison_differ_in_the_dial_only(profile: str) -> None:
+    """Equal steps, rows, data order: only rank, anchor and tie may differ within a group of one seed."""
+    free = ("rank", "anchor", "name", "model.tie_first")
+    for group in decode_groups(PROFILES[profile](), "runs/x"):
+        settings = [{k: v for k, v in flatten(c.config("runs/x")).items() if k not in free} for c in group]
+        assert all(one == settings[0] for one in settings)
+
+
+def test_every_kind_of_cell_runs_to_a_valid_record(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cpu-full profile's kinds, shrunk, through the real pipeline; then again, when nothing is left to do."""
+    kinds: dict[tuple[object, ...], Cell] = {}
+    for cell in PROFILES["cpu-full"]():
+        config = cell.config("runs/x")
+        if config.corpus == "code" and config.rank in (1, 4):
+            kinds.setdefault((config.target, config.first_is_tied, config.anchor, config.rank, config.horizon), cell)
+    cells = [shrunk(cell, corpus, tmp_path / "cache") for cell in kinds.values()]
+    monkeypatch.setitem(pipeline.PROFILES, "smoke", lambda: cells)
+    monkeypatch.setattr(pipeline, "_run_cell", _in_process)
+    arguments = ["--profile", "smoke", "--out", str(tmp_path / "out"), "--jobs", "1"]
+    assert pipeline.main(arguments) == 0
+    records, damaged = results.load_all(tmp_path / "out" / "results")
+    assert not damaged and len(records) == len(cells)
+    for record in records:
+        assert record["training"]["steps"] == 2
+        for mode in (record["decoding"] or {"modes": {}})["modes"].values():
+            assert mode["tokens"] == sum(mode["per_prompt"]["tokens"]) == 2 * 2 * 8
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("decode.json")}
+    assert stamps and pipeline.main(arguments) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("decode.json")}
+
+
+def _in_process(cell: Cell, options: object, parent: str, quiet: bool) -> int:
+    from experiments import run
+
+    return run.main([*cell.words(options.out), "--stage=train"])  # type: ignore[attr-defined]
+
+
+def _run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "experiments" / "run.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["rnk=8"], "did you mean rank"),
+        (["rank=0"], "rank=0"),
+        (["size=smal"], "size=small"),
+        (["horizon=500"], "data.context=256"),
+        (["corpus=cdoe"], "code"),
+        (["--stage=trian"], "train"),
+        (["model.trunk=nowhere", "preset=smoke", "corpus=cpdlm", "data.max_bytes=0"], "nowhere"),
+    ],
+)
+def test_a_mistake_exits_2_with_one_line_and_no_traceback(words: list[str], says: str, tmp_path: Path) -> None:
+    done = _run(*words, f"output={tmp_path}/runs", f"data.cache={tmp_path}/cache")
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_print_config_is_what_a_run_saves(tmp_path: Path) -> None:
+    done = _run("rank=8", "--print-config")
+    assert done.returncode == 0 and "rank: 8" in done.stdout
+
+
+def test_one_cell_from_the_command_line(corpus: Path, tmp_path: Path) -> None:
+    words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in TINY.items()]
+    done = _run(*words, "rank=2", f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs")
+    assert done.returncode == 0, done.stderr
+    path = Path(done.stdout.split("record: ")[1].strip())
+    record = results.load(path)
+    assert record["command"].startswith("python experiments/run.py ") and record["config"]["rank"] == 2
+    assert "tokens per pass" in done.stdout
+    # The record is plain JSON, and the table says what the record says.
+    assert f"{json.loads(path.read_text())['likelihood']['joint_nll']['mean']:.4f}" in done.stdout

@@ -1,0 +1,232 @@
+"""MLflow shows a run, and can neither change nor lose one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_records import made
+
+from cpdlm import tracking
+from cpdlm.config import Config, resolve
+from cpdlm.report import results
+
+
+@pytest.fixture(autouse=True)
+def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_warned", set())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def quick(output: Path, **overrides: Any) -> Config:
+    return resolve({"output": str(output)} | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One sweep with one cell, interrupted and resumed, its record, and an import: making the database is slow."""
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    output = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        sweep = tracking.start_sweep("cpu", output, "./reproduce.sh")
+        config = quick(output, rank=2, tracking__parent=sweep.run_id)
+        folder = output / config.run_name
+        with (
+            pytest.raises(KeyboardInterrupt),
+            tracking.cell_run(config, "python experiments/run.py rank=2", folder) as first,
+        ):
+            assert first.logger is not None
+            first.logger.log_metrics({"train/nll": 2.0}, step=10)
+            raise KeyboardInterrupt
+        client = MlflowClient(tracking.default_uri(output))
+        killed = client.get_run(first.run_id).info.status
+        with tracking.cell_run(config, "python experiments/run.py rank=2", folder) as second:
+            assert second.logger is not None
+            second.logger.log_metrics({"train/nll": 1.0}, step=20)
+            second.logger.finalize("success")
+            running = client.get_run(first.run_id).info.status
+        record = results.write(made(2), output / "results" / "C1")
+        figure = output / "figure.png"
+        figure.write_bytes(b"png")
+        tracking.log_record(config, record, [figure])
+        results.write(made(8, seed=1), output / "results" / "C1")
+        (output / "results" / "torn.json").write_text("{")
+        with pytest.warns(UserWarning, match="torn.json"):
+            imported = [
+                tracking.import_records(output / "results", tracking.default_uri(output), "imported") for _ in range(2)
+            ]
+    return {
+        "client": client, "sweep": sweep.run_id, "first": first.run_id, "second": second.run_id, "killed": killed,
+        "running": running, "output": output, "imported": imported,
+        "again": tracking.start_sweep("cpu", output, "./reproduce.sh").run_id,
+    }  # fmt: skip
+
+
+def test_the_cell_is_a_named_child_with_tags_params_and_note(store: dict[str, Any]) -> None:
+    run = store["client"].get_run(store["first"])
+    assert run.info.run_name == "code-tiny-own-r2-n4-none-s0"
+    tags = run.data.tags
+    assert tags["mlflow.parentRunId"] == store["sweep"]
+    assert {key: tags[key] for key in ("rank", "horizon", "size", "corpus", "seed", "anchor", "target")} == {
+        "rank": "2", "horizon": "4", "size": "tiny", "corpus": "code", "seed": "0", "anchor": "none", "target": "own"
+    }  # fmt: skip
+    assert tags["command"] == "python experiments/run.py rank=2"
+    assert "experiments/run.py" in tags["mlflow.note.content"]
+    assert tags["commit"]
+    assert run.data.params["optim.lr"] == "0.003"
+    assert len(run.data.params) > 50
+    assert store["client"].get_run(store["sweep"]).info.run_name == "cpu sweep"
+
+
+def test_a_resumed_cell_and_sweep_continue_their_runs(store: dict[str, Any]) -> None:
+    assert store["second"] == store["first"]
+    assert store["again"] == store["sweep"]
+    assert (store["killed"], store["running"]) == ("KILLED", "RUNNING")
+    assert store["client"].get_run(store["first"]).info.status == "FINISHED"
+    history = store["client"].get_metric_history(store["first"], "train/nll")
+    assert [(point.step, point.value) for point in history] == [(10, 2.0), (20, 1.0)]
+
+
+def test_artefacts_lie_beside_the_database(store: dict[str, Any]) -> None:
+    names = {entry.path for entry in store["client"].list_artifacts(store["first"])}
+    assert names == {"config.yaml", "record.json", "figures"}
+    root = store["output"] / tracking.ARTIFACTS
+    assert any(root.rglob("record.json"))
+    assert not Path("mlruns").exists()
+    assert store["client"].get_run(store["first"]).data.metrics["sampling/speedup.median"] > 0
+
+
+def test_records_are_imported_once(store: dict[str, Any]) -> None:
+    assert store["imported"] == [2, 0]
+    client = store["client"]
+    runs = client.search_runs([client.get_experiment_by_name("imported").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == [
+        "code-tiny-own-r2-n4-none-s0", "code-tiny-own-r8-n4-none-s1", "records: C1"
+    ]  # fmt: skip
+    parent = next(run for run in runs if run.info.run_name == "records: C1")
+    child = next(run for run in runs if run.info.run_name == "code-tiny-own-r8-n4-none-s1")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.tags["commit"] == "0123456789abcdef"
+    assert child.info.start_time == 1767225600000
+    assert [point.step for point in client.get_metric_history(child.info.run_id, "train/nll")] == [100, 200, 400]
+    assert child.data.metrics["likelihood/joint_nll.mean"] > 0
+
+
+class Broken:
+    """A store that stopped answering."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*arguments: Any, **named: Any) -> None:
+            self.calls += 1
+            raise OSError("database is locked\nwith a long story")
+
+        return fail
+
+
+def test_a_store_that_dies_in_mid_run_warns_once_and_is_left_alone() -> None:
+    pytest.importorskip("mlflow")
+    client = Broken()
+    tracker = tracking.Tracker(client, "run", "sqlite:///x")
+    with pytest.warns(UserWarning, match="database is locked") as caught:
+        for step in range(10):
+            tracker.metrics({"loss": 1.0}, step)
+        tracker.artifact(Path("nowhere"))
+        tracker.tags({"a": 1})
+        tracker.end()
+    assert len(caught) == 1
+    assert "the run and its record go on without it" in str(caught[0].message)
+    assert client.calls == tracking.PATIENCE
+
+
+def test_lightnings_logger_survives_a_dead_store() -> None:
+    pytest.importorskip("mlflow")
+    tracker = tracking.Tracker(Broken(), "run", "http://127.0.0.1:9")
+    logger = tracking._lightning_logger(tracker, "cpdlm")
+    logger._mlflow_client = Broken()  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="MLflow at"):
+        for step in range(5):
+            logger.log_metrics({"train/nll": 1.0}, step)
+    logger.finalize("failed")
+
+
+def test_a_store_that_cannot_be_opened_leaves_tracking_off(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    config = quick(tmp_path, tracking__uri="nonsense://user:secret@nowhere")
+    with pytest.warns(UserWarning, match="cannot be used") as caught:
+        with tracking.cell_run(config, "x", tmp_path / "cell") as tracker:
+            tracker.metrics({"loss": 1.0})
+    assert (tracker.run_id, tracker.logger) == ("", None)
+    assert "secret" not in str(caught[0].message)
+
+
+def test_without_mlflow_there_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    config = quick(tmp_path)
+    with pytest.warns(UserWarning, match="mlflow is not installed") as caught:
+        for _ in range(2):
+            with tracking.cell_run(config, "x", tmp_path / "cell") as tracker:
+                tracker.metrics({"loss": 1.0})
+                tracker.artifact(Path("nowhere"))
+        assert tracking.start_sweep("cpu", tmp_path, "x").run_id == ""
+        tracking.log_record(config, tmp_path / "none.json")
+    assert len(caught) == 1
+    with pytest.raises(RuntimeError, match="mlflow is not installed"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tracking.import_records(tmp_path, "sqlite:///x")
+
+
+@pytest.mark.parametrize("how", ["setting", "helper"])
+def test_off_by_setting_and_in_helper_processes(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "helper":
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    config = quick(tmp_path, tracking__mlflow=how != "setting")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with tracking.cell_run(config, "x", tmp_path / "cell") as tracker:
+            assert tracker.logger is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_store_is_chosen_in_the_written_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.tracking_uri(quick(tmp_path)) == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert tracking.tracking_uri(quick(tmp_path)) == "http://127.0.0.1:1"
+    assert tracking.tracking_uri(quick(tmp_path, tracking__uri="sqlite:///mine")) == "sqlite:///mine"
+
+
+def test_the_dashboard_listens_on_this_machine_only(tmp_path: Path) -> None:
+    words = tracking.server_argv(tmp_path)
+    assert words[:4] == [sys.executable, "-m", "mlflow", "server"]
+    assert words[words.index("--host") + 1] == "127.0.0.1"
+    assert words[words.index("--backend-store-uri") + 1] == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
+    environment = tracking.server_environment()
+    assert environment["MLFLOW_DISABLE_TELEMETRY"] == environment["DO_NOT_TRACK"] == "true"
+
+
+def test_a_users_password_is_not_kept(tmp_path: Path) -> None:
+    tracking._remember(tmp_path, tracking.Tracker(None, "run", "postgresql://me:secret@host/db"))
+    assert json.loads((tmp_path / tracking.RUN_FILE).read_text())["uri"] == "postgresql://host/db"
+
+
+def test_import_errors_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mlflow")
+    assert tracking.main(["import", "--results", str(tmp_path / "none"), "--uri", "sqlite:///x"]) == 2
+    assert "is not a folder of records" in capsys.readouterr().err
+
+
+def test_importing_this_module_imports_no_mlflow() -> None:
+    import subprocess
+
+    code = "import sys, cpdlm.tracking; assert not {'mlflow', 'lightning', 'torch'} & set(sys.modules)"
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -1,0 +1,180 @@
+"""Verdicts on records whose truth is known, and the intervals they rest on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from made_records import made, suite
+
+from cpdlm.report import results, statistics, verdicts
+from cpdlm.report.statistics import Sample, contrast, estimate
+
+COMMON = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"}
+
+
+def judged(claim: str, *contents: dict[str, Any]) -> list[verdicts.Verdict]:
+    records = [results.Record(f"{content['claim']}/{content['name']}.json", content) for content in contents]
+    families, _ = results.families(records)
+    return [verdict for verdict in verdicts.judge(families) if verdict.claim.id == claim]
+
+
+def sweep(claim: str, seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **laws: Any) -> verdicts.Verdict:
+    common = COMMON if claim in ("C3", "C4") else {}
+    (verdict,) = judged(claim, *(made(rank, seed, **common | laws) for rank in ranks for seed in range(seeds)))
+    return verdict
+
+
+def test_claims_are_complete_and_in_order() -> None:
+    assert [claim.id for claim in verdicts.CLAIMS] == ["C1", "C2", "C3", "C4"]
+    for claim in verdicts.CLAIMS:
+        assert claim.question.endswith("?")
+        assert "holds:" in claim.rule
+        assert "fails:" in claim.rule or "fails:" in claim.rule.replace("; ", "")
+        assert f"{claim.margin:g}" in claim.rule or not claim.margin
+
+
+@pytest.mark.parametrize(
+    ("claim", "laws", "word", "reason"),
+    [
+        ("C1", {"slope": 0.05}, "holds", ""),
+        ("C1", {"slope": -0.05}, "fails", "goes the other way"),
+        ("C1", {"slope": 0.0, "noise": 0.0001}, "fails", "no difference larger than 0.01"),
+        ("C1", {"slope": 0.0, "noise": 0.05}, "not measurable here", "undecided"),
+        ("C2", {"first": 0.0}, "holds", ""),
+        ("C2", {"first": 0.05}, "fails", "rank 2, 4, 8 differs from rank 1 by more than 0.02 nats"),
+        ("C2", {"first": 0.0, "noise": 0.05}, "not measurable here", "undecided"),
+        ("C3", {"pace": 0.08}, "holds", ""),
+        ("C3", {"pace": -0.08}, "fails", "goes the other way"),
+        ("C4", {"speed": 1.0}, "holds", ""),
+        ("C4", {"speed": 0.5}, "fails", "every rank above 1 is slower than plain decoding or rank 1"),
+        ("C4", {"speed": 0.95}, "not measurable here", "undecided"),
+    ],
+)
+def test_the_word_follows_the_truth(claim: str, laws: dict[str, Any], word: str, reason: str) -> None:
+    verdict = sweep(claim, **laws)
+    assert verdict.word == word
+    assert reason in verdict.reason
+    assert verdict.numbers
+    assert all(number.interval.low <= number.interval.mean <= number.interval.high for number in verdict.numbers)
+    assert len(verdict.records) == 12
+    assert verdict.verdict.startswith(word)
+
+
+def test_one_seed_decides_nothing_but_is_reported() -> None:
+    for claim in ("C1", "C2", "C3", "C4"):
+        verdict = sweep(claim, seeds=1)
+        assert (verdict.word, verdict.reason) == ("not measurable here", "1 shared seed, the rule needs 2")
+        assert verdict.numbers
+
+
+def test_without_rank_8_there_is_no_verdict() -> None:
+    verdict = sweep("C1", ranks=(1, 4))
+    assert (verdict.word, verdict.reason) == ("not measurable here", "no cell of rank 8 (there is 1, 4)")
+    assert [number.name for number in verdict.numbers] == ["rank 1:", "rank 4:"]
+    assert sweep("C4", ranks=(2, 4)).reason == "no cell of rank 1 and 8 (there is 2, 4)"
+
+
+def test_without_records_every_claim_is_still_in_the_table() -> None:
+    found = verdicts.judge([])
+    assert [verdict.claim.id for verdict in found] == ["C1", "C2", "C3", "C4"]
+    assert {verdict.word for verdict in found} == {"not measurable here"}
+
+
+def test_a_rise_between_ranks_fails_c1_even_if_rank_8_is_lowest() -> None:
+    """Rank 2 surely above rank 1: not monotone."""
+    contents = [
+        made(rank, seed, slope=0.1 if rank == 8 else -0.1 if rank == 2 else 0.0)
+        for rank in (1, 2, 8)
+        for seed in range(3)
+    ]
+    (verdict,) = judged("C1", *contents)
+    assert (verdict.word, verdict.reason) == ("fails", "the step from rank 1 to rank 2 goes the other way")
+
+
+def test_only_untied_cells_count_and_targets_stay_apart() -> None:
+    """Anchored cells are much better here; they must not move a verdict."""
+    plain = [made(rank, seed, **COMMON, pace=0.0) for rank in (1, 8) for seed in range(3)]
+    anchored = [made(8, seed, **COMMON | {"claim": "beyond"}, anchor="token", pace=0.5) for seed in range(3)]
+    with_them, without = judged("C3", *plain, *anchored), judged("C3", *plain)
+    assert with_them[0].numbers == without[0].numbers
+    assert not any("beyond" in path for path in with_them[0].records)
+    assert judged("C1", *plain)[0].reason.startswith("no records")
+
+
+def test_each_setting_has_its_own_row_and_own_target_is_beside() -> None:
+    found = judged("C3", *suite())
+    assert [verdict.setting for verdict in found] == [
+        "code, small, n=4, common target",
+        "text, small, n=4, common target",
+    ]
+    assert any(number.name.startswith("own target (tiny), rank 8") for number in found[0].beside)
+    assert any(number.name.startswith("greedy, rank 8") for number in found[0].beside)
+
+
+def test_c4_without_side_by_side_timings_is_not_measurable() -> None:
+    contents = [made(rank, seed, **COMMON) for rank in (1, 8) for seed in range(2)]
+    for content in contents:
+        content["decoding"]["modes"]["sampling"]["speedup_over_rank1"] = None
+    (verdict,) = judged("C4", *contents)
+    assert (verdict.word, verdict.reason) == (
+        "not measurable here",
+        "no rank above 1 was measured side by side with rank 1",
+    )
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_alone_give_the_t_interval() -> None:
+    """Four exact values 1..4: mean 2.5, standard error 0.6455, t(3) = 3.182. Monte Carlo error is about 5%."""
+    found = estimate([Sample(mean=value) for value in (1.0, 2.0, 3.0, 4.0)])
+    assert (found.mean, found.seeds) == (2.5, 4)
+    assert found.high - found.mean == pytest.approx(3.182 * 0.6455, rel=0.12)
+    assert found.mean - found.low == pytest.approx(3.182 * 0.6455, rel=0.12)
+
+
+def test_rows_alone_give_the_normal_interval() -> None:
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    found = estimate([Sample.ratio(values.tolist(), [1.0] * 400)])
+    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
+
+
+def test_pairing_removes_the_rows_that_both_share() -> None:
+    rows = np.random.default_rng(2).normal(5, 3, 100)
+    pair = Sample.ratio((rows + 0.1).tolist(), [1.0] * 100), Sample.ratio(rows.tolist(), [1.0] * 100)
+    found = contrast([pair])
+    assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.1))
+
+
+def test_between_seed_variation_widens_the_interval() -> None:
+    rows = np.random.default_rng(3).normal(5, 0.1, 100)
+    same = [Sample.ratio(rows.tolist(), [1.0] * 100)] * 3
+    moved = [Sample.ratio((rows + shift).tolist(), [1.0] * 100) for shift in (-0.5, 0.0, 0.5)]
+    assert estimate(moved).high - estimate(moved).low > 10 * (estimate(same).high - estimate(same).low)
+
+
+def test_coverage_with_three_seeds() -> None:
+    """95% intervals over 3 seeds and 40 rows cover the truth. 200 trials; below 0.90 has probability under 0.002."""
+    generator, inside = np.random.default_rng(4), 0
+    for _ in range(200):
+        rows = generator.normal(0, 0.3, 40)
+        samples = [Sample.ratio((rows + generator.normal(0, 0.2)).tolist(), [1.0] * 40) for _ in range(3)]
+        found = estimate(samples)
+        inside += found.low < 0 < found.high
+    assert inside >= 180, inside
+
+
+def test_intervals_are_the_same_every_time() -> None:
+    cells = {seed: results.Record("x", made(2, seed)) for seed in range(3)}
+    assert statistics.over_seeds(cells, "joint_nll") == statistics.over_seeds(cells, "joint_nll")
+
+
+def test_the_means_of_the_record_are_used_where_rows_are_missing() -> None:
+    content = made(2)
+    del content["likelihood"]["per_row"]
+    found = statistics.over_seeds({0: results.Record("x", results.validate(content))}, "joint_nll")
+    assert found is not None
+    assert found.mean == content["likelihood"]["joint_nll"]["mean"]
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.05, rel=0.08)
