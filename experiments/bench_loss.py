@@ -56,9 +56,15 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
 
     one_pass(1)  # loads kernels and starts threads
     before = _reset_peak(device)
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     loss = one_pass(options.positions)
-    return {"seconds": time.perf_counter() - began, "peak_bytes": _peak(device) - before, "loss": loss}
+    peak = _peak(device)  # waits for the GPU
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - began_cpu,  # beside the wall clock, to see a busy machine
+        "peak_bytes": peak - before,
+        "loss": loss,
+    }
 
 
 def _reset_peak(device: Any) -> int:
@@ -114,10 +120,11 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
     for repeat in range(options.repeats):
         for side in ("bounded", "dense") if repeat % 2 == 0 else ("dense", "bounded"):
             runs[side].append(in_fresh_process(side, arguments))
-            print(f"{side:<8} {runs[side][-1]['seconds']:7.2f} s {runs[side][-1]['peak_bytes'] / 2**20:9.0f} MiB", file=sys.stderr)
-    sides = {
+            print(f"{side:<8} {runs[side][-1]['seconds']:7.2f} s {runs[side][-1]['cpu_seconds']:7.2f} s CPU {runs[side][-1]['peak_bytes'] / 2**20:9.0f} MiB", file=sys.stderr)
+    sides: dict[str, dict[str, Any]] = {
         side: {
             "seconds": statistics.median(run["seconds"] for run in measured),
+            "cpu_seconds": statistics.median(run["cpu_seconds"] for run in measured),
             "peak_bytes": statistics.median(run["peak_bytes"] for run in measured),
             "loss": measured[0]["loss"],
             "repeats": measured,

@@ -83,7 +83,10 @@ def _settings(old: Record, new: Record) -> list[Line]:
 
 def _likelihoods(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[Line]:
     lines = [_equal("test positions", old["positions"], new["positions"])]
-    terms = [("joint NLL", old["joint_nll"], new["joint_nll"]), ("first-token NLL", old["first_token_nll"], new["first_token_nll"])]
+    terms = [
+        ("joint NLL", old["joint_nll"], new["joint_nll"]),
+        ("first-token NLL", old["first_token_nll"], new["first_token_nll"]),
+    ]
     pairs = zip(old["position_nll"], new["position_nll"], strict=False)
     terms += [(f"NLL of position {number}", *pair) for number, pair in enumerate(pairs, start=1)]
     for what, before, after in terms:
@@ -149,9 +152,13 @@ def check(path: Path, root: Path) -> Record:
         raise VerifyError(str(error)) from error
     commit = record["commit"]
     if record["dirty"]:
-        raise VerifyError(f"{path} comes from uncommitted changes on {commit[:10]}; only a record of a clean commit can be repeated")
+        raise VerifyError(
+            f"{path} comes from uncommitted changes on {commit[:10]}; only a record of a clean commit can be repeated"
+        )
     if _git(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode != 0:
-        raise VerifyError(f"{path}: commit {commit[:10]} is not in this clone; git fetch --unshallow (or git fetch --all) gets the history")
+        raise VerifyError(
+            f"{path}: commit {commit[:10]} is not in this clone; git fetch --unshallow (or git fetch --all) gets the history"
+        )
     _words(record)
     return record
 
@@ -204,7 +211,9 @@ def _run(record: Record, words: list[str], tree: Path, output: Path, root: Path)
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode != 0:
-        raise RunFailed(f"the command ended with exit code {done.returncode} (see above): {shlex.join(['python', *words])}")
+        raise RunFailed(
+            f"the command ended with exit code {done.returncode} (see above): {shlex.join(['python', *words])}"
+        )
 
 
 def _words(record: Record) -> list[str]:
@@ -262,7 +271,12 @@ def verify(path: Path, root: Path, tolerance: float) -> bool:
 def main(arguments: list[str], root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="./dev verify", description="Run a record again at its commit and compare.")
     parser.add_argument("record", type=Path, help="results/CLAIM/NAME.json")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"nats (default: {TOLERANCE:g}, for the same kind of machine)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help=f"nats (default: {TOLERANCE:g}, for the same kind of machine)",
+    )
     options = parser.parse_args(arguments)
     try:
         return 0 if verify(options.record, root, options.tolerance) else 1

@@ -53,7 +53,8 @@ def rows(kind: str, hidden_D: Tensor, s: int, a: int, rank: int, maps: dict[str,
     width = len(hidden_D)
     m = s * rank + a
     if kind == "separate":
-        return maps["unembeddings"][s, a] @ hidden_D
+        vocab_size = len(unembedding_VD)
+        return maps["unembeddings"][m * vocab_size : (m + 1) * vocab_size] @ hidden_D
     if kind == "full":
         return unembedding_VD @ (hidden_D + maps["full"][m * width : (m + 1) * width] @ hidden_D)
     narrow = maps["up"].shape[1]

@@ -105,7 +105,7 @@ def test_a_large_family_stays_together_in_any_chunking(monkeypatch: pytest.Monke
 def planted(held_out: bool = False) -> tuple[Documents, list[list[int]]]:
     """400 documents; every fifth has a near-duplicate and a copy. Returns groups of indices that belong together."""
     documents = Documents()
-    base = [prose(seed) for seed in range(400)]
+    base = [prose(6000 + seed) for seed in range(400)]
     near = [edited(text, seed) for seed, text in enumerate(base[::5])]
     documents.add_source("a", base[:300] + near)
     documents.add_source("b", base[300:] + base[::10], held_out=held_out)

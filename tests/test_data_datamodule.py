@@ -36,7 +36,8 @@ def corpus() -> Corpus:
 
 def config(**changes: object) -> Config:
     settings: dict[str, object] = {
-        "data.context": 16, "horizon": 4, "decode.prompt_tokens": 8, "decode.new_tokens": 8, "train.validation_rows": 21,
+        "data.context": 16, "data.batch_rows": 8, "horizon": 4, "decode.prompt_tokens": 8, "decode.new_tokens": 8,
+        "train.validation_rows": 21,
     }  # fmt: skip
     return resolve({**settings, **{key.replace("__", "."): value for key, value in changes.items()}})
 

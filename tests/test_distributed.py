@@ -124,7 +124,7 @@ def compare(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) 
 
 
 def check_equal(case: Case, two: Path, one: Path) -> None:
-    parallel, overrides, optimizer = case
+    parallel, _, optimizer = case
     tolerance = 1e-8 if optimizer == "adamw" else 1e-5
     facts = [json.loads((two / f"facts_{rank}.json").read_text()) for rank in range(2)]
     alone = json.loads((one / "facts_0.json").read_text())

@@ -60,7 +60,7 @@ def test_rank_one_is_independent_heads() -> None:
     future_PN = torch.randint(0, V, (P, N), generator=torch.Generator().manual_seed(0))
     alone_P = torch.zeros(P, dtype=torch.float64)
     for s in range(N):
-        log_probs_PV = (hidden_PD @ heads.maps["unembeddings"][s, 0].T).log_softmax(-1)
+        log_probs_PV = (hidden_PD @ heads.maps["unembeddings"][s * V : (s + 1) * V].T).log_softmax(-1)
         alone_P += log_probs_PV[torch.arange(P), future_PN[:, s]]
     torch.testing.assert_close(heads.joint(hidden_PD, table_VD).log_prob(future_PN), alone_P)
 

@@ -76,6 +76,7 @@ def test_damaged_files_are_named_and_the_others_load(tmp_path: Path) -> None:
     (tmp_path / "C1" / "binary.json").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / ".hidden.json").write_text("not mine")
+    (tmp_path / "joint_loss.json").write_text('{"benchmark": "joint loss"}')
     records, damaged = results.load_all(tmp_path)
     assert [record.path for record in records] == ["C1/code-tiny-own-r1-n4-none-s0.json"]
     assert len(damaged) == 3

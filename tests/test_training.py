@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
 from cpdlm.training.schedule import learning_rate_factor
 from cpdlm.training.storage import CHECKPOINT, TRAINED, WEIGHTS, RunError
 from tests.ragged import VOCAB, RaggedData
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
@@ -137,9 +139,9 @@ def test_golden_training_steps(layout: str) -> None:  # law 15
 def test_schedule_warms_up_peaks_and_ends_at_the_floor() -> None:
     optim = OptimConfig(steps=100, warmup=10, floor=0.1)
     factors = [learning_rate_factor(step, optim) for step in range(101)]
-    assert factors[0] == pytest.approx(1 / 11) and all(a < b for a, b in zip(factors[:10], factors[1:11], strict=True))
+    assert factors[0] == pytest.approx(1 / 11) and all(a < b for a, b in itertools.pairwise(factors[:11]))
     assert factors[10] == 1 and factors[55] == pytest.approx(0.55) and factors[100] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(factors[10:100], factors[11:101], strict=True))
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert learning_rate_factor(10**6, optim) == pytest.approx(0.1)
 
 

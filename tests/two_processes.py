@@ -15,7 +15,6 @@ import torch
 
 from cpdlm.config import resolve
 from cpdlm.model.language_model import build_language_model
-from cpdlm.training import storage
 from cpdlm.training.fit import fit
 from cpdlm.training.module import MultiTokenModule
 from tests.ragged import VOCAB, RaggedData

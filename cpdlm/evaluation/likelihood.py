@@ -39,9 +39,9 @@ def evaluate(
     entropy = 0.0
     for batch in batches:
         hidden_BTD = model.hidden(batch["tokens_BT"].to(device), batch["position_ids_BT"].to(device))
-        for row in range(len(hidden_BTD)):
-            successors_T, future_TN = batch["successors_BT"][row], batch["future_BTN"][row]
-            hidden_TD = hidden_BTD[row]
+        for index in range(len(hidden_BTD)):
+            successors_T, future_TN = batch["successors_BT"][index], batch["future_BTN"][index]
+            hidden_TD = hidden_BTD[index]
             exists_T = successors_T > 0
             token_P = future_TN[exists_T][:, 0]
             target_P = _gathered(model.target_log_probs(hidden_TD[exists_T.to(device)]), token_P.to(device))
@@ -52,7 +52,7 @@ def evaluate(
             entropy += float(-(weights_PR * log_weights_PR.double().cpu()).sum())
             rows.append(
                 {
-                    "source": int(batch["source_B"][row]) if "source_B" in batch else 0,
+                    "source": int(batch["source_B"][index]) if "source_B" in batch else 0,
                     "terms": -terms_PN.double().sum(dim=0).cpu().numpy(),
                     "positions": int(whole_T.sum()),
                     "target": -float(target_P.double().sum()),
@@ -84,6 +84,7 @@ def evaluate(
             "positions": [row["positions"] for row in rows],
             "joint_nll": [round(float(value), 3) for value in joint],
             "first_token_nll": [round(float(row["terms"][0]), 3) for row in rows],
+            "position_nll": [[round(float(row["terms"][k]), 3) for row in rows] for k in range(model.horizon)],
         },
         "weights": {
             "entropy_mean": entropy / positions,

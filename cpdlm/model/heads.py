@@ -24,6 +24,8 @@ class FactorHeads(nn.Module):
     apart from each other (equal components would stay equal but for the gate). `noise` is the size of W h relative to h.
     """
 
+    balance_bias_R: Tensor | None
+
     def __init__(
         self, width: int, vocab_size: int, rank: int, factors: int, *, separate: bool = False, map_rank: int = 0,
         noise: float = 0.2, bias_buffer: bool = False,
@@ -39,7 +41,7 @@ class FactorHeads(nn.Module):
         rows = factors * rank
         self.maps = nn.ParameterDict()
         if separate:
-            self.maps["unembeddings"] = nn.Parameter(torch.randn(factors, rank, vocab_size, width) * 0.02)
+            self.maps["unembeddings"] = nn.Parameter(torch.randn(rows * vocab_size, width) * 0.02)
         elif map_rank:
             self.maps["down"] = nn.Parameter(torch.randn(rows * map_rank, width) * width**-0.5)
             self.maps["up"] = nn.Parameter(torch.randn(rows, map_rank, width) * noise * map_rank**-0.5)
@@ -89,7 +91,12 @@ class FactorHeads(nn.Module):
         return logits.view(*hidden.shape[:-1], factors, self.rank, unembedding_VD.shape[0])
 
     def _unembeddings(self, unembedding_VD: Tensor, factors: int) -> Tensor:
-        return self.maps["unembeddings"][:factors] if self.separate else unembedding_VD
+        """(V, D) shared, or (factors, R, V, D). Parameters are stored flat: FSDP2 shards their first dimension evenly."""
+        if not self.separate:
+            return unembedding_VD
+        vocab_size = unembedding_VD.shape[0]
+        flat = self.maps["unembeddings"][: factors * self.rank * vocab_size]
+        return flat.view(factors, self.rank, vocab_size, self.width)
 
     def _map_parameters(self, factors: int) -> list[Tensor]:
         rows = factors * self.rank
@@ -140,4 +147,5 @@ class Anchor(nn.Module):
 
     def forward(self, hidden_PD: Tensor, embedded_PD: Tensor) -> Tensor:
         """(..., D) and the fixed token's embedding (..., D) -> (..., D)."""
-        return hidden_PD + self.out(F.silu(self.into(torch.cat([hidden_PD, embedded_PD], dim=-1))))
+        anchored_PD: Tensor = hidden_PD + self.out(F.silu(self.into(torch.cat([hidden_PD, embedded_PD], dim=-1))))
+        return anchored_PD

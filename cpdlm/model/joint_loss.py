@@ -49,14 +49,15 @@ def joint_nll(
     assert not weight_P.requires_grad, "position weights carry no gradient"
     # Inside `forward` gradients are always off and `needs_input_grad` ignores no_grad: ask here.
     learns = torch.is_grad_enabled()
-    return _JointNLL.apply(
+    total, nll_P = _JointNLL.apply(
         features, chunk_bytes, learns, hidden_PD, log_weights_PR, future_PN, count_P, weight_P, unembedding, *parameters
     )
+    return total, nll_P
 
 
 class _JointNLL(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         features: Features,
         chunk_bytes: int,
@@ -147,7 +148,7 @@ class _JointNLL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> Any:
         grads, ctx.grads = ctx.grads, None
         assert grads is not None, "the joint loss frees its gradients in backward; run the forward pass again"
         factor = grad_sum * ctx.scale

@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
         self.unembedding = nn.Linear(width, vocab_size, bias=False)
         # Separate heads without a next-token head use no shared unembedding: then it is the embedding, not dead weight.
         if tie_embeddings or (separate and not first_is_tied and not common_target):
-            self.unembedding.weight = trunk.body.get_input_embeddings().weight
+            self.unembedding.weight = trunk.embedding
         else:
             nn.init.normal_(self.unembedding.weight, std=0.02)
         factors = horizon - 1 if first_is_tied else horizon
@@ -84,7 +84,8 @@ class LanguageModel(nn.Module):
         self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:  # fmt: skip
         """Hidden states (B, T, D); see `Trunk.forward`."""
-        return self.trunk(tokens_BT, position_ids_BT, cache)
+        hidden_BTD: Tensor = self.trunk(tokens_BT, position_ids_BT, cache)
+        return hidden_BTD
 
     def next_token_log_probs(self, hidden: Tensor) -> Tensor:
         """The model's own log p(x_{t+1}) (..., V): eq. 11, or the tied head's softmax."""
@@ -116,7 +117,8 @@ class LanguageModel(nn.Module):
         if self.anchor is None:
             return hidden
         assert fixed is not None, "an anchored law needs the fixed token"
-        return self.anchor(hidden, self.trunk.embed(fixed))
+        anchored: Tensor = self.anchor(hidden, self.trunk.embed(fixed))
+        return anchored
 
     # --- training and evaluation --------------------------------------------------------------------------------
 
@@ -167,7 +169,7 @@ class LanguageModel(nn.Module):
 
     @property
     def embeddings_are_tied(self) -> bool:
-        return self.unembedding.weight is self.trunk.body.get_input_embeddings().weight
+        return self.unembedding.weight is self.trunk.embedding
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part; tied embeddings count once, with the trunk."""

@@ -24,20 +24,29 @@ class Trunk(nn.Module):
 
     @property
     def width(self) -> int:
-        return self.body.get_input_embeddings().weight.shape[1]
+        return self.embedding.shape[1]
+
+    @property
+    def embedding(self) -> nn.Parameter:
+        """Input embeddings (V, D)."""
+        weight = self.body.get_input_embeddings().weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(...,) ids -> (..., D) input embeddings."""
-        return self.body.get_input_embeddings()(tokens)
+        embedded: Tensor = self.body.get_input_embeddings()(tokens)
+        return embedded
 
     def forward(self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states (B, T, D). With a cache, tokens_BT follow what it holds and are appended to it in place.
 
         Positions that restart within a row separate documents: the attention mask is then block-diagonal.
         """
-        return self.body(
+        hidden_BTD: Tensor = self.body(
             input_ids=tokens_BT, position_ids=position_ids_BT, past_key_values=cache, use_cache=cache is not None
         ).last_hidden_state
+        return hidden_BTD
 
     def layers(self) -> list[nn.Module]:
         """The transformer blocks, in order: what FSDP shards one by one."""

@@ -37,6 +37,10 @@ class RecordError(ValueError):
     """A record that cannot be used: names the file, the field and what is there."""
 
 
+class NotACell(RecordError):
+    """A benchmark's record, which lies beside those of the cells and is no part of the claims."""
+
+
 class WriteError(OSError):
     """A folder that cannot be written: names it and what to do. What was there before is still there."""
 
@@ -371,6 +375,8 @@ def load(path: Path, root: Path | None = None) -> Record:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise RecordError(f"{path} is damaged ({error}); run the cell again, or restore the file") from error
+    if isinstance(content, dict) and "benchmark" in content and "schema" not in content:
+        raise NotACell(f"{path} is a benchmark's record, not a cell's")
     validate(content, str(path))
     return Record(path.relative_to(root).as_posix() if root else path.as_posix(), content)
 
@@ -385,6 +391,8 @@ def load_all(root: Path) -> tuple[list[Record], list[str]]:
             continue
         try:
             records.append(load(path, root))
+        except NotACell:
+            continue
         except RecordError as error:
             damaged.append(f"left out: {error}")
     return records, damaged

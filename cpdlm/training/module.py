@@ -81,6 +81,7 @@ class MultiTokenModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.config.balance == "bias" and self.use is not None and self.model.heads is not None:
             bias_R = self.model.heads.balance_bias_R
+            assert bias_R is not None
             with torch.no_grad():
                 bias_R += objective.bias_step(self.use, self.config.loss.balance_rate).to(bias_R.dtype)
 
@@ -98,7 +99,7 @@ class MultiTokenModule(L.LightningModule):
         self.validation_joint.reset()
         self.validation_first.reset()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW, weight decay on matrices only; learning rate by step."""
         optim = self.config.optim
         optimizer = torch.optim.AdamW(self._groups(), lr=optim.lr, betas=(optim.beta1, optim.beta2))
@@ -134,9 +135,10 @@ class MultiTokenModule(L.LightningModule):
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
     def _terms(self, batch: Batch, first_BT: Tensor, rest_BT: Tensor) -> Terms:
-        return self.model(
+        terms: Terms = self.model(
             batch["tokens_BT"], batch["position_ids_BT"], batch["future_BTN"], batch["successors_BT"], first_BT, rest_BT
         )
+        return terms
 
 
 def _renamed(state: dict[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:
