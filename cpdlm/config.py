@@ -73,9 +73,13 @@ class DataConfig:
 class ModelConfig:
     family: str = knob("llama", "trunk architecture: llama | gpt2")
     trunk: str = knob("", "folder of a finished run whose trunk is frozen and is the target; only the heads train")
-    head: str = knob("shared", "shared: a map per (component, position), one unembedding | separate: an unembedding each")
+    head: str = knob(
+        "shared", "shared: a map per (component, position), one unembedding | separate: an unembedding each"
+    )
     map_rank: int = knob(0, "rank of each map of head=shared (0 = full width x width)")
-    tie_first: bool = knob(False, "every component shares the next-token head, so that the draft's q_1 is the target's p_1")
+    tie_first: bool = knob(
+        False, "every component shares the next-token head, so that the draft's q_1 is the target's p_1"
+    )
     tie_embeddings: bool = knob(True, "the unembedding is the input embedding")
     noise: float = knob(0.2, "size of the maps' random start relative to identity; tells equal components apart")
     anchor_width: int = knob(0, "hidden width of the anchor map (0 = width / 2)")
@@ -318,17 +322,25 @@ def check(config: Config) -> None:
     if not 0 < config.optim.lr < math.inf:
         raise ConfigError(f"optim.lr={config.optim.lr} must be a positive number")
     if not 0 < config.decode.temperature < math.inf:
-        raise ConfigError(f"decode.temperature={config.decode.temperature} must be positive (greedy is always measured)")
+        raise ConfigError(
+            f"decode.temperature={config.decode.temperature} must be positive (greedy is always measured)"
+        )
     if config.horizon >= config.data.context:
-        raise ConfigError(f"horizon={config.horizon} does not fit data.context={config.data.context}; lower the horizon")
+        raise ConfigError(
+            f"horizon={config.horizon} does not fit data.context={config.data.context}; lower the horizon"
+        )
     if config.horizon == 1 and config.rank > 1:
         raise ConfigError(f"rank={config.rank} needs horizon of at least 2 (horizon={config.horizon} is a plain model)")
     if config.horizon == 1 and config.anchor == "token":
         raise ConfigError(f"anchor=token needs horizon of at least 2 (horizon={config.horizon})")
     if config.model.map_rank and config.model.head == "separate":
-        raise ConfigError(f"model.map_rank={config.model.map_rank} needs model.head=shared (model.head=separate has no maps)")
+        raise ConfigError(
+            f"model.map_rank={config.model.map_rank} needs model.head=shared (model.head=separate has no maps)"
+        )
     if config.model.trunk and config.horizon == 1:
-        raise ConfigError(f"model.trunk={config.model.trunk} needs horizon of at least 2 (horizon=1 has no heads to train)")
+        raise ConfigError(
+            f"model.trunk={config.model.trunk} needs horizon of at least 2 (horizon=1 has no heads to train)"
+        )
     step_rows = config.devices * config.train.accumulate
     if config.data.batch_rows % step_rows:
         raise ConfigError(
@@ -341,8 +353,14 @@ def check(config: Config) -> None:
             f"exceed data.context={config.data.context}"
         )
     kind, _, size = config.data.tokenizer.partition(":")
-    if not (config.data.tokenizer == "bytes" or (kind == "bpe" and size.isdigit() and int(size) >= 257) or (kind == "hf" and size)):
-        raise ConfigError(f"data.tokenizer={config.data.tokenizer!r}: write bytes, bpe:SIZE with SIZE of at least 257, or hf:NAME")
+    if not (
+        config.data.tokenizer == "bytes"
+        or (kind == "bpe" and size.isdigit() and int(size) >= 257)
+        or (kind == "hf" and size)
+    ):
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r}: write bytes, bpe:SIZE with SIZE of at least 257, or hf:NAME"
+        )
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -106,7 +106,9 @@ def in_fresh_process(side: str, arguments: list[str]) -> dict[str, float]:
         [sys.executable, __file__, *arguments, "--side", side], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(f"the {side} side ended with {done.returncode} (killed: out of memory?)\n{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"the {side} side ended with {done.returncode} (killed: out of memory?)\n{done.stderr[-2000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -120,7 +122,10 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
     for repeat in range(options.repeats):
         for side in ("bounded", "dense") if repeat % 2 == 0 else ("dense", "bounded"):
             runs[side].append(in_fresh_process(side, arguments))
-            print(f"{side:<8} {runs[side][-1]['seconds']:7.2f} s {runs[side][-1]['cpu_seconds']:7.2f} s CPU {runs[side][-1]['peak_bytes'] / 2**20:9.0f} MiB", file=sys.stderr)
+            print(
+                f"{side:<8} {runs[side][-1]['seconds']:7.2f} s {runs[side][-1]['cpu_seconds']:7.2f} s CPU {runs[side][-1]['peak_bytes'] / 2**20:9.0f} MiB",
+                file=sys.stderr,
+            )
     sides: dict[str, dict[str, Any]] = {
         side: {
             "seconds": statistics.median(run["seconds"] for run in measured),

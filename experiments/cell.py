@@ -1,8 +1,8 @@
 """The life of one cell: train, evaluate, decode, record. Both entry points call these and nothing else.
 
-    OUTPUT/NAME/train.json      training summary    (with model.safetensors, config.yaml)
-    OUTPUT/NAME/evaluate.json   held-out likelihoods
-    OUTPUT/NAME/decode.json     decoding, measured beside the other cells of its group
+OUTPUT/NAME/train.json      training summary    (with model.safetensors, config.yaml)
+OUTPUT/NAME/evaluate.json   held-out likelihoods
+OUTPUT/NAME/decode.json     decoding, measured beside the other cells of its group
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def train(config: Config, command: str) -> bool:
             model = storage.load_model(folder)
         train_seconds, began = time.monotonic() - began, time.monotonic()
         device = _device()
-        held_out = likelihood.evaluate(
-            model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device
-        )
+        held_out = likelihood.evaluate(model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device)
         storage.write_json(
             folder / EVALUATED,
             {
@@ -186,7 +184,13 @@ def report(root: Path, output: Path, publish: bool) -> tuple[str, list[Path]]:
 def _frozen_trunk(config: Config, vocab_size: int) -> LanguageModel | None:
     if not config.model.trunk:
         return None
-    trunk = storage.load_model(Path(config.model.trunk))
+    folder = Path(config.model.trunk)
+    trunk = storage.load_model(folder)
+    if trunk.horizon != 1:
+        raise storage.RunError(
+            f"model.trunk={folder} was trained with horizon={trunk.horizon}; a trunk is a plain next-token model: make one "
+            f"with preset=trunk (or preset=cpu-trunk,trunk)"
+        )
     if trunk.vocab_size != vocab_size:
         raise storage.RunError(
             f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, "

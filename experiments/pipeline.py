@@ -87,8 +87,13 @@ def _train(cells: list[Cell], options: argparse.Namespace, failures: list[str]) 
 
     parent = one.sweep(options.profile, options.out, f"./reproduce.sh --profile {options.profile}")
     quiet = options.jobs > 1
-    done_names = {cell.config(options.out).run_name for cell in cells} - {c.config(options.out).run_name for c in pending}
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(pending), desc="cells", unit="cell", disable=not quiet) as bar:
+    done_names = {cell.config(options.out).run_name for cell in cells} - {
+        c.config(options.out).run_name for c in pending
+    }
+    with (
+        ThreadPoolExecutor(options.jobs) as pool,
+        tqdm(total=len(pending), desc="cells", unit="cell", disable=not quiet) as bar,
+    ):
         running: dict[Future[int], Cell] = {}
         waiting = list(pending)
         while waiting or running:
@@ -175,7 +180,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--results", default="", help="folder of the records (default: OUT/results)")
     parser.add_argument("--only", default=",".join(STAGES), help="comma list of stages: " + ", ".join(STAGES))
     parser.add_argument("--data", default="", help="token bundle made by `./dev bundle`; nothing is downloaded")
-    parser.add_argument("--jobs", type=int, default=0, help="training cells at once (default: one per core, one on a GPU)")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="training cells at once (default: one per core, one on a GPU)"
+    )
     options = parser.parse_args(arguments)
     options.only = [name for name in options.only.split(",") if name]
     for name in options.only:

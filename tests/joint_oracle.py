@@ -48,7 +48,9 @@ def entropy(weights: list[float], factors: list[list[list[float]]]) -> float:
 # --- the dense loss, one row at a time ------------------------------------------------------------------------
 
 
-def rows(kind: str, hidden_D: Tensor, s: int, a: int, rank: int, maps: dict[str, Tensor], unembedding_VD: Tensor) -> Tensor:
+def rows(
+    kind: str, hidden_D: Tensor, s: int, a: int, rank: int, maps: dict[str, Tensor], unembedding_VD: Tensor
+) -> Tensor:
     """Logits (V,) of component a at position s."""
     width = len(hidden_D)
     m = s * rank + a

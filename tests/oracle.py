@@ -87,7 +87,9 @@ def window_law(
         if component is None:
             return scored, scored, scored
         own = factors[len(prefix)][component]
-        return {"a": (own, own, scored), "c": (keep(own), scored, scored), "component throughout": (own, own, own)}[procedure]
+        return {"a": (own, own, scored), "c": (keep(own), scored, scored), "component throughout": (own, own, own)}[
+            procedure
+        ]
 
     def walk(component: int | None, prefix: History, mass: float) -> None:
         p = target(history + prefix)

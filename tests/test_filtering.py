@@ -11,7 +11,16 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from cpdlm.decoding.filtering import Sampling, draw, filtered
 from tests import oracle
 
-SETTINGS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.6), (0.8, 3, 0.7), (1.0, 99, 1.0), (1.0, 1, 0.1)]
+SETTINGS = [
+    (1.0, 0, 1.0),
+    (0.7, 0, 1.0),
+    (1.3, 0, 1.0),
+    (1.0, 2, 1.0),
+    (1.0, 0, 0.6),
+    (0.8, 3, 0.7),
+    (1.0, 99, 1.0),
+    (1.0, 1, 0.1),
+]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

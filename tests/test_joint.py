@@ -119,7 +119,8 @@ def test_rank_one_is_independent_heads() -> None:  # law 5
 def test_agrees_with_torch_distributions(shape: tuple[int, int, int]) -> None:  # law 5
     joint = make(*shape)
     mixture = MixtureSameFamily(
-        Categorical(logits=joint.log_weights_R), Independent(Categorical(logits=joint.log_factors_NRV.transpose(0, 1)), 1)
+        Categorical(logits=joint.log_weights_R),
+        Independent(Categorical(logits=joint.log_factors_NRV.transpose(0, 1)), 1),
     )
     tokens = every_window(shape[2], shape[1])
     close(spread(joint, len(tokens)).log_prob(tokens), mixture.log_prob(tokens))
@@ -149,7 +150,8 @@ def test_samples_follow_log_prob(shape: tuple[int, int, int]) -> None:  # law 7
     if shape[0] > 1:
         weights, factors = plain(joint)
         first = [
-            [sum(weights[a] * factors[s][a][v] for a in range(shape[0])) for v in range(shape[2])] for s in range(shape[1])
+            [sum(weights[a] * factors[s][a][v] for a in range(shape[0])) for v in range(shape[2])]
+            for s in range(shape[1])
         ]
         wrong = [math.prod(first[s][token] for s, token in enumerate(w)) for w in oracle.windows(shape[2], shape[1])]
         assert stats.chisquare(observed, [p * draws for p in wrong]).pvalue < 1e-12

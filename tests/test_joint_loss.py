@@ -67,7 +67,10 @@ def gradients(case: Case, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
     for leaf in case.leaves().values():
         leaf.grad = None
     loss().backward()
-    return {name: (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()) for name, leaf in case.leaves().items()}
+    return {
+        name: (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone())
+        for name, leaf in case.leaves().items()
+    }
 
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
@@ -185,7 +188,13 @@ def test_accumulation_over_two_calls(kind: str) -> None:
         for part in (slice(0, 3), slice(3, P)):
             parts.append(
                 case.heads.nll(
-                    case.hidden[part], case.future[part], case.count[part], case.weight[part], case.table, N, POSITION_BYTES
+                    case.hidden[part],
+                    case.future[part],
+                    case.count[part],
+                    case.weight[part],
+                    case.table,
+                    N,
+                    POSITION_BYTES,
                 )[0]
             )
         parts[0].backward()

@@ -255,7 +255,9 @@ def test_parameter_counts_add_up(layout: str) -> None:
         assert counts["heads"] == factors * R * width * width and counts["unembedding"] == 0
     assert counts["gate"] == (0 if layout == "plain" else R * width + (0 if layout == "bias" else R))
     assert counts["anchor"] == ((2 * width + 1) * 32 + 33 * width if model.anchor is not None else 0)
-    assert counts["trained"] == counts["total"] - (counts["trunk"] + counts["unembedding"] if model.common_target else 0)
+    assert counts["trained"] == counts["total"] - (
+        counts["trunk"] + counts["unembedding"] if model.common_target else 0
+    )
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])

@@ -57,7 +57,9 @@ def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
         assert len(mode["repeat_seconds"]["plain"]) == len(mode["repeat_seconds"]["speculative"]) == 2
         assert mode["conversion"] == pytest.approx(mode["speedup"]["median"] / mode["tokens_per_pass"]["mean"])
         assert mode["conversion_limit"] == pytest.approx(mode["t1_ms"] / mode["tn_ms"])
-    assert modes["r1"]["repeat_seconds"]["plain"] == modes["r2"]["repeat_seconds"]["plain"], "one plain decoder per trunk"
+    assert modes["r1"]["repeat_seconds"]["plain"] == modes["r2"]["repeat_seconds"]["plain"], (
+        "one plain decoder per trunk"
+    )
     assert modes["own"]["repeat_seconds"]["plain"] != modes["r1"]["repeat_seconds"]["plain"]
     assert modes["own"]["plain_over_generate"] is None and modes["own"]["tokens_per_second"]["generate"] is None
     assert modes["r2"]["plain_over_generate"] and modes["r1"]["tokens_per_second"]["generate"] > 0

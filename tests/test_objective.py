@@ -58,7 +58,10 @@ def test_a_random_subset_is_an_unbiased_estimate(first_is_tied: bool, fraction: 
     """Mean of 4000 subsets within 5 standard errors (false alarms: 6e-7), and the standard error is small."""
     generator = torch.Generator().manual_seed(0)
     values = torch.tensor(
-        [value(objective.position_weights(ragged(), fraction, first_is_tied, generator), first_is_tied) for _ in range(4000)]
+        [
+            value(objective.position_weights(ragged(), fraction, first_is_tied, generator), first_is_tied)
+            for _ in range(4000)
+        ]
     )
     error = values.std().item() / len(values) ** 0.5
     assert 0 < error < 0.02
@@ -79,7 +82,8 @@ def test_the_next_token_is_trained_at_every_position_of_a_subset(first_is_tied: 
 
 def test_subsets_follow_their_generator() -> None:
     one, two, three = (
-        objective.position_weights(ragged(), 0.3, True, torch.Generator().manual_seed(seed)).rest_BT for seed in (1, 1, 2)
+        objective.position_weights(ragged(), 0.3, True, torch.Generator().manual_seed(seed)).rest_BT
+        for seed in (1, 1, 2)
     )
     assert torch.equal(one, two) and not torch.equal(one, three)
 

@@ -63,7 +63,10 @@ def test_cells_of_the_readme_run(tmp_path: Path) -> None:
     words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in small.items()]
     for command in cells:
         _, script, *given = shlex.split(command)
-        extra = [*words, *([] if any(w.startswith("corpus=") for w in given) else [f"corpus={corpus}", f"name={_name(given)}"])]
+        extra = [
+            *words,
+            *([] if any(w.startswith("corpus=") for w in given) else [f"corpus={corpus}", f"name={_name(given)}"]),
+        ]
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *given, *extra], cwd=tmp_path, capture_output=True, text=True, check=False,
             env=os.environ | {"OMP_NUM_THREADS": "1"},

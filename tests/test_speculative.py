@@ -83,7 +83,9 @@ def fault_law(fault: str, model: ToyModel, sampling: Sampling, eos: int | None =
 @pytest.mark.parametrize(("layout", "setting", "options"), [path for path in PATHS if path[2].get("draft", True)])
 def test_every_path_has_the_power_to_reject_every_fault(layout: str, setting: str, options: dict[str, Any]) -> None:
     model, sampling, eos = toy(layout), FILTERS[setting], options.get("eos")
-    for fault in ("a", "b", "d") if sampling.plain else ("b", "c", "d"):  # (a) drafts unfiltered, (c) is a fault of filters
+    for fault in (
+        ("a", "b", "d") if sampling.plain else ("b", "c", "d")
+    ):  # (a) drafts unfiltered, (c) is a fault of filters
         assert oracle.power(fault_law(fault, model, sampling, eos), truth(model, sampling, eos), SAMPLES) >= 0.99, fault
 
 
@@ -107,7 +109,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, variant: Variant) -> None:
     monkeypatch.setattr(speculative, "verify", variant.verify)
 
 
-@pytest.mark.parametrize(("fault", "setting"), [("a", "plain"), ("b", "plain"), ("c", "temperature"), ("c", "all"), ("d", "plain")])
+@pytest.mark.parametrize(
+    ("fault", "setting"), [("a", "plain"), ("b", "plain"), ("c", "temperature"), ("c", "all"), ("d", "plain")]
+)
 def test_every_planted_fault_is_rejected_by_the_whole_decoder(
     fault: str, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +125,9 @@ def test_every_planted_fault_is_rejected_by_the_whole_decoder(
     assert oracle.p_value(counts, faulty) > oracle.FALSE_ALARM, "the planted fault is not the one whose power is stated"
 
 
-@pytest.mark.parametrize(("variant", "setting"), [("component throughout", "plain"), ("filtered components throughout", "all")])
+@pytest.mark.parametrize(
+    ("variant", "setting"), [("component throughout", "plain"), ("filtered components throughout", "all")]
+)
 def test_the_wasteful_variants_pass(variant: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, WASTEFUL[variant])
     model, sampling = toy("common"), FILTERS[setting]
@@ -147,7 +153,9 @@ def test_length_passes_and_depths_add_up(sampling: Sampling, draft: bool) -> Non
         pieces: list[list[int]] = []
         done = decode(model, torch.tensor([0]), length, sampling, generator, draft=draft, on_tokens=pieces.append)
         assert len(done.tokens) == length == sum(done.emitted)
-        assert done.passes == model.calls == len(pieces) and [token for piece in pieces for token in piece] == done.tokens
+        assert (
+            done.passes == model.calls == len(pieces) and [token for piece in pieces for token in piece] == done.tokens
+        )
         assert done.emitted[0] == 1 and max(done.emitted) <= (4 if draft else 1)
         assert sum(done.accepted) == length - done.passes  # each pass emits one token beside its drafts
         assert all(a <= r for a, r in zip(done.accepted, done.reached, strict=True))
@@ -156,6 +164,7 @@ def test_length_passes_and_depths_add_up(sampling: Sampling, draft: bool) -> Non
 
 def perfect(model: ToyModel) -> ToyModel:
     """Makes the drafts of a rank-1 anchored toy certain and right under greedy: every window is accepted whole."""
+
     class Perfect:
         horizon, vocab_size, context = model.horizon, model.vocab_size, model.context
         new_cache, hidden, target_log_probs = model.new_cache, model.hidden, model.target_log_probs
@@ -210,7 +219,12 @@ def test_a_broken_target_names_the_position(sampling: Sampling, value: float) ->
     ("prompt", "length", "options", "message"),
     [
         ([], 3, {}, "the prompt is empty; pass at least one token"),
-        ([1, 1, 1], 3, {}, "prompt of 3 tokens and max_new_tokens=3 exceed the model's context of 5; pass max_new_tokens of at most 2"),
+        (
+            [1, 1, 1],
+            3,
+            {},
+            "prompt of 3 tokens and max_new_tokens=3 exceed the model's context of 5; pass max_new_tokens of at most 2",
+        ),
         ([1] * 5, 1, {}, "pass a prompt of fewer than 5 tokens"),
         ([1], 0, {}, "max_new_tokens=0 writes nothing; pass at least 1"),
         ([1, 3], 2, {}, r"token id 3, the vocabulary is 0\.\.2"),
@@ -219,7 +233,9 @@ def test_a_broken_target_names_the_position(sampling: Sampling, value: float) ->
         ([[1]], 2, {}, r"shape \(1, 1\); pass one row of token ids"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(prompt: list[Any], length: int, options: dict[str, Any], message: str) -> None:
+def test_bad_input_is_refused_before_any_work(
+    prompt: list[Any], length: int, options: dict[str, Any], message: str
+) -> None:
     model = ToyModel()
     with pytest.raises(ValueError, match=message):
         decode(model, torch.tensor(prompt, dtype=torch.long), length, **({"generator": torch.Generator()} | options))
@@ -235,7 +251,14 @@ BASE = {
 
 @cache
 def real(
-    family: str, rank: int, anchor: str, tie: bool, common: bool, horizon: int = 4, vocabulary: int = 17, sharp: float = 1.0
+    family: str,
+    rank: int,
+    anchor: str,
+    tie: bool,
+    common: bool,
+    horizon: int = 4,
+    vocabulary: int = 17,
+    sharp: float = 1.0,
 ) -> LanguageModel:
     """A tiny model with random weights, scaled so that its text wanders and some drafts are right. Float64."""
     torch.manual_seed(0)
@@ -244,7 +267,9 @@ def real(
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), vocabulary) if common else None
     model = build_language_model(resolve(overrides | ({"model.trunk": "frozen"} if common else {})), vocabulary, trunk)
     model = model.double().eval()
-    generator = torch.Generator().manual_seed(2)  # own weights: the power below must not hang on how models are initialised
+    generator = torch.Generator().manual_seed(
+        2
+    )  # own weights: the power below must not hang on how models are initialised
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -340,7 +365,9 @@ def test_a_real_model_keeps_its_law() -> None:
         faulty = oracle.decoder_law(fault, target, draft, prompt, 4, 3, list)
         assert oracle.power(faulty, right, samples) >= 0.99, fault
     generator = torch.Generator().manual_seed(0)
-    counts = Counter(tuple(decode(model, torch.tensor(prompt), 4, Sampling(), generator).tokens) for _ in range(samples))
+    counts = Counter(
+        tuple(decode(model, torch.tensor(prompt), 4, Sampling(), generator).tokens) for _ in range(samples)
+    )
     assert oracle.p_value(counts, right) > oracle.FALSE_ALARM
 
 

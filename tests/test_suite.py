@@ -64,7 +64,9 @@ def test_cells_of_a_comparison_differ_in_the_dial_only(profile: str) -> None:
         assert all(one == settings[0] for one in settings)
 
 
-def test_every_kind_of_cell_runs_to_a_valid_record(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_cell_runs_to_a_valid_record(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cpu-full profile's kinds, shrunk, through the real pipeline; then again, when nothing is left to do."""
     kinds: dict[tuple[object, ...], Cell] = {}
     for cell in PROFILES["cpu-full"]():
@@ -95,7 +97,9 @@ def _in_process(cell: Cell, options: object, parent: str, quiet: bool) -> int:
 
 def _run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "experiments" / "run.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
 
 
 @pytest.mark.parametrize(

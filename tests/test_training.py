@@ -165,7 +165,11 @@ def test_weight_decay_is_on_matrices_only() -> None:
 def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
     config = settings(**{"optim.steps": 12, "train.validate_every": 4})
     summary, state = train(config, tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "model.safetensors", "train.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "config.yaml",
+        "model.safetensors",
+        "train.json",
+    ]
     assert json.loads((tmp_path / "run" / TRAINED).read_text()) == asdict(summary)
     assert (summary.steps, summary.resumed, summary.tokens) == (12, 0, 12 * 4 * 16)
     assert [note["step"] for note in summary.curve] == list(range(1, 13))
@@ -192,7 +196,9 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
     ],
     ids=["plain", "accumulated subset", "bias", "accumulated, both at step 4", "validating at every step"],
 )
-def test_a_killed_run_resumes_bit_for_bit(more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes_bit_for_bit(
+    more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = settings(**more)
     whole, whole_state = train(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -313,7 +319,10 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 def test_two_runs_at_once_in_one_folder(tmp_path: Path) -> None:
     with storage.exclusive(tmp_path / "run"):
-        with pytest.raises(RunError, match="another run is writing to .*name=OTHER"), storage.exclusive(tmp_path / "run"):
+        with (
+            pytest.raises(RunError, match="another run is writing to .*name=OTHER"),
+            storage.exclusive(tmp_path / "run"),
+        ):
             pass
     with storage.exclusive(tmp_path / "run"):  # given back
         pass

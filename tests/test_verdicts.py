@@ -62,11 +62,16 @@ def test_the_word_follows_the_truth(claim: str, laws: dict[str, Any], word: str,
     assert verdict.verdict.startswith(word)
 
 
-def test_one_seed_decides_nothing_but_is_reported() -> None:
+def test_one_seed_decides_over_rows_or_prompts_alone_and_says_so() -> None:
     for claim in ("C1", "C2", "C3", "C4"):
         verdict = sweep(claim, seeds=1)
-        assert (verdict.word, verdict.reason) == ("not measurable here", "1 shared seed, the rule needs 2")
+        assert verdict.setting.endswith(", 1 seed")
         assert verdict.numbers
+
+
+def test_no_shared_seed_decides_nothing() -> None:
+    verdict = judged("C1", made(1, 0), made(8, 1))[0]
+    assert (verdict.word, verdict.reason) == ("not measurable here", "0 shared seeds, the rule needs 1")
 
 
 def test_without_rank_8_there_is_no_verdict() -> None:
@@ -106,8 +111,8 @@ def test_only_untied_cells_count_and_targets_stay_apart() -> None:
 def test_each_setting_has_its_own_row_and_own_target_is_beside() -> None:
     found = judged("C3", *suite())
     assert [verdict.setting for verdict in found] == [
-        "code, small, n=4, common target",
-        "text, small, n=4, common target",
+        "code, small, n=4, common target, 3 seeds",
+        "text, small, n=4, common target, 3 seeds",
     ]
     assert any(number.name.startswith("own target (tiny), rank 8") for number in found[0].beside)
     assert any(number.name.startswith("greedy, rank 8") for number in found[0].beside)

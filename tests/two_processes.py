@@ -1,6 +1,6 @@
 """What one of two processes does in tests/test_distributed.py: trains a list of cases and writes down what it saw.
 
-    python -m tests.two_processes CASES.json        (LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment)
+python -m tests.two_processes CASES.json        (LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment)
 """
 
 from __future__ import annotations

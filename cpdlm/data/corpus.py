@@ -203,9 +203,7 @@ def read_tokens(folder: Path) -> Corpus:
                 raise TornCache(f"{path} has {size} bytes instead of {entry['size']}")
             if _file_hash(path) != entry["sha256"]:
                 raise TornCache(f"{path} is not the file that was written (its sha256 differs)")
-        splits = {
-            split: {name: _array(folder / split / f"{name}.npy") for name in ARRAYS} for split in SPLITS
-        }
+        splits = {split: {name: _array(folder / split / f"{name}.npy") for name in ARRAYS} for split in SPLITS}
         return _assemble(meta, splits, np.load(folder / "token_bytes.npy"), folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, TornCache):

@@ -211,6 +211,8 @@ def _check(
             "encode the prompt with the tokenizer that the model was trained with"
         )
     if not sampling.greedy and generator is None:
-        raise ValueError("sampling needs a generator; pass generator=torch.Generator().manual_seed(0), or temperature 0")
+        raise ValueError(
+            "sampling needs a generator; pass generator=torch.Generator().manual_seed(0), or temperature 0"
+        )
     if getattr(model, "training", False):
         raise ValueError("the model is in training mode, where its law may be random; call model.eval() first")

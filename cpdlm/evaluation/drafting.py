@@ -34,7 +34,9 @@ def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0
     passes = [sum(run.passes for run in prompt) for prompt in decoded]
     histogram = [0] * horizon
     for run in runs:
-        assert sum(run.emitted) == len(run.tokens), f"passes emitted {sum(run.emitted)} tokens, the text has {len(run.tokens)}"
+        assert sum(run.emitted) == len(run.tokens), (
+            f"passes emitted {sum(run.emitted)} tokens, the text has {len(run.tokens)}"
+        )
         for count in run.emitted:
             histogram[count - 1] += 1
     return {

@@ -98,7 +98,9 @@ def hugging_face(model: LanguageModel) -> Generate | None:
         devices = [prompt_T.device] if prompt_T.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(seed)
-            text_1T = shell.generate(prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), generation_config=settings)
+            text_1T = shell.generate(
+                prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), generation_config=settings
+            )
         ids: list[int] = text_1T[0, len(prompt_T) :].tolist()
         return ids
 
@@ -141,7 +143,9 @@ def measure(
         raise ValueError("no cell to measure; pass at least one model")
     for name, model in models.items():
         if model.horizon < 2:
-            raise ValueError(f"cell {name} has horizon {model.horizon} and drafts nothing; measure cells of horizon 2 or more")
+            raise ValueError(
+                f"cell {name} has horizon {model.horizon} and drafts nothing; measure cells of horizon 2 or more"
+            )
     say = progress or (lambda line: None)
     shared = _shared_plain(models)
     contenders: dict[tuple[str, str], Callable[[Tensor, int], Decoded | list[int]]] = {}
@@ -221,7 +225,9 @@ def seconds_by_part(
 
 
 @torch.inference_mode()
-def pass_milliseconds(model: LanguageModel, prompts_PT: Tensor, new_tokens: int, times: int = 30) -> tuple[float, float]:
+def pass_milliseconds(
+    model: LanguageModel, prompts_PT: Tensor, new_tokens: int, times: int = 30
+) -> tuple[float, float]:
     """Median ms of the target (trunk through the cache, and output law) for 1 token and for `horizon` tokens.
 
     Behind a text of half the new tokens, alternating, after warm-up; the rollback of the cache is not timed.
@@ -267,7 +273,9 @@ def _run(
                     result = contenders[key](prompt_T, _seed(seed, index, repeat))
                     spent[key] += clock.now() - start
                 if isinstance(result, Decoded):
-                    assert passes.count == result.passes, f"{key}: the hook saw {passes.count} passes, the loop {result.passes}"
+                    assert passes.count == result.passes, (
+                        f"{key}: the hook saw {passes.count} passes, the loop {result.passes}"
+                    )
                     timings[key].decoded[index].append(result)
                 written[key] += len(result.tokens if isinstance(result, Decoded) else result)
         for key in order:
@@ -288,9 +296,7 @@ def _shared_plain(models: Mapping[str, LanguageModel]) -> dict[str, str]:
 def _same_target(one: LanguageModel, other: LanguageModel) -> bool:
     if not (one.common_target and other.common_target):
         return one is other
-    weights, others = (
-        [*model.trunk.body.state_dict().values(), model.unembedding.weight] for model in (one, other)
-    )
+    weights, others = ([*model.trunk.body.state_dict().values(), model.unembedding.weight] for model in (one, other))
     return len(weights) == len(others) and all(
         a.shape == b.shape and torch.equal(a, b) for a, b in zip(weights, others, strict=True)
     )
@@ -322,4 +328,3 @@ def _ratio(top: Timing, bottom: Timing, seed: int) -> dict[str, float]:
     picks = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
     return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
-

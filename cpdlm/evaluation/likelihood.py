@@ -46,7 +46,9 @@ def evaluate(
             token_P = future_TN[exists_T][:, 0]
             target_P = _gathered(model.target_log_probs(hidden_TD[exists_T.to(device)]), token_P.to(device))
             whole_T = successors_T >= model.horizon
-            terms_PN, log_weights_PR = position_terms(model, hidden_TD[whole_T.to(device)], future_TN[whole_T].to(device))
+            terms_PN, log_weights_PR = position_terms(
+                model, hidden_TD[whole_T.to(device)], future_TN[whole_T].to(device)
+            )
             weights_PR = log_weights_PR.double().exp().cpu()
             weights_R += weights_PR.sum(dim=0)
             entropy += float(-(weights_PR * log_weights_PR.double().cpu()).sum())

@@ -173,6 +173,7 @@ class LanguageModel(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part; tied embeddings count once, with the trunk."""
+
         def count(module: nn.Module | None) -> int:
             return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 

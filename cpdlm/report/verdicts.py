@@ -21,7 +21,8 @@ HOLDS, FAILS, UNMEASURED = "holds", "fails", "not measurable here"
 class Claim:
     """question: what is asked. expected: what the paper says. statistic, rule: how it is answered, in words; `test`,
     `margin` and the rest are the same for the program. target: whose cells count. top: the rank held against rank 1.
-    margin: in units of the statistic; a difference that surely lies inside it counts as none. seeds: fewer decide nothing."""
+    margin: in units of the statistic; a difference that surely lies inside it counts as none. seeds: fewer decide nothing; with one, intervals are over rows
+    or prompts alone, and the setting says `1 seed`."""
 
     id: str
     question: str
@@ -35,7 +36,7 @@ class Claim:
     margin: float
     digits: int = 3
     top: int = 8
-    seeds: int = 2
+    seeds: int = 1
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -154,7 +155,7 @@ def _judge(claim: Claim, family: Family, families: list[Family]) -> Verdict:
                 f"{len(shared)} shared seed{'s' * (len(shared) != 1)}, the rule needs {claim.seeds}",
             )
     return Verdict(
-        claim, family.label, word, reason, numbers or means, _beside(claim, family, families, means if numbers else []),
+        claim, f"{family.label}, {len(shared)} seed{'s' * (len(shared) != 1)}", word, reason, numbers or means, _beside(claim, family, families, means if numbers else []),
         [record.path for record in family.records("untied")], len(shared),
     )  # fmt: skip
 

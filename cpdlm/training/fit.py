@@ -85,7 +85,9 @@ class Journal(Callback):
         self.stop_signal = number
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._began = time.perf_counter()
 
     def on_train_batch_end(
@@ -168,7 +170,9 @@ class ProgressBar(Callback):
         rate = self.bar.format_dict["rate"] or 0.0
         tokens = batch["tokens_BT"].numel() * trainer.world_size * trainer.accumulate_grad_batches
         loss = trainer.callback_metrics.get("train/nll")
-        self.bar.set_postfix_str(f"loss {float(loss) if loss is not None else 0:.3f}, {rate * tokens:,.0f} tokens/s", refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {float(loss) if loss is not None else 0:.3f}, {rate * tokens:,.0f} tokens/s", refresh=False
+        )
         self.bar.update(trainer.global_step - self.bar.n)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -225,7 +229,9 @@ def build_trainer(config: Config, callbacks: list[Callback], logger: Logger | No
         devices=config.devices,
         strategy=build_strategy(config),
         # Lightning's FSDP2 strategy has no word for float64; `fit` has made the weights so, and this leaves them alone.
-        precision="32-true" if (config.parallel, config.train.precision) == ("fsdp", "64-true") else config.train.precision,  # type: ignore[arg-type]
+        precision="32-true"
+        if (config.parallel, config.train.precision) == ("fsdp", "64-true")
+        else config.train.precision,  # type: ignore[arg-type]
         max_steps=config.optim.steps,
         accumulate_grad_batches=config.train.accumulate,
         gradient_clip_val=config.optim.clip or None,

@@ -1,9 +1,9 @@
 """A run's folder: who may write to it, its saved config, its finished weights.
 
-    RUN/config.yaml         the resolved config
-    RUN/last.ckpt           what a killed run resumes from (Lightning; loads with weights_only)
-    RUN/model.safetensors   finished weights, without those of a frozen trunk
-    RUN/train.json          the training part of the record; present once training is complete
+RUN/config.yaml         the resolved config
+RUN/last.ckpt           what a killed run resumes from (Lightning; loads with weights_only)
+RUN/model.safetensors   finished weights, without those of a frozen trunk
+RUN/train.json          the training part of the record; present once training is complete
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def load_model(folder: Path) -> LanguageModel:
     absent = [
         name
         for name in missing
-        if not (model.common_target and name.startswith(("trunk.", "unembedding."))) and not (name == "unembedding.weight" and model.embeddings_are_tied)
+        if not (model.common_target and name.startswith(("trunk.", "unembedding.")))
+        and not (name == "unembedding.weight" and model.embeddings_are_tied)
     ]
     if absent or unexpected:
         raise RunError(
@@ -133,7 +134,9 @@ def check_checkpoint(path: Path) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         foreign = not isinstance(content, dict) or "Journal" not in content.get("callbacks", {})
     except Exception as error:
-        raise RunError(f"{path} is truncated or not a checkpoint ({type(error).__name__}); delete it to start again") from error
+        raise RunError(
+            f"{path} is truncated or not a checkpoint ({type(error).__name__}); delete it to start again"
+        ) from error
     if foreign:
         raise RunError(f"{path} is not a checkpoint of this program; delete it to start again")
 

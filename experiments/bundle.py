@@ -1,0 +1,38 @@
+"""Packs the tokens that a profile needs, for a machine without a network or a package index.
+
+    python -m experiments.bundle PROFILE DIR        (./dev bundle DIR --profile PROFILE)
+
+There: ./reproduce.sh --profile PROFILE --only train,decode --data DIR --python PATH
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cpdlm.config import ConfigError
+from experiments.suite import PROFILES
+
+
+def main(arguments: list[str]) -> int:
+    from cpdlm.data.corpus import write_bundle
+
+    if len(arguments) != 2 or arguments[0] not in PROFILES:
+        print(f"usage: python -m experiments.bundle {'|'.join(PROFILES)} DIR", file=sys.stderr)
+        return 2
+    profile, folder = arguments
+    try:
+        sizes = write_bundle([cell.config("runs/bundle") for cell in PROFILES[profile]()], Path(folder))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, size in sizes.items():
+        print(f"{size / 2**20:6.1f} MiB  {name}")
+    print(
+        f"bundle: {folder}; on the other machine: ./reproduce.sh --profile {profile} --only train,decode --data {folder}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
