@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,23 @@ def run_folder(config: Config) -> Path:
 
 
 def is_trained(config: Config) -> bool:
-    return (run_folder(config) / EVALUATED).is_file()
+    """True where the cell is trained and evaluated as its config says; raises RunError where another run has its name."""
+    path = run_folder(config) / EVALUATED
+    if not path.is_file():
+        return False
+    storage.check_same_run(run_folder(config), config)
+    return bool(_read(path)["settings"] == asdict(config.evaluate))
 
 
 def is_measured(configs: list[Config]) -> bool:
-    """True where each cell was measured beside (at least) all the others."""
+    """True where each cell was measured as its config says, beside (at least) all the others."""
     names = {config.run_name for config in configs}
     for config in configs:
         path = run_folder(config) / MEASURED
-        if not path.is_file() or not names <= set(_read(path)["group"]):
+        if not path.is_file():
+            return False
+        found = _read(path)
+        if found["settings"] != asdict(config.decode) or not names <= set(found["group"]):
             return False
     return True
 
@@ -85,6 +94,7 @@ def train(config: Config, command: str) -> bool:
         storage.write_json(
             folder / EVALUATED,
             {
+                "settings": asdict(config.evaluate),
                 "likelihood": held_out,
                 "parameters": model.parameter_counts(),
                 "data": corpus.describe() | _trunk_hash(config),
@@ -122,6 +132,7 @@ def measure(configs: list[Config]) -> None:
     for config in configs:
         name = config.run_name
         content = {
+            "settings": asdict(config.decode),
             "group": list(models),
             "modes": {mode: cells[name] for mode, cells in modes.items()},
             "seconds": seconds,

@@ -39,6 +39,10 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    """The stages in order; returns the exit code (1 where a cell or a group failed, 2 for the user's mistake)."""
+    from cpdlm.report.results import RecordError, WriteError, check_writable
+    from cpdlm.training.storage import RunError
+
     cells, failures = PROFILES[options.profile](), list[str]()
     data = {"data.bundle": options.data} if options.data else {}
     cells = [_with(cell, data) for cell in cells] if data else cells
@@ -48,6 +52,12 @@ def run(options: argparse.Namespace) -> int:
         "decode": lambda: _decode(cells, options, failures),
         "report": lambda: _report(cells, options, failures),
     }
+    try:
+        for folder in filter(None, (options.out, options.results)):
+            check_writable(Path(folder))
+    except WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for number, name in enumerate(STAGES, start=2):
         if name not in options.only:
             continue
@@ -55,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         began = time.monotonic()
         try:
             outcome = stages[name]()
-        except ConfigError as error:
+        except (ConfigError, RunError, RecordError, WriteError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         print(f"[{number}/5] {name}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)

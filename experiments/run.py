@@ -43,6 +43,7 @@ def _run(config: configuration.Config, command: str, stage: str) -> int:
     from cpdlm.training.fit import Interrupted
     from cpdlm.training.module import NonFiniteLoss
     from cpdlm.training.storage import RunError, exclusive
+    from cpdlm.report.results import RecordError, WriteError
     from experiments import cell
 
     folder = cell.run_folder(config)
@@ -52,7 +53,7 @@ def _run(config: configuration.Config, command: str, stage: str) -> int:
             with exclusive(folder):
                 return cell.run(config, command, stage)
         return cell.run(config, command, stage)
-    except (configuration.ConfigError, RunError) as error:
+    except (configuration.ConfigError, RunError, RecordError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NonFiniteLoss as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -64,7 +65,7 @@ def made(
         training={"steps": config.optim.steps, "tokens": 819_200, "tokens_per_second": 9000.0, "step_ms_median": 110.0,
                   "peak_memory_bytes": 600_000_000, "resumed": 0,
                   "curve": [{"step": step, "train/nll": 9 - step / 100, "validation/joint_nll": 9.5 - step / 100} for step in (100, 200, 400)]},
-        likelihood=likelihood, decoding=decoding, origin=origin or ORIGIN,
+        likelihood=likelihood, decoding=decoding, origin=origin or copy.deepcopy(ORIGIN),
     )  # fmt: skip
 
 

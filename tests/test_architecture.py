@@ -88,7 +88,7 @@ class Blocked:
             frame = sys._getframe(1)
             while frame is not None:
                 origin = frame.f_globals.get('__name__', '')
-                if origin.startswith('cpdlm'):
+                if origin.startswith(('cpdlm', 'experiments')):
                     raise ImportError(f'{{origin}} needs {{name}}')
                 if origin.split('.')[0] in ('transformers', 'lightning', 'torchmetrics', 'torch'):
                     return None  # their own optional imports are theirs to guard
@@ -102,6 +102,8 @@ for part in ('data', 'model', 'training', 'decoding', 'evaluation'):
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f'cpdlm.{{part}}.{{module.name}}')
         count += 1
+importlib.import_module('experiments.cell')
+importlib.import_module('experiments.pipeline')
 print(count)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from made_records import made, suite
 
+from cpdlm.config import parse
 from cpdlm.report import Report, figures, render, results, tables, verdicts
 from cpdlm.report.__main__ import main
 
@@ -101,7 +102,7 @@ def test_captions_state_the_conditions(drawn: tuple[Path, Report]) -> None:
             "2 seeds (0, 1)",
             "rows of 256 tokens",
             "Made-up CPU, 2 cores",
-            "400 steps",
+            f"{parse([]).optim.steps} steps",
         ):
             assert word in caption, (name, word)
 

@@ -12,7 +12,7 @@ import pytest
 from made_records import made
 
 from cpdlm import tracking
-from cpdlm.config import Config, resolve
+from cpdlm.config import Config, parse, resolve
 from cpdlm.report import results
 
 
@@ -80,7 +80,7 @@ def test_the_cell_is_a_named_child_with_tags_params_and_note(store: dict[str, An
     assert tags["command"] == "python experiments/run.py rank=2"
     assert "experiments/run.py" in tags["mlflow.note.content"]
     assert tags["commit"]
-    assert run.data.params["optim.lr"] == "0.003"
+    assert run.data.params["optim.lr"] == str(parse([]).optim.lr)
     assert len(run.data.params) > 50
     assert store["client"].get_run(store["sweep"]).info.run_name == "cpu sweep"
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpdlm.config import ConfigError
 from cpdlm.model.joint import log_normalise
 from cpdlm.model.language_model import LanguageModel
 
@@ -63,7 +64,9 @@ def evaluate(
             )
     positions = sum(row["positions"] for row in rows)
     if not positions:
-        raise ValueError(f"no test position has all {model.horizon} successors: the documents are too short")
+        raise ConfigError(
+            f"no test position has all {model.horizon} successors, the documents are too short; lower horizon={model.horizon}"
+        )
     mean_R = (weights_R / positions).clamp_min(1e-12)
     joint = [row["terms"].sum() for row in rows]
     by_source: dict[str, list[dict[str, Any]]] = {}

@@ -203,6 +203,8 @@ def fit(
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        # A frozen trunk is in evaluation mode on purpose.
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
     if journal.stop_signal and trainer.global_step < config.optim.steps:
         raise Interrupted(

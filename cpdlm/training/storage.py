@@ -24,13 +24,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from yaml import YAMLError
 
-from cpdlm.config import Config, ConfigError, as_yaml, from_dict, to_dict
+from cpdlm.config import Config, ConfigError, as_yaml, flatten, from_dict
 from cpdlm.model.language_model import LanguageModel, build_language_model
 
 CONFIG, CHECKPOINT, WEIGHTS, TRAINED = "config.yaml", "last.ckpt", "model.safetensors", "train.json"
 
 # Settings that say where and how a run is watched, not what it computes: they may differ when it resumes.
-_INCIDENTAL = ("tracking", "output", "name", "decode", "evaluate")
+_INCIDENTAL = (
+    "tracking.",
+    "output",
+    "name",
+    "preset",
+    "decode.",
+    "evaluate.",
+    "data.cache",
+    "data.bundle",
+    "data.workers",
+)
 
 
 class RunError(RuntimeError):
@@ -57,19 +67,22 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def open_run(folder: Path, config: Config) -> None:
-    """Save the config, or check that the folder's saved one describes the same run; raises RunError."""
-    path = folder / CONFIG
-    if path.exists():
-        saved = read_config(folder)
-        mine, theirs = to_dict(config), to_dict(saved)
-        differing = [key for key in mine if key not in _INCIDENTAL and mine[key] != theirs[key]]
-        if differing:
-            key = differing[0]
+    """Save the config, after `check_same_run`."""
+    check_same_run(folder, config)
+    write_atomically(folder / CONFIG, as_yaml(config).encode())
+
+
+def check_same_run(folder: Path, config: Config) -> None:
+    """Raise RunError where the folder holds a run of other settings: nothing of it may be taken for this one."""
+    if not (folder / CONFIG).exists():
+        return
+    theirs = flatten(read_config(folder))
+    for key, value in flatten(config).items():
+        if not key.startswith(_INCIDENTAL) and value != theirs[key]:
             raise RunError(
-                f"{folder} holds another run ({key}: {theirs[key]!r} there, {mine[key]!r} now); give this one "
-                f"name=OTHER, or delete the folder"
+                f"{folder} holds another run ({key}: {theirs[key]!r} there, {value!r} now); give this one name=OTHER, or "
+                f"delete the folder"
             )
-    write_atomically(path, as_yaml(config).encode())
 
 
 def read_config(folder: Path) -> Config:
