@@ -142,10 +142,10 @@ def measure(configs: list[Config]) -> None:
 
 
 def write_record(config: Config, command: str, folder: Path, *, claim: str, profile: str) -> Path:
-    """Assemble the record of a finished cell and write it to folder/NAME.json."""
+    """Assemble the record of a trained cell and write it to folder/NAME.json; `decoding` is null where it was not measured."""
     own = run_folder(config)
     evaluated = _read(own / EVALUATED)
-    measured = _read(own / MEASURED) if config.horizon > 1 else None
+    measured = _read(own / MEASURED) if config.horizon > 1 and is_measured([config]) else None
     record = results.build(
         config,
         claim=claim,

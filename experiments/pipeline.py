@@ -167,7 +167,7 @@ def _report(cells: list[Cell], options: argparse.Namespace, failures: list[str])
     written: list[tuple[Config, Path]] = []
     for cell in cells:
         config = cell.config(options.out)
-        if one.is_trained(config) and (config.horizon == 1 or one.is_measured([config])):
+        if one.is_trained(config):
             command = "python experiments/run.py " + " ".join(cell.words(options.out))
             folder = results / cell.folder
             path = one.write_record(config, command, folder, claim=cell.folder, profile=options.profile)

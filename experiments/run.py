@@ -40,10 +40,10 @@ def main(arguments: list[str]) -> int:
 
 def _run(config: configuration.Config, command: str, stage: str) -> int:
     # Slow imports come after the checks above.
+    from cpdlm.report.results import RecordError, WriteError
     from cpdlm.training.fit import Interrupted
     from cpdlm.training.module import NonFiniteLoss
     from cpdlm.training.storage import RunError, exclusive
-    from cpdlm.report.results import RecordError, WriteError
     from experiments import cell
 
     folder = cell.run_folder(config)
