@@ -37,11 +37,12 @@ def run_folder(config: Config) -> Path:
 
 def is_trained(config: Config) -> bool:
     """True where the cell is trained and evaluated as its config says; raises RunError where another run has its name."""
-    path = run_folder(config) / EVALUATED
-    if not path.is_file():
+    folder = run_folder(config)
+    if not all((folder / name).is_file() for name in (EVALUATED, storage.WEIGHTS, storage.TRAINED)):
         return False
-    storage.check_same_run(run_folder(config), config)
-    return bool(_read(path)["settings"] == asdict(config.evaluate))
+    storage.check_same_run(folder, config)
+    found = _read(folder / EVALUATED)
+    return found.get("settings") == asdict(config.evaluate) and found.get("weights") == _weights_hash(config)
 
 
 def is_measured(configs: list[Config]) -> bool:
@@ -52,7 +53,9 @@ def is_measured(configs: list[Config]) -> bool:
         if not path.is_file():
             return False
         found = _read(path)
-        if found["settings"] != asdict(config.decode) or not names <= set(found["group"]):
+        if found.get("settings") != asdict(config.decode) or found.get("weights") != _weights_hash(config):
+            return False
+        if not names <= set(found["group"]):
             return False
     return True
 
@@ -83,11 +86,11 @@ def train(config: Config, command: str) -> bool:
     data = TokenDataModule(config, corpus)
     began = time.monotonic()
     with tracking.cell_run(config, command, folder) as tracker:
-        if not (folder / storage.TRAINED).is_file() or not (folder / storage.WEIGHTS).is_file():
-            if fit(config, model, data, folder, tracker.logger) is None:
-                return False
-        else:
-            model = storage.load_model(folder)
+        done = (folder / storage.TRAINED).is_file() and (folder / storage.WEIGHTS).is_file()
+        if not done and fit(config, model, data, folder, tracker.logger) is None:
+            return False
+        # The stored weights, whole and in their stored precision: what is evaluated is what is decoded with.
+        model = storage.load_model(folder)
         train_seconds, began = time.monotonic() - began, time.monotonic()
         device = _device()
         held_out = likelihood.evaluate(model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device)
@@ -95,6 +98,7 @@ def train(config: Config, command: str) -> bool:
             folder / EVALUATED,
             {
                 "settings": asdict(config.evaluate),
+                "weights": _weights_hash(config),
                 "likelihood": held_out,
                 "parameters": model.parameter_counts(),
                 "data": corpus.describe() | _trunk_hash(config),
@@ -133,6 +137,7 @@ def measure(configs: list[Config]) -> None:
         name = config.run_name
         content = {
             "settings": asdict(config.decode),
+            "weights": _weights_hash(config),
             "group": list(models),
             "modes": {mode: cells[name] for mode, cells in modes.items()},
             "seconds": seconds,
@@ -214,6 +219,14 @@ def _frozen_trunk(config: Config, vocab_size: int) -> LanguageModel | None:
     return trunk
 
 
+def _weights_hash(config: Config) -> str:
+    """sha256 of the finished weights, a frozen trunk's included: what evaluation and decoding were made with."""
+    paths = [run_folder(config) / storage.WEIGHTS]
+    if config.model.trunk:
+        paths.append(Path(config.model.trunk) / storage.WEIGHTS)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.is_file())).hexdigest()
+
+
 def _trunk_hash(config: Config) -> dict[str, str]:
     if not config.model.trunk:
         return {}
@@ -226,5 +239,11 @@ def _device() -> torch.device:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text())
+    """A stage's output; raises RunError where it is damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise storage.RunError(
+            f"{path} is damaged ({error}); delete it, and the same command makes it again"
+        ) from error
     return content

@@ -132,7 +132,7 @@ def _run_cell(cell: Cell, options: argparse.Namespace, parent: str, quiet: bool)
     command = [sys.executable, "experiments/run.py", *cell.words(options.out), "--stage=train"]
     if parent:
         command.append(f"tracking.parent={parent}")
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    threads = max(1, _cores() // options.jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     root = Path(__file__).resolve().parent.parent
     if not quiet:
@@ -206,7 +206,12 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _jobs() -> int:
     import torch
 
-    return 1 if torch.cuda.is_available() else max(1, os.cpu_count() or 1)
+    return 1 if torch.cuda.is_available() else min(8, _cores())
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _known(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -2,11 +2,12 @@
 
 Every repeat runs, prompt after prompt, plain decoding, each cell's speculative decoding and Hugging Face's generate on
 the same weights, and the order of the contenders rotates from repeat to repeat, so that a slow minute of the machine
-falls on all alike. Ratios are taken within a repeat; their median and a bootstrap interval over repeats are reported.
+falls on all alike. Ratios are taken within a repeat; reported are their median and a
+bootstrap interval over prompts and repeats.
 Tokens are counted from the ids, passes by a hook on the trunk. All run for the same number of tokens (no end-of-sequence
 stop), with the same seed per (prompt, repeat). The time split comes from a separate repeat with synchronising timers.
 
-Letters: P prompts, T position, D width.
+Letters: P prompts, K repeats, S resamples, T position, D width.
 """
 
 from __future__ import annotations
@@ -109,14 +110,16 @@ def hugging_face(model: LanguageModel) -> Generate | None:
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender's repeats: seconds and tokens of each, and, of ours, what was decoded per prompt."""
+    """One contender: seconds and tokens, [repeat][prompt], and, of ours, what was decoded per prompt."""
 
-    seconds: list[float]
-    tokens: list[int]
+    seconds: list[list[float]]
+    tokens: list[list[int]]
     decoded: list[list[Decoded]]
 
     def rates(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.asarray(self.tokens, dtype=np.float64) / np.asarray(self.seconds, dtype=np.float64)
+        """Tokens per second of each repeat: total tokens over total time."""
+        tokens, seconds = (np.asarray(each, dtype=np.float64).sum(axis=1) for each in (self.tokens, self.seconds))
+        return np.asarray(tokens / seconds)
 
 
 def measure(
@@ -204,7 +207,10 @@ def _mode(
         "t1_ms": one,
         "tn_ms": window,
         "seconds_by_part": seconds_by_part(model, prompts_PT, new_tokens, sampling, seed),
-        "repeat_seconds": {"plain": plain.seconds, "speculative": speculative.seconds},
+        "repeat_seconds": {
+            "plain": [sum(repeat) for repeat in plain.seconds],
+            "speculative": [sum(repeat) for repeat in speculative.seconds],
+        },
     }
 
 
@@ -264,23 +270,22 @@ def _run(
     order = list(contenders)
     for repeat in range(repeats):
         say(f"repeat {repeat + 1}/{repeats}")
-        spent, written = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0)
+        for timing in timings.values():
+            timing.seconds.append([])
+            timing.tokens.append([])
         for index, prompt_T in enumerate(prompts_PT):
             turn = (repeat + index) % len(order)
             for key in order[turn:] + order[:turn]:
                 with count_passes(models[key[1]]) as passes:
                     start = clock.now()
                     result = contenders[key](prompt_T, _seed(seed, index, repeat))
-                    spent[key] += clock.now() - start
+                    timings[key].seconds[repeat].append(clock.now() - start)
                 if isinstance(result, Decoded):
                     assert passes.count == result.passes, (
                         f"{key}: the hook saw {passes.count} passes, the loop {result.passes}"
                     )
                     timings[key].decoded[index].append(result)
-                written[key] += len(result.tokens if isinstance(result, Decoded) else result)
-        for key in order:
-            timings[key].seconds.append(spent[key])
-            timings[key].tokens.append(written[key])
+                timings[key].tokens[repeat].append(len(result.tokens if isinstance(result, Decoded) else result))
     return timings
 
 
@@ -323,8 +328,19 @@ def _generator(prompt_T: Tensor, seed: int, index: int, repeat: int) -> torch.Ge
 
 
 def _ratio(top: Timing, bottom: Timing, seed: int) -> dict[str, float]:
-    """{"median", "low", "high"} of tokens/s ratios taken repeat by repeat; 95 % bootstrap of the median over repeats."""
-    ratios = top.rates() / bottom.rates()
-    picks = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
+    """{"median", "low", "high"}: median over repeats of the tokens/s ratio, and the 95 % bootstrap interval of total tokens
+    over total time, prompts and repeats resampled (the same ones for both contenders)."""
+    random = np.random.default_rng(seed)
+    repeats, prompts = np.shape(top.seconds)
+    times_SK = random.multinomial(repeats, np.full(repeats, 1 / repeats), RESAMPLES)
+    times_SP = random.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES)
+
+    def rates_S(timing: Timing) -> np.ndarray[Any, np.dtype[np.float64]]:
+        tokens_S, seconds_S = (
+            np.einsum("sk,kp,sp->s", times_SK, np.asarray(each, dtype=np.float64), times_SP)
+            for each in (timing.tokens, timing.seconds)
+        )
+        return np.asarray(tokens_S / seconds_S)
+
+    low, high = np.percentile(rates_S(top) / rates_S(bottom), [2.5, 97.5])
+    return {"median": float(np.median(top.rates() / bottom.rates())), "low": float(low), "high": float(high)}
