@@ -1,6 +1,6 @@
 """The life of one cell: train, evaluate, decode, record. Both entry points call these and nothing else.
 
-OUTPUT/NAME/train.json      training summary    (with model.safetensors, config.yaml)
+OUTPUT/NAME/train.json      training summary    (with model.safetensors, config.yaml, sessions.json)
 OUTPUT/NAME/evaluate.json   held-out likelihoods
 OUTPUT/NAME/decode.json     decoding, measured beside the other cells of its group
 """
@@ -28,7 +28,7 @@ from cpdlm.report import render, results
 from cpdlm.training import storage
 from cpdlm.training.fit import fit
 
-EVALUATED, MEASURED = "evaluate.json", "decode.json"
+EVALUATED, MEASURED, SESSIONS = "evaluate.json", "decode.json", "sessions.json"
 
 
 def run_folder(config: Config) -> Path:
@@ -76,22 +76,28 @@ def run(config: Config, command: str, stage: str) -> int:
 
 def train(config: Config, command: str) -> bool:
     """Train to the end (resuming), then evaluate on the test split. False in a helper process."""
-    folder, began, origin = run_folder(config), time.monotonic(), results.provenance()
+    folder = run_folder(config)
+    storage.open_run(folder, config)
+    trunk = _frozen_trunk(config)
+    began = time.monotonic()
     corpus = load_corpus(config)
     data_seconds = time.monotonic() - began
-    storage.open_run(folder, config)
+    if trunk is not None and trunk.vocab_size != corpus.vocab_size:
+        raise storage.RunError(
+            f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
+            f"{config.data.tokenizer} on corpus={config.corpus} one of {corpus.vocab_size}; use the trunk's own data settings"
+        )
+    origin = _origin(folder)
     torch.manual_seed(config.seed)
-    trunk = _frozen_trunk(config, corpus.vocab_size)
     model = build_language_model(config, corpus.vocab_size, trunk)
     data = TokenDataModule(config, corpus)
-    began = time.monotonic()
     with tracking.cell_run(config, command, folder) as tracker:
         done = (folder / storage.TRAINED).is_file() and (folder / storage.WEIGHTS).is_file()
         if not done and fit(config, model, data, folder, tracker.logger) is None:
             return False
         # The stored weights, whole and in their stored precision: what is evaluated is what is decoded with.
         model = storage.load_model(folder)
-        train_seconds, began = time.monotonic() - began, time.monotonic()
+        began = time.monotonic()
         device = _device()
         held_out = likelihood.evaluate(model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device)
         storage.write_json(
@@ -103,7 +109,11 @@ def train(config: Config, command: str) -> bool:
                 "parameters": model.parameter_counts(),
                 "data": corpus.describe() | _trunk_hash(config),
                 "command": command,
-                "seconds": {"data": data_seconds, "train": train_seconds, "evaluate": time.monotonic() - began},
+                "seconds": {
+                    "data": data_seconds,
+                    "train": _read(folder / storage.TRAINED)["seconds"],  # over all sessions of a resumed run
+                    "evaluate": time.monotonic() - began,
+                },
                 "origin": origin,
             },
         )
@@ -113,6 +123,9 @@ def train(config: Config, command: str) -> bool:
 def measure(configs: list[Config]) -> None:
     """Decode with every cell of a group side by side, greedily and by sampling; leave each its decode.json."""
     began, first = time.monotonic(), configs[0]
+    assert all((c.decode, c.data, c.corpus) == (first.decode, first.data, first.corpus) for c in configs), (
+        "cells are compared on the same prompts"
+    )
     corpus = load_corpus(first)
     prompts_PT = TokenDataModule(first, corpus).prompts().to(_device())
     models = {config.run_name: storage.load_model(run_folder(config)).to(_device()) for config in configs}
@@ -197,26 +210,45 @@ def report(root: Path, output: Path, publish: bool) -> tuple[str, list[Path]]:
     return text, [path for path in rendered.files if path.suffix == ".png"]
 
 
-def _frozen_trunk(config: Config, vocab_size: int) -> LanguageModel | None:
+def _frozen_trunk(config: Config) -> LanguageModel | None:
+    """The model whose trunk a config names; raises RunError where the two do not fit, before any work."""
     if not config.model.trunk:
         return None
     folder = Path(config.model.trunk)
-    trunk = storage.load_model(folder)
-    if trunk.horizon != 1:
+    theirs = storage.read_config(folder)
+    if theirs.horizon != 1:
         raise storage.RunError(
-            f"model.trunk={folder} was trained with horizon={trunk.horizon}; a trunk is a plain next-token model: make one "
+            f"model.trunk={folder} was trained with horizon={theirs.horizon}; a trunk is a plain next-token model: make one "
             f"with preset=trunk (or preset=cpu-trunk,trunk)"
         )
-    if trunk.vocab_size != vocab_size:
+    for key, mine, trunk in (
+        ("size", config.size, theirs.size),
+        ("model.family", config.model.family, theirs.model.family),
+        ("data.tokenizer", config.data.tokenizer, theirs.data.tokenizer),
+    ):
+        if mine != trunk:
+            raise storage.RunError(
+                f"model.trunk={folder} has {key}={trunk}, this run {key}={mine}; write {key}={trunk}"
+            )
+    if theirs.data.context < config.data.context:
         raise storage.RunError(
-            f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, "
-            f"data.tokenizer={config.data.tokenizer} one of {vocab_size}; use the trunk's own data settings"
+            f"model.trunk={folder} has data.context={theirs.data.context}; lower data.context={config.data.context}"
         )
-    if trunk.context < config.data.context:
-        raise storage.RunError(
-            f"model.trunk={config.model.trunk} has a context of {trunk.context}; lower data.context={config.data.context}"
-        )
-    return trunk
+    return storage.load_model(folder)
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Provenance of the run, which may have had several sessions: that of the first, `dirty` if any was or if the code
+    changed between them (`commits` then lists all)."""
+    path = folder / SESSIONS
+    sessions = _read(path)["sessions"] if path.is_file() else []
+    if not (folder / storage.TRAINED).is_file() or not sessions:
+        sessions.append(results.provenance())
+        storage.write_json(path, {"sessions": sessions})
+    commits = list(dict.fromkeys(session["commit"] for session in sessions))
+    first: dict[str, Any] = sessions[0]
+    dirty = any(session["dirty"] for session in sessions) or len(commits) > 1
+    return first | {"dirty": dirty} | ({"commits": commits} if len(commits) > 1 else {})
 
 
 def _weights_hash(config: Config) -> str:

@@ -31,46 +31,45 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    from cpdlm.report.results import RecordError, WriteError
+    from cpdlm.training.storage import RunError, exclusive
+
     try:
-        return run(options)
+        # Two sweeps in one folder would train the same cells and disturb each other's timings.
+        with exclusive(Path(options.out)):
+            return run(options)
+    except (ConfigError, RunError, RecordError, WriteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command continues where it was", file=sys.stderr)
         return 130
 
 
 def run(options: argparse.Namespace) -> int:
-    """The stages in order; returns the exit code (1 where a cell or a group failed, 2 for the user's mistake)."""
-    from cpdlm.report.results import RecordError, WriteError, check_writable
-    from cpdlm.training.storage import RunError
+    """The stages in order; returns the exit code: 1 where a cell or a group failed (the others are run all the same)."""
+    from cpdlm.report.results import check_writable
 
     cells, failures = PROFILES[options.profile](), list[str]()
-    data = {"data.bundle": options.data} if options.data else {}
-    cells = [_with(cell, data) for cell in cells] if data else cells
+    if options.data:
+        cells = [_with(cell, {"data.bundle": options.data}) for cell in cells]
     stages: dict[str, Callable[[], str]] = {
         "data": lambda: _data(cells, options),
         "train": lambda: _train(cells, options, failures),
         "decode": lambda: _decode(cells, options, failures),
         "report": lambda: _report(cells, options, failures),
     }
+    check_writable(Path(options.results or options.out))
     try:
-        for folder in filter(None, (options.out, options.results)):
-            check_writable(Path(folder))
-    except WriteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for number, name in enumerate(STAGES, start=2):
-        if name not in options.only:
-            continue
-        print(f"[{number}/5] {name} ...", flush=True)
-        began = time.monotonic()
-        try:
-            outcome = stages[name]()
-        except (ConfigError, RunError, RecordError, WriteError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        print(f"[{number}/5] {name}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
+        for number, name in enumerate(STAGES, start=2):
+            if name in options.only:
+                print(f"[{number}/5] {name} ...", flush=True)
+                began = time.monotonic()
+                outcome = stages[name]()
+                print(f"[{number}/5] {name}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)
+    finally:
+        for failure in failures:
+            print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 

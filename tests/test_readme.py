@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +52,8 @@ def test_scripts_named_in_the_readme_exist_and_explain_themselves(command: str) 
 
 def test_cells_of_the_readme_run(tmp_path: Path) -> None:
     """In the README's order, in one folder, as a reader would: the heads find the trunk that was trained before them."""
-    corpus = tmp_path / "docs"
-    corpus.mkdir()
-    for number in range(60):
-        (corpus / f"{number}.txt").write_text(" ".join(f"word{number * i % 97}" for i in range(200)))
+    corpus = tmp_path / "cpdlm"  # the folder that the README takes as a corpus of one's own
+    shutil.copytree(ROOT / "cpdlm", corpus, ignore=shutil.ignore_patterns("__pycache__"))
     lines = [c.split("#")[0].strip() for block in blocks("bash") for c in block.splitlines()]
     cells = [line for line in lines if line.startswith("python experiments/run.py")]
     assert len(cells) >= 6

@@ -136,3 +136,18 @@ def test_one_cell_from_the_command_line(corpus: Path, tmp_path: Path) -> None:
     assert "tokens per pass" in done.stdout
     # The record is plain JSON, and the table says what the record says.
     assert f"{json.loads(path.read_text())['likelihood']['joint_nll']['mean']:.4f}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_cell_on_two_processes(parallel: str, corpus: Path, tmp_path: Path) -> None:
+    """The launcher starts the command once more; only the first process evaluates, decodes and writes the record."""
+    words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in TINY.items()]
+    words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2"]
+    done = _run(*words, f"parallel={parallel}", "devices=2")
+    assert done.returncode == 0, done.stderr
+    both = results.load(Path(done.stdout.split("record: ")[1].strip()))
+    done = _run(*words, "name=alone")
+    assert done.returncode == 0, done.stderr
+    alone = results.load(Path(done.stdout.split("record: ")[1].strip()))
+    assert both["likelihood"]["joint_nll"]["mean"] == pytest.approx(alone["likelihood"]["joint_nll"]["mean"], abs=1e-3)

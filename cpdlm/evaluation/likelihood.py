@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import ConfigError
-from cpdlm.model.joint import log_normalise
 from cpdlm.model.language_model import LanguageModel
 
 CHUNK_BYTES = 64 * 2**20
@@ -121,7 +120,7 @@ def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -
 
 
 def _gathered(log_probs_PV: Tensor, token_P: Tensor) -> Tensor:
-    return log_normalise(log_probs_PV).gather(-1, token_P.unsqueeze(-1)).squeeze(-1)
+    return log_probs_PV.gather(-1, token_P.unsqueeze(-1)).squeeze(-1)
 
 
 def _ratio(sums: list[float], counts: list[int]) -> dict[str, float]:

@@ -86,7 +86,9 @@ class _JointNLL(torch.autograd.Function):
         nll_P = torch.empty(positions, dtype=exact, device=hidden_PD.device)
         grad_hidden_PD = torch.zeros_like(hidden_PD) if learns else None
         grad_log_weights_PR = torch.zeros_like(log_weights_PR, dtype=exact) if learns else None
-        grad_table_VD = torch.zeros(table_VD.shape, dtype=exact, device=table_VD.device) if learns else None
+        # A frozen trunk's unembedding learns nothing: a third of the work is not done.
+        table_learns = learns and ctx.needs_input_grad[8]
+        grad_table_VD = torch.zeros(table_VD.shape, dtype=exact, device=table_VD.device) if table_learns else None
         leaves = [parameter.detach().requires_grad_(learns) for parameter in parameters]
         grad_parameters = [torch.zeros_like(p, dtype=exact) for p in parameters] if learns else []
 
@@ -111,16 +113,16 @@ class _JointNLL(torch.autograd.Function):
             nll_P[part] = -log_joint_C
             if not learns:
                 continue
-            assert grad_hidden_PD is not None and grad_log_weights_PR is not None and grad_table_VD is not None
+            assert grad_hidden_PD is not None and grad_log_weights_PR is not None
             pull_CR = scaled_P[part, None] * (each_CR - log_joint_C.unsqueeze(-1)).exp()
             grad_log_weights_PR[part] = -pull_CR
             pull_CNR1 = (pull_CR.unsqueeze(1) * here_CN1).unsqueeze(-1)
             buffer_CNRV.mul_(pull_CNR1 / total_CNR1)
             buffer_CNRV.scatter_add_(-1, index_CNR1, -pull_CNR1)
             grad_logits_MV = buffer_CNRV.view(rows_fast_MD.shape[0], -1).to(fast)
-            if fast == exact:
+            if grad_table_VD is not None and fast == exact:
                 grad_table_VD.addmm_(grad_logits_MV.T, rows_fast_MD)
-            else:
+            elif grad_table_VD is not None:
                 grad_table_VD += grad_logits_MV.T @ rows_fast_MD
             grad_rows_MD = (grad_logits_MV @ table_VD).to(rows_MD.dtype)
             grads = torch.autograd.grad(rows_MD, [hidden_CD, *leaves], grad_rows_MD)
@@ -129,14 +131,13 @@ class _JointNLL(torch.autograd.Function):
                 total += grad
 
         if learns:
-            assert grad_table_VD is not None
             ctx.grads = [
                 grad_hidden_PD,
                 grad_log_weights_PR,
                 None,
                 None,
                 None,
-                grad_table_VD.view_as(unembedding),
+                grad_table_VD.view_as(unembedding) if grad_table_VD is not None else None,
                 *grad_parameters,
             ]
             ctx.scale = scale

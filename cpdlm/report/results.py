@@ -403,7 +403,7 @@ def load_all(root: Path) -> tuple[list[Record], list[str]]:
 # Settings that say where, when or how fast a run goes, not what it is; and the dials that a family is laid out along.
 _INCIDENTAL = re.compile(
     r"name|output|preset|parallel|devices|tracking\..*|data\.(cache|bundle|workers)|loss\.chunk_mib|evaluate\.batch_rows"
-    r"|train\.(accumulate|log_every|validate_every|validation_rows|checkpoint_every)"
+    r"|train\.(log_every|validate_every|validation_rows|checkpoint_every)"
     r"|rank|seed|anchor|model\.(tie_first|anchor_width|trunk)"
 )
 Cells = dict[int, Record]  # seed -> record

@@ -31,16 +31,9 @@ CONFIG, CHECKPOINT, WEIGHTS, TRAINED = "config.yaml", "last.ckpt", "model.safete
 
 # Settings that say where and how a run is watched, not what it computes: they may differ when it resumes.
 _INCIDENTAL = (
-    "tracking.",
-    "output",
-    "name",
-    "preset",
-    "decode.",
-    "evaluate.",
-    "data.cache",
-    "data.bundle",
-    "data.workers",
-)
+    "tracking.", "output", "name", "preset", "parallel", "devices", "decode.", "evaluate.", "data.cache", "data.bundle",
+    "data.workers", "train.log_every", "train.checkpoint_every",
+)  # fmt: skip
 
 
 class RunError(RuntimeError):
@@ -59,7 +52,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         handle.close()
-        raise RunError(f"another run is writing to {folder}; wait for it, or give this one name=OTHER") from error
+        raise RunError(
+            f"another run is writing to {folder}; wait for it, or give this one name=OTHER (a sweep: --out OTHER)"
+        ) from error
     try:
         yield
     finally:
@@ -80,8 +75,8 @@ def check_same_run(folder: Path, config: Config) -> None:
     for key, value in flatten(config).items():
         if not key.startswith(_INCIDENTAL) and value != theirs[key]:
             raise RunError(
-                f"{folder} holds another run ({key}: {theirs[key]!r} there, {value!r} now); give this one name=OTHER, or "
-                f"delete the folder"
+                f"{folder} holds another run ({key}: {theirs[key]!r} there, {value!r} now); give this one name=OTHER "
+                f"(a sweep: --out OTHER), or delete the folder"
             )
 
 
