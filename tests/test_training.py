@@ -312,7 +312,7 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     storage.open_run(tmp_path, settings())
     storage.open_run(tmp_path, settings(**{"decode.prompts": 3, "evaluate.rows": 5, "name": "x"}))  # how it is watched
     for more in ({"rank": 4}, {"optim.lr": 1.0}, {"seed": 3}, {"corpus": "text"}):
-        with pytest.raises(RunError, match="holds another run .*give this one name=OTHER, or delete the folder"):
+        with pytest.raises(RunError, match="holds another run .*give this one name=OTHER .*or delete the folder"):
             storage.open_run(tmp_path, settings(**more))
     assert storage.read_config(tmp_path).rank == 2
 
