@@ -216,11 +216,12 @@ def acceptance(families: list[Family]) -> Drawn | str:
     if not shown:
         return "no decoding records of two or more ranks"
     figure, axes = _grid(len(shown), 2, share_y="row")
+    # One look per rank in every panel, whichever ranks a panel has.
+    ranks = sorted({rank for family, law in shown for rank in family.ranks(law)})
     for row, (family, law) in zip(axes, shown, strict=True):
-        ranks = family.ranks(law)
         for axis, mode in zip(row, MODES, strict=True):
             for index, rank in enumerate(ranks):
-                points = _accepted(family.cells[law, rank], mode)
+                points = _accepted(family.cells.get((law, rank), {}), mode)
                 if not points:
                     continue
                 color, marker, style = SERIES[index % len(SERIES)]
