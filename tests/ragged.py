@@ -61,7 +61,14 @@ class Stream(IterableDataset):
         while True:
             mine = [micro * size + k for k in range(rank, size, world)]
             self.data.seen += mine
-            yield batch(config.seed, mine, config.data.context, config.horizon)
+            step = micro // config.train.accumulate * config.train.accumulate
+            whole = [
+                m * size + k for m in range(step, step + config.train.accumulate) for k in range(rank, size, world)
+            ]
+            positions = (batch(config.seed, whole, config.data.context, config.horizon)["successors_BT"] > 0).sum()
+            arrays = batch(config.seed, mine, config.data.context, config.horizon)
+            every = {"picked_BT": torch.ones_like(arrays["tokens_BT"], dtype=torch.bool)}
+            yield arrays | every | {"step_counts": torch.stack([positions, positions])}
             micro += 1
 
 

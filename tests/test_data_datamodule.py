@@ -45,7 +45,11 @@ def config(**changes: object) -> Config:
 def steps(order: TrainingOrder, count: int) -> list[list[int]]:
     """Rows of this process in each of `count` optimiser steps."""
     batches = iter(order)
-    return [list(itertools.chain(*itertools.islice(batches, order.accumulate))) for _ in range(count)]
+    shares = [list(itertools.islice(batches, order.accumulate)) for _ in range(count)]
+    for number, step in enumerate(shares, start=order.start_step):
+        assert all(share.step == number for share in step)
+        assert all(share.step_rows == list(itertools.chain(*(other.rows for other in step))) for share in step)
+    return [step[0].step_rows for step in shares]
 
 
 def world_steps(world: int, count: int, start: int = 0, accumulate: int = 1, rows: int = 50) -> list[list[list[int]]]:
@@ -65,13 +69,13 @@ def test_the_rows_of_a_step_do_not_depend_on_the_processes(world: int, accumulat
 
 
 def test_micro_batches_match_across_world_sizes() -> None:
-    """Each micro-batch too is the same set, so that a loss normalised per micro-batch is the same."""
+    """Each micro-batch too is the same set: the balance loss, which is not linear, is taken over each."""
     one, two = (
         [iter(TrainingOrder(50, seed=3, batch_rows=12, accumulate=2, rank=rank, world=world)) for rank in range(world)]
         for world in (1, 2)
     )
     for _ in range(20):
-        assert sorted(next(one[0])) == sorted([*next(two[0]), *next(two[1])])
+        assert sorted(next(one[0]).rows) == sorted([*next(two[0]).rows, *next(two[1]).rows])
 
 
 def test_resume_on_another_number_of_processes() -> None:
@@ -79,6 +83,28 @@ def test_resume_on_another_number_of_processes() -> None:
     parts = [*zip(*world_steps(2, 4), strict=True), *zip(*world_steps(1, 4, start=4), strict=True)]
     parts += zip(*world_steps(2, 4, start=8), strict=True)
     assert [sorted(itertools.chain(*shares)) for shares in parts] == [sorted(rows) for rows in whole]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_picked_positions_and_counts_belong_to_the_step(corpus: Corpus, accumulate: int) -> None:
+    """Two processes, or two micro-batches, train on the very positions that one would, and know how many there are."""
+
+    def positions(world: int, accumulate: int) -> tuple[set[tuple[int, ...]], int, int]:
+        chosen = config(train__accumulate=accumulate, loss__joint_fraction=0.4)
+        found, exist, picked = set(), 0, 0
+        for rank in range(world):
+            data = TokenDataModule(chosen, corpus)
+            data.trainer = Place(rank, world, 7)  # type: ignore[assignment]
+            for number, batch in enumerate(take(data.train_dataloader(), accumulate)):
+                here_BT = batch["picked_BT"] & (batch["successors_BT"] > 0)
+                found |= {tuple(row) for row in batch["future_BTN"][here_BT].tolist()}
+                exist += int(batch["step_counts"][0]) * (number == 0)
+                picked += int(batch["step_counts"][1]) * (number == 0)
+        return found, exist, picked
+
+    one = positions(1, 1)
+    assert positions(2, accumulate) == one and positions(1, accumulate) == one
+    assert 0.3 * one[1] < one[2] < 0.5 * one[1]
 
 
 def test_every_epoch_is_another_permutation() -> None:
@@ -114,6 +140,7 @@ def test_batches_do_not_depend_on_loader_workers(corpus: Corpus) -> None:
     assert {key: (tuple(value.shape), value.dtype) for key, value in plain[0].items()} == {
         "tokens_BT": ((8, 16), torch.int64), "position_ids_BT": ((8, 16), torch.int64),
         "future_BTN": ((8, 16, 4), torch.int64), "successors_BT": ((8, 16), torch.int64), "source_B": ((8,), torch.int64),
+        "picked_BT": ((8, 16), torch.bool), "step_counts": ((2,), torch.int64),
     }  # fmt: skip
 
 

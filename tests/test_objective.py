@@ -25,6 +25,16 @@ def losses() -> tuple[Tensor, Tensor]:
     return 2 * first, 5 * later
 
 
+def weigh(
+    successors_BT: Tensor, fraction: float, first_is_tied: bool, generator: torch.Generator | None = None
+) -> objective.PositionWeights:
+    """Weights of a step of one micro-batch."""
+    picked_BT = torch.rand(successors_BT.shape, generator=generator) < fraction
+    exists_BT = successors_BT > 0
+    counts = torch.stack([exists_BT.sum(), (exists_BT & picked_BT).sum()])
+    return objective.position_weights(successors_BT, picked_BT, counts, first_is_tied)
+
+
 def value(weights: objective.PositionWeights, first_is_tied: bool) -> float:
     first, later = losses()
     rest = later if first_is_tied else first + later
@@ -38,7 +48,7 @@ def mean_joint_nll() -> float:
 
 
 def test_all_positions_untied_is_exactly_the_mean_joint_nll() -> None:
-    weights = objective.position_weights(ragged(), 1.0, first_is_tied=False)
+    weights = weigh(ragged(), 1.0, first_is_tied=False)
     exists = ragged() > 0
     assert torch.equal(weights.first_BT, torch.zeros(B, T, dtype=torch.float64))
     torch.testing.assert_close(weights.rest_BT, exists / exists.sum().double())
@@ -47,7 +57,7 @@ def test_all_positions_untied_is_exactly_the_mean_joint_nll() -> None:
 
 
 def test_all_positions_tied_is_the_same_mean() -> None:
-    weights = objective.position_weights(ragged(), 1.0, first_is_tied=True)
+    weights = weigh(ragged(), 1.0, first_is_tied=True)
     assert torch.equal(weights.first_BT, weights.rest_BT)
     assert math.isclose(value(weights, True), mean_joint_nll(), rel_tol=1e-12)
 
@@ -58,10 +68,7 @@ def test_a_random_subset_is_an_unbiased_estimate(first_is_tied: bool, fraction: 
     """Mean of 4000 subsets within 5 standard errors (false alarms: 6e-7), and the standard error is small."""
     generator = torch.Generator().manual_seed(0)
     values = torch.tensor(
-        [
-            value(objective.position_weights(ragged(), fraction, first_is_tied, generator), first_is_tied)
-            for _ in range(4000)
-        ]
+        [value(weigh(ragged(), fraction, first_is_tied, generator), first_is_tied) for _ in range(4000)]
     )
     error = values.std().item() / len(values) ** 0.5
     assert 0 < error < 0.02
@@ -71,7 +78,7 @@ def test_a_random_subset_is_an_unbiased_estimate(first_is_tied: bool, fraction: 
 @pytest.mark.parametrize("first_is_tied", [False, True])
 def test_the_next_token_is_trained_at_every_position_of_a_subset(first_is_tied: bool) -> None:
     """Weight of -log p(x_{t+1}), over both terms: the same everywhere. That of the later tokens: on the subset alone."""
-    weights = objective.position_weights(ragged(), 0.3, first_is_tied, torch.Generator().manual_seed(0))
+    weights = weigh(ragged(), 0.3, first_is_tied, torch.Generator().manual_seed(0))
     exists = ragged() > 0
     of_first = weights.first_BT if first_is_tied else weights.first_BT + weights.rest_BT
     torch.testing.assert_close(of_first, exists / exists.sum().double())
@@ -80,18 +87,10 @@ def test_the_next_token_is_trained_at_every_position_of_a_subset(first_is_tied: 
     torch.testing.assert_close(weights.rest_BT.sum(), torch.ones((), dtype=torch.float64))
 
 
-def test_subsets_follow_their_generator() -> None:
-    one, two, three = (
-        objective.position_weights(ragged(), 0.3, True, torch.Generator().manual_seed(seed)).rest_BT
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(one, two) and not torch.equal(one, three)
-
-
 @pytest.mark.parametrize("fraction", [1.0, 0.01])
 def test_no_position_at_all_is_no_weight_and_no_nan(fraction: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = objective.position_weights(torch.zeros(1, 4, dtype=torch.long), fraction, False, generator)
+    weights = weigh(torch.zeros(1, 4, dtype=torch.long), fraction, False, generator)
     assert not weights.first_BT.any() and not weights.rest_BT.any()
 
 
@@ -152,8 +151,16 @@ def test_balance_is_least_when_components_share_equally() -> None:
 
 def test_bias_step_lifts_the_unused_and_lowers_the_overused() -> None:
     gate = torch.tensor([[0.7, 0.25, 0.05, 0.0]], dtype=torch.float64).clamp_min(1e-30).log()
-    step = objective.bias_step(objective.component_use(gate), 0.01)
+    step = objective.bias_step([objective.component_use(gate)], 0.01)
     torch.testing.assert_close(step.tolist(), [-0.01, 0.0, 0.01, 0.01])
+
+
+def test_bias_step_weighs_micro_batches_by_their_positions(gate: Tensor) -> None:
+    """Halves of unequal length move the bias as the whole does; the last half alone would not."""
+    whole, *parts = (objective.component_use(part) for part in (gate, gate[:5], gate[5:]))
+    assert torch.equal(objective.bias_step(parts, 0.01), objective.bias_step([whole], 0.01))
+    assert torch.equal(torch.stack([p.positions for p in parts]), torch.tensor([5.0, 35.0], dtype=torch.float64))
+    assert not torch.equal(objective.bias_step(parts[:1], 0.01), objective.bias_step([whole], 0.01))
 
 
 def test_no_position_leaves_the_balance_finite() -> None:

@@ -213,6 +213,21 @@ def test_a_killed_run_resumes_bit_for_bit(
         assert torch.equal(value, state[name]), name
 
 
+@pytest.mark.parametrize("layout", ["untied", "tied"])
+def test_accumulated_micro_batches_train_as_the_whole_batch(layout: str, tmp_path: Path) -> None:
+    """Ragged rows: a mean of the micro-batches' means would differ. Float64, so that nothing hides in rounding."""
+    states = []
+    for accumulate in (1, 2, 4):
+        config = settings(**{
+            "balance": "none", "train.precision": "64-true", "data.batch_rows": 4, "train.accumulate": accumulate,
+            "model.tie_first": layout == "tied", "optim.steps": 3,
+        })  # fmt: skip
+        states.append(train(config, tmp_path / str(accumulate))[1])
+    for state in states[1:]:
+        for name, value in states[0].items():
+            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
 def test_checkpoints_load_with_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 3)

@@ -9,7 +9,9 @@ Letters: B rows in a batch, T position, N horizon, P prompts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -22,7 +24,7 @@ from cpdlm.data import windows
 from cpdlm.data.corpus import Corpus, TokenSplit
 
 # Keys that keep the draws of different purposes apart.
-_TRAINING, _VALIDATION, _PROMPTS, _SLOTS = 1, 2, 3, 4
+_TRAINING, _VALIDATION, _PROMPTS, _SLOTS, _PICKS = 1, 2, 3, 4, 5
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -38,6 +40,38 @@ class Rows(Dataset[dict[str, Tensor]]):
         arrays = windows.batch(self.split.tokens, self.split.offsets, rows_B, self.context, self.horizon)
         arrays["source_B"] = windows.row_sources(self.split.offsets, self.split.source_ids, rows_B, self.context)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Share:
+    """One micro-batch of a process: its rows, and all rows of that process in the same optimiser step."""
+
+    step: int
+    rows: list[int]
+    step_rows: list[int]
+
+
+class TrainingRows(Dataset[dict[str, Tensor]]):
+    """`Rows` for training: which positions train the later tokens, and the counts that normalise the whole step.
+
+    picked_BT: bool, a random `fraction` of positions, a pure function of (seed, step, place in the stream).
+    step_counts: int64 (positions with a successor, those of them picked), over all micro-batches of this process.
+    """
+
+    def __init__(self, rows: Rows, seed: int, fraction: float) -> None:
+        self.rows, self.seed, self.fraction = rows, seed, fraction
+
+    def __getitem__(self, share: Share) -> dict[str, Tensor]:
+        exists_BT, picked_BT = self._positions(share.step_rows, share.step)
+        counts = torch.tensor([exists_BT.sum(), (exists_BT & picked_BT).sum()])
+        _, mine_BT = self._positions(share.rows, share.step)
+        return self.rows[share.rows] | {"picked_BT": torch.from_numpy(mine_BT), "step_counts": counts}
+
+    def _positions(self, rows: list[int], step: int) -> tuple[np.ndarray, np.ndarray]:
+        context = self.rows.context
+        starts_B = windows.row_starts(np.asarray(rows, dtype=np.int64), context)
+        exists_BT = windows.successor_counts(self.rows.split.offsets, starts_B, context, 1) > 0
+        return exists_BT, windows.picked(starts_B, context, self.fraction, _PICKS, self.seed, step)
 
 
 def training_rows(row_count: int, seed: int, first_sample: int, samples: int) -> list[int]:
@@ -58,7 +92,7 @@ def _permutation(row_count: int, seed: int, epoch: int) -> windows.Ints:
     return windows.hash_order(row_count, _TRAINING, seed, epoch)
 
 
-class TrainingOrder(Sampler[list[int]]):
+class TrainingOrder(Sampler[Share]):
     """Endless micro-batches of one process: `accumulate` of them per optimiser step.
 
     Step s takes the global samples s * batch_rows .. (s + 1) * batch_rows - 1; micro-batch m is their m-th part, and
@@ -77,13 +111,14 @@ class TrainingOrder(Sampler[list[int]]):
         self.row_count, self.seed, self.batch_rows, self.accumulate = row_count, seed, batch_rows, accumulate
         self.rank, self.world, self.start_step = rank, world, start_step
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Share]:
         size = self.batch_rows // (self.world * self.accumulate)
         step = self.start_step
         while True:
-            for micro in range(self.accumulate):
-                first = step * self.batch_rows + (micro * self.world + self.rank) * size
-                yield training_rows(self.row_count, self.seed, first, size)
+            firsts = [step * self.batch_rows + (m * self.world + self.rank) * size for m in range(self.accumulate)]
+            micros = [training_rows(self.row_count, self.seed, first, size) for first in firsts]
+            for rows in micros:
+                yield Share(step, rows, [row for micro in micros for row in micro])
             step += 1
 
 
@@ -105,7 +140,8 @@ class TokenDataModule(L.LightningDataModule):
             rows.count, seed=self.config.seed, batch_rows=data.batch_rows, accumulate=self.config.train.accumulate,
             rank=rank, world=world, start_step=step,
         )  # fmt: skip
-        return self._loader(rows, order)
+        training = TrainingRows(rows, self.config.seed, self.config.loss.joint_fraction)
+        return self._loader(training, order)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """This process's share of the first `train.validation_rows` validation rows in hash order.
@@ -164,7 +200,9 @@ class TokenDataModule(L.LightningDataModule):
     def _rows(self, split: str) -> Rows:
         return Rows(self.corpus.split(split), self.config.data.context, self.config.horizon)
 
-    def _loader(self, rows: Rows, order: Sampler[list[int]] | list[list[int]]) -> DataLoader[dict[str, Tensor]]:
+    def _loader(
+        self, rows: Dataset[dict[str, Tensor]], order: Sampler[Any] | list[list[int]]
+    ) -> DataLoader[dict[str, Tensor]]:  # fmt: skip
         workers = self.config.data.workers
         return DataLoader(rows, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 

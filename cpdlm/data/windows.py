@@ -74,6 +74,16 @@ def row_sources(offsets: Ints, source_ids: NDArray[np.integer], rows_B: Ints, co
     return np.array([np.bincount(row_T).argmax() for row_T in sources_BT], dtype=np.int64)
 
 
+def picked(starts_B: Ints, context: int, fraction: float, *keys: int) -> NDArray[np.bool_]:
+    """(B, T) a random share of positions, each chosen by a hash of `keys` and its place in the stream.
+
+    So the choice depends neither on the process that sees a row nor on the rows beside it.
+    """
+    state = _keyed(keys)
+    noise_BT = mix(((starts_B[:, None] + np.arange(context)).astype(np.uint64) ^ state).ravel())
+    return ((noise_BT >> np.uint64(11)) * 2.0**-53 < fraction).reshape(len(starts_B), context)
+
+
 def mix(values: NDArray[np.uint64] | int) -> NDArray[np.uint64]:
     """The splitmix64 finaliser: a fixed 64-bit hash, the same on every machine and in every process."""
     x = np.atleast_1d(np.asarray(values, dtype=np.uint64))
@@ -86,7 +96,11 @@ def mix(values: NDArray[np.uint64] | int) -> NDArray[np.uint64]:
 
 def hash_order(count: int, *keys: int) -> Ints:
     """A permutation of range(count) that is a pure function of `keys`."""
+    return np.argsort(mix(np.arange(count, dtype=np.uint64) ^ _keyed(keys)), kind="stable")
+
+
+def _keyed(keys: tuple[int, ...]) -> NDArray[np.uint64]:
     state = np.zeros(1, dtype=np.uint64)
     for key in keys:
         state = mix(state ^ mix(key))
-    return np.argsort(mix(np.arange(count, dtype=np.uint64) ^ state), kind="stable")
+    return state

@@ -29,7 +29,7 @@ class MultiTokenModule(L.LightningModule):
         self.model = model
         self.validation_joint = MeanMetric()
         self.validation_first = MeanMetric()
-        self.use: objective.ComponentUse | None = None
+        self.uses: list[objective.ComponentUse] = []  # of the micro-batches of this optimiser step
 
     def configure_model(self) -> None:
         """Shards under FSDP2 (parallel=fsdp): block by block, then the rest in one group.
@@ -51,25 +51,24 @@ class MultiTokenModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         loss_config = self.config.loss
-        generator = torch.Generator().manual_seed(
-            hash((self.config.seed, self.global_step, batch_index % self.config.train.accumulate, self.global_rank))
-        )
         weights = objective.position_weights(
-            batch["successors_BT"], loss_config.joint_fraction, self.model.first_is_tied, generator
+            batch["successors_BT"], batch["picked_BT"], batch["step_counts"], self.model.first_is_tied
         )
         terms = self._terms(batch, weights.first_BT, weights.rest_BT)
-        loss = terms.loss
+        # The weights normalise the sum over micro-batches; Lightning takes their mean.
+        loss = terms.loss * self.config.train.accumulate
         self.log("train/nll", loss.detach(), sync_dist=True)
         if self.model.heads is not None and self.config.rank > 1:
-            self.use = objective.component_use(terms.log_weights_PR)
+            use = objective.component_use(terms.log_weights_PR)
+            self.uses.append(use)
             if self.config.balance in ("switch", "kl"):
                 penalty = objective.switch_balance if self.config.balance == "switch" else objective.kl_balance
-                balance = penalty(self.use)
+                balance = penalty(use)
                 loss = loss + loss_config.balance_weight * balance.to(loss.dtype)
                 self.log("train/balance", balance.detach())
-            self.log("train/weight_entropy", self.use.entropy)
-            self.log("train/effective_components", self.use.effective)
-            self.log("train/dead_components", self.use.dead.float())
+            self.log("train/weight_entropy", use.entropy)
+            self.log("train/effective_components", use.effective)
+            self.log("train/dead_components", use.dead.float())
         if not torch.isfinite(loss):
             raise NonFiniteLoss(
                 f"the loss is {loss.item()} at step {self.global_step}, batch {batch_index}; the checkpoint before it is "
@@ -79,11 +78,12 @@ class MultiTokenModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.config.balance == "bias" and self.use is not None and self.model.heads is not None:
+        if self.config.balance == "bias" and self.uses and self.model.heads is not None:
             bias_R = self.model.heads.balance_bias_R
             assert bias_R is not None
             with torch.no_grad():
-                bias_R += objective.bias_step(self.use, self.config.loss.balance_rate).to(bias_R.dtype)
+                bias_R += objective.bias_step(self.uses, self.config.loss.balance_rate).to(bias_R.dtype)
+        self.uses = []
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         weights = objective.evaluation_weights(batch["successors_BT"], self.config.horizon)

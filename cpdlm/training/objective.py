@@ -12,6 +12,7 @@ Letters: B batch, T position, P positions picked, R rank. All counts are sums ov
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,21 +31,18 @@ class PositionWeights:
 
 
 def position_weights(
-    successors_BT: Tensor, fraction: float, first_is_tied: bool, generator: torch.Generator | None = None
+    successors_BT: Tensor, picked_BT: Tensor, step_counts: Tensor, first_is_tied: bool
 ) -> PositionWeights:
-    """Weights that make the weighted sums of nll, averaged over processes, the two means of L.
+    """Weights that make the weighted sums of nll, averaged over processes and summed over micro-batches, the means of L.
 
-    successors_BT: how many successors exist. fraction: share of positions in S. first_is_tied: the rest term is then
+    successors_BT: how many successors exist. picked_BT: which positions are in S. step_counts: (2,) positions that exist
+    and those of them in S, over all micro-batches of this process in this optimiser step. first_is_tied: the rest term is then
     conditional on x_{t+1}; otherwise it is the whole joint, which holds -log p(x_{t+1}) too, and the first term counts
     only what the joint does not.
     """
     exists_BT = successors_BT > 0
-    chosen_BT = exists_BT
-    if fraction < 1:
-        noise_BT = torch.rand(successors_BT.shape, generator=generator).to(successors_BT.device)
-        chosen_BT = exists_BT & (noise_BT < fraction)
-    counts = torch.stack([exists_BT.sum(), chosen_BT.sum()]).to(torch.float64)
-    positions, picked = global_sum(counts)
+    chosen_BT = exists_BT & picked_BT
+    positions, picked = global_sum(step_counts.to(torch.float64))
     share = torch.tensor(float(world_size()), dtype=torch.float64, device=successors_BT.device)
     every_BT = exists_BT * (share / positions.clamp_min(1))
     rest_BT = chosen_BT * (share / picked.clamp_min(1))
@@ -65,6 +63,7 @@ class ComponentUse:
     mean_R: Tensor  # P_a: batch mean of the weights
     top_share_R: Tensor  # f_a: share of positions whose largest weight is a
     entropy: Tensor  # batch mean of the entropy of a position's weights, nats
+    positions: Tensor  # how many positions the means are over
 
     @property
     def effective(self) -> Tensor:
@@ -91,7 +90,7 @@ def component_use(log_weights_PR: Tensor) -> ComponentUse:
     # The gradient of the global mean with respect to this process's rows; processes are averaged afterwards.
     own_R = (local_R - local_R.detach()) * (world_size() / positions)
     return ComponentUse(
-        total[:rank] / positions + own_R, total[rank : 2 * rank] / positions, total[2 * rank] / positions
+        total[:rank] / positions + own_R, total[rank : 2 * rank] / positions, total[2 * rank] / positions, total[-1]
     )
 
 
@@ -106,9 +105,10 @@ def kl_balance(use: ComponentUse) -> Tensor:
     return -(use.mean_R.clamp_min(1e-12).log()).mean() - math.log(rank)
 
 
-def bias_step(use: ComponentUse, rate: float) -> Tensor:
-    """rate * sign(1/R - P): what balance=bias adds to the gate's bias buffer after each step."""
-    mean_R = use.mean_R.detach()
+def bias_step(uses: Sequence[ComponentUse], rate: float) -> Tensor:
+    """rate * sign(1/R - P): what balance=bias adds to the gate's bias buffer after each step; P over its micro-batches."""
+    total_R = torch.stack([use.mean_R.detach() * use.positions for use in uses]).sum(dim=0)
+    mean_R = total_R / torch.stack([use.positions for use in uses]).sum().clamp_min(1)
     return rate * torch.sign(1 / len(mean_R) - mean_R)
 
 
