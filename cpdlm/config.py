@@ -50,7 +50,7 @@ SIZES: dict[str, Size] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "balance": ("switch", "kl", "bias", "none"),
-    "anchor": ("none", "token"),
+    "anchor": ("none", "token", "blind"),
     "parallel": ("auto", "ddp", "fsdp"),
     "model.family": ("llama", "gpt2"),
     "model.head": ("shared", "separate"),
@@ -77,6 +77,7 @@ class ModelConfig:
         "shared", "shared: a map per (component, position), one unembedding | separate: an unembedding each"
     )
     map_rank: int = knob(0, "rank of each map of head=shared (0 = full width x width)")
+    map_hidden: int = knob(0, "hidden width of each map as a two-layer perceptron (0 = a linear map)")
     tie_first: bool = knob(
         False, "every component shares the next-token head, so that the draft's q_1 is the target's p_1"
     )
@@ -150,7 +151,10 @@ class Config:
     corpus: str = knob("code", "code | text | hf:NAME | a text file | a folder")
     seed: int = knob(0, "seed of weights, data order and decoding")
     balance: str = knob("switch", "keeps components in use: switch | kl | bias | none")
-    anchor: str = knob("none", "none: the paper's law | token: gate and factors 2..n also see x_{t+1}")
+    anchor: str = knob(
+        "none",
+        "none: the paper's law | token: gate and factors 2..n also see x_{t+1} | blind: its control, sees h_t twice",
+    )
     parallel: str = knob("auto", "auto | ddp | fsdp")
     devices: int = knob(1, "processes (GPUs, or CPU processes with gloo)")
     name: str = knob("", "name of the run (default: made from the dials)")
@@ -167,7 +171,7 @@ class Config:
     @property
     def first_is_tied(self) -> bool:
         """True where x_{t+1} has one next-token head and the mixture covers x_{t+2..t+n} only."""
-        return self.model.tie_first or self.anchor == "token" or self.horizon == 1
+        return self.model.tie_first or self.anchor != "none" or self.horizon == 1
 
     @property
     def target(self) -> str:
@@ -180,7 +184,10 @@ class Config:
             return self.name
         corpus = "".join(c if c.isalnum() else "-" for c in self.corpus).strip("-")
         tie = "-tied" if self.model.tie_first and self.anchor == "none" else ""
-        return f"{corpus}-{self.size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}-s{self.seed}"
+        hidden = f"-mlp{self.model.map_hidden}" if self.model.map_hidden else ""
+        return (
+            f"{corpus}-{self.size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}{hidden}-s{self.seed}"
+        )
 
 
 # A preset is a set of overrides for one cell; `preset=a,b` applies a, then b. (A profile, in experiments/suite.py, is a
@@ -302,7 +309,7 @@ def check(config: Config) -> None:
         _one_of(key, values[key], allowed)
     for key, least in {
         "rank": 1, "horizon": 1, "devices": 1, "data.context": 2, "data.batch_rows": 1, "data.max_bytes": 0,
-        "data.workers": 0, "model.map_rank": 0, "model.anchor_width": 0, "loss.chunk_mib": 1, "optim.steps": 1,
+        "data.workers": 0, "model.map_rank": 0, "model.map_hidden": 0, "model.anchor_width": 0, "loss.chunk_mib": 1, "optim.steps": 1,
         "optim.warmup": 0, "train.accumulate": 1, "train.log_every": 1, "train.validate_every": 1,
         "train.validation_rows": 1, "train.checkpoint_every": 1, "evaluate.rows": 1, "evaluate.batch_rows": 1,
         "decode.prompts": 1, "decode.prompt_tokens": 1, "decode.new_tokens": 1, "decode.top_k": 0,
@@ -331,11 +338,16 @@ def check(config: Config) -> None:
         )
     if config.horizon == 1 and config.rank > 1:
         raise ConfigError(f"rank={config.rank} needs horizon of at least 2 (horizon={config.horizon} is a plain model)")
-    if config.horizon == 1 and config.anchor == "token":
-        raise ConfigError(f"anchor=token needs horizon of at least 2 (horizon={config.horizon})")
+    if config.horizon == 1 and config.anchor != "none":
+        raise ConfigError(f"anchor={config.anchor} needs horizon of at least 2 (horizon={config.horizon})")
     if config.model.map_rank and config.model.head == "separate":
         raise ConfigError(
             f"model.map_rank={config.model.map_rank} needs model.head=shared (model.head=separate has no maps)"
+        )
+    if config.model.map_hidden and (config.model.map_rank or config.model.head == "separate"):
+        raise ConfigError(
+            f"model.map_hidden={config.model.map_hidden} needs model.head=shared and model.map_rank=0 (here "
+            f"model.head={config.model.head}, model.map_rank={config.model.map_rank}): a map is one thing"
         )
     if config.model.trunk and config.horizon == 1:
         raise ConfigError(

@@ -45,8 +45,8 @@ def is_trained(config: Config) -> bool:
     return found.get("settings") == asdict(config.evaluate) and found.get("weights") == _weights_hash(config)
 
 
-def is_measured(configs: list[Config]) -> bool:
-    """True where each cell was measured as its config says, beside (at least) all the others."""
+def is_measured(configs: list[Config], reference: Config | None = None) -> bool:
+    """True where each cell was measured as its config says, beside (at least) all the others and the reference."""
     names = {config.run_name for config in configs}
     for config in configs:
         path = run_folder(config) / MEASURED
@@ -56,6 +56,8 @@ def is_measured(configs: list[Config]) -> bool:
         if found.get("settings") != asdict(config.decode) or found.get("weights") != _weights_hash(config):
             return False
         if not names <= set(found["group"]):
+            return False
+        if reference is not None and found.get("reference") != [reference.run_name, _weights_hash(reference)]:
             return False
     return True
 
@@ -87,7 +89,7 @@ def train(config: Config, command: str) -> bool:
             f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
             f"{config.data.tokenizer} on corpus={config.corpus} one of {corpus.vocab_size}; use the trunk's own data settings"
         )
-    origin = _origin(folder)
+    origin = _origin(folder, str(corpus.describe()["sha256"]))
     torch.manual_seed(config.seed)
     model = build_language_model(config, corpus.vocab_size, trunk)
     data = TokenDataModule(config, corpus)
@@ -120,8 +122,11 @@ def train(config: Config, command: str) -> bool:
     return True
 
 
-def measure(configs: list[Config]) -> None:
-    """Decode with every cell of a group side by side, greedily and by sampling; leave each its decode.json."""
+def measure(configs: list[Config], reference: Config | None = None) -> None:
+    """Decode with every cell of a group side by side, greedily and by sampling; leave each its decode.json.
+
+    reference: the next-token model of equal training, decoded plainly beside them.
+    """
     began, first = time.monotonic(), configs[0]
     assert all((c.decode, c.data, c.corpus) == (first.decode, first.data, first.corpus) for c in configs), (
         "cells are compared on the same prompts"
@@ -129,6 +134,7 @@ def measure(configs: list[Config]) -> None:
     corpus = load_corpus(first)
     prompts_PT = TokenDataModule(first, corpus).prompts().to(_device())
     models = {config.run_name: storage.load_model(run_folder(config)).to(_device()) for config in configs}
+    trunk = storage.load_model(run_folder(reference)).to(_device()) if reference is not None else None
     decode = first.decode
     modes = {}
     for mode, sampling in {
@@ -143,7 +149,7 @@ def measure(configs: list[Config]) -> None:
 
             modes[mode] = latency.measure(
                 models, prompts_PT, decode.new_tokens, sampling,
-                repeats=decode.repeats, warmups=decode.warmups, seed=first.seed, progress=say,
+                reference=trunk, repeats=decode.repeats, warmups=decode.warmups, seed=first.seed, progress=say,
             )  # fmt: skip
     seconds = (time.monotonic() - began) / len(configs)
     for config in configs:
@@ -152,6 +158,7 @@ def measure(configs: list[Config]) -> None:
             "settings": asdict(config.decode),
             "weights": _weights_hash(config),
             "group": list(models),
+            "reference": [reference.run_name, _weights_hash(reference)] if reference is not None else None,
             "modes": {mode: cells[name] for mode, cells in modes.items()},
             "seconds": seconds,
             "origin": results.provenance(),
@@ -237,14 +244,21 @@ def _frozen_trunk(config: Config) -> LanguageModel | None:
     return storage.load_model(folder)
 
 
-def _origin(folder: Path) -> dict[str, Any]:
+def _origin(folder: Path, data_sha256: str) -> dict[str, Any]:
     """Provenance of the run, which may have had several sessions: that of the first, `dirty` if any was or if the code
-    changed between them (`commits` then lists all)."""
+    changed between them (`commits` then lists all). Raises RunError where the corpus is no longer the one it began with.
+    """
     path = folder / SESSIONS
-    sessions = _read(path)["sessions"] if path.is_file() else []
+    found = _read(path) if path.is_file() else {"sessions": []}
+    sessions = found["sessions"]
+    if found.get("data_sha256", data_sha256) != data_sha256:
+        raise storage.RunError(
+            f"{folder} was trained on other text: corpus has changed since (sha256 {found['data_sha256'][:12]} then, "
+            f"{data_sha256[:12]} now); restore it, give this run name=OTHER, or delete the folder"
+        )
     if not (folder / storage.TRAINED).is_file() or not sessions:
         sessions.append(results.provenance())
-        storage.write_json(path, {"sessions": sessions})
+        storage.write_json(path, {"sessions": sessions, "data_sha256": data_sha256})
     commits = list(dict.fromkeys(session["commit"] for session in sessions))
     first: dict[str, Any] = sessions[0]
     dirty = any(session["dirty"] for session in sessions) or len(commits) > 1

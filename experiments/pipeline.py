@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from cpdlm.config import Config, ConfigError
 from experiments.suite import PROFILES, Cell, decode_groups
@@ -34,6 +36,7 @@ def main(arguments: list[str]) -> int:
     from cpdlm.report.results import RecordError, WriteError
     from cpdlm.training.storage import RunError, exclusive
 
+    signal.signal(signal.SIGTERM, _pass_on)
     try:
         # Two sweeps in one folder would train the same cells and disturb each other's timings.
         with exclusive(Path(options.out)):
@@ -121,7 +124,9 @@ def _train(cells: list[Cell], options: argparse.Namespace, failures: list[str]) 
                 if code == 0:
                     done_names.add(name)
                 else:
-                    failures.append(f"{name}: exit {code}; see {Path(options.out) / name / 'train.log'}")
+                    log = Path(options.out) / name / "train.log"
+                    failures.append(f"{name}: exit {code}; see {log}")
+                    tqdm.write(f"failed: {failures[-1]}{_last_lines(log)}", file=sys.stderr)
                 bar.update()
     return f"{len(pending)} of {len(cells)} cells run, {len(failures)} failed"
 
@@ -135,25 +140,56 @@ def _run_cell(cell: Cell, options: argparse.Namespace, parent: str, quiet: bool)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     root = Path(__file__).resolve().parent.parent
     if not quiet:
-        return subprocess.run(command, cwd=root, env=environment, check=False).returncode
+        return _wait(subprocess.Popen(command, cwd=root, env=environment))
     folder = Path(options.out) / cell.config(options.out).run_name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "train.log", "a") as log:
-        return subprocess.run(command, cwd=root, env=environment, stdout=log, stderr=log, check=False).returncode
+        return _wait(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log))
+
+
+_children: set[subprocess.Popen[bytes]] = set()
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    _children.add(child)
+    try:
+        return child.wait()
+    finally:
+        _children.discard(child)
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    """SIGTERM reaches this process alone: the training cells, too, leave their checkpoints and stop."""
+    for child in list(_children):
+        child.send_signal(signal.SIGTERM)
+    raise KeyboardInterrupt
+
+
+def _last_lines(log: Path, count: int = 5) -> str:
+    """The end of a failed cell's log, where its error is."""
+    if not log.is_file():
+        return ""
+    lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    return "".join(f"\n    {line}" for line in lines[-count:])
 
 
 def _decode(cells: list[Cell], options: argparse.Namespace, failures: list[str]) -> str:
     from experiments import cell as one
 
     trained = [cell for cell in cells if one.is_trained(cell.config(options.out))]
-    groups = decode_groups(trained, options.out)
-    pending = [group for group in groups if not one.is_measured([cell.config(options.out) for cell in group])]
+    groups = [
+        (
+            [cell.config(options.out) for cell in group.cells],
+            group.reference.config(options.out) if group.reference is not None else None,
+        )
+        for group in decode_groups(trained, options.out)
+    ]
+    pending = [group for group in groups if not one.is_measured(*group)]
     if not pending:
         return f"skipped: all {len(groups)} groups are complete"
-    for group in pending:
-        configs = [cell.config(options.out) for cell in group]
+    for configs, reference in pending:
         try:
-            one.measure(configs)
+            one.measure(configs, reference)
         except Exception:
             failures.append(f"decoding {', '.join(config.run_name for config in configs)}:\n{traceback.format_exc()}")
     return f"{len(pending)} of {len(groups)} groups measured, {len(failures)} failed"
@@ -178,8 +214,8 @@ def _report(cells: list[Cell], options: argparse.Namespace, failures: list[str])
 
 
 def _with(cell: Cell, settings: dict[str, str]) -> Cell:
-    trunk = _with(cell.trunk, settings) if cell.trunk is not None else None
-    return Cell(cell.folder, cell.overrides | settings, trunk)
+    trunk, reference = (_with(other, settings) if other is not None else None for other in (cell.trunk, cell.reference))
+    return Cell(cell.folder, cell.overrides | settings, trunk, reference)
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:

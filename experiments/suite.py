@@ -14,15 +14,19 @@ from typing import Any
 from cpdlm.config import Config, expand, resolve
 
 RANKS = (1, 2, 4, 8)
+# Hidden units of rank-1 perceptron maps with the parameters, and with the FLOPs, of rank 8 (size small, bytes, n=4).
+SMALL_CONTROLS = (1024, 1924)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. folder: where its record lies under results/. trunk: the cell whose frozen trunk it uses."""
+    """One run. folder: where its record lies under results/. trunk: the cell whose frozen trunk it uses. reference: the
+    next-token model of equal training, beside which it is timed."""
 
     folder: str
     overrides: dict[str, Any] = field(default_factory=dict)
     trunk: Cell | None = None
+    reference: Cell | None = None
 
     def config(self, output: str) -> Config:
         """The resolved config of this cell, with all its files under `output`."""
@@ -43,21 +47,45 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def trunk(corpus: str, preset: str) -> Cell:
+@dataclass(frozen=True)
+class Group:
+    """Cells whose decoders are timed side by side in one process, and their reference."""
+
+    cells: list[Cell]
+    reference: Cell | None
+
+
+def trunk(corpus: str, preset: str, seed: int = 0) -> Cell:
     """A plain next-token model: the common target, and the equal-training reference of the from-scratch cells."""
-    return Cell("trunks", {"preset": preset, "corpus": corpus})
+    return Cell("trunks", {"preset": preset, "corpus": corpus} | ({"seed": seed} if seed else {}))
 
 
 def heads(target: Cell, rank: int, preset: str, *, horizon: int = 4, anchor: str = "none", tied: bool = False,
-          seed: int = 0) -> Cell:  # fmt: skip
-    """Heads on a frozen trunk: every rank has the same target law."""
-    folder = "beyond" if anchor != "none" or tied else "C3" if horizon == 4 else "horizon"
-    return Cell(folder, _dials(target.overrides["corpus"], rank, preset, horizon, anchor, tied, seed), target)
+          hidden: int = 0, seed: int = 0) -> Cell:  # fmt: skip
+    """Heads on a frozen trunk: every rank has the same target law. hidden: width of perceptron maps (0: linear maps)."""
+    folder = "beyond" if anchor != "none" or tied or hidden else "C3" if horizon == 4 else "horizon"
+    dials = _dials(target.overrides["corpus"], rank, preset, horizon, anchor, tied, seed)
+    return Cell(folder, dials | ({"model.map_hidden": hidden} if hidden else {}), target)
 
 
 def scratch(corpus: str, rank: int, preset: str = "none", *, anchor: str = "none", seed: int = 0) -> Cell:
     """Trunk and heads trained together: the target is the model's own, another one for every rank."""
-    return Cell("C1" if anchor == "none" else "beyond", _dials(corpus, rank, preset, 4, anchor, False, seed))
+    folder = "C1" if anchor == "none" else "beyond"
+    reference = trunk(corpus, "trunk" if preset == "none" else f"{preset},trunk", seed)
+    return Cell(folder, _dials(corpus, rank, preset, 4, anchor, False, seed), reference=reference)
+
+
+def controls(target: Cell, preset: str, *, hidden: tuple[int, int], seed: int = 0) -> list[Cell]:
+    """Rank 1 with as many parameters, or with as many FLOPs per draft, as what it is held against.
+
+    The anchor: the same map, blind to the token. Rank 8: perceptron maps with hidden[0] units (its parameters) or
+    hidden[1] units (its FLOPs); anchored rank 8: anchored, hidden[0]. A test holds the numbers to it.
+    """
+    return [
+        heads(target, 1, preset, anchor="blind", seed=seed),
+        *(heads(target, 1, preset, hidden=width, seed=seed) for width in hidden),
+        heads(target, 1, preset, anchor="token", hidden=hidden[0], seed=seed),
+    ]
 
 
 def _dials(
@@ -89,6 +117,7 @@ def cpu() -> list[Cell]:
         text,
         *(heads(code, rank, "cpu-heads") for rank in RANKS),
         *(heads(code, rank, "cpu-heads", anchor="token") for rank in RANKS),
+        *controls(code, "cpu-heads", hidden=SMALL_CONTROLS)[:2],
         trunk("code", "trunk"),
         *(scratch("code", rank) for rank in RANKS),
         *(heads(text, rank, "cpu-heads") for rank in (1, 8)),
@@ -98,13 +127,15 @@ def cpu() -> list[Cell]:
 
 def cpu_full() -> list[Cell]:
     code, text = trunk("code", "cpu-trunk,trunk"), trunk("text", "cpu-trunk,trunk")
-    cells = [code, text, trunk("code", "trunk")]
+    cells = [code, text]
     for seed in range(3):
         cells += [
+            trunk("code", "trunk", seed),
             *(heads(code, rank, "cpu-heads", seed=seed) for rank in RANKS),
             *(scratch("code", rank, seed=seed) for rank in RANKS),
             *(heads(text, rank, "cpu-heads", seed=seed) for rank in RANKS),
             *(heads(code, rank, "cpu-heads", anchor="token", seed=seed) for rank in RANKS),
+            *controls(code, "cpu-heads", hidden=SMALL_CONTROLS, seed=seed),
             *(scratch("code", rank, anchor="token", seed=seed) for rank in RANKS),
         ]
         if seed == 0:
@@ -125,24 +156,33 @@ def gpu() -> list[Cell]:
         code,
         *(heads(code, rank, "gpu-heads") for rank in RANKS),
         *(heads(code, rank, "gpu-heads", anchor="token") for rank in RANKS),
+        trunk("code", "gpu-scratch,trunk"),
         *(scratch("code", rank, "gpu-scratch") for rank in RANKS),
     ]
 
 
 def paper() -> list[Cell]:
     """From scratch on TinyStories at 56.3M parameters, equal steps per rank; needs a hub and a large GPU."""
-    return [Cell("C1", {"preset": "paper", "rank": rank, "seed": seed}) for seed in range(3) for rank in RANKS]
+    cells = []
+    for seed in range(3):
+        plain = Cell("trunks", {"preset": "paper,trunk", "seed": seed})
+        cells += [plain, *(Cell("C1", {"preset": "paper", "rank": r, "seed": seed}, reference=plain) for r in RANKS)]
+    return cells
 
 
 PROFILES = {"smoke": smoke, "cpu": cpu, "cpu-full": cpu_full, "gpu": gpu, "paper": paper}
 
 
-def decode_groups(cells: list[Cell], output: str) -> list[list[Cell]]:
-    """Cells whose decoders are timed side by side in one process: same corpus, horizon, seed and kind of target."""
-    groups: dict[tuple[Any, ...], list[Cell]] = {}
+def decode_groups(cells: list[Cell], output: str) -> list[Group]:
+    """Cells of the same corpus, horizon, seed and kind of target; their reference where it is one of `cells`."""
+    names = {cell.config(output).run_name for cell in cells}
+    groups: dict[tuple[Any, ...], Group] = {}
     for cell in cells:
         config = cell.config(output)
         if config.horizon > 1:
             key = (config.corpus, config.target, config.model.trunk, config.size, config.horizon, config.seed)
-            groups.setdefault(key, []).append(cell)
+            reference = cell.reference
+            if reference is not None and reference.config(output).run_name not in names:
+                reference = None
+            groups.setdefault(key, Group([], reference)).cells.append(cell)
     return list(groups.values())

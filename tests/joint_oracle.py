@@ -60,7 +60,10 @@ def rows(
     if kind == "full":
         return unembedding_VD @ (hidden_D + maps["full"][m * width : (m + 1) * width] @ hidden_D)
     narrow = maps["up"].shape[1]
-    return unembedding_VD @ (hidden_D + (maps["down"][m * narrow : (m + 1) * narrow] @ hidden_D) @ maps["up"][m])
+    inner_K = maps["down"][m * narrow : (m + 1) * narrow] @ hidden_D
+    if kind == "mlp":
+        inner_K = inner_K / (1 + torch.exp(-inner_K))
+    return unembedding_VD @ (hidden_D + inner_K @ maps["up"][m])
 
 
 def loss(

@@ -96,7 +96,8 @@ def _mode(
         "speedup": {"median": gain, "low": gain * 0.98, "high": gain * 1.02},
         "speedup_over_rank1": None if config.rank == 1 and not bonus
         else {"median": speed * (1 + 0.02 * octave + bonus / 2), "low": speed * (1 + 0.02 * octave + bonus / 2) * 0.99, "high": speed * (1 + 0.02 * octave + bonus / 2) * 1.01},
-        "plain_over_generate": None, "conversion": gain / rate, "conversion_limit": limit, "t1_ms": 8.5, "tn_ms": 10.0,
+        "speedup_over_trunk": None if config.model.trunk else {"median": gain * 0.9, "low": gain * 0.88, "high": gain * 0.92},
+        "plain_over_generate": {"median": 1.05, "low": 1.0, "high": 1.1} if config.model.trunk else None, "conversion": gain / rate, "conversion_limit": limit, "t1_ms": 8.5, "tn_ms": 10.0,
         "seconds_by_part": {part: 10 * value for part, value in share.items()},
         "repeat_seconds": {"plain": [15.0] * 5, "speculative": [15.0 / gain] * 5},
     }  # fmt: skip

@@ -42,7 +42,7 @@ BAD: list[tuple[str, str]] = [
     ("size=tinny", "did you mean size=tiny?"),
     ("size=huge", "size='huge' is not one of micro, tiny, small, base, 56m"),
     ("balance=swich", "balance='swich' is not one of switch, kl, bias, none; did you mean balance=switch?"),
-    ("anchor=tokens", "anchor='tokens' is not one of none, token; did you mean anchor=token?"),
+    ("anchor=tokens", "anchor='tokens' is not one of none, token, blind; did you mean anchor=token?"),
     ("parallel=fdsp", "parallel='fdsp' is not one of auto, ddp, fsdp; did you mean parallel=fsdp?"),
     ("model.family=lama", "did you mean model.family=llama?"),
     ("model.head=sep", "model.head='sep' is not one of shared, separate"),

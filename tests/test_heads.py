@@ -10,13 +10,20 @@ from cpdlm.model.heads import Anchor, FactorHeads
 from tests import joint_oracle as oracle
 
 P, N, R, V, D, K = 4, 3, 2, 7, 6, 2
-KINDS = ("full", "low-rank", "separate")
+KINDS = ("full", "low-rank", "mlp", "separate")
 
 
 def make(kind: str, rank: int = R, bias_buffer: bool = False) -> tuple[FactorHeads, Tensor, Tensor]:
     torch.manual_seed(0)
     heads = FactorHeads(
-        D, V, rank, N, separate=kind == "separate", map_rank=K if kind == "low-rank" else 0, bias_buffer=bias_buffer
+        D,
+        V,
+        rank,
+        N,
+        separate=kind == "separate",
+        map_rank=K if kind == "low-rank" else 0,
+        map_hidden=K if kind == "mlp" else 0,
+        bias_buffer=bias_buffer,
     ).double()
     heads.gate.weight.data.normal_()
     return heads, torch.randn(P, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
@@ -68,7 +75,12 @@ def test_rank_one_is_independent_heads() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameter_counts(kind: str) -> None:
     heads, _, _ = make(kind)
-    expected = {"full": N * R * D * D, "low-rank": 2 * N * R * K * D, "separate": N * R * V * D}[kind]
+    expected = {
+        "full": N * R * D * D,
+        "low-rank": 2 * N * R * K * D,
+        "mlp": 2 * N * R * K * D,
+        "separate": N * R * V * D,
+    }[kind]
     assert sum(p.numel() for p in heads.maps.parameters()) == expected
     assert sum(p.numel() for p in heads.gate.parameters()) == R * D + R
 

@@ -18,6 +18,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "untied": {},
     "separate": {"model.head": "separate", "model.tie_embeddings": False},
     "low-rank": {"model.map_rank": 4},
+    "mlp": {"model.map_hidden": 4},
+    "blind": {"anchor": "blind"},
     "tied": {"model.tie_first": True},
     "anchored": {"anchor": "token"},
     "bias": {"balance": "bias"},
@@ -249,7 +251,7 @@ def test_parameter_counts_add_up(layout: str) -> None:
     if layout == "separate":
         assert counts["heads"] == N * R * V * width
         assert counts["unembedding"] == 0, "nothing would use it"
-    elif layout == "low-rank":
+    elif layout in ("low-rank", "mlp"):
         assert counts["heads"] == 2 * N * R * 4 * width
     elif layout != "plain":
         assert counts["heads"] == factors * R * width * width and counts["unembedding"] == 0

@@ -22,7 +22,7 @@ PROMPTS = torch.randint(0, 17, (3, 6), generator=torch.Generator().manual_seed(0
 MODE = {
     "temperature", "top_k", "top_p", "prompts", "new_tokens", "repeats", "tokens", "passes", "tokens_per_pass",
     "emitted_histogram", "acceptance_by_depth", "per_prompt", "tokens_per_second", "speedup", "speedup_over_rank1",
-    "plain_over_generate", "conversion", "conversion_limit", "t1_ms", "tn_ms", "seconds_by_part", "repeat_seconds",
+    "plain_over_generate", "speedup_over_trunk", "conversion", "conversion_limit", "t1_ms", "tn_ms", "seconds_by_part", "repeat_seconds",
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def cell(rank: int, common: bool = True, horizon: int = 3, **settings: object) -
 def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
     models = {"r1": cell(1), "r2": cell(2), "own": cell(2, common=False)}
     lines: list[str] = []
-    modes = measure(models, PROMPTS, 9, sampling, repeats=2, warmups=1, progress=lines.append)
+    modes = measure(models, PROMPTS, 9, sampling, reference=trunk().eval(), repeats=2, warmups=1, progress=lines.append)
     assert list(modes) == list(models) and any("repeat 2/2" in line for line in lines)
     for mode in modes.values():
         assert set(mode) == MODE
@@ -63,6 +63,8 @@ def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
     assert modes["own"]["repeat_seconds"]["plain"] != modes["r1"]["repeat_seconds"]["plain"]
     assert modes["own"]["plain_over_generate"] is None and modes["own"]["tokens_per_second"]["generate"] is None
     assert modes["r2"]["plain_over_generate"] and modes["r1"]["tokens_per_second"]["generate"] > 0
+    assert all(mode["speedup_over_trunk"]["median"] > 0 for mode in modes.values())
+    assert modes["own"]["speedup_over_trunk"] != modes["own"]["speedup"], "another model's plain decoding"
     assert modes["r1"]["speedup_over_rank1"] is None and modes["r2"]["speedup_over_rank1"] is not None
 
 

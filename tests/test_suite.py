@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from cpdlm.config import flatten
+from cpdlm.config import flatten, to_dict
+from cpdlm.model.language_model import LanguageModel
+from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.report import results
 from experiments import pipeline
-from experiments.suite import PROFILES, Cell, decode_groups
+from experiments.suite import PROFILES, SMALL_CONTROLS, Cell, controls, decode_groups, heads, trunk
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,8 +39,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shrunk(cell: Cell, corpus: Path, cache: Path) -> Cell:
-    trunk = shrunk(cell.trunk, corpus, cache) if cell.trunk is not None else None
-    return Cell(cell.folder, cell.overrides | TINY | {"corpus": str(corpus), "data.cache": str(cache)}, trunk)
+    trunk, reference = (
+        shrunk(other, corpus, cache) if other is not None else None for other in (cell.trunk, cell.reference)
+    )
+    here = {"corpus": str(corpus), "data.cache": str(cache)}
+    return Cell(cell.folder, cell.overrides | TINY | here, trunk, reference)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -48,7 +54,7 @@ def test_cells_resolve_and_have_names_of_their_own(profile: str) -> None:
     for cell in cells:
         assert cell.trunk is None or cell.trunk in cells[: cells.index(cell)], "a trunk is listed before its heads"
     for group in decode_groups(cells, "runs/x"):
-        configs = [cell.config("runs/x") for cell in group]
+        configs = [cell.config("runs/x") for cell in group.cells]
         ours = [{k: v for k, v in flatten(c).items() if k.startswith(("decode.", "data."))} for c in configs]
         assert all(settings == ours[0] for settings in ours), "a group is timed on the same prompts"
         untied = [c for c in configs if not c.first_is_tied]
@@ -58,10 +64,41 @@ def test_cells_resolve_and_have_names_of_their_own(profile: str) -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_cells_of_a_comparison_differ_in_the_dial_only(profile: str) -> None:
     """Equal steps, rows, data order: only rank, anchor and tie may differ within a group of one seed."""
-    free = ("rank", "anchor", "name", "model.tie_first")
+    free = ("rank", "anchor", "name", "model.tie_first", "model.map_hidden")
     for group in decode_groups(PROFILES[profile](), "runs/x"):
-        settings = [{k: v for k, v in flatten(c.config("runs/x")).items() if k not in free} for c in group]
+        settings = [{k: v for k, v in flatten(c.config("runs/x")).items() if k not in free} for c in group.cells]
         assert all(one == settings[0] for one in settings)
+        if group.reference is not None:  # the next-token model of equal training
+            free_here = (*free, "horizon", "balance", "preset", "loss.joint_fraction")
+            plain = {k: v for k, v in flatten(group.reference.config("runs/x")).items() if k not in free_here}
+            assert plain == {k: v for k, v in settings[0].items() if k not in free_here}
+        else:
+            assert all(cell.trunk is not None for cell in group.cells), "its own target has a reference"
+
+
+def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against() -> None:
+    """Rank 1 against anchored rank 1 (exactly), against rank 8 and against anchored rank 8 (within 1 %: the gates differ)."""
+
+    def sizes(cell: Cell) -> tuple[int, int]:
+        config = cell.config("runs/x")
+        with torch.device("meta"):
+            heads = LanguageModel(
+                Trunk(build_body(config, 257)), 257, rank=config.rank, horizon=config.horizon,
+                first_is_tied=config.first_is_tied, anchored=config.anchor != "none", common_target=True,
+                context=config.data.context, map_hidden=config.model.map_hidden,
+            )  # fmt: skip
+            counts = heads.parameter_counts()
+        content = {"config": to_dict(config), "parameters": counts, "data": {"vocab_size": 257}}
+        flops = results.Record("x", content).draft_flops()
+        assert flops is not None
+        return counts["trained"], flops
+
+    code = trunk("code", "cpu-trunk,trunk")
+    blind, equal_size, equal_cost, anchored = map(sizes, controls(code, "cpu-heads", hidden=SMALL_CONTROLS))
+    assert blind == sizes(heads(code, 1, "cpu-heads", anchor="token"))
+    assert equal_size[0] == pytest.approx(sizes(heads(code, 8, "cpu-heads"))[0], rel=0.01)
+    assert equal_cost[1] == pytest.approx(sizes(heads(code, 8, "cpu-heads"))[1], rel=0.01)
+    assert anchored[0] == pytest.approx(sizes(heads(code, 8, "cpu-heads", anchor="token"))[0], rel=0.01)
 
 
 def test_every_kind_of_cell_runs_to_a_valid_record(
@@ -72,7 +109,8 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
     for cell in PROFILES["cpu-full"]():
         config = cell.config("runs/x")
         if config.corpus == "code" and config.rank in (1, 4):
-            kinds.setdefault((config.target, config.first_is_tied, config.anchor, config.rank, config.horizon), cell)
+            kind = (config.target, config.first_is_tied, config.anchor, config.rank, config.horizon)
+            kinds.setdefault((*kind, config.model.map_hidden), cell)
     cells = [shrunk(cell, corpus, tmp_path / "cache") for cell in kinds.values()]
     monkeypatch.setitem(pipeline.PROFILES, "smoke", lambda: cells)
     monkeypatch.setattr(pipeline, "_run_cell", _in_process)

@@ -33,13 +33,16 @@ def drawn(records: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder, render(records, folder)
 
 
+TABLES = ("claims", "cells", "beyond", "references", "baselines", "trunks")
+
+
 def test_every_figure_and_table_is_there(drawn: tuple[Path, Report]) -> None:
     folder, report = drawn
     assert {path.name for path in report.files if path.parent == folder} == {
         f"{name}.{suffix}" for name in figures.FIGURES for suffix in ("pdf", "png", "md")
     }
     assert {path.name for path in (folder / "tables").iterdir()} == {
-        f"{name}.{suffix}" for name in ("claims", "cells", "beyond", "trunks") for suffix in ("md", "tex", "csv")
+        f"{name}.{suffix}" for name in TABLES for suffix in ("md", "tex", "csv")
     }
     assert all(path.stat().st_size > 200 for path in report.files)
 
@@ -153,6 +156,19 @@ def test_beyond_has_controls_and_added_parameters(drawn: tuple[Path, Report]) ->
     cells = (drawn[0] / "tables" / "cells.csv").read_text()
     assert "anchored" not in cells
     assert "tied" in cells
+
+
+def test_cells_stand_beside_a_next_token_model_of_equal_training(drawn: tuple[Path, Report]) -> None:
+    rows = list(csv.DictReader((drawn[0] / "tables" / "references.csv").open()))
+    assert [row["rank"] for row in rows] == ["1", "2", "4", "8"] and {row["pairs of seeds"] for row in rows} == {"1"}
+    own, over, own_plain = (
+        float(rows[3][key].split()[0])
+        for key in ("first-token NLL (nats)", "speed-up over it, sampling", "over own plain, sampling")
+    )
+    assert own > 0 and over == pytest.approx(0.9 * own_plain, rel=0.01)
+    strong = list(csv.DictReader((drawn[0] / "tables" / "baselines.csv").open()))
+    assert {row["plain / generate, greedy"][:6] for row in strong} == {"1.05 ["}
+    assert {row["generate, sampling (tokens/s)"] for row in strong} == {"95"}
 
 
 def test_markdown_and_latex_are_well_formed(drawn: tuple[Path, Report]) -> None:

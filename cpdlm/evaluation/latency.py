@@ -27,6 +27,7 @@ from cpdlm.decoding import Decoded, Sampling, decode
 from cpdlm.evaluation.drafting import RESAMPLES, acceptance
 from cpdlm.model.language_model import LanguageModel
 
+REFERENCE = "(next-token model)"  # no run is called so
 PARTS = ("prefill", "draft", "trunk", "verify", "other")
 Generate = Callable[[Tensor, int, Sampling, int], list[int]]
 
@@ -128,6 +129,7 @@ def measure(
     new_tokens: int,
     sampling: Sampling,
     *,
+    reference: LanguageModel | None = None,
     repeats: int = 5,
     warmups: int = 3,
     seed: int = 0,
@@ -138,7 +140,8 @@ def measure(
     models: cells by name, in evaluation mode, all on the prompts' device; horizon 2 or more. Cells on one frozen trunk
     share one plain decoder and one generate. prompts_PT: (P, T) ids. A warm-up decodes the first prompt with every
     contender. "speedup_over_rank1" compares with the group's first rank-1 cell of the same horizon (null for itself and
-    where there is none). Tokens and passes are summed over repeats. Times in seconds or ms as named.
+    where there is none). reference: a next-token model of equal training; "speedup_over_trunk" compares with its plain
+    decoding (null without one; on a frozen trunk that is "speedup" itself). Tokens and passes are summed over repeats. Times in seconds or ms as named.
 
     Raises ValueError on an empty group or a cell without drafts.
     """
@@ -151,7 +154,11 @@ def measure(
             )
     say = progress or (lambda line: None)
     shared = _shared_plain(models)
+    subjects = dict(models)
     contenders: dict[tuple[str, str], Callable[[Tensor, int], Decoded | list[int]]] = {}
+    if reference is not None:
+        subjects[REFERENCE] = reference
+        contenders["plain", REFERENCE] = _ours(reference, new_tokens, sampling, draft=False)
     for name, model in models.items():
         if shared[name] == name:
             contenders["plain", name] = _ours(model, new_tokens, sampling, draft=False)
@@ -159,7 +166,7 @@ def measure(
             if generate is not None:
                 contenders["generate", name] = _theirs(generate, new_tokens, sampling)
         contenders["speculative", name] = _ours(model, new_tokens, sampling, draft=True)
-    timings = _run(contenders, models, prompts_PT, repeats, warmups, seed, say)
+    timings = _run(contenders, subjects, prompts_PT, repeats, warmups, seed, say)
     rank_one: dict[int, str] = {}
     for name, model in models.items():
         if model.rank == 1:
@@ -172,6 +179,7 @@ def measure(
             plain=timings["plain", shared[name]],
             speculative=timings["speculative", name],
             generate=timings.get(("generate", shared[name])),
+            trunk=timings.get(("plain", REFERENCE)),
             rank_one=timings["speculative", rank_one[model.horizon]]
             if rank_one.get(model.horizon, name) != name
             else None,
@@ -181,7 +189,7 @@ def measure(
 
 def _mode(
     model: LanguageModel, prompts_PT: Tensor, new_tokens: int, sampling: Sampling, repeats: int, seed: int, *,
-    plain: Timing, speculative: Timing, generate: Timing | None, rank_one: Timing | None,
+    plain: Timing, speculative: Timing, generate: Timing | None, trunk: Timing | None, rank_one: Timing | None,
 ) -> dict[str, Any]:  # fmt: skip
     statistics = acceptance(speculative.decoded, model.horizon, seed)
     speedup = _ratio(speculative, plain, seed)
@@ -201,6 +209,7 @@ def _mode(
         },
         "speedup": speedup,
         "speedup_over_rank1": _ratio(speculative, rank_one, seed) if rank_one is not None else None,
+        "speedup_over_trunk": _ratio(speculative, trunk, seed) if trunk is not None else None,
         "plain_over_generate": _ratio(plain, generate, seed) if generate is not None else None,
         "conversion": speedup["median"] / statistics["tokens_per_pass"]["mean"],
         "conversion_limit": one / window,

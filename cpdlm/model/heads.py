@@ -4,10 +4,13 @@
 the same path. With `shared` heads a factor is a linear map of the hidden state followed by the unembedding that all
 of them share; with `separate` heads each has an unembedding of its own, as in the paper's from-scratch models.
 
-Letters: P positions (any flattened batch), N factors, R rank, V vocabulary, D width, K rank of a low-rank map.
+Letters: P positions (any flattened batch), N factors, R rank, V vocabulary, D width, K inner width of a
+low-rank or MLP map.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +25,18 @@ class FactorHeads(nn.Module):
 
     The maps are residual, z = h + W h, with W small and random: components start near the trunk's own prediction and
     apart from each other (equal components would stay equal but for the gate). `noise` is the size of W h relative to h.
+    W is full, of rank `map_rank`, or a two-layer perceptron with `map_hidden` units (SiLU between).
     """
 
     balance_bias_R: Tensor | None
 
     def __init__(
         self, width: int, vocab_size: int, rank: int, factors: int, *, separate: bool = False, map_rank: int = 0,
-        noise: float = 0.2, bias_buffer: bool = False,
+        map_hidden: int = 0, noise: float = 0.2, bias_buffer: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.rank, self.factors, self.width, self.map_rank = rank, factors, width, map_rank
+        self.rank, self.factors, self.width = rank, factors, width
+        self.inner, self.is_mlp = map_rank or map_hidden, map_hidden > 0
         self.gate = nn.Linear(width, rank, bias=not bias_buffer)
         nn.init.normal_(self.gate.weight, std=0.02)
         if self.gate.bias is not None:
@@ -42,9 +47,9 @@ class FactorHeads(nn.Module):
         self.maps = nn.ParameterDict()
         if separate:
             self.maps["unembeddings"] = nn.Parameter(torch.randn(rows * vocab_size, width) * 0.02)
-        elif map_rank:
-            self.maps["down"] = nn.Parameter(torch.randn(rows * map_rank, width) * width**-0.5)
-            self.maps["up"] = nn.Parameter(torch.randn(rows, map_rank, width) * noise * map_rank**-0.5)
+        elif self.inner:
+            self.maps["down"] = nn.Parameter(torch.randn(rows * self.inner, width) * width**-0.5)
+            self.maps["up"] = nn.Parameter(torch.randn(rows, self.inner, width) * noise * self.inner**-0.5)
         else:
             self.maps["full"] = nn.Parameter(torch.randn(rows * width, width) * noise * width**-0.5)
 
@@ -102,14 +107,14 @@ class FactorHeads(nn.Module):
         rows = factors * self.rank
         if self.separate:
             return []
-        if self.map_rank:
-            return [self.maps["down"][: rows * self.map_rank], self.maps["up"][:rows]]
+        if self.inner:
+            return [self.maps["down"][: rows * self.inner], self.maps["up"][:rows]]
         return [self.maps["full"][: rows * self.width]]
 
     def _features(self) -> Features:
         if self.separate:
             return no_map
-        return _low_rank_maps if self.map_rank else _full_maps
+        return partial(_narrow_maps, is_mlp=self.is_mlp) if self.inner else _full_maps
 
 
 def no_map(hidden_PD: Tensor) -> Tensor:
@@ -124,16 +129,20 @@ def _full_maps(hidden_PD: Tensor, full: Tensor) -> Tensor:
     return (hidden_PD.unsqueeze(1) + moved_PMD).reshape(-1, width)
 
 
-def _low_rank_maps(hidden_PD: Tensor, down: Tensor, up_MKD: Tensor) -> Tensor:
+def _narrow_maps(hidden_PD: Tensor, down: Tensor, up_MKD: Tensor, *, is_mlp: bool) -> Tensor:
     """(P, D), (N*R*K, D) and (N*R, K, D) -> rows (P*N*R, D)."""
     width = hidden_PD.shape[-1]
     narrow_PMK = F.linear(hidden_PD, down).view(hidden_PD.shape[0], *up_MKD.shape[:2])
+    if is_mlp:
+        narrow_PMK = F.silu(narrow_PMK)
     moved_PMD = torch.einsum("pmk,mkd->pmd", narrow_PMK, up_MKD)
     return (hidden_PD.unsqueeze(1) + moved_PMD).reshape(-1, width)
 
 
 class Anchor(nn.Module):
     """g = h + A(h, E[x_{t+1}]): tells the gate and the later factors which token is already fixed.
+
+    Its control has the same parameters and costs the same, but sees A(h, h) (`anchor=blind`).
 
     One small map shared by them all; its output starts at zero, so that training starts from the law without it.
     """

@@ -46,8 +46,8 @@ class Terms:
 class LanguageModel(nn.Module):
     def __init__(
         self, trunk: Trunk, vocab_size: int, *, rank: int, horizon: int, first_is_tied: bool, anchored: bool,
-        common_target: bool, context: int, tie_embeddings: bool = True, separate: bool = False, map_rank: int = 0,
-        noise: float = 0.2, anchor_width: int = 0, bias_buffer: bool = False, chunk_bytes: int = 32 * 2**20,
+        blind: bool = False, common_target: bool, context: int, tie_embeddings: bool = True, separate: bool = False, map_rank: int = 0,
+        map_hidden: int = 0, noise: float = 0.2, anchor_width: int = 0, bias_buffer: bool = False, chunk_bytes: int = 32 * 2**20,
     ) -> None:  # fmt: skip
         super().__init__()
         assert first_is_tied or not anchored, "an anchored law has a next-token head of its own"
@@ -64,13 +64,14 @@ class LanguageModel(nn.Module):
         factors = horizon - 1 if first_is_tied else horizon
         self.heads = (
             FactorHeads(
-                width, vocab_size, rank, factors, separate=separate, map_rank=map_rank, noise=noise,
-                bias_buffer=bias_buffer,
+                width, vocab_size, rank, factors, separate=separate, map_rank=map_rank, map_hidden=map_hidden,
+                noise=noise, bias_buffer=bias_buffer,
             )
             if factors
             else None
         )  # fmt: skip
         self.anchor = Anchor(width, anchor_width or width // 2) if anchored else None
+        self.blind = blind
         if common_target:
             self.trunk.requires_grad_(False)
             self.unembedding.requires_grad_(False)
@@ -117,7 +118,7 @@ class LanguageModel(nn.Module):
         if self.anchor is None:
             return hidden
         assert fixed is not None, "an anchored law needs the fixed token"
-        anchored: Tensor = self.anchor(hidden, self.trunk.embed(fixed))
+        anchored: Tensor = self.anchor(hidden, hidden if self.blind else self.trunk.embed(fixed))
         return anchored
 
     # --- training and evaluation --------------------------------------------------------------------------------
@@ -198,12 +199,14 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         rank=config.rank,
         horizon=config.horizon,
         first_is_tied=config.first_is_tied,
-        anchored=config.anchor == "token",
+        anchored=config.anchor != "none",
+        blind=config.anchor == "blind",
         common_target=trunk is not None,
         context=config.data.context,
         tie_embeddings=trunk.embeddings_are_tied if trunk is not None else config.model.tie_embeddings,
         separate=config.model.head == "separate",
         map_rank=config.model.map_rank,
+        map_hidden=config.model.map_hidden,
         noise=config.model.noise,
         anchor_width=config.model.anchor_width,
         bias_buffer=config.balance == "bias",

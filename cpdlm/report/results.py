@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import Config, to_dict
+from cpdlm.config import SIZES, Config, to_dict
 
 SCHEMA = 1
 MODES = ("greedy", "sampling")
-VARIANTS = ("untied", "tied", "anchored")
+LAWS = ("untied", "tied", "anchored", "blind")
 PARTS = ("prefill", "draft", "trunk", "verify", "other")
 PACKAGES = (
     "torch", "lightning", "transformers", "torchmetrics", "numpy", "omegaconf", "datasets", "tokenizers", "mlflow", "matplotlib"
@@ -78,10 +78,28 @@ class Record:
 
     @property
     def variant(self) -> str:
-        """untied: the paper's law; tied: one next-token head; anchored: tied, and the rest also sees x_{t+1}."""
-        if self.config["anchor"] == "token":
-            return "anchored"
-        return "tied" if self.config["model"]["tie_first"] else "untied"
+        """One of LAWS, and the width of perceptron maps where a cell has them ("untied, mlp 1024").
+
+        untied: the paper's law; tied: one next-token head; anchored: tied, and the rest also sees x_{t+1}; blind: the
+        anchor's control, which sees h_t in its place.
+        """
+        model, anchor = self.config["model"], self.config["anchor"]
+        law = {"token": "anchored", "blind": "blind"}.get(anchor, "tied" if model["tie_first"] else "untied")
+        hidden = model.get("map_hidden", 0)
+        return f"{law}, mlp {hidden}" if hidden else law
+
+    def draft_flops(self) -> int | None:
+        """Floating-point operations of one draft of all tokens: gate, anchor, maps and unembedding, at 2 per multiply-add.
+
+        None for a size that is not one of ours, or without drafts.
+        """
+        size, parts = SIZES.get(self.config["size"]), self.content["parameters"]
+        if size is None or self.horizon == 1:
+            return None
+        rows = (self.horizon - (not self.variant.startswith("untied"))) * self.rank
+        shared = self.config["model"].get("head", "shared") == "shared"
+        unembedding = rows * self.content["data"]["vocab_size"] * size.width if shared else 0
+        return int(2 * (parts["heads"] + parts["gate"] + parts["anchor"] + unembedding))
 
     def mode(self, name: str) -> dict[str, Any] | None:
         """The `greedy` or `sampling` part, None where this cell was not decoded so."""
@@ -118,7 +136,7 @@ _MODE: dict[str, Any] = {
     "acceptance_by_depth": [{"depth": int, "reached": int, "accepted": int}],
     "per_prompt": {"tokens": [NUMBER], "passes": [NUMBER]},
     "tokens_per_second": {"plain": NUMBER, "speculative": NUMBER, "generate": Maybe(NUMBER)},
-    "speedup": _MEDIAN, "speedup_over_rank1": Maybe(_MEDIAN), "plain_over_generate": Maybe(_MEDIAN),
+    "speedup": _MEDIAN, "speedup_over_rank1": Maybe(_MEDIAN), "speedup_over_trunk": Omissible(Maybe(_MEDIAN)), "plain_over_generate": Maybe(_MEDIAN),
     "conversion": NUMBER, "conversion_limit": NUMBER, "t1_ms": NUMBER, "tn_ms": NUMBER,
     "seconds_by_part": dict.fromkeys(PARTS, NUMBER),
     "repeat_seconds": {"plain": [NUMBER], "speculative": [NUMBER]},
@@ -404,7 +422,7 @@ def load_all(root: Path) -> tuple[list[Record], list[str]]:
 _INCIDENTAL = re.compile(
     r"name|output|preset|parallel|devices|tracking\..*|data\.(cache|bundle|workers)|loss\.chunk_mib|evaluate\.batch_rows"
     r"|train\.(log_every|validate_every|validation_rows|checkpoint_every)"
-    r"|rank|seed|anchor|model\.(tie_first|anchor_width|trunk)"
+    r"|rank|seed|anchor|model\.(tie_first|anchor_width|map_hidden|trunk)"
 )
 Cells = dict[int, Record]  # seed -> record
 
@@ -425,6 +443,11 @@ class Family:
     @property
     def horizon(self) -> int:
         return int(self.settings["horizon"])
+
+    def variants(self) -> list[str]:
+        """The variants that it has, those of LAWS first."""
+        found = {variant for variant, _ in self.cells}
+        return [law for law in LAWS if law in found] + sorted(found - set(LAWS))
 
     def ranks(self, variant: str = "untied") -> list[int]:
         return sorted(rank for kind, rank in self.cells if kind == variant)

@@ -21,6 +21,7 @@ from cpdlm.report.results import Cells, Record
 Array = NDArray[np.float64]
 RESAMPLES = 4000
 Z95 = 1.959964
+RATIOS = ("speedup", "speedup_over_rank1", "speedup_over_trunk", "plain_over_generate")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _interval(pairs: Sequence[tuple[Sample, Sample | None]], level: float) -> In
 
 def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | None:
     """A record's sample of `joint_nll`, `first_token_nll`, `position_nll:K` (nats), `bits_per_byte`, `tokens_per_pass`, or of the
-    logarithm of `speedup` or `speedup_over_rank1`; None where the record does not have it."""
+    logarithm of `speedup`, `speedup_over_rank1`, `speedup_over_trunk` or `plain_over_generate`; None where the record does not have it."""
     likelihood, decoded = record["likelihood"], record.mode(mode)
     if quantity in ("joint_nll", "first_token_nll"):
         rows = likelihood.get("per_row")
@@ -150,8 +151,8 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         return None
     if quantity == "tokens_per_pass":
         return Sample.ratio(decoded["per_prompt"]["tokens"], decoded["per_prompt"]["passes"])
-    if quantity in ("speedup", "speedup_over_rank1"):
-        ratio = decoded[quantity]
+    if quantity in RATIOS:
+        ratio = decoded.get(quantity)
         return None if ratio is None else Sample.log_ratio(ratio["median"], ratio["low"], ratio["high"])
     raise ValueError(f"unknown quantity {quantity!r}")
 
@@ -164,7 +165,7 @@ def over_seeds(cells: Cells, quantity: str, mode: str = "sampling", level: float
     if not samples:
         return None
     found = estimate(samples, level)
-    return found.exp() if quantity.startswith("speedup") else found
+    return found.exp() if quantity in RATIOS else found
 
 
 def difference(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from cpdlm.report.results import (
     MODES,
-    VARIANTS,
     Cells,
     Family,
     Record,
@@ -22,7 +21,7 @@ from cpdlm.report.results import (
     trunk_records,
     write_bytes,
 )
-from cpdlm.report.statistics import Interval, over_seeds
+from cpdlm.report.statistics import Interval, difference, over_seeds
 from cpdlm.report.verdicts import Verdict, seeds_text
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
@@ -66,8 +65,9 @@ class Table:
 
 
 def write_tables(families: list[Family], verdicts: list[Verdict], notes: list[str], folder: Path) -> list[Path]:
-    """claims, cells, beyond and trunks, each as .md, .tex and .csv; returns the files, sorted."""
-    made = [claims_table(verdicts), cells_table(families), beyond_table(families), trunks_table(families)]
+    """Every table as .md, .tex and .csv; returns the files, sorted. One without rows is removed."""
+    makers = (cells_table, beyond_table, equal_training_table, baselines_table, trunks_table)
+    made = [claims_table(verdicts), *(make(families) for make in makers)]
     files = []
     for table in made:
         if not table.rows:
@@ -101,7 +101,7 @@ def claims_table(verdicts: list[Verdict], short: bool = False) -> Table:
 _COLUMNS = (
     "setting", "law", "rank", "seeds", "trained parameters", "joint NLL (nats)", "first-token NLL (nats)", "bits per byte",
     "tokens per pass, greedy", "tokens per pass, sampling", "speed-up, greedy", "speed-up, sampling",
-    "over rank 1, sampling", "conversion / limit",
+    "over rank 1, sampling", "conversion / limit", "MFLOPs per draft",
 )  # fmt: skip
 
 
@@ -112,20 +112,87 @@ def cells_table(families: list[Family]) -> Table:
 
 
 def beyond_table(families: list[Family]) -> Table:
-    """Tied and anchored cells beside the untied ones of the same rank: rank-1 controls and added parameters."""
+    """Tied and anchored cells beside the untied ones of the same rank, and rank-1 controls of equal size or cost."""
     rows = []
     for family in families:
-        kinds = [variant for variant in VARIANTS if family.ranks(variant)]
+        kinds = family.variants()
         if kinds in ([], ["untied"]):
             continue
-        ranks = {rank for kind in ("tied", "anchored") for rank in family.ranks(kind)} | {1}
+        ranks = {rank for kind in kinds if kind != "untied" for rank in family.ranks(kind)} | {1, family.ranks()[-1]}
         for variant, rank in itertools.product(kinds, sorted(ranks)):
             if (variant, rank) in family.cells:
                 rows.append(_row(family, variant, rank, _added(family, variant, rank)))
     header = (*_COLUMNS[:5], "added parameters", *_COLUMNS[5:])
-    caption = "Beyond the paper: tied and anchored cells, with the untied cells of the same rank as controls. "
+    caption = "Beyond the paper: tied and anchored cells, with the untied cells of the same rank, and rank-1 controls: blind (the "
+    caption += "anchor's map fed h in place of the token's embedding: the parameters and FLOPs of anchored rank 1) and mlp (wider "
+    caption += "perceptron maps: the parameters of the highest rank, or its FLOPs per draft). "
     caption += "Added parameters: over the untied cell of the same rank."
-    return Table("beyond", _caption(caption, families, VARIANTS), header, rows)
+    return Table("beyond", _caption(caption, families, None), header, rows)
+
+
+def equal_training_table(families: list[Family]) -> Table:
+    """From-scratch cells beside a pure next-token model of the same trunk, steps, rows and seed: speed at equal quality."""
+    rows: list[tuple[str, ...]] = []
+    for family in families:
+        if family.target != "own" or not family.reference:
+            continue
+        plain = {record.seed: record for record in family.reference}
+        for variant, rank in itertools.product(family.variants(), family.ranks()):
+            cells = family.cells.get((variant, rank))
+            if cells:
+                rows.append(
+                    (
+                        family.label, variant, str(rank), str(len(set(cells) & set(plain))),
+                        _shown(over_seeds(cells, "first_token_nll")), _shown(over_seeds(plain, "first_token_nll")),
+                        _signed(difference(cells, plain, "first_token_nll")),
+                        _shown(over_seeds(cells, "bits_per_byte"), bare=True),
+                        _shown(over_seeds(plain, "bits_per_byte"), bare=True),
+                        *(_shown(over_seeds(cells, "speedup_over_trunk", mode), 2) for mode in MODES),
+                        *(_shown(over_seeds(cells, "speedup", mode), 2) for mode in MODES),
+                    )
+                )  # fmt: skip
+    header = (
+        "setting", "law", "rank", "pairs of seeds", "first-token NLL (nats)", "next-token model's NLL (nats)", "difference",
+        "bits per byte", "next-token model's bits per byte", "speed-up over it, greedy", "speed-up over it, sampling", "over own plain, greedy",
+        "over own plain, sampling",
+    )  # fmt: skip
+    caption = (
+        "From-scratch cells beside a pure next-token model of equal training: the same trunk, steps, rows, data order and seed. "
+        "First-token NLL: of the cells over positions with all n successors, of the next-token model over those with one. Speed-up over "
+        "it: the cell's speculative decoding over the next-token model's plain decoding, which has no heads to evaluate, so that quality "
+        "and speed can be weighed together. On a common target the frozen trunk is the next-token model: quality is equal by "
+        "construction, and the speed-up is that over plain decoding."
+    )
+    return Table("references", caption, header, rows)
+
+
+def baselines_table(families: list[Family]) -> Table:
+    """How strong the baseline is: our plain decoding against Hugging Face's generate on the same weights."""
+    rows: list[tuple[str, ...]] = []
+    for family in families:
+        found = [
+            cells
+            for (variant, _), cells in sorted(family.cells.items())
+            if over_seeds(cells, "plain_over_generate") is not None
+        ]
+        if found:
+            rates = [
+                f"{sum(m['tokens_per_second'][key] for m in modes) / len(modes):,.0f}"
+                for mode in MODES
+                for key in ("plain", "generate")
+                if (modes := [m for r in found[0].values() if (m := r.mode(mode)) and m["plain_over_generate"]])
+            ]
+            ratios = [_shown(over_seeds(found[0], "plain_over_generate", mode), 2) for mode in MODES]
+            rows.append((family.label, str(len(found[0])), *rates, *ratios))
+    header = (
+        "setting", "seeds", "plain, greedy (tokens/s)", "generate, greedy (tokens/s)", "plain, sampling (tokens/s)",
+        "generate, sampling (tokens/s)", "plain / generate, greedy", "plain / generate, sampling",
+    )  # fmt: skip
+    caption = (
+        "The baseline: plain decoding with our loop, and Hugging Face generate on the same weights (shared, not copied), both with a "
+        "cache, side by side. Own untied targets (eq. 11) have no counterpart in generate."
+    )
+    return Table("baselines", caption, header, rows)
 
 
 def trunks_table(families: list[Family]) -> Table:
@@ -224,7 +291,7 @@ def _row(family: Family, variant: str, rank: int, added: str | None) -> tuple[st
         _shown(over_seeds(cells, "bits_per_byte"), bare=True),
         *(_shown(over_seeds(cells, "tokens_per_pass", mode)) for mode in MODES),
         *(_shown(over_seeds(cells, "speedup", mode), 2) for mode in MODES),
-        _shown(over_seeds(cells, "speedup_over_rank1"), 2), _conversion(cells),
+        _shown(over_seeds(cells, "speedup_over_rank1"), 2), _conversion(cells), _megaflops(record),
     )  # fmt: skip
     start = (family.label, variant, str(rank), str(len(cells)), f"{record['parameters']['trained']:,}")
     return (*start, *((added,) if added is not None else ()), *values)
@@ -238,6 +305,11 @@ def _added(family: Family, variant: str, rank: int) -> str:
     return f"{total - next(iter(untied.values()))['parameters']['total']:+,}"
 
 
+def _megaflops(record: Record) -> str:
+    flops = record.draft_flops()
+    return "-" if flops is None else f"{flops / 1e6:.2f}"
+
+
 def _conversion(cells: Cells) -> str:
     modes = [mode for record in cells.values() if (mode := record.mode("sampling"))]
     if not modes:
@@ -246,8 +318,9 @@ def _conversion(cells: Cells) -> str:
     return f"{mean:.2f} / {limit:.2f}"
 
 
-def _caption(start: str, families: list[Family], variants: Sequence[str]) -> str:
-    records = [record for family in families for variant in variants for record in family.records(variant)]
+def _caption(start: str, families: list[Family], variants: Sequence[str] | None) -> str:
+    kinds: Sequence[str | None] = [None] if variants is None else variants
+    records = [record for family in families for variant in kinds for record in family.records(variant)]
     return (
         f"{start} Means over seeds with 95% intervals over test rows or prompts and seeds (one seed: rows or prompts only). "
         "Joint NLL: over all n tokens, positions with all n. Tokens per pass: plain decoding is 1.00. Speed-up: over plain "
@@ -260,6 +333,10 @@ def _shown(interval: Interval | None, digits: int = 3, bare: bool = False) -> st
     if interval is None:
         return "-"
     return f"{interval.mean:.{digits}f}" if bare else interval.text(digits)
+
+
+def _signed(interval: Interval | None) -> str:
+    return "-" if interval is None else interval.text(3, sign=True)
 
 
 def _dash(value: float | None, digits: int) -> str:
