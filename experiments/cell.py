@@ -132,6 +132,9 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
         "cells are compared on the same prompts"
     )
     corpus = load_corpus(first)
+    for config in configs:
+        evaluated = _read(run_folder(config) / EVALUATED)
+        _check_same_text(run_folder(config), evaluated["data"]["sha256"], corpus.describe()["sha256"])
     prompts_PT = TokenDataModule(first, corpus).prompts().to(_device())
     models = {config.run_name: storage.load_model(run_folder(config)).to(_device()) for config in configs}
     trunk = storage.load_model(run_folder(reference)).to(_device()) if reference is not None else None
@@ -251,11 +254,7 @@ def _origin(folder: Path, data_sha256: str) -> dict[str, Any]:
     path = folder / SESSIONS
     found = _read(path) if path.is_file() else {"sessions": []}
     sessions = found["sessions"]
-    if found.get("data_sha256", data_sha256) != data_sha256:
-        raise storage.RunError(
-            f"{folder} was trained on other text: corpus has changed since (sha256 {found['data_sha256'][:12]} then, "
-            f"{data_sha256[:12]} now); restore it, give this run name=OTHER, or delete the folder"
-        )
+    _check_same_text(folder, found.get("data_sha256", data_sha256), data_sha256)
     if not (folder / storage.TRAINED).is_file() or not sessions:
         sessions.append(results.provenance())
         storage.write_json(path, {"sessions": sessions, "data_sha256": data_sha256})
@@ -263,6 +262,14 @@ def _origin(folder: Path, data_sha256: str) -> dict[str, Any]:
     first: dict[str, Any] = sessions[0]
     dirty = any(session["dirty"] for session in sessions) or len(commits) > 1
     return first | {"dirty": dirty} | ({"commits": commits} if len(commits) > 1 else {})
+
+
+def _check_same_text(folder: Path, then: str, now: str) -> None:
+    if then != now:
+        raise storage.RunError(
+            f"{folder} was trained on other text: the corpus has changed since (sha256 {then[:12]} then, {now[:12]} now); "
+            "restore it, give this run name=OTHER, or delete the folder"
+        )
 
 
 def _weights_hash(config: Config) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.report import results
 from experiments import pipeline
-from experiments.suite import PROFILES, SMALL_CONTROLS, Cell, controls, decode_groups, heads, trunk
+from experiments.suite import PROFILES, SMALL_CONTROLS, Cell, _word, controls, decode_groups, heads, trunk
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -174,6 +178,45 @@ def test_one_cell_from_the_command_line(corpus: Path, tmp_path: Path) -> None:
     assert "tokens per pass" in done.stdout
     # The record is plain JSON, and the table says what the record says.
     assert f"{json.loads(path.read_text())['likelihood']['joint_nll']['mean']:.4f}" in done.stdout
+
+
+def test_a_corpus_that_changed_since_is_not_taken_for_the_old_one(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither when a run resumes, nor when a finished one is decoded."""
+    from experiments import run
+
+    mine = tmp_path / "mine"
+    shutil.copytree(corpus, mine)
+    words = [f"{key}={_word(value)}" for key, value in TINY.items()]
+    words += [f"corpus={mine}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2", "name=one"]
+    assert run.main([*words, "--stage=train"]) == 0
+    for path in mine.glob("*.py"):
+        path.write_text(path.read_text().replace("return", "yield"))
+    assert run.main([*words, "--stage=decode"]) == 2
+    assert "trained on other text" in capsys.readouterr().err
+    (tmp_path / "runs" / "one" / "train.json").unlink()
+    assert run.main([*words, "--stage=train"]) == 2
+    assert "name=OTHER" in capsys.readouterr().err
+
+
+def test_sigterm_reaches_the_training_cells() -> None:
+    """A child that stops only when it is told to: the sweep's own SIGTERM is passed on, and the sweep stops."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(pipeline._wait, child)
+        while child not in pipeline._children:
+            time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline._pass_on(signal.SIGTERM, None)
+        assert code.result(timeout=30) == -signal.SIGTERM
+    assert not pipeline._children
+
+
+def test_the_end_of_a_failed_cells_log_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "train.log").write_text("step 1\rstep 2\r\n\nTraceback\nerror: the loss is nan at step 3\n")
+    assert pipeline._last_lines(tmp_path / "train.log", 2) == "\n    Traceback\n    error: the loss is nan at step 3"
+    assert pipeline._last_lines(tmp_path / "none.log") == ""
 
 
 @pytest.mark.slow
