@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpdlm.config import Config, as_yaml, flatten
+from cpdlm.files import write_json
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
@@ -328,8 +329,7 @@ def _remember(folder: Path, tracker: Tracker) -> None:
     if not tracker.run_id:
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN_FILE).write_text(json.dumps({"run_id": tracker.run_id, "uri": _shown(tracker.uri)}) + "\n")
+        write_json(folder / RUN_FILE, {"run_id": tracker.run_id, "uri": _shown(tracker.uri)})
     except OSError as error:
         _warn(f"{folder / RUN_FILE} was not written ({error}); a resumed run will show as a new one in MLflow")
 

@@ -23,6 +23,7 @@ from cpdlm.data.corpus import load_corpus
 from cpdlm.data.datamodule import TokenDataModule
 from cpdlm.decoding import Sampling
 from cpdlm.evaluation import latency, likelihood
+from cpdlm.files import write_json
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.report import render, results
 from cpdlm.training import storage
@@ -102,7 +103,7 @@ def train(config: Config, command: str) -> bool:
         began = time.monotonic()
         device = _device()
         held_out = likelihood.evaluate(model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device)
-        storage.write_json(
+        write_json(
             folder / EVALUATED,
             {
                 "settings": asdict(config.evaluate),
@@ -166,7 +167,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
             "seconds": seconds,
             "origin": results.provenance(),
         }
-        storage.write_json(run_folder(config) / MEASURED, content)
+        write_json(run_folder(config) / MEASURED, content)
 
 
 def write_record(config: Config, command: str, folder: Path, *, claim: str, profile: str) -> Path:
@@ -257,7 +258,7 @@ def _origin(folder: Path, data_sha256: str) -> dict[str, Any]:
     _check_same_text(folder, found.get("data_sha256", data_sha256), data_sha256)
     if not (folder / storage.TRAINED).is_file() or not sessions:
         sessions.append(results.provenance())
-        storage.write_json(path, {"sessions": sessions, "data_sha256": data_sha256})
+        write_json(path, {"sessions": sessions, "data_sha256": data_sha256})
     commits = list(dict.fromkeys(session["commit"] for session in sessions))
     first: dict[str, Any] = sessions[0]
     dirty = any(session["dirty"] for session in sessions) or len(commits) > 1

@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from cpdlm.report.results import RecordError, WriteError
+    from cpdlm.files import WriteError
+    from cpdlm.report.results import RecordError
     from cpdlm.training.storage import RunError, exclusive
 
     signal.signal(signal.SIGTERM, _pass_on)
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """The stages in order; returns the exit code: 1 where a cell or a group failed (the others are run all the same)."""
-    from cpdlm.report.results import check_writable
+    from cpdlm.files import check_writable
 
     cells, failures = PROFILES[options.profile](), list[str]()
     if options.data:

@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
 
 def _run(config: configuration.Config, command: str, stage: str) -> int:
     # Slow imports come after the checks above.
-    from cpdlm.report.results import RecordError, WriteError
+    from cpdlm.files import WriteError
+    from cpdlm.report.results import RecordError
     from cpdlm.training.fit import Interrupted
     from cpdlm.training.module import NonFiniteLoss
     from cpdlm.training.storage import RunError, exclusive

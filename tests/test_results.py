@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from made_records import ORIGIN, made
 
+from cpdlm import files
 from cpdlm.report import results
 
 
@@ -93,9 +94,7 @@ def test_a_full_disk_leaves_the_old_record_and_says_what_to_do(tmp_path: Path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        results.WriteError, match=f"cannot write to {tmp_path} .No space left on device.; make it writable or free"
-    ):
+    with pytest.raises(files.WriteError, match=f"cannot write {path}: No space left on device; make it writable, free"):
         results.write(made(1, noise=0.5), tmp_path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name], "a temporary file was left behind"
@@ -105,12 +104,12 @@ def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for action in (
         lambda: results.write(made(1), tmp_path / "file"),
-        lambda: results.check_writable(tmp_path / "file" / "sub"),
+        lambda: files.check_writable(tmp_path / "file" / "sub"),
     ):
         with pytest.raises(OSError, match="file") as caught:
             action()
-        assert isinstance(caught.value, results.WriteError)
-    results.check_writable(tmp_path / "new")
+        assert isinstance(caught.value, files.WriteError)
+    files.check_writable(tmp_path / "new")
     assert os.listdir(tmp_path / "new") == []
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import Config, OptimConfig, resolve
+from cpdlm.files import WriteError
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training import storage
 from cpdlm.training.fit import Interrupted, Summary, fit
@@ -352,8 +353,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage.tempfile, "mkstemp", read_only)
-        with pytest.raises(RunError, match="cannot write .*Read-only file system.*output=DIR"):
+        patch.setattr("tempfile.mkstemp", read_only)
+        with pytest.raises(WriteError, match="cannot write .*Read-only file system.*output=DIR"):
             storage.open_run(tmp_path, settings())
 
 
@@ -367,7 +368,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(where: str, tmp_path: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace" if where == "replace" else "torch.save", full)
-        with pytest.raises(RunError, match="cannot write .*last.ckpt: No space left on device; free space"):
+        with pytest.raises(WriteError, match="cannot write .*last.ckpt: No space left on device; .*free some space"):
             train(settings(), tmp_path) if where == "write" else _resume(settings(), tmp_path)
     assert checkpoint.read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".last.ckpt")], "a torn file is left"
@@ -388,9 +389,9 @@ def test_a_disk_that_really_fills_up_is_named(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(RunError, match=f"cannot write {folder / WEIGHTS}: .*free space"):
+        with pytest.raises(WriteError, match=f"cannot write {folder / WEIGHTS}: .*free some space"):
             storage.save_model(folder, model, model.state_dict(), VOCAB)
-        with pytest.raises(RunError, match=f"cannot write {folder / CHECKPOINT}: .*free space"):
+        with pytest.raises(WriteError, match=f"cannot write {folder / CHECKPOINT}: .*free some space"):
             fit(config, model, RaggedData(config), folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

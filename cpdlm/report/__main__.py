@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from cpdlm.files import WriteError
 from cpdlm.report import render
-from cpdlm.report.results import RecordError, WriteError
+from cpdlm.report.results import RecordError
 
 
 def main(arguments: list[str]) -> int:

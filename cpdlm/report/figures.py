@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpdlm.report.results import MODES, PARTS, Cells, Family, Record, write_bytes
+from cpdlm.files import write_bytes
+from cpdlm.report.results import MODES, PARTS, Cells, Family, Record
 from cpdlm.report.statistics import Interval, difference, over_seeds
 from cpdlm.report.tables import described
 from cpdlm.report.verdicts import CLAIMS

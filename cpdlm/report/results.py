@@ -16,13 +16,13 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cpdlm.config import SIZES, Config, to_dict
+from cpdlm.files import write_json
 
 SCHEMA = 1
 MODES = ("greedy", "sampling")
@@ -39,10 +39,6 @@ class RecordError(ValueError):
 
 class NotACell(RecordError):
     """A benchmark's record, which lies beside those of the cells and is no part of the claims."""
-
-
-class WriteError(OSError):
-    """A folder that cannot be written: names it and what to do. What was there before is still there."""
 
 
 @dataclass(frozen=True)
@@ -340,49 +336,8 @@ def write(content: dict[str, Any], folder: Path) -> Path:
     """Validate and write folder/NAME.json whole; an older record of that name stays until then. Raises WriteError."""
     validate(content, f"record {content.get('name', '')}")
     path = folder / f"{content['name']}.json"
-    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-    write_bytes(path, text.encode())
+    write_json(path, content)
     return path
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` in one step; raises WriteError with the old file untouched."""
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-
-
-def check_writable(folder: Path) -> None:
-    """Raise WriteError now rather than after hours of work."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.") as probe:
-            probe.write(b" ")
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn an OSError into a WriteError that names the folder and says what to do."""
-    try:
-        yield
-    except WriteError:
-        raise
-    except OSError as error:
-        raise WriteError(
-            error.errno,
-            f"cannot write to {folder} ({error.strerror or error}); make it writable or free some space, and run the same "
-            "command again: nothing that was there is lost",
-        ) from error
 
 
 def load(path: Path, root: Path | None = None) -> Record:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpdlm.files import write_bytes
 from cpdlm.report.results import (
     MODES,
     Cells,
@@ -19,7 +20,6 @@ from cpdlm.report.results import (
     RecordError,
     hardware_text,
     trunk_records,
-    write_bytes,
 )
 from cpdlm.report.statistics import Interval, difference, over_seeds
 from cpdlm.report.verdicts import Verdict, seeds_text

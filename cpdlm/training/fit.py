@@ -23,16 +23,14 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from tqdm import tqdm
 
 from cpdlm.config import Config
+from cpdlm.files import errors_named, replaced, write_json
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.training.module import MultiTokenModule
 from cpdlm.training.storage import (
     CHECKPOINT,
     TRAINED,
     check_checkpoint,
-    replaced,
     save_model,
-    write_errors_named,
-    write_json,
 )
 
 
@@ -125,7 +123,7 @@ class Journal(Callback):
         """Every process calls; process 0 swaps the finished file in, so that a kill in mid-write costs nothing."""
         if trainer.world_size > 1:
             partial = self.folder / f".{CHECKPOINT}.partial"
-            with write_errors_named(self.folder / CHECKPOINT):
+            with errors_named(self.folder / CHECKPOINT):
                 trainer.save_checkpoint(partial)
                 if trainer.is_global_zero:
                     os.replace(partial, self.folder / CHECKPOINT)

@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -25,6 +21,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from cpdlm.config import Config, ConfigError, as_yaml, flatten, from_dict
+from cpdlm.files import replaced, write_bytes
 from cpdlm.model.language_model import LanguageModel, build_language_model
 
 CONFIG, CHECKPOINT, WEIGHTS, TRAINED = "config.yaml", "last.ckpt", "model.safetensors", "train.json"
@@ -64,7 +61,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 def open_run(folder: Path, config: Config) -> None:
     """Save the config, after `check_same_run`."""
     check_same_run(folder, config)
-    write_atomically(folder / CONFIG, as_yaml(config).encode())
+    write_bytes(folder / CONFIG, as_yaml(config).encode())
 
 
 def check_same_run(folder: Path, config: Config) -> None:
@@ -101,7 +98,10 @@ def save_model(folder: Path, model: LanguageModel, state: dict[str, Tensor], voc
         and not (name == "unembedding.weight" and model.embeddings_are_tied)
     }
     with replaced(folder / WEIGHTS) as path:
-        save_file(kept, path, metadata={"vocab_size": str(vocab_size)})
+        try:
+            save_file(kept, path, metadata={"vocab_size": str(vocab_size)})
+        except SafetensorError as error:  # how it says that the disk is full
+            raise OSError(str(error)) from error
 
 
 def load_model(folder: Path) -> LanguageModel:
@@ -147,36 +147,3 @@ def check_checkpoint(path: Path) -> None:
         ) from error
     if foreign:
         raise RunError(f"{path} is not a checkpoint of this program; delete it to start again")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    with replaced(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well; else the old file stays."""
-    with write_errors_named(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def write_errors_named(path: Path) -> Iterator[None]:
-    """A full disk or a read-only folder becomes a RunError that names the file."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"cannot write {path}: {reason}; free space, or give another folder with output=DIR") from error
