@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NoReturn
 
@@ -189,6 +190,12 @@ class Config:
             f"{corpus}-{self.size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}{hidden}-s{self.seed}"
         )
 
+
+# Settings that say where, when or how a run is watched, not what it computes (prefixes of dotted names).
+INCIDENTAL = (
+    "tracking.", "output", "name", "preset", "parallel", "devices", "data.cache", "data.bundle", "data.workers",
+    "train.log_every", "train.checkpoint_every",
+)  # fmt: skip
 
 # A preset is a set of overrides for one cell; `preset=a,b` applies a, then b. (A profile, in experiments/suite.py, is a
 # list of cells.)
@@ -384,6 +391,14 @@ def flatten(config: Config) -> dict[str, Any]:
             value = getattr(value, part)
         values[key] = value
     return values
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def to_dict(config: Config) -> dict[str, Any]:

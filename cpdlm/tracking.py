@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpdlm.config import Config, as_yaml, flatten
+from cpdlm.config import Config, as_yaml, flat, flatten
 from cpdlm.files import write_json
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def import_records(results: Path, uri: str, experiment: str = "cpdlm", artifacts
         started = int(datetime.datetime.fromisoformat(content["started"]).timestamp() * 1000)
         tags |= {"record_sha256": digest, "mlflow.parentRunId": parent}
         tracker = _create(uri, experiment, content["name"], tags, artifacts, started)
-        tracker.params(_flat(content["config"]))
+        tracker.params(flat(content["config"]))
         tracker.curve(content["training"]["curve"])
         _log_content(tracker, content, path)
         tracker.end()
@@ -395,19 +395,12 @@ def _log_content(tracker: Tracker, content: dict[str, Any], path: Path) -> None:
     kept: dict[str, float] = {}
     for group in ("parameters", "seconds", "likelihood", "training"):
         kept |= {
-            f"{group}/{key}": value for key, value in _flat(content[group]).items() if isinstance(value, int | float)
+            f"{group}/{key}": value for key, value in flat(content[group]).items() if isinstance(value, int | float)
         }
     for mode, measured in (content["decoding"] or {"modes": {}})["modes"].items():
-        kept |= {f"{mode}/{key}": value for key, value in _flat(measured).items() if isinstance(value, int | float)}
+        kept |= {f"{mode}/{key}": value for key, value in flat(measured).items() if isinstance(value, int | float)}
     tracker.metrics(kept)
     tracker.text(path.read_text(encoding="utf-8"), "record.json")
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return {key: value for key, value in flat.items() if not isinstance(value, list)}
 
 
 def _name(key: str) -> str:

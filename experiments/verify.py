@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpdlm.config import INCIDENTAL, flat
 from cpdlm.report.results import MODES, Record, RecordError, load
 
 ROOT = Path(__file__).resolve().parent.parent
 # Same machine, same versions, same number of threads give the same bits; another processor rounds differently.
 TOLERANCE = 1e-3
 # Where a run lies and what it tells others is not part of what it is.
-_PLACES = ("output", "name", "preset", "data.cache", "data.bundle", "data.workers", "model.trunk", "tracking.")
+_PLACES = (*INCIDENTAL, "model.trunk")
 WEIGHTS = "model.safetensors"
 
 
@@ -71,7 +72,7 @@ def compare(old: Record, new: Record, tolerance: float = TOLERANCE) -> list[Line
 
 
 def _settings(old: Record, new: Record) -> list[Line]:
-    before, after = _flat(old.config), _flat(new.config)
+    before, after = flat(old.config), flat(new.config)
     keys = sorted({key for key in before.keys() | after.keys() if not key.startswith(_PLACES)})
     differing = [key for key in keys if before.get(key) != after.get(key)]
     lines = [_equal(key, before.get(key), after.get(key)) for key in differing]
@@ -127,13 +128,6 @@ def _shown(old: Record, new: Record) -> list[Line]:
 def _equal(what: str, before: Any, after: Any) -> Line:
     left, right = (text if len(text) <= 24 else text[:21] + "..." for text in (str(before), str(after)))
     return Line(what, left, right, before == after)
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 # --- running again ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import SIZES, Config, to_dict
+from cpdlm.config import INCIDENTAL, SIZES, Config, flat, to_dict
 from cpdlm.files import write_json
 
 SCHEMA = 1
@@ -373,12 +373,11 @@ def load_all(root: Path) -> tuple[list[Record], list[str]]:
 
 # --- comparing -------------------------------------------------------------------------------------------------------
 
-# Settings that say where, when or how fast a run goes, not what it is; and the dials that a family is laid out along.
-_INCIDENTAL = re.compile(
-    r"name|output|preset|parallel|devices|tracking\..*|data\.(cache|bundle|workers)|loss\.chunk_mib|evaluate\.batch_rows"
-    r"|train\.(log_every|validate_every|validation_rows|checkpoint_every)"
-    r"|rank|seed|anchor|model\.(tie_first|anchor_width|map_hidden|trunk)"
-)
+# What two comparable records may differ in: settings that change no result, and the dials that a family is laid out along.
+_FREE = (
+    *INCIDENTAL, "loss.chunk_mib", "evaluate.batch_rows", "train.validate_every", "train.validation_rows",
+    "rank", "seed", "anchor", "model.tie_first", "model.anchor_width", "model.map_hidden", "model.trunk",
+)  # fmt: skip
 Cells = dict[int, Record]  # seed -> record
 
 
@@ -450,19 +449,12 @@ def trunk_records(records: Iterable[Family]) -> list[Record]:
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    settings = {key: value for key, value in _flat(record.config).items() if not _INCIDENTAL.fullmatch(key)}
+    settings = {key: value for key, value in flat(record.config).items() if not key.startswith(_FREE)}
     settings["target"] = record.target
     settings["trunk"] = re.sub(r"-s\d+$", "", Path(record.config["model"]["trunk"]).name)
     settings["data.sha256"] = record["data"]["sha256"]
     settings["data.vocab_size"] = record["data"]["vocab_size"]
     return settings
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _references(family: Family, trunks: list[Record]) -> list[Record]:

@@ -20,17 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from yaml import YAMLError
 
-from cpdlm.config import Config, ConfigError, as_yaml, flatten, from_dict
+from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from_dict
 from cpdlm.files import replaced, write_bytes
 from cpdlm.model.language_model import LanguageModel, build_language_model
 
 CONFIG, CHECKPOINT, WEIGHTS, TRAINED = "config.yaml", "last.ckpt", "model.safetensors", "train.json"
 
-# Settings that say where and how a run is watched, not what it computes: they may differ when it resumes.
-_INCIDENTAL = (
-    "tracking.", "output", "name", "preset", "parallel", "devices", "decode.", "evaluate.", "data.cache", "data.bundle",
-    "data.workers", "train.log_every", "train.checkpoint_every",
-)  # fmt: skip
+# What may differ when a run resumes: the later stages look after their own settings.
+_FREE = (*INCIDENTAL, "decode.", "evaluate.")
 
 
 class RunError(RuntimeError):
@@ -70,7 +67,7 @@ def check_same_run(folder: Path, config: Config) -> None:
         return
     theirs = flatten(read_config(folder))
     for key, value in flatten(config).items():
-        if not key.startswith(_INCIDENTAL) and value != theirs[key]:
+        if not key.startswith(_FREE) and value != theirs[key]:
             raise RunError(
                 f"{folder} holds another run ({key}: {theirs[key]!r} there, {value!r} now); give this one name=OTHER "
                 f"(a sweep: --out OTHER), or delete the folder"
