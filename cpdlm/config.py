@@ -55,6 +55,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel": ("auto", "ddp", "fsdp"),
     "model.family": ("llama", "gpt2"),
     "model.head": ("shared", "separate"),
+    "decode.draft": ("chain", "block", "tree", "window", "path"),
     "train.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
 }
 
@@ -133,6 +134,8 @@ class DecodeConfig:
     top_p: float = knob(1.0, "keep the smallest set of tokens with this much probability")
     repeats: int = knob(5, "interleaved timed repeats")
     warmups: int = knob(3, "untimed repeats before them")
+    draft: str = knob("chain", "how drafts are made: chain | block | tree | window | path")
+    nodes: int = knob(8, "drafts of a tree, or width of the beam of window and path")
 
 
 @dataclass
@@ -320,7 +323,7 @@ def check(config: Config) -> None:
         "optim.warmup": 0, "train.accumulate": 1, "train.log_every": 1, "train.validate_every": 1,
         "train.validation_rows": 1, "train.checkpoint_every": 1, "evaluate.rows": 1, "evaluate.batch_rows": 1,
         "decode.prompts": 1, "decode.prompt_tokens": 1, "decode.new_tokens": 1, "decode.top_k": 0,
-        "decode.repeats": 1, "decode.warmups": 0, "seed": 0,
+        "decode.repeats": 1, "decode.nodes": 1, "decode.warmups": 0, "seed": 0,
     }.items():  # fmt: skip
         if values[key] < least:
             raise ConfigError(f"{key}={values[key]} is too small; the least is {least}")

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from cpdlm import tracking
-from cpdlm.config import Config
+from cpdlm.config import Config, DecodeConfig, EvaluateConfig
 from cpdlm.data.corpus import load_corpus
 from cpdlm.data.datamodule import TokenDataModule
 from cpdlm.decoding import Sampling
@@ -43,7 +43,7 @@ def is_trained(config: Config) -> bool:
         return False
     storage.check_same_run(folder, config)
     found = _read(folder / EVALUATED)
-    return found.get("settings") == asdict(config.evaluate) and found.get("weights") == _weights_hash(config)
+    return _same(found.get("settings"), config.evaluate) and found.get("weights") == _weights_hash(config)
 
 
 def is_measured(configs: list[Config], reference: Config | None = None) -> bool:
@@ -54,7 +54,7 @@ def is_measured(configs: list[Config], reference: Config | None = None) -> bool:
         if not path.is_file():
             return False
         found = _read(path)
-        if found.get("settings") != asdict(config.decode) or found.get("weights") != _weights_hash(config):
+        if not _same(found.get("settings"), config.decode) or found.get("weights") != _weights_hash(config):
             return False
         if not names <= set(found["group"]):
             return False
@@ -153,7 +153,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
 
             modes[mode] = latency.measure(
                 models, prompts_PT, decode.new_tokens, sampling,
-                reference=trunk, repeats=decode.repeats, warmups=decode.warmups, seed=first.seed, progress=say,
+                draft=decode.draft, nodes=decode.nodes, reference=trunk, repeats=decode.repeats, warmups=decode.warmups, seed=first.seed, progress=say,
             )  # fmt: skip
     seconds = (time.monotonic() - began) / len(configs)
     for config in configs:
@@ -185,7 +185,7 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
         parameters=evaluated["parameters"],
         training=_read(own / storage.TRAINED),
         likelihood=evaluated["likelihood"],
-        decoding={key: measured[key] for key in ("group", "modes")} if measured else None,
+        decoding={key: measured.get(key) for key in ("group", "reference", "modes")} if measured else None,
         origin=evaluated["origin"],
     )
     # Decoding is timed alone, later: it says its own commit and threads.
@@ -263,6 +263,11 @@ def _origin(folder: Path, data_sha256: str) -> dict[str, Any]:
     first: dict[str, Any] = sessions[0]
     dirty = any(session["dirty"] for session in sessions) or len(commits) > 1
     return first | {"dirty": dirty} | ({"commits": commits} if len(commits) > 1 else {})
+
+
+def _same(settings: dict[str, Any] | None, now: EvaluateConfig | DecodeConfig) -> bool:
+    """Whether a stage ran with these settings; one that is younger than its output had its default then."""
+    return settings is not None and asdict(type(now)()) | settings == asdict(now)
 
 
 def _check_same_text(folder: Path, then: str, now: str) -> None:

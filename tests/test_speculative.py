@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import resolve
-from cpdlm.decoding import Sampling, chain, decode, speculative
+from cpdlm.decoding import Sampling, chain, decode, strategies
 from cpdlm.evaluation.latency import count_passes, hugging_face
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from tests import oracle
@@ -63,7 +63,7 @@ def sequences(model: ToyModel, sampling: Sampling, seed: int = 0, **options: Any
 PATHS = [
     ("common", "plain", {}),
     ("common", "plain", {"use_cache": False}),
-    ("common", "plain", {"draft": False}),
+    ("common", "plain", {"draft": "none"}),
     ("untied", "plain", {}),
     ("untied", "all", {"eos": 1}),
     ("tied", "temperature", {}),
@@ -80,7 +80,7 @@ def fault_law(fault: str, model: ToyModel, sampling: Sampling, eos: int | None =
     )
 
 
-@pytest.mark.parametrize(("layout", "setting", "options"), [path for path in PATHS if path[2].get("draft", True)])
+@pytest.mark.parametrize(("layout", "setting", "options"), [path for path in PATHS if path[2].get("draft") != "none"])
 def test_every_path_has_the_power_to_reject_every_fault(layout: str, setting: str, options: dict[str, Any]) -> None:
     model, sampling, eos = toy(layout), FILTERS[setting], options.get("eos")
     for fault in (
@@ -106,7 +106,7 @@ def test_the_procedure_is_exact_in_the_oracle(layout: str) -> None:
 
 def plant(monkeypatch: pytest.MonkeyPatch, variant: Variant) -> None:
     monkeypatch.setattr(chain, "sampled_chain", variant.draft)
-    monkeypatch.setattr(speculative, "verify", variant.verify)
+    monkeypatch.setattr(strategies, "verify", variant.verify)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_cache_that_is_not_rolled_back_is_rejected(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.0), Sampling(0.7, 2, 0.9)])
-@pytest.mark.parametrize("draft", [True, False])
+@pytest.mark.parametrize("draft", ["chain", "none"])
 def test_length_passes_and_depths_add_up(sampling: Sampling, draft: bool) -> None:
     model = ToyModel("untied", rank=2, horizon=4, context=9)
     generator = torch.Generator().manual_seed(0)
@@ -186,7 +186,7 @@ def perfect(model: ToyModel) -> ToyModel:
 def test_whole_windows_and_eos_inside_one() -> None:
     model = ToyModel("common", horizon=4, vocab_size=2, context=10, seed=3)
     prompt, greedy = torch.tensor([1]), Sampling(0.0)
-    plain = decode(model, prompt, 9, greedy, draft=False).tokens
+    plain = decode(model, prompt, 9, greedy, draft="none").tokens
     done = decode(perfect(model), prompt, 9, greedy)
     assert done.tokens == plain and done.emitted == [1, 4, 4]
     assert done.reached == done.accepted == [2, 2, 2]
@@ -297,7 +297,7 @@ def test_greedy_is_plain_greedy_is_transformers(family: str, rank: int, anchor: 
         with count_passes(model) as passes:
             done = decode(model, prompt, 40, Sampling(0.0))
         assert passes.count == done.passes
-        plain = decode(model, prompt, 40, Sampling(0.0), draft=False)
+        plain = decode(model, prompt, 40, Sampling(0.0), draft="none")
         assert plain.passes == 40 and done.tokens == plain.tokens and len(set(plain.tokens)) > 3
         assert decode(model, prompt, 40, Sampling(0.0), use_cache=False).tokens == plain.tokens
         if generate is not None:

@@ -10,15 +10,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from cpdlm.config import flatten, to_dict
+from cpdlm.config import DecodeConfig, flatten, to_dict
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.report import results
+from experiments import cell as one_cell
 from experiments import pipeline
 from experiments.suite import PROFILES, SMALL_CONTROLS, Cell, _word, controls, decode_groups, heads, trunk
 
@@ -198,6 +200,13 @@ def test_a_corpus_that_changed_since_is_not_taken_for_the_old_one(
     (tmp_path / "runs" / "one" / "train.json").unlink()
     assert run.main([*words, "--stage=train"]) == 2
     assert "name=OTHER" in capsys.readouterr().err
+
+
+def test_a_setting_younger_than_an_output_had_its_default() -> None:
+    old = {key: value for key, value in asdict(DecodeConfig()).items() if key not in ("draft", "nodes")}
+    assert one_cell._same(old, DecodeConfig()) and one_cell._same(old | {"draft": "chain"}, DecodeConfig())
+    assert not one_cell._same(old, DecodeConfig(draft="tree")) and not one_cell._same(old, DecodeConfig(repeats=9))
+    assert not one_cell._same(None, DecodeConfig())
 
 
 def test_sigterm_reaches_the_training_cells() -> None:

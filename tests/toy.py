@@ -14,14 +14,23 @@ from cpdlm.model.joint import Joint
 
 
 class ToyCache:
-    """Histories as codes, one per processed token."""
+    """Per slot the code of the history that ends there (keys) and its position (values), (B, 1, L, 1) both."""
 
     def __init__(self) -> None:
-        self.codes: list[int] = []
+        self.layers = [self]
+        self.keys = self.values = torch.zeros(1, 1, 0, 1, dtype=torch.long)
+
+    def append(self, code_B: Tensor, position_B: Tensor) -> None:
+        batch = len(code_B)
+        self.keys = torch.cat([self.keys.expand(batch, -1, -1, -1), code_B.view(batch, 1, 1, 1)], dim=2)
+        self.values = torch.cat([self.values.expand(batch, -1, -1, -1), position_B.view(batch, 1, 1, 1)], dim=2)
 
     def crop(self, negative: int) -> None:
         assert negative < 0
-        del self.codes[negative:]
+        self.keys, self.values = self.keys[:, :, :negative], self.values[:, :, :negative]
+
+    def batch_select_indices(self, index_B: Tensor) -> None:
+        self.keys, self.values = self.keys[index_B], self.values[index_B]
 
 
 class ToyModel:
@@ -47,13 +56,36 @@ class ToyModel:
     def new_cache(self) -> ToyCache:
         return ToyCache()
 
-    def hidden(self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: ToyCache | None = None) -> Tensor:
+    def hidden(
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: ToyCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Each token extends the history of the last token that it sees; a wrong position makes it another history."""
         self.calls += 1
-        codes = cache.codes if cache is not None else []
-        new = tokens_BT[0].tolist()
-        for token in new:
-            codes.append(self.extend(codes[-1] if codes else 0, token))
-        return torch.tensor(codes[-len(new) :], dtype=torch.float64)[None, :, None]
+        cache = cache or ToyCache()
+        batch, size = tokens_BT.shape
+        before = cache.keys.shape[2]
+        codes = []
+        for t in range(size):
+            slot = before + t
+            seen_BL = torch.ones(batch, slot, dtype=torch.bool)
+            if mask is not None:
+                seen_BL = mask[:, 0, t, :slot] if mask.dim() == 4 else mask[:, :slot]
+            place_BL = torch.where(seen_BL, cache.values[:, 0, :, 0].expand(batch, -1), -1)
+            last_B = place_BL.max(dim=1) if slot else None
+            code_B, highest_B = torch.zeros(batch, dtype=torch.long), torch.full((batch,), -1)
+            if last_B is not None:
+                found_B = cache.keys[:, 0, :, 0].expand(batch, -1).gather(1, last_B.indices[:, None])[:, 0]
+                highest_B = last_B.values
+                code_B = torch.where(highest_B >= 0, found_B, code_B)
+            position_B = position_ids_BT[:, t] if position_ids_BT is not None else torch.full((batch,), slot)
+            right_B = (position_B == highest_B + 1) & (seen_BL.sum(dim=1) == position_B)
+            new_B = self.extend(code_B, tokens_BT[:, t])
+            # Padding has position 0 and is seen by none; beyond the context anything goes.
+            new_B = torch.where(right_B | (position_B >= self.context - 1), new_B, self.extend(new_B, 0))
+            cache.append(new_B, position_B)
+            codes.append(new_B)
+        return torch.stack(codes, dim=1)[..., None].double()
 
     def target_log_probs(self, hidden: Tensor) -> Tensor:
         code = hidden[..., 0].long()

@@ -61,3 +61,42 @@ def verify_greedy(target_BSV: Tensor, tokens_BK: Tensor) -> tuple[Tensor, Tensor
         return torch.zeros_like(best_BS[:, 0]), best_BS[:, 0]
     accepted_B = (best_BS[:, :drafts] == tokens_BK).long().cumprod(dim=-1).sum(dim=-1)
     return accepted_B, best_BS.gather(1, accepted_B.unsqueeze(-1)).squeeze(-1)
+
+
+def verify_block(
+    target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`verify`, for the drafts as a block (Sun et al., arXiv 2403.10444, algorithm 2). K at least 1.
+
+    share_k = min(1, share_{k-1} p(d_k)/q(d_k)) is how much of the prefix's draft mass the target can take. Prefix k < K
+    is kept with probability h_k = s_k / (s_k + 1 - share_k), s_k = sum max(0, share_k p - q) over the laws behind it, the
+    whole block with probability share_K; the longest prefix kept counts, and the token after it is drawn from
+    norm(max(0, share_k p - q)), or from p behind the whole block.
+    """
+    drafts = tokens_BK.shape[1]
+    index_BK1 = tokens_BK.unsqueeze(-1)
+    p_BK = target_BSV[:, :drafts].gather(-1, index_BK1).squeeze(-1)
+    q_BK = draft_BKV.gather(-1, index_BK1).squeeze(-1)
+    ratio_BK = torch.where(q_BK > 0, p_BK / q_BK, 0.0)  # NaN and an impossible draft: the target takes nothing
+    share_B, shares = torch.ones_like(p_BK[:, 0]), []
+    for k in range(drafts):
+        share_B = (share_B * ratio_BK[:, k]).clamp(max=1).nan_to_num(nan=0.0)
+        shares.append(share_B)
+    share_BK = torch.stack(shares, dim=1)
+    # Laws behind prefixes 1..K-1; behind the empty one share is 1, behind the whole block there is no draft.
+    left_BK = (share_BK[:, :-1, None] * target_BSV[:, 1:drafts] - draft_BKV[:, 1:]).clamp(min=0).sum(dim=-1)
+    loss_BK = 1 - share_BK[:, :-1]
+    keep_BK = torch.where(left_BK + loss_BK > 0, left_BK / (left_BK + loss_BK), 1.0)
+    keep_BK = torch.cat([keep_BK, share_BK[:, -1:]], dim=1)
+    passed_BK = uniforms_BS[:, :drafts] < keep_BK
+    order_K = torch.arange(1, drafts + 1, device=tokens_BK.device)
+    kept_B = (passed_BK * order_K).amax(dim=1)
+    stop_B11 = kept_B[:, None, None]
+    target_BV = target_BSV.take_along_dim(stop_B11, dim=1).squeeze(1)
+    draft_BV = draft_BKV.take_along_dim(stop_B11.clamp(max=drafts - 1), dim=1).squeeze(1)
+    share_BS = torch.nn.functional.pad(share_BK, (1, 0), value=1.0)
+    share_B1 = share_BS.gather(1, kept_B.unsqueeze(1))
+    rest_BV = (share_B1 * target_BV - draft_BV).clamp(min=0)
+    rest_BV = torch.where(rest_BV.sum(dim=-1, keepdim=True) > 0, rest_BV, target_BV)
+    law_BV = torch.where((kept_B < drafts).unsqueeze(-1), rest_BV, target_BV)
+    return kept_B, draw(law_BV, uniforms_BS[:, drafts])

@@ -1,35 +1,40 @@
-"""The decoding loop: plain, greedy and sampled generation are this one loop, with drafting on or off.
+"""The decoding loop: plain, greedy and sampled generation, one row or many, are this one loop with other strategies.
 
-One pass of the trunk runs over a window: the token already fixed, x_{t+1}, and K <= N-1 drafts of x_{t+2}.. made from
-the hidden state before it. It yields the target at every position of the window; the acceptance test keeps a prefix of
-the drafts and draws the token after it, which becomes the next fixed token. The first window is the prompt, with no
-drafts. Plain decoding is K = 0 throughout.
+One pass of the trunk runs over a window: the token already fixed, x_{t+1}, and drafts of what follows, made from the
+hidden state before it. It yields the target behind every token of the window; the strategy keeps some of the drafts and
+draws the token after them, which becomes the next fixed token. The first window is the prompt, with no drafts. Plain
+decoding has no drafts throughout.
 
 Every pass emits the drafts that it keeps and the token after them, 1 to N tokens; the pass over the prompt emits one.
 So the tokens are the sum over passes, plain decoding has exactly one token per pass, and depth k means x_{t+k}.
 
-Letters: B batch (1 here), T position, S = K+1 positions of a window, K drafts, N horizon, V vocabulary, D width.
+Rows of a batch share the passes and nothing else: each has its own generator, stops by itself and then leaves.
+
+Letters: B rows still written, T position, S = K+1 positions of a window, K drafts, J longest path through them,
+N horizon, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cpdlm.decoding import chain
-from cpdlm.decoding.acceptance import verify, verify_greedy
-from cpdlm.decoding.filtering import Sampling, filtered
+from cpdlm.decoding.filtering import Sampling
+from cpdlm.decoding.strategies import Proposal, Uniforms, make_strategy, nothing
+from cpdlm.decoding.text import Text
 from cpdlm.model.joint import Joint
 
 PLAIN = Sampling()
 
 
 class DraftingModel(Protocol):
-    """What the loop needs of a model; `cpdlm.model.language_model.LanguageModel` has it."""
+    """What the loop needs of a model; `cpdlm.model.language_model.LanguageModel` has it. draft_ids (optional): (V',) the tokens
+    that drafts are made of, where the joint covers a shortlist."""
 
     horizon: int
     vocab_size: int
@@ -37,7 +42,9 @@ class DraftingModel(Protocol):
 
     def new_cache(self) -> Any: ...
 
-    def hidden(self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None) -> Tensor: ...
+    def hidden(
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
+    ) -> Tensor: ...
 
     def target_log_probs(self, hidden: Tensor) -> Tensor: ...
 
@@ -53,52 +60,16 @@ class Decoded:
     many of those were kept. Drafts behind an end-of-sequence token count as neither.
     """
 
-    tokens: list[int]
-    emitted: list[int]
-    reached: list[int]
-    accepted: list[int]
+    tokens: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+    reached: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
 
     @property
     def passes(self) -> int:
         return len(self.emitted)
 
 
-class Rule(Protocol):
-    """How drafts are made and which of them are kept; `laws` is whatever `draft` hands to `verify`."""
-
-    def draft(self, joint: Joint, count: int) -> tuple[Tensor, Any]: ...
-
-    def verify(self, target_BSV: Tensor, tokens_BK: Tensor, laws: Any) -> tuple[Tensor, Tensor]: ...
-
-
-class GreedyRule:
-    """Temperature 0: drafts and target by argmax."""
-
-    def draft(self, joint: Joint, count: int) -> tuple[Tensor, None]:
-        return chain.greedy_chain(joint, count), None
-
-    def verify(self, target_BSV: Tensor, tokens_BK: Tensor, laws: None) -> tuple[Tensor, Tensor]:
-        return verify_greedy(target_BSV, tokens_BK)
-
-
-class SampledRule:
-    """Drafts from the filtered conditionals, kept so that the filtered target's law is unchanged."""
-
-    def __init__(self, sampling: Sampling, generator: torch.Generator, device: torch.device) -> None:
-        self.sampling, self.generator, self.device = sampling, generator, device
-
-    def draft(self, joint: Joint, count: int) -> tuple[Tensor, Tensor]:
-        return chain.sampled_chain(joint, count, self.sampling, self.uniforms(count + 1))
-
-    def verify(self, target_BSV: Tensor, tokens_BK: Tensor, laws: Tensor) -> tuple[Tensor, Tensor]:
-        return verify(filtered(target_BSV, self.sampling), laws, tokens_BK, self.uniforms(target_BSV.shape[1]))
-
-    def uniforms(self, count: int) -> Tensor:
-        drawn = torch.rand(1, count, dtype=torch.float64, generator=self.generator, device=self.generator.device)
-        return drawn.to(self.device)
-
-
-@torch.inference_mode()
 def decode(
     model: DraftingModel,
     prompt_T: Tensor,
@@ -106,88 +77,203 @@ def decode(
     sampling: Sampling = PLAIN,
     generator: torch.Generator | None = None,
     *,
-    eos: int | None = None,
-    draft: bool = True,
-    use_cache: bool = True,
     on_tokens: Callable[[list[int]], None] | None = None,
-    clock: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Decoded:
-    """Writes max_new_tokens tokens after prompt_T, or fewer if eos comes first (eos is kept), with the target's law.
+    """`decode_batch` of one row. on_tokens receives the tokens of each pass as they are fixed."""
+    say = None if on_tokens is None else lambda row, tokens: on_tokens(tokens)
+    generators = None if generator is None else [generator]
+    return decode_batch(model, [prompt_T], max_new_tokens, sampling, generators, on_tokens=say, **options)[0]
 
-    prompt_T: (T,) ids on the model's device. generator: every random number comes from it; greedy needs none.
-    draft=False is plain decoding. use_cache=False recomputes the whole sequence in every pass: same tokens, slower.
-    on_tokens receives the tokens of each pass as they are fixed. clock(part) is called at the end of each stretch of
-    work: "prefill", "draft", "trunk", "verify" (target law and acceptance test) or "other".
 
-    Raises ValueError, before any work, on an empty prompt, ids outside the vocabulary, max_new_tokens below 1, prompt and
-    new tokens beyond the model's context, sampling without a generator, a model in training mode; and, when it happens,
-    on a target of NaN or -inf alone, naming the position.
+@torch.inference_mode()
+def decode_batch(
+    model: DraftingModel,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    sampling: Sampling = PLAIN,
+    generators: Sequence[torch.Generator] | None = None,
+    *,
+    eos: int | Sequence[int] | None = None,
+    draft: str = "chain",
+    nodes: int = 8,
+    use_cache: bool = True,
+    target_scores: Callable[[int, list[int], Tensor], Tensor] | None = None,
+    stop: Callable[[int, list[int]], bool] | None = None,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    clock: Callable[[str], None] | None = None,
+) -> list[Decoded]:
+    """Writes max_new_tokens tokens after each prompt, or fewer if eos comes first (eos is kept), with the target's law.
+
+    prompts: (T,) ids each, on the model's device, of any lengths. generators: one per row, from which every random number
+    of that row comes; greedy needs none. eos: one id or several. draft: a name of `strategies.STRATEGIES`; "none" is plain
+    decoding. nodes: size of a tree, width of a beam. use_cache=False recomputes the whole sequence in every pass: same tokens, slower.
+
+    target_scores(row, tokens so far, scores_V) -> scores_V changes the target (for logits processors: repetition penalties
+    and the like) and then takes the place of `sampling`'s own filters there; drafts still follow `sampling`. stop(row,
+    tokens so far) ends a row after the last of those tokens. on_tokens(row, tokens) receives what each pass fixed. clock(part) is called at
+    the end of each stretch of work: "prefill", "draft", "trunk", "verify" (target law and acceptance test) or "other".
+
+    Raises ValueError, before any work, on no prompt, an empty one, ids outside the vocabulary, max_new_tokens below 1,
+    prompt and new tokens beyond the model's context, sampling without a generator per row, a model in training mode; and,
+    when it happens, on a target of NaN or -inf alone, naming the position.
     """
-    _check(model, prompt_T, max_new_tokens, sampling, generator)
-    prompt_T = prompt_T.long()
-    device = prompt_T.device
-    rule: Rule = GreedyRule() if sampling.greedy else SampledRule(sampling, generator, device)  # type: ignore[arg-type]
-    lap = clock or _no_clock
-    longest = model.horizon - 1 if draft else 0
-    cache = model.new_cache() if use_cache else None
-    window_BS = prompt_T.unsqueeze(0)
-    kept_BT = window_BS  # grows only without a cache
-    drafts_BK, laws = window_BS[:, :0], None
-    tokens: list[int] = []
-    emitted: list[int] = []
-    reached, accepted = [0] * (model.horizon - 1), [0] * (model.horizon - 1)
-    count = 0
+    _check(model, prompts, max_new_tokens, sampling, generators)
+    prompts = [prompt_T.long() for prompt_T in prompts]
+    device, lap = prompts[0].device, clock or _no_clock
+    ends = frozenset([eos] if isinstance(eos, int) else eos or [])
+    uniforms = Uniforms(generators, device) if generators and not sampling.greedy else None
+    strategy = make_strategy(draft, sampling, uniforms, nodes, processed=target_scores is not None)
+    draft_ids: Tensor | None = getattr(model, "draft_ids", None)
+    deepest = model.horizon - 1 if draft != "none" else 0
+    depths = model.horizon - 1
+    written = [Decoded(reached=[0] * depths, accepted=[0] * depths) for _ in prompts]
+    rows = list(range(len(prompts)))  # those still written
+    text = Text(model, len(prompts), device, use_cache)
+    window_BS = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
+    proposal, first = nothing(window_BS), True
     lap("other")
+    hidden_BSD = text.prefill(prompts)
     while True:
-        hidden_BTD = model.hidden(window_BS, cache=cache)
-        hidden_BSD = hidden_BTD[:, -1 - count :]
-        lap("trunk" if emitted else "prefill")
-        stop_B, next_B = rule.verify(model.target_log_probs(hidden_BSD), drafts_BK, laws)
+        target_BSV = model.target_log_probs(hidden_BSD)
+        if target_scores is not None:
+            target_BSV = _processed(target_scores, target_BSV, proposal, rows, written)
+        verdict = strategy.verify(target_BSV, proposal)
         # The one host synchronisation of a pass.
-        keep, *proposed, following = torch.cat([stop_B[:, None], drafts_BK, next_B[:, None]], dim=1)[0].tolist()
-        lap("verify" if emitted else "prefill")
-        if following >= model.vocab_size:
-            raise ValueError(
-                f"the target law of token {len(prompt_T) + len(tokens) + keep} (the prompt is 0..{len(prompt_T) - 1}) is "
-                "NaN or -inf alone; check the weights (a diverged run?) or use a wider precision"
-            )
-        new = [*proposed[:keep], following]
-        tested = min(keep + 1, count)
-        if eos is not None and eos in new:
-            new = new[: new.index(eos) + 1]
-            tested = min(tested, len(new))
-        for depth in range(tested):
-            reached[depth] += 1
-            accepted[depth] += depth < keep
-        tokens += new
-        emitted.append(len(new))
-        if on_tokens is not None:
-            on_tokens(new)
-        if len(tokens) >= max_new_tokens or (eos is not None and new[-1] == eos):
+        host = torch.cat([verdict.kept_B[:, None], verdict.tokens_BJ, verdict.next_B[:, None]], dim=1).tolist()
+        lap("prefill" if first else "verify")
+        kept, going = [], []
+        for place, (row, (keep, *proposed, following)) in enumerate(zip(rows, host, strict=True)):
+            if following >= model.vocab_size:
+                raise ValueError(_broken(prompts[row], len(written[row].tokens) + keep, row, len(prompts)))
+            kept.append(keep)
+            new = _emit(
+                written[row], [*proposed[:keep], following], min(keep + 1, len(proposed)), max_new_tokens, ends,
+                None if stop is None else partial(stop, row),
+            )  # fmt: skip
+            if on_tokens is not None:
+                on_tokens(row, new.tokens)
+            if not new.last:
+                going.append(place)
+        if not going:
             lap("other")
-            return Decoded(tokens, emitted, reached, accepted)
-        rejected = count - keep
-        if cache is None:
-            kept_BT = torch.cat([kept_BT, drafts_BK[:, :keep], next_B[:, None]], dim=1)
-        elif rejected:
-            cache.crop(-rejected)  # a negative count of tokens to remove, in every transformers since 5.0
-        count = min(longest, max_new_tokens - len(tokens) - 1)
+            return written
+        if not first:
+            text.keep(window_BS.shape[1], kept, verdict.path_BJ)
+        first = False
+        if len(rows) == 1 and verdict.path_BJ is None:
+            hidden_BD = hidden_BSD[:, kept[0]]
+        else:
+            at_B = verdict.kept_B if verdict.path_BJ is None else _last(verdict.path_BJ, verdict.kept_B)
+            hidden_BD = hidden_BSD[torch.arange(len(rows), device=device), at_B]
+        next_B = verdict.next_B
+        if len(going) < len(rows):
+            text.select(going)
+            rows = [rows[place] for place in going]
+            hidden_BD, next_B = hidden_BD[going], next_B[going]
+            if uniforms is not None:
+                uniforms.select(going)
+        depth = min(deepest, max(max_new_tokens - len(written[row].tokens) for row in rows) - 1)
         lap("other")
-        window_BS = next_B[:, None] if cache is not None else kept_BT
-        drafts_BK, laws = window_BS[:, :0], None
-        if count > 0:
-            drafts_BK, laws = rule.draft(model.draft_joint(hidden_BSD[:, keep], next_B), count)
-            window_BS = torch.cat([window_BS, drafts_BK], dim=1)
+        window_BS = next_B[:, None]
+        proposal = nothing(window_BS)
+        if depth > 0:
+            proposal = strategy.draft(model.draft_joint(hidden_BD, next_B), depth)
+            if draft_ids is not None:
+                proposal = proposal.on_vocabulary(draft_ids, model.vocab_size)
+            window_BS = torch.cat([window_BS, proposal.tokens_BK], dim=1)
             lap("draft")
+        hidden_BSD = text.run(window_BS, proposal.depth_BS, proposal.seen_BSS)
+        lap("trunk")
+
+
+@dataclass(frozen=True)
+class _New:
+    tokens: list[int]
+    last: bool
+
+
+def _emit(
+    done: Decoded, new: list[int], tested: int, most: int, ends: frozenset[int], stop: Callable[[list[int]], bool] | None
+) -> _New:  # fmt: skip
+    """Append one pass's tokens to what a row has written, up to where it ends."""
+    proposed, kept, last = tested, len(new) - 1, False
+    for place in range(min(len(new), most - len(done.tokens))):
+        done.tokens.append(new[place])
+        last = new[place] in ends or len(done.tokens) == most or (stop is not None and stop(done.tokens))
+        if last:
+            new = new[: place + 1]
+            break
+    done.emitted.append(len(new))
+    # A draft behind the end was neither reached nor accepted.
+    for depth in range(min(proposed, len(new))):
+        done.reached[depth] += 1
+        done.accepted[depth] += depth < kept
+    return _New(new, last)
+
+
+def _processed(
+    target_scores: Callable[[int, list[int], Tensor], Tensor], target_BSV: Tensor, proposal: Proposal, rows: list[int],
+    written: list[Decoded],
+) -> Tensor:  # fmt: skip
+    """The caller's scores at every token of the window, each given the tokens before it."""
+    drafts, seen = proposal.tokens_BK.tolist(), None
+    if proposal.seen_BSS is not None:
+        seen = proposal.seen_BSS.tolist()
+    changed = [
+        torch.stack([
+            target_scores(
+                row,
+                written[row].tokens
+                + [token for k, token in enumerate(drafts[b]) if (k < s if seen is None else seen[b][s][k + 1])],
+                target_BSV[b, s],
+            )
+            for s in range(target_BSV.shape[1])
+        ])
+        for b, row in enumerate(rows)
+    ]  # fmt: skip
+    return torch.stack(changed)
+
+
+def _last(path_BJ: Tensor, kept_B: Tensor) -> Tensor:
+    """Window position of the last kept token: the fixed one (0) where no draft was kept."""
+    if path_BJ.shape[1] == 0:
+        return torch.zeros_like(kept_B)
+    last_B = path_BJ.gather(1, (kept_B - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+    return torch.where(kept_B > 0, last_B, 0)
 
 
 def _no_clock(part: str) -> None:
     return None
 
 
+def _broken(prompt_T: Tensor, written: int, row: int, rows: int) -> str:
+    which = f" of row {row}" if rows > 1 else ""
+    return (
+        f"the target law of token {len(prompt_T) + written}{which} (the prompt is 0..{len(prompt_T) - 1}) is NaN or -inf alone; "
+        "check the weights (a diverged run?) or use a wider precision"
+    )
+
+
 def _check(
-    model: DraftingModel, prompt_T: Tensor, max_new_tokens: int, sampling: Sampling, generator: torch.Generator | None
-) -> None:
+    model: DraftingModel, prompts: Sequence[Tensor], max_new_tokens: int, sampling: Sampling,
+    generators: Sequence[torch.Generator] | None,
+) -> None:  # fmt: skip
+    if not prompts:
+        raise ValueError("there is no prompt; pass at least one row of token ids")
+    for prompt_T in prompts:
+        _check_prompt(model, prompt_T, max_new_tokens)
+    if not sampling.greedy and not generators:
+        raise ValueError(
+            "sampling needs a generator; pass generator=torch.Generator().manual_seed(0), or temperature 0"
+        )
+    if generators and len(generators) != len(prompts):
+        raise ValueError(f"{len(generators)} generators for {len(prompts)} prompts; pass one for each row")
+    if getattr(model, "training", False):
+        raise ValueError("the model is in training mode, where its law may be random; call model.eval() first")
+
+
+def _check_prompt(model: DraftingModel, prompt_T: Tensor, max_new_tokens: int) -> None:
     if prompt_T.dim() != 1 or prompt_T.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"the prompt is a {prompt_T.dtype} tensor of shape {tuple(prompt_T.shape)}; pass one row of token ids, "
@@ -210,9 +296,3 @@ def _check(
             f"the prompt holds token id {least if least < 0 else most}, the vocabulary is 0..{model.vocab_size - 1}; "
             "encode the prompt with the tokenizer that the model was trained with"
         )
-    if not sampling.greedy and generator is None:
-        raise ValueError(
-            "sampling needs a generator; pass generator=torch.Generator().manual_seed(0), or temperature 0"
-        )
-    if getattr(model, "training", False):
-        raise ValueError("the model is in training mode, where its law may be random; call model.eval() first")

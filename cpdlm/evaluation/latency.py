@@ -129,6 +129,8 @@ def measure(
     new_tokens: int,
     sampling: Sampling,
     *,
+    draft: str = "chain",
+    nodes: int = 8,
     reference: LanguageModel | None = None,
     repeats: int = 5,
     warmups: int = 3,
@@ -137,7 +139,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """The record's `modes` entry of each cell, measured side by side: {name: mode}.
 
-    models: cells by name, in evaluation mode, all on the prompts' device; horizon 2 or more. Cells on one frozen trunk
+    models: cells by name, in evaluation mode, all on the prompts' device; horizon 2 or more. draft, nodes: as `decode_batch`
+    takes them. Cells on one frozen trunk
     share one plain decoder and one generate. prompts_PT: (P, T) ids. A warm-up decodes the first prompt with every
     contender. "speedup_over_rank1" compares with the group's first rank-1 cell of the same horizon (null for itself and
     where there is none). reference: a next-token model of equal training; "speedup_over_trunk" compares with its plain
@@ -158,14 +161,14 @@ def measure(
     contenders: dict[tuple[str, str], Callable[[Tensor, int], Decoded | list[int]]] = {}
     if reference is not None:
         subjects[REFERENCE] = reference
-        contenders["plain", REFERENCE] = _ours(reference, new_tokens, sampling, draft=False)
+        contenders["plain", REFERENCE] = _ours(reference, new_tokens, sampling, "none")
     for name, model in models.items():
         if shared[name] == name:
-            contenders["plain", name] = _ours(model, new_tokens, sampling, draft=False)
+            contenders["plain", name] = _ours(model, new_tokens, sampling, "none")
             generate = hugging_face(model)
             if generate is not None:
                 contenders["generate", name] = _theirs(generate, new_tokens, sampling)
-        contenders["speculative", name] = _ours(model, new_tokens, sampling, draft=True)
+        contenders["speculative", name] = _ours(model, new_tokens, sampling, draft, nodes)
     timings = _run(contenders, subjects, prompts_PT, repeats, warmups, seed, say)
     rank_one: dict[int, str] = {}
     for name, model in models.items():
@@ -175,7 +178,7 @@ def measure(
     for name, model in models.items():
         say(f"{name}: time split")
         modes[name] = _mode(
-            model, prompts_PT, new_tokens, sampling, repeats, seed,
+            model, prompts_PT, new_tokens, sampling, repeats, seed, draft, nodes,
             plain=timings["plain", shared[name]],
             speculative=timings["speculative", name],
             generate=timings.get(("generate", shared[name])),
@@ -188,8 +191,8 @@ def measure(
 
 
 def _mode(
-    model: LanguageModel, prompts_PT: Tensor, new_tokens: int, sampling: Sampling, repeats: int, seed: int, *,
-    plain: Timing, speculative: Timing, generate: Timing | None, trunk: Timing | None, rank_one: Timing | None,
+    model: LanguageModel, prompts_PT: Tensor, new_tokens: int, sampling: Sampling, repeats: int, seed: int,
+    draft: str, nodes: int, *, plain: Timing, speculative: Timing, generate: Timing | None, trunk: Timing | None, rank_one: Timing | None,
 ) -> dict[str, Any]:  # fmt: skip
     statistics = acceptance(speculative.decoded, model.horizon, seed)
     speedup = _ratio(speculative, plain, seed)
@@ -215,7 +218,7 @@ def _mode(
         "conversion_limit": one / window,
         "t1_ms": one,
         "tn_ms": window,
-        "seconds_by_part": seconds_by_part(model, prompts_PT, new_tokens, sampling, seed),
+        "seconds_by_part": seconds_by_part(model, prompts_PT, new_tokens, sampling, seed, draft, nodes),
         "repeat_seconds": {
             "plain": [sum(repeat) for repeat in plain.seconds],
             "speculative": [sum(repeat) for repeat in speculative.seconds],
@@ -224,8 +227,9 @@ def _mode(
 
 
 def seconds_by_part(
-    model: LanguageModel, prompts_PT: Tensor, new_tokens: int, sampling: Sampling, seed: int = 0
-) -> dict[str, float]:
+    model: LanguageModel, prompts_PT: Tensor, new_tokens: int, sampling: Sampling, seed: int = 0, draft: str = "chain",
+    nodes: int = 8,
+) -> dict[str, float]:  # fmt: skip
     """Seconds of one repeat over all prompts, by part. Timers synchronise, so that the sum may exceed an untimed run.
 
     trunk: hidden states. verify: the target's law (output layer; eq. 11 where that is the target) and the acceptance test.
@@ -233,7 +237,8 @@ def seconds_by_part(
     total = dict.fromkeys(PARTS, 0.0)
     for index, prompt_T in enumerate(prompts_PT):
         clock = Clock(prompt_T.device)
-        decode(model, prompt_T, new_tokens, sampling, _generator(prompt_T, seed, index, 0), clock=clock)
+        generator = _generator(prompt_T, seed, index, 0)
+        decode(model, prompt_T, new_tokens, sampling, generator, draft=draft, nodes=nodes, clock=clock)
         for part, seconds in clock.seconds.items():
             total[part] += seconds
     return total
@@ -316,10 +321,12 @@ def _same_target(one: LanguageModel, other: LanguageModel) -> bool:
     )
 
 
-def _ours(model: LanguageModel, new_tokens: int, sampling: Sampling, draft: bool) -> Callable[[Tensor, int], Decoded]:
+def _ours(
+    model: LanguageModel, new_tokens: int, sampling: Sampling, draft: str, nodes: int = 8
+) -> Callable[[Tensor, int], Decoded]:
     def run(prompt_T: Tensor, seed: int) -> Decoded:
         generator = torch.Generator(prompt_T.device).manual_seed(seed)
-        return decode(model, prompt_T, new_tokens, sampling, generator, draft=draft)
+        return decode(model, prompt_T, new_tokens, sampling, generator, draft=draft, nodes=nodes)
 
     return run
 

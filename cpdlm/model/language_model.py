@@ -82,10 +82,11 @@ class LanguageModel(nn.Module):
         return new_cache()
 
     def hidden(
-        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states (B, T, D); see `Trunk.forward`."""
-        hidden_BTD: Tensor = self.trunk(tokens_BT, position_ids_BT, cache)
+        hidden_BTD: Tensor = self.trunk(tokens_BT, position_ids_BT, cache, mask)
         return hidden_BTD
 
     def next_token_log_probs(self, hidden: Tensor) -> Tensor:

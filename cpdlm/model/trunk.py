@@ -5,6 +5,8 @@ Letters: B batch, T position, D width.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -38,14 +40,21 @@ class Trunk(nn.Module):
         embedded: Tensor = self.body.get_input_embeddings()(tokens)
         return embedded
 
-    def forward(self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Hidden states (B, T, D). With a cache, tokens_BT follow what it holds and are appended to it in place.
 
-        Positions that restart within a row separate documents: the attention mask is then block-diagonal.
+        mask: boolean, (B, L+T) which tokens count, those in the cache first, or (B, 1, T, L+T) which token sees which.
+        Without one, positions that restart within a row separate documents: the attention is then block-diagonal.
         """
+        if mask is not None and mask.dim() == 4:  # taken by the attention as it is, so in its own terms
+            mask = mask.new_zeros(mask.shape, dtype=self.embedding.dtype).masked_fill(~mask, -math.inf)
         hidden_BTD: Tensor = self.body(
-            input_ids=tokens_BT, position_ids=position_ids_BT, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
+            input_ids=tokens_BT, position_ids=position_ids_BT, attention_mask=mask, past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state  # fmt: skip
         return hidden_BTD
 
     def layers(self) -> list[nn.Module]:

@@ -449,7 +449,9 @@ def trunk_records(records: Iterable[Family]) -> list[Record]:
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    settings = {key: value for key, value in flat(record.config).items() if not key.startswith(_FREE)}
+    # A setting that is younger than the record had its default then.
+    every = flat(to_dict(Config())) | flat(record.config)
+    settings = {key: value for key, value in every.items() if not key.startswith(_FREE)}
     settings["target"] = record.target
     settings["trunk"] = re.sub(r"-s\d+$", "", Path(record.config["model"]["trunk"]).name)
     settings["data.sha256"] = record["data"]["sha256"]

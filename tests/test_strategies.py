@@ -1,0 +1,454 @@
+"""Every drafting strategy, alone and in ragged batches: the target's law, and under greedy the target's own text.
+
+Law tests decode `SAMPLES` rows in one batch (each with a generator of its own) and hold the sequences to the exact
+autoregressive law, chi-square at `oracle.FALSE_ALARM`. That they would notice is shown by faults planted in what is new
+here: block acceptance, the tree's mask and positions, dead slots.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpdlm.config import resolve
+from cpdlm.decoding import Sampling, acceptance, decode, decode_batch, strategies, text, tree
+from cpdlm.decoding.filtering import draw
+from cpdlm.decoding.strategies import STRATEGIES
+from cpdlm.model.joint import Joint
+from cpdlm.model.language_model import LanguageModel, build_language_model
+from tests import oracle
+from tests.toy import ToyModel
+
+SAMPLES, LENGTH = 4000, 3
+PROMPTS = ((1,), (2, 0))  # of two lengths, alternating through the batch
+DRAFTS = [name for name in STRATEGIES if name != "none"]
+FILTERS = {"plain": Sampling(), "all": Sampling(temperature=1.4, top_k=2, top_p=0.9)}
+
+
+@cache
+def toy(layout: str, horizon: int = 3) -> ToyModel:
+    return ToyModel(layout, horizon=horizon)
+
+
+def truth(model: ToyModel, sampling: Sampling, prompt: tuple[int, ...], eos: int | None) -> dict[oracle.History, float]:
+    def law(history: tuple[int, ...]) -> list[float]:
+        return oracle.filter_law(model.oracle_target(history), sampling.temperature, sampling.top_k, sampling.top_p)
+
+    return oracle.autoregressive_law(law, prompt, LENGTH, eos)
+
+
+def counted(model: Any, sampling: Sampling, seed: int = 0, **options: Any) -> list[Counter[oracle.History]]:
+    """Sequences of each prompt, from one ragged batch."""
+    prompts = [torch.tensor(PROMPTS[row % 2]) for row in range(2 * SAMPLES)]
+    generators = [torch.Generator().manual_seed(seed * 10**6 + row) for row in range(2 * SAMPLES)]
+    done = decode_batch(model, prompts, LENGTH, sampling, generators, **options)
+    return [Counter(tuple(each.tokens) for each in done[place::2]) for place in (0, 1)]
+
+
+def p_values(model: Any, sampling: Sampling, **options: Any) -> list[float]:
+    eos = options.get("eos")
+    counts = counted(model, sampling, **options)
+    return [oracle.p_value(c, truth(model, sampling, prompt, eos)) for c, prompt in zip(counts, PROMPTS, strict=True)]
+
+
+# --- the law --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", list(FILTERS))
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [("common", {}), ("untied", {"eos": 1}), ("anchored", {"use_cache": False}), ("tied", {"nodes": 2})],
+    ids=["common", "untied, eos", "anchored, no cache", "tied, two nodes"],
+)
+@pytest.mark.parametrize("draft", list(STRATEGIES))
+def test_every_strategy_writes_with_the_targets_law(
+    draft: str, layout: str, options: dict[str, Any], setting: str
+) -> None:
+    assert min(p_values(toy(layout), FILTERS[setting], draft=draft, **options)) > oracle.FALSE_ALARM / 2
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_the_law_holds_when_dead_slots_are_closed_up(draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "WASTE", 0.0)
+    monkeypatch.setattr(text, "LEAST", 0)
+    closed = 0
+
+    def close_up(self: text.Text, original: Any = text.Text._close_up) -> None:
+        nonlocal closed
+        closed += 1
+        original(self)
+
+    monkeypatch.setattr(text.Text, "_close_up", close_up)
+    for use_cache in (True, False):
+        assert min(p_values(toy("anchored"), Sampling(), draft=draft, use_cache=use_cache)) > oracle.FALSE_ALARM / 2
+    assert closed
+
+
+class Shortlisted(ToyModel):
+    """Drafts from two of the three tokens; the target is as it was."""
+
+    def __init__(self) -> None:
+        super().__init__("anchored")
+        self.draft_ids = torch.tensor([2, 0])
+
+    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Joint:
+        law = super().draft_joint(hidden_BD, fixed_B)
+        return Joint(law.log_weights_R, law.log_factors_NRV[..., self.draft_ids].log_softmax(dim=-1))
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_drafts_from_a_shortlist_keep_the_law(draft: str) -> None:
+    assert min(p_values(Shortlisted(), Sampling(), draft=draft, nodes=4)) > oracle.FALSE_ALARM / 2
+    prompt = torch.tensor(PROMPTS[0])
+    texts = [decode(Shortlisted(), prompt, 4, Sampling(0.0), draft=name).tokens for name in (draft, "none")]
+    assert texts[0] == texts[1]
+
+
+def test_ids_of_the_shortlist_taken_for_those_of_the_vocabulary_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laws that stay on the list while tokens are mapped: ratios of the wrong tokens."""
+    monkeypatch.setattr(
+        strategies.Proposal, "on_vocabulary",
+        lambda self, ids, size: strategies.Proposal(
+            ids[self.tokens_BK], torch.nn.functional.pad(self.laws, (0, size - self.laws.shape[-1]))
+        ),
+    )  # fmt: skip
+    assert min(p_values(Shortlisted(), Sampling())) < oracle.FALSE_ALARM
+
+
+# --- faults that must be noticed --------------------------------------------------------------------------------
+
+
+def test_dead_slots_that_are_seen_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(self: text.Text, *arguments: Any, original: Any = text.Text.keep) -> None:
+        original(self, *arguments)
+        self.live_BL = torch.ones_like(self.live_BL)
+
+    monkeypatch.setattr(text.Text, "keep", keep)
+    assert max(p_values(toy("common"), Sampling())) < oracle.FALSE_ALARM
+
+
+def test_a_cache_that_does_not_follow_the_path_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text.Text, "_move", lambda *_: None)
+    assert min(p_values(toy("common"), Sampling(), draft="tree")) < oracle.FALSE_ALARM
+
+
+def test_a_tree_whose_branches_see_each_other_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    grow = tree.grow
+
+    def careless(*arguments: Any) -> tree.Tree:
+        grown = grow(*arguments)
+        size = grown.seen_BSS.shape[1]
+        causal = torch.ones(size, size, dtype=torch.bool).tril().expand_as(grown.seen_BSS)
+        return tree.Tree(grown.tokens_BM, grown.parents_BM, grown.depth_BS, causal)
+
+    monkeypatch.setattr(tree, "grow", careless)
+    assert min(p_values(toy("common"), Sampling(), draft="tree")) < oracle.FALSE_ALARM
+
+
+@pytest.mark.parametrize("fault", ["residual of the whole target", "tokenwise shares", "longest share"])
+def test_wrong_block_verification_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right drafts and laws, and one step of algorithm 2 wrong."""
+
+    def wrong(
+        target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        kept_B, _ = acceptance.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
+        drafts = tokens_BK.shape[1]
+        if fault == "longest share":  # every prefix is kept with its share alone
+            p_BK, q_BK = (
+                law[:, :drafts].gather(-1, tokens_BK[..., None]).squeeze(-1) for law in (target_BSV, draft_BKV)
+            )
+            share_BK = (p_BK / q_BK).cumprod(dim=1).clamp(max=1)
+            kept_B = ((uniforms_BS[:, :drafts] < share_BK) * torch.arange(1, drafts + 1)).amax(dim=1)
+        stop_B11 = kept_B[:, None, None]
+        p_BV = target_BSV.take_along_dim(stop_B11, dim=1).squeeze(1)
+        q_BV = draft_BKV.take_along_dim(stop_B11.clamp(max=drafts - 1), dim=1).squeeze(1)
+        # The tokenwise residual, as after a share of one.
+        rest_BV = p_BV if fault == "residual of the whole target" else acceptance.residual(p_BV, q_BV)
+        law_BV = torch.where((kept_B < drafts)[:, None], rest_BV, p_BV)
+        return kept_B, draw(law_BV, uniforms_BS[:, drafts])
+
+    monkeypatch.setattr(strategies, "verify_block", wrong)
+    assert min(p_values(toy("common", 4), Sampling(), draft="block")) < oracle.FALSE_ALARM
+
+
+def test_draws_shared_by_the_rows_of_a_batch_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has its own generator: with one draw for all, a batch is a single sample."""
+    call = strategies.Uniforms.__call__
+    monkeypatch.setattr(
+        strategies.Uniforms, "__call__", lambda self, count: call(self, count)[:1].expand(len(self.generators), -1)
+    )
+    assert max(p_values(toy("common"), Sampling())) < oracle.FALSE_ALARM
+
+
+# --- block verification ------------------------------------------------------------------------------------------
+
+
+V3, K2 = 3, 2
+Tables = dict[tuple[int, ...], list[float]]  # law behind each prefix of a window
+
+
+def made_laws(seed: int, scale: float) -> Tables:
+    generator = torch.Generator().manual_seed(seed)
+    histories = [history for length in range(K2 + 1) for history in itertools.product(range(V3), repeat=length)]
+    return {
+        h: (scale * torch.randn(V3, generator=generator, dtype=torch.float64)).softmax(-1).tolist() for h in histories
+    }
+
+
+def block_outcomes(p: Tables, q: Tables, draft: tuple[int, ...]) -> tuple[list[float], list[list[float]]]:
+    """Algorithm 2 in plain Python: (h_1..h_K, the law of the token after 0..K kept drafts)."""
+    shares, keeps = [1.0], []
+    for k in range(K2):
+        shares.append(min(1.0, shares[-1] * p[draft[:k]][draft[k]] / q[draft[:k]][draft[k]]))
+    for k in range(1, K2 + 1):
+        left = sum(max(0.0, shares[k] * a - b) for a, b in zip(p[draft[:k]], q[draft[:k]], strict=True))
+        keeps.append(shares[k] if k == K2 else left / (left + 1 - shares[k]) if left + 1 - shares[k] > 0 else 1.0)
+    laws = []
+    for k in range(K2 + 1):
+        law = p[draft[:k]]
+        if k < K2:
+            rest = [max(0.0, shares[k] * a - b) for a, b in zip(law, q[draft[:k]], strict=True)]
+            law = [r / sum(rest) for r in rest] if sum(rest) > 0 else law
+        laws.append(law)
+    return keeps, laws
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_block_verification_is_exact_in_the_oracle(seed: int) -> None:
+    """Over all drafts and outcomes: what is emitted, continued from p, has p's law."""
+    p, q = made_laws(seed, 1.0), made_laws(seed + 10, 2.0)
+    law: dict[tuple[int, ...], float] = {}
+    for draft in itertools.product(range(V3), repeat=K2):
+        mass = math.prod(q[draft[:k]][draft[k]] for k in range(K2))
+        keeps, laws = block_outcomes(p, q, draft)
+        for kept in range(K2 + 1):
+            chance = mass * (keeps[kept - 1] if kept else 1.0) * math.prod(1 - h for h in keeps[kept:])
+            for token in range(V3):
+                text = (*draft[:kept], token)
+                law[text] = law.get(text, 0.0) + chance * laws[kept][token]
+    for window in itertools.product(range(V3), repeat=K2 + 1):
+        found = sum(
+            law.get(window[:n], 0.0) * math.prod(p[window[:k]][window[k]] for k in range(n, K2 + 1))
+            for n in range(1, K2 + 2)
+        )
+        assert found == pytest.approx(math.prod(p[window[:k]][window[k]] for k in range(K2 + 1)), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_block_verification_is_the_oracles(seed: int) -> None:
+    """Thresholds of the tests to 1e-9, and the law behind each number of kept drafts on a grid of 2,000 draws."""
+    p, q = made_laws(seed, 1.0), made_laws(seed + 10, 2.0)
+    grid = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    for draft in itertools.product(range(V3), repeat=K2):
+        target = torch.tensor([p[draft[:k]] for k in range(K2 + 1)], dtype=torch.float64)
+        laws_KV = torch.tensor([q[draft[:k]] for k in range(K2)], dtype=torch.float64)
+
+        def run(uniforms: Tensor, target: Tensor = target, laws: Tensor = laws_KV, draft: Any = draft) -> Any:
+            rows = len(uniforms)
+            tokens = torch.tensor(draft).expand(rows, -1)
+            return acceptance.verify_block(target.expand(rows, -1, -1), laws.expand(rows, -1, -1), tokens, uniforms)
+
+        keeps, after = block_outcomes(p, q, draft)
+        for k, h in enumerate(keeps):
+            for shift, kept in ((-1e-9, k + 1), (1e-9, 0)):
+                if 0 < h + shift < 1:
+                    uniforms = torch.full((1, K2 + 1), 1 - 1e-15, dtype=torch.float64)
+                    uniforms[0, k] = h + shift
+                    if all(keep < 1 for place, keep in enumerate(keeps) if place != k):
+                        assert run(uniforms)[0].item() == kept
+        for kept in range(K2 + 1):
+            uniforms = torch.full((2000, K2 + 1), 1 - 1e-15, dtype=torch.float64)
+            uniforms[:, K2] = grid
+            if kept:
+                uniforms[:, kept - 1] = 0
+            found, tokens = run(uniforms)
+            if (found == kept).all():
+                law = torch.bincount(tokens, minlength=V3) / 2000
+                assert (law - torch.tensor(after[kept])).abs().max() < 1.5e-3
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_blocks_keep_at_least_as_many(rank: int) -> None:
+    model = ToyModel("common", rank=rank, horizon=4, context=9)
+    prompts = [torch.tensor([1])] * 2000
+    kept = {}
+    for draft in ("chain", "block"):
+        done = decode_batch(
+            model, prompts, 8, Sampling(), [torch.Generator().manual_seed(s) for s in range(2000)], draft=draft
+        )
+        kept[draft] = sum(len(each.tokens) for each in done) / sum(each.passes for each in done)
+    assert kept["block"] > kept["chain"] > 1
+
+
+# --- trees --------------------------------------------------------------------------------------------------------
+
+
+def joint(rank: int = 3, factors: int = 3, vocab: int = 4, batch: int = 2, seed: int = 0) -> Joint:
+    generator = torch.Generator().manual_seed(seed)
+    return Joint.from_logits(
+        torch.randn(batch, rank, generator=generator, dtype=torch.float64),
+        2 * torch.randn(batch, factors, rank, vocab, generator=generator, dtype=torch.float64),
+    )
+
+
+def prefixes(law: Joint, row: int, depth: int) -> dict[tuple[int, ...], float]:
+    """Every prefix of one row with its probability, by the joint's own log_prob."""
+    found = {}
+    for length in range(1, depth + 1):
+        for window in torch.cartesian_prod(*[torch.arange(law.vocab_size)] * length).view(-1, length):
+            batch = window.expand(law.log_weights_R.shape[0], -1)
+            found[tuple(window.tolist())] = float(law.log_prob(batch)[row].exp())
+    return found
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 5, 11, 30])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_tree_is_the_likeliest_prefixes(rank: int, nodes: int) -> None:
+    law = joint(rank)
+    grown = tree.grow(law, 3, nodes)
+    for row in range(2):
+        paths = []
+        for node in range(nodes):
+            parent = int(grown.parents_BM[row, node])
+            assert parent <= node, "parents come first"
+            paths.append((*(paths[parent - 1] if parent else ()), int(grown.tokens_BM[row, node])))
+            assert grown.depth_BS[row, node + 1] == len(paths[-1])
+            seen = {place for place in range(nodes + 1) if grown.seen_BSS[row, node + 1, place]}
+            ancestors = {0, node + 1} | {i + 1 for i, path in enumerate(paths) if path == paths[-1][: len(path)]}
+            assert seen == ancestors
+        assert len(set(paths)) == nodes
+        every = prefixes(law, row, 3)
+        wanted = sum(sorted(every.values(), reverse=True)[:nodes])
+        assert sum(every[path] for path in paths) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("shape", "nodes"), [("window", 64), ("path", 64)])
+def test_the_best_window_by_enumeration(shape: str, nodes: int) -> None:
+    """A beam as wide as there are windows is exact."""
+    law = joint(batch=3)
+    drafts = strategies.Certain(shape, Sampling(0.0), None, nodes).draft(law, 3).tokens_BK
+    for row in range(3):
+        every = prefixes(law, row, 3)
+        value = {
+            w: every[w] if shape == "window" else sum(every[w[:k]] for k in (1, 2, 3)) for w in every if len(w) == 3
+        }
+        assert tuple(drafts[row].tolist()) == max(value, key=lambda w: value[w])
+
+
+# --- real models --------------------------------------------------------------------------------------------------
+
+
+@cache
+def real(family: str, anchor: str = "token", common: bool = True, rank: int = 3) -> LanguageModel:
+    torch.manual_seed(0)
+    base = {
+        "size": "micro",
+        "model.family": family,
+        "data.context": 64,
+        "decode.prompt_tokens": 4,
+        "decode.new_tokens": 4,
+    }
+    trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 17) if common else None
+    overrides = base | {"rank": rank, "horizon": 4, "anchor": anchor} | ({"model.trunk": "x"} if common else {})
+    model = build_language_model(resolve(overrides), 17, trunk).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.6)  # a law with preferences, so that some drafts are kept
+    return model
+
+
+RAGGED = [torch.randint(0, 17, (n,), generator=torch.Generator().manual_seed(n)) for n in (1, 9, 4, 17, 2)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("common", [True, False])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_batch_is_its_rows_one_by_one(draft: str, family: str, common: bool) -> None:
+    """Greedy and sampled, with and without a cache, rows that end at different times; dead slots closed up or not."""
+    model = real(family, "token" if common else "none", common)
+    kept = 0
+    for sampling in (Sampling(0.0), Sampling(0.8, 5, 0.95)):
+        plain = [decode(model, prompt, 40, sampling, torch.Generator(), draft="none").tokens for prompt in RAGGED]
+        for use_cache in (True, False):
+            options: dict[str, Any] = {"draft": draft, "use_cache": use_cache, "eos": plain[1][25]}
+            alone = [
+                decode(model, prompt, 40, sampling, torch.Generator().manual_seed(row), **options)
+                for row, prompt in enumerate(RAGGED)
+            ]
+            generators = [torch.Generator().manual_seed(row) for row in range(len(RAGGED))]
+            together = decode_batch(model, RAGGED, 40, sampling, generators, **options)
+            if sampling.greedy:
+                assert [each.tokens for each in together] == [each.tokens for each in alone]
+                for row, each in enumerate(together):
+                    assert each.tokens == plain[row][: len(each.tokens)]
+            else:  # a row's last windows may be longer in a batch, and then it draws more
+                assert all(a.tokens[:30] == b.tokens[:30] for a, b in zip(together, alone, strict=True))
+            kept += sum(sum(each.accepted) for each in together)
+    assert kept, "no draft was ever kept"
+
+
+def test_rows_that_end_early_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = real("llama"), []
+    original = LanguageModel.hidden
+
+    def watched(self: LanguageModel, tokens_BT: Tensor, *rest: Any, **more: Any) -> Tensor:
+        sizes.append(len(tokens_BT))
+        return original(self, tokens_BT, *rest, **more)
+
+    monkeypatch.setattr(LanguageModel, "hidden", watched)
+    ends = [decode(model, prompt, 40, Sampling(0.0), draft="none").tokens for prompt in RAGGED]
+    sizes.clear()
+    stop = {row: 3 + 7 * row for row in range(len(RAGGED))}
+    done = decode_batch(model, RAGGED, 40, Sampling(0.0), stop=lambda row, tokens: len(tokens) == stop[row])
+    assert [each.tokens for each in done] == [ends[row][: stop[row]] for row in range(len(RAGGED))]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 5 and sizes[-1] == 1
+
+
+def test_unknown_names_and_sizes_are_refused() -> None:
+    model, prompt = toy("common"), torch.tensor([1])
+    with pytest.raises(ValueError, match="draft='forest' is not one of none, chain, block, tree"):
+        decode(model, prompt, 2, Sampling(0.0), draft="forest")
+    with pytest.raises(ValueError, match="nodes=0 drafts nothing"):
+        decode(model, prompt, 2, Sampling(0.0), draft="tree", nodes=0)
+    with pytest.raises(ValueError, match="1 generators for 2 prompts; pass one for each row"):
+        decode_batch(model, [prompt, prompt], 2, Sampling(), [torch.Generator()])
+    with pytest.raises(ValueError, match="there is no prompt"):
+        decode_batch(model, [], 2, Sampling(0.0))
+
+
+def test_scores_changed_by_the_caller_are_the_target() -> None:
+    """Forbid the token written last: the law of the changed target, on every strategy, and the same text under greedy."""
+
+    def changed(row: int, tokens: list[int], scores_V: Tensor) -> Tensor:
+        return scores_V.index_fill(0, torch.tensor(tokens[-1:], dtype=torch.long), -torch.inf)
+
+    model, prompt = toy("anchored"), PROMPTS[0]
+
+    def law(history: tuple[int, ...]) -> list[float]:
+        probs = model.oracle_target(history)
+        banned = history[-1] if len(history) > len(prompt) else None
+        left = [0.0 if v == banned else p for v, p in enumerate(probs)]
+        return [p / sum(left) for p in left]
+
+    right = oracle.autoregressive_law(law, prompt, LENGTH)
+    plain = decode(model, torch.tensor(prompt), LENGTH, Sampling(0.0), draft="none", target_scores=changed).tokens
+    assert all(a != b for a, b in itertools.pairwise(plain))
+    for draft in DRAFTS:
+        assert (
+            decode(model, torch.tensor(prompt), LENGTH, Sampling(0.0), draft=draft, target_scores=changed).tokens
+            == plain
+        )
+        generators = [torch.Generator().manual_seed(row) for row in range(1000)]
+        done = decode_batch(
+            model, [torch.tensor(prompt)] * 1000, LENGTH, Sampling(), generators, draft=draft, target_scores=changed
+        )
+        counts = Counter(tuple(each.tokens) for each in done)
+        assert oracle.p_value(counts, right) > oracle.FALSE_ALARM, draft
