@@ -161,17 +161,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--chunk-mib", type=int, default=32, help="bound on the logits alive at once (loss.chunk_mib)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu", action="store_true", help="measure on the CPU though there is a GPU")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "loss")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks")
     parser.add_argument("--side", choices=("bounded", "dense"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.side:
         print(json.dumps(measure(options.side, options)))
         return 0
+    from cpdlm.files import write_json
+
     record = compare(options, arguments)
     accelerator = "cpu" if record["hardware"]["accelerator"] == "none" or options.cpu else "gpu"
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"joint-loss-{accelerator}.json"
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_json(path, record)
     for key in ("memory_ratio", "time_ratio"):
         print(f"{key}: {record[key]['measured']:.3f} (target at most {record[key]['target']})")
     print(f"record: {path}")
