@@ -176,14 +176,15 @@ def baselines_table(families: list[Family]) -> Table:
             if over_seeds(cells, "plain_over_generate") is not None
         ]
         if found:
+            cells = max(found, key=len)
             rates = [
                 f"{sum(m['tokens_per_second'][key] for m in modes) / len(modes):,.0f}"
                 for mode in MODES
                 for key in ("plain", "generate")
-                if (modes := [m for r in found[0].values() if (m := r.mode(mode)) and m["plain_over_generate"]])
+                if (modes := [m for r in cells.values() if (m := r.mode(mode)) and m["plain_over_generate"]])
             ]
-            ratios = [_shown(over_seeds(found[0], "plain_over_generate", mode), 2) for mode in MODES]
-            rows.append((family.label, str(len(found[0])), *rates, *ratios))
+            ratios = [_shown(over_seeds(cells, "plain_over_generate", mode), 2) for mode in MODES]
+            rows.append((family.label, str(len(cells)), *rates, *ratios))
     header = (
         "setting", "seeds", "plain, greedy (tokens/s)", "generate, greedy (tokens/s)", "plain, sampling (tokens/s)",
         "generate, sampling (tokens/s)", "plain / generate, greedy", "plain / generate, sampling",
