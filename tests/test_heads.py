@@ -61,6 +61,28 @@ def test_batch_dimensions_come_through(kind: str) -> None:
     torch.testing.assert_close(joint.log_factors_NRV[1, 2], heads.joint(hidden[1, 2], table_VD).log_factors_NRV)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [1, R])
+def test_draft_laws_are_the_joints(kind: str, rank: int) -> None:
+    heads, hidden_PD, table_VD = make(kind, rank)
+    joint, first_P = heads.joint(hidden_PD, table_VD), torch.tensor([0, 3, V - 1, 3])
+    for mine, theirs in (
+        (heads.draft(hidden_PD, table_VD), joint),
+        (heads.draft_given_first(hidden_PD, table_VD, first_P), joint.condition(first_P)),
+    ):
+        torch.testing.assert_close(mine.log_weights_R, theirs.log_weights_R)
+        torch.testing.assert_close(mine.log_factors_NRV, theirs.log_factors_NRV)
+
+
+def test_a_first_token_outside_the_table_leaves_the_prior() -> None:
+    heads, hidden_PD, table_VD = make("full")
+    first_P = torch.tensor([0, -1, 2, -1])
+    given, known = heads.draft_given_first(hidden_PD, table_VD, first_P), first_P >= 0
+    torch.testing.assert_close(given.log_weights_R[~known], heads.log_weights(hidden_PD)[~known])
+    exact = heads.joint(hidden_PD, table_VD).condition(first_P.clamp(min=0))
+    torch.testing.assert_close(given.log_weights_R[known], exact.log_weights_R[known])
+
+
 def test_rank_one_is_independent_heads() -> None:
     """log p(window) is the sum of what N separate softmax heads say."""
     heads, hidden_PD, table_VD = make("separate", rank=1)
@@ -99,7 +121,7 @@ def test_maps_start_near_the_trunks_own_prediction() -> None:
     hidden = torch.randn(64, width)
     for map_rank in (0, 16):
         heads = FactorHeads(width, V, R, N, map_rank=map_rank, noise=0.2)
-        rows = heads._features()(hidden, *heads._map_parameters(N)).view(64, N * R, width)
+        rows = heads._features()(hidden, *heads._map_parameters(0, N)).view(64, N * R, width)
         moved = (rows - hidden[:, None]).norm(dim=-1) / hidden.norm(dim=-1)[:, None]
         assert 0.15 < moved.mean() < 0.25
 

@@ -194,6 +194,26 @@ def test_is_immutable_normalised_and_at_least_float32() -> None:
         joint.log_weights_R = torch.zeros(2)  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scores_are_the_law_that_they_normalise_to(dtype: torch.dtype) -> None:
+    """Normalised when asked for, in whatever form, is normalised at once."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
+    scores = (5 * torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64)).to(dtype)
+    lazy, whole = Joint(weights, scores, normalised=False), Joint.from_logits(weights, scores)
+    tokens = torch.randint(0, 5, (2, 4), generator=generator)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    for mine, theirs in ((lazy, whole), (lazy.marginal(2), whole.marginal(2)),
+                         (lazy.condition(tokens[:, 0]), whole.condition(tokens[:, 0]))):  # fmt: skip
+        assert mine.factors_NRV.dtype == mine.log_factors_NRV.dtype == torch.promote_types(dtype, torch.float32)
+        assert (mine.horizon, mine.rank, mine.vocab_size) == (theirs.horizon, theirs.rank, theirs.vocab_size)
+        for of in ("log_weights_R", "weights_R", "log_factors_NRV", "factors_NRV"):
+            torch.testing.assert_close(getattr(mine, of), getattr(theirs, of), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(mine.factors_NRV, mine.log_factors_NRV.exp())
+        assert torch.equal(mine.scores_NRV.argmax(-1), theirs.log_factors_NRV.argmax(-1))
+    torch.testing.assert_close(lazy.log_prob(tokens), whole.log_prob(tokens))
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(AssertionError, match="do not fit"):
         Joint(torch.zeros(3), torch.zeros(2, 4, 5))

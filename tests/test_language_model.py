@@ -146,6 +146,65 @@ def test_target_and_draft_laws_of_each_layout(layout: str) -> None:
         torch.testing.assert_close(draft.log_prob(rest), whole.log_prob(window) - whole.log_prob(window[:, :1]))
 
 
+@pytest.mark.parametrize("layout", [name for name in WITH_MIXTURE if name != "separate"])
+def test_a_shortlist_is_the_law_restricted_to_it(layout: str) -> None:
+    """Every factor renormalised on the list, untied the first one, too; the target and the joint stay as they are."""
+    model, ids, fixed_B = make(layout), torch.tensor([7, 0, 4, 9]), torch.tensor([4, 3])  # 4 is on the list, 3 is not
+    hidden_BD = model.hidden(rows()["tokens_BT"])[:, -1]
+    whole, target = model.joint(hidden_BD, fixed_B), model.target_log_probs(hidden_BD)
+    model.use_shortlist(ids)
+    assert model.draft_ids is not None and torch.equal(model.draft_ids, ids)
+    assert torch.equal(model.target_log_probs(hidden_BD), target)
+    assert torch.equal(model.joint(hidden_BD, fixed_B).log_factors_NRV, whole.log_factors_NRV)
+    draft, skip = model.draft_joint(hidden_BD, fixed_B), 0 if model.first_is_tied else 1
+    assert (draft.horizon, draft.rank, draft.vocab_size) == (N - 1, R, len(ids))
+    restricted = whole.log_factors_NRV[..., ids].log_softmax(-1)
+    torch.testing.assert_close(draft.log_factors_NRV, restricted[:, skip:])
+    weights = whole.log_weights_R.clone()
+    if skip:
+        weights[0] = (weights[0] + restricted[0, 0, :, 2]).log_softmax(-1)
+    torch.testing.assert_close(draft.log_weights_R, weights)
+    assert set(model.state_dict()) == set(make(layout).state_dict()), "a list is no part of a checkpoint"
+    model.use_shortlist(None)
+    assert model.draft_ids is None and model.draft_joint(hidden_BD, fixed_B).vocab_size == V
+
+
+def test_a_shortlist_of_everything_is_the_whole_law() -> None:
+    model, fixed_B = make("untied"), torch.tensor([4, 3])
+    hidden_BD = model.hidden(rows()["tokens_BT"])[:, -1]
+    whole, ids = model.draft_joint(hidden_BD, fixed_B), torch.randperm(V)
+    model.use_shortlist(ids)
+    draft = model.draft_joint(hidden_BD, fixed_B)
+    torch.testing.assert_close(draft.log_factors_NRV, whole.log_factors_NRV[..., ids])
+    torch.testing.assert_close(draft.log_weights_R, whole.log_weights_R)
+
+
+def test_a_shortlist_moves_with_the_model() -> None:
+    model = make("untied")
+    model.use_shortlist(torch.tensor([1, 2]))
+    model.bfloat16()
+    draft = model.draft_joint(torch.randn(1, 64, dtype=torch.bfloat16), torch.tensor([1]))
+    assert draft.scores_NRV.dtype == torch.bfloat16 and draft.log_factors_NRV.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("layout", "ids", "message"),
+    [
+        ("separate", [0, 1], "model.head=shared"),
+        ("plain", [0, 1], "horizon 2 or more"),
+        ("untied", [0, V], f"0..{V - 1}"),
+        ("untied", [-1, 2], "distinct ids"),
+        ("untied", [3, 3], "1 of them distinct"),
+        ("untied", [[1, 2]], "a row of token ids"),
+        ("untied", [0.5], "a row of token ids"),
+        ("untied", [], "a row of token ids"),
+    ],
+)
+def test_what_is_no_shortlist_is_refused(layout: str, ids: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(layout).use_shortlist(torch.tensor(ids))
+
+
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_forward_is_the_law_and_its_chain_sums_to_the_joint(layout: str) -> None:  # law 16
     model, batch = make(layout), rows()

@@ -72,14 +72,14 @@ def test_the_ratio_of_times_is_taken_within_a_repeat() -> None:
     slow_minute = [1.0, 10.0, 1.0]
     plain = Timing([[2 * s, 2 * s] for s in slow_minute], [[10, 10]] * 3, [])
     fast = Timing([[s, s] for s in slow_minute], [[10, 10]] * 3, [])
-    assert latency._ratio(fast, plain, 0) == pytest.approx({"median": 2.0, "low": 2.0, "high": 2.0})
+    assert latency.rate_ratio(fast, plain, 0) == pytest.approx({"median": 2.0, "low": 2.0, "high": 2.0})
 
 
 def test_the_interval_of_a_speed_up_covers_prompts() -> None:
     """One prompt of two is three times as fast: the interval reaches from one to the other."""
     plain = Timing([[3.0, 3.0]] * 5, [[10, 10]] * 5, [])
     fast = Timing([[1.0, 3.0]] * 5, [[10, 10]] * 5, [])
-    found = latency._ratio(fast, plain, 0)
+    found = latency.rate_ratio(fast, plain, 0)
     assert found["median"] == pytest.approx(1.5)
     assert (found["low"], found["high"]) == pytest.approx((1.0, 3.0))
 
@@ -89,7 +89,7 @@ def test_greedy_repeats_and_sampled_seeds() -> None:
     model = cell(2)
     run = latency._ours(model, 9, Sampling(), "chain")
     assert run(PROMPTS[0], 3) == run(PROMPTS[0], 3) != run(PROMPTS[0], 4)
-    seeds = {latency._seed(s, p, r) for s in range(3) for p in range(50) for r in range(9)}
+    seeds = {latency.run_seed(s, p, r) for s in range(3) for p in range(50) for r in range(9)}
     assert len(seeds) == 3 * 50 * 9
 
 

@@ -3,7 +3,7 @@
 The conditional of draft k is the mixture with posterior weights, q_k = sum_a w_a(d_1..d_{k-1}) p_a^(k). It is what the
 acceptance test must use, whatever way the tokens were drawn. Filters act on these conditionals: filtering the
 components would be another joint. The loop runs over the K depths at most, never over components or vocabulary, and in
-probabilities rather than logs: one `exp` of the factors and one matrix product per depth instead of a log-sum-exp.
+probabilities rather than logs: the factors are normalised once, and a depth is one matrix product instead of a log-sum-exp.
 
 Letters: B batch, K drafts, R rank, V vocabulary.
 """
@@ -20,8 +20,8 @@ from cpdlm.model.joint import Joint
 def greedy_chain(joint: Joint, count: int) -> Tensor:
     """Drafts (B, K): the argmax of each conditional in turn. joint: batch (B,), at least `count` factors."""
     if joint.rank == 1:
-        return joint.log_factors_NRV[:, :count, 0].argmax(dim=-1)
-    weights_B1R, factors_BKRV = _probabilities(joint, count)
+        return joint.scores_NRV[:, :count, 0].argmax(dim=-1)
+    weights_B1R, factors_BKRV = joint.weights_R.unsqueeze(1), joint.marginal(count).factors_NRV
     tokens: list[Tensor] = []
     for k in range(count):
         token_B11 = (weights_B1R @ factors_BKRV[:, k]).argmax(dim=-1, keepdim=True)
@@ -37,12 +37,13 @@ def sampled_chain(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Ten
     uniforms_BS: (B, K+1) float64 in [0, 1). Where nothing is filtered the component is drawn first and then all tokens
     at once, which is equal in law to the chain; the laws returned are the mixture's conditionals all the same.
     """
+    joint = joint.marginal(count)
     if joint.rank == 1:
-        laws_BKV = filtered(joint.log_factors_NRV[:, :count, 0], sampling)
+        laws_BKV = joint.factors_NRV[:, :, 0] if sampling.plain else filtered(joint.scores_NRV[:, :, 0], sampling)
         return _draw_draft(laws_BKV, uniforms_BS[:, :count]), laws_BKV
     if sampling.plain:
         return _component_first(joint, count, uniforms_BS)
-    weights_B1R, factors_BKRV = _probabilities(joint, count)
+    weights_B1R, factors_BKRV = joint.weights_R.unsqueeze(1), joint.factors_NRV
     tokens: list[Tensor] = []
     laws: list[Tensor] = []
     for k in range(count):
@@ -56,21 +57,16 @@ def sampled_chain(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Ten
 
 
 def _component_first(joint: Joint, count: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
-    log_factors_BKRV = joint.log_factors_NRV[:, :count]
-    factors_BKRV = log_factors_BKRV.exp()
-    component_B = _draw_draft(joint.log_weights_R.exp(), uniforms_BS[:, 0])
+    factors_BKRV = joint.factors_NRV
+    component_B = _draw_draft(joint.weights_R, uniforms_BS[:, 0])
     drawn_BKV = factors_BKRV.take_along_dim(component_B[:, None, None, None], dim=2).squeeze(2)
     tokens_BK = _draw_draft(drawn_BKV, uniforms_BS[:, 1 : count + 1])
     before_BKR = joint.log_weights_R.unsqueeze(1)
     if count > 1:
-        seen_BKR = log_factors_BKRV[:, :-1].take_along_dim(tokens_BK[:, :-1, None, None], dim=3).squeeze(3)
+        seen_BKR = factors_BKRV[:, :-1].take_along_dim(tokens_BK[:, :-1, None, None], dim=3).squeeze(3).log()
         before_BKR = torch.cat([before_BKR, before_BKR + seen_BKR.cumsum(dim=1)], dim=1)
     posterior_BK1R = before_BKR.softmax(dim=-1).unsqueeze(2)
     return tokens_BK, (posterior_BK1R @ factors_BKRV).squeeze(2)
-
-
-def _probabilities(joint: Joint, count: int) -> tuple[Tensor, Tensor]:
-    return joint.log_weights_R.exp().unsqueeze(1), joint.log_factors_NRV[:, :count].exp()
 
 
 def _posterior(weights_B1R: Tensor, factors_BRV: Tensor, token_B11: Tensor) -> Tensor:

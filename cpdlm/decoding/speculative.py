@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding.filtering import Sampling
-from cpdlm.decoding.strategies import Proposal, Uniforms, make_strategy, nothing
+from cpdlm.decoding.strategies import Maker, Proposal, Uniforms, make_strategy, nothing
 from cpdlm.decoding.text import Text
-from cpdlm.model.joint import Joint
 
 PLAIN = Sampling()
 
@@ -48,7 +47,9 @@ class DraftingModel(Protocol):
 
     def target_log_probs(self, hidden: Tensor) -> Tensor: ...
 
-    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Joint: ...
+    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Any:
+        """The `Joint` of what follows the fixed token, or what the strategy given as `draft` takes in its place."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def decode_batch(
     generators: Sequence[torch.Generator] | None = None,
     *,
     eos: int | Sequence[int] | None = None,
-    draft: str = "chain",
+    draft: str | Maker = "chain",
     nodes: int = 8,
     use_cache: bool = True,
     target_scores: Callable[[int, list[int], Tensor], Tensor] | None = None,
@@ -106,8 +107,8 @@ def decode_batch(
     """Writes max_new_tokens tokens after each prompt, or fewer if eos comes first (eos is kept), with the target's law.
 
     prompts: (T,) ids each, on the model's device, of any lengths. generators: one per row, from which every random number
-    of that row comes; greedy needs none. eos: one id or several. draft: a name of `strategies.STRATEGIES`; "none" is plain
-    decoding. nodes: size of a tree, width of a beam. use_cache=False recomputes the whole sequence in every pass: same tokens, slower.
+    of that row comes; greedy needs none. eos: one id or several. draft: a name of `strategies.STRATEGIES` ("none" is plain
+    decoding), or what makes a strategy for a model whose draft law is no `Joint`. nodes: size of a tree, width of a beam. use_cache=False recomputes the whole sequence in every pass: same tokens, slower.
 
     target_scores(row, tokens so far, scores_V) -> scores_V changes the target (for logits processors: repetition penalties
     and the like) and then takes the place of `sampling`'s own filters there; drafts still follow `sampling`. stop(row,

@@ -59,7 +59,7 @@ class Verdict:
 
 
 class Strategy(Protocol):
-    def draft(self, joint: Joint, depth: int) -> Proposal:
+    def draft(self, joint: Any, depth: int) -> Proposal:
         """Drafts at most `depth` tokens deep. joint: the law of what follows the fixed token, batch (B,), `depth` factors or
         more."""
         ...
@@ -84,6 +84,9 @@ class Uniforms:
 
     def select(self, rows: Sequence[int]) -> None:
         self.generators = [self.generators[row] for row in rows]
+
+
+Maker = Callable[[Sampling, Uniforms | None], Strategy]
 
 
 def nothing(window_BS: Tensor) -> Proposal:
@@ -209,13 +212,16 @@ STRATEGIES = {
 
 
 def make_strategy(
-    name: str, sampling: Sampling, uniforms: Uniforms | None, nodes: int = 8, processed: bool = False
+    name: str | Maker, sampling: Sampling, uniforms: Uniforms | None, nodes: int = 8, processed: bool = False
 ) -> Strategy:
     """The strategy of that name for this sampling; raises ValueError on an unknown one.
 
-    uniforms: None under greedy. nodes: drafts of a tree, or width of the beam. processed: the target's scores are the
+    name: or what makes a strategy that is none of these, for a model whose draft law is no `Joint`. uniforms: None under
+    greedy. nodes: drafts of a tree, or width of the beam. processed: the target's scores are the
     caller's, filtered already.
     """
+    if callable(name):
+        return name(sampling, uniforms)
     if name not in STRATEGIES:
         raise ValueError(f"draft={name!r} is not one of {', '.join(STRATEGIES)}")
     if nodes < 1:

@@ -48,10 +48,9 @@ def beam(joint: Joint, depth: int, width: int) -> Beam:
     """joint: batch (B,), `depth` factors or more. A level with fewer than `width` prefixes is padded with log-probability
     -inf."""
     offspring = min(width, joint.vocab_size)
-    factors_BDRV = joint.log_factors_NRV[:, :depth].exp()
-    weights_BMR = joint.log_weights_R.exp().unsqueeze(
-        1
-    )  # unnormalised posterior of each prefix: its sum is its probability
+    factors_BDRV = joint.marginal(depth).factors_NRV
+    # Unnormalised posterior of each prefix: its sum over components is the prefix's probability.
+    weights_BMR = joint.weights_R.unsqueeze(1)
     levels: list[tuple[Tensor, Tensor, Tensor]] = []
     for level in range(depth):
         probs_BMV = weights_BMR @ factors_BDRV[:, level]

@@ -80,12 +80,7 @@ def hugging_face(model: LanguageModel) -> Generate | None:
     """
     if not (model.first_is_tied or model.common_target):
         return None
-    body = model.trunk.body
-    with torch.device("meta"):  # the shell's own weights are never made
-        shell = AutoModelForCausalLM.from_config(body.config)
-    setattr(shell, shell.base_model_prefix, body)
-    shell.get_output_embeddings().weight = model.unembedding.weight
-    shell.eval()
+    shell = as_hugging_face(model)
 
     def generate(prompt_T: Tensor, new_tokens: int, sampling: Sampling, seed: int) -> list[int]:
         choice: dict[str, Any] = {"do_sample": False}
@@ -107,6 +102,15 @@ def hugging_face(model: LanguageModel) -> Generate | None:
         return ids
 
     return generate
+
+
+def as_hugging_face(model: LanguageModel) -> Any:
+    """A Hugging Face causal language model of a model's trunk and unembedding (shared, not copied), in evaluation mode."""
+    with torch.device("meta"):  # the shell's own weights are never made
+        shell = AutoModelForCausalLM.from_config(model.trunk.body.config)
+    setattr(shell, shell.base_model_prefix, model.trunk.body)
+    shell.get_output_embeddings().weight = model.unembedding.weight
+    return shell.eval()
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ def measure(
             if generate is not None:
                 contenders["generate", name] = _theirs(generate, new_tokens, sampling)
         contenders["speculative", name] = _ours(model, new_tokens, sampling, draft, nodes)
-    timings = _run(contenders, subjects, prompts_PT, repeats, warmups, seed, say)
+    timings = interleaved(contenders, subjects, prompts_PT, repeats, warmups, seed, say)
     rank_one: dict[int, str] = {}
     for name, model in models.items():
         if model.rank == 1:
@@ -195,7 +199,7 @@ def _mode(
     draft: str, nodes: int, *, plain: Timing, speculative: Timing, generate: Timing | None, trunk: Timing | None, rank_one: Timing | None,
 ) -> dict[str, Any]:  # fmt: skip
     statistics = acceptance(speculative.decoded, model.horizon, seed)
-    speedup = _ratio(speculative, plain, seed)
+    speedup = rate_ratio(speculative, plain, seed)
     one, window = pass_milliseconds(model, prompts_PT, new_tokens)
     return {
         "temperature": sampling.temperature,
@@ -211,9 +215,9 @@ def _mode(
             "generate": float(np.median(generate.rates())) if generate is not None else None,
         },
         "speedup": speedup,
-        "speedup_over_rank1": _ratio(speculative, rank_one, seed) if rank_one is not None else None,
-        "speedup_over_trunk": _ratio(speculative, trunk, seed) if trunk is not None else None,
-        "plain_over_generate": _ratio(plain, generate, seed) if generate is not None else None,
+        "speedup_over_rank1": rate_ratio(speculative, rank_one, seed) if rank_one is not None else None,
+        "speedup_over_trunk": rate_ratio(speculative, trunk, seed) if trunk is not None else None,
+        "plain_over_generate": rate_ratio(plain, generate, seed) if generate is not None else None,
         "conversion": speedup["median"] / statistics["tokens_per_pass"]["mean"],
         "conversion_limit": one / window,
         "t1_ms": one,
@@ -270,11 +274,12 @@ def pass_milliseconds(
     return one, window
 
 
-def _run(
+def interleaved(
     contenders: Mapping[tuple[str, str], Callable[[Tensor, int], Decoded | list[int]]],
     models: Mapping[str, LanguageModel], prompts_PT: Tensor, repeats: int, warmups: int, seed: int,
     say: Callable[[str], None],
 ) -> dict[tuple[str, str], Timing]:  # fmt: skip
+    """Timing of each contender, (kind, name), run prompt by prompt with the others; models[name] is whose passes are counted."""
     for warmup in range(warmups):
         say(f"warm-up {warmup + 1}/{warmups}")
         for contender in contenders.values():
@@ -292,7 +297,7 @@ def _run(
             for key in order[turn:] + order[:turn]:
                 with count_passes(models[key[1]]) as passes:
                     start = clock.now()
-                    result = contenders[key](prompt_T, _seed(seed, index, repeat))
+                    result = contenders[key](prompt_T, run_seed(seed, index, repeat))
                     timings[key].seconds[repeat].append(clock.now() - start)
                 if isinstance(result, Decoded):
                     assert passes.count == result.passes, (
@@ -335,15 +340,16 @@ def _theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Callable
     return lambda prompt_T, seed: generate(prompt_T, new_tokens, sampling, seed)
 
 
-def _seed(seed: int, index: int, repeat: int) -> int:
+def run_seed(seed: int, index: int, repeat: int) -> int:
+    """Of one (prompt, repeat): the same for every contender."""
     return (seed * 1_000_003 + index) * 1009 + repeat
 
 
 def _generator(prompt_T: Tensor, seed: int, index: int, repeat: int) -> torch.Generator:
-    return torch.Generator(prompt_T.device).manual_seed(_seed(seed, index, repeat))
+    return torch.Generator(prompt_T.device).manual_seed(run_seed(seed, index, repeat))
 
 
-def _ratio(top: Timing, bottom: Timing, seed: int) -> dict[str, float]:
+def rate_ratio(top: Timing, bottom: Timing, seed: int) -> dict[str, float]:
     """{"median", "low", "high"}: median over repeats of the tokens/s ratio, and the 95 % bootstrap interval of total tokens
     over total time, prompts and repeats resampled (the same ones for both contenders)."""
     random = np.random.default_rng(seed)

@@ -66,11 +66,33 @@ class FactorHeads(nn.Module):
 
     def first_log_weights_and_logits(self, hidden_PD: Tensor, unembedding_VD: Tensor) -> tuple[Tensor, Tensor]:
         """Gate (..., R) and logits (..., R, V) of the first factor alone, which eq. 11 needs at every position."""
-        return self.log_weights(hidden_PD), self._logits(hidden_PD, unembedding_VD, 1).squeeze(-3)
+        return self.log_weights(hidden_PD), self._logits(hidden_PD, unembedding_VD, 0, 1).squeeze(-3)
 
     def joint(self, hidden_PD: Tensor, unembedding_VD: Tensor) -> Joint:
         """The law at each position, densely: log-factors (..., N, R, V)."""
-        return Joint(self.log_weights(hidden_PD), log_normalise(self._logits(hidden_PD, unembedding_VD, self.factors)))
+        logits_PNRV = self._logits(hidden_PD, unembedding_VD, 0, self.factors)
+        return Joint(self.log_weights(hidden_PD), log_normalise(logits_PNRV))
+
+    def draft(self, hidden_BD: Tensor, unembedding_VD: Tensor) -> Joint:
+        """`joint`, as drafts need it: no factor is normalised before something asks for it."""
+        logits_BNRV = self._logits(hidden_BD, unembedding_VD, 0, self.factors)
+        return Joint(self.log_weights(hidden_BD), logits_BNRV, normalised=False)
+
+    def draft_given_first(self, hidden_BD: Tensor, unembedding_VD: Tensor, first_B: Tensor) -> Joint:
+        """The law of the later N-1 tokens given the first, `joint(..).condition(first_B)` without what drafts do not need.
+
+        first_B: rows of unembedding_VD; -1 for a token that is not among them, which tells nothing of the component.
+        Of the first factor the posterior needs one probability per component, and with one component nothing at all.
+        """
+        log_weights_BR = self.log_weights(hidden_BD)
+        if self.rank == 1:
+            return Joint(log_weights_BR, self._logits(hidden_BD, unembedding_VD, 1, self.factors), normalised=False)
+        logits_BNRV = self._logits(hidden_BD, unembedding_VD, 0, self.factors)
+        first_BRV = logits_BNRV[:, 0].to(log_weights_BR.dtype)
+        chosen_BR = first_BRV.take_along_dim(first_B.clamp(min=0)[:, None, None], dim=-1).squeeze(-1)
+        posterior_BR = log_normalise(log_weights_BR + chosen_BR - first_BRV.logsumexp(dim=-1))
+        log_weights_BR = torch.where(first_B.unsqueeze(-1) < 0, log_weights_BR, posterior_BR)
+        return Joint(log_weights_BR, logits_BNRV[:, 1:], normalised=False)
 
     def nll(
         self, hidden_PD: Tensor, future_PN: Tensor, count_P: Tensor, weight_P: Tensor, unembedding_VD: Tensor,
@@ -81,35 +103,38 @@ class FactorHeads(nn.Module):
         Returns sum_p weight_p nll_p, nll_P (detached, nats) and log_weights_PR.
         """
         log_weights_PR = self.log_weights(hidden_PD)
-        table = self._unembeddings(unembedding_VD, factors)
+        table = self._unembeddings(unembedding_VD, 0, factors)
         total, nll_P = joint_nll(
             hidden_PD, log_weights_PR, future_PN[:, :factors], count_P.clamp(max=factors), weight_P, table,
-            self._features(), tuple(self._map_parameters(factors)), chunk_bytes,
+            self._features(), tuple(self._map_parameters(0, factors)), chunk_bytes,
         )  # fmt: skip
         return total, nll_P, log_weights_PR
 
-    def _logits(self, hidden: Tensor, unembedding_VD: Tensor, factors: int) -> Tensor:
+    def _logits(self, hidden: Tensor, unembedding_VD: Tensor, start: int, stop: int) -> Tensor:
+        """(..., stop-start, R, V) of the factors start..stop-1."""
         flat_PD = hidden.reshape(-1, self.width)
-        rows_MD = self._features()(flat_PD, *self._map_parameters(factors))
-        table_VD = self._unembeddings(unembedding_VD, factors).reshape(-1, self.width)
+        rows_MD = self._features()(flat_PD, *self._map_parameters(start, stop))
+        table_VD = self._unembeddings(unembedding_VD, start, stop).reshape(-1, self.width)
         logits = F.linear(rows_MD, table_VD)
-        return logits.view(*hidden.shape[:-1], factors, self.rank, unembedding_VD.shape[0])
+        return logits.view(*hidden.shape[:-1], stop - start, self.rank, unembedding_VD.shape[0])
 
-    def _unembeddings(self, unembedding_VD: Tensor, factors: int) -> Tensor:
-        """(V, D) shared, or (factors, R, V, D). Parameters are stored flat: FSDP2 shards their first dimension evenly."""
+    def _unembeddings(self, unembedding_VD: Tensor, start: int, stop: int) -> Tensor:
+        """(V, D) shared, or (stop-start, R, V, D). Parameters are stored flat: FSDP2 shards their first dimension evenly."""
         if not self.separate:
             return unembedding_VD
         vocab_size = unembedding_VD.shape[0]
-        flat = self.maps["unembeddings"][: factors * self.rank * vocab_size]
-        return flat.view(factors, self.rank, vocab_size, self.width)
+        rows = self.rank * vocab_size
+        return self.maps["unembeddings"][start * rows : stop * rows].view(
+            stop - start, self.rank, vocab_size, self.width
+        )
 
-    def _map_parameters(self, factors: int) -> list[Tensor]:
-        rows = factors * self.rank
+    def _map_parameters(self, start: int, stop: int) -> list[Tensor]:
+        first, last = start * self.rank, stop * self.rank
         if self.separate:
             return []
         if self.inner:
-            return [self.maps["down"][: rows * self.inner], self.maps["up"][:rows]]
-        return [self.maps["full"][: rows * self.width]]
+            return [self.maps["down"][first * self.inner : last * self.inner], self.maps["up"][first:last]]
+        return [self.maps["full"][first * self.width : last * self.width]]
 
     def _features(self) -> Features:
         if self.separate:
@@ -135,7 +160,7 @@ def _narrow_maps(hidden_PD: Tensor, down: Tensor, up_MKD: Tensor, *, is_mlp: boo
     narrow_PMK = F.linear(hidden_PD, down).view(hidden_PD.shape[0], *up_MKD.shape[:2])
     if is_mlp:
         narrow_PMK = F.silu(narrow_PMK)
-    moved_PMD = torch.einsum("pmk,mkd->pmd", narrow_PMK, up_MKD)
+    moved_PMD = torch.bmm(narrow_PMK.transpose(0, 1), up_MKD).transpose(0, 1)
     return (hidden_PD.unsqueeze(1) + moved_PMD).reshape(-1, width)
 
 

@@ -5,12 +5,16 @@
 A canonical polyadic decomposition of an N-way probability tensor, read as a mixture of R experts that each propose a
 whole window. Drafting, verifying, evaluation and the tests all use the methods below; nothing here knows a model.
 
+Factors are normalised when they are first asked for, in the form that is asked for: a greedy draft of rank 1 needs scores
+alone, other drafts probabilities, a likelihood their logarithms. N x R x V numbers are then passed over once, not thrice.
+
 Letters: N horizon, R rank, V vocabulary; `...` any batch dimensions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,16 +22,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """Immutable, in log space, normalised: `exp(log_weights_R)` and each `exp(log_factors_NRV[..., s, a, :])` sum to 1.
+    """Immutable. `exp(log_weights_R)` and each `exp(log_factors_NRV[..., s, a, :])` sum to 1.
 
-    Shapes: log_weights_R (..., R); log_factors_NRV (..., N, R, V) with the same leading dimensions. N may be 0.
+    Shapes: log_weights_R (..., R), normalised; scores_NRV (..., N, R, V) with the same leading dimensions, N may be 0.
+    normalised: whether the scores are log-probabilities already; else they are so up to a constant per row.
     """
 
     log_weights_R: Tensor
-    log_factors_NRV: Tensor
+    scores_NRV: Tensor
+    normalised: bool = True
 
     def __post_init__(self) -> None:
-        weights, factors = self.log_weights_R.shape, self.log_factors_NRV.shape
+        weights, factors = self.log_weights_R.shape, self.scores_NRV.shape
         assert len(factors) == len(weights) + 2 and factors[:-3] + factors[-2:-1] == weights, (
             f"weights {tuple(weights)} do not fit factors {tuple(factors)}"
         )
@@ -37,17 +43,32 @@ class Joint:
         """Normalise unnormalised scores, in at least float32. Shapes as the fields."""
         return Joint(log_normalise(gate_logits_R), log_normalise(factor_logits_NRV))
 
+    @cached_property
+    def log_factors_NRV(self) -> Tensor:
+        """Log-probabilities (..., N, R, V), in at least float32 unless the scores were normalised in less."""
+        return self.scores_NRV if self.normalised else log_normalise(self.scores_NRV)
+
+    @cached_property
+    def factors_NRV(self) -> Tensor:
+        """Probabilities (..., N, R, V), as `log_factors_NRV`."""
+        return self.scores_NRV.exp() if self.normalised else normalise(self.scores_NRV)
+
+    @property
+    def weights_R(self) -> Tensor:
+        """Probabilities (..., R) of the components."""
+        return self.log_weights_R.exp()
+
     @property
     def horizon(self) -> int:
-        return self.log_factors_NRV.shape[-3]
+        return self.scores_NRV.shape[-3]
 
     @property
     def rank(self) -> int:
-        return self.log_factors_NRV.shape[-2]
+        return self.scores_NRV.shape[-2]
 
     @property
     def vocab_size(self) -> int:
-        return self.log_factors_NRV.shape[-1]
+        return self.scores_NRV.shape[-1]
 
     def log_prob(self, future_N: Tensor, count: Tensor | None = None) -> Tensor:
         """Log-probability (...) of a window, in nats.
@@ -74,11 +95,11 @@ class Joint:
 
     def condition(self, token: Tensor) -> Joint:
         """The law of the remaining N-1 tokens given the first. token: (...) ids."""
-        return Joint(self.posterior(token.unsqueeze(-1)), self.log_factors_NRV[..., 1:, :, :])
+        return Joint(self.posterior(token.unsqueeze(-1)), self.scores_NRV[..., 1:, :, :], self.normalised)
 
     def marginal(self, k: int) -> Joint:
         """The law of the first k tokens, 0 <= k <= N: the absent factors are 1."""
-        return Joint(self.log_weights_R, self.log_factors_NRV[..., :k, :, :])
+        return Joint(self.log_weights_R, self.scores_NRV[..., :k, :, :], self.normalised)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """A window (..., N): the component first, then all its tokens at once, which is equal in law to the chain.
@@ -105,7 +126,12 @@ class Joint:
 
 def log_normalise(scores: Tensor) -> Tensor:
     """log_softmax over the last dimension, in float32 or wider."""
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(dim=-1)
+    return scores.log_softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def normalise(scores: Tensor) -> Tensor:
+    """softmax over the last dimension, in float32 or wider."""
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def _gather(log_factors_NRV: Tensor, future_N: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ Two layouts share every line but the range of positions that the mixture covers:
   x_{t+2..t+N}, seen from h_t or, anchored, from g_t = h_t + A(h_t, E[x_{t+1}]).
 
 The *target* is the law that decoding must not change: the model's own next-token law, or, on a frozen trunk
-(`model.trunk`), the trunk's own softmax whatever the heads say.
+(`model.trunk`), the trunk's own softmax whatever the heads say. Drafts may cover less than the vocabulary
+(`use_shortlist`): the target never does.
 
 Letters: B batch, T position, P = positions picked from B x T, N horizon, R rank, V vocabulary, D width.
 """
@@ -44,6 +45,10 @@ class Terms:
 
 
 class LanguageModel(nn.Module):
+    draft_ids: Tensor | None
+    _draft_table_VD: Tensor | None
+    _place_on_list_V: Tensor | None
+
     def __init__(
         self, trunk: Trunk, vocab_size: int, *, rank: int, horizon: int, first_is_tied: bool, anchored: bool,
         blind: bool = False, common_target: bool, context: int, tie_embeddings: bool = True, separate: bool = False, map_rank: int = 0,
@@ -72,6 +77,9 @@ class LanguageModel(nn.Module):
         )  # fmt: skip
         self.anchor = Anchor(width, anchor_width or width // 2) if anchored else None
         self.blind = blind
+        # What drafts cover (`use_shortlist`): ids (V',), their rows of the unembedding, and where on the list an id is.
+        for buffer in ("draft_ids", "_draft_table_VD", "_place_on_list_V"):
+            self.register_buffer(buffer, None, persistent=False)
         if common_target:
             self.trunk.requires_grad_(False)
             self.unembedding.requires_grad_(False)
@@ -107,9 +115,50 @@ class LanguageModel(nn.Module):
         return self.heads.joint(self._seen(hidden, fixed), self.unembedding.weight)
 
     def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Joint:
-        """The law of x_{t+2..t+N} given the fixed token x_{t+1}: what drafts are drawn from and scored by."""
-        joint = self.joint(hidden_BD, fixed_B)
-        return joint if self.first_is_tied else joint.condition(fixed_B)
+        """The law of x_{t+2..t+N} given the fixed token x_{t+1}: what drafts are drawn from and scored by.
+
+        With a shortlist, over the list's places: place v is token draft_ids[v]. Each factor is the whole one restricted
+        to the list; where x_{t+1} is not on it, the components keep their prior weights.
+        """
+        assert self.heads is not None, "horizon 1 has no mixture"
+        seen_BD = self._seen(hidden_BD, fixed_B)
+        table_VD = self.unembedding.weight if self._draft_table_VD is None else self._draft_table_VD
+        if self.first_is_tied:
+            return self.heads.draft(seen_BD, table_VD)
+        first_B = fixed_B if self._place_on_list_V is None else self._place_on_list_V[fixed_B]
+        return self.heads.draft_given_first(seen_BD, table_VD, first_B)
+
+    def use_shortlist(self, ids: Tensor | None) -> None:
+        """Draft from these tokens only, (V',) distinct ids (None: from all); the target keeps the whole vocabulary.
+
+        The draft's unembedding then costs V'/V of the whole. Its rows are copied: call this again after the weights
+        change. Raises ValueError where the model has no rows to choose from or `ids` is no list of tokens.
+        """
+        if ids is None:
+            self.draft_ids = self._draft_table_VD = self._place_on_list_V = None
+            return
+        if self.heads is None:
+            raise ValueError("horizon 1 drafts nothing; a shortlist needs horizon 2 or more")
+        if self.heads.separate:
+            raise ValueError(
+                "separate heads (model.head=separate) have no unembedding in common to take a shortlist of; use "
+                "model.head=shared, or no shortlist"
+            )
+        if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32) or not len(ids):
+            raise ValueError(
+                f"a shortlist is a row of token ids, shape (V',), int64; got {ids.dtype} {tuple(ids.shape)}"
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size or len(ids.unique()) < len(ids):
+            raise ValueError(
+                f"a shortlist holds distinct ids of 0..{self.vocab_size - 1}; got {len(ids)} ids from {int(ids.min())} to "
+                f"{int(ids.max())}, {len(ids.unique())} of them distinct"
+            )
+        weight = self.unembedding.weight
+        self.draft_ids = ids.to(weight.device, torch.int64)
+        self._draft_table_VD = weight.detach()[self.draft_ids]
+        place_V = torch.full((self.vocab_size,), -1, device=weight.device)
+        place_V[self.draft_ids] = torch.arange(len(ids), device=weight.device)
+        self._place_on_list_V = place_V
 
     def _trunk_log_probs(self, hidden: Tensor) -> Tensor:
         return log_normalise(self.unembedding(hidden))

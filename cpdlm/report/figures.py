@@ -89,19 +89,20 @@ def draw_all(families: list[Family], folder: Path) -> tuple[list[Path], list[str
                 for suffix in ("pdf", "png", "md"):
                     (folder / f"{name}.{suffix}").unlink(missing_ok=True)
                 continue
-            files += _save(drawn, folder, name)
+            files += save(drawn.figure, f"{drawn.caption} {described(drawn.records)}", folder, name)
     return sorted(files), skipped
 
 
-def _save(drawn: Drawn, folder: Path, name: str) -> list[Path]:
+def save(figure: Figure, caption: str, folder: Path, name: str) -> list[Path]:
+    """Write caption, PDF and PNG; the same figure gives the same bytes."""
     files = [folder / f"{name}.{suffix}" for suffix in ("md", "pdf", "png")]
-    write_bytes(files[0], f"{drawn.caption} {described(drawn.records)}\n".encode())
+    write_bytes(files[0], f"{caption}\n".encode())
     for path, metadata in (
         (files[1], {"Creator": None, "Producer": None, "CreationDate": None}),
         (files[2], {"Software": None}),
     ):
         memory = io.BytesIO()
-        drawn.figure.savefig(memory, format=path.suffix[1:], metadata=metadata)
+        figure.savefig(memory, format=path.suffix[1:], metadata=metadata)
         write_bytes(path, memory.getvalue())
     return files
 
@@ -269,7 +270,7 @@ def tokens_per_pass(families: list[Family]) -> Drawn | str:
         figure,
         "Tokens per trunk pass against the rank (plain decoding: 1.00). Bars: 95% interval over prompts and seeds; prompts are shared, "
         "so that differences between ranks are surer than the bars suggest. Untied: the paper's law; tied: one next-token head; "
-        "anchored: the drafts also see the fixed token.",
+        "anchored: the drafts also see the fixed token. Dotted: rank 1 with perceptron maps that have the parameters of the highest rank.",
         [record for family in shown for record in family.records()],
     )
 
@@ -370,7 +371,8 @@ def main(families: list[Family]) -> Drawn | str:
         figure,
         "Left: held-out joint NLL against the rank (bars: 95% interval of the paired difference to the lowest rank). Middle: tokens per "
         "trunk pass when sampling; plain decoding is 1. Right: speed-up over plain decoding with the same weights. Bars: 95% intervals "
-        "over prompts or repeats and seeds. Untied: the paper's law; tied and anchored: ours.",
+        "over prompts or repeats and seeds. Untied: the paper's law; tied and anchored: ours. Dotted: rank 1 with perceptron maps that "
+        "have the parameters of the highest rank.",
         [*likely.records("untied"), *(r for r in fast.records() if likely is not fast or r.variant != "untied")],
     )
 
@@ -389,7 +391,27 @@ def _by_law(axis: Axes, family: Family, quantity: str, mode: str) -> None:
         ranks = family.ranks(law)
         values = [over_seeds(family.cells[law, rank], quantity, mode) for rank in ranks]
         _line(axis, ranks, values, (color, marker, style), law, shift=(index - 1) * 0.06)
+        control = _equal_size(family, law)
+        value = over_seeds(control, quantity, mode) if control else None
+        if value is not None:
+            axis.axhline(value.mean, color=color, linestyle=":", linewidth=1.0, label=f"{law}, rank 1 of equal size")
     _ranks(axis, sorted({rank for law in LAWS for rank in family.ranks(law)}))
+
+
+def _equal_size(family: Family, law: str) -> Cells | None:
+    """The rank-1 control with about as many parameters as the highest rank of a law has."""
+    if not family.ranks(law):
+        return None
+
+    def trained(cells: Cells) -> int:
+        return int(next(iter(cells.values()))["parameters"]["trained"])
+
+    wanted = trained(family.cells[law, family.ranks(law)[-1]])
+    wide = [
+        cells for (kind, rank), cells in sorted(family.cells.items()) if rank == 1 and kind.startswith(f"{law}, mlp")
+    ]
+    near = [cells for cells in wide if abs(trained(cells) / wanted - 1) < 0.05]
+    return near[0] if near else None
 
 
 def _speed_bars(axis: Axes, family: Family, mode: str) -> None:

@@ -74,13 +74,19 @@ def write_tables(families: list[Family], verdicts: list[Verdict], notes: list[st
             for suffix in ("md", "tex", "csv"):
                 (folder / f"{table.name}.{suffix}").unlink(missing_ok=True)
             continue
-        markdown = table.markdown()
-        if table.name == "claims":
-            markdown += _notes_markdown(notes)
-        for suffix, text in (("md", markdown), ("tex", table.latex()), ("csv", table.csv())):
-            files.append(folder / f"{table.name}.{suffix}")
-            write_bytes(files[-1], text.encode())
+        files += write_table(table, folder, notes if table.name == "claims" else ())
     return sorted(files)
+
+
+def write_table(table: Table, folder: Path, notes: Sequence[str] = ()) -> list[Path]:
+    """NAME.md (followed by the notes), NAME.tex and NAME.csv."""
+    files = []
+    for suffix, text in (
+        ("md", table.markdown() + _notes_markdown(notes)), ("tex", table.latex()), ("csv", table.csv()),
+    ):  # fmt: skip
+        files.append(folder / f"{table.name}.{suffix}")
+        write_bytes(files[-1], text.encode())
+    return files
 
 
 def claims_table(verdicts: list[Verdict], short: bool = False) -> Table:

@@ -1,0 +1,41 @@
+"""Which tokens a draft should be made of: those that a corpus uses most, and how much of it they cover.
+
+A draft over a part of the vocabulary costs less and loses only the tokens that are not on the list, which the target still
+writes (FR-Spec, arXiv 2502.14856). Count tokens of the training split: a list taken from what is decoded would know it.
+
+Letters: V vocabulary, V' size of the list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """ids: (V',) int64, ascending. coverage: share of the counted tokens that are on the list."""
+
+    ids: NDArray[np.int64]
+    coverage: float
+
+
+def frequent_tokens(tokens: NDArray[np.integer], vocab_size: int, size: int) -> Shortlist:
+    """The `size` most frequent of the ids in `tokens` (any shape); of equally frequent ones the lower id goes first.
+
+    Raises ValueError on a size that is no part of the vocabulary, on no tokens, and on ids outside the vocabulary.
+    """
+    if not 1 <= size <= vocab_size:
+        raise ValueError(
+            f"a shortlist of {size} tokens is no part of a vocabulary of {vocab_size}; type 1 to {vocab_size}"
+        )
+    if not tokens.size:
+        raise ValueError("there are no tokens to count; pass the tokens of a training split")
+    least, most = int(tokens.min()), int(tokens.max())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(f"token ids run from {least} to {most}, the vocabulary is 0..{vocab_size - 1}")
+    counts_V = np.bincount(tokens.ravel(), minlength=vocab_size)
+    ids = np.sort(np.argsort(-counts_V, kind="stable")[:size]).astype(np.int64)
+    return Shortlist(ids, float(counts_V[ids].sum() / tokens.size))

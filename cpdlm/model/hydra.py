@@ -1,0 +1,89 @@
+"""Sequential draft heads, a baseline: each head also sees the tokens drafted before it (Hydra, arXiv 2402.05109).
+
+The law of a window is a chain of conditionals, not a mixture: drafts have to be drawn one after another, a pass through
+a head each, where a mixture has all its factors at once. Trunk and unembedding are a finished model's, frozen.
+
+Letters: B batch, P positions (any batch), J tokens behind the hidden state, N horizon, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpdlm.model.joint import log_normalise
+from cpdlm.model.language_model import LanguageModel
+
+
+class HydraHeads(nn.Module):
+    """Head J = 1..N-1 gives x_{t+1+J} from h_t and x_{t+1..t+J}: softmax of U (h + out SiLU(into [h, E x_{t+1}, ..]))."""
+
+    def __init__(self, width: int, horizon: int, hidden_width: int) -> None:
+        super().__init__()
+        self.into = nn.ModuleList(nn.Linear((1 + seen) * width, hidden_width) for seen in range(1, horizon))
+        self.out = nn.ModuleList(nn.Linear(hidden_width, width) for _ in range(1, horizon))
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, hidden_PD: Tensor, embedded_PJD: Tensor) -> Tensor:
+        """What goes to the unembedding, (P, D), of the head that sees J tokens (1 or more)."""
+        head = embedded_PJD.shape[-2] - 1
+        seen = torch.cat([hidden_PD, embedded_PJD.flatten(-2)], dim=-1)
+        moved_PD: Tensor = self.out[head](F.silu(self.into[head](seen)))
+        return hidden_PD + moved_PD
+
+
+@dataclass(frozen=True)
+class SequentialLaw:
+    """The law of what follows the fixed token, one token at a time."""
+
+    model: HydraModel
+    hidden_BD: Tensor
+    fixed_B: Tensor
+
+    def next(self, drafts_BJ: Tensor) -> Tensor:
+        """Log law (B, V) of the draft behind these; J = 0 for the first."""
+        return self.model.log_law(self.hidden_BD, torch.cat([self.fixed_B[:, None], drafts_BJ], dim=1))
+
+
+class HydraModel:
+    """A finished model with sequential heads in place of its own: what `decode` takes, its strategy being `Sequential`."""
+
+    def __init__(self, base: LanguageModel, heads: HydraHeads) -> None:
+        self.base, self.heads = base, heads
+        self.horizon, self.vocab_size, self.context = len(heads.into) + 1, base.vocab_size, base.context
+
+    @property
+    def training(self) -> bool:
+        return self.base.training or self.heads.training
+
+    def new_cache(self) -> Any:
+        return self.base.new_cache()
+
+    def hidden(
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
+    ) -> Tensor:
+        return self.base.hidden(tokens_BT, position_ids_BT, cache, mask)
+
+    def target_log_probs(self, hidden: Tensor) -> Tensor:
+        return self.base.target_log_probs(hidden)
+
+    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> SequentialLaw:
+        return SequentialLaw(self, hidden_BD, fixed_B)
+
+    def log_law(self, hidden_PD: Tensor, tokens_PJ: Tensor) -> Tensor:
+        """Log law (P, V) of the token behind tokens_PJ, the first of which follows the hidden state."""
+        return log_normalise(self.base.unembedding(self.heads(hidden_PD, self.base.trunk.embed(tokens_PJ))))
+
+    def nll(self, hidden_PD: Tensor, future_PN: Tensor, count_P: Tensor) -> Tensor:
+        """-log q(x_{t+2..t+N} | x_{t+1}) per position (P,), nats; of the N successors count_P exist."""
+        total_P = hidden_PD.new_zeros(len(hidden_PD))
+        for seen in range(1, self.horizon):
+            log_law_PV = self.log_law(hidden_PD, future_PN[:, :seen])
+            surprise_P = -log_law_PV.gather(-1, future_PN[:, seen : seen + 1]).squeeze(-1)
+            total_P = total_P + surprise_P.masked_fill(count_P <= seen, 0.0)
+        return total_P

@@ -1,0 +1,289 @@
+"""Ways to draft, side by side: tables and a figure from the records of `experiments/bench_decode.py`.
+
+Left out with a line that says so where a record is missing. As elsewhere, the same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpdlm.report.figures import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY, STYLE, save
+from cpdlm.report.results import MODES
+from cpdlm.report.tables import Table, write_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Benchmark = dict[str, Any]
+RECORDS = {"decoding strategies": "decode_strategies.json", "decoding baselines": "decode_baselines.json"}
+COLOURS = {
+    "plain": BLACK, "generate": BLACK, "lookup": ORANGE, "assistant": RED, "hydra": PURPLE, "untied": BLUE,
+    "anchored": GREEN, "tied": SKY,
+}  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SPEEDS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+
+
+def write_tables(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
+    """Every table of the records under root/benchmarks as .md, .tex and .csv: (files, one line per table left out)."""
+    files: list[Path] = []
+    notes: list[str] = []
+    for name, (benchmark, make) in TABLES.items():
+        record = _read(root, benchmark)
+        if isinstance(record, str):
+            notes.append(f"table {name} left out: {record}")
+            _remove(folder, name, ("md", "tex", "csv"))
+            continue
+        files += write_table(make(record), folder)
+    return files, notes
+
+
+def draw(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
+    """The figure as PDF and PNG with its caption: (files, one line where it is left out)."""
+    record = _read(root, "decoding baselines")
+    try:
+        import matplotlib
+    except ImportError:
+        record = "matplotlib is not installed (pip install matplotlib)"
+    if isinstance(record, str):
+        _remove(folder, "decoding", ("md", "pdf", "png"))
+        return [], [f"figure decoding left out: {record}"]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
+        return save(conversion(record), f"{_CAPTION} {_described(record)}", folder, "decoding"), []
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def methods_table(record: Benchmark) -> Table:
+    """Baselines and our heads: what each costs and what it gains."""
+    rows: list[tuple[str, ...]] = []
+    for method in record["methods"]:
+        modes = [method["modes"][mode] for mode in MODES]
+        rows.append(
+            (
+                method["name"], " / ".join(dict.fromkeys(method["strategy"][mode] for mode in MODES)),
+                f"{method['parameters_added']:,}", f"{method['weights_mib']:.1f}", f"{method['training_seconds']:,.0f}",
+                *(_interval(mode["tokens_per_pass"]) for mode in modes),
+                *(f"{mode['tokens_per_second']:,.0f}" for mode in modes),
+                *(_interval(mode["speedup"], 2) for mode in modes),
+                *(_interval(mode["speedup_over_generate"], 2) for mode in modes),
+                " / ".join(f"{mode['conversion']:.2f}" for mode in modes),
+            )
+        )  # fmt: skip
+    header = (
+        "method", "drafts, greedy / sampling", "added parameters", "added weights (MiB)", "training (s)",
+        "tokens per pass, greedy", "tokens per pass, sampling", "tokens/s, greedy", "tokens/s, sampling", "speed-up, greedy",
+        "speed-up, sampling", "over generate, greedy", "over generate, sampling", "conversion, greedy / sampling",
+    )  # fmt: skip
+    caption = (
+        "Ways to draft for one target, side by side: the same weights, prompts, number of tokens and machine; all are lossless. Plain: our "
+        "loop without drafts; generate and assisted generation: Hugging Face's; rank 1, untied: independent heads, as Medusa's; sequential "
+        "heads: as Hydra's. Chosen: the strategy that was fastest on the validation prompts. Tokens per pass of the target, plain decoding is "
+        "1.00. Speed-up: over plain; conversion: speed-up / tokens per pass. Training: of what is added to the target. 95% intervals over "
+        f"prompts (and repeats, of speeds). {_described(record)}"
+    )
+    return Table("decoding", caption, header, rows)
+
+
+def strategies_table(record: Benchmark) -> Table:
+    """Tokens per pass of every strategy, the one chosen and what it gains over the chain."""
+    measured = {name for cell in record["cells"] for mode in MODES for name in _strategies(cell, mode)}
+    names = [name for name in _ORDER if name in measured]
+    rows: list[tuple[str, ...]] = []
+    for mode, cell in itertools.product(MODES, record["cells"]):
+        found, chosen = _strategies(cell, mode), cell["modes"][mode]["chosen"]
+        best = found[chosen]["test"]
+        rows.append(
+            (
+                mode, cell["law"], str(cell["rank"]),
+                *(_interval(found[name]["test"]["tokens_per_pass"]) if name in found else "-" for name in names), chosen,
+                _interval(best["tokens_per_pass_over_chain"], 3, sign=True), _interval(best["speed_over_chain"], 2),
+                _interval(best["speedup"], 2), f"{best['conversion']:.2f}",
+            )
+        )  # fmt: skip
+    header = (
+        "mode", "law", "rank", *(f"tokens per pass, {name}" for name in names), "chosen", "tokens per pass over chain",
+        "speed over chain", "speed-up", "conversion",
+    )  # fmt: skip
+    suggested = ", ".join(f"{mode}: {record['suggested'][mode]}" for mode in MODES)
+    caption = (
+        "Strategies of drafting and verifying, on the test prompts; chosen: the fastest on the validation prompts; the last four columns are its. Window and path of rank 1 are its chain. "
+        f"Suggested default, the fastest on the validation prompts over all cells (geometric mean): {suggested}. 95% intervals over prompts, "
+        f"paired for differences. {_described(record)}"
+    )
+    return Table("strategies", caption, header, rows)
+
+
+def agreement_table(record: Benchmark) -> Table:
+    """The joint against the target, position by position."""
+    rows: list[tuple[str, ...]] = []
+    for mode, cell in itertools.product(MODES, record["agreement"]):
+        shares = cell["modes"][mode]
+        changed = shares["changed"]
+        rows.append(
+            (
+                mode, cell["law"], str(cell["rank"]), _shares(shares["chain"]["right"]), _shares(shares["told"]),
+                _shares(shares["overlap"]), *(f"{1 + sum(shares[name]['kept']):.3f}" for name in _SHAPES),
+                f"{changed['differs']:,} of {changed['reached']:,}", f"{changed['now right']:,}", f"{changed['was right']:,}",
+            )
+        )  # fmt: skip
+    header = (
+        "text", "law", "rank", "argmax right", "argmax right, given the true tokens", "overlap with the target",
+        *(f"tokens per pass, {name}" for name in _SHAPES), "argmax changed by conditioning", "then right", "right before",
+    )  # fmt: skip
+    caption = (
+        "Drafts against what the target wrote, at every position of its own text (greedy or sampled), by depth 2/3/..; tokens per pass as if a "
+        "window began at each. Overlap: mean of sum min(p, q) given the true tokens, what sampling keeps. Marginals: the argmax of each "
+        "position alone. Argmax changed: of the positions with right drafts before, where conditioning on those drafts changed the argmax. "
+        f"{_described(record)}"
+    )
+    return Table("agreement", caption, header, rows)
+
+
+def filters_table(record: Benchmark) -> Table:
+    """Tokens per pass under temperatures and top-p."""
+    tops = sorted({row["top_p"] for row in record["filters"]})
+    found: dict[tuple[str, int, str, float], dict[float, str]] = {}
+    for row in record["filters"]:
+        key = (row["law"], row["rank"], row["strategy"], row["temperature"])
+        found.setdefault(key, {})[row["top_p"]] = _interval(row["tokens_per_pass"])
+    rows = [
+        (law, str(rank), strategy, f"{temperature:g}", *(by_top.get(top, "-") for top in tops))
+        for (law, rank, strategy, temperature), by_top in found.items()
+    ]
+    header = ("law", "rank", "strategy", "temperature", *(f"tokens per pass, top-p {top:g}" for top in tops))
+    caption = (
+        f"Tokens per pass under filters; 95% intervals over prompts; temperature 0 is greedy. {_described(record)}"
+    )
+    return Table("filters", caption, header, rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[Benchmark], Table]]] = {
+    "decoding": ("decoding baselines", methods_table),
+    "strategies": ("decoding strategies", strategies_table),
+    "agreement": ("decoding strategies", agreement_table),
+    "filters": ("decoding strategies", filters_table),
+}
+_ORDER = ("chain", "block", "tree", "window", "path")
+_SHAPES = ("chain", "marginals", "window", "path")
+
+
+# --- figure ----------------------------------------------------------------------------------------------------------
+
+_CAPTION = (
+    "Tokens per pass of the target against conversion, the share of them that becomes speed; their product is the speed-up over plain "
+    "decoding (grey lines, at the right edge). One marker per method, all with the same target, prompts and machine; bars: 95% intervals "
+    "over prompts. Chosen: the strategy that was fastest on the validation prompts."
+)
+
+
+def conversion(record: Benchmark) -> Figure:
+    """One panel per mode; a marker per method over lines of equal speed-up."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(COLUMN, 2 * 2.0 + 0.13 * len(record["methods"]) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(MODES), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, mode in zip(axes, MODES, strict=True):
+        for method, colour, marker in _looks(record["methods"]):
+            _point(axis, method["modes"][mode], colour, marker, method["name"])
+        axis.set_title(mode)
+        axis.set_ylabel("conversion")
+        axis.grid(False)
+    width, height = (max(axis.get_xlim()[1] for axis in axes), max(axis.get_ylim()[1] for axis in axes))
+    for axis in axes:
+        _isolines(axis, max(width, 1.1), max(height, 1.05))
+        axis.set_xlabel("tokens per pass")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1
+    )
+    return figure
+
+
+def _looks(methods: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """(method, colour, marker): a colour per family, and markers that tell its members apart."""
+    used: dict[str, int] = {}
+    for method in methods:
+        colour = COLOURS[method["law"] if method["kind"] == "heads" else method["kind"]]
+        yield method, colour, MARKERS[used.get(colour, 0) % len(MARKERS)]
+        used[colour] = used.get(colour, 0) + 1
+
+
+def _point(axis: Axes, mode: dict[str, Any], colour: str, marker: str, label: str) -> None:
+    rate, x, y = mode["tokens_per_pass"], mode["tokens_per_pass"]["mean"], mode["conversion"]
+    low, high = mode["conversion_interval"]
+    across, up = [[x - rate["low"]], [rate["high"] - x]], [[max(0.0, y - low)], [max(0.0, high - y)]]
+    axis.errorbar(
+        x, y, up, across, color=colour, marker=marker, linestyle="none", label=label, elinewidth=0.5, markeredgecolor="white",
+        markeredgewidth=0.4, markersize=5,
+    )  # fmt: skip
+
+
+def _isolines(axis: Axes, width: float, height: float) -> None:
+    """Lines of equal speed-up; their value stands where they leave the panel on the right."""
+    low = min(axis.get_ylim()[0], 1.0)
+    x = [0.9 + (width - 0.9) * step / 100 for step in range(101)]
+    for speed in SPEEDS:
+        axis.plot(x, [speed / each for each in x], color="0.75", linewidth=0.6, zorder=0)
+        if low < speed / width < height:
+            axis.annotate(
+                f"{speed:g}x", (width, speed / width), xytext=(2, 0), textcoords="offset points", va="center", color="0.35",
+                annotation_clip=False,
+            )  # fmt: skip
+    axis.set_xlim(0.9, width)
+    axis.set_ylim(low, height)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _read(root: Path, benchmark: str) -> Benchmark | str:
+    """The record, or why there is none."""
+    path = root / "benchmarks" / RECORDS[benchmark]
+    if not path.is_file():
+        return f"no record benchmarks/{path.name} (experiments/bench_decode.py makes it)"
+    try:
+        record: Benchmark = json.loads(path.read_bytes())
+    except ValueError as error:
+        return f"benchmarks/{path.name} is damaged ({error}); make it again with experiments/bench_decode.py"
+    if record.get("benchmark") != benchmark:
+        return f"benchmarks/{path.name} is not a record of the benchmark {benchmark!r}"
+    return record
+
+
+def _remove(folder: Path, name: str, suffixes: Sequence[str]) -> None:
+    for suffix in suffixes:
+        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+
+
+def _strategies(cell: dict[str, Any], mode: str) -> dict[str, Any]:
+    return {name: entry for name, entry in cell["modes"][mode].items() if name != "chosen"}
+
+
+def _interval(found: dict[str, float], digits: int = 3, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    middle = found["mean"] if "mean" in found else found["median"]
+    return f"{middle:{plus}.{digits}f} [{found['low']:{plus}.{digits}f}, {found['high']:{plus}.{digits}f}]"
+
+
+def _shares(shares: Sequence[float]) -> str:
+    return " / ".join(f"{share:.3f}" for share in shares)
+
+
+def _described(record: Benchmark) -> str:
+    target, settings, hardware = record["target"], record["settings"], record["hardware"]
+    machine = "" if hardware["accelerator"] == "none" else f"{hardware['accelerator']}, "
+    machine += f"{hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads"
+    return (
+        f"Target: {target['trunk']} ({target['parameters'] / 1e6:.1f}M parameters, {target['corpus']}), n={target['horizon']}; "
+        f"{settings['prompts']} prompts, {settings['new_tokens']} new tokens each, batch 1; {machine}."
+    )

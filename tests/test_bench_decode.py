@@ -1,0 +1,389 @@
+"""The benchmark of ways to draft: its baselines' laws, its records from a tiny run in-process, and what is drawn from them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpdlm.config import Config, resolve
+from cpdlm.decoding import Sampling, decode, decode_batch
+from cpdlm.decoding.lookup import Lookup, decode_with_lookup
+from cpdlm.decoding.sequential import Sequential
+from cpdlm.decoding.strategies import Uniforms
+from cpdlm.evaluation.agreement import agreement
+from cpdlm.model.hydra import HydraHeads, HydraModel
+from cpdlm.model.language_model import build_language_model
+from cpdlm.report import decoding, render
+from cpdlm.training import storage
+from experiments import bench_decode
+from tests import oracle
+from tests.made_records import ORIGIN
+from tests.toy import ToyModel
+
+SAMPLES, LENGTH, PROMPT = 3000, 3, (1, 0)
+FILTERS = {"plain": Sampling(), "all": Sampling(temperature=1.4, top_k=2, top_p=0.9)}
+
+
+def truth(model: ToyModel, sampling: Sampling) -> dict[oracle.History, float]:
+    def law(history: tuple[int, ...]) -> list[float]:
+        return oracle.filter_law(model.oracle_target(history), sampling.temperature, sampling.top_k, sampling.top_p)
+
+    return oracle.autoregressive_law(law, PROMPT, LENGTH)
+
+
+# --- prompt lookup -----------------------------------------------------------------------------------------------
+
+
+def test_lookup_copies_what_followed_the_longest_match_last_seen() -> None:
+    lookup = Lookup([5, 1, 2, 7, 9, 2, 8, 1, 2], longest=3)
+    assert lookup.draft(3) == [7, 9, 2]  # behind "1 2", not behind the later "2"
+    assert Lookup([5, 1, 2, 7, 9, 2, 8, 1, 2], longest=1).draft(2) == [8, 1]
+    lookup.extend([8])
+    assert lookup.draft(2) == [1, 2]
+    assert Lookup([3, 4, 3, 4]).draft(5) == [3, 4, 3, 4, 3]  # goes on with its own copy
+    assert Lookup([1, 2, 3]).draft(2) == [3, 3]  # never seen before
+
+
+def test_lookup_writes_the_greedy_text_and_saves_passes() -> None:
+    model = ToyModel("common", context=12, vocab_size=2)
+    prompt = torch.tensor([0, 1, 0])
+    plain = decode(model, prompt, 9, Sampling(0.0), draft="none")
+    looked = decode_with_lookup(model, prompt, 9, Sampling(0.0), horizon=4)
+    assert looked.tokens == plain.tokens
+    assert looked.passes < plain.passes
+
+
+@pytest.mark.parametrize("setting", list(FILTERS))
+def test_lookup_writes_with_the_targets_law(setting: str) -> None:
+    model, sampling = ToyModel("common"), FILTERS[setting]
+    generator = torch.Generator().manual_seed(3)
+    counts: Counter[oracle.History] = Counter()
+    for _ in range(SAMPLES // 3):
+        done = decode_with_lookup(model, torch.tensor(PROMPT), LENGTH, sampling, generator, horizon=3)
+        counts[tuple(done.tokens)] += 1
+    assert oracle.p_value(counts, truth(model, sampling)) > oracle.FALSE_ALARM
+
+
+# --- sequential heads --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TableLaw:
+    """Conditionals of a toy: the rows of a table, by the history with fixed token and drafts."""
+
+    model: SequentialToy
+    code_B: Tensor
+    fixed_B: Tensor
+
+    def next(self, drafts_BJ: Tensor) -> Tensor:
+        code_B = self.model.extend(self.code_B, self.fixed_B)
+        for draft_B in drafts_BJ.unbind(dim=1):
+            code_B = self.model.extend(code_B, draft_B)
+        return self.model.table[code_B]
+
+
+class SequentialToy(ToyModel):
+    def __init__(self) -> None:
+        super().__init__("common", horizon=3)
+        generator = torch.Generator().manual_seed(4)
+        scores = torch.randn(self.codes, self.vocab_size, generator=generator, dtype=torch.float64) * 1.5
+        self.table = scores.log_softmax(dim=-1)
+
+    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Any:
+        return TableLaw(self, hidden_BD[:, 0].long(), fixed_B)
+
+
+@pytest.mark.parametrize("setting", list(FILTERS))
+def test_sequential_drafts_keep_the_targets_law(setting: str) -> None:
+    model, sampling = SequentialToy(), FILTERS[setting]
+    generators = [torch.Generator().manual_seed(row) for row in range(SAMPLES)]
+    done = decode_batch(model, [torch.tensor(PROMPT)] * SAMPLES, LENGTH, sampling, generators, draft=Sequential)
+    counts = Counter(tuple(each.tokens) for each in done)
+    assert oracle.p_value(counts, truth(model, sampling)) > oracle.FALSE_ALARM
+    greedy = [decode(model, torch.tensor(PROMPT), 3, Sampling(0.0), draft=each).tokens for each in (Sequential, "none")]
+    assert greedy[0] == greedy[1]
+
+
+def hydra(vocab_size: int = 5) -> HydraModel:
+    torch.manual_seed(2)
+    base = build_language_model(resolve(settings(horizon=1, rank=1, balance="none")), vocab_size).eval()
+    heads = HydraHeads(base.trunk.width, 3, 16)
+    for weight in heads.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    return HydraModel(base, heads.eval())
+
+
+@torch.inference_mode()
+def test_sequential_heads_draw_from_the_conditionals_that_they_report() -> None:
+    model, sampling = hydra(), Sampling(temperature=0.8)
+    hidden_D = model.hidden(torch.tensor([[1, 2, 0]]))[0, -1]
+    law = model.draft_joint(hidden_D.expand(SAMPLES, -1), torch.full((SAMPLES,), 3))
+    uniforms = Uniforms([torch.Generator().manual_seed(row) for row in range(SAMPLES)], hidden_D.device)
+    proposal = Sequential(sampling, uniforms).draft(law, 2)
+
+    def told(*seen: int) -> list[float]:  # by hand: [h, E x, ..] through one head, then the unembedding
+        head = len(seen) - 1
+        inputs = torch.cat([hidden_D, *(model.base.trunk.embedding[token] for token in seen)])
+        inner = model.heads.into[head](inputs)
+        moved = model.heads.out[head](inner * torch.sigmoid(inner))
+        scores = model.base.unembedding.weight.double() @ (hidden_D + moved).double()
+        return oracle.filter_law(scores.softmax(dim=-1).tolist(), 0.8)
+
+    first = told(3)
+    windows = {(a, b): first[a] * p for a in range(5) for b, p in enumerate(told(3, a))}
+    assert oracle.p_value(Counter(tuple(row) for row in proposal.tokens_BK.tolist()), windows) > oracle.FALSE_ALARM
+    for row in range(20):
+        a = int(proposal.tokens_BK[row, 0])
+        assert proposal.laws[row].tolist() == [pytest.approx(first, abs=1e-5), pytest.approx(told(3, a), abs=1e-5)]
+
+
+@torch.inference_mode()
+def test_the_loss_of_sequential_heads_is_their_chain_rule() -> None:
+    model = hydra()
+    hidden_PD, future_PN = torch.randn(4, model.base.trunk.width), torch.randint(5, (4, 3))
+    first = model.log_law(hidden_PD, future_PN[:, :1]).gather(1, future_PN[:, 1:2])[:, 0]
+    second = model.log_law(hidden_PD, future_PN[:, :2]).gather(1, future_PN[:, 2:])[:, 0]
+    nll_P = model.nll(hidden_PD, future_PN, torch.tensor([3, 2, 1, 3]))
+    expected = -torch.stack([(first + second)[0], first[1], first[1] * 0, (first + second)[3]])
+    assert torch.allclose(nll_P, expected, atol=1e-6)
+
+
+# --- agreement ---------------------------------------------------------------------------------------------------
+
+
+def test_agreement_of_a_draft_that_is_the_target() -> None:
+    """A toy whose draft of x_{t+2} is exact: its argmax is always right, its overlap is 1."""
+    model: Any = ToyModel("anchored", rank=1, horizon=2, context=9)
+    for code in range(model.codes):
+        model.factors[code, 0, 0] = model.own[code]
+    written = decode(model, torch.tensor([1]), 7, Sampling(0.0), draft="none").tokens
+    shares = agreement(model, torch.tensor([[1, *written]]), 1, 4)
+    assert shares["positions"] == 6
+    assert shares["chain"]["right"] == shares["window"]["kept"] == shares["told"] == [1.0]
+    assert shares["overlap"] == [pytest.approx(1.0)]
+    assert shares["changed"] == {"reached": 0, "differs": 0, "now right": 0, "was right": 0}
+
+
+# --- the benchmark -----------------------------------------------------------------------------------------------
+
+LETTERS = "abcdefgh ().=\n"
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    return {
+        "size": "micro", "data.context": 48, "decode.prompt_tokens": 8, "decode.new_tokens": 8, "horizon": 3,
+        "optim.steps": 2, "optim.warmup": 1,
+    } | more  # fmt: skip
+
+
+def save(folder: Path, config: Config) -> None:
+    trunk = storage.load_model(Path(config.model.trunk)) if config.model.trunk else None
+    torch.manual_seed(config.rank)
+    model = build_language_model(config, 257, trunk)
+    storage.open_run(folder, config)
+    storage.save_model(folder, model, model.state_dict(), 257)
+    (folder / storage.TRAINED).write_text('{"seconds": 2.5}')
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(folder of runs, folder of records) of one tiny benchmark."""
+    root = tmp_path_factory.mktemp("bench")
+    for index in range(60):
+        path = root / "corpus" / f"{index}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(random.Random(index).choices(LETTERS, k=300)))
+    common = settings(corpus=str(root / "corpus"), **{"data.cache": str(root / "cache"), "output": str(root / "runs")})
+    plain = {"horizon": 1, "rank": 1, "balance": "none"}
+    save(root / "runs" / "trunk", resolve(common | plain))
+    save(root / "runs" / "assistant", resolve(common | plain))
+    for rank, anchor in ((1, "none"), (2, "none"), (2, "token")):
+        config = resolve(common | {"rank": rank, "anchor": anchor, "model.trunk": str(root / "runs" / "trunk")})
+        save(root / "runs" / config.run_name, config)
+    runs = ["--runs", str(root / "runs")]
+    assert bench_decode.main([*runs, "--train-hydra", str(root / "hydra")]) == 0
+    small = "--prompts 2 --prompt-tokens 8 --new-tokens 6 --nodes 3 --repeats 1 --baseline-repeats 2 --warmups 0 --lookup-horizons 3"
+    assert (
+        bench_decode.main(
+            [
+                *runs, *small.split(), "--hydra", str(root / "hydra"), "--assistant", str(root / "runs" / "assistant"),
+                "--output", str(root / "results" / "benchmarks"),
+            ]
+        )
+        == 0
+    )  # fmt: skip
+    return root / "runs", root / "results"
+
+
+def record(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "benchmarks" / name).read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", list(decoding.RECORDS))
+def test_records_say_where_they_come_from(name: str, measured: tuple[Path, Path]) -> None:
+    found = record(measured[1], decoding.RECORDS[name])
+    assert found["benchmark"] == name and "schema" not in found
+    assert found["command"].startswith("python experiments/bench_decode.py --runs ")
+    assert {"commit", "dirty", "hardware", "versions", "started"} <= set(found)
+    assert found["settings"]["prompts"] == 2 and found["settings"]["seed"] == 0
+    assert found["target"]["trunk"] == "trunk" and found["target"]["horizon"] == 3
+
+
+def test_every_strategy_is_measured_on_both_splits(measured: tuple[Path, Path]) -> None:
+    found = record(measured[1], "decode_strategies.json")
+    assert [(cell["law"], cell["rank"]) for cell in found["cells"]] == [("untied", 1), ("untied", 2), ("anchored", 2)]
+    for cell in found["cells"]:
+        for mode, names in bench_decode.STRATEGIES.items():
+            entry = cell["modes"][mode]
+            if cell["rank"] == 1:
+                names = tuple(name for name in names if name not in ("window", "path"))
+            assert set(entry) == {*names, "chosen"} and entry["chosen"] in names
+            fastest = max(names, key=lambda name: entry[name]["validation"]["speedup"]["median"])
+            assert entry["chosen"] == fastest
+            for name in names:
+                for split in ("validation", "test"):
+                    one = entry[name][split]
+                    assert one["tokens"] == sum(one["per_prompt"]["tokens"]) == 12
+                    assert [row["depth"] for row in one["acceptance_by_depth"]] == [2, 3]
+                    assert one["conversion"] == pytest.approx(one["speedup"]["median"] / one["tokens_per_pass"]["mean"])
+            assert entry["chain"]["test"]["tokens_per_pass_over_chain"] == {"mean": 0, "low": 0, "high": 0}
+    assert set(found["suggested"]) == {"greedy", "sampling"}
+    settings_seen = {(row["temperature"], row["top_p"]) for row in found["filters"]}
+    assert settings_seen == {(0.0, 1.0)} | {(t, p) for t in (0.5, 0.8, 1.0, 1.2) for p in (0.8, 0.95, 1.0)}
+    for cell in found["agreement"]:
+        shares = cell["modes"]["greedy"]
+        assert shares["positions"] == 2 * (6 - 2) and shares["changed"]["differs"] <= shares["changed"]["reached"]
+        if cell["rank"] == 1:  # nothing to condition on
+            assert shares["chain"] == shares["marginals"] and shares["changed"]["differs"] == 0
+
+
+def test_every_baseline_is_measured(measured: tuple[Path, Path]) -> None:
+    methods = {entry["name"]: entry for entry in record(measured[1], "decode_baselines.json")["methods"]}
+    assert {entry["kind"] for entry in methods.values()} == {
+        "plain", "generate", "lookup", "assistant", "hydra", "heads",
+    }  # fmt: skip
+    assert {"rank 1, untied", "rank 2, untied", "rank 2, anchored"} <= set(methods)
+    for entry in methods.values():
+        for mode in ("greedy", "sampling"):
+            one = entry["modes"][mode]
+            assert one["tokens"] == 24 == sum(one["per_prompt"]["tokens"]) and one["passes"] <= 24
+            assert one["tokens_per_pass"]["mean"] == pytest.approx(24 / one["passes"])
+    assert methods["plain"]["modes"]["greedy"]["passes"] == methods["generate"]["modes"]["greedy"]["passes"] == 24
+    # An assistant that is the target's equal is always right under greedy.
+    assistant = next(entry for entry in methods.values() if entry["kind"] == "assistant")
+    assert assistant["modes"]["greedy"]["passes"] < 24 and assistant["parameters_added"] > 0
+    heads = next(entry for entry in methods.values() if entry["kind"] == "hydra")
+    assert heads["training_seconds"] > 0 and heads["parameters_added"] > 0
+
+
+def test_cells_that_do_not_go_together_are_refused(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no heads of seed 7"):
+        bench_decode.load_cells(measured[0], [], 7)
+    with pytest.raises(SystemExit, match="not heads of one horizon"):
+        bench_decode.load_cells(measured[0], ["trunk"], 0)
+    with pytest.raises(storage.RunError, match="make them with --train-hydra"):
+        trunk = storage.load_model(measured[0] / "trunk")
+        bench_decode.load_hydra(tmp_path, trunk)
+
+
+def test_the_paired_difference_is_surer_than_its_parts() -> None:
+    passes = [50, 20, 35, 60]
+    one, other = ({"tokens": [100] * 4, "passes": [each + more for each in passes]} for more in (0, 1))
+    found = bench_decode.paired_difference(one, other, 0)
+    assert found["low"] <= found["mean"] <= found["high"] and found["low"] > 0
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+
+
+def made_baselines() -> dict[str, Any]:
+    def mode(rate: float, speed: float) -> dict[str, Any]:
+        return {
+            "tokens_per_pass": {"mean": rate, "low": rate - 0.1, "high": rate + 0.1}, "tokens_per_second": 500 * speed,
+            "speedup": {"median": speed, "low": speed * 0.95, "high": speed * 1.05}, "conversion": speed / rate, "conversion_interval": [0.9 * speed / rate, 1.05 * speed / rate],
+            "speedup_over_generate": {"median": speed * 1.1, "low": speed, "high": speed * 1.2},
+        }  # fmt: skip
+
+    shapes = [
+        ("plain", "plain", None, 1.0, 1.0), ("generate", "generate", None, 1.0, 0.9), ("prompt lookup, n=4", "lookup", None, 1.4, 1.2),
+        ("assisted, micro draft model", "assistant", None, 2.5, 0.8), ("sequential heads, n=4", "hydra", None, 2.2, 1.4),
+        ("rank 1, untied", "heads", "untied", 1.7, 1.2), ("rank 8, untied", "heads", "untied", 2.0, 1.2),
+        ("rank 8, untied, chosen", "heads", "untied", 2.4, 1.3), ("rank 8, anchored", "heads", "anchored", 2.1, 1.3),
+    ]  # fmt: skip
+    return ORIGIN | {
+        "benchmark": "decoding baselines", "command": "python experiments/bench_decode.py",
+        "settings": {"prompts": 16, "new_tokens": 64},
+        "target": {"trunk": "code-small", "corpus": "code", "size": "small", "horizon": 4, "parameters": 3_200_000},
+        "methods": [
+            {
+                "name": name, "kind": kind, "law": law, "horizon": 4, "strategy": {"greedy": "chain", "sampling": "block"},
+                "parameters_added": 100_000, "weights_mib": 0.4, "training_seconds": 30.0,
+                "modes": {"greedy": mode(rate, speed), "sampling": mode(rate - 0.02, speed)},
+            }
+            for name, kind, law, rate, speed in shapes
+        ],
+    }  # fmt: skip
+
+
+def test_tables_and_figure_of_a_measured_benchmark(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    report = render(measured[1], tmp_path)
+    assert not [note for note in report.notes if note.startswith(("table", "figure decoding"))]
+    names = {path.name for path in report.files}
+    assert {"decoding.pdf", "decoding.png"} <= names
+    for name in decoding.TABLES:
+        assert {f"{name}.{suffix}" for suffix in ("md", "tex", "csv")} <= names
+        lines = [line for line in (tmp_path / "tables" / f"{name}.md").read_text().splitlines() if line.startswith("|")]
+        assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1
+
+
+def test_the_figure_is_readable_in_a_column_and_the_same_every_time(tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib.text import Text
+
+    from cpdlm.report.figures import STYLE
+
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "decode_baselines.json").write_text(json.dumps(made_baselines()))
+    drawn = [decoding.draw(tmp_path, tmp_path / place)[0] for place in ("one", "two")]
+    for one, two in zip(*drawn, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+        assert b"CreationDate" not in one.read_bytes() and str(tmp_path).encode() not in one.read_bytes()
+    assert "Made-up CPU, 2 cores" in (tmp_path / "one" / "decoding.md").read_text()
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(STYLE)
+        figure = decoding.conversion(made_baselines())
+        figure.canvas.draw()
+        assert figure.get_figwidth() == 3.4
+        texts = [each for each in figure.findobj(Text) if each.get_text() and each.get_visible()]
+        assert all(each.get_fontsize() >= 7 for each in texts)
+        legend = figure.legends[0]
+        assert len(legend.get_texts()) == 9
+        for box in [
+            legend.get_window_extent(),
+            *(each.get_window_extent() for each in texts if each.get_text().endswith("x")),
+        ]:
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        looks = [(colour, marker) for _, colour, marker in decoding._looks(made_baselines()["methods"])]
+        assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"benchmark": "something else"}'])
+def test_without_a_record_table_and_figure_are_left_out_with_a_note(content: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "benchmarks"
+    folder.mkdir(parents=True)
+    if content is not None:
+        (folder / "decode_baselines.json").write_text(content)
+    (tmp_path / "decoding.png").write_bytes(b"stale")
+    report = render(tmp_path / "results", tmp_path)
+    assert not (tmp_path / "decoding.png").exists()
+    for what in ("table decoding", "figure decoding"):
+        assert any(note.startswith(f"{what} left out: ") for note in report.notes)

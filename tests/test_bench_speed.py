@@ -1,0 +1,119 @@
+"""The speed benchmark: forced acceptance forces nothing but the count, a quick run leaves a whole record."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cpdlm.decoding import Decoded, Sampling, chain, decode_batch, strategies
+from cpdlm.model.language_model import LanguageModel
+from experiments import bench_speed
+
+ROOT = Path(__file__).parents[1]
+
+
+def finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(finite(each) for each in value.values())
+    if isinstance(value, list):
+        return all(finite(each) for each in value)
+    return value == value and abs(value) < 1e9 if isinstance(value, float) else True
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    _, cells = bench_speed.models(bench_speed.parse(["--quick"]), torch.device("cpu"), "float32")
+    return cells[bench_speed.Cell(rank=2, horizon=3, shortlist=0)]
+
+
+def write(model: LanguageModel, sampling: Sampling, rows: int = 1) -> list[Decoded]:
+    generators = [torch.Generator().manual_seed(row) for row in range(rows)]
+    return decode_batch(model, [torch.tensor([1, row]) for row in range(rows)], 12, sampling, generators)
+
+
+@pytest.mark.parametrize("sampling", bench_speed.MODES.values(), ids=bench_speed.MODES)
+def test_forced_acceptance_keeps_the_pattern(model: LanguageModel, sampling: Sampling) -> None:
+    with bench_speed.forced(3):
+        one, two = write(model, sampling, rows=2)
+    assert one.emitted == [1, 1, 2, 3, 1, 2, 2] and two.emitted[:6] == [1, 2, 3, 1, 2, 3]
+    assert len(one.tokens) == len(two.tokens) == 12
+
+
+def test_nothing_is_forced_outside_the_block(model: LanguageModel) -> None:
+    greedy = bench_speed.MODES["greedy"]
+    before = write(model, greedy)[0].emitted
+    with bench_speed.forced(3):
+        forced = write(model, greedy)[0].emitted
+    assert write(model, greedy)[0].emitted == before != forced
+
+
+def test_forcing_leaves_out_no_work(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft, a pass of the trunk and an acceptance test for every pass but the prompt's."""
+    calls: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(model, "draft_joint")
+    counted(model, "hidden")
+    counted(model, "target_log_probs")
+    counted(chain, "sampled_chain")
+    counted(strategies, "verify")
+    with bench_speed.forced(3):
+        passes = write(model, Sampling())[0].passes
+    assert calls["hidden"] == calls["target_log_probs"] == calls["verify"] == passes == 7
+    assert calls["draft_joint"] == calls["sampled_chain"] == passes - 1
+
+
+def test_intervals_and_targets() -> None:
+    assert bench_speed.interval([2.0] * 5) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    spread = bench_speed.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert spread["low"] < spread["median"] == 3.0 < spread["high"]
+
+    def cell(rank: int, horizon: int, share: float) -> dict[str, Any]:
+        middle = {"share_of_limit": {"median": share}, "pass_over_floor": {"median": 1.01}}
+        return {"rank": rank, "horizon": horizon, "shortlist": 0} | middle
+
+    cells = [cell(1, 4, 0.93), cell(8, 4, 0.7), cell(8, 8, 0.7), cell(4, 4, 0.7)]
+    group = {"dtype": "float32", "mode": "greedy", "batch": 1, "cells": cells}
+    found = bench_speed.targets([group, group | {"batch": 4}], bench_speed.LEAST_TRUNK)
+    shares = [each for each in found if each["what"].startswith("conversion")]
+    assert [(each["target"], each["holds"]) for each in shares] == [(0.92, True), (0.80, False)]
+    assert sum(each["what"].startswith("pass over floor") for each in found) == 4
+    small = bench_speed.targets([group], bench_speed.LEAST_TRUNK - 1)
+    assert not any(each["what"].startswith("conversion") for each in small), "the target names a trunk of 50M or more"
+
+
+def test_a_quick_run_writes_a_record(tmp_path: Path) -> None:
+    command = [sys.executable, "experiments/bench_speed.py", "--quick", "--cpu", "--threads", "1"]
+    done = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "decode_speed.json").read_text())
+    assert {"benchmark", "command", "commit", "dirty", "hardware", "versions", "started", "settings"} <= set(record)
+    assert finite(record) and "schema" not in record
+    groups = {(group["dtype"], group["mode"], group["batch"]): group for group in record["groups"]}
+    assert len(groups) == len(record["groups"]) == 2 * 2 + 2
+    for (_, _, batch), group in groups.items():
+        assert ("generate" in group) == (batch == 1)
+        cells = [(cell["rank"], cell["horizon"], cell["shortlist"]) for cell in group["cells"]]
+        assert cells == ([(1, 3, 0), (1, 3, 16), (2, 3, 0), (2, 3, 16)] if batch == 1 else [(2, 3, 16)])
+        for cell in group["cells"]:
+            # Batch 1: 12 tokens are 1 of the prompt, then 1, 2, 3, 1, 2, 3 less the last one's overshoot.
+            assert batch > 1 or cell["tokens_per_pass"] == 12 / 7
+            assert cell["conversion"]["median"] > 0 and cell["floor_ms"]["median"] > cell["tn_ms"]["median"]
+            assert set(cell["ms_by_part"]) == {"prefill", "draft", "trunk", "verify", "other"}
+            assert cell["ms_by_part"]["draft"] > 0
+    assert "speed-up" in done.stdout and "generate" in done.stdout

@@ -1,0 +1,30 @@
+"""The most frequent tokens of a corpus, against a plain count."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from cpdlm.data.shortlist import frequent_tokens
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 12])
+def test_the_most_frequent_tokens_and_what_they_cover(size: int) -> None:
+    tokens = np.random.default_rng(0).zipf(1.5, 500).clip(max=9).astype(np.uint16).reshape(5, 100)
+    found = frequent_tokens(tokens, 12, size)
+    counts = Counter(tokens.ravel().tolist())
+    expected = sorted(sorted(range(12), key=lambda token: (-counts[token], token))[:size])
+    assert found.ids.dtype == np.int64 and found.ids.tolist() == expected
+    assert found.coverage == sum(counts[token] for token in expected) / 500
+    assert size < 12 or found.coverage == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "message"),
+    [([1, 2], 0, "type 1 to 4"), ([1, 2], 5, "type 1 to 4"), ([], 2, "no tokens"), ([1, 4], 2, "0..3"), ([-1], 2, "0..3")],
+)  # fmt: skip
+def test_what_is_no_shortlist_is_refused(tokens: list[int], size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        frequent_tokens(np.array(tokens, dtype=np.int64), 4, size)
