@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
@@ -48,12 +49,13 @@ SIZES: dict[str, Size] = {
     "56m": Size(layers=12, width=576, attention_heads=9, feed_forward=1720),
 }
 
+FAMILIES = ("llama", "gpt2")
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "balance": ("switch", "kl", "bias", "none"),
     "anchor": ("none", "token", "blind"),
     "parallel": ("auto", "ddp", "fsdp"),
-    "model.family": ("llama", "gpt2"),
     "model.head": ("shared", "separate"),
     "decode.draft": ("chain", "block", "tree", "window", "path"),
     "train.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
@@ -73,7 +75,9 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    family: str = knob("llama", "trunk architecture: llama | gpt2")
+    family: str = knob(
+        "llama", "trunk: llama | gpt2, of the size above | a Hugging Face config.json, whose shape it then has"
+    )
     trunk: str = knob("", "folder of a finished run whose trunk is frozen and is the target; only the heads train")
     head: str = knob(
         "shared", "shared: a map per (component, position), one unembedding | separate: an unembedding each"
@@ -189,9 +193,8 @@ class Config:
         corpus = "".join(c if c.isalnum() else "-" for c in self.corpus).strip("-")
         tie = "-tied" if self.model.tie_first and self.anchor == "none" else ""
         hidden = f"-mlp{self.model.map_hidden}" if self.model.map_hidden else ""
-        return (
-            f"{corpus}-{self.size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}{hidden}-s{self.seed}"
-        )
+        size = self.size if self.model.family in FAMILIES else Path(self.model.family).stem
+        return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}{hidden}-s{self.seed}"
 
 
 # Settings that say where, when or how a run is watched, not what it computes (prefixes of dotted names).
@@ -317,6 +320,13 @@ def check(config: Config) -> None:
     values = flatten(config)
     for key, allowed in CHOICES.items():
         _one_of(key, values[key], allowed)
+    if not config.model.family.endswith(".json"):
+        _one_of("model.family", config.model.family, FAMILIES)
+    elif not Path(config.model.family).is_file():
+        raise ConfigError(
+            f"model.family={config.model.family}: there is no such file; give a Hugging Face config.json, or one of "
+            f"{', '.join(FAMILIES)}"
+        )
     for key, least in {
         "rank": 1, "horizon": 1, "devices": 1, "data.context": 2, "data.batch_rows": 1, "data.max_bytes": 0,
         "data.workers": 0, "model.map_rank": 0, "model.map_hidden": 0, "model.anchor_width": 0, "loss.chunk_mib": 1, "optim.steps": 1,

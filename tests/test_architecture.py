@@ -19,6 +19,8 @@ ORDER = [
     "decoding",
     "evaluation",
     "report",
+    "hub",
+    "generate",
 ]  # each may import itself and those before
 MODULES = sorted(
     path for folder in ("cpdlm", "experiments", "tests", "paper_figures") for path in (ROOT / folder).rglob("*.py")

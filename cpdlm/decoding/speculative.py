@@ -16,6 +16,7 @@ N horizon, V vocabulary, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -138,7 +139,7 @@ def decode_batch(
     while True:
         target_BSV = model.target_log_probs(hidden_BSD)
         if target_scores is not None:
-            target_BSV = _processed(target_scores, target_BSV, proposal, rows, written)
+            target_BSV = _processed(target_scores, target_BSV, proposal, rows, written, ends)
         verdict = strategy.verify(target_BSV, proposal)
         # The one host synchronisation of a pass.
         host = torch.cat([verdict.kept_B[:, None], verdict.tokens_BJ, verdict.next_B[:, None]], dim=1).tolist()
@@ -215,24 +216,28 @@ def _emit(
 
 def _processed(
     target_scores: Callable[[int, list[int], Tensor], Tensor], target_BSV: Tensor, proposal: Proposal, rows: list[int],
-    written: list[Decoded],
+    written: list[Decoded], ends: frozenset[int],
 ) -> Tensor:  # fmt: skip
-    """The caller's scores at every token of the window, each given the tokens before it."""
-    drafts, seen = proposal.tokens_BK.tolist(), None
-    if proposal.seen_BSS is not None:
-        seen = proposal.seen_BSS.tolist()
-    changed = [
-        torch.stack([
-            target_scores(
-                row,
-                written[row].tokens
-                + [token for k, token in enumerate(drafts[b]) if (k < s if seen is None else seen[b][s][k + 1])],
-                target_BSV[b, s],
-            )
-            for s in range(target_BSV.shape[1])
-        ])
-        for b, row in enumerate(rows)
-    ]  # fmt: skip
+    """The caller's scores at every token of the window, each given the tokens before it.
+
+    Behind a draft that these scores rule out, or that ends the row, nothing is read; the caller is not asked about texts
+    that cannot come about.
+    """
+    drafts = proposal.tokens_BK.tolist()
+    parents = proposal.parents_BK.tolist() if proposal.parents_BK is not None else None
+    changed = []
+    for b, row in enumerate(rows):
+        texts: list[list[int] | None] = [written[row].tokens]
+        scores = [target_scores(row, written[row].tokens, target_BSV[b, 0])]
+        for k, token in enumerate(drafts[b]):
+            parent = k if parents is None else parents[b][k]
+            before = texts[parent]
+            possible = before is not None and token not in ends and float(scores[parent][token]) > -math.inf
+            text = [*before, token] if before is not None and possible else None
+            target_V = target_BSV[b, k + 1]
+            scores.append(target_scores(row, text, target_V) if text is not None else target_V.to(scores[0].dtype))
+            texts.append(text)
+        changed.append(torch.stack(scores))
     return torch.stack(changed)
 
 

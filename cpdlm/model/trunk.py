@@ -8,10 +8,19 @@ from __future__ import annotations
 import math
 
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 
-from cpdlm.config import SIZES, Config
+from cpdlm.config import SIZES, Config, ConfigError
 
 
 class Trunk(nn.Module):
@@ -69,7 +78,12 @@ def new_cache() -> Cache:
 
 
 def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
-    """A randomly initialised body of the size and family that the config names; context = data.context."""
+    """A randomly initialised body of the size and family that the config names; context = data.context.
+
+    Raises ConfigError for a config.json that is not a causal language model's or whose context is shorter than ours.
+    """
+    if config.model.family.endswith(".json"):
+        return _build_foreign_body(config.model.family, vocab_size, config.data.context)
     size = SIZES[config.size]
     if config.model.family == "gpt2":
         return GPT2Model(
@@ -100,3 +114,22 @@ def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
             pad_token_id=None,
         )
     )
+
+
+def _build_foreign_body(path: str, vocab_size: int, context: int) -> PreTrainedModel:
+    try:
+        shape = AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"model.family={path} is not a Hugging Face config: {str(error).splitlines()[0]}") from error
+    longest = getattr(shape, "max_position_embeddings", None) or context
+    if longest < context:
+        raise ConfigError(f"model.family={path} has a context of {longest}, data.context={context}; lower data.context")
+    shape.vocab_size = vocab_size
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(shape, token, None)
+    try:
+        whole = AutoModelForCausalLM.from_config(shape)
+    except ValueError as error:
+        raise ConfigError(f"model.family={path} is not a causal language model's config: {error}") from error
+    body: PreTrainedModel = getattr(whole, whole.base_model_prefix)
+    return body

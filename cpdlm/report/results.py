@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import INCIDENTAL, SIZES, Config, flat, to_dict
+from cpdlm.config import FAMILIES, INCIDENTAL, SIZES, Config, flat, to_dict
 from cpdlm.files import write_json
 
 SCHEMA = 1
@@ -90,7 +90,8 @@ class Record:
         None for a size that is not one of ours, or without drafts.
         """
         size, parts = SIZES.get(self.config["size"]), self.content["parameters"]
-        if size is None or self.horizon == 1:
+        foreign = self.config["model"].get("family", "llama") not in FAMILIES
+        if size is None or foreign or self.horizon == 1:
             return None
         rows = (self.horizon - (not self.variant.startswith("untied"))) * self.rank
         shared = self.config["model"].get("head", "shared") == "shared"
