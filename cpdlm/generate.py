@@ -1,0 +1,222 @@
+"""Text from a finished model, at the keyboard: streams what is written and shows which tokens were drafted.
+
+    python -m cpdlm.generate --model RUN --prompt 'def main(' --show
+
+--model takes a run's folder or one that `python -m cpdlm.hub` wrote. The text goes to standard output, everything else
+to standard error, so that the text can be piped. Slow imports come after the arguments are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from cpdlm.config import CHOICES, ConfigError
+
+if TYPE_CHECKING:
+    from cpdlm.data.tokenizer import Tokenizer
+    from cpdlm.decoding import Decoded
+    from cpdlm.model.language_model import LanguageModel
+
+NEW_TOKENS = 128
+GREEN, RESET = "\033[32m", "\033[0m"
+# A terminal would obey them.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m cpdlm.generate", description="Write text with a finished model.")
+    made.add_argument("--model", type=Path, required=True, help="folder of a finished run, or an exported one")
+    made.add_argument("--prompt", help="text to continue (default: standard input, without its last newline)")
+    made.add_argument(
+        "--max-new-tokens", type=int, help=f"tokens to write (default: {NEW_TOKENS}, or what the context has room for)"
+    )
+    made.add_argument(
+        "--temperature", type=float, default=0.0, help="0: the likeliest token (default); 1: the model's law"
+    )
+    made.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (default: 0, all)")
+    made.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this much probability")
+    made.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
+    made.add_argument(
+        "--draft",
+        default="chain",
+        choices=["none", *CHOICES["decode.draft"]],
+        help="how drafts are made (default: chain)",
+    )
+    made.add_argument(
+        "--show",
+        action="store_true",
+        help="drafted and accepted tokens in green; tokens per pass and per second at the end",
+    )
+    return made
+
+
+class Incremental:
+    """Ids -> text, a few at a time: what comes out is never half a character, and joined it is the text of them all.
+
+    An incomplete character decodes to U+FFFD: up to three of them at the end are held back until more is known.
+    """
+
+    KEEP, TRIM = 16, 64  # ids that stay as context, and how many have come before older ones are dropped
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self.decode = decode
+        self.ids: list[int] = []
+        self.written = 0  # characters of decode(ids) that are out
+
+    def push(self, ids: Sequence[int]) -> str:
+        self.ids.extend(ids)
+        text = self.decode(self.ids)
+        open_end = min(3, len(text) - len(text.rstrip(_UNKNOWN)))
+        new = text[self.written : len(text) - open_end]
+        self.written += len(new)
+        if open_end == 0 and len(self.ids) > self.TRIM:
+            self.ids = self.ids[-self.KEEP :]
+            self.written = len(self.decode(self.ids))
+        return new
+
+    def end(self) -> str:
+        return self.decode(self.ids)[self.written :]
+
+
+def load(folder: Path) -> tuple[LanguageModel, Tokenizer]:
+    """Model and tokenizer of a run's folder or an exported one; raises RunError or ConfigError where one is not there."""
+    from safetensors import SafetensorError
+
+    from cpdlm import hub
+    from cpdlm.data.tokenizer import HubTokenizer
+    from cpdlm.training.storage import CONFIG, RunError, load_model
+
+    tokenizer: Tokenizer
+    if (folder / CONFIG).is_file():
+        model, tokenizer = load_model(folder), hub.run_tokenizer(folder)
+    elif (folder / "config.json").is_file():
+        if not (folder / "tokenizer_config.json").is_file():
+            raise RunError(
+                f"{folder} has no tokenizer (tokenizer_config.json); export it again with python -m cpdlm.hub"
+            )
+        try:
+            model = hub.CpdlmForCausalLM.from_pretrained(folder).model
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise RunError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); export it again") from error
+        tokenizer = HubTokenizer(f"hf:{folder}", folder)
+    else:
+        raise RunError(f"{folder} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json)")
+    hub.check_vocabulary(folder, model, tokenizer)
+    return model, tokenizer
+
+
+def run(options: argparse.Namespace, out: TextIO) -> None:
+    """Write the text to `out`, the rest to standard error; raises ConfigError, RunError or ValueError on bad input."""
+    import torch
+
+    from cpdlm.decoding import Sampling, decode
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens={options.max_new_tokens} writes nothing; give at least 1")
+    if options.prompt == "":
+        raise ConfigError("the prompt is empty; give --prompt TEXT, or text on standard input")
+    model, tokenizer = load(options.model)
+    prompt = _standard_input() if options.prompt is None else options.prompt
+    ids = [int(each) for each in tokenizer.encode([prompt])[0]]
+    if not ids:
+        raise ConfigError("the prompt is empty; give --prompt TEXT, or text on standard input")
+    ids = [tokenizer.bos, *ids]
+    room = model.context - len(ids)
+    if room < 1:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens with the one that begins a text, the context of this model is {model.context}; "
+            f"give at most {model.context - 2}"
+        )
+    new_tokens = min(NEW_TOKENS, room) if options.max_new_tokens is None else options.max_new_tokens
+    if new_tokens > room:
+        raise ConfigError(
+            f"a prompt of {len(ids)} tokens leaves room for {room} in the context of {model.context}; "
+            f"give --max-new-tokens {room} or a shorter prompt"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    terminal = out.isatty()
+    coloured = options.show and terminal and not os.environ.get("NO_COLOR")
+    text = Incremental(tokenizer.decode)
+
+    def say(piece: str, drafted: bool) -> None:
+        if terminal:
+            piece = piece.translate(_CONTROLS)
+        out.write(f"{GREEN}{piece}{RESET}" if coloured and drafted and piece else piece)
+        out.flush()
+
+    def on_tokens(tokens: list[int]) -> None:
+        for place, token in enumerate(tokens):
+            say(text.push([token]), drafted=place < len(tokens) - 1)
+
+    def write(draft: str, heard: Callable[[list[int]], None] | None = None) -> Decoded:
+        generator = torch.Generator().manual_seed(options.seed)
+        return decode(
+            model, torch.tensor(ids, device=device), new_tokens, sampling, generator,
+            eos=tokenizer.eos, draft=draft, on_tokens=heard,
+        )  # fmt: skip
+
+    write(options.draft, on_tokens)
+    say(text.end(), drafted=False)
+    out.write("\n")
+    if not options.show:
+        return
+    if coloured:
+        print(f"{GREEN}green{RESET}: drafted and accepted", file=sys.stderr)
+    ours, rate = _timed(lambda: write(options.draft))
+    _, plain_rate = _timed(lambda: write("none"))
+    print(
+        f"{len(ours.tokens)} tokens in {ours.passes} passes: {len(ours.tokens) / ours.passes:.2f} tokens per pass\n"
+        f"{rate:.0f} tokens/s; plain decoding of the same prompt {plain_rate:.0f} tokens/s: {rate / plain_rate:.2f} x "
+        "(one run each, without printing)",
+        file=sys.stderr,
+    )
+
+
+def _timed(write: Callable[[], Decoded]) -> tuple[Decoded, float]:
+    """What was written, and tokens per second. (A pass ends with a copy to the host, so the clock needs no more.)"""
+    began = time.perf_counter()
+    done = write()
+    return done, len(done.tokens) / (time.perf_counter() - began)
+
+
+def _standard_input() -> bytes | str:
+    if sys.stdin.isatty():
+        print("prompt (Ctrl-D ends it):", file=sys.stderr)
+    given = sys.stdin.buffer.read()
+    return given.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    from transformers.utils.logging import disable_progress_bar
+
+    from cpdlm.training.storage import RunError
+
+    disable_progress_bar()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has not all characters
+    try:
+        run(options, sys.stdout)
+    except (RunError, ValueError) as error:  # ConfigError is a ValueError
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the text has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

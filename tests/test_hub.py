@@ -1,0 +1,623 @@
+"""The model behind `transformers`: saved, loaded, and generating what the stock loop generates.
+
+What judges is not ours: `generate` of `transformers` on the plain Hugging Face model (trunk and unembedding) where the
+target is its softmax, the stock loop on our `forward` where it is eq. 11, and the oracle's enumerated laws for sampling:
+SAMPLES rows, chi-square at `oracle.FALSE_ALARM` = 1e-4 for the fixed seed, power of at least .99 against the fault named.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from cpdlm import hub
+from cpdlm.config import Config, resolve
+from cpdlm.data.corpus import load_corpus
+from cpdlm.files import write_json
+from cpdlm.hub import CpdlmConfig, CpdlmForCausalLM
+from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.training import storage
+from tests import oracle
+from tests.test_speculative import real
+
+COMMON, TIED, OWN = (
+    ("llama", 4, "token", False, True),
+    ("gpt2", 4, "none", True, False),
+    ("llama", 4, "none", False, False),
+)
+LAYOUTS = {"common": COMMON, "tied": TIED, "own": OWN}
+SAMPLES = 1500
+
+
+@cache
+def wrapped(layout: str, vocabulary: int = 17) -> CpdlmForCausalLM:
+    return CpdlmForCausalLM.from_language_model(real(*LAYOUTS[layout], vocabulary=vocabulary))
+
+
+def plain(model: LanguageModel) -> PreTrainedModel:
+    """The Hugging Face model of trunk and unembedding, whose law is the target of the layouts common and tied."""
+    shell = AutoModelForCausalLM.from_config(model.trunk.body.config)
+    setattr(shell, shell.base_model_prefix, model.trunk.body)
+    shell.get_output_embeddings().weight = model.unembedding.weight
+    shell.generation_config = GenerationConfig()
+    return shell.eval()
+
+
+def stock(layout: str, *arguments: Any, **options: Any) -> Any:
+    """What `transformers` writes, one token per pass."""
+    if layout == "own":
+        return GenerationMixin.generate(wrapped(layout), *arguments, **options)
+    return plain(wrapped(layout).model).generate(*arguments, **options)
+
+
+def batch(rows: int, vocabulary: int = 17, longest: int = 7) -> dict[str, Tensor]:
+    """Prompts of unequal lengths, padded on the left with id 0."""
+    generator = torch.Generator().manual_seed(rows)
+    ids = torch.randint(1, vocabulary, (rows, longest), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, : 2 * row] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@cache
+def usual(layout: str, rows: int, tokens: int = 24) -> list[int]:
+    """What the first row says: options are chosen from it so that they matter."""
+    return stock(layout, **batch(rows), max_new_tokens=tokens, pad_token_id=0)[0, 7:].tolist()
+
+
+# --- saving and loading ---------------------------------------------------------------------------------------------------
+
+
+def same_weights(one: LanguageModel, other: LanguageModel) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    buffers = dict(other.named_buffers())
+    assert all(torch.equal(each, buffers[name]) for name, each in one.named_buffers())
+    assert one.embeddings_are_tied == other.embeddings_are_tied
+
+
+BUILT: list[dict[str, Any]] = [
+    {},
+    {"rank": 2, "model.tie_embeddings": False, "balance": "bias"},
+    {"model.head": "separate", "model.family": "gpt2"},
+    {"model.map_rank": 3, "anchor": "token", "model.anchor_width": 5},
+    {"model.map_hidden": 6, "anchor": "blind"},
+    {"rank": 1, "horizon": 1, "model.family": "gpt2"},
+    {"model.trunk": "frozen"},
+]
+
+
+@pytest.mark.parametrize("overrides", BUILT, ids=[",".join(each) or "default" for each in BUILT])
+def test_a_saved_model_comes_back_bit_for_bit(overrides: dict[str, Any], tmp_path: Path) -> None:
+    base = {"size": "micro", "data.context": 64, "decode.prompt_tokens": 8, "decode.new_tokens": 8}
+    trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 17) if "model.trunk" in overrides else None
+    model = build_language_model(resolve(base | overrides), 17, trunk).eval()
+    with torch.no_grad():
+        for buffer in (model.heads.balance_bias_R if model.heads is not None else None,):
+            if buffer is not None:
+                buffer.copy_(torch.tensor([0.5, -0.5]))
+    CpdlmForCausalLM.from_language_model(model, 3, 4).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, CpdlmForCausalLM) and not loaded.training
+    same_weights(model, loaded.model)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), CpdlmConfig)
+    assert (loaded.generation_config.bos_token_id, loaded.generation_config.eos_token_id) == (3, 4)
+    assert any(each.requires_grad for each in loaded.model.trunk.parameters()) == (trunk is None)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        hidden = model.hidden(ids)
+        assert torch.equal(loaded(ids).logits, wrap(model)(ids).logits)
+        torch.testing.assert_close(loaded(ids).logits.log_softmax(-1), model.target_log_probs(hidden))
+        if model.heads is not None:
+            fixed = torch.tensor([5])
+            ours, theirs = (each.draft_joint(hidden[:, -1], fixed) for each in (model, loaded.model))
+            assert torch.equal(ours.log_factors_NRV, theirs.log_factors_NRV)
+
+
+def wrap(model: LanguageModel) -> CpdlmForCausalLM:
+    return CpdlmForCausalLM.from_language_model(model)
+
+
+def test_the_precision_is_kept(tmp_path: Path) -> None:
+    model = wrapped("common")
+    model.save_pretrained(tmp_path)
+    assert CpdlmForCausalLM.from_pretrained(tmp_path).dtype == torch.float64
+    assert CpdlmForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_folder_with_other_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    wrapped("common").save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    gone = next(key for key in state if "heads.gate" in key)
+    save_file(
+        {key: each for key, each in state.items() if key != gone}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=f"is not whole: its weights lack .*{gone}"):
+        CpdlmForCausalLM.from_pretrained(tmp_path)
+
+
+def test_wrapping_changes_nothing() -> None:
+    model = real(*TIED)
+    before = copy.deepcopy(model.state_dict())
+    wrap(model)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_the_loss_is_that_of_the_target() -> None:
+    model = wrapped("own")
+    ids = torch.tensor([[1, 5, 2, 9], [3, 3, 4, 8]])
+    labels = ids.clone()
+    labels[0, 2] = -100
+    log_probs = model.model.target_log_probs(model.model.hidden(ids))[:, :-1]
+    nll = -log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    loss = model(ids, labels=labels).loss
+    torch.testing.assert_close(loss.double(), (nll.sum() - nll[0, 1]) / 5, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="output_attentions: this model maps input_ids to logits, nothing else"):
+        model(ids, output_attentions=True)
+
+
+# --- greedy, against the library --------------------------------------------------------------------------------------------
+
+
+class Multiple(StoppingCriteria):
+    """Stops a row after an id that is a multiple of 5."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids[:, -1] % 5 == 0
+
+
+class Favour(LogitsProcessor):
+    """Raises another id in every row: what a row gets must not depend on how rows are grouped."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        for row in range(len(scores)):
+            scores[row, 3 + row] += 2.0
+        return scores
+
+
+def successors(row: int, ids: Tensor) -> list[int]:
+    """A grammar that knows no sentence but its own: odd and even ids in turn, after the prompt."""
+    new = ids[7:].tolist()
+    assert all(token % 2 == place % 2 for place, token in enumerate(new)), f"asked about {new}"
+    return list(range(len(new) % 2, 17, 2))
+
+
+def options(said: list[int]) -> dict[str, dict[str, Any]]:
+    """said: what is written without options."""
+    return {
+        "max_new_tokens": {"max_new_tokens": 24},
+        "max_length": {"max_length": 19},
+        "default length": {},
+        "one eos": {"max_new_tokens": 24, "eos_token_id": said[6]},
+        "several eos": {"max_new_tokens": 24, "eos_token_id": [said[6], said[9], 16], "pad_token_id": 1},
+        "repetition_penalty": {"max_new_tokens": 24, "repetition_penalty": 1.7},
+        "no_repeat_ngram_size": {"max_new_tokens": 24, "no_repeat_ngram_size": 2},
+        "encoder_repetition_penalty": {"max_new_tokens": 24, "encoder_repetition_penalty": 1.5},
+        "encoder_no_repeat_ngram_size": {"max_new_tokens": 24, "encoder_no_repeat_ngram_size": 1},
+        "bad_words_ids": {"max_new_tokens": 24, "bad_words_ids": [[said[3]], said[5:7]]},
+        "sequence_bias": {"max_new_tokens": 24, "sequence_bias": [[[said[2]], -3.0], [[2, 5], 4.0]]},
+        "min_new_tokens": {"max_new_tokens": 24, "min_new_tokens": 12, "eos_token_id": said[6]},
+        "min_length": {"max_new_tokens": 24, "min_length": 17, "eos_token_id": said[6]},
+        "forced_eos_token_id": {"max_new_tokens": 9, "forced_eos_token_id": 4},
+        "length penalty": {"max_new_tokens": 24, "exponential_decay_length_penalty": (4, 1.5), "eos_token_id": said[6]},
+        "suppress_tokens": {"max_new_tokens": 24, "suppress_tokens": said[:2], "begin_suppress_tokens": [said[4]]},
+        "two processors": {"max_new_tokens": 24, "repetition_penalty": 1.3, "bad_words_ids": [[said[4]]]},
+        "own processor": {"max_new_tokens": 24, "logits_processor": LogitsProcessorList([Favour()])},
+        "prefix_allowed_tokens_fn": {"max_new_tokens": 16, "prefix_allowed_tokens_fn": successors},
+        "stopping_criteria": {
+            "max_new_tokens": 24, "stopping_criteria": StoppingCriteriaList([Multiple()]), "eos_token_id": 16
+        },
+        "watermark": {"max_new_tokens": 24, "watermarking_config": {"bias": 2.0, "seeding_scheme": "lefthash"}},
+        "use_cache": {"max_new_tokens": 24, "use_cache": False},
+    }  # fmt: skip
+
+
+OPTIONS = list(options(list(range(12))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_greedy_is_what_the_library_writes(name: str, layout: str) -> None:
+    for rows in (1, 3):
+        chosen = {"pad_token_id": 0} | options(usual(layout, rows))[name]
+        theirs = stock(layout, **batch(rows), **chosen)
+        ours = wrapped(layout).generate(**batch(rows), **chosen)
+        assert ours.dtype == torch.int64 and ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("draft", ["none", "block", "tree", "window", "path"])
+def test_every_way_to_draft_writes_the_same(draft: str) -> None:
+    chosen = {
+        "max_new_tokens": 20,
+        "pad_token_id": 0,
+        "repetition_penalty": 1.3,
+        "prefix_allowed_tokens_fn": successors,
+    }
+    theirs = stock("common", **batch(2), **chosen)
+    assert wrapped("common").generate(**batch(2), **chosen, draft=draft, nodes=5).tolist() == theirs.tolist()
+
+
+def test_options_do_something_and_drafts_are_kept() -> None:
+    """The comparisons above are of texts that differ, written in fewer passes than tokens."""
+    said = usual("common", 1)
+    texts = set()
+    for name in OPTIONS:
+        chosen = {"pad_token_id": 0} | options(said)[name]
+        texts.add(tuple(stock("common", **batch(1), **chosen)[0].tolist()))
+    assert len(texts) >= len(OPTIONS) - 4
+    passes = []
+    model = wrapped("common").model
+    handle = model.trunk.body.register_forward_hook(lambda *arguments: passes.append(1))
+    try:
+        wrapped("common").generate(**batch(1), max_new_tokens=24)
+    finally:
+        handle.remove()
+    assert 1 < len(passes) < 24
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_streamer_is_told_what_the_library_tells_it(rows: int) -> None:
+    class Heard:
+        def __init__(self) -> None:
+            self.all: list[Tensor] = []
+            self.ended = 0
+
+        def put(self, value: Tensor) -> None:
+            self.all.append(value)
+
+        def end(self) -> None:
+            self.ended += 1
+
+    chosen = {"max_new_tokens": 20, "eos_token_id": usual("common", rows)[6], "pad_token_id": 1}
+    heard = [Heard(), Heard()]
+    ours = wrapped("common").generate(**batch(rows), **chosen, streamer=heard[0])
+    stock("common", **batch(rows), **chosen, streamer=heard[1])
+    assert [each.tolist() for each in heard[0].all] == [each.tolist() for each in heard[1].all]
+    assert heard[0].ended == heard[1].ended == 1
+    assert torch.stack(heard[0].all[1:], dim=1).tolist() == ours[:, 7:].tolist()
+
+
+def test_return_dict_and_the_models_own_generation_config() -> None:
+    model = wrap(real(*COMMON))
+    model.generation_config = GenerationConfig(max_new_tokens=5, pad_token_id=0)
+    done = model.generate(torch.tensor([[1, 2]]), return_dict_in_generate=True)
+    assert isinstance(done, GenerateDecoderOnlyOutput) and done.sequences.shape == (1, 7) and done.scores is None
+    given = GenerationConfig(max_new_tokens=3, pad_token_id=0)
+    assert model.generate(torch.tensor([[1, 2]]), given).shape == (1, 5)
+    assert model.generate(torch.tensor([[1, 2]]), given, max_new_tokens=4).shape == (1, 6)
+
+
+# --- sampling, against the oracle -------------------------------------------------------------------------------------------
+
+PROMPT = (2, 0)
+
+
+@cache
+def small() -> CpdlmForCausalLM:
+    return wrap(real(*OWN, horizon=3, vocabulary=3))
+
+
+@cache
+def scores(history: oracle.History) -> tuple[float, ...]:
+    return tuple(small()(torch.tensor([history])).logits[0, -1].detach().tolist())
+
+
+def law(penalty: float = 1.0, length: int = 4, eos: int | None = None, **keep: Any) -> dict[oracle.History, float]:
+    """repetition_penalty by its definition (negative scores of what has been said are multiplied), then the filters."""
+
+    def target(history: oracle.History) -> oracle.Law:
+        changed = [each * penalty if token in history else each for token, each in enumerate(scores(history))]
+        return oracle.filter_law(oracle.normalise([2.718281828459045**each for each in changed]), **keep)
+
+    assert all(each < 0 for each in scores(PROMPT)), "eq. 11 gives log-probabilities"
+    return oracle.autoregressive_law(target, PROMPT, length, eos)
+
+
+SAMPLED = {
+    "plain": ({"top_k": 0}, {}, {"temperature": 1.6}),
+    "temperature": ({"top_k": 0, "temperature": 0.6}, {"temperature": 0.6}, {}),
+    "top-k and top-p": ({"top_k": 2, "top_p": 0.9}, {"top_k": 2, "top_p": 0.9}, {}),
+    "eos": ({"top_k": 0, "eos_token_id": 1}, {"eos": 1}, {"eos": 1, "temperature": 1.6}),
+    "penalty": ({"top_k": 0, "repetition_penalty": 1.6}, {"penalty": 1.6}, {}),
+    "penalty and filters": (
+        {"temperature": 0.8, "top_k": 2, "repetition_penalty": 1.6, "eos_token_id": 1},
+        {"temperature": 0.8, "top_k": 2, "penalty": 1.6, "eos": 1},
+        {"temperature": 0.8, "top_k": 2, "eos": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("draft", ["chain", "block"])
+def test_samples_have_the_law_that_the_options_say(name: str, draft: str) -> None:
+    """Power of .99 against the law without the option (plain: with a temperature that nobody asked for)."""
+    chosen, right, wrong = SAMPLED[name]
+    truth = law(**right)
+    assert oracle.power(law(**wrong), truth, SAMPLES) >= 0.99
+    torch.manual_seed(3)
+    drawn = small().generate(
+        torch.tensor([PROMPT]), attention_mask=torch.ones(1, 2), do_sample=True, max_new_tokens=4, num_return_sequences=SAMPLES, draft=draft,
+        **({"pad_token_id": 0} | chosen),
+    )  # fmt: skip
+    assert drawn.shape[0] == SAMPLES and (drawn[:, :2] == torch.tensor(PROMPT)).all()
+    assert oracle.p_value(texts_of(drawn, chosen.get("eos_token_id")), truth) > oracle.FALSE_ALARM
+
+
+def texts_of(drawn: Tensor, eos: int | None) -> Counter[oracle.History]:
+    counts: Counter[oracle.History] = Counter()
+    for row in drawn[:, 2:].tolist():
+        end = row.index(eos) + 1 if eos in row else len(row)
+        assert set(row[end:]) <= {0}, "padding follows the end"
+        counts[tuple(row[:end])] += 1
+    return counts
+
+
+def test_the_global_seed_decides() -> None:
+    def drawn(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        chosen: dict[str, Any] = {"do_sample": True, "max_new_tokens": 20, "pad_token_id": 0}
+        return [
+            *wrapped("common").generate(**batch(2), **chosen).tolist(),
+            *wrapped("common").generate(**batch(2), **chosen).tolist(),
+        ]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert drawn(1)[:2] != drawn(1)[2:], "a second call goes on where the first has ended"
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "beams": ({"num_beams": 2}, "beam search is not for this loop.*GenerationMixin.generate"),
+    "beam sample": ({"num_beams": 2, "do_sample": True}, "beam sample"),
+    "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search is not for this loop"),
+    "lookup": ({"prompt_lookup_num_tokens": 3}, "assisted generation is not for this loop"),
+    "dola": ({"dola_layers": "low"}, "dola generation"),
+    "assistant": ({"assistant_model": object()}, "assistant_model is not needed, this model drafts for itself"),
+    "scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores=True: this loop returns `sequences`"),
+    "guidance": ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor keeps a state"),
+    "cache": ({"past_key_values": object()}, "past_key_values would have to hold.*pass the whole text"),
+    "static cache": ({"cache_implementation": "static"}, "cache_implementation='static' is not for this loop"),
+    "paged": ({"cache_implementation": "paged"}, "cache_implementation='paged' is not for this loop"),
+    "embeddings": ({"inputs_embeds": torch.zeros(1, 2, 64)}, "inputs_embeds is not for this loop"),
+    "positions": ({"position_ids": torch.tensor([[0, 1]])}, "position_ids is not for this loop"),
+    "healing": ({"token_healing": True}, "token_healing=True is not for this loop"),
+    "stop strings": ({"stop_strings": "x"}, "stop_strings need the tokenizer"),
+    "length": ({"max_new_tokens": 63}, "exceed the model's context of 64; pass max_new_tokens of at most 62"),
+    "draft": ({"draft": "guess"}, "draft='guess' is not one of none, chain"),
+    "temperature": ({"do_sample": True, "temperature": 0.0}, "temperature"),
+    "top_p": ({"do_sample": True, "top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+    "misspelt": ({"max_new_token": 3}, "max_new_token"),
+    "padding": ({"attention_mask": torch.tensor([[1, 0]])}, "a prompt ends in padding.*padding_side='left'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_speculation_has_not_is_refused_by_name(name: str) -> None:
+    chosen, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        wrapped("common").generate(torch.tensor([[1, 2]]), **({"max_new_tokens": 4} | chosen))
+
+
+def test_rows_that_stop_apart_need_something_to_pad_with() -> None:
+    chosen = {"max_new_tokens": 9, "stopping_criteria": StoppingCriteriaList([Multiple()])}
+    with pytest.raises(ValueError, match="pass pad_token_id"):
+        wrapped("common").generate(**batch(2), **chosen)
+
+
+def test_the_stock_loop_stays_within_reach() -> None:
+    done = GenerationMixin.generate(wrapped("common"), **batch(2), num_beams=3, max_new_tokens=6, pad_token_id=0)
+    theirs = stock("common", **batch(2), num_beams=3, max_new_tokens=6, pad_token_id=0)
+    assert done.tolist() == theirs.tolist()
+
+
+# --- from a run to a folder -------------------------------------------------------------------------------------------------
+
+
+def make_run(folder: Path, overrides: dict[str, Any], vocabulary: int = 257, measured: bool = True) -> LanguageModel:
+    """A run's folder with random weights, as training would have left it."""
+    base = {"size": "micro", "rank": 2, "data.context": 64, "decode.prompt_tokens": 8, "decode.new_tokens": 8}
+    config = resolve(base | {"output": str(folder.parent), "name": folder.name} | overrides)
+    trunk = storage.load_model(Path(config.model.trunk)) if config.model.trunk else None
+    torch.manual_seed(1)
+    model = build_language_model(config, vocabulary, trunk).eval()
+    folder.mkdir(parents=True)
+    storage.open_run(folder, config)
+    storage.save_model(folder, model, dict(model.state_dict()), vocabulary)
+    if measured:
+        write_measurements(folder, config)
+    return model
+
+
+def write_measurements(folder: Path, config: Config, sha256: str = "0") -> None:
+    data = {
+        "corpus": config.corpus, "sha256": sha256, "splits": {"train": {"tokens": 12345}},
+        "sources": [{"name": "sympy", "version": "1.14.0", "licence": "BSD-3-Clause"}],
+    }  # fmt: skip
+    likelihood = {"bits_per_byte": 2.345}
+    write_json(
+        folder / "evaluate.json",
+        {"command": "python experiments/run.py rank=2", "data": data, "likelihood": likelihood},
+    )
+    mode = {
+        "tokens_per_pass": {"mean": 1.77}, "speedup": {"median": 1.23, "low": 1.1, "high": 1.31}, "prompts": 4, "new_tokens": 8
+    }  # fmt: skip
+    hardware = {"processor": "A Processor", "cores": 2, "accelerator": "none"}
+    write_json(folder / "decode.json", {"modes": {"greedy": mode}, "origin": {"hardware": hardware}})
+
+
+def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trunk, run, folder = tmp_path / "trunk", tmp_path / "heads", tmp_path / "exported"
+    make_run(trunk, {"rank": 1, "horizon": 1, "balance": "none"})
+    model = make_run(run, {"model.trunk": str(trunk)})
+    assert hub.main([str(run), str(folder)]) == 0
+    said = capsys.readouterr().out.split()
+    assert {Path(line).name for line in said} == {path.name for path in folder.iterdir()} >= {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"
+    }  # fmt: skip
+    for path in trunk.iterdir():
+        path.unlink()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    same_weights(model, loaded.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in ("def main(", "né € 😀\n\ttab", "<|endof"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == [256, *text.encode()] and tokenizer.decode(ids, skip_special_tokens=True) == text
+    both = tokenizer(["a", "a longer one"], padding=True, return_tensors="pt")
+    assert both["attention_mask"][0].tolist() == [0] * 11 + [1] * 2 and len(tokenizer) == 257
+    assert (loaded.generation_config.eos_token_id, loaded.generation_config.pad_token_id) == (256, 256)
+    assert loaded.generate(**both, max_new_tokens=8).shape[0] == 2
+    card = (folder / "README.md").read_text()
+    for word in ("rank, horizon, anchor | 2, 4, none", "1.77", "1.23 [1.10, 1.31]", "sympy 1.14.0 (BSD-3-Clause)", "12,345", "2.345 bits", "python experiments/run.py rank=2", "A Processor", "frozen trunk"):  # fmt: skip
+        assert word in card, word
+    assert hub.main([str(run), str(folder)]) == 2, "the trunk is gone"
+    assert "trunk" in capsys.readouterr().err
+
+
+def test_the_card_is_code_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run", {}, measured=False)
+    hub.export(tmp_path / "run", tmp_path / "mine")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "Its speed was not measured." in card
+    monkeypatch.chdir(tmp_path)
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.startswith("def main(")
+
+
+def test_streamed_text_is_the_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run", {}, measured=False)
+    model = hub.export(tmp_path / "run", tmp_path / "mine")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mine")
+    text = tokenizer("x = ", return_tensors="pt")
+    capsys.readouterr()
+    done = model.generate(**text, max_new_tokens=30, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out == tokenizer.decode(done[0, text["input_ids"].shape[1] :]) + "\n"
+    said = tokenizer.decode(done[0, text["input_ids"].shape[1] :])
+    stopped = model.generate(**text, max_new_tokens=30, stop_strings=said[3:5], tokenizer=tokenizer)
+    assert text["input_ids"].shape[1] < stopped.shape[1] <= text["input_ids"].shape[1] + len(said[:5].encode()) + 2
+
+
+def write_corpus(path: Path) -> None:
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(0, len(words), (40_000,), generator=generator).tolist()
+    lines = [" ".join(words[each] for each in picks[start : start + 40]) for start in range(0, len(picks), 40)]
+    path.write_text("\n\n".join(lines))
+
+
+def bpe_run(tmp_path: Path, tokenizer: str = "bpe:290") -> Path:
+    write_corpus(tmp_path / "words.txt")
+    overrides = {
+        "corpus": str(tmp_path / "words.txt"),
+        "data.tokenizer": tokenizer,
+        "data.cache": str(tmp_path / "cache"),
+    }
+    config = resolve(overrides | {"data.context": 64, "decode.prompt_tokens": 8, "decode.new_tokens": 8})
+    corpus = load_corpus(config, progress=False)
+    make_run(tmp_path / "run", overrides, corpus.vocab_size, measured=False)
+    write_measurements(tmp_path / "run", config, corpus.describe()["sha256"])
+    return tmp_path / "run"
+
+
+def test_a_bpe_goes_with_its_model(tmp_path: Path) -> None:
+    run = bpe_run(tmp_path)
+    hub.export(run, tmp_path / "mine")
+    ours, theirs = hub.run_tokenizer(run), AutoTokenizer.from_pretrained(tmp_path / "mine")
+    assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.eos
+    for text in ("alpha beta", "naïve €", " kappa  iota\n"):
+        ids = ours.encode([text])[0].tolist()
+        assert theirs(text)["input_ids"] == [ours.bos, *ids] and theirs.decode(ids) == ours.decode(ids) == text
+
+
+def test_a_hugging_face_tokenizer_goes_with_its_model(tmp_path: Path) -> None:
+    make_run(tmp_path / "bytes", {})
+    hub.export(tmp_path / "bytes", tmp_path / "source")
+    (tmp_path / "other").mkdir()
+    run = bpe_run(tmp_path / "other", f"hf:{tmp_path / 'source'}")
+    hub.export(run, tmp_path / "mine")
+    assert AutoTokenizer.from_pretrained(tmp_path / "mine")("a €")["input_ids"] == [256, *"a €".encode()]
+
+
+def test_a_run_without_its_parts_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(run: Path, folder: Path, *words: str) -> None:
+        assert hub.main([str(run), str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and all(word in error for word in words), error
+
+    run = bpe_run(tmp_path)
+    fails(tmp_path / "nowhere", tmp_path / "out", "is not a run folder")
+    fails(run, run, "holds something else", "give a new or empty folder")
+    fails(run, tmp_path, "holds something else")
+    fails(run, tmp_path / "words.txt", "is a file")
+    (tmp_path / "cache").rename(tmp_path / "elsewhere")
+    fails(run, tmp_path / "out", "the tokenizer of", "bpe:290", "run its command again")
+    (run / "evaluate.json").unlink()
+    fails(run, tmp_path / "out", "was not evaluated")
+    (run / "model.safetensors").unlink()
+    fails(run, tmp_path / "out", "no finished model")
+    make_run(tmp_path / "small", {}, 17)
+    fails(tmp_path / "small", tmp_path / "out", "the tokenizer bytes has 257 tokens, the weights 17")
+    assert not (tmp_path / "out").exists()
+
+
+# --- slow -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_greedy_in_float32_on_a_hundred_prompts() -> None:
+    """100 prompts x 64 tokens: where a token differs, the target's two best, in float64, are within 1e-4 of each other."""
+    base = {"size": "micro", "data.context": 128, "decode.prompt_tokens": 8, "decode.new_tokens": 8}
+    trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 257)
+    model = build_language_model(resolve(base | {"rank": 4, "model.trunk": "frozen"}), 257, trunk).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(2 * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    ours, theirs = wrap(model), plain(model)
+    exact = copy.deepcopy(model).double()
+    differing = 0
+    for start in range(10):
+        lengths = [4 + (7 * (10 * start + row)) % 29 for row in range(10)]
+        ids = torch.randint(0, 257, (10, max(lengths)), generator=generator)
+        mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
+        chosen = {"max_new_tokens": 64, "pad_token_id": 0}
+        one = ours.generate(ids, attention_mask=mask, **chosen)
+        other = theirs.generate(ids, attention_mask=mask, **chosen)
+        for row in range(10):
+            unequal = (one[row] != other[row]).nonzero()
+            if len(unequal) == 0:
+                continue
+            differing += 1
+            prefix = one[row, : int(unequal[0])][max(lengths) - lengths[row] :]
+            best = exact.target_log_probs(exact.hidden(prefix[None]))[0, -1].topk(2).values
+            assert float(best[0] - best[1]) < 1e-4, f"prompt {10 * start + row} differs at token {int(unequal[0])}"
+    assert differing < 10
