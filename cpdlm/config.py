@@ -140,6 +140,7 @@ class DecodeConfig:
     warmups: int = knob(3, "untimed repeats before them")
     draft: str = knob("chain", "how drafts are made: chain | block | tree | window | path")
     nodes: int = knob(8, "drafts of a tree, or width of the beam of window and path")
+    shortlist: int = knob(0, "draft from the N tokens that the training text uses most (0 = all); the target keeps all")
 
 
 @dataclass
@@ -333,7 +334,7 @@ def check(config: Config) -> None:
         "optim.warmup": 0, "train.accumulate": 1, "train.log_every": 1, "train.validate_every": 1,
         "train.validation_rows": 1, "train.checkpoint_every": 1, "evaluate.rows": 1, "evaluate.batch_rows": 1,
         "decode.prompts": 1, "decode.prompt_tokens": 1, "decode.new_tokens": 1, "decode.top_k": 0,
-        "decode.repeats": 1, "decode.nodes": 1, "decode.warmups": 0, "seed": 0,
+        "decode.repeats": 1, "decode.nodes": 1, "decode.shortlist": 0, "decode.warmups": 0, "seed": 0,
     }.items():  # fmt: skip
         if values[key] < least:
             raise ConfigError(f"{key}={values[key]} is too small; the least is {least}")
@@ -368,6 +369,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"model.map_hidden={config.model.map_hidden} needs model.head=shared and model.map_rank=0 (here "
             f"model.head={config.model.head}, model.map_rank={config.model.map_rank}): a map is one thing"
+        )
+    if config.decode.shortlist and config.model.head == "separate":
+        raise ConfigError(
+            f"decode.shortlist={config.decode.shortlist} needs model.head=shared (model.head=separate has no unembedding in common)"
         )
     if config.model.trunk and config.horizon == 1:
         raise ConfigError(

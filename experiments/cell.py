@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from cpdlm import tracking
-from cpdlm.config import Config, DecodeConfig, EvaluateConfig
-from cpdlm.data.corpus import load_corpus
+from cpdlm.config import Config, ConfigError, DecodeConfig, EvaluateConfig
+from cpdlm.data.corpus import Corpus, load_corpus
 from cpdlm.data.datamodule import TokenDataModule
+from cpdlm.data.shortlist import Shortlist, frequent_tokens
 from cpdlm.decoding import Sampling
 from cpdlm.evaluation import latency, likelihood
 from cpdlm.files import write_json
@@ -140,6 +141,10 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
     models = {config.run_name: storage.load_model(run_folder(config)).to(_device()) for config in configs}
     trunk = storage.load_model(run_folder(reference)).to(_device()) if reference is not None else None
     decode = first.decode
+    shortlist = _shortlist(first, corpus)
+    if shortlist is not None:
+        for model in models.values():
+            model.use_shortlist(torch.from_numpy(shortlist.ids))
     modes = {}
     for mode, sampling in {
         "greedy": Sampling(temperature=0),
@@ -163,6 +168,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
             "weights": _weights_hash(config),
             "group": list(models),
             "reference": [reference.run_name, _weights_hash(reference)] if reference is not None else None,
+            "shortlist_coverage": shortlist.coverage if shortlist is not None else None,
             "modes": {mode: cells[name] for mode, cells in modes.items()},
             "seconds": seconds,
             "origin": results.provenance(),
@@ -185,7 +191,9 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
         parameters=evaluated["parameters"],
         training=_read(own / storage.TRAINED),
         likelihood=evaluated["likelihood"],
-        decoding={key: measured.get(key) for key in ("group", "reference", "modes")} if measured else None,
+        decoding={key: measured.get(key) for key in ("group", "reference", "shortlist_coverage", "modes")}
+        if measured
+        else None,
         origin=evaluated["origin"],
     )
     # Decoding is timed alone, later: it says its own commit and threads.
@@ -268,6 +276,13 @@ def _origin(folder: Path, data_sha256: str) -> dict[str, Any]:
 def _same(settings: dict[str, Any] | None, now: EvaluateConfig | DecodeConfig) -> bool:
     """Whether a stage ran with these settings; one that is younger than its output had its default then."""
     return settings is not None and asdict(type(now)()) | settings == asdict(now)
+
+
+def _shortlist(config: Config, corpus: Corpus) -> Shortlist | None:
+    size = config.decode.shortlist
+    if size > corpus.vocab_size:
+        raise ConfigError(f"decode.shortlist={size}: the vocabulary has {corpus.vocab_size} tokens; give fewer, or 0")
+    return frequent_tokens(corpus.train.tokens, corpus.vocab_size, size) if size else None
 
 
 def _check_same_text(folder: Path, then: str, now: str) -> None:

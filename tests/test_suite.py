@@ -202,8 +202,23 @@ def test_a_corpus_that_changed_since_is_not_taken_for_the_old_one(
     assert "name=OTHER" in capsys.readouterr().err
 
 
+def test_drafts_from_a_shortlist_are_an_option_of_a_cell(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the bytes: still lossless (test_strategies), with its coverage in the record; too long a list is refused."""
+    from experiments import run
+
+    words = [f"{key}={_word(value)}" for key, value in TINY.items()]
+    words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2", "name=one"]
+    assert run.main([*words, "decode.shortlist=40"]) == 0
+    record = results.load(Path(capsys.readouterr().out.split("record: ")[1].strip()))
+    assert 0.9 < record["decoding"]["shortlist_coverage"] < 1 and record.config["decode"]["shortlist"] == 40
+    assert run.main([*words, "decode.shortlist=300"]) == 2
+    assert "decode.shortlist=300: the vocabulary has 257 tokens" in capsys.readouterr().err
+
+
 def test_a_setting_younger_than_an_output_had_its_default() -> None:
-    old = {key: value for key, value in asdict(DecodeConfig()).items() if key not in ("draft", "nodes")}
+    old = {key: value for key, value in asdict(DecodeConfig()).items() if key not in ("draft", "nodes", "shortlist")}
     assert one_cell._same(old, DecodeConfig()) and one_cell._same(old | {"draft": "chain"}, DecodeConfig())
     assert not one_cell._same(old, DecodeConfig(draft="tree")) and not one_cell._same(old, DecodeConfig(repeats=9))
     assert not one_cell._same(None, DecodeConfig())
