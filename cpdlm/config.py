@@ -57,6 +57,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "anchor": ("none", "token", "blind"),
     "parallel": ("auto", "ddp", "fsdp"),
     "model.head": ("shared", "separate"),
+    "loss.objective": ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend"),
     "decode.draft": ("chain", "block", "tree", "window", "path"),
     "train.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
 }
@@ -71,6 +72,12 @@ class DataConfig:
     cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
     bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")
     workers: int = knob(0, "data-loader worker processes")
+    states: int = knob(
+        0,
+        "tokens of training text whose hidden states under a frozen trunk are computed once and kept (0: none are; "
+        "the trunk runs in every step); training then sees these tokens only",
+    )
+    states_gib: float = knob(8.0, "most GiB of disk that kept hidden states may take")
 
 
 @dataclass
@@ -94,6 +101,13 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
+    objective: str = knob(
+        "joint",
+        "what drafts on a frozen trunk train for: joint (the NLL) | eq14 | eq14-marginal | acceptance | log-acceptance | blend",
+    )
+    alpha: float = knob(0.9, "eq. 14: weight of the divergence from the target, against the text's own tokens")
+    gamma: float = knob(1.0, "discount of each further token of the window (objectives other than joint at 1)")
+    shortlist: int = knob(0, "the draft loss covers the N tokens that the training text uses most (0 = all)")
     joint_fraction: float = knob(1.0, "share of positions that train x_{t+2..t+n}; x_{t+1} always trains on all")
     chunk_mib: int = knob(32, "MiB of logits alive at once in the joint loss")
     balance_weight: float = knob(0.01, "weight of the balance loss (balance=switch or kl)")
@@ -119,6 +133,7 @@ class TrainConfig:
     log_every: int = knob(20, "steps between logged metrics")
     validate_every: int = knob(200, "steps between validations")
     validation_rows: int = knob(32, "rows of the validation split per validation")
+    decode_prompts: int = knob(0, "prompts of the validation split decoded at each validation (0 = none)")
     checkpoint_every: int = knob(200, "steps between checkpoints a killed run resumes from")
 
 
@@ -195,13 +210,16 @@ class Config:
         tie = "-tied" if self.model.tie_first and self.anchor == "none" else ""
         hidden = f"-mlp{self.model.map_hidden}" if self.model.map_hidden else ""
         size = self.size if self.model.family in FAMILIES else Path(self.model.family).stem
-        return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}{hidden}-s{self.seed}"
+        aim = f"-{self.loss.objective}" if self.loss.objective != "joint" else ""
+        return (
+            f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}{hidden}{aim}-s{self.seed}"
+        )
 
 
 # Settings that say where, when or how a run is watched, not what it computes (prefixes of dotted names).
 INCIDENTAL = (
     "tracking.", "output", "name", "preset", "parallel", "devices", "data.cache", "data.bundle", "data.workers",
-    "train.log_every", "train.checkpoint_every",
+    "data.states_gib", "train.log_every", "train.checkpoint_every", "train.decode_prompts",
 )  # fmt: skip
 
 # A preset is a set of overrides for one cell; `preset=a,b` applies a, then b. (A profile, in experiments/suite.py, is a
@@ -330,7 +348,7 @@ def check(config: Config) -> None:
         )
     for key, least in {
         "rank": 1, "horizon": 1, "devices": 1, "data.context": 2, "data.batch_rows": 1, "data.max_bytes": 0,
-        "data.workers": 0, "model.map_rank": 0, "model.map_hidden": 0, "model.anchor_width": 0, "loss.chunk_mib": 1, "optim.steps": 1,
+        "data.workers": 0, "data.states": 0, "loss.shortlist": 0, "train.decode_prompts": 0, "model.map_rank": 0, "model.map_hidden": 0, "model.anchor_width": 0, "loss.chunk_mib": 1, "optim.steps": 1,
         "optim.warmup": 0, "train.accumulate": 1, "train.log_every": 1, "train.validate_every": 1,
         "train.validation_rows": 1, "train.checkpoint_every": 1, "evaluate.rows": 1, "evaluate.batch_rows": 1,
         "decode.prompts": 1, "decode.prompt_tokens": 1, "decode.new_tokens": 1, "decode.top_k": 0,
@@ -341,10 +359,10 @@ def check(config: Config) -> None:
     for key in ("model.noise", "loss.balance_weight", "loss.balance_rate", "optim.weight_decay", "optim.clip"):
         if not values[key] >= 0 or math.isinf(values[key]):
             raise ConfigError(f"{key}={values[key]} must be a number of at least 0")
-    for key in ("loss.joint_fraction", "decode.top_p"):
+    for key in ("loss.joint_fraction", "loss.gamma", "decode.top_p"):
         if not 0 < values[key] <= 1:
             raise ConfigError(f"{key}={values[key]} must lie in (0, 1]")
-    for key in ("optim.floor", "optim.beta1", "optim.beta2"):
+    for key in ("loss.alpha", "optim.floor", "optim.beta1", "optim.beta2"):
         if not 0 <= values[key] <= 1:
             raise ConfigError(f"{key}={values[key]} must lie in [0, 1]")
     if not 0 < config.optim.lr < math.inf:
@@ -374,6 +392,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"decode.shortlist={config.decode.shortlist} needs model.head=shared (model.head=separate has no unembedding in common)"
         )
+    _check_frozen(config)
     if config.model.trunk and config.horizon == 1:
         raise ConfigError(
             f"model.trunk={config.model.trunk} needs horizon of at least 2 (horizon=1 has no heads to train)"
@@ -398,6 +417,34 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer!r}: write bytes, bpe:SIZE with SIZE of at least 257, or hf:NAME"
         )
+
+
+def _check_frozen(config: Config) -> None:
+    """What only heads on a frozen trunk can have."""
+    asked = {
+        f"loss.objective={config.loss.objective}": config.loss.objective != "joint",
+        f"loss.gamma={config.loss.gamma}": config.loss.gamma != 1,
+        f"loss.shortlist={config.loss.shortlist}": config.loss.shortlist > 0,
+        f"data.states={config.data.states}": config.data.states > 0,
+    }
+    for setting in [words for words, used in asked.items() if used]:
+        if not config.model.trunk:
+            raise ConfigError(f"{setting} is for heads on a frozen model: give model.trunk=, or leave it out")
+        if config.model.head == "separate" and not setting.startswith("data."):
+            raise ConfigError(f"{setting} needs model.head=shared (model.head=separate has unembeddings of its own)")
+    if 0 < config.data.states < config.data.context:
+        raise ConfigError(
+            f"data.states={config.data.states} tokens are less than one row of data.context={config.data.context}; "
+            "raise it, or type 0 to keep none"
+        )
+    if not 0 < config.data.states_gib < math.inf:
+        raise ConfigError(f"data.states_gib={config.data.states_gib} must be a positive number")
+    if config.train.decode_prompts and config.parallel == "fsdp":
+        raise ConfigError(
+            f"train.decode_prompts={config.train.decode_prompts} needs whole weights; parallel=fsdp shards them: type 0"
+        )
+    if config.train.decode_prompts and config.horizon == 1:
+        raise ConfigError(f"train.decode_prompts={config.train.decode_prompts}: horizon=1 drafts nothing; type 0")
 
 
 def flatten(config: Config) -> dict[str, Any]:

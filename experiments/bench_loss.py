@@ -46,10 +46,10 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         if side == "dense":
             loss = -heads.joint(hidden, table_VD).log_prob(future).mean()
         else:
-            count = torch.full((positions,), options.horizon, device=device)
+            exists = torch.ones_like(future, dtype=torch.bool)
             weight = torch.full((positions,), 1 / positions, device=device)
             loss, _, _ = heads.nll(
-                hidden, future, count, weight, table_VD, options.horizon, options.chunk_mib * 2**20
+                hidden, future, exists, weight, table_VD, options.horizon, options.chunk_mib * 2**20
             )  # fmt: skip
         loss.backward()
         return loss.item()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from cpdlm.data.datamodule import TokenDataModule
 from cpdlm.data.shortlist import Shortlist, frequent_tokens
 from cpdlm.decoding import Sampling
 from cpdlm.evaluation import latency, likelihood
+from cpdlm.evaluation.drafting import tokens_per_pass
 from cpdlm.files import write_json
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.report import render, results
 from cpdlm.training import storage
 from cpdlm.training.fit import fit
+from cpdlm.training.states import kept_states
 
 EVALUATED, MEASURED, SESSIONS = "evaluate.json", "decode.json", "sessions.json"
 
@@ -95,9 +98,20 @@ def train(config: Config, command: str) -> bool:
     torch.manual_seed(config.seed)
     model = build_language_model(config, corpus.vocab_size, trunk)
     data = TokenDataModule(config, corpus)
+    if config.loss.shortlist:
+        listed = _shortlist("loss.shortlist", config.loss.shortlist, corpus)
+        model.use_shortlist(torch.from_numpy(listed.ids))
+        print(
+            f"loss.shortlist={config.loss.shortlist}: {listed.coverage:.2%} of the training text is on it", flush=True
+        )
     with tracking.cell_run(config, command, folder) as tracker:
         done = (folder / storage.TRAINED).is_file() and (folder / storage.WEIGHTS).is_file()
-        if not done and fit(config, model, data, folder, tracker.logger) is None:
+        if not done and config.data.states:
+            identity = {"text": corpus.describe()["sha256"], "trunk": _trunk_hash(config)["trunk_sha256"]}
+            data.states = kept_states(
+                model, data.training_rows(), Path(config.data.cache), identity, config.data.states_gib, _device(), print
+            )
+        if not done and fit(config, model, data, folder, tracker.logger, _watch(config, data)) is None:
             return False
         # The stored weights, whole and in their stored precision: what is evaluated is what is decoded with.
         model = storage.load_model(folder)
@@ -141,7 +155,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
     models = {config.run_name: storage.load_model(run_folder(config)).to(_device()) for config in configs}
     trunk = storage.load_model(run_folder(reference)).to(_device()) if reference is not None else None
     decode = first.decode
-    shortlist = _shortlist(first, corpus)
+    shortlist = _shortlist("decode.shortlist", decode.shortlist, corpus) if decode.shortlist else None
     if shortlist is not None:
         for model in models.values():
             model.use_shortlist(torch.from_numpy(shortlist.ids))
@@ -229,6 +243,13 @@ def report(root: Path, output: Path, publish: bool) -> tuple[str, list[Path]]:
     return text, [path for path in rendered.files if path.suffix == ".png"]
 
 
+def _watch(config: Config, data: TokenDataModule) -> Callable[[LanguageModel], dict[str, float]] | None:
+    if not config.train.decode_prompts:
+        return None
+    prompts_PT = data.prompts("validation")[: config.train.decode_prompts].to(_device())
+    return lambda model: tokens_per_pass(model, prompts_PT, config.decode.new_tokens)
+
+
 def _frozen_trunk(config: Config) -> LanguageModel | None:
     """The model whose trunk a config names; raises RunError where the two do not fit, before any work."""
     if not config.model.trunk:
@@ -278,11 +299,10 @@ def _same(settings: dict[str, Any] | None, now: EvaluateConfig | DecodeConfig) -
     return settings is not None and asdict(type(now)()) | settings == asdict(now)
 
 
-def _shortlist(config: Config, corpus: Corpus) -> Shortlist | None:
-    size = config.decode.shortlist
+def _shortlist(setting: str, size: int, corpus: Corpus) -> Shortlist:
     if size > corpus.vocab_size:
-        raise ConfigError(f"decode.shortlist={size}: the vocabulary has {corpus.vocab_size} tokens; give fewer, or 0")
-    return frequent_tokens(corpus.train.tokens, corpus.vocab_size, size) if size else None
+        raise ConfigError(f"{setting}={size}: the vocabulary has {corpus.vocab_size} tokens; give fewer, or 0")
+    return frequent_tokens(corpus.train.tokens, corpus.vocab_size, size)
 
 
 def _check_same_text(folder: Path, then: str, now: str) -> None:

@@ -258,3 +258,12 @@ def test_too_few_prompts(corpus: Corpus) -> None:
         ConfigError, match=r"decode.prompts=10000 prompts of decode.prompt_tokens=8.*has room for \d+; lower"
     ):
         data.prompts()
+
+
+def test_training_sees_only_the_rows_whose_states_are_kept(corpus: Corpus) -> None:
+    some = TokenDataModule(config(**{"data.states": 5 * 16 + 7, "model.trunk": "x"}), corpus).training_rows()
+    every = TokenDataModule(config(), corpus).training_rows()
+    places = some.places(list(range(5))).tolist()
+    assert some.count == 5 and len(set(places)) == 5 and max(places) > 5
+    for name, tensor in some[[1, 4]].items():
+        assert torch.equal(tensor, every[[places[1], places[4]]][name]), name

@@ -56,7 +56,13 @@ class Case:
     def bounded(self, chunk_bytes: int = 32 * 2**20, factors: int | None = None) -> tuple[Tensor, Tensor]:
         factors = self.heads.factors if factors is None else factors
         total, nll, _ = self.heads.nll(
-            self.hidden, self.future, self.count, self.weight, self.table, factors, chunk_bytes
+            self.hidden,
+            self.future,
+            torch.arange(self.heads.factors) < self.count[:, None],
+            self.weight,
+            self.table,
+            factors,
+            chunk_bytes,
         )
         return total, nll
 
@@ -198,7 +204,7 @@ def test_accumulation_over_two_calls(kind: str) -> None:
                 case.heads.nll(
                     case.hidden[part],
                     case.future[part],
-                    case.count[part],
+                    torch.arange(case.heads.factors) < case.count[part, None],
                     case.weight[part],
                     case.table,
                     N,

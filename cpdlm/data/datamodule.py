@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
@@ -24,19 +24,27 @@ from cpdlm.data import windows
 from cpdlm.data.corpus import Corpus, TokenSplit
 
 # Keys that keep the draws of different purposes apart.
-_TRAINING, _VALIDATION, _PROMPTS, _SLOTS, _PICKS = 1, 2, 3, 4, 5
+_TRAINING, _VALIDATION, _PROMPTS, _SLOTS, _PICKS, _STATES = 1, 2, 3, 4, 5, 6
 
 
 class Rows(Dataset[dict[str, Tensor]]):
     """A split, indexed by a list of rows: int64 tokens_BT, position_ids_BT, future_BTN, successors_BT (see `windows`)
-    and source_B, the source that most tokens of the row come from."""
+    and source_B, the source that most tokens of the row come from. most: so many of them only, chosen by hash (0: all)."""
 
-    def __init__(self, split: TokenSplit, context: int, horizon: int) -> None:
+    def __init__(self, split: TokenSplit, context: int, horizon: int, most: int = 0) -> None:
         self.split, self.context, self.horizon = split, context, horizon
         self.count = windows.row_count(len(split.tokens), context)
+        self.chosen: windows.Ints | None = None
+        if 0 < most < self.count:
+            self.chosen, self.count = np.sort(windows.hash_order(self.count, _STATES)[:most]), most
+
+    def places(self, rows: list[int]) -> windows.Ints:
+        """Which rows of the split these are."""
+        rows_B = np.asarray(rows, dtype=np.int64)
+        return rows_B if self.chosen is None else self.chosen[rows_B]
 
     def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
-        rows_B = np.asarray(rows, dtype=np.int64)
+        rows_B = self.places(rows)
         arrays = windows.batch(self.split.tokens, self.split.offsets, rows_B, self.context, self.horizon)
         arrays["source_B"] = windows.row_sources(self.split.offsets, self.split.source_ids, rows_B, self.context)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -51,25 +59,31 @@ class Share:
     step_rows: list[int]
 
 
+class KeptStates(Protocol):
+    def __getitem__(self, rows: list[int]) -> dict[str, Tensor]: ...
+
+
 class TrainingRows(Dataset[dict[str, Tensor]]):
     """`Rows` for training: which positions train the later tokens, and the counts that normalise the whole step.
 
     picked_BT: bool, a random `fraction` of positions, a pure function of (seed, step, place in the stream).
     step_counts: int64 (positions with a successor, those of them picked), over all micro-batches of this process.
+    states: what is known already of the frozen trunk at these rows; its tensors join the batch.
     """
 
-    def __init__(self, rows: Rows, seed: int, fraction: float) -> None:
-        self.rows, self.seed, self.fraction = rows, seed, fraction
+    def __init__(self, rows: Rows, seed: int, fraction: float, states: KeptStates | None = None) -> None:
+        self.rows, self.seed, self.fraction, self.states = rows, seed, fraction, states
 
     def __getitem__(self, share: Share) -> dict[str, Tensor]:
         exists_BT, picked_BT = self._positions(share.step_rows, share.step)
         counts = torch.tensor([exists_BT.sum(), (exists_BT & picked_BT).sum()])
         _, mine_BT = self._positions(share.rows, share.step)
-        return self.rows[share.rows] | {"picked_BT": torch.from_numpy(mine_BT), "step_counts": counts}
+        kept = self.states[share.rows] if self.states is not None else {}
+        return self.rows[share.rows] | {"picked_BT": torch.from_numpy(mine_BT), "step_counts": counts} | kept
 
     def _positions(self, rows: list[int], step: int) -> tuple[np.ndarray, np.ndarray]:
         context = self.rows.context
-        starts_B = windows.row_starts(np.asarray(rows, dtype=np.int64), context)
+        starts_B = windows.row_starts(self.rows.places(rows), context)
         exists_BT = windows.successor_counts(self.rows.split.offsets, starts_B, context, 1) > 0
         return exists_BT, windows.picked(starts_B, context, self.fraction, _PICKS, self.seed, step)
 
@@ -125,8 +139,11 @@ class TrainingOrder(Sampler[Share]):
 class TokenDataModule(L.LightningDataModule):
     """Batches of one config on one corpus. Rank, world size and step come from the trainer where there is one.
 
-    start_step: the optimiser step that train_dataloader() begins with when there is no trainer.
+    start_step: the optimiser step that train_dataloader() begins with when there is no trainer. states: set it where the
+    frozen trunk's states at `training_rows()` are known.
     """
+
+    states: KeptStates | None = None
 
     def __init__(self, config: Config, corpus: Corpus, *, start_step: int = 0) -> None:
         super().__init__()
@@ -135,12 +152,12 @@ class TokenDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless; begins with the batch of the trainer's global step, so call it after the step is restored."""
         rank, world, step = self._place()
-        data, rows = self.config.data, self._rows("train")
+        data, rows = self.config.data, self.training_rows()
         order = TrainingOrder(
             rows.count, seed=self.config.seed, batch_rows=data.batch_rows, accumulate=self.config.train.accumulate,
             rank=rank, world=world, start_step=step,
         )  # fmt: skip
-        training = TrainingRows(rows, self.config.seed, self.config.loss.joint_fraction)
+        training = TrainingRows(rows, self.config.seed, self.config.loss.joint_fraction, self.states)
         return self._loader(training, order)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -196,6 +213,11 @@ class TokenDataModule(L.LightningDataModule):
                 starts.append(int(chosen.offsets[document]) + shift + slot * length)
             turn += 1
         return torch.from_numpy(chosen.tokens[np.array(starts)[:, None] + np.arange(length)].astype(np.int64))
+
+    def training_rows(self) -> Rows:
+        """The rows that training draws from."""
+        data = self.config.data
+        return Rows(self.corpus.train, data.context, self.config.horizon, data.states // data.context)
 
     def _rows(self, split: str) -> Rows:
         return Rows(self.corpus.split(split), self.config.data.context, self.config.horizon)

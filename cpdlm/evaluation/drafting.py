@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from cpdlm.decoding import Decoded
+from cpdlm.decoding import Decoded, Sampling, decode_batch
+from cpdlm.model.language_model import LanguageModel
 
 RESAMPLES = 2000
 
@@ -54,3 +57,13 @@ def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0
         ],
         "per_prompt": {"tokens": tokens, "passes": passes},
     }
+
+
+def tokens_per_pass(model: LanguageModel, prompts_PT: Tensor, new_tokens: int) -> dict[str, float]:
+    """{"greedy_tokens_per_pass", "sampling_tokens_per_pass"} on a few prompts, decoded as one batch: a point of a curve."""
+    found = {}
+    for name, sampling in {"greedy": Sampling(0.0), "sampling": Sampling()}.items():
+        generators = [torch.Generator().manual_seed(place) for place in range(len(prompts_PT))]
+        written = decode_batch(model, list(prompts_PT), new_tokens, sampling, generators)
+        found[f"{name}_tokens_per_pass"] = sum(len(run.tokens) for run in written) / sum(run.passes for run in written)
+    return found

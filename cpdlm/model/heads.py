@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpdlm.model.draft_loss import Objective, Windows, chunked_sum
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.joint_loss import Features, joint_nll
 
@@ -95,20 +96,46 @@ class FactorHeads(nn.Module):
         return Joint(log_weights_BR, logits_BNRV[:, 1:], normalised=False)
 
     def nll(
-        self, hidden_PD: Tensor, future_PN: Tensor, count_P: Tensor, weight_P: Tensor, unembedding_VD: Tensor,
+        self, hidden_PD: Tensor, future_PN: Tensor, exists_PN: Tensor, weight_P: Tensor, unembedding_VD: Tensor,
         factors: int, chunk_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Bounded-memory loss of the marginal over the first `factors` factors.
+        """Bounded-memory loss of the marginal over the first `factors` factors; those of tokens that do not exist are 1.
 
         Returns sum_p weight_p nll_p, nll_P (detached, nats) and log_weights_PR.
         """
         log_weights_PR = self.log_weights(hidden_PD)
         table = self._unembeddings(unembedding_VD, 0, factors)
         total, nll_P = joint_nll(
-            hidden_PD, log_weights_PR, future_PN[:, :factors], count_P.clamp(max=factors), weight_P, table,
+            hidden_PD, log_weights_PR, future_PN[:, :factors], exists_PN[:, :factors], weight_P, table,
             self._features(), tuple(self._map_parameters(0, factors)), chunk_bytes,
         )  # fmt: skip
         return total, nll_P, log_weights_PR
+
+    def draft_loss(
+        self, hidden_PD: Tensor, windows: Windows, weight_P: Tensor, table_VD: Tensor, objective: Objective,
+        chunk_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """`nll` for any objective, with linear, low-rank or perceptron maps; table_VD carries no gradient.
+
+        Returns sum_p weight_p loss_p, loss_P (detached) and log_weights_PR. The logits of a chunk take at most chunk_bytes;
+        autograd holds about four times that beside them.
+        """
+        assert not self.separate and not table_VD.requires_grad, (
+            "objectives of the draft are for maps to a frozen table"
+        )
+        log_weights_PR, features = self.log_weights(hidden_PD), self._features()
+        vocab_size, parameters = table_VD.shape[0], self._map_parameters(0, self.factors)
+        chunk = max(1, chunk_bytes // (4 * self.factors * self.rank * vocab_size))
+
+        def loss(hidden_CD: Tensor, log_weights_CR: Tensor, *rest: Tensor) -> Tensor:
+            window, maps = Windows(*rest[: len(rest) - len(parameters)]), rest[len(rest) - len(parameters) :]
+            rows_MD = features(hidden_CD, *maps)
+            logits_MV = F.linear(rows_MD.to(table_VD.dtype), table_VD)
+            logits_CNRV = logits_MV.view(len(hidden_CD), self.factors, self.rank, vocab_size)
+            return objective(log_weights_CR, logits_CNRV, window, table_VD)
+
+        total, loss_P = chunked_sum(loss, (hidden_PD, log_weights_PR, *windows), parameters, weight_P, chunk)
+        return total, loss_P, log_weights_PR
 
     def _logits(self, hidden: Tensor, unembedding_VD: Tensor, start: int, stop: int) -> Tensor:
         """(..., stop-start, R, V) of the factors start..stop-1."""

@@ -32,7 +32,7 @@ def joint_nll(
     hidden_PD: Tensor,
     log_weights_PR: Tensor,
     future_PN: Tensor,
-    count_P: Tensor,
+    exists_PN: Tensor,
     weight_P: Tensor,
     unembedding: Tensor,
     features: Features,
@@ -42,7 +42,7 @@ def joint_nll(
     """sum_p weight_p nll_p, and nll_P in nats (detached).
 
     hidden_PD: what the factors see.  log_weights_PR: normalised gate.  future_PN: token ids.
-    count_P: how many of the N tokens exist; absent factors are 1.  weight_P: weight of each position (no gradient).
+    exists_PN: bool, which of the N tokens exist; absent factors are 1.  weight_P: weight of each position (no gradient).
     unembedding: (V, D) shared by all rows, or (N, R, V, D).  features(hidden_CD, *parameters) -> rows (C*N*R, D) for a
     shared unembedding, or (C, D) for separate ones.  chunk_bytes: bound on the float32 logits alive at once.
     """
@@ -50,7 +50,16 @@ def joint_nll(
     # Inside `forward` gradients are always off and `needs_input_grad` ignores no_grad: ask here.
     learns = torch.is_grad_enabled()
     total, nll_P = _JointNLL.apply(
-        features, chunk_bytes, learns, hidden_PD, log_weights_PR, future_PN, count_P, weight_P, unembedding, *parameters
+        features,
+        chunk_bytes,
+        learns,
+        hidden_PD,
+        log_weights_PR,
+        future_PN,
+        exists_PN,
+        weight_P,
+        unembedding,
+        *parameters,
     )
     return total, nll_P
 
@@ -65,7 +74,7 @@ class _JointNLL(torch.autograd.Function):
         hidden_PD: Tensor,
         log_weights_PR: Tensor,
         future_PN: Tensor,
-        count_P: Tensor,
+        exists_PN: Tensor,
         weight_P: Tensor,
         unembedding: Tensor,
         *parameters: Tensor,
@@ -81,7 +90,6 @@ class _JointNLL(torch.autograd.Function):
         # Gradients are formed for weights scaled into [-1, 1], so that half precision does not lose them.
         scale = weight_P.abs().max().to(exact) if positions else torch.zeros((), dtype=exact, device=hidden_PD.device)
         scaled_P = weight_P.to(exact) / scale.clamp_min(torch.finfo(exact).tiny)
-        exists_PN = torch.arange(horizon, device=future_PN.device) < count_P.unsqueeze(-1)
 
         nll_P = torch.empty(positions, dtype=exact, device=hidden_PD.device)
         grad_hidden_PD = torch.zeros_like(hidden_PD) if learns else None

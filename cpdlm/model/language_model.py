@@ -18,10 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from cpdlm.config import Config
+from cpdlm.model.draft_loss import Objective, Windows
 from cpdlm.model.heads import Anchor, FactorHeads, no_map
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.joint_loss import joint_nll
@@ -42,6 +44,14 @@ class Terms:
         if not first_is_tied:
             return self.rest_nll_P
         return self.first_nll_P + self.rest_nll_P if len(self.rest_nll_P) else self.first_nll_P
+
+
+@dataclass(frozen=True)
+class States:
+    """What the frozen trunk says of a batch: hidden_BTD, and log_normaliser_BT as `LanguageModel.log_normaliser` gives it."""
+
+    hidden_BTD: Tensor
+    log_normaliser_BT: Tensor
 
 
 class LanguageModel(nn.Module):
@@ -175,32 +185,79 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, tokens_BT: Tensor, position_ids_BT: Tensor, future_BTN: Tensor, successors_BT: Tensor,
-        first_weight_BT: Tensor, rest_weight_BT: Tensor,
+        first_weight_BT: Tensor, rest_weight_BT: Tensor, states: States | None = None,
+        aim: tuple[str, float, float] | None = None,
     ) -> Terms:  # fmt: skip
         """Weighted negative log-likelihoods; positions of weight 0 cost nothing.
 
         future_BTN: successors (0 where absent); successors_BT: how many exist. The rest term covers, untied, the
-        joint's marginal over the successors that exist; tied, that of x_{t+2..} given x_{t+1}.
+        joint's marginal over the successors that exist; tied, that of x_{t+2..} given x_{t+1}. With a shortlist, it covers
+        the tokens on it. states: of the frozen trunk, where they are known already. aim: name, alpha and gamma of an
+        objective of `draft_loss`, which then takes the place of the rest term.
         """
-        if self.common_target:
-            with torch.no_grad():
-                hidden_BTD = self.hidden(tokens_BT, position_ids_BT)
+        if states is not None:
+            hidden_BTD = states.hidden_BTD
         else:
-            hidden_BTD = self.hidden(tokens_BT, position_ids_BT)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.common_target):
+                hidden_BTD = self.hidden(tokens_BT, position_ids_BT)
         first_loss, first_nll_P = self._first_nll(hidden_BTD, future_BTN, first_weight_BT)
         picked_BT = rest_weight_BT != 0
         hidden_PD, future_PN = hidden_BTD[picked_BT], future_BTN[picked_BT]
         count_P, weight_P = successors_BT[picked_BT], rest_weight_BT[picked_BT]
+        exists_PN = torch.arange(self.horizon, device=count_P.device) < count_P.unsqueeze(-1)
         if self.heads is None:
             nothing_P = hidden_PD.new_zeros(0)
             return Terms(first_loss, first_nll_P, nothing_P, hidden_PD.new_zeros(0, 1))
         seen_PD = self._seen(hidden_PD, future_PN[:, 0])
         if self.first_is_tied:
-            future_PN, count_P = future_PN[:, 1:], (count_P - 1).clamp(min=0)
-        rest_loss, rest_nll_P, log_weights_PR = self.heads.nll(
-            seen_PD, future_PN, count_P, weight_P, self.unembedding.weight, self.heads.factors, self.chunk_bytes
+            future_PN, exists_PN = future_PN[:, 1:], exists_PN[:, 1:]
+        table_VD, told_PN = self.unembedding.weight, torch.ones_like(exists_PN)
+        if self._draft_table_VD is not None and self._place_on_list_V is not None:
+            table_VD, future_PN = self._draft_table_VD, self._place_on_list_V[future_PN]
+            told_PN, future_PN = future_PN >= 0, future_PN.clamp(min=0)
+        if aim is None:
+            rest_loss, rest_nll_P, log_weights_PR = self.heads.nll(
+                seen_PD, future_PN, exists_PN & told_PN, weight_P, table_VD, self.heads.factors, self.chunk_bytes
+            )
+            return Terms(first_loss + rest_loss, first_nll_P, rest_nll_P, log_weights_PR)
+        windows = self._windows(hidden_BTD, states, picked_BT, future_PN, told_PN, exists_PN)
+        rest_loss, rest_P, log_weights_PR = self.heads.draft_loss(
+            seen_PD, windows, weight_P, table_VD, Objective(*aim, self.target_logits), self.chunk_bytes
         )
-        return Terms(first_loss + rest_loss, first_nll_P, rest_nll_P, log_weights_PR)
+        return Terms(first_loss + rest_loss, first_nll_P, rest_P, log_weights_PR)
+
+    def _windows(
+        self, hidden_BTD: Tensor, states: States | None, picked_BT: Tensor, future_PN: Tensor, told_PN: Tensor,
+        exists_PN: Tensor,
+    ) -> Windows:  # fmt: skip
+        """The target of x_{t+k} is read from h_{t+k-1}; behind the end of a row it is not known."""
+        normaliser_BT = self.log_normaliser(hidden_BTD) if states is None else states.log_normaliser_BT
+        row_P, t_P = picked_BT.nonzero(as_tuple=True)
+        t_PN = t_P.unsqueeze(-1) + torch.arange(self.horizon, device=t_P.device)[self.horizon - future_PN.shape[1] :]
+        known_PN = t_PN < hidden_BTD.shape[1]
+        t_PN = t_PN.clamp(max=hidden_BTD.shape[1] - 1)
+        return Windows(
+            future_PN,
+            told_PN,
+            exists_PN & known_PN,
+            hidden_BTD[row_P[:, None], t_PN],
+            normaliser_BT[row_P[:, None], t_PN],
+        )
+
+    @torch.no_grad()
+    def log_normaliser(self, hidden_BTD: Tensor) -> Tensor:
+        """(B, T) log sum_v exp(logit) of the target over the vocabulary, float32, a row's chunk at a time."""
+        flat_PD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        chunk = max(1, self.chunk_bytes // (4 * self.vocab_size))
+        parts = [
+            self.target_logits(part_CD, self.unembedding.weight).float().logsumexp(dim=-1)
+            for part_CD in flat_PD.split(chunk)
+        ]
+        return torch.cat(parts).view(hidden_BTD.shape[:-1])
+
+    def target_logits(self, hidden: Tensor, table_VD: Tensor) -> Tensor:
+        """(..., V) logits of the next-token softmax, of the tokens whose unembeddings table_VD (V, D) holds."""
+        return F.linear(hidden, table_VD)
 
     def _first_nll(self, hidden_BTD: Tensor, future_BTN: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
         picked_BT = weight_BT != 0
@@ -208,12 +265,12 @@ class LanguageModel(nn.Module):
         if self.first_is_tied:
             certain_PR = hidden_PD.new_zeros(len(hidden_PD), 1)
             return joint_nll(
-                hidden_PD, certain_PR, token_P.unsqueeze(-1), torch.ones_like(token_P), weight_P,
+                hidden_PD, certain_PR, token_P.unsqueeze(-1), torch.ones_like(token_P, dtype=torch.bool).unsqueeze(-1), weight_P,
                 self.unembedding.weight, no_map, chunk_bytes=self.chunk_bytes,
             )  # fmt: skip
         assert self.heads is not None
         total, nll_P, _ = self.heads.nll(
-            hidden_PD, token_P.unsqueeze(-1), torch.ones_like(token_P), weight_P, self.unembedding.weight, 1,
+            hidden_PD, token_P.unsqueeze(-1), torch.ones_like(token_P, dtype=torch.bool).unsqueeze(-1), weight_P, self.unembedding.weight, 1,
             self.chunk_bytes,
         )  # fmt: skip
         return total, nll_P

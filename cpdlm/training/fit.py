@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ class ProgressBar(Callback):
             return
         rate = self.bar.format_dict["rate"] or 0.0
         tokens = batch["tokens_BT"].numel() * trainer.world_size * trainer.accumulate_grad_batches
-        loss = trainer.callback_metrics.get("train/nll")
+        loss = trainer.callback_metrics.get("train/nll", trainer.callback_metrics.get("train/objective"))
         self.bar.set_postfix_str(
             f"loss {float(loss) if loss is not None else 0:.3f}, {rate * tokens:,.0f} tokens/s", refresh=False
         )
@@ -180,9 +181,12 @@ class ProgressBar(Callback):
 
 
 def fit(
-    config: Config, model: LanguageModel, data: L.LightningDataModule, folder: Path, logger: Logger | None = None
-) -> Summary | None:
+    config: Config, model: LanguageModel, data: L.LightningDataModule, folder: Path, logger: Logger | None = None,
+    watch: Callable[[LanguageModel], dict[str, float]] | None = None,
+) -> Summary | None:  # fmt: skip
     """Train to config.optim.steps, from RUN/last.ckpt where there is one; leave finished weights in `folder`.
+
+    watch: what else to measure at each validation, by name (`MultiTokenModule`).
 
     Returns the summary on process 0, None on the others. Raises Interrupted (with a checkpoint left), NonFiniteLoss,
     or RunError for a checkpoint that cannot be used.
@@ -191,7 +195,7 @@ def fit(
     L.seed_everything(config.seed, verbose=False)
     if config.train.precision == "64-true":
         model.double()
-    module, journal = MultiTokenModule(config, model), Journal(config, folder)
+    module, journal = MultiTokenModule(config, model, watch), Journal(config, folder)
     trainer = build_trainer(config, [journal, ProgressBar(config.optim.steps, config.run_name)], logger)
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():

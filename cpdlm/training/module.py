@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from cpdlm.config import Config
-from cpdlm.model.language_model import LanguageModel, Terms
+from cpdlm.model.language_model import LanguageModel, States, Terms
 from cpdlm.training import objective
 from cpdlm.training.schedule import learning_rate_factor
 
@@ -23,8 +23,13 @@ class NonFiniteLoss(RuntimeError):
 
 
 class MultiTokenModule(L.LightningModule):
-    def __init__(self, config: Config, model: LanguageModel) -> None:
+    """watch: what to measure of the model, by name, at each validation."""
+
+    def __init__(
+        self, config: Config, model: LanguageModel, watch: Callable[[LanguageModel], dict[str, float]] | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.watch = watch
         self.config = config
         self.model = model
         self.validation_joint = MeanMetric()
@@ -54,10 +59,14 @@ class MultiTokenModule(L.LightningModule):
         weights = objective.position_weights(
             batch["successors_BT"], batch["picked_BT"], batch["step_counts"], self.model.first_is_tied
         )
-        terms = self._terms(batch, weights.first_BT, weights.rest_BT)
+        aim = self._aim()
+        # Where the next-token law is frozen, or another objective is sought, x_{t+1} has no term of its own.
+        alone = self.model.common_target and (self.model.first_is_tied or aim is not None or loss_config.shortlist > 0)
+        first_BT = torch.zeros_like(weights.first_BT) if alone else weights.first_BT
+        terms = self._terms(batch, first_BT, weights.rest_BT, aim)
         # The weights normalise the sum over micro-batches; Lightning takes their mean.
         loss = terms.loss * self.config.train.accumulate
-        self.log("train/nll", loss.detach(), sync_dist=True)
+        self.log("train/nll" if aim is None else "train/objective", loss.detach(), sync_dist=True)
         if self.model.heads is not None and self.config.rank > 1:
             use = objective.component_use(terms.log_weights_PR)
             self.uses.append(use)
@@ -98,6 +107,13 @@ class MultiTokenModule(L.LightningModule):
         self.log("validation/first_token_nll", self.validation_first.compute(), sync_dist=True)
         self.validation_joint.reset()
         self.validation_first.reset()
+        if self.watch is not None:
+            was_training = [module for module in self.model.modules() if module.training]
+            self.model.eval()
+            for name, value in self.watch(self.model).items():
+                self.log(f"validation/{name}", value, rank_zero_only=True)
+            for module in was_training:
+                module.training = True
 
     def configure_optimizers(self) -> Any:
         """AdamW, weight decay on matrices only; learning rate by step."""
@@ -134,10 +150,21 @@ class MultiTokenModule(L.LightningModule):
         groups = self.trainer.optimizers[0].param_groups if self.trainer.optimizers else self._groups()
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
-    def _terms(self, batch: Batch, first_BT: Tensor, rest_BT: Tensor) -> Terms:
+    def _aim(self) -> tuple[str, float, float] | None:
+        """The draft's objective, where it is not the plain joint likelihood."""
+        wanted = self.config.loss
+        if wanted.objective == "joint" and wanted.gamma == 1:
+            return None
+        return wanted.objective, wanted.alpha, wanted.gamma
+
+    def _terms(
+        self, batch: Batch, first_BT: Tensor, rest_BT: Tensor, aim: tuple[str, float, float] | None = None
+    ) -> Terms:  # fmt: skip
+        states = States(batch["hidden_BTD"], batch["log_normaliser_BT"]) if "hidden_BTD" in batch else None
         terms: Terms = self.model(
-            batch["tokens_BT"], batch["position_ids_BT"], batch["future_BTN"], batch["successors_BT"], first_BT, rest_BT
-        )
+            batch["tokens_BT"], batch["position_ids_BT"], batch["future_BTN"], batch["successors_BT"], first_BT, rest_BT,
+            states, aim,
+        )  # fmt: skip
         return terms
 
 

@@ -1,0 +1,205 @@
+"""What heads on a frozen model may be trained for: named objectives, each a pure function, in bounded memory.
+
+The joint likelihood is not what decoding earns: drafts are kept with probability alpha_k = sum_v min(p_k, q_k), where p_k
+is the target at x_{t+k} and q_k the draft law there, given the same tokens. The objectives below, sums over the factors
+k = 1..N of gamma^(k-1) L_k, see both:
+
+    joint             L_k = -log q(x_k | x_1..x_{k-1})                                the chain rule's terms, arXiv 2410.17765
+    eq14              L_k = a KL(p_k || q_k) + (1-a) (-log q_k(x_k))                  eq. 14 there, q_k the conditional
+    eq14-marginal     the same with q_k the marginal of position k                    which of the two is meant is not known
+    acceptance        L_k = 1 - alpha_k                                               the total variation of p_k and q_k
+    log-acceptance    L_k = -log alpha_k                                              arXiv 2602.23881
+    blend             L_k = b KL(p_k || q_k) + (1-b) (1 - alpha_k), b = exp(-3 alpha_k)    ibid.; b without gradient, per position
+
+On a shortlist the laws cover its tokens alone: p_k is not renormalised there (what is off the list is lost to the draft),
+q_k is. A token off the list has no draft probability: it drops out of -log q and of the posterior.
+
+Letters: P positions, C positions in a chunk, N factors, R rank, V tokens that drafts cover, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cpdlm.model.joint import normalise
+
+TINY = 1e-30  # below this a float32 probability is rounding
+
+
+class Windows(NamedTuple):
+    """What the drafts of a window are held against. N factors, k = 1..N.
+
+    future_PN: tokens, as places of V. told_PN: bool, which of them drafts cover. counts_PN: bool, which factors count: those
+    of tokens that exist and whose target is known. target_PND: the frozen model's states that p_k is read from, h_{t+k-1}.
+    log_normaliser_PN: their log sum_v exp(logit) over the whole vocabulary.
+    """
+
+    future_PN: Tensor
+    told_PN: Tensor
+    counts_PN: Tensor
+    target_PND: Tensor
+    log_normaliser_PN: Tensor
+
+
+class Seen(NamedTuple):
+    """One chunk of `Windows` as the objectives see it: target_CNV are p_1..p_N, probabilities in float32."""
+
+    future_CN: Tensor
+    told_CN: Tensor
+    target_CNV: Tensor
+
+
+Formula = Callable[[Tensor, Tensor, Seen, float], Tensor]
+
+
+def conditionals(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen) -> Tensor:
+    """q_k (C, N, V): each position's law given the window's true tokens before it, a mixture with posterior weights."""
+    told_CNR = factors_CNRV.take_along_dim(seen.future_CN[:, :, None, None], dim=-1).squeeze(-1)
+    told_CNR = told_CNR.clamp_min(TINY).log().masked_fill(~seen.told_CN.unsqueeze(-1), 0.0)
+    before_CNR = torch.nn.functional.pad(told_CNR[:, :-1].cumsum(dim=1), (0, 0, 1, 0))
+    weights_CN1R = (log_weights_CR.unsqueeze(1) + before_CNR).softmax(dim=-1).unsqueeze(2)
+    return (weights_CN1R @ factors_CNRV).squeeze(2)
+
+
+def marginals(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen) -> Tensor:
+    """q_k (C, N, V): each position's law by itself."""
+    return (log_weights_CR.exp()[:, None, None] @ factors_CNRV).squeeze(2)
+
+
+def cross_entropy(draft_CNV: Tensor, seen: Seen) -> Tensor:
+    """-log q_k(x_k) (C, N); 0 where x_k is off the list."""
+    chosen_CN = draft_CNV.take_along_dim(seen.future_CN.unsqueeze(-1), dim=-1).squeeze(-1)
+    return -chosen_CN.clamp_min(TINY).log() * seen.told_CN
+
+
+def divergence(draft_CNV: Tensor, seen: Seen) -> Tensor:
+    """sum_v p_k (log p_k - log q_k) (C, N), over the tokens that drafts cover."""
+    target_CNV = seen.target_CNV
+    return (target_CNV * (target_CNV.clamp_min(TINY).log() - draft_CNV.clamp_min(TINY).log())).sum(dim=-1)
+
+
+def overlap(draft_CNV: Tensor, seen: Seen) -> Tensor:
+    """alpha_k (C, N) = sum_v min(p_k, q_k): the probability that a sampled draft is kept."""
+    return torch.minimum(seen.target_CNV, draft_CNV).sum(dim=-1)
+
+
+def joint(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
+    return cross_entropy(conditionals(log_weights_CR, factors_CNRV, seen), seen)
+
+
+def eq14(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
+    draft_CNV = conditionals(log_weights_CR, factors_CNRV, seen)
+    return alpha * divergence(draft_CNV, seen) + (1 - alpha) * cross_entropy(draft_CNV, seen)
+
+
+def eq14_marginal(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
+    draft_CNV = marginals(log_weights_CR, factors_CNRV, seen)
+    return alpha * divergence(draft_CNV, seen) + (1 - alpha) * cross_entropy(draft_CNV, seen)
+
+
+def acceptance(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
+    return 1 - overlap(conditionals(log_weights_CR, factors_CNRV, seen), seen)
+
+
+def log_acceptance(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
+    return -overlap(conditionals(log_weights_CR, factors_CNRV, seen), seen).clamp_min(TINY).log()
+
+
+def blend(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
+    draft_CNV = conditionals(log_weights_CR, factors_CNRV, seen)
+    kept_CN = overlap(draft_CNV, seen)
+    share_CN = torch.exp(-3 * kept_CN.detach())
+    return share_CN * divergence(draft_CNV, seen) + (1 - share_CN) * (1 - kept_CN)
+
+
+# What `loss.objective` takes: (log_weights_CR, factors_CNRV probabilities, seen, alpha) -> L_k (C, N), nats or shares.
+OBJECTIVES: dict[str, Formula] = {
+    "joint": joint,
+    "eq14": eq14,
+    "eq14-marginal": eq14_marginal,
+    "acceptance": acceptance,
+    "log-acceptance": log_acceptance,
+    "blend": blend,
+}
+
+
+def chunked_sum(
+    loss: Callable[..., Tensor], inputs_P: Sequence[Tensor], parameters: Sequence[Tensor], weight_P: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(sum_p weight_p loss_p, loss_P detached), for a loss of each position by itself, `chunk` positions at a time.
+
+    loss(*inputs_C, *parameters) -> loss_C. As in `joint_loss`, gradients are formed in the forward pass, chunk by chunk,
+    and backward scales them; memory is that of one chunk. weight_P has no gradient.
+    """
+    learns = torch.is_grad_enabled()
+    total, loss_P = _ChunkedSum.apply(loss, chunk, learns, len(inputs_P), weight_P, *inputs_P, *parameters)
+    return total, loss_P
+
+
+class _ChunkedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Callable[..., Tensor], chunk: int, learns: bool, split: int, weight_P: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        inputs_P, parameters = tensors[:split], tensors[split:]
+        needs = [learns and need for need in ctx.needs_input_grad[5:]]
+        leaves = [each.detach().requires_grad_(need) for each, need in zip(parameters, needs[split:], strict=True)]
+        grads = [torch.zeros_like(each) if need else None for each, need in zip(tensors, needs, strict=True)]
+        loss_P = torch.empty(len(weight_P), dtype=torch.float32, device=weight_P.device)
+        for start in range(0, len(weight_P), chunk):
+            part = slice(start, min(start + chunk, len(weight_P)))
+            inputs_C = [each[part].detach() for each in inputs_P]
+            for each, need in zip(inputs_C, needs[:split], strict=True):
+                each.requires_grad_(need)
+            with torch.set_grad_enabled(learns):
+                loss_C = loss(*inputs_C, *leaves)
+                sum_C = (weight_P[part].to(loss_C.dtype) * loss_C).sum()
+            loss_P[part] = loss_C.detach()
+            wanted = [each for each, need in zip([*inputs_C, *leaves], needs, strict=True) if need]
+            if not wanted:
+                continue
+            found = iter(torch.autograd.grad(sum_C, wanted))
+            for place, grad in enumerate(grads):
+                if grad is not None and place < split:
+                    grad[part] = next(found)
+                elif grad is not None:
+                    grad += next(found)
+        ctx.grads = grads
+        ctx.mark_non_differentiable(loss_P)
+        return (weight_P.to(torch.float32) * loss_P).sum(), loss_P
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> Any:
+        grads, ctx.grads = ctx.grads, None
+        assert grads is not None, "the draft loss frees its gradients in backward; run the forward pass again"
+        return (None,) * 5 + tuple(grad * grad_sum.to(grad.dtype) if grad is not None else None for grad in grads)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A named objective with its constants, of one frozen model. name: of `OBJECTIVES`. alpha: eq. 14's a. gamma: the discount.
+
+    target_logits: (states, table) -> logits of the tokens of that table, as the frozen model has them.
+    """
+
+    name: str
+    alpha: float
+    gamma: float
+    target_logits: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, log_weights_CR: Tensor, logits_CNRV: Tensor, windows: Windows, table_VD: Tensor) -> Tensor:
+        """sum_k gamma^(k-1) L_k (C,) over the factors that count."""
+        with torch.no_grad():
+            logits_CNV = self.target_logits(windows.target_PND, table_VD)
+            target_CNV = (logits_CNV.float() - windows.log_normaliser_PN.unsqueeze(-1)).exp()
+        seen = Seen(windows.future_PN, windows.told_PN, target_CNV)
+        each_CN = OBJECTIVES[self.name](log_weights_CR, normalise(logits_CNRV), seen, self.alpha)
+        discount_N = self.gamma ** torch.arange(each_CN.shape[1], device=each_CN.device, dtype=each_CN.dtype)
+        return (each_CN.masked_fill(~windows.counts_PN, 0.0) * discount_N).sum(dim=1)

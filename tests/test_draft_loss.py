@@ -1,0 +1,279 @@
+"""The objectives of heads on a frozen model: each is its equation, at every chunk size, in value and gradient."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpdlm.config import CHOICES, ConfigError, resolve
+from cpdlm.model.draft_loss import OBJECTIVES, Objective, Seen, Windows, overlap
+from cpdlm.model.heads import FactorHeads
+from cpdlm.model.joint import Joint
+from cpdlm.model.language_model import LanguageModel, States
+from cpdlm.training import states
+from cpdlm.training.states import kept_states
+from tests.test_language_model import T, make, rows
+
+P, N, R, V, D = 6, 3, 2, 7, 4
+KINDS = {"full": {}, "low-rank": {"map_rank": 2}, "mlp": {"map_hidden": 3}}
+
+
+def case(kind: str = "full", seed: int = 0) -> tuple[FactorHeads, Tensor, Tensor, Windows]:
+    torch.manual_seed(seed)
+    heads = FactorHeads(D, V, R, N, noise=0.7, **KINDS[kind]).double()
+    heads.gate.weight.data.normal_()
+    table_VD = torch.randn(V, D, dtype=torch.float64)
+    told_PN = torch.rand(P, N) < 0.8
+    counts_PN = torch.arange(N) < (torch.arange(P) % (N + 1)).unsqueeze(-1)
+    target_PND = torch.randn(P, N, D, dtype=torch.float64)
+    normaliser_PN = (target_PND @ table_VD.T).logsumexp(-1) + 0.3  # a part of the mass is off the list
+    return heads, table_VD, torch.randn(P, D, dtype=torch.float64).requires_grad_(), Windows(
+        torch.randint(0, V, (P, N)), told_PN, counts_PN, target_PND, normaliser_PN.float()
+    )  # fmt: skip
+
+
+def aim(name: str, alpha: float = 0.7, gamma: float = 0.9) -> Objective:
+    return Objective(name, alpha, gamma, lambda hidden, table: hidden @ table.T)
+
+
+def by_hand(name: str, heads: FactorHeads, hidden_PD: Tensor, table_VD: Tensor, windows: Windows) -> Tensor:
+    """The equations of the module's docstring, one token and one component at a time."""
+    joint = heads.joint(hidden_PD, table_VD)
+    losses = []
+    for p in range(P):
+        prior = posterior = joint.log_weights_R[p].exp()
+        total = torch.zeros((), dtype=torch.float64)
+        for k in range(N):
+            factors_RV = joint.log_factors_NRV[p, k].exp()
+            draft_V = (prior if name == "eq14-marginal" else posterior) @ factors_RV
+            target_V = torch.exp(table_VD @ windows.target_PND[p, k] - windows.log_normaliser_PN[p, k].double())
+            token, told = int(windows.future_PN[p, k]), bool(windows.told_PN[p, k])
+            surprise = -draft_V[token].log() if told else torch.zeros(())
+            kl = sum(target_V[v] * (target_V[v].log() - draft_V[v].log()) for v in range(V))
+            kept = torch.stack([torch.minimum(target_V[v], draft_V[v]) for v in range(V)]).sum()
+            share = math.exp(-3 * float(kept.detach()))
+            each = {
+                "joint": surprise,
+                "eq14": 0.7 * kl + 0.3 * surprise,
+                "eq14-marginal": 0.7 * kl + 0.3 * surprise,
+                "acceptance": 1 - kept,
+                "log-acceptance": -torch.log(kept),
+                "blend": share * kl + (1 - share) * (1 - kept),
+            }[name]
+            if windows.counts_PN[p, k]:
+                total = total + 0.9**k * each
+            if told:
+                posterior = posterior * factors_RV[:, token]
+                posterior = posterior / posterior.sum()
+        losses.append(total)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_objective_is_its_equation_with_its_gradient(name: str, kind: str) -> None:
+    heads, table_VD, hidden_PD, windows = case(kind)
+    weight_P = torch.randn(P, dtype=torch.float64)
+    expected_P = by_hand(name, heads, hidden_PD, table_VD, windows)
+    leaves = [hidden_PD, *heads.parameters()]
+    expected = torch.autograd.grad((weight_P * expected_P).sum(), leaves, allow_unused=True, materialize_grads=True)
+    for positions_per_chunk in (1, 4, P):
+        chunk_bytes = 4 * N * R * V * positions_per_chunk
+        total, loss_P, _ = heads.draft_loss(hidden_PD, windows, weight_P, table_VD, aim(name), chunk_bytes)
+        found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        torch.testing.assert_close(loss_P.double(), expected_P, rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_joint_objective_is_the_bounded_joint_loss() -> None:
+    heads, table_VD, hidden_PD, windows = case()
+    weight_P, counts_PN = torch.randn(P, dtype=torch.float64), windows.counts_PN & windows.told_PN
+    total, loss_P, _ = heads.draft_loss(
+        hidden_PD, windows._replace(counts_PN=torch.ones_like(counts_PN), told_PN=counts_PN), weight_P, table_VD,
+        aim("joint", gamma=1.0), 1000,
+    )  # fmt: skip
+    theirs, nll_P, _ = heads.nll(hidden_PD, windows.future_PN, counts_PN, weight_P, table_VD, N, 1000)
+    torch.testing.assert_close(loss_P.double(), nll_P, rtol=1e-5, atol=1e-6)
+    for ours, other in zip(
+        torch.autograd.grad(total, list(heads.parameters())), torch.autograd.grad(theirs, list(heads.parameters())),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("joint", "eq14", "eq14-marginal")])
+def test_a_draft_that_is_the_target_has_nothing_to_lose(name: str) -> None:
+    law_V = torch.randn(V).softmax(-1)
+    factors_CNRV = law_V.expand(1, N, R, V)
+    seen = Seen(torch.zeros(1, N, dtype=torch.long), torch.ones(1, N, dtype=torch.bool), law_V.expand(1, N, V))
+    loss_CN = OBJECTIVES[name](torch.full((1, R), 1 / R).log(), factors_CNRV, seen, 0.9)
+    torch.testing.assert_close(loss_CN, torch.zeros(1, N), rtol=0, atol=1e-6)
+    assert math.isclose(float(overlap(factors_CNRV[:, :, 0], seen)[0, 0]), 1, abs_tol=1e-6)
+
+
+def test_every_objective_has_a_name_that_the_config_knows() -> None:
+    assert tuple(OBJECTIVES) == CHOICES["loss.objective"]
+
+
+# --- in the model ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def acceptance_by_hand(model: LanguageModel, batch: dict[str, Tensor]) -> list[float]:
+    """1 - sum min(p, q) over the depths whose target lies in the row, from the model's public laws."""
+    hidden_BTD = model.hidden(batch["tokens_BT"], batch["position_ids_BT"])
+    first = 1 if model.first_is_tied else 0
+    losses = []
+    for b in range(len(hidden_BTD)):
+        for t in range(T):
+            future_N = batch["future_BTN"][b, t]
+            joint = model.joint(hidden_BTD[b, t], future_N[0])
+            total = 0.0
+            for k in range(joint.horizon):
+                law_V = Joint(
+                    joint.posterior(future_N[first : first + k]), joint.scores_NRV[k:], joint.normalised
+                ).first()
+                if t + first + k < T:
+                    target_V = model.target_log_probs(hidden_BTD[b, t + first + k])
+                    total += 1 - float(torch.minimum(law_V.exp(), target_V.exp()).sum())
+            losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize("layout", ["common", "common anchored"])
+def test_the_target_of_each_draft_is_read_one_position_before_it(layout: str) -> None:
+    model, batch = make(layout), rows()
+    none_BT, all_BT = torch.zeros(2, T), torch.ones(2, T)
+    terms = model(**batch, first_weight_BT=none_BT, rest_weight_BT=all_BT, aim=("acceptance", 0.9, 1.0))
+    torch.testing.assert_close(
+        terms.rest_nll_P.double(),
+        torch.tensor(acceptance_by_hand(model, batch), dtype=torch.float64),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_a_tied_first_token_is_the_target_itself() -> None:
+    model, batch = make("common", **{"model.tie_first": True}), rows()
+    hidden_BTD = model.hidden(batch["tokens_BT"], batch["position_ids_BT"])
+    torch.testing.assert_close(
+        model.next_token_log_probs(hidden_BTD), model.target_log_probs(hidden_BTD), rtol=0, atol=0
+    )
+
+
+def test_known_states_change_nothing() -> None:
+    model, batch = make("common anchored"), rows()
+    with torch.no_grad():
+        hidden_BTD = model.hidden(batch["tokens_BT"], batch["position_ids_BT"])
+    known = States(hidden_BTD, model.log_normaliser(hidden_BTD))
+    weights = {"first_weight_BT": torch.zeros(2, T), "rest_weight_BT": torch.rand(2, T)}
+    for objective in (None, ("blend", 0.9, 0.8)):
+        with_trunk = model(**batch, **weights, aim=objective)
+        blank = batch | {"tokens_BT": torch.zeros_like(batch["tokens_BT"])}  # the trunk is not asked
+        from_states = model(**blank, **weights, aim=objective, states=known)
+        assert torch.equal(with_trunk.rest_nll_P, from_states.rest_nll_P)
+
+
+def test_on_a_shortlist_the_loss_is_that_of_the_tokens_on_it() -> None:
+    model, batch = make("common", **{"model.tie_first": True}), rows()
+    listed = torch.tensor([0, 2, 3, 5, 7, 10])
+    model.use_shortlist(listed)
+    weights = {"first_weight_BT": torch.zeros(2, T), "rest_weight_BT": torch.ones(2, T)}
+    found = model(**batch, **weights).rest_nll_P
+    hidden_BTD = model.hidden(batch["tokens_BT"], batch["position_ids_BT"])
+    place = {int(token): index for index, token in enumerate(listed)}
+    expected = []
+    for b in range(2):
+        for t in range(T):
+            joint = model.draft_joint(hidden_BTD[b, t][None], batch["future_BTN"][b, t, :1])
+            each_R = joint.log_weights_R[0]
+            for k, token in enumerate(batch["future_BTN"][b, t, 1:].tolist()):
+                if token in place:
+                    each_R = each_R + joint.log_factors_NRV[0, k, :, place[token]]
+            expected.append(-each_R.logsumexp(-1))
+    torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-6, atol=1e-8)
+
+
+# --- states on the disk -------------------------------------------------------------------------------------------------
+
+
+class FewRows:
+    """As much of `Rows` as the cache needs."""
+
+    count, context = 21, T
+
+    def __getitem__(self, some: list[int]) -> dict[str, Tensor]:
+        batches = [rows(1, seed) for seed in some]
+        return {name: torch.cat([batch[name] for batch in batches]) for name in ("tokens_BT", "position_ids_BT")}
+
+
+def stored(model: LanguageModel, cache: Path, limit_gib: float = 1.0) -> states.StoredStates:
+    return kept_states(model, FewRows(), cache, {"text": "t", "trunk": "w"}, limit_gib, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_kept_states_are_the_trunks_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make("common").to(dtype)
+    kept = stored(model, tmp_path)[[20, 3]]
+    some = FewRows()[list(range(16, 21))], FewRows()[list(range(8))]  # batches as they were computed
+    for row, place, batch in ((0, 4, some[0]), (1, 3, some[1])):
+        with torch.no_grad():
+            hidden_BTD = model.hidden(batch["tokens_BT"], batch["position_ids_BT"])
+        assert torch.equal(kept["hidden_BTD"][row], hidden_BTD[place])
+        torch.testing.assert_close(
+            kept["log_normaliser_BT"][row], model.log_normaliser(hidden_BTD)[place], rtol=1e-6, atol=1e-6
+        )
+
+
+def test_a_killed_run_goes_on_behind_its_last_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passes = make("common"), []
+    counted = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *given: (passes.append(1), counted(*given))[1])
+    whole = stored(model, tmp_path / "whole")[list(range(21))]
+    note, notes = states.write_json, []
+
+    def killed(path: Path, content: dict[str, object]) -> None:
+        if len(notes) == 1:
+            raise KeyboardInterrupt
+        notes.append(note(path, content))
+
+    monkeypatch.setattr(states, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stored(model, tmp_path / "cut")
+    monkeypatch.setattr(states, "write_json", note)
+    passes.clear()
+    again = stored(model, tmp_path / "cut")[list(range(21))]
+    assert len(passes) == 2, "the first batch of three was done"
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    passes.clear()
+    stored(model, tmp_path / "cut")
+    assert not passes
+
+
+def test_more_states_than_the_limit_are_refused_with_the_numbers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"168 tokens \(0.00 GiB\) are more than data.states_gib=1e-06; keep fewer"):
+        stored(make("common"), tmp_path, limit_gib=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"loss.objective": "blend"}, "loss.objective=blend is for heads on a frozen model: give model.trunk="),
+        ({"loss.shortlist": 9}, "loss.shortlist=9 is for heads on a frozen model"),
+        ({"data.states": 4096}, "data.states=4096 is for heads on a frozen model"),
+        ({"loss.gamma": 0.5, "model.trunk": "x", "model.head": "separate"}, "loss.gamma=0.5 needs model.head=shared"),
+        ({"data.states": 10, "model.trunk": "x"}, "data.states=10 tokens are less than one row of data.context=256"),
+        ({"loss.objective": "blind"}, "did you mean loss.objective=blend?"),
+        ({"loss.gamma": 0}, "loss.gamma=0.0 must lie in"),
+        ({"loss.alpha": 1.5}, "loss.alpha=1.5 must lie in"),
+        ({"train.decode_prompts": 2, "parallel": "fsdp"}, "train.decode_prompts=2 needs whole weights"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(given)
