@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ SIZES: dict[str, Size] = {
     "56m": Size(layers=12, width=576, attention_heads=9, feed_forward=1720),
 }
 
-FAMILIES = ("llama", "gpt2")
+FAMILIES = ("llama", "gpt2", "pretrained")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
@@ -57,6 +58,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "anchor": ("none", "token", "blind"),
     "parallel": ("auto", "ddp", "fsdp"),
     "model.head": ("shared", "separate"),
+    "model.dtype": ("float32", "bfloat16"),
     "loss.objective": ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend"),
     "decode.draft": ("chain", "block", "tree", "window", "path"),
     "train.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
@@ -65,7 +67,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class DataConfig:
-    tokenizer: str = knob("bytes", "bytes | bpe:SIZE (trained on the corpus) | hf:NAME (a Hugging Face tokenizer)")
+    tokenizer: str = knob(
+        "bytes",
+        "bytes | bpe:SIZE (trained on the corpus) | hf:NAME (a Hugging Face tokenizer) | model (a pretrained trunk's own)",
+    )
     context: int = knob(256, "tokens in one training row")
     batch_rows: int = knob(4, "rows in one optimiser step, over all processes")
     max_bytes: int = knob(0, "bytes of text to take from the corpus, documents in hash order (0 = all)")
@@ -83,9 +88,16 @@ class DataConfig:
 @dataclass
 class ModelConfig:
     family: str = knob(
-        "llama", "trunk: llama | gpt2, of the size above | a Hugging Face config.json, whose shape it then has"
+        "llama",
+        "trunk: llama | gpt2, of the size above | a Hugging Face config.json, whose shape it then has | pretrained: that of "
+        "model.trunk (model=NAME says both)",
     )
-    trunk: str = knob("", "folder of a finished run whose trunk is frozen and is the target; only the heads train")
+    trunk: str = knob(
+        "",
+        "what is frozen and is the target; only the heads train: folder of a finished run | with model.family=pretrained, a "
+        "Hugging Face folder or name, a GGUF file, or smollm2",
+    )
+    dtype: str = knob("float32", "precision of a pretrained trunk: float32 | bfloat16")
     head: str = knob(
         "shared", "shared: a map per (component, position), one unembedding | separate: an unembedding each"
     )
@@ -203,6 +215,11 @@ class Config:
         return "common" if self.model.trunk else "own"
 
     @property
+    def is_pretrained(self) -> bool:
+        """True where the frozen trunk is a model of others, not a run of ours."""
+        return self.model.family == "pretrained"
+
+    @property
     def run_name(self) -> str:
         if self.name:
             return self.name
@@ -210,6 +227,8 @@ class Config:
         tie = "-tied" if self.model.tie_first and self.anchor == "none" else ""
         hidden = f"-mlp{self.model.map_hidden}" if self.model.map_hidden else ""
         size = self.size if self.model.family in FAMILIES else Path(self.model.family).stem
+        if self.is_pretrained:
+            size = re.sub(r"[^a-z0-9]+", "-", Path(self.model.trunk).name.removesuffix(".gguf").lower()).strip("-")
         aim = f"-{self.loss.objective}" if self.loss.objective != "joint" else ""
         return (
             f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}{hidden}{aim}-s{self.seed}"
@@ -265,6 +284,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.precision": "bf16-mixed", "optim.steps": 500, "optim.warmup": 50, "optim.lr": 1e-3,
         "loss.joint_fraction": 0.25,
     },
+    # Heads for a model that exists already (model=NAME): 77k positions of text, tied to its own next-token head.
+    "retrofit": {
+        "data.tokenizer": "model", "data.states": 200_000, "data.batch_rows": 8, "model.tie_first": True,
+        "loss.joint_fraction": 0.125, "loss.shortlist": 8192, "decode.shortlist": 8192, "optim.steps": 300, "optim.warmup": 30,
+        "optim.lr": 1e-3, "train.validate_every": 100, "train.validation_rows": 4, "train.decode_prompts": 4, "evaluate.rows": 8,
+        "evaluate.batch_rows": 2, "decode.prompts": 8, "decode.new_tokens": 48, "decode.repeats": 3, "decode.warmups": 1,
+    },
     # The paper's own setting as far as it is known: from scratch, 56.3M parameters, TinyStories, separate heads.
     "paper": {
         "size": "56m", "corpus": "hf:roneneldan/TinyStories", "data.tokenizer": "bpe:8192", "data.context": 1024,
@@ -294,7 +320,7 @@ def parse(arguments: list[str]) -> Config:
         key, separator, value = word.partition("=")
         if not separator or not key:
             raise ConfigError(f"'{word}' is not a setting; write KEY=VALUE, for example rank=8 (--help lists them)")
-        given[key] = value
+        given |= {"model.trunk": value, "model.family": "pretrained"} if key == "model" else {key: value}
     return resolve(expand(given))
 
 
@@ -413,14 +439,29 @@ def check(config: Config) -> None:
         config.data.tokenizer == "bytes"
         or (kind == "bpe" and size.isdigit() and int(size) >= 257)
         or (kind == "hf" and size)
+        or (config.data.tokenizer == "model" and config.is_pretrained)
     ):
         raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer!r}: write bytes, bpe:SIZE with SIZE of at least 257, or hf:NAME"
+            f"data.tokenizer={config.data.tokenizer!r}: write bytes, bpe:SIZE with SIZE of at least 257, hf:NAME, or, with a "
+            "pretrained trunk (model=NAME), model"
         )
 
 
 def _check_frozen(config: Config) -> None:
-    """What only heads on a frozen trunk can have."""
+    """What only heads on a frozen trunk can have, and what a pretrained one needs."""
+    if config.is_pretrained and not config.model.trunk:
+        raise ConfigError(
+            "model.family=pretrained needs the model: type model=NAME (a Hugging Face folder or name, a GGUF file, smollm2)"
+        )
+    if config.is_pretrained and config.data.tokenizer != "model" and not config.data.tokenizer.startswith("hf:"):
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} is not the tokenizer of the pretrained model {config.model.trunk}; type "
+            "data.tokenizer=model (preset=retrofit does)"
+        )
+    if config.model.dtype != "float32" and not config.is_pretrained:
+        raise ConfigError(
+            f"model.dtype={config.model.dtype} is for pretrained trunks (model=NAME); train.precision is for runs of ours"
+        )
     asked = {
         f"loss.objective={config.loss.objective}": config.loss.objective != "joint",
         f"loss.gamma={config.loss.gamma}": config.loss.gamma != 1,
@@ -492,6 +533,7 @@ def help_text(program: str) -> str:
     """The page that `--help` prints: every setting with type, default and a line of meaning."""
     lines = [
         f"usage: {program} [KEY=VALUE ...] [--print-config] [--help]",
+        "model=NAME is short for model.trunk=NAME model.family=pretrained: a Hugging Face folder or name, a GGUF file, smollm2.",
         "",
         "One cell: train, evaluate, decode, write one record. Later words win; a preset is applied first.",
         "presets: " + ", ".join(PRESETS),

@@ -122,6 +122,8 @@ class CpdlmConfig(PreTrainedConfig):
     map_hidden: int = 0
     anchor_width: int = 0
     bias_buffer: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -151,6 +153,8 @@ class CpdlmConfig(PreTrainedConfig):
             map_hidden=inner if is_mlp else 0,
             anchor_width=anchor.into.out_features if anchor is not None else 0,
             bias_buffer=heads is not None and heads.balance_bias_R is not None,
+            logit_scale=model.logit_scale,
+            logit_softcap=model.logit_softcap,
             tie_word_embeddings=model.embeddings_are_tied,
         )
 
@@ -172,6 +176,8 @@ class CpdlmConfig(PreTrainedConfig):
             map_hidden=self.map_hidden,
             anchor_width=self.anchor_width,
             bias_buffer=self.bias_buffer,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
         )
 
 
@@ -237,8 +243,7 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
         that processors which are not blind to a constant (repetition_penalty) do here what they do to the trunk; else log p.
         """
         if self.model.first_is_tied or self.model.common_target:
-            logits: Tensor = self.model.unembedding(hidden)
-            return logits
+            return self.model.target_logits(hidden, self.model.unembedding.weight)
         return self.model.next_token_log_probs(hidden)
 
     def forward(

@@ -474,7 +474,7 @@ def load_bench(options: argparse.Namespace, say: Callable[[str], None]) -> Bench
     data = TokenDataModule(config, load_corpus(config))
     for cell in cells:
         cell.model.to(device)
-    trunk = storage.load_model(Path(config.model.trunk)).to(device)
+    trunk = _target(config, device)
     return Bench(
         cells, trunk, {split: data.prompts(split).to(device) for split in ("validation", "test")}, options, say
     )
@@ -497,6 +497,12 @@ def head(bench: Bench, benchmark: str, arguments: Sequence[str]) -> dict[str, An
             "horizon": config.horizon, "parameters": sum(each.numel() for each in bench.trunk.parameters()),
         },
     }  # fmt: skip
+
+
+def _target(config: Config, device: torch.device) -> LanguageModel:
+    target = storage.load_trunk(config)
+    assert target is not None, "these heads stand on a frozen trunk"
+    return target.to(device)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -534,7 +540,7 @@ def main(arguments: Sequence[str]) -> int:
 def _train_hydra(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     config = load_cells(options.runs, options.cells, options.seed)[0].config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = storage.load_model(Path(config.model.trunk)).to(device)
+    base = _target(config, device)
 
     def progress(step: int, nll: float) -> None:
         if step % 50 == 0:

@@ -89,7 +89,12 @@ def train(config: Config, command: str) -> bool:
     began = time.monotonic()
     corpus = load_corpus(config)
     data_seconds = time.monotonic() - began
-    if trunk is not None and trunk.vocab_size != corpus.vocab_size:
+    if config.is_pretrained and trunk is not None and trunk.vocab_size < corpus.vocab_size:
+        raise storage.RunError(
+            f"data.tokenizer={config.data.tokenizer} has {corpus.vocab_size} tokens, model={config.model.trunk} embeds "
+            f"{trunk.vocab_size}: the tokenizer is another model's; type data.tokenizer=model, or give a folder with both"
+        )
+    if trunk is not None and not config.is_pretrained and trunk.vocab_size != corpus.vocab_size:
         raise storage.RunError(
             f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
             f"{config.data.tokenizer} on corpus={config.corpus} one of {corpus.vocab_size}; use the trunk's own data settings"
@@ -107,7 +112,7 @@ def train(config: Config, command: str) -> bool:
     with tracking.cell_run(config, command, folder) as tracker:
         done = (folder / storage.TRAINED).is_file() and (folder / storage.WEIGHTS).is_file()
         if not done and config.data.states:
-            identity = {"text": corpus.describe()["sha256"], "trunk": _trunk_hash(config)["trunk_sha256"]}
+            identity = {"text": corpus.describe()["sha256"], "trunk": storage.trunk_hash(config)}
             data.states = kept_states(
                 model, data.training_rows(), Path(config.data.cache), identity, config.data.states_gib, _device(), print
             )
@@ -152,7 +157,12 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
         evaluated = _read(run_folder(config) / EVALUATED)
         _check_same_text(run_folder(config), evaluated["data"]["sha256"], corpus.describe()["sha256"])
     prompts_PT = TokenDataModule(first, corpus).prompts().to(_device())
-    models = {config.run_name: storage.load_model(run_folder(config)).to(_device()) for config in configs}
+    models, trunks = {}, dict[tuple[str, str], LanguageModel | None]()
+    for config in configs:
+        key = (config.model.trunk, config.model.dtype)
+        if key not in trunks:
+            trunks[key] = storage.load_trunk(config)
+        models[config.run_name] = storage.load_model(run_folder(config), trunks[key]).to(_device())
     trunk = storage.load_model(run_folder(reference)).to(_device()) if reference is not None else None
     decode = first.decode
     shortlist = _shortlist("decode.shortlist", decode.shortlist, corpus) if decode.shortlist else None
@@ -252,8 +262,8 @@ def _watch(config: Config, data: TokenDataModule) -> Callable[[LanguageModel], d
 
 def _frozen_trunk(config: Config) -> LanguageModel | None:
     """The model whose trunk a config names; raises RunError where the two do not fit, before any work."""
-    if not config.model.trunk:
-        return None
+    if not config.model.trunk or config.is_pretrained:
+        return storage.load_trunk(config)
     folder = Path(config.model.trunk)
     theirs = storage.read_config(folder)
     if theirs.horizon != 1:
@@ -315,17 +325,18 @@ def _check_same_text(folder: Path, then: str, now: str) -> None:
 
 def _weights_hash(config: Config) -> str:
     """sha256 of the finished weights, a frozen trunk's included: what evaluation and decoding were made with."""
-    paths = [run_folder(config) / storage.WEIGHTS]
-    if config.model.trunk:
-        paths.append(Path(config.model.trunk) / storage.WEIGHTS)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.is_file())).hexdigest()
+    own = run_folder(config) / storage.WEIGHTS
+    content = own.read_bytes() if own.is_file() else b""
+    if config.is_pretrained:
+        content += storage.trunk_hash(config).encode()
+    elif config.model.trunk:
+        theirs = Path(config.model.trunk) / storage.WEIGHTS
+        content += theirs.read_bytes() if theirs.is_file() else b""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _trunk_hash(config: Config) -> dict[str, str]:
-    if not config.model.trunk:
-        return {}
-    weights = Path(config.model.trunk) / storage.WEIGHTS
-    return {"trunk_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    return {"trunk_sha256": storage.trunk_hash(config)} if config.model.trunk else {}
 
 
 def _device() -> torch.device:

@@ -147,6 +147,42 @@ def cpu_full() -> list[Cell]:
     return cells
 
 
+# --- a model that exists already -------------------------------------------------------------------------------------
+
+OBJECTIVES = ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend")
+SCREENED = "log-acceptance"  # the best of the screen on the validation split; results/LOG.md tells
+
+
+def retrofitted(corpus: str, rank: int, objective: str, length: dict[str, Any], *, anchor: str = "none",
+                tied: bool = True, seed: int = 0, folder: str = "C6") -> Cell:  # fmt: skip
+    """Heads on SmolLM2-135M-Instruct, tied to its own next-token head unless said otherwise. length: of the training."""
+    overrides = {
+        "preset": "retrofit", "model.trunk": "smollm2", "model.family": "pretrained", "model.dtype": "bfloat16",
+        "corpus": corpus, "rank": rank, "anchor": anchor, "loss.objective": objective, "seed": seed, "evaluate.rows": 4,
+        "train.decode_prompts": 16,
+    }  # fmt: skip
+    return Cell(folder, overrides | length | ({} if tied else {"model.tie_first": False}))
+
+
+def retrofit_screen() -> list[Cell]:
+    """Which objective, with and without the anchor: code, rank 4, 15k positions."""
+    short = {"optim.steps": 60, "optim.warmup": 10, "train.validate_every": 60, "decode.repeats": 1}
+    return [
+        retrofitted("code", 4, objective, short, anchor=anchor, folder="C6-screen")
+        for anchor in ("none", "token")
+        for objective in OBJECTIVES
+    ]
+
+
+def retrofit() -> list[Cell]:
+    """Does rank pay on a frozen model? The screen's objective, 41k positions."""
+    whole = {"optim.steps": 160, "optim.warmup": 20, "train.validate_every": 80}
+    return [
+        *(retrofitted("code", rank, SCREENED, whole, anchor=each) for each in ("none", "token") for rank in RANKS),
+        *(retrofitted("text", rank, SCREENED, whole, anchor=each) for each in ("none", "token") for rank in (1, 4)),
+    ]
+
+
 # --- one GPU ---------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +206,10 @@ def paper() -> list[Cell]:
     return cells
 
 
-PROFILES = {"smoke": smoke, "cpu": cpu, "cpu-full": cpu_full, "gpu": gpu, "paper": paper}
+PROFILES = {
+    "smoke": smoke, "cpu": cpu, "cpu-full": cpu_full, "retrofit-screen": retrofit_screen, "retrofit": retrofit, "gpu": gpu,
+    "paper": paper,
+}  # fmt: skip
 
 
 def decode_groups(cells: list[Cell], output: str) -> list[Group]:

@@ -161,7 +161,7 @@ def rerun(record: Record, source: Path, tree: Path, output: Path, root: Path) ->
     """Run the record's command in `tree` with everything it writes under `output`; raises RunFailed."""
     extra: list[str] = []
     trunk = record.config["model"]["trunk"]
-    if trunk:
+    if trunk and record.config["model"].get("family") != "pretrained":
         extra.append(f"model.trunk={_trunk(record, source, tree, output, root)}")
     _run(record, [*_words(record), *extra], tree, output, root)
     return _written(output, record["name"])

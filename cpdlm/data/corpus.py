@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.data import sources
+from cpdlm.data.checkpoints import checkpoint_folder, tokenizer_hash
 from cpdlm.data.duplicates import clusters
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer
 from cpdlm.data.windows import mix, row_count
@@ -126,11 +127,19 @@ def load_corpus(config: Config, progress: bool = True) -> Corpus:
 
 def _request(config: Config) -> dict[str, Any]:
     """The settings that the tokens depend on."""
-    return {"corpus": config.corpus, "tokenizer": config.data.tokenizer, "max_bytes": config.data.max_bytes}
+    return {"corpus": config.corpus, "tokenizer": _tokenizer_name(config), "max_bytes": config.data.max_bytes}
+
+
+def _tokenizer_name(config: Config) -> str:
+    """As in data.tokenizer; a model's own is called by its content, so that models of one name are told apart."""
+    if config.data.tokenizer != "model":
+        return config.data.tokenizer
+    folder = checkpoint_folder(config.model.trunk, config.data.cache)
+    return f"model:{tokenizer_hash(folder)[:12]}"
 
 
 def _slug(config: Config) -> str:
-    return re.sub(r"\W+", "-", f"{Path(config.corpus).name}-{config.data.tokenizer}").strip("-")
+    return re.sub(r"\W+", "-", f"{Path(config.corpus).name}-{_tokenizer_name(config)}").strip("-")
 
 
 def _check_length(config: Config, corpus: Corpus) -> None:
@@ -271,7 +280,10 @@ def _build(config: Config, origin: sources.Origin, folder: Path, progress: bool)
     documents = origin.read()
     assignment, counts = assign_splits(documents, config, progress)
     chosen = {name: take(documents, assignment[name], assignment, config.data.max_bytes) for name in SPLITS}
-    tokenizer = build_tokenizer(config.data.tokenizer, [documents.texts[i] for i in chosen["train"]], progress)
+    name, own = _tokenizer_name(config), None
+    if config.data.tokenizer == "model":
+        own = checkpoint_folder(config.model.trunk, config.data.cache)
+    tokenizer = build_tokenizer(name, [documents.texts[i] for i in chosen["train"]], progress, own)
     with tqdm(total=sum(map(len, chosen.values())), desc="tokenising", unit="document", disable=not progress) as bar:
         for name, indices in chosen.items():
             if name != "train":

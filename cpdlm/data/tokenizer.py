@@ -212,14 +212,17 @@ class SavedTokenizer:
         self._real.save(folder)
 
 
-def build_tokenizer(name: str, train_documents: Sequence[bytes], progress: bool = True) -> Tokenizer:
-    """The tokenizer that data.tokenizer names; a BPE is trained on the given documents. Raises as the classes say."""
+def build_tokenizer(
+    name: str, train_documents: Sequence[bytes], progress: bool = True, source: str | None = None
+) -> Tokenizer:  # fmt: skip
+    """The tokenizer of that name; a BPE is trained on the given documents. source: folder or hub name of a pretrained
+    model whose own it is. Raises as the classes say."""
     kind, _, rest = name.partition(":")
     if kind == "bytes":
         return BytesTokenizer()
     if kind == "bpe":
         return BpeTokenizer.train(name, train_documents, progress)
-    return HubTokenizer(name, rest)
+    return HubTokenizer(name, source or rest)
 
 
 def _as_bytes(document: bytes | str) -> bytes:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import ConfigError
+from cpdlm.model.draft_loss import Seen, conditionals, overlap
 from cpdlm.model.language_model import LanguageModel
 
 CHUNK_BYTES = 64 * 2**20
+STRIDE = 8  # positions between those whose draft laws are held against the target
 
 
 @torch.no_grad()
@@ -37,6 +39,7 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     weights_R = torch.zeros(model.rank, dtype=torch.float64)
     entropy = 0.0
+    kept_PN: list[Tensor] = []
     for batch in batches:
         hidden_BTD = model.hidden(batch["tokens_BT"].to(device), batch["position_ids_BT"].to(device))
         for index in range(len(hidden_BTD)):
@@ -61,6 +64,7 @@ def evaluate(
                     "bytes": float(bytes_V[token_P].sum()),
                 }
             )
+            kept_PN.append(kept_shares(model, hidden_TD, future_TN.to(device), whole_T.to(device)))
     positions = sum(row["positions"] for row in rows)
     if not positions:
         raise ConfigError(
@@ -82,6 +86,7 @@ def evaluate(
         ],
         "first_token_nll": _ratio([row["terms"][0] for row in rows], [row["positions"] for row in rows]),
         "bits_per_byte": _bits_per_byte(rows),
+        "kept_by_depth": _by_depth(torch.cat(kept_PN), model),
         "per_source": {name: _of_source(mine) for name, mine in by_source.items()},
         # Row by row, so that two models can be compared on the same rows.
         "per_row": {
@@ -117,6 +122,39 @@ def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -
         else:
             terms.append(joint.chain(future_CN))
     return torch.cat(terms), torch.cat(gates)
+
+
+@torch.no_grad()
+def kept_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, whole_T: Tensor) -> Tensor:
+    """(P, K) alpha = sum_v min(p, q) at every `STRIDE`-th whole position of a row, per draft: the chance that a draft drawn
+    there is kept if all before it are the text's own. 1 - alpha is the total variation of target and draft law.
+    """
+    if model.heads is None:
+        return hidden_TD.new_zeros(0, 0)
+    first = 1 if model.first_is_tied else 0
+    t_P = whole_T.nonzero().squeeze(-1)[::STRIDE]
+    t_P = t_P[t_P + model.horizon - 1 < len(hidden_TD)]
+    chunk = max(1, CHUNK_BYTES // (4 * model.horizon * model.rank * model.vocab_size))
+    shares = [hidden_TD.new_zeros(0, model.heads.factors, dtype=torch.float32)]
+    for t_C in t_P.split(chunk):
+        future_CN = future_TN[t_C]
+        joint = model.joint(hidden_TD[t_C], future_CN[:, 0])
+        later_CN = future_CN[:, first:]
+        states_CN = t_C.unsqueeze(-1) + torch.arange(first, model.horizon, device=t_C.device)
+        target_CNV = model.target_log_probs(hidden_TD[states_CN]).exp()
+        seen = Seen(later_CN, torch.ones_like(later_CN, dtype=torch.bool), target_CNV)
+        shares.append(overlap(conditionals(joint.log_weights_R, joint.factors_NRV, seen), seen).float())
+    return torch.cat(shares)
+
+
+def _by_depth(kept_PK: Tensor, model: LanguageModel) -> list[dict[str, float]]:
+    """Depth 1 is x_{t+1}. The error is over positions."""
+    first = 2 if model.first_is_tied else 1
+    return [
+        {"depth": first + k, "mean": float(each_P.mean()), "sem": float(each_P.std() / max(1, len(each_P)) ** 0.5)}
+        for k, each_P in enumerate(kept_PK.double().cpu().T)
+        if len(each_P) > 1
+    ]
 
 
 def _gathered(log_probs_PV: Tensor, token_P: Tensor) -> Tensor:

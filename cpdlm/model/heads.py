@@ -26,6 +26,7 @@ class FactorHeads(nn.Module):
 
     The maps are residual, z = h + W h, with W small and random: components start near the trunk's own prediction and
     apart from each other (equal components would stay equal but for the gate). `noise` is the size of W h relative to h.
+    logit_scale: of the model whose unembedding they share; it multiplies what goes there.
     W is full, of rank `map_rank`, or a two-layer perceptron with `map_hidden` units (SiLU between).
     """
 
@@ -33,10 +34,10 @@ class FactorHeads(nn.Module):
 
     def __init__(
         self, width: int, vocab_size: int, rank: int, factors: int, *, separate: bool = False, map_rank: int = 0,
-        map_hidden: int = 0, noise: float = 0.2, bias_buffer: bool = False,
+        map_hidden: int = 0, noise: float = 0.2, bias_buffer: bool = False, logit_scale: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.rank, self.factors, self.width = rank, factors, width
+        self.rank, self.factors, self.width, self.logit_scale = rank, factors, width, logit_scale
         self.inner, self.is_mlp = map_rank or map_hidden, map_hidden > 0
         self.gate = nn.Linear(width, rank, bias=not bias_buffer)
         nn.init.normal_(self.gate.weight, std=0.02)
@@ -142,7 +143,7 @@ class FactorHeads(nn.Module):
         flat_PD = hidden.reshape(-1, self.width)
         rows_MD = self._features()(flat_PD, *self._map_parameters(start, stop))
         table_VD = self._unembeddings(unembedding_VD, start, stop).reshape(-1, self.width)
-        logits = F.linear(rows_MD, table_VD)
+        logits = F.linear(rows_MD.to(table_VD.dtype), table_VD)
         return logits.view(*hidden.shape[:-1], stop - start, self.rank, unembedding_VD.shape[0])
 
     def _unembeddings(self, unembedding_VD: Tensor, start: int, stop: int) -> Tensor:
@@ -166,7 +167,8 @@ class FactorHeads(nn.Module):
     def _features(self) -> Features:
         if self.separate:
             return no_map
-        return partial(_narrow_maps, is_mlp=self.is_mlp) if self.inner else _full_maps
+        maps = partial(_narrow_maps, is_mlp=self.is_mlp) if self.inner else _full_maps
+        return maps if self.logit_scale == 1 else partial(_scaled, maps=maps, scale=self.logit_scale)
 
 
 def no_map(hidden_PD: Tensor) -> Tensor:
@@ -189,6 +191,10 @@ def _narrow_maps(hidden_PD: Tensor, down: Tensor, up_MKD: Tensor, *, is_mlp: boo
         narrow_PMK = F.silu(narrow_PMK)
     moved_PMD = torch.bmm(narrow_PMK.transpose(0, 1), up_MKD).transpose(0, 1)
     return (hidden_PD.unsqueeze(1) + moved_PMD).reshape(-1, width)
+
+
+def _scaled(hidden_PD: Tensor, *parameters: Tensor, maps: Features, scale: float) -> Tensor:
+    return maps(hidden_PD, *parameters) * scale
 
 
 class Anchor(nn.Module):

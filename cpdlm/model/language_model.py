@@ -62,13 +62,15 @@ class LanguageModel(nn.Module):
     def __init__(
         self, trunk: Trunk, vocab_size: int, *, rank: int, horizon: int, first_is_tied: bool, anchored: bool,
         blind: bool = False, common_target: bool, context: int, tie_embeddings: bool = True, separate: bool = False, map_rank: int = 0,
-        map_hidden: int = 0, noise: float = 0.2, anchor_width: int = 0, bias_buffer: bool = False, chunk_bytes: int = 32 * 2**20,
+        map_hidden: int = 0, noise: float = 0.2, anchor_width: int = 0, bias_buffer: bool = False, chunk_bytes: int = 32 * 2**20, logit_scale: float = 1.0,
+        logit_softcap: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         assert first_is_tied or not anchored, "an anchored law has a next-token head of its own"
         self.trunk = trunk
         self.rank, self.horizon, self.vocab_size, self.context = rank, horizon, vocab_size, context
         self.first_is_tied, self.common_target, self.chunk_bytes = first_is_tied, common_target, chunk_bytes
+        self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
         width = trunk.width
         self.unembedding = nn.Linear(width, vocab_size, bias=False)
         # Separate heads without a next-token head use no shared unembedding: then it is the embedding, not dead weight.
@@ -80,7 +82,7 @@ class LanguageModel(nn.Module):
         self.heads = (
             FactorHeads(
                 width, vocab_size, rank, factors, separate=separate, map_rank=map_rank, map_hidden=map_hidden,
-                noise=noise, bias_buffer=bias_buffer,
+                noise=noise, bias_buffer=bias_buffer, logit_scale=logit_scale,
             )
             if factors
             else None
@@ -112,7 +114,9 @@ class LanguageModel(nn.Module):
         if self.first_is_tied:
             return self._trunk_log_probs(hidden)
         assert self.heads is not None
-        log_weights_R, logits_RV = self.heads.first_log_weights_and_logits(hidden, self.unembedding.weight)
+        log_weights_R, logits_RV = self.heads.first_log_weights_and_logits(
+            self._for_heads(hidden), self.unembedding.weight
+        )
         return torch.logsumexp(log_weights_R.unsqueeze(-1) + log_normalise(logits_RV), dim=-2)
 
     def target_log_probs(self, hidden: Tensor) -> Tensor:
@@ -171,15 +175,20 @@ class LanguageModel(nn.Module):
         self._place_on_list_V = place_V
 
     def _trunk_log_probs(self, hidden: Tensor) -> Tensor:
-        return log_normalise(self.unembedding(hidden))
+        return log_normalise(self.target_logits(hidden, self.unembedding.weight))
 
     def _seen(self, hidden: Tensor, fixed: Tensor | None) -> Tensor:
         """What gate and factors see. No token beyond x_{t+1} enters."""
+        hidden = self._for_heads(hidden)
         if self.anchor is None:
             return hidden
         assert fixed is not None, "an anchored law needs the fixed token"
-        anchored: Tensor = self.anchor(hidden, hidden if self.blind else self.trunk.embed(fixed))
+        anchored: Tensor = self.anchor(hidden, hidden if self.blind else self.trunk.embed(fixed).to(hidden.dtype))
         return anchored
+
+    def _for_heads(self, hidden: Tensor) -> Tensor:
+        """In the heads' own precision: a frozen trunk may have a narrower one."""
+        return hidden if self.heads is None else hidden.to(self.heads.gate.weight.dtype)
 
     # --- training and evaluation --------------------------------------------------------------------------------
 
@@ -256,12 +265,22 @@ class LanguageModel(nn.Module):
         return torch.cat(parts).view(hidden_BTD.shape[:-1])
 
     def target_logits(self, hidden: Tensor, table_VD: Tensor) -> Tensor:
-        """(..., V) logits of the next-token softmax, of the tokens whose unembeddings table_VD (V, D) holds."""
-        return F.linear(hidden, table_VD)
+        """(..., V) logits of the next-token softmax, of the tokens whose unembeddings table_VD (V, D) holds.
+
+        cap * tanh(scale * U h / cap), as pretrained models have it; drafts are scaled alike, and not capped.
+        """
+        logits = F.linear(hidden, table_VD)
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        if self.logit_softcap:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
 
     def _first_nll(self, hidden_BTD: Tensor, future_BTN: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
         picked_BT = weight_BT != 0
         hidden_PD, token_P, weight_P = hidden_BTD[picked_BT], future_BTN[picked_BT][:, 0], weight_BT[picked_BT]
+        if self.first_is_tied and self.common_target:
+            return self._frozen_first_nll(hidden_PD, token_P, weight_P)
         if self.first_is_tied:
             certain_PR = hidden_PD.new_zeros(len(hidden_PD), 1)
             return joint_nll(
@@ -270,10 +289,20 @@ class LanguageModel(nn.Module):
             )  # fmt: skip
         assert self.heads is not None
         total, nll_P, _ = self.heads.nll(
-            hidden_PD, token_P.unsqueeze(-1), torch.ones_like(token_P, dtype=torch.bool).unsqueeze(-1), weight_P, self.unembedding.weight, 1,
+            self._for_heads(hidden_PD), token_P.unsqueeze(-1), torch.ones_like(token_P, dtype=torch.bool).unsqueeze(-1), weight_P, self.unembedding.weight, 1,
             self.chunk_bytes,
         )  # fmt: skip
         return total, nll_P
+
+    @torch.no_grad()
+    def _frozen_first_nll(self, hidden_PD: Tensor, token_P: Tensor, weight_P: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [hidden_PD.new_zeros(0, dtype=torch.float32)]
+        chunk = max(1, self.chunk_bytes // (4 * self.vocab_size))
+        for part_CD, token_C in zip(hidden_PD.split(chunk), token_P.split(chunk), strict=True):
+            log_probs_CV = self._trunk_log_probs(part_CD)
+            parts.append(-log_probs_CV.gather(-1, token_C.unsqueeze(-1)).squeeze(-1))
+        nll_P = torch.cat(parts)
+        return (weight_P.to(nll_P.dtype) * nll_P).sum(), nll_P
 
     @property
     def embeddings_are_tied(self) -> bool:
@@ -298,11 +327,11 @@ class LanguageModel(nn.Module):
 
 
 def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel | None = None) -> LanguageModel:
-    """The model of a config. trunk: the loaded model of the run that model.trunk names, whose trunk is reused, frozen."""
+    """The model of a config. trunk: the model that model.trunk names, whose trunk is reused, frozen, with its vocabulary."""
     assert (trunk is not None) == bool(config.model.trunk), "a frozen trunk is given exactly when model.trunk names one"
     model = LanguageModel(
         trunk.trunk if trunk is not None else Trunk(build_body(config, vocab_size)),
-        vocab_size,
+        trunk.vocab_size if trunk is not None else vocab_size,
         rank=config.rank,
         horizon=config.horizon,
         first_is_tied=config.first_is_tied,
@@ -318,6 +347,8 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         anchor_width=config.model.anchor_width,
         bias_buffer=config.balance == "bias",
         chunk_bytes=config.loss.chunk_mib * 2**20,
+        logit_scale=trunk.logit_scale if trunk is not None else 1.0,
+        logit_softcap=trunk.logit_softcap if trunk is not None else 0.0,
     )
     if trunk is not None and not trunk.embeddings_are_tied:
         model.unembedding.weight = trunk.unembedding.weight.requires_grad_(False)

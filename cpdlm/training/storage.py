@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from torch import Tensor
 from yaml import YAMLError
 
 from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from_dict
+from cpdlm.data.checkpoints import checkpoint_folder, content_hash
 from cpdlm.files import replaced, write_bytes
 from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.pretrained import load_pretrained
 
 CONFIG, CHECKPOINT, WEIGHTS, TRAINED = "config.yaml", "last.ckpt", "model.safetensors", "train.json"
 
@@ -101,8 +104,31 @@ def save_model(folder: Path, model: LanguageModel, state: dict[str, Tensor], voc
             raise OSError(str(error)) from error
 
 
-def load_model(folder: Path) -> LanguageModel:
-    """The finished model of a run folder, in evaluation mode; raises RunError for a truncated or foreign one."""
+def load_trunk(config: Config) -> LanguageModel | None:
+    """The model that model.trunk names, in evaluation mode: a finished run's or a pretrained one; None without a name.
+
+    Raises RunError for a run folder that cannot be used, ConfigError for a pretrained model that cannot.
+    """
+    if not config.model.trunk:
+        return None
+    if not config.is_pretrained:
+        return load_model(Path(config.model.trunk))
+    source = checkpoint_folder(config.model.trunk, config.data.cache)
+    return load_pretrained(source, getattr(torch, config.model.dtype), config.data.context, config.model.trunk)
+
+
+def trunk_hash(config: Config) -> str:
+    """sha256 that stands for the weights of model.trunk."""
+    if config.is_pretrained:
+        return content_hash(checkpoint_folder(config.model.trunk, config.data.cache))
+    return hashlib.sha256((Path(config.model.trunk) / WEIGHTS).read_bytes()).hexdigest()
+
+
+def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageModel:
+    """The finished model of a run folder, in evaluation mode; raises RunError for a truncated or foreign one.
+
+    trunk: what `load_trunk` gave for its config, where that is loaded already; it is shared, not copied.
+    """
     config, path = read_config(folder), folder / WEIGHTS
     if not path.is_file():
         raise RunError(f"{folder} has no finished model ({WEIGHTS}); run its command again to finish it")
@@ -112,7 +138,7 @@ def load_model(folder: Path) -> LanguageModel:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} is truncated or not a safetensors file ({error}); delete it and run again") from error
-    trunk = load_model(Path(config.model.trunk)) if config.model.trunk else None
+    trunk = trunk or load_trunk(config)
     if trunk is not None and trunk.vocab_size != vocab_size:
         raise RunError(f"{path} has vocabulary {vocab_size}, its trunk {config.model.trunk} has {trunk.vocab_size}")
     model = build_language_model(config, vocab_size, trunk)

@@ -1,0 +1,257 @@
+"""Pretrained models as frozen trunks: their logits, their greedy text, and a clear word where they will not do."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    T5Config,
+)
+
+from cpdlm.config import Config, ConfigError, parse, resolve
+from cpdlm.data.checkpoints import checkpoint_folder
+from cpdlm.decoding import Sampling, decode, decode_batch
+from cpdlm.evaluation.latency import hugging_face
+from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.pretrained import load_pretrained
+
+V, CONTEXT = 67, 48
+SMALL: dict[str, Any] = {
+    "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+SHAPES: dict[str, PreTrainedConfig] = {
+    "llama tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "llama untied": LlamaConfig(**GROUPED, tie_word_embeddings=False),
+    "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt-neox": GPTNeoXConfig(**SMALL),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "gemma2, capped logits": Gemma2Config(
+        **GROUPED, final_logit_softcapping=2.0, attn_logit_softcapping=20.0, sliding_window=64, query_pre_attn_scalar=8
+    ),
+    "granite, divided logits": GraniteConfig(**SMALL, num_key_value_heads=2, logits_scaling=3.0),
+    "cohere, scaled logits": CohereConfig(**SMALL, num_key_value_heads=2, logit_scale=0.25),
+}
+
+
+def saved(shape: PreTrainedConfig, folder: Path, **changes: Any) -> Path:
+    """A small random model whose logits are far enough apart for its scale and cap to matter."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    if changes:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def with_heads(base: LanguageModel, **more: Any) -> LanguageModel:
+    settings = {"rank": 3, "horizon": 4, "data.context": CONTEXT, "decode.prompt_tokens": 4, "decode.new_tokens": 4,
+                "model.trunk": "x", "model.family": "pretrained", "data.tokenizer": "model"}  # fmt: skip
+    torch.manual_seed(1)
+    return build_language_model(resolve(settings | more), V, base).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: saved(shape, tmp_path_factory.mktemp("model")) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_target_is_the_models_own_law(name: str, dtype: torch.dtype, folders: dict[str, Path]) -> None:
+    base = load_pretrained(str(folders[name]), dtype, CONTEXT)
+    whole = AutoModelForCausalLM.from_pretrained(folders[name], dtype=dtype).eval()
+    tokens_BT = torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(3))
+    for model in (base, with_heads(base), with_heads(base, anchor="token")):
+        with torch.inference_mode():
+            hidden_BTD = model.hidden(tokens_BT)
+            theirs = whole(tokens_BT).logits.float()
+            ours = model.target_logits(hidden_BTD, model.unembedding.weight).float()
+            log_probs = model.target_log_probs(hidden_BTD).float()
+        near = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(ours, theirs, rtol=near, atol=near * float(theirs.abs().max()))
+        torch.testing.assert_close(
+            log_probs, theirs.log_softmax(-1), rtol=near, atol=near * max(1.0, float(theirs.abs().max()))
+        )
+    assert base.embeddings_are_tied == bool(whole.config.tie_word_embeddings)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_greedy_text_is_that_of_generate(name: str, folders: dict[str, Path]) -> None:
+    base = load_pretrained(str(folders[name]), torch.float32, CONTEXT)
+    model = with_heads(base, anchor="token")
+    whole = AutoModelForCausalLM.from_pretrained(folders[name]).eval()
+    prompts = [torch.randint(3, V, (length,), generator=torch.Generator().manual_seed(length)) for length in (3, 9, 6)]
+    rows = decode_batch(model, prompts, 24, Sampling(0.0))
+    shared = hugging_face(model)
+    assert shared is not None
+    for prompt_T, row in zip(prompts, rows, strict=True):
+        theirs = whole.generate(
+            prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), max_new_tokens=24, do_sample=False,
+            eos_token_id=None,
+        )[0, len(prompt_T) :].tolist()  # fmt: skip
+        assert row.tokens == theirs == shared(prompt_T, 24, Sampling(0.0), 0)
+        assert decode(model, prompt_T, 24, Sampling(0.0)).tokens == theirs
+
+
+def test_an_identity_head_ranks_tokens_as_the_target_does(folders: dict[str, Path]) -> None:
+    base = load_pretrained(str(folders["cohere, scaled logits"]), torch.float32, CONTEXT)
+    model = with_heads(base, **{"rank": 1, "model.noise": 0.0})
+    hidden_PD = torch.randn(5, base.trunk.width)
+    torch.testing.assert_close(
+        model.joint(hidden_PD).log_factors_NRV[:, 0, 0], model.target_log_probs(hidden_PD), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_heads_are_wider_than_a_narrow_trunk(folders: dict[str, Path]) -> None:
+    base = load_pretrained(str(folders["llama tied"]), torch.bfloat16, CONTEXT)
+    model = with_heads(base)
+    assert model.heads is not None and model.heads.gate.weight.dtype == torch.float32
+    batch = {"tokens_BT": torch.randint(0, V, (2, 8)), "position_ids_BT": torch.arange(8).expand(2, 8)}
+    terms = model(
+        **batch, future_BTN=torch.randint(0, V, (2, 8, 4)), successors_BT=torch.full((2, 8), 4),
+        first_weight_BT=torch.zeros(2, 8), rest_weight_BT=torch.ones(2, 8), aim=("blend", 0.9, 1.0),
+    )  # fmt: skip
+    terms.loss.backward()
+    assert all(each.grad is not None and each.grad.dtype == torch.float32 for each in model.heads.maps.values())
+    out = decode(model, torch.tensor([3, 4]), 12, Sampling(0.9), torch.Generator().manual_seed(0))
+    assert len(out.tokens) == 12
+
+
+REFUSED = {
+    "an encoder": (BertConfig(**SMALL), "is not causal: earlier tokens see later ones"),
+    "state space": (
+        MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
+        "cannot be cropped",
+    ),
+    "a biased output": (PhiConfig(**SMALL), "its logits are not softcap"),
+    "a window": (
+        Gemma2Config(**GROUPED, sliding_window=16, query_pre_attn_scalar=8),
+        "lower data.context to 16",
+    ),
+    "too short": (
+        GPT2Config(vocab_size=V, n_embd=32, n_layer=1, n_head=4, n_positions=32),
+        "has a context of 32 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_decoding_cannot_rely_on_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    shape, message = REFUSED[name]
+    folder = saved(shape, tmp_path)
+    if name == "a biased output":
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        torch.nn.init.normal_(model.lm_head.bias)
+        model.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_pretrained(str(folder), torch.float32, CONTEXT, "my-model")
+    assert "model=my-model" in str(raised.value)
+
+
+def test_an_encoder_decoder_is_no_causal_model(tmp_path: Path) -> None:
+    T5Config(vocab_size=V).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="is a t5 model, not a causal language model"):
+        load_pretrained(str(tmp_path), torch.float32, CONTEXT)
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folders["llama tied"] / "config.json").read_text())  # no weights at all
+    with pytest.raises(ConfigError, match=r"0.00B parameters.*float32.*model.dtype=bfloat16 takes.*parameters fit"):
+        load_pretrained(str(tmp_path), torch.float32, CONTEXT, available_bytes=1000)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_pretrained(str(tmp_path), torch.float32, CONTEXT)
+
+
+def test_a_name_that_is_nowhere_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model=.*cannot be found, or is gated.*hf auth login"):
+        load_pretrained(str(tmp_path / "nothing"), torch.float32, CONTEXT)
+
+
+def test_weights_that_are_not_whole_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text((folders["llama untied"] / name).read_text())
+    weights = load_file(folders["llama untied"] / "model.safetensors")
+    weights.pop("lm_head.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"is not whole: its weights lack \['lm_head.weight'\]"):
+        load_pretrained(str(tmp_path), torch.float32, CONTEXT)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_itself_and_a_hub_name_is_left_alone(tmp_path: Path) -> None:
+    assert checkpoint_folder(str(tmp_path), str(tmp_path / "cache")) == str(tmp_path)
+    assert checkpoint_folder("owner/name", str(tmp_path / "cache")) == "owner/name"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is not a GGUF file, or it is cut off"),
+        (b"GGU", "is not a GGUF file, or it is cut off"),
+        (b"PK\x03\x04 a zip file", "is not a GGUF file"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 272, 40) + b"\x04\x00", "cannot be read .*download it again"),
+    ],
+)
+def test_a_gguf_that_is_cut_off_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        checkpoint_folder(str(path), str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").rglob("*")) or not list((tmp_path / "cache" / "models").iterdir())
+
+
+def test_a_missing_gguf_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        checkpoint_folder(str(tmp_path / "no.gguf"), str(tmp_path))
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_model_names_the_trunk_and_its_kind() -> None:
+    config: Config = parse(["preset=retrofit", "model=some/SmolLM2-135M.gguf", "rank=8"])
+    assert config.model.trunk == "some/SmolLM2-135M.gguf" and config.is_pretrained and config.target == "common"
+    assert config.run_name == "code-smollm2-135m-common-r8-n4-none-tied-s0"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["preset=retrofit"], "data.tokenizer='model'.*pretrained trunk"),
+        (["model=x"], "data.tokenizer=bytes is not the tokenizer of the pretrained model x"),
+        (["model=x", "data.tokenizer=bpe:999"], "type data.tokenizer=model"),
+        (["model.family=pretrained", "data.tokenizer=model"], "needs the model: type model=NAME"),
+        (["model.dtype=bfloat16"], "model.dtype=bfloat16 is for pretrained trunks"),
+    ],
+)
+def test_settings_that_do_not_fit_a_pretrained_model(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(words)
