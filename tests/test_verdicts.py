@@ -27,7 +27,7 @@ def sweep(claim: str, seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **l
 
 
 def test_claims_are_complete_and_in_order() -> None:
-    assert [claim.id for claim in verdicts.CLAIMS] == ["C1", "C2", "C3", "C4"]
+    assert [claim.id for claim in verdicts.CLAIMS] == ["C1", "C2", "C3", "C4", "C6"]
     for claim in verdicts.CLAIMS:
         assert claim.question.endswith("?")
         assert "holds:" in claim.rule
@@ -83,7 +83,7 @@ def test_without_rank_8_there_is_no_verdict() -> None:
 
 def test_without_records_every_claim_is_still_in_the_table() -> None:
     found = verdicts.judge([])
-    assert [verdict.claim.id for verdict in found] == ["C1", "C2", "C3", "C4"]
+    assert [verdict.claim.id for verdict in found] == ["C1", "C2", "C3", "C4", "C6"]
     assert {verdict.word for verdict in found} == {"not measurable here"}
 
 
@@ -127,6 +127,42 @@ def test_c4_without_side_by_side_timings_is_not_measurable() -> None:
         "not measurable here",
         "no rank above 1 was measured side by side with rank 1",
     )
+
+
+# --- heads on a pretrained model -------------------------------------------------------------------------------------
+
+PRETRAINED = {
+    "model__trunk": "smollm2", "model__family": "pretrained", "data__tokenizer": "model", "model__tie_first": True, "claim": "C6",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("speed", "word", "reason"),
+    [
+        (1.0, "holds", ""),
+        (0.4, "fails", "every rank is slower than plain decoding"),
+        (0.57, "not measurable here", "undecided"),
+    ],
+)
+def test_c6_asks_whether_some_rank_beats_plain_decoding(speed: float, word: str, reason: str) -> None:
+    contents = [made(rank, seed, **PRETRAINED, speed=speed, pace=0.0) for rank in (1, 4) for seed in range(2)]
+    if word == "not measurable here":
+        for content in contents:
+            content["decoding"]["modes"]["sampling"]["speedup"] = {"median": 1.0, "low": 0.9, "high": 1.1}
+    (verdict,) = judged("C6", *contents)
+    assert verdict.word == word and reason in verdict.reason
+    assert [number.name for number in verdict.numbers][1].startswith("rank 4 over rank 1")
+    assert verdict.setting.startswith("code, smollm2, n=4, common target") and ", tied, 2 seeds" in verdict.setting
+
+
+def test_c6_judges_each_law_by_itself_and_is_no_matter_of_c3_and_c4() -> None:
+    tied = [made(rank, 0, **PRETRAINED) for rank in (1, 4)]
+    anchored = [made(rank, 0, **PRETRAINED, anchor="token") for rank in (1, 4)]
+    found = judged("C6", *tied, *anchored)
+    assert [", anchored, " in verdict.setting for verdict in found] == [False, True]
+    untied = [made(rank, 0, **PRETRAINED | {"model__tie_first": False}) for rank in (1, 2, 4, 8)]
+    for claim in ("C3", "C4"):
+        assert judged(claim, *untied)[0].reason.startswith("no records")
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------

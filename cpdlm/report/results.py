@@ -73,6 +73,16 @@ class Record:
         return "common" if self.config["model"]["trunk"] else "own"
 
     @property
+    def is_pretrained(self) -> bool:
+        """Heads on a model of others."""
+        return bool(self.config["model"].get("family", "llama") == "pretrained")
+
+    @property
+    def size(self) -> str:
+        """The trunk, by its size or its name."""
+        return Path(self.config["model"]["trunk"]).name if self.is_pretrained else str(self.config["size"])
+
+    @property
     def variant(self) -> str:
         """One of LAWS, and the width of perceptron maps where a cell has them ("untied, mlp 1024").
 
@@ -90,7 +100,7 @@ class Record:
         None for a size that is not one of ours, or without drafts.
         """
         size, parts = SIZES.get(self.config["size"]), self.content["parameters"]
-        foreign = self.config["model"].get("family", "llama") not in FAMILIES
+        foreign = self.is_pretrained or self.config["model"].get("family", "llama") not in FAMILIES
         if size is None or foreign or self.horizon == 1:
             return None
         rows = (self.horizon - (not self.variant.startswith("untied"))) * self.rank
@@ -399,6 +409,19 @@ class Family:
     def horizon(self) -> int:
         return int(self.settings["horizon"])
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Heads on a model of others."""
+        return bool(self.settings["model.family"] == "pretrained")
+
+    @property
+    def size(self) -> str:
+        """The trunk, by its size or its name."""
+        return str(self.settings["trunk"] if self.is_pretrained else self.settings["size"])
+
+    def all_ranks(self) -> list[int]:
+        return sorted({rank for _, rank in self.cells})
+
     def variants(self) -> list[str]:
         """The variants that it has, those of LAWS first."""
         found = {variant for variant, _ in self.cells}
@@ -485,7 +508,7 @@ def _label(ordered: list[Family]) -> None:
     plain: dict[str, list[Family]] = {}
     for family in ordered:
         s = family.settings
-        text = f"{s['corpus']}, {s['size']}, n={s['horizon']}, {s['target']} target"
+        text = f"{s['corpus']}, {family.size}, n={s['horizon']}, {s['target']} target"
         plain.setdefault(text, []).append(family)
     for text, members in plain.items():
         keys = sorted({key for family in members for key in family.settings})

@@ -66,7 +66,7 @@ class Table:
 
 def write_tables(families: list[Family], verdicts: list[Verdict], notes: list[str], folder: Path) -> list[Path]:
     """Every table as .md, .tex and .csv; returns the files, sorted. One without rows is removed."""
-    makers = (cells_table, beyond_table, equal_training_table, baselines_table, trunks_table)
+    makers = (cells_table, beyond_table, retrofit_table, equal_training_table, baselines_table, trunks_table)
     made = [claims_table(verdicts), *(make(families) for make in makers)]
     files = []
     for table in made:
@@ -122,7 +122,7 @@ def beyond_table(families: list[Family]) -> Table:
     rows = []
     for family in families:
         kinds = family.variants()
-        if kinds in ([], ["untied"]):
+        if family.is_pretrained or kinds in ([], ["untied"]):
             continue
         ranks = {rank for kind in kinds if kind != "untied" for rank in family.ranks(kind)} | {1, family.ranks()[-1]}
         for variant, rank in itertools.product(kinds, sorted(ranks)):
@@ -134,6 +134,47 @@ def beyond_table(families: list[Family]) -> Table:
     caption += "perceptron maps: the parameters of the highest rank, or its FLOPs per draft). "
     caption += "Added parameters: over the untied cell of the same rank."
     return Table("beyond", _caption(caption, families, None), header, rows)
+
+
+def retrofit_table(families: list[Family]) -> Table:
+    """Heads on a pretrained model, by objective, law and rank: what is kept at each depth, and what that buys."""
+    shown = [family for family in families if family.is_pretrained]
+    rows: list[tuple[str, ...]] = []
+    for family in shown:
+        for variant, rank in itertools.product(family.variants(), family.all_ranks()):
+            cells = family.cells.get((variant, rank))
+            if not cells:
+                continue
+            record = next(iter(cells.values()))
+            trained = sum(r["training"]["seconds"] for r in cells.values()) / len(cells)
+            rows.append(
+                (
+                    f"{family.settings['corpus']}, {family.size}, n={family.horizon}", str(family.settings["loss.objective"]),
+                    variant, str(rank), str(len(cells)), f"{record['training']['steps']:,}",
+                    f"{record['parameters']['trained']:,}", f"{trained / 60:.1f}",
+                    f"{record['training']['peak_memory_bytes'] / 2**30:.1f}", _kept(cells),
+                    *(_shown(over_seeds(cells, "tokens_per_pass", mode), 2) for mode in MODES),
+                    *(_shown(over_seeds(cells, "speedup", mode), 2) for mode in MODES),
+                    *(_shown(over_seeds(cells, "speedup_over_rank1", mode), 2) for mode in MODES),
+                )
+            )  # fmt: skip
+    header = (
+        "setting", "objective", "law", "rank", "seeds", "steps", "trained parameters", "training (min)", "memory (GiB)",
+        "kept by depth", *(f"tokens per pass, {mode}" for mode in MODES), *(f"speed-up, {mode}" for mode in MODES),
+        *(f"over rank 1, {mode}" for mode in MODES),
+    )  # fmt: skip
+    caption = "Heads on a pretrained, frozen model, which is the target. Kept by depth: mean over test text of sum min(p, q), the chance "
+    caption += "that a sampled draft of x_{t+k} is kept if all before it are the text's own; 1 minus it is the total variation of target and draft law "
+    caption += "(whole vocabulary; depth 1 is the target itself where it is tied). "
+    return Table("retrofit", _caption(caption, shown, None), header, rows)
+
+
+def _kept(cells: Cells) -> str:
+    depths: dict[int, list[float]] = {}
+    for record in cells.values():
+        for entry in record["likelihood"].get("kept_by_depth", []):
+            depths.setdefault(entry["depth"], []).append(entry["mean"])
+    return ", ".join(f"{depth}: {sum(each) / len(each):.3f}" for depth, each in sorted(depths.items())) or "-"
 
 
 def equal_training_table(families: list[Family]) -> Table:
@@ -264,7 +305,7 @@ def described(records: Sequence[Record]) -> str:
     """Sizes, seeds, steps, sequence length and hardware of some records, in one paragraph."""
     if not records:
         return "No records."
-    sizes = sorted({f"{r.config['size']} ({r['parameters']['trunk'] / 1e6:.1f}M trunk parameters)" for r in records})
+    sizes = sorted({f"{r.size} ({r['parameters']['trunk'] / 1e6:.1f}M trunk parameters)" for r in records})
     steps = _listed({r["training"]["steps"] for r in records})
     lengths = _listed({r.config["data"]["context"] for r in records})
     hardware = sorted({hardware_text(r) for r in records})

@@ -1,8 +1,9 @@
-"""The paper's claims C1 to C4 as data: question, expected outcome, statistic and rule, fixed before any run.
+"""The paper's claims C1 to C4 and C6 as data: question, expected outcome, statistic and rule, fixed before any run.
 
 A verdict is a function of the records alone. The word is `holds`, `fails`, or `not measurable here`; the last always says
-why (no cells, too few seeds, or an interval that decides nothing). All verdicts are about the paper's own law
-(untied, anchor=none); anchored and tied cells stand in a table of their own.
+why (no cells, too few seeds, or an interval that decides nothing). Verdicts C1 to C4 are about the paper's own law
+(untied, anchor=none) on trunks of ours; anchored and tied cells stand in a table of their own. C6 is about heads on a
+pretrained model, each variant by itself.
 """
 
 from __future__ import annotations
@@ -75,6 +76,15 @@ CLAIMS: tuple[Claim, ...] = (
         "rank above 1 some interval below 1",
         quantity="speedup", unit="x", target="common", test="faster", margin=0.0, digits=2,
     ),
+    Claim(
+        id="C6",
+        question="Does it work when only heads on a frozen, pretrained model are trained?",
+        expected="heads alone make a pretrained model decode faster",
+        statistic="speed-up when sampling, over plain decoding of the pretrained model, measured side by side; over rank 1 beside it",
+        rule="holds: for some rank the interval over plain decoding is above 1 (95%, corrected for the number of ranks); fails: for "
+        "every rank it is below 1",
+        quantity="speedup", unit="x", target="pretrained", test="works", margin=0.0, digits=2,
+    ),
 )  # fmt: skip
 
 
@@ -117,15 +127,21 @@ def judge(families: list[Family]) -> list[Verdict]:
     """Verdicts in the order of CLAIMS, one per family with at least two ranks (one saying so where there is none)."""
     found = []
     for claim in CLAIMS:
-        usable = [f for f in families if f.target == claim.target and len(f.ranks()) > 1]
-        found += [_judge(claim, family, families) for family in usable]
+        if claim.target == "pretrained":
+            usable = [f for f in families if f.is_pretrained and len(f.all_ranks()) > 1]
+            found += [_judge_retrofit(claim, family, variant) for family in usable for variant in family.variants()]
+        else:
+            usable = [f for f in families if f.target == claim.target and not f.is_pretrained and len(f.ranks()) > 1]
+            found += [_judge(claim, family, families) for family in usable]
         if not usable:
             found.append(
                 Verdict(
                     claim,
                     "-",
                     UNMEASURED,
-                    f"no records of two or more ranks with {claim.target} target and anchor=none",
+                    "no records of two or more ranks on a pretrained model"
+                    if claim.target == "pretrained"
+                    else f"no records of two or more ranks with {claim.target} target and anchor=none",
                 )
             )
     return found
@@ -158,6 +174,49 @@ def _judge(claim: Claim, family: Family, families: list[Family]) -> Verdict:
         claim, f"{family.label}, {len(shared)} seed{'s' * (len(shared) != 1)}", word, reason, numbers or means, _beside(claim, family, families, means if numbers else []),
         [record.path for record in family.records("untied")], len(shared),
     )  # fmt: skip
+
+
+def _judge_retrofit(claim: Claim, family: Family, variant: str) -> Verdict:
+    cells = {rank: family.cells[variant, rank] for rank in family.ranks(variant)}
+    word, reason, numbers = _works(claim, cells)
+    beside = []
+    for mode in ("sampling", "greedy"):
+        for rank, by_seed in cells.items():
+            for quantity, unit in (
+                ("tokens_per_pass", "tokens per pass"),
+                ("speedup", "x"),
+                ("speedup_over_rank1", "x rank 1"),
+            ):
+                value = over_seeds(by_seed, quantity, mode)
+                if value is not None:
+                    beside.append(Number(f"{mode}, rank {rank}:", value, claim.digits, unit))
+    seeds = {seed for by_seed in cells.values() for seed in by_seed}
+    return Verdict(
+        claim, f"{family.label}, {variant}, {len(seeds)} seed{'s' * (len(seeds) != 1)}", word, reason, numbers, beside,
+        [record.path for record in family.records(variant)], len(seeds),
+    )  # fmt: skip
+
+
+def _works(claim: Claim, cells: dict[int, Cells]) -> tuple[str, str, list[Number]]:
+    """Some rank beats plain decoding; Bonferroni over the ranks. The best rank above 1 stands beside rank 1."""
+    level = 1 - 0.05 / len(cells)
+    over_plain = {rank: over_seeds(by_seed, "speedup", level=level) for rank, by_seed in cells.items()}
+    measured = {rank: interval for rank, interval in over_plain.items() if interval is not None}
+    if not measured:
+        return UNMEASURED, "no cell was decoded", []
+    best = max(measured, key=lambda rank: measured[rank].low)
+    percent = f"({100 * level:.1f}%)"
+    numbers = [Number(f"rank {best} over plain {percent}:", measured[best], claim.digits, claim.unit)]
+    beaten = {rank: over_seeds(cells[rank], "speedup_over_rank1", level=level) for rank in cells if rank > 1}
+    known = {rank: interval for rank, interval in beaten.items() if interval is not None}
+    if known:
+        rival = max(known, key=lambda rank: known[rank].mean)
+        numbers.append(Number(f"rank {rival} over rank 1 {percent}:", known[rival], claim.digits, claim.unit))
+    if measured[best].low > 1:
+        return HOLDS, "", numbers
+    if all(interval.high < 1 for interval in measured.values()):
+        return FAILS, "every rank is slower than plain decoding", numbers
+    return UNMEASURED, "undecided: for no rank is the interval above 1, and for some it is not below", numbers
 
 
 def _trend(claim: Claim, cells: dict[int, Cells]) -> tuple[str, str, list[Number]]:
@@ -256,11 +315,7 @@ def _beside(claim: Claim, family: Family, families: list[Family], means: list[Nu
                 for rank in other.ranks():
                     own = over_seeds(other.cells["untied", rank], claim.quantity)
                     if own is not None:
-                        beside.append(
-                            Number(
-                                f"own target ({other.settings['size']}), rank {rank}:", own, claim.digits, claim.unit
-                            )
-                        )
+                        beside.append(Number(f"own target ({other.size}), rank {rank}:", own, claim.digits, claim.unit))
     return beside
 
 
