@@ -109,6 +109,7 @@ class ModelConfig:
     tie_embeddings: bool = knob(True, "the unembedding is the input embedding")
     noise: float = knob(0.2, "size of the maps' random start relative to identity; tells equal components apart")
     anchor_width: int = knob(0, "hidden width of the anchor map (0 = width / 2)")
+    anchor_normed: bool = knob(False, "the anchor sees h_t and the token's embedding at equal size")
 
 
 @dataclass
@@ -286,7 +287,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Heads for a model that exists already (model=NAME): 77k positions of text, tied to its own next-token head.
     "retrofit": {
-        "data.tokenizer": "model", "data.states": 200_000, "data.batch_rows": 8, "model.tie_first": True,
+        "data.tokenizer": "model", "data.states": 200_000, "data.batch_rows": 8, "model.tie_first": True, "model.anchor_normed": True,
         "loss.joint_fraction": 0.125, "loss.shortlist": 8192, "decode.shortlist": 8192, "optim.steps": 300, "optim.warmup": 30,
         "optim.lr": 1e-3, "train.validate_every": 100, "train.validation_rows": 4, "train.decode_prompts": 4, "evaluate.rows": 8,
         "evaluate.batch_rows": 2, "decode.prompts": 8, "decode.new_tokens": 48, "decode.repeats": 3, "decode.warmups": 1,

@@ -121,6 +121,7 @@ class CpdlmConfig(PreTrainedConfig):
     map_rank: int = 0
     map_hidden: int = 0
     anchor_width: int = 0
+    anchor_normed: bool = False
     bias_buffer: bool = False
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
@@ -152,6 +153,7 @@ class CpdlmConfig(PreTrainedConfig):
             map_rank=0 if is_mlp else inner,
             map_hidden=inner if is_mlp else 0,
             anchor_width=anchor.into.out_features if anchor is not None else 0,
+            anchor_normed=anchor is not None and anchor.normed,
             bias_buffer=heads is not None and heads.balance_bias_R is not None,
             logit_scale=model.logit_scale,
             logit_softcap=model.logit_softcap,
@@ -175,6 +177,7 @@ class CpdlmConfig(PreTrainedConfig):
             map_rank=self.map_rank,
             map_hidden=self.map_hidden,
             anchor_width=self.anchor_width,
+            anchor_normed=self.anchor_normed,
             bias_buffer=self.bias_buffer,
             logit_scale=self.logit_scale,
             logit_softcap=self.logit_softcap,

@@ -203,10 +203,13 @@ class Anchor(nn.Module):
     Its control has the same parameters and costs the same, but sees A(h, h) (`anchor=blind`).
 
     One small map shared by them all; its output starts at zero, so that training starts from the law without it.
+    normed: its two inputs are brought to root mean square 1 each. Where embeddings are much smaller than hidden states, as
+    in many pretrained models, the token is hardly seen otherwise.
     """
 
-    def __init__(self, width: int, hidden_width: int) -> None:
+    def __init__(self, width: int, hidden_width: int, normed: bool = False) -> None:
         super().__init__()
+        self.normed = normed
         self.into = nn.Linear(2 * width, hidden_width)
         self.out = nn.Linear(hidden_width, width)
         nn.init.zeros_(self.out.weight)
@@ -214,5 +217,8 @@ class Anchor(nn.Module):
 
     def forward(self, hidden_PD: Tensor, embedded_PD: Tensor) -> Tensor:
         """(..., D) and the fixed token's embedding (..., D) -> (..., D)."""
-        anchored_PD: Tensor = hidden_PD + self.out(F.silu(self.into(torch.cat([hidden_PD, embedded_PD], dim=-1))))
+        seen = [hidden_PD, embedded_PD]
+        if self.normed:
+            seen = [F.rms_norm(each, each.shape[-1:]) for each in seen]
+        anchored_PD: Tensor = hidden_PD + self.out(F.silu(self.into(torch.cat(seen, dim=-1))))
         return anchored_PD

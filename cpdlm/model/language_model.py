@@ -63,7 +63,7 @@ class LanguageModel(nn.Module):
         self, trunk: Trunk, vocab_size: int, *, rank: int, horizon: int, first_is_tied: bool, anchored: bool,
         blind: bool = False, common_target: bool, context: int, tie_embeddings: bool = True, separate: bool = False, map_rank: int = 0,
         map_hidden: int = 0, noise: float = 0.2, anchor_width: int = 0, bias_buffer: bool = False, chunk_bytes: int = 32 * 2**20, logit_scale: float = 1.0,
-        logit_softcap: float = 0.0,
+        logit_softcap: float = 0.0, anchor_normed: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         assert first_is_tied or not anchored, "an anchored law has a next-token head of its own"
@@ -87,7 +87,7 @@ class LanguageModel(nn.Module):
             if factors
             else None
         )  # fmt: skip
-        self.anchor = Anchor(width, anchor_width or width // 2) if anchored else None
+        self.anchor = Anchor(width, anchor_width or width // 2, anchor_normed) if anchored else None
         self.blind = blind
         # What drafts cover (`use_shortlist`): ids (V',), their rows of the unembedding, and where on the list an id is.
         for buffer in ("draft_ids", "_draft_table_VD", "_place_on_list_V"):
@@ -345,6 +345,7 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         map_hidden=config.model.map_hidden,
         noise=config.model.noise,
         anchor_width=config.model.anchor_width,
+        anchor_normed=config.model.anchor_normed,
         bias_buffer=config.balance == "bias",
         chunk_bytes=config.loss.chunk_mib * 2**20,
         logit_scale=trunk.logit_scale if trunk is not None else 1.0,
