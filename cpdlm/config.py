@@ -285,12 +285,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.precision": "bf16-mixed", "optim.steps": 500, "optim.warmup": 50, "optim.lr": 1e-3,
         "loss.joint_fraction": 0.25,
     },
-    # Heads for a model that exists already (model=NAME): 77k positions of text, tied to its own next-token head.
+    # Heads for a model that exists already (model=NAME): 96k positions of text, tied to its own next-token head.
     "retrofit": {
-        "data.tokenizer": "model", "data.states": 200_000, "data.batch_rows": 8, "model.tie_first": True, "model.anchor_normed": True,
-        "loss.joint_fraction": 0.125, "loss.shortlist": 8192, "decode.shortlist": 8192, "optim.steps": 300, "optim.warmup": 30,
-        "optim.lr": 1e-3, "train.validate_every": 100, "train.validation_rows": 4, "train.decode_prompts": 4, "evaluate.rows": 8,
-        "evaluate.batch_rows": 2, "decode.prompts": 8, "decode.new_tokens": 48, "decode.repeats": 3, "decode.warmups": 1,
+        "data.tokenizer": "model", "data.states": 200_000, "data.batch_rows": 8, "model.tie_first": True,
+        "model.anchor_normed": True, "loss.objective": "eq14", "loss.joint_fraction": 0.03125, "loss.shortlist": 8192,
+        "decode.shortlist": 8192, "optim.steps": 1500, "optim.warmup": 50, "optim.lr": 3e-3, "train.validate_every": 500,
+        "train.validation_rows": 4, "train.decode_prompts": 4, "evaluate.rows": 8, "evaluate.batch_rows": 2,
+        "decode.prompts": 8, "decode.new_tokens": 48, "decode.repeats": 3, "decode.warmups": 1,
     },
     # The paper's own setting as far as it is known: from scratch, 56.3M parameters, TinyStories, separate heads.
     "paper": {
@@ -471,7 +472,9 @@ def _check_frozen(config: Config) -> None:
     }
     for setting in [words for words, used in asked.items() if used]:
         if not config.model.trunk:
-            raise ConfigError(f"{setting} is for heads on a frozen model: give model.trunk=, or leave it out")
+            raise ConfigError(
+                f"{setting} is for heads on a frozen model: give model=NAME (a pretrained one) or model.trunk=RUN"
+            )
         if config.model.head == "separate" and not setting.startswith("data."):
             raise ConfigError(f"{setting} needs model.head=shared (model.head=separate has unembeddings of its own)")
     if 0 < config.data.states < config.data.context:

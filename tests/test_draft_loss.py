@@ -263,7 +263,7 @@ def test_more_states_than_the_limit_are_refused_with_the_numbers(tmp_path: Path)
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"loss.objective": "blend"}, "loss.objective=blend is for heads on a frozen model: give model.trunk="),
+        ({"loss.objective": "blend"}, "loss.objective=blend is for heads on a frozen model: give model=NAME"),
         ({"loss.shortlist": 9}, "loss.shortlist=9 is for heads on a frozen model"),
         ({"data.states": 4096}, "data.states=4096 is for heads on a frozen model"),
         ({"loss.gamma": 0.5, "model.trunk": "x", "model.head": "separate"}, "loss.gamma=0.5 needs model.head=shared"),
