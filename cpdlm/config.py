@@ -471,7 +471,9 @@ def _check_frozen(config: Config) -> None:
     }
     for setting in [words for words, used in asked.items() if used]:
         if not config.model.trunk:
-            raise ConfigError(f"{setting} is for heads on a frozen model: give model.trunk=RUN or model=NAME, or leave it out")
+            raise ConfigError(
+                f"{setting} is for heads on a frozen model: give model.trunk=RUN or model=NAME, or leave it out"
+            )
         if config.model.head == "separate" and not setting.startswith("data."):
             raise ConfigError(f"{setting} needs model.head=shared (model.head=separate has unembeddings of its own)")
     if 0 < config.data.states < config.data.context:

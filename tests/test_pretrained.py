@@ -46,6 +46,7 @@ from cpdlm.data.checkpoints import ORIGIN, checkpoint_folder, content_hash
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
 from cpdlm.decoding import Sampling, decode, decode_batch
 from cpdlm.evaluation.latency import hugging_face
+from cpdlm.hub import CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.pretrained import load_pretrained
 
@@ -473,3 +474,29 @@ def test_model_names_the_trunk_and_its_kind() -> None:
 def test_settings_that_do_not_fit_a_pretrained_model(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(words)
+
+
+# --- as a folder of its own -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exported_model_comes_back_bit_for_bit(
+    name: str, dtype: torch.dtype, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_heads(load_pretrained(str(folders[name]), dtype, CONTEXT), anchor="token")
+    CpdlmForCausalLM.from_language_model(model, 1, 2).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).model
+    theirs = dict(loaded.named_parameters())
+    for key, parameter in model.named_parameters():
+        assert parameter.dtype == theirs[key].dtype and torch.equal(parameter, theirs[key]), key
+    prompt_T = torch.tensor([5, 6, 7])
+    assert decode(loaded, prompt_T, 24, Sampling(0.0)).tokens == decode(model, prompt_T, 24, Sampling(0.0)).tokens
+    tokens_BT = torch.randint(0, V, (1, 9))
+    with torch.inference_mode():
+        hidden_BTD = model.hidden(tokens_BT)
+        assert torch.equal(loaded.target_log_probs(loaded.hidden(tokens_BT)), model.target_log_probs(hidden_BTD))
+        assert torch.equal(
+            loaded.draft_joint(hidden_BTD[:, -1], tokens_BT[:, -1]).log_factors_NRV,
+            model.draft_joint(hidden_BTD[:, -1], tokens_BT[:, -1]).log_factors_NRV,
+        )
