@@ -125,6 +125,7 @@ class CpdlmConfig(PreTrainedConfig):
     bias_buffer: bool = False
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    wide_heads: bool = False  # float32 on a trunk of bfloat16 or float16
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -157,6 +158,9 @@ class CpdlmConfig(PreTrainedConfig):
             bias_buffer=heads is not None and heads.balance_bias_R is not None,
             logit_scale=model.logit_scale,
             logit_softcap=model.logit_softcap,
+            wide_heads=heads is not None
+            and heads.gate.weight.dtype == torch.float32
+            and model.trunk.embedding.dtype.itemsize < torch.float32.itemsize,
             tie_word_embeddings=model.embeddings_are_tied,
         )
 
@@ -200,6 +204,8 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
         if config.tie_word_embeddings:
             source = next(name for name, each in self.named_parameters() if each is self.model.trunk.embedding)
             self._tied_weights_keys = {"model.unembedding.weight": source}
+        if config.wide_heads:
+            self._keep_in_fp32_modules_strict = {"heads", "anchor"}
         self.post_init()
 
     @classmethod
@@ -571,20 +577,26 @@ def run_tokenizer(run: Path) -> Tokenizer:
 
 def check_vocabulary(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Raise RunError where ids of the one are not ids of the other."""
-    if tokenizer.vocab_size != model.vocab_size:
+    # Pretrained models have more embeddings than tokens: padding of the table.
+    padded = model.common_target and _kind(tokenizer) in ("hf", "model")
+    if tokenizer.vocab_size > model.vocab_size or (tokenizer.vocab_size < model.vocab_size and not padded):
         raise RunError(
             f"{folder}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the weights {model.vocab_size}; "
             "they do not belong together"
         )
 
 
+def _kind(tokenizer: Tokenizer) -> str:
+    return tokenizer.name.partition(":")[0]
+
+
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """The files that AutoTokenizer reads. Bytes and our BPE are written as the byte-level BPEs that they are (bytes: one
     without merges), with <|endoftext|> before every text, as the model has seen documents."""
-    kind = tokenizer.name.partition(":")[0]
+    kind = _kind(tokenizer)
     with tempfile.TemporaryDirectory() as place:
         tokenizer.save(Path(place))
-        if kind == "hf":
+        if kind in ("hf", "model"):
             shutil.copytree(Path(place) / HubTokenizer.FOLDER, folder, dirs_exist_ok=True)
             return
         from tokenizers import Tokenizer as Model

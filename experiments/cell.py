@@ -265,6 +265,10 @@ def _frozen_trunk(config: Config) -> LanguageModel | None:
     if not config.model.trunk or config.is_pretrained:
         return storage.load_trunk(config)
     folder = Path(config.model.trunk)
+    if not (folder / storage.CONFIG).is_file():
+        raise storage.RunError(
+            f"model.trunk={folder} is not a run folder: it has no {storage.CONFIG}; a pretrained model is given as model={folder}"
+        )
     theirs = storage.read_config(folder)
     if theirs.horizon != 1:
         raise storage.RunError(

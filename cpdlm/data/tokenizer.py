@@ -7,9 +7,11 @@ that bits per byte can be computed from ids alone.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -179,6 +181,16 @@ class HubTokenizer:
 
     def save(self, folder: Path) -> None:
         self._model.save_pretrained(str(folder / self.FOLDER))
+
+
+@lru_cache(maxsize=8)
+def tokenizer_hash(source: str) -> str:
+    """sha256 of what a Hugging Face tokenizer does: its whole definition, and what begins and ends a document. ConfigError
+    as HubTokenizer."""
+    tokenizer = HubTokenizer("model", source)
+    backend = getattr(tokenizer._model, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer._model.get_vocab().items()))
+    return hashlib.sha256(f"{content} {tokenizer.bos} {tokenizer.eos}".encode()).hexdigest()
 
 
 class SavedTokenizer:

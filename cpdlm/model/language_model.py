@@ -98,6 +98,13 @@ class LanguageModel(nn.Module):
 
     # --- laws -------------------------------------------------------------------------------------------------
 
+    def train(self, mode: bool = True) -> LanguageModel:
+        """A frozen trunk stays as it is in evaluation: pretrained ones may have dropout, and the target must not."""
+        super().train(mode)
+        if self.common_target:
+            self.trunk.eval()
+        return self
+
     def new_cache(self) -> Cache:
         return new_cache()
 

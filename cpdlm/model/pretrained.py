@@ -1,18 +1,22 @@
 """Any causal language model of `transformers`, as the frozen trunk and target of heads.
 
 Nothing here knows a model by name. Logits are softcap(scale * U h): scale and cap are what the library's configs call so,
-and a probe of a few tokens decides whether that, the causality and the cache of a model are what decoding relies on.
+and a probe of a few tokens decides whether that, the causality, the cache and the masks of a model are what decoding
+relies on.
 
-Letters: B batch, T position, V vocabulary.
+Letters: B batch, T position, L slots of a cache, S tokens behind it, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from cpdlm.config import ConfigError
 from cpdlm.model.language_model import LanguageModel
@@ -33,9 +37,7 @@ def load_pretrained(
     """
     label = label or source
     shape = _shape(source, label)
-    longest = getattr(shape, "max_position_embeddings", None) or context
-    if longest < context:
-        raise ConfigError(f"model={label} has a context of {longest} tokens; lower data.context={context}")
+    _check_shape(shape, context, label)
     with torch.device("meta"):
         try:
             empty = AutoModelForCausalLM.from_config(shape)
@@ -52,87 +54,122 @@ def load_pretrained(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"model={label} cannot be loaded: {_first_line(error)}; give a folder with safetensors weights"
+            f"model={label} cannot be loaded: {_first_line(error)}; give a folder with whole safetensors weights"
         ) from error
     whole, found = loaded
     if found["missing_keys"]:
         raise ConfigError(
             f"model={label} is not whole: its weights lack {sorted(found['missing_keys'])[:3]}; download it again"
         )
-    whole = whole.eval().requires_grad_(False)
-    return _wrapped(whole, context, label)
+    return _wrapped(whole.eval().requires_grad_(False), context, label)
 
 
 def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
     text = whole.config.get_text_config()
-    body = getattr(whole, whole.base_model_prefix)
     unembedding = whole.get_output_embeddings()
-    tied = unembedding.weight is body.get_input_embeddings().weight
+    try:
+        body = getattr(whole, whole.base_model_prefix)
+        tied = unembedding.weight is body.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"model={label} ({type(whole).__name__}) has no body that can be run without its output layer "
+            f"({_first_line(error)}); it cannot be the trunk here"
+        ) from error
     model = LanguageModel(
         Trunk(body), unembedding.weight.shape[0], rank=1, horizon=1, first_is_tied=True, anchored=False, common_target=False,
-        context=context, tie_embeddings=tied, logit_scale=_scale(text), logit_softcap=getattr(text, "final_logit_softcapping", None) or 0.0,
+        context=context, tie_embeddings=tied, logit_scale=_scale(text), logit_softcap=_number(text, "final_logit_softcapping") or 0.0,
     )  # fmt: skip
     if not tied:
         model.unembedding.weight = unembedding.weight
     model = model.eval().requires_grad_(False)
-    window = getattr(text, "sliding_window", None)
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    slides = "sliding_attention" in kinds or (
-        window and getattr(text, "use_sliding_window", True) and "layer_types" not in text.to_dict()
-    )
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise ConfigError(
-            f"model={label} has {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))} layers, whose cache cannot be cropped"
-        )
-    if slides and window and window < context:
-        raise ConfigError(
-            f"model={label} attends to the last {window} tokens in some layers, and data.context={context} is longer: such a cache "
-            f"cannot be cropped; lower data.context to {window}"
-        )
     _probe(model, whole, label)
     return model
 
 
 def _scale(text: Any) -> float:
     """What the hidden state's logits are multiplied by, under the names that the library's configs have for it."""
-    if getattr(text, "logit_scale", None):
-        return float(text.logit_scale)
-    return 1 / float(getattr(text, "logits_scaling", None) or 1.0)
+    return _number(text, "logit_scale") or 1 / (_number(text, "logits_scaling") or 1.0)
+
+
+def _number(text: Any, name: str) -> float | None:
+    value = getattr(text, name, None)
+    return float(value) if isinstance(value, int | float) else None
 
 
 @torch.inference_mode()
 def _probe(model: LanguageModel, whole: PreTrainedModel, label: str) -> None:
-    """Our logits are the model's; an earlier token does not see a later one; a cropped cache goes on as if never longer."""
+    """Raise ConfigError unless the model is what decoding relies on.
+
+    An earlier token does not see a later one; our logits are the model's; a cropped cache goes on as if it had never been
+    longer; masks and positions alone say where a token stands (a batch's rows keep dead slots), tokens of another document
+    in the row are not seen.
+    """
+    kind = f"model={label} ({type(whole).__name__})"
     tokens_BT = torch.randint(0, model.vocab_size, (1, PROBE), generator=torch.Generator().manual_seed(0))
-    theirs_BTV: Tensor = whole(tokens_BT).logits.float()
-    ours_BTV = _logits(model, model.hidden(tokens_BT))
+    half = PROBE // 2
+    try:
+        theirs_BTV: Tensor = whole(tokens_BT, use_cache=False).logits.float()
+        prefix_BTV: Tensor = whole(tokens_BT[:, :half], use_cache=False).logits.float()
+        ours_BTV = _logits(model, model.hidden(tokens_BT))
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{kind} does not run on a row of tokens ({_first_line(error)}); give another model"
+        ) from error
     near = 1e-4 if model.trunk.embedding.dtype == torch.float32 else 2e-2
     near *= max(1.0, float(theirs_BTV.abs().max()))
+    if not _close(prefix_BTV, theirs_BTV[:, :half], near):
+        raise ConfigError(f"{kind} is not causal: earlier tokens see later ones (an encoder?); give one that is")
     if not _close(ours_BTV, theirs_BTV, near):
+        apart = f"differ by {float((ours_BTV - theirs_BTV).abs().max()):.2g}"
         raise ConfigError(
-            f"model={label} ({type(whole).__name__}): its logits are not softcap(scale * U h), they differ by "
-            f"{float((ours_BTV - theirs_BTV).abs().max()):.2g} (a bias in the output layer?); it cannot be the target here"
+            f"{kind}: its logits are not softcap(scale * U h), they "
+            f"{apart if ours_BTV.shape == theirs_BTV.shape else 'have another shape'} (a bias in the output layer?); it "
+            "cannot be the target here"
         )
-    if not _close(_logits(model, model.hidden(tokens_BT[:, : PROBE // 2])), theirs_BTV[:, : PROBE // 2], near):
-        raise ConfigError(
-            f"model={label} ({type(whole).__name__}) is not causal: earlier tokens see later ones (an encoder?)"
-        )
+    trials = {
+        "keeps a state that cannot be cropped to an earlier token, as rejected drafts need; give a model with an ordinary "
+        "key-value cache": _cropped,
+        "does not take masks and positions as they are, which rows of different lengths need; give another model": _masked,
+        "lets the documents of a training row see each other; give another model": _packed,
+    }  # fmt: skip
+    for fault, trial in trials.items():
+        try:
+            holds = _close(_logits(model, trial(model.trunk, tokens_BT, half)), theirs_BTV[:, half:], near)
+        except Exception:  # whatever a model of another kind makes of it
+            holds = False
+        if not holds:
+            raise ConfigError(f"{kind} {fault}")
+
+
+def _cropped(trunk: Trunk, tokens_BT: Tensor, half: int) -> Tensor:
+    """Hidden states from `half` on, behind a cache that held three other tokens for a while."""
     cache = new_cache()
-    try:
-        model.hidden(tokens_BT[:, :8], cache=cache)
-        model.hidden(tokens_BT[:, [3, 1, 2]], cache=cache)
-        cache.crop(-3)
-        rest_BTV = _logits(model, model.hidden(tokens_BT[:, 8:], cache=cache))
-        crops = cache.get_seq_length() == PROBE and _close(rest_BTV, theirs_BTV[:, 8:], near)
-    except Exception:  # whatever a cache of another kind makes of it
-        crops = False
-    if not crops:
-        raise ConfigError(
-            f"model={label} ({type(whole).__name__}) keeps a state that cannot be cropped to an earlier token, as rejected drafts "
-            "need; give a model with an ordinary key-value cache"
-        )
+    trunk(tokens_BT[:, :half], cache=cache)
+    trunk(tokens_BT[:, [3, 1, 2]], cache=cache)
+    cache.crop(-3)
+    hidden_BSD: Tensor = trunk(tokens_BT[:, half:], cache=cache)
+    assert cache.get_seq_length() == tokens_BT.shape[1]
+    return hidden_BSD
+
+
+def _masked(trunk: Trunk, tokens_BT: Tensor, half: int) -> Tensor:
+    """The same behind a cache that holds two dead slots, in a batch's terms."""
+    cache, places_BT = new_cache(), torch.arange(tokens_BT.shape[1]).unsqueeze(0)
+    live_BL = torch.ones(1, tokens_BT.shape[1] + 2, dtype=torch.bool)
+    trunk(tokens_BT[:, :half], places_BT[:, :half], cache, live_BL[:, :half])
+    trunk(tokens_BT[:, [3, 1]], places_BT[:, half : half + 2], cache, live_BL[:, : half + 2])
+    live_BL[:, half : half + 2] = False
+    hidden_BSD: Tensor = trunk(tokens_BT[:, half:], places_BT[:, half:], cache, live_BL)
+    return hidden_BSD
+
+
+def _packed(trunk: Trunk, tokens_BT: Tensor, half: int) -> Tensor:
+    """The same in a row that begins with another document of three tokens."""
+    places_BT = torch.cat([torch.arange(3), torch.arange(tokens_BT.shape[1])]).unsqueeze(0)
+    hidden_BTD: Tensor = trunk(torch.cat([tokens_BT[:, [3, 1, 2]], tokens_BT], dim=1), places_BT)
+    return hidden_BTD[:, 3 + half :]
 
 
 def _logits(model: LanguageModel, hidden_BTD: Tensor) -> Tensor:
@@ -144,6 +181,11 @@ def _close(ours: Tensor, theirs: Tensor, near: float) -> bool:
 
 
 def _shape(source: str, label: str) -> Any:
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        ours = (folder / "config.yaml").is_file()
+        advice = f"it is a run of this program: type model.trunk={label}" if ours else "give a Hugging Face folder"
+        raise ConfigError(f"model={label} is a folder without a config.json; {advice}")
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -151,6 +193,34 @@ def _shape(source: str, label: str) -> Any:
             f"model={label} cannot be found, or is gated: {_first_line(error)}. Give a Hugging Face folder, a GGUF file, smollm2, or a "
             "hub name that this machine can reach (a gated one after `hf auth login`)"
         ) from error
+
+
+def _check_shape(shape: Any, context: int, label: str) -> None:
+    """Raise ConfigError for what the config alone rules out, before any weight is read."""
+    if getattr(shape, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"model={label} is a {shape.model_type} model, not a causal language model: it has an encoder; give one without"
+        )
+    text = shape.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None) or context
+    if 0 < longest < context:
+        raise ConfigError(f"model={label} has a context of {longest} tokens; lower data.context={context}")
+    try:
+        layers = DynamicCache(config=shape).layers
+    except Exception:  # a config without layers as the library counts them: the probe decides
+        return
+    for layer in layers:
+        window = getattr(layer, "sliding_window", None)
+        if window and window < context:
+            raise ConfigError(
+                f"model={label} attends to the last {window} tokens in some layers, and data.context={context} is longer: such "
+                f"a cache cannot be cropped; lower data.context to {window}"
+            )
+        if not window and not getattr(layer, "is_croppable", True):
+            raise ConfigError(
+                f"model={label} keeps a state in some layers ({type(layer).__name__}) that cannot be cropped to an earlier token, "
+                "as rejected drafts need; give a model with an ordinary key-value cache"
+            )
 
 
 def _check_memory(empty: nn.Module, dtype: torch.dtype, label: str, available: int) -> None:
@@ -165,11 +235,9 @@ def _check_memory(empty: nn.Module, dtype: torch.dtype, label: str, available: i
 
 
 def _free_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    """Of the machine and, where there is one, of its accelerator: weights are read into the one, then moved to the other."""
+    free = int(psutil.virtual_memory().available)
+    return min(free, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else free
 
 
 def _first_line(error: BaseException) -> str:

@@ -58,6 +58,8 @@ class Trunk(nn.Module):
         mask: boolean, (B, L+T) which tokens count, those in the cache first, or (B, 1, T, L+T) which token sees which.
         Without one, positions that restart within a row separate documents: the attention is then block-diagonal.
         """
+        if mask is None and cache is None and position_ids_BT is not None:
+            mask = _documents_apart(position_ids_BT)
         if mask is not None and mask.dim() == 4:  # taken by the attention as it is, so in its own terms
             mask = mask.new_zeros(mask.shape, dtype=self.embedding.dtype).masked_fill(~mask, -math.inf)
         hidden_BTD: Tensor = self.body(
@@ -71,6 +73,15 @@ class Trunk(nn.Module):
         blocks = getattr(self.body, "layers", None) or getattr(self.body, "h", None)
         assert blocks is not None, f"{type(self.body).__name__} has neither .layers nor .h"
         return list(blocks)
+
+
+def _documents_apart(position_ids_BT: Tensor) -> Tensor | None:
+    """(B, 1, T, T) boolean: causal, within a document; None where no row has two. Not every model makes it by itself."""
+    begins_BT = position_ids_BT.diff(dim=1, prepend=position_ids_BT[:, :1] - 1) != 1
+    if not bool(begins_BT.any()):
+        return None
+    document_BT = begins_BT.cumsum(dim=1)
+    return (document_BT.unsqueeze(2) == document_BT.unsqueeze(1)).tril().unsqueeze(1)
 
 
 def new_cache() -> Cache:
