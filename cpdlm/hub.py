@@ -481,6 +481,7 @@ class _WithScores:
         model = wrapped.model
         self.horizon, self.vocab_size, self.context = model.horizon, model.vocab_size, model.context
         self.training, self.draft_ids = model.training, model.draft_ids
+        self.attention_window = model.attention_window
         self.new_cache, self.hidden, self.draft_joint = model.new_cache, model.hidden, model.draft_joint
         self.target_log_probs = wrapped.scores
 
