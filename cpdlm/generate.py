@@ -51,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
         help="how drafts are made (default: chain)",
     )
     made.add_argument(
+        "--shortlist",
+        default="own",
+        choices=["own", "none"],
+        help="own: draft from the model's shortlist, if it has one (default); none: from all tokens",
+    )
+    made.add_argument(
         "--show",
         action="store_true",
         help="drafted and accepted tokens in green; tokens per pass and per second at the end",
@@ -86,8 +92,11 @@ class Incremental:
         return self.decode(self.ids)[self.written :]
 
 
-def load(folder: Path) -> tuple[LanguageModel, Tokenizer]:
-    """Model and tokenizer of a run's folder or an exported one; raises RunError or ConfigError where one is not there."""
+def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer]:
+    """Model and tokenizer of a run's folder or an exported one; raises RunError or ConfigError where one is not there.
+
+    shortlist: whether the model drafts from its own, where it has one.
+    """
     from safetensors import SafetensorError
 
     from cpdlm import hub
@@ -97,6 +106,8 @@ def load(folder: Path) -> tuple[LanguageModel, Tokenizer]:
     tokenizer: Tokenizer
     if (folder / CONFIG).is_file():
         model, tokenizer = load_model(folder), hub.run_tokenizer(folder)
+        if shortlist:
+            model.use_shortlist(hub.run_shortlist(folder))
     elif (folder / "config.json").is_file():
         if not (folder / "tokenizer_config.json").is_file():
             raise RunError(
@@ -108,6 +119,8 @@ def load(folder: Path) -> tuple[LanguageModel, Tokenizer]:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise RunError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); export it again") from error
         tokenizer = HubTokenizer(f"hf:{folder}", folder)
+        if not shortlist:
+            model.use_shortlist(None)
     else:
         raise RunError(f"{folder} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json)")
     hub.check_vocabulary(folder, model, tokenizer)
@@ -125,7 +138,7 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
         raise ConfigError(f"--max-new-tokens={options.max_new_tokens} writes nothing; give at least 1")
     if options.prompt == "":
         raise ConfigError("the prompt is empty; give --prompt TEXT, or text on standard input")
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, shortlist=options.shortlist == "own")
     prompt = _standard_input() if options.prompt is None else options.prompt
     ids = [int(each) for each in tokenizer.encode([prompt])[0]]
     if not ids:

@@ -16,7 +16,7 @@ from cpdlm.data.tokenizer import BytesTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.generate import GREEN, RESET, Incremental
 from cpdlm.training.storage import load_model
-from tests.test_hub import bpe_run, make_run
+from tests.test_hub import LISTED, bpe_run, listed_run, make_run
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "def né("
@@ -59,6 +59,18 @@ def test_the_stream_is_the_decoded_text(run: Path, sampling: Sampling) -> None:
 def test_an_exported_folder_writes_the_same(run: Path, tmp_path: Path) -> None:
     hub.export(run, tmp_path / "mine")
     assert written(tmp_path / "mine", "--prompt", PROMPT) == written(run, "--prompt", PROMPT)
+
+
+def test_the_models_own_shortlist_is_used_unless_refused(tmp_path: Path) -> None:
+    listed_run(tmp_path / "run")
+    hub.export(tmp_path / "run", tmp_path / "mine")
+    for folder in (tmp_path / "run", tmp_path / "mine"):
+        model, _ = generate.load(folder)
+        assert model.draft_ids is not None and model.draft_ids.tolist() == LISTED
+        model, _ = generate.load(folder, shortlist=False)
+        assert model.draft_ids is None
+        texts = [written(folder, "--prompt", PROMPT, *words) for words in ([], ["--shortlist", "none"])]
+        assert texts[0] == texts[1]
 
 
 def test_a_bpe_run_writes_text(tmp_path: Path) -> None:
