@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cpdlm.model.language_model import LanguageModel
 
 NEW_TOKENS = 128
+REPEATS = 3  # timed runs of --show: a single one is mostly the machine's mood
 GREEN, RESET = "\033[32m", "\033[0m"
 # A terminal would obey them.
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
@@ -186,12 +187,13 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
         return
     if coloured:
         print(f"{GREEN}green{RESET}: drafted and accepted", file=sys.stderr)
-    ours, rate = _timed(lambda: write(options.draft))
-    _, plain_rate = _timed(lambda: write("none"))
+    timed = [(_timed(lambda: write(options.draft)), _timed(lambda: write("none"))) for _ in range(REPEATS)]
+    ours, rate = max((mine for mine, _ in timed), key=lambda each: each[1])
+    plain_rate = max(plain for _, (_, plain) in timed)
     print(
         f"{len(ours.tokens)} tokens in {ours.passes} passes: {len(ours.tokens) / ours.passes:.2f} tokens per pass\n"
         f"{rate:.0f} tokens/s; plain decoding of the same prompt {plain_rate:.0f} tokens/s: {rate / plain_rate:.2f} x "
-        "(one run each, without printing)",
+        f"(the fastest of {REPEATS} runs each, by turns, without printing)",
         file=sys.stderr,
     )
 
