@@ -102,7 +102,8 @@ _ROW_BLIND = (
 class CpdlmConfig(PreTrainedConfig):
     """Shape of a `LanguageModel`. text_config: the trunk's own configuration, a dict with its model_type or an object.
 
-    max_position_embeddings: the context, in tokens. The other fields are the arguments of `LanguageModel`.
+    max_position_embeddings: the context, in tokens. draft_ids: the tokens that drafts are made of (None: all). The other
+    fields are the arguments of `LanguageModel`.
     """
 
     model_type = "cpdlm"
@@ -126,6 +127,7 @@ class CpdlmConfig(PreTrainedConfig):
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     wide_heads: bool = False  # float32 on a trunk of bfloat16 or float16
+    draft_ids: list[int] | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -161,11 +163,12 @@ class CpdlmConfig(PreTrainedConfig):
             wide_heads=heads is not None
             and heads.gate.weight.dtype == torch.float32
             and model.trunk.embedding.dtype.itemsize < torch.float32.itemsize,
+            draft_ids=model.draft_ids.tolist() if model.draft_ids is not None else None,
             tie_word_embeddings=model.embeddings_are_tied,
         )
 
     def build(self) -> LanguageModel:
-        """A model of this shape with fresh weights."""
+        """A model of this shape with fresh weights, drafting from the whole vocabulary."""
         return LanguageModel(
             Trunk(AutoModel.from_config(self.text_config)),
             self.vocab_size,
@@ -238,7 +241,14 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
         if model.model.common_target:  # loading makes new parameters, which are not frozen
             model.model.trunk.requires_grad_(False)
             model.model.unembedding.requires_grad_(False)
+        if model.config.draft_ids is not None:  # a list is rows of the weights, which there were none of before
+            model.model.use_shortlist(torch.tensor(model.config.draft_ids))
         return (model, info) if output_loading_info else model
+
+    def use_shortlist(self, ids: Tensor | None) -> None:
+        """Draft from these tokens only, or from all (None), and save it so; see `LanguageModel.use_shortlist`."""
+        self.model.use_shortlist(ids)
+        self.config.draft_ids = ids.tolist() if ids is not None else None
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Nothing: a `LanguageModel` starts its own weights, its body does as its own class says."""
@@ -366,6 +376,8 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
         _check_options(options, processors)
         text_BT = input_ids_BT.to(self.device)
         rows, longest = text_BT.shape
+        if longest == 0:
+            raise ValueError("the prompt is empty; pass at least one token, for example the tokenizer's bos_token_id")
         whole_BT = torch.ones_like(text_BT) if mask_BT is None else mask_BT.to(self.device)
         if (whole_BT[:, -1] == 0).any():
             raise ValueError(
@@ -487,6 +499,7 @@ class _WithScores:
         model = wrapped.model
         self.horizon, self.vocab_size, self.context = model.horizon, model.vocab_size, model.context
         self.training, self.draft_ids = model.training, model.draft_ids
+        self.attention_window = model.attention_window
         self.new_cache, self.hidden, self.draft_joint = model.new_cache, model.hidden, model.draft_joint
         self.target_log_probs = wrapped.scores
 
@@ -518,13 +531,15 @@ class _Stream:
 def export(run: Path, folder: Path) -> CpdlmForCausalLM:
     """Write a finished run as a folder that `from_pretrained` reads and `push_to_hub` uploads as it is; returns the model.
 
-    config.json, generation_config.json, model.safetensors, the tokenizer's files and README.md, the model card. Raises
-    RunError for a run that is not finished or whose tokenizer is gone, and for a folder that holds something else.
+    config.json, generation_config.json, model.safetensors, the tokenizer's files and README.md, the model card. A run that
+    drafts from a shortlist takes it along. Raises RunError for a run that is not finished, whose tokenizer is gone or whose
+    shortlist is not known, and for a folder that holds something else.
     """
     _check_folder(run, folder)
     config, model = read_config(run), load_model(run)
     tokenizer = run_tokenizer(run)
     check_vocabulary(run, model, tokenizer)
+    model.use_shortlist(run_shortlist(run))
     wrapped = CpdlmForCausalLM.from_language_model(model, tokenizer.bos, tokenizer.eos)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -573,6 +588,20 @@ def run_tokenizer(run: Path) -> Tokenizer:
         f"the tokenizer of {run} ({config.data.tokenizer}) lay in {tokens}, where no folder has the tokens of this run any "
         "more; run its command again, which makes them anew"
     )
+
+
+def run_shortlist(run: Path) -> Tensor | None:
+    """(V',) the tokens that a run drafts from, as it was measured; None for all. RunError where they are not known."""
+    size = read_config(run).decode.shortlist
+    if not size:
+        return None
+    ids = (_read_json(run / "decode.json") or {}).get("shortlist")
+    if ids is None or len(ids) != size:
+        raise RunError(
+            f"{run} drafts from a shortlist (decode.shortlist={size}) that is not in its decode.json; delete that file, if it is "
+            "there, and run its command again"
+        )
+    return torch.tensor(ids)
 
 
 def check_vocabulary(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -658,6 +687,12 @@ def card(run: Path, config: Config, model: LanguageModel, name: str) -> str:
         f"| data | {_data(config, data)} |",
         f"| training | {config.optim.steps} steps of {config.data.batch_rows} x {config.data.context} tokens, seed {config.seed} |",
     ]
+    if model.draft_ids is not None:
+        assert decoded is not None, "the shortlist comes from there"
+        lines.append(
+            f"| drafts | from the {len(model.draft_ids):,} most frequent tokens, {decoded['shortlist_coverage']:.1%} of the training "
+            "text; what is written may be any token |"
+        )
     bits = (evaluated or {}).get("likelihood", {}).get("bits_per_byte")
     if bits is not None:
         lines.append(f"| test | {bits:.3f} bits per byte |")

@@ -192,6 +192,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
             "weights": _weights_hash(config),
             "group": list(models),
             "reference": [reference.run_name, _weights_hash(reference)] if reference is not None else None,
+            "shortlist": shortlist.ids.tolist() if shortlist is not None else None,
             "shortlist_coverage": shortlist.coverage if shortlist is not None else None,
             "modes": {mode: cells[name] for mode, cells in modes.items()},
             "seconds": seconds,

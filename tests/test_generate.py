@@ -16,7 +16,7 @@ from cpdlm.data.tokenizer import BytesTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.generate import GREEN, RESET, Incremental
 from cpdlm.training.storage import load_model
-from tests.test_hub import bpe_run, make_run
+from tests.test_hub import LISTED, bpe_run, listed_run, make_run
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "def né("
@@ -61,6 +61,18 @@ def test_an_exported_folder_writes_the_same(run: Path, tmp_path: Path) -> None:
     assert written(tmp_path / "mine", "--prompt", PROMPT) == written(run, "--prompt", PROMPT)
 
 
+def test_the_models_own_shortlist_is_used_unless_refused(tmp_path: Path) -> None:
+    listed_run(tmp_path / "run")
+    hub.export(tmp_path / "run", tmp_path / "mine")
+    for folder in (tmp_path / "run", tmp_path / "mine"):
+        model, _ = generate.load(folder)
+        assert model.draft_ids is not None and model.draft_ids.tolist() == LISTED
+        model, _ = generate.load(folder, shortlist=False)
+        assert model.draft_ids is None
+        texts = [written(folder, "--prompt", PROMPT, *words) for words in ([], ["--shortlist", "none"])]
+        assert texts[0] == texts[1]
+
+
 def test_a_bpe_run_writes_text(tmp_path: Path) -> None:
     run = bpe_run(tmp_path)
     hub.export(run, tmp_path / "mine")
@@ -92,7 +104,9 @@ def test_green_is_what_was_drafted_and_accepted(
         f"{len(done.tokens)} tokens in {done.passes} passes: {len(done.tokens) / done.passes:.2f} tokens per pass"
         in error
     )
-    assert re.search(r"\d+ tokens/s; plain decoding of the same prompt \d+ tokens/s: \d+\.\d\d x", error)
+    assert re.search(
+        r"\d+ tokens/s; plain decoding of the same prompt \d+ tokens/s: \d+\.\d\d x \(the fastest of 3 runs each", error
+    )
     assert f"{GREEN}green{RESET}: drafted and accepted" in error
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in written(run, *words, out=Terminal()) + capsys.readouterr().err

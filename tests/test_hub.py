@@ -8,6 +8,7 @@ SAMPLES rows, chi-square at `oracle.FALSE_ALARM` = 1e-4 for the fixed seed, powe
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from cpdlm import hub
 from cpdlm.config import Config, resolve
 from cpdlm.data.corpus import load_corpus
+from cpdlm.decoding.text import Text
 from cpdlm.files import write_json
 from cpdlm.hub import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -425,6 +427,11 @@ def test_what_speculation_has_not_is_refused_by_name(name: str) -> None:
         wrapped("common").generate(torch.tensor([[1, 2]]), **({"max_new_tokens": 4} | chosen))
 
 
+def test_an_empty_prompt_is_named() -> None:
+    with pytest.raises(ValueError, match="the prompt is empty; pass at least one token"):
+        wrapped("common").generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=4)
+
+
 def test_rows_that_stop_apart_need_something_to_pad_with() -> None:
     chosen = {"max_new_tokens": 9, "stopping_criteria": StoppingCriteriaList([Multiple()])}
     with pytest.raises(ValueError, match="pass pad_token_id"):
@@ -498,6 +505,57 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
         assert word in card, word
     assert hub.main([str(run), str(folder)]) == 2, "the trunk is gone"
     assert "trunk" in capsys.readouterr().err
+
+
+LISTED = [5, *range(40, 58), 256]
+
+
+def listed_run(folder: Path) -> Path:
+    make_run(folder, {"decode.shortlist": len(LISTED), "model.tie_embeddings": False})
+    measured = json.loads((folder / "decode.json").read_text())
+    write_json(folder / "decode.json", measured | {"shortlist": LISTED, "shortlist_coverage": 0.913})
+    return folder
+
+
+def test_a_shortlist_goes_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are on it, all of it is written by the target, and it is there after loading, saving and widening."""
+    windows: list[Tensor] = []
+    run_window = Text.run
+
+    def spy(self: Text, window_BS: Tensor, *rest: Any) -> Tensor:
+        windows.append(window_BS[:, 1:])
+        return run_window(self, window_BS, *rest)
+
+    monkeypatch.setattr(Text, "run", spy)
+    hub.export(listed_run(tmp_path / "run"), tmp_path / "mine")
+    assert (
+        "from the 20 most frequent tokens, 91.3% of the training text" in (tmp_path / "mine" / "README.md").read_text()
+    )
+    text = {"input_ids": torch.tensor([[256, 100, 101], [256, 7, 9]]), "attention_mask": torch.ones(2, 3)}
+    chosen = {"max_new_tokens": 30, "eos_token_id": None, "pad_token_id": 0}
+
+    def drafted(model: CpdlmForCausalLM) -> set[int]:
+        windows.clear()
+        assert model.generate(**text, **chosen).tolist() == GenerationMixin.generate(model, **text, **chosen).tolist()
+        return {int(token) for window in windows for token in window.flatten()}
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
+    assert drafted(loaded) <= set(LISTED)
+    loaded.save_pretrained(tmp_path / "again")
+    wide = CpdlmForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float64)
+    assert drafted(wide) <= set(LISTED) and wide.model._draft_table_VD.dtype == torch.float64
+    loaded.use_shortlist(None)
+    assert drafted(loaded) - set(LISTED)
+    loaded.save_pretrained(tmp_path / "without")
+    assert drafted(CpdlmForCausalLM.from_pretrained(tmp_path / "without")) - set(LISTED)
+
+
+def test_a_shortlist_that_is_not_known_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run", {"decode.shortlist": 20})
+    assert hub.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "drafts from a shortlist (decode.shortlist=20) that is not in its decode.json; delete that file" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_is_code_that_runs(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPTNeoXConfig, Qwen2Config
+from transformers import GPTNeoXConfig, Lfm2Config, MambaConfig, Qwen2Config
 
 from cpdlm.config import ConfigError, resolve
 from cpdlm.decoding import Sampling, decode
@@ -402,3 +402,22 @@ def test_a_config_that_is_none_is_named(tmp_path: Path) -> None:
     FOREIGN["qwen"].to_json_file(tmp_path / "qwen.json", use_diff=False)
     with pytest.raises(ConfigError, match="has a context of 64, data.context=256; lower data.context"):
         build_language_model(resolve({"model.family": str(tmp_path / "qwen.json")}), V)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4),
+        Lfm2Config(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32,
+            layer_types=["conv", "full_attention"],
+        ),
+    ],
+    ids=["mamba", "lfm2"],
+)  # fmt: skip
+def test_a_state_that_cannot_be_rolled_back_is_refused(shape: Any, tmp_path: Path) -> None:
+    shape.to_json_file(tmp_path / "shape.json", use_diff=False)
+    with pytest.raises(
+        ConfigError, match="keeps a state that cannot be rolled back behind rejected drafts; give the config"
+    ):
+        build_language_model(resolve({"model.family": str(tmp_path / "shape.json")}), V)

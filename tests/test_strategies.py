@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModel, MistralConfig
 
 from cpdlm.config import resolve
 from cpdlm.decoding import Sampling, acceptance, decode, decode_batch, strategies, text, tree
 from cpdlm.decoding.filtering import draw
 from cpdlm.decoding.strategies import STRATEGIES
+from cpdlm.evaluation import latency
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.trunk import Trunk
 from tests import oracle
 from tests.toy import ToyModel
 
@@ -258,6 +261,29 @@ def test_block_verification_is_the_oracles(seed: int) -> None:
                 assert (law - torch.tensor(after[kept])).abs().max() < 1.5e-3
 
 
+@pytest.mark.parametrize("verify", [acceptance.verify, acceptance.verify_block])
+def test_a_broken_law_behind_a_good_draft_loses_nothing(verify: Any) -> None:
+    """Law of the first token, q(x) P(kept | x) + P(none kept) residual(x), on a grid of draws: the target's, though q is
+    far from it and the next draft's law is NaN."""
+    p, q = [0.7, 0.2, 0.1], [0.1, 0.3, 0.6]
+    grid = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
+    uniforms_BS = torch.cartesian_prod(grid, grid[:1], grid)
+    rows, law = len(uniforms_BS), torch.zeros(V3, dtype=torch.float64)
+    target_BSV = torch.tensor(p, dtype=torch.float64).expand(rows, 3, V3)
+    good_B1V = torch.tensor(q, dtype=torch.float64).expand(rows, 1, V3)
+    for first in range(V3):
+        kept_B, next_B = verify(
+            target_BSV,
+            torch.cat([good_B1V, torch.full_like(good_B1V, math.nan)], dim=1),
+            torch.tensor([first, V3 - 1]).expand(rows, -1),
+            uniforms_BS,
+        )
+        assert (kept_B < 2).all()
+        written_B = torch.where(kept_B > 0, first, next_B)
+        law += q[first] * torch.bincount(written_B, minlength=V3) / rows
+    torch.testing.assert_close(law, torch.tensor(p, dtype=torch.float64), atol=5e-3, rtol=0)
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_blocks_keep_at_least_as_many(rank: int) -> None:
     model = ToyModel("common", rank=rank, horizon=4, context=9)
@@ -411,6 +437,33 @@ def test_rows_that_end_early_leave_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     done = decode_batch(model, RAGGED, 40, Sampling(0.0), stop=lambda row, tokens: len(tokens) == stop[row])
     assert [each.tokens for each in done] == [ends[row][: stop[row]] for row in range(len(RAGGED))]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 5 and sizes[-1] == 1
+
+
+def test_a_binding_attention_window_is_exact_or_refused() -> None:
+    """Layers count the window in slots, dead ones and other branches' included: one row with a chain has none of those."""
+    torch.manual_seed(0)
+    shape = MistralConfig(
+        vocab_size=17, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
+        max_position_embeddings=64, sliding_window=12,
+    )  # fmt: skip
+    model = LanguageModel(
+        Trunk(AutoModel.from_config(shape)), 17, rank=2, horizon=4, first_is_tied=True, anchored=False, common_target=True,
+        context=64, tie_embeddings=False,
+    ).double().eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(2 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    prompts, generate = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])], latency.hugging_face(model)
+    assert generate is not None
+    assert decode(model, prompts[0], 40, Sampling(0.0)).tokens == generate(prompts[0], 40, Sampling(0.0), 0)
+    short = [each.tokens for each in decode_batch(model, prompts, 4, Sampling(0.0))]
+    assert short == [generate(prompt, 4, Sampling(0.0), 0) for prompt in prompts]
+    for rows, draft in ((prompts, "chain"), (prompts[:1], "tree")):
+        with pytest.raises(
+            ValueError, match="attend to the last 12 slots .* decode one row at a time, with draft='chain'"
+        ):
+            decode_batch(model, rows, 40, Sampling(0.0), draft=draft)
 
 
 def test_unknown_names_and_sizes_are_refused() -> None:

@@ -71,7 +71,8 @@ def verify_block(
     share_k = min(1, share_{k-1} p(d_k)/q(d_k)) is how much of the prefix's draft mass the target can take. Prefix k < K
     is kept with probability h_k = s_k / (s_k + 1 - share_k), s_k = sum max(0, share_k p - q) over the laws behind it, the
     whole block with probability share_K; the longest prefix kept counts, and the token after it is drawn from
-    norm(max(0, share_k p - q)), or from p behind the whole block.
+    norm(max(0, share_k p - q)), or from p behind the whole block. Where the draft law behind a prefix is NaN, the block
+    ends there.
     """
     drafts = tokens_BK.shape[1]
     index_BK1 = tokens_BK.unsqueeze(-1)
@@ -87,6 +88,7 @@ def verify_block(
     left_BK = (share_BK[:, :-1, None] * target_BSV[:, 1:drafts] - draft_BKV[:, 1:]).clamp(min=0).sum(dim=-1)
     loss_BK = 1 - share_BK[:, :-1]
     keep_BK = torch.where(left_BK + loss_BK > 0, left_BK / (left_BK + loss_BK), 1.0)
+    keep_BK = torch.where(left_BK.isnan(), share_BK[:, :-1], keep_BK)
     keep_BK = torch.cat([keep_BK, share_BK[:, -1:]], dim=1)
     passed_BK = uniforms_BS[:, :drafts] < keep_BK
     order_K = torch.arange(1, drafts + 1, device=tokens_BK.device)

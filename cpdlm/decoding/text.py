@@ -25,6 +25,7 @@ class Text:
 
     def __init__(self, model: Any, rows: int, device: torch.device, use_cache: bool) -> None:
         self.model, self.context, self.device = model, int(model.context), device
+        self.attention_window: int | None = getattr(model, "attention_window", None)
         self.cache = model.new_cache() if use_cache else None
         self.slots = 0
         self.ragged = rows > 1
@@ -50,10 +51,16 @@ class Text:
         """Hidden states (B, S, D) of a window behind the text; `keep` then says what stays of it.
 
         A chain by default. For a tree: depth_BS, how far behind the first token each one is, and seen_BSS, whether
-        token s (row) sees token j of the window (column), itself included.
+        token s (row) sees token j of the window (column), itself included. Raises ValueError where slots that do not count
+        would push others out of a layer's attention window.
         """
         positions_BS = live_BS = torch.ones_like(window_BS, dtype=torch.bool)
         if self.ragged or seen_BSS is not None:
+            if self.attention_window is not None and self.slots + window_BS.shape[1] > self.attention_window:
+                raise ValueError(
+                    f"some layers of this model attend to the last {self.attention_window} slots of the cache alone, which the drafts "
+                    "of several rows or of a tree would fill; decode one row at a time, with draft='chain'"
+                )
             if depth_BS is None:
                 depth_BS = torch.arange(window_BS.shape[1], device=self.device).expand_as(window_BS)
             # Drafts beyond the context are never emitted; any position will do for them.

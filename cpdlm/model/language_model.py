@@ -96,6 +96,10 @@ class LanguageModel(nn.Module):
             self.trunk.requires_grad_(False)
             self.unembedding.requires_grad_(False)
 
+    @property
+    def attention_window(self) -> int | None:
+        return self.trunk.attention_window
+
     # --- laws -------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> LanguageModel:

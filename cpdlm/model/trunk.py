@@ -44,6 +44,12 @@ class Trunk(nn.Module):
         assert isinstance(weight, nn.Parameter)
         return weight
 
+    @property
+    def attention_window(self) -> int | None:
+        """To how many slots of the cache some layer looks back at most; None where all see all."""
+        names = ("sliding_window", "attention_chunk_size", "window_size")
+        return min((size for name in names if (size := getattr(self.body.config, name, None))), default=None)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """(...,) ids -> (..., D) input embeddings."""
         embedded: Tensor = self.body.get_input_embeddings()(tokens)
@@ -91,7 +97,8 @@ def new_cache() -> Cache:
 def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
     """A randomly initialised body of the size and family that the config names; context = data.context.
 
-    Raises ConfigError for a config.json that is not a causal language model's or whose context is shorter than ours.
+    Raises ConfigError for a config.json that is not a causal language model's, whose context is shorter than ours, or
+    whose layers keep a state that cannot be rolled back behind rejected drafts.
     """
     if config.model.family.endswith(".json"):
         return _build_foreign_body(config.model.family, vocab_size, config.data.context)
@@ -142,5 +149,11 @@ def _build_foreign_body(path: str, vocab_size: int, context: int) -> PreTrainedM
         whole = AutoModelForCausalLM.from_config(shape)
     except ValueError as error:
         raise ConfigError(f"model.family={path} is not a causal language model's config: {error}") from error
+    kinds = {"full_attention", "sliding_attention", "chunked_attention", *(getattr(shape, "layer_types", None) or [])}
+    if getattr(whole, "_is_stateful", False) or len(kinds) > 3:
+        raise ConfigError(
+            f"model.family={path} is a {shape.model_type} model, which keeps a state that cannot be rolled back behind rejected "
+            "drafts; give the config of one with attention in every layer"
+        )
     body: PreTrainedModel = getattr(whole, whole.base_model_prefix)
     return body
