@@ -22,7 +22,7 @@ PROMPTS = torch.randint(0, 17, (3, 6), generator=torch.Generator().manual_seed(0
 MODE = {
     "temperature", "top_k", "top_p", "prompts", "new_tokens", "repeats", "tokens", "passes", "tokens_per_pass",
     "emitted_histogram", "acceptance_by_depth", "per_prompt", "tokens_per_second", "speedup", "speedup_over_rank1",
-    "plain_over_generate", "speedup_over_trunk", "conversion", "conversion_limit", "t1_ms", "tn_ms", "seconds_by_part", "repeat_seconds",
+    "plain_over_generate", "other_than_generate", "speedup_over_trunk", "conversion", "conversion_limit", "t1_ms", "tn_ms", "seconds_by_part", "repeat_seconds",
 }  # fmt: skip
 
 
@@ -66,6 +66,14 @@ def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
     assert all(mode["speedup_over_trunk"]["median"] > 0 for mode in modes.values())
     assert modes["own"]["speedup_over_trunk"] != modes["own"]["speedup"], "another model's plain decoding"
     assert modes["r1"]["speedup_over_rank1"] is None and modes["r2"]["speedup_over_rank1"] is not None
+    same = {"prompts": 0, "of": 3, "first_token": None} if sampling.greedy else None
+    assert modes["r2"]["other_than_generate"] == same and modes["own"]["other_than_generate"] is None
+
+
+def test_greedy_texts_that_differ_are_counted() -> None:
+    ours = Timing([], [], [], [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    theirs = Timing([], [], [], [[1, 2, 3], [4, 0, 0], [7, 8, 0]])
+    assert latency._differing(ours, theirs) == {"prompts": 2, "of": 3, "first_token": 1}
 
 
 def test_the_ratio_of_times_is_taken_within_a_repeat() -> None:

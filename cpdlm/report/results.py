@@ -144,6 +144,7 @@ _MODE: dict[str, Any] = {
     "per_prompt": {"tokens": [NUMBER], "passes": [NUMBER]},
     "tokens_per_second": {"plain": NUMBER, "speculative": NUMBER, "generate": Maybe(NUMBER)},
     "speedup": _MEDIAN, "speedup_over_rank1": Maybe(_MEDIAN), "speedup_over_trunk": Omissible(Maybe(_MEDIAN)), "plain_over_generate": Maybe(_MEDIAN),
+    "other_than_generate": Omissible(Maybe({"prompts": int, "of": int, "first_token": Maybe(int)})),
     "conversion": NUMBER, "conversion_limit": NUMBER, "t1_ms": NUMBER, "tn_ms": NUMBER,
     "seconds_by_part": dict.fromkeys(PARTS, NUMBER),
     "repeat_seconds": {"plain": [NUMBER], "speculative": [NUMBER]},
@@ -171,6 +172,7 @@ FIELDS: dict[str, Any] = {
     "likelihood": {
         "split": str, "rows": int, "positions": int, "joint_nll": _MEAN, "position_nll": [_MEAN], "first_token_nll": _MEAN,
         "bits_per_byte": Maybe(NUMBER), "per_source": {},
+        "kept_by_depth": Omissible([{"depth": int, "mean": NUMBER, "sem": NUMBER}]),
         "per_row": Omissible(
             {"positions": [NUMBER], "joint_nll": [NUMBER], "first_token_nll": [NUMBER], "position_nll": Omissible([[NUMBER]])}
         ),
