@@ -283,7 +283,7 @@ def pass_milliseconds(
     taken: dict[int, list[float]] = {1: [], horizon: []}
     for _ in range(5):
         for count, seconds in taken.items():
-            for call in range(times // 5 + 2):
+            for call in range(max(1, times // 5) + 2):
                 start = clock.now()
                 model.target_log_probs(model.hidden(text_T[None, length : length + count], cache=cache))
                 if call > 1:
