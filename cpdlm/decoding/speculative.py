@@ -20,37 +20,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cpdlm.decoding.captured import CapturedPasses
 from cpdlm.decoding.filtering import Sampling
-from cpdlm.decoding.strategies import Maker, Proposal, Uniforms, make_strategy, nothing
-from cpdlm.decoding.text import Text
+from cpdlm.decoding.passes import DraftingModel, GrowingPasses, Passes
+from cpdlm.decoding.strategies import Maker, Proposal, Uniforms, make_strategy
 
 PLAIN = Sampling()
-
-
-class DraftingModel(Protocol):
-    """What the loop needs of a model; `cpdlm.model.language_model.LanguageModel` has it. draft_ids (optional): (V',) the tokens
-    that drafts are made of, where the joint covers a shortlist."""
-
-    horizon: int
-    vocab_size: int
-    context: int
-
-    def new_cache(self) -> Any: ...
-
-    def hidden(
-        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
-    ) -> Tensor: ...
-
-    def target_log_probs(self, hidden: Tensor) -> Tensor: ...
-
-    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Any:
-        """The `Joint` of what follows the fixed token, or what the strategy given as `draft` takes in its place."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -104,6 +84,7 @@ def decode_batch(
     stop: Callable[[int, list[int]], bool] | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     clock: Callable[[str], None] | None = None,
+    passes: CapturedPasses | None = None,
 ) -> list[Decoded]:
     """Writes max_new_tokens tokens after each prompt, or fewer if eos comes first (eos is kept), with the target's law.
 
@@ -114,7 +95,8 @@ def decode_batch(
     target_scores(row, tokens so far, scores_V) -> scores_V changes the target (for logits processors: repetition penalties
     and the like) and then takes the place of `sampling`'s own filters there; drafts still follow `sampling`. stop(row,
     tokens so far) ends a row after the last of those tokens. on_tokens(row, tokens) receives what each pass fixed. clock(part) is called at
-    the end of each stretch of work: "prefill", "draft", "trunk", "verify" (target law and acceptance test) or "other".
+    the end of each stretch of work: "prefill", "draft", "trunk", "verify" (target law and acceptance test) or "other". passes: made once for this model, sampling
+    and draft, they make every pass with the same tensors (`captured`), which is what a GPU wants; without target_scores.
 
     Raises ValueError, before any work, on no prompt, an empty one, ids outside the vocabulary, max_new_tokens below 1,
     prompt and new tokens beyond the model's context, sampling without a generator per row, a model in training mode; and,
@@ -124,69 +106,75 @@ def decode_batch(
     prompts = [prompt_T.long() for prompt_T in prompts]
     device, lap = prompts[0].device, clock or _no_clock
     ends = frozenset([eos] if isinstance(eos, int) else eos or [])
-    uniforms = Uniforms(generators, device) if generators and not sampling.greedy else None
-    strategy = make_strategy(draft, sampling, uniforms, nodes, processed=target_scores is not None)
-    draft_ids: Tensor | None = getattr(model, "draft_ids", None)
-    deepest = model.horizon - 1 if draft != "none" else 0
     depths = model.horizon - 1
+    deepest = 0 if draft == "none" else depths
     written = [Decoded(reached=[0] * depths, accepted=[0] * depths) for _ in prompts]
-    rows = list(range(len(prompts)))  # those still written
-    text = Text(model, len(prompts), device, use_cache)
-    window_BS = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
-    proposal, first = nothing(window_BS), True
+    rows, done = (
+        list(range(len(prompts))),
+        set[int](),
+    )  # rows of the passes; those of them that are written to their end
+    uniforms = Uniforms(generators, device) if generators and not sampling.greedy else None
+    if passes is not None:
+        _check_passes(passes, model, len(prompts), sampling, draft, nodes, target_scores is not None, use_cache)
+        longest = max(len(prompt_T) for prompt_T in prompts)
+        if longest + max_new_tokens > passes.slots:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {passes.slots} slots of the captured "
+                f"passes; make them with slots={longest + max_new_tokens} or more"
+            )
+        passes.uniforms = uniforms
+        made: Passes = passes
+    else:
+        strategy = make_strategy(draft, sampling, uniforms, nodes, processed=target_scores is not None)
+
+        def process(target_BSV: Tensor, proposal: Proposal) -> Tensor:
+            assert target_scores is not None
+            return _processed(target_scores, target_BSV, proposal, rows, written, ends)
+
+        made = GrowingPasses(
+            model,
+            strategy,
+            uniforms,
+            len(prompts),
+            device,
+            use_cache,
+            process if target_scores is not None else None,
+            lap,
+        )
     lap("other")
-    hidden_BSD = text.prefill(prompts)
+    outcome, first = made.first(prompts), True
     while True:
-        target_BSV = model.target_log_probs(hidden_BSD)
-        if target_scores is not None:
-            target_BSV = _processed(target_scores, target_BSV, proposal, rows, written, ends)
-        verdict = strategy.verify(target_BSV, proposal)
-        # The one host synchronisation of a pass.
-        host = torch.cat([verdict.kept_B[:, None], verdict.tokens_BJ, verdict.next_B[:, None]], dim=1).tolist()
+        # Passes that do not wait for the host are one ahead of it; the last one is then in vain.
+        ahead = made.next([], [], deepest) if made.runs_ahead else None
+        host = outcome.read()
         lap("prefill" if first else "verify")
+        first = False
         kept, going = [], []
         for place, (row, (keep, *proposed, following)) in enumerate(zip(rows, host, strict=True)):
+            kept.append(keep)
+            if row in done:
+                continue
             if following >= model.vocab_size:
                 raise ValueError(_broken(prompts[row], len(written[row].tokens) + keep, row, len(prompts)))
-            kept.append(keep)
             new = _emit(
                 written[row], [*proposed[:keep], following], min(keep + 1, len(proposed)), max_new_tokens, ends,
                 None if stop is None else partial(stop, row),
             )  # fmt: skip
             if on_tokens is not None:
                 on_tokens(row, new.tokens)
-            if not new.last:
+            if new.last:
+                done.add(row)
+            else:
                 going.append(place)
         if not going:
             lap("other")
             return written
-        if not first:
-            text.keep(window_BS.shape[1], kept, verdict.path_BJ)
-        first = False
-        if len(rows) == 1 and verdict.path_BJ is None:
-            hidden_BD = hidden_BSD[:, kept[0]]
-        else:
-            at_B = verdict.kept_B if verdict.path_BJ is None else _last(verdict.path_BJ, verdict.kept_B)
-            hidden_BD = hidden_BSD[torch.arange(len(rows), device=device), at_B]
-        next_B = verdict.next_B
-        if len(going) < len(rows):
-            text.select(going)
-            rows = [rows[place] for place in going]
-            hidden_BD, next_B = hidden_BD[going], next_B[going]
-            if uniforms is not None:
-                uniforms.select(going)
+        if ahead is not None:
+            outcome = ahead
+            continue
+        rows = [rows[place] for place in going]
         depth = min(deepest, max(max_new_tokens - len(written[row].tokens) for row in rows) - 1)
-        lap("other")
-        window_BS = next_B[:, None]
-        proposal = nothing(window_BS)
-        if depth > 0:
-            proposal = strategy.draft(model.draft_joint(hidden_BD, next_B), depth)
-            if draft_ids is not None:
-                proposal = proposal.on_vocabulary(draft_ids, model.vocab_size)
-            window_BS = torch.cat([window_BS, proposal.tokens_BK], dim=1)
-            lap("draft")
-        hidden_BSD = text.run(window_BS, proposal.depth_BS, proposal.seen_BSS)
-        lap("trunk")
+        outcome = made.next(kept, going, depth)
 
 
 @dataclass(frozen=True)
@@ -241,14 +229,6 @@ def _processed(
     return torch.stack(changed)
 
 
-def _last(path_BJ: Tensor, kept_B: Tensor) -> Tensor:
-    """Window position of the last kept token: the fixed one (0) where no draft was kept."""
-    if path_BJ.shape[1] == 0:
-        return torch.zeros_like(kept_B)
-    last_B = path_BJ.gather(1, (kept_B - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
-    return torch.where(kept_B > 0, last_B, 0)
-
-
 def _no_clock(part: str) -> None:
     return None
 
@@ -259,6 +239,20 @@ def _broken(prompt_T: Tensor, written: int, row: int, rows: int) -> str:
         f"the target law of token {len(prompt_T) + written}{which} (the prompt is 0..{len(prompt_T) - 1}) is NaN or -inf alone; "
         "check the weights (a diverged run?) or use a wider precision"
     )
+
+
+def _check_passes(
+    passes: CapturedPasses, model: DraftingModel, rows: int, sampling: Sampling, draft: str | Maker, nodes: int,
+    processed: bool, use_cache: bool,
+) -> None:  # fmt: skip
+    if processed or not use_cache:
+        raise ValueError("captured passes have neither target_scores nor use_cache=False; call without `passes`")
+    asked = (model, rows, sampling, draft, nodes if draft in ("tree", "window", "path") else passes.nodes)
+    made = (passes.model, passes.rows, passes.sampling, passes.draft, passes.nodes)
+    for what, ours, theirs in zip(("model", "rows", "sampling", "draft", "nodes"), made, asked, strict=True):
+        if ours is not theirs and (what == "model" or ours != theirs):
+            shown = "" if what == "model" else f" {ours!r}, not {theirs!r}"
+            raise ValueError(f"the passes were captured for another {what}{shown}; make CapturedPasses for this one")
 
 
 def _check(

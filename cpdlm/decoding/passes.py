@@ -1,0 +1,150 @@
+"""One pass of decoding: draft behind the fixed token, run the trunk over the window, verify.
+
+The loop (`speculative.decode_batch`) keeps the books of what was written; what happens between two of its entries is a pass.
+`GrowingPasses` makes them with a cache that grows and rows that leave when they are done; `captured.CapturedPasses` makes
+the same ones with tensors of fixed shapes, so that a GPU can replay a pass as one recorded graph.
+
+Letters: B rows, S = K+1 positions of a window, K drafts, J longest path through them, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cpdlm.decoding.strategies import Proposal, Strategy, Uniforms, Verdict, nothing
+from cpdlm.decoding.text import Text
+
+
+class DraftingModel(Protocol):
+    """What decoding needs of a model; `cpdlm.model.language_model.LanguageModel` has it. draft_ids (optional): (V',) the tokens
+    that drafts are made of, where the joint covers a shortlist."""
+
+    horizon: int
+    vocab_size: int
+    context: int
+
+    def new_cache(self) -> Any: ...
+
+    def hidden(
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
+    ) -> Tensor: ...
+
+    def target_log_probs(self, hidden: Tensor) -> Tensor: ...
+
+    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Any:
+        """The `Joint` of what follows the fixed token, or what the strategy given as `draft` takes in its place."""
+        ...
+
+
+class Outcome(Protocol):
+    """What a pass yields."""
+
+    def read(self) -> list[list[int]]:
+        """Per row: how many drafts were kept, the drafts (those behind the kept ones are not to be read), the token after
+        the kept ones (V: the target was no law). The one host synchronisation of a pass."""
+        ...
+
+
+class Passes(Protocol):
+    """runs_ahead: the next pass does not wait for the host, and rows that are done stay (their outcomes are not to be read)."""
+
+    runs_ahead: bool
+
+    def first(self, prompts: Sequence[Tensor]) -> Outcome:
+        """The pass over the prompts, (T,) ids each; it has no drafts."""
+        ...
+
+    def next(self, kept: Sequence[int], going: Sequence[int], depth: int) -> Outcome:
+        """kept: drafts that each row of the last pass keeps. going: the rows that go on. depth: the most drafts of use."""
+        ...
+
+
+def packed(verdict: Verdict) -> Tensor:
+    """(B, J+2): kept, tokens, next."""
+    return torch.cat([verdict.kept_B[:, None], verdict.tokens_BJ, verdict.next_B[:, None]], dim=1)
+
+
+def last_kept(verdict: Verdict) -> Tensor:
+    """(B,) window position of the last kept token: the fixed one (0) where no draft was kept."""
+    if verdict.path_BJ is None:
+        return verdict.kept_B
+    if verdict.path_BJ.shape[1] == 0:
+        return torch.zeros_like(verdict.kept_B)
+    last_B = verdict.path_BJ.gather(1, (verdict.kept_B - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+    return torch.where(verdict.kept_B > 0, last_B, 0)
+
+
+def propose(model: DraftingModel, strategy: Strategy, hidden_BD: Tensor, fixed_B: Tensor, depth: int) -> Proposal:
+    """Drafts behind the fixed token, as ids of the whole vocabulary."""
+    proposal = strategy.draft(model.draft_joint(hidden_BD, fixed_B), depth)
+    draft_ids: Tensor | None = getattr(model, "draft_ids", None)
+    return proposal if draft_ids is None else proposal.on_vocabulary(draft_ids, model.vocab_size)
+
+
+class GrowingPasses:
+    """Passes through a cache that grows; shapes follow the texts.
+
+    process: what changes the target's scores (B, S, V) given the proposal, or None. lap is called at the end of each stretch
+    of work, as `decode_batch`'s clock is.
+    """
+
+    runs_ahead = False
+
+    def __init__(
+        self, model: DraftingModel, strategy: Strategy, uniforms: Uniforms | None, rows: int, device: torch.device,
+        use_cache: bool, process: Callable[[Tensor, Proposal], Tensor] | None, lap: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.model, self.strategy, self.uniforms, self.process, self.lap = model, strategy, uniforms, process, lap
+        self.text = Text(model, rows, device, use_cache)
+        self.prompted = False
+
+    def first(self, prompts: Sequence[Tensor]) -> Outcome:
+        self.hidden_BSD = self.text.prefill(prompts)
+        self.window_BS = torch.zeros(len(prompts), 1, dtype=torch.long, device=self.hidden_BSD.device)
+        return self._verify(nothing(self.window_BS))
+
+    def next(self, kept: Sequence[int], going: Sequence[int], depth: int) -> Outcome:
+        verdict, rows = self.verdict, len(kept)
+        if self.prompted:
+            self.text.keep(self.window_BS.shape[1], kept, verdict.path_BJ)
+        self.prompted = True
+        if rows == 1 and verdict.path_BJ is None:
+            hidden_BD = self.hidden_BSD[:, kept[0]]
+        else:
+            hidden_BD = self.hidden_BSD[torch.arange(rows, device=self.hidden_BSD.device), last_kept(verdict)]
+        next_B = verdict.next_B
+        if len(going) < rows:
+            self.text.select(going)
+            hidden_BD, next_B = hidden_BD[going], next_B[going]
+            if self.uniforms is not None:
+                self.uniforms.select(going)
+        self.lap("other")
+        self.window_BS = next_B[:, None]
+        proposal = nothing(self.window_BS)
+        if depth > 0:
+            proposal = propose(self.model, self.strategy, hidden_BD, next_B, depth)
+            self.window_BS = torch.cat([self.window_BS, proposal.tokens_BK], dim=1)
+            self.lap("draft")
+        self.hidden_BSD = self.text.run(self.window_BS, proposal.depth_BS, proposal.seen_BSS)
+        self.lap("trunk")
+        return self._verify(proposal)
+
+    def _verify(self, proposal: Proposal) -> Outcome:
+        target_BSV = self.model.target_log_probs(self.hidden_BSD)
+        if self.process is not None:
+            target_BSV = self.process(target_BSV, proposal)
+        self.verdict = self.strategy.verify(target_BSV, proposal)
+        return _Made(packed(self.verdict))
+
+
+class _Made:
+    def __init__(self, packed_BX: Tensor) -> None:
+        self.packed_BX = packed_BX
+
+    def read(self) -> list[list[int]]:
+        rows: list[list[int]] = self.packed_BX.tolist()
+        return rows

@@ -1,0 +1,181 @@
+"""Passes of fixed shape write what growing ones write: the same tokens from the same random numbers, and the target's law.
+
+On the CPU the step runs as it is; on a GPU (where there is one) it is a replayed graph, and the same tests hold it to the
+growing passes there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpdlm.config import resolve
+from cpdlm.decoding import CapturedPasses, Sampling, decode, decode_batch
+from cpdlm.decoding.strategies import STRATEGIES
+from cpdlm.model.language_model import LanguageModel, build_language_model
+from tests import oracle
+from tests.test_strategies import FILTERS, LENGTH, PROMPTS, truth
+from tests.toy import ToyModel
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+SAMPLES = 4000
+
+
+class SlotToy(ToyModel):
+    """The tabular model on a cache of slots: keys are codes of histories, values positions."""
+
+    def hidden(
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
+    ) -> Tensor:
+        assert position_ids_BT is not None and mask is not None
+        nowhere_B1T1 = torch.full_like(tokens_BT, -1)[:, None, :, None]
+        keys, values = (each[:, 0, :, 0] for each in cache.update(nowhere_B1T1, nowhere_B1T1, 0))
+        place_BT = cache.layers[0].place.slots_BS
+        codes = []
+        for t in range(tokens_BT.shape[1]):
+            seen_BL = mask[:, 0, t].expand(len(tokens_BT), -1).scatter(1, place_BT[:, t : t + 1], False)
+            highest_B, slot_B = torch.where(seen_BL, values, -1).max(dim=1)
+            code_B = torch.where(highest_B >= 0, keys.gather(1, slot_B[:, None])[:, 0], 0)
+            position_B = position_ids_BT[:, t]
+            right_B = (position_B == highest_B + 1) & (seen_BL.sum(dim=1) == position_B)
+            new_B = self.extend(code_B, tokens_BT[:, t])
+            new_B = torch.where(right_B | (position_B >= self.context - 1), new_B, self.extend(new_B, 0))
+            for held, new in ((keys, new_B), (values, position_B)):
+                held.scatter_(1, place_BT[:, t : t + 1], new[:, None])
+            codes.append(new_B)
+        return torch.stack(codes, dim=1)[..., None].double()
+
+
+@cache
+def toy(layout: str) -> SlotToy:
+    return SlotToy(layout, context=6)
+
+
+def p_values(layout: str, sampling: Sampling, draft: str, nodes: int = 8, eos: int | None = None) -> list[float]:
+    model, prompts = toy(layout), [torch.tensor(PROMPTS[row % 2]) for row in range(2 * SAMPLES)]
+    generators = [torch.Generator().manual_seed(row) for row in range(2 * SAMPLES)]
+    passes = CapturedPasses(model, len(prompts), sampling, draft=draft, nodes=nodes, device=torch.device("cpu"))
+    done = decode_batch(model, prompts, LENGTH, sampling, generators, draft=draft, nodes=nodes, eos=eos, passes=passes)
+    counts = [Counter(tuple(each.tokens) for each in done[place::2]) for place in (0, 1)]
+    return [oracle.p_value(c, truth(model, sampling, prompt, eos)) for c, prompt in zip(counts, PROMPTS, strict=True)]
+
+
+@pytest.mark.parametrize("setting", list(FILTERS))
+@pytest.mark.parametrize(("layout", "eos"), [("common", None), ("untied", 1), ("anchored", None)])
+@pytest.mark.parametrize("draft", list(STRATEGIES))
+def test_captured_passes_write_with_the_targets_law(draft: str, layout: str, eos: int | None, setting: str) -> None:
+    assert min(p_values(layout, FILTERS[setting], draft, nodes=4, eos=eos)) > oracle.FALSE_ALARM / 2
+
+
+def test_rejected_drafts_that_count_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = CapturedPasses._step
+
+    def longer(self: CapturedPasses) -> None:
+        before_B = self._lengths_B.clone()
+        step(self)
+        self._lengths_B.copy_(before_B + self.model.horizon)
+
+    monkeypatch.setattr(CapturedPasses, "_step", longer)
+    assert max(p_values("common", Sampling(), "chain")) < oracle.FALSE_ALARM
+
+
+def test_a_tree_whose_path_is_not_moved_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CapturedPasses, "_move", lambda self, path_BJ: None)
+    assert max(p_values("common", Sampling(), "tree", nodes=8)) < oracle.FALSE_ALARM
+
+
+# --- a real model -------------------------------------------------------------------------------------------------
+
+
+@cache
+def real(device: str, family: str = "llama", shortlist: int = 0, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    torch.manual_seed(0)
+    base: dict[str, Any] = {
+        "size": "micro", "model.family": family, "data.context": 96, "decode.prompt_tokens": 8, "decode.new_tokens": 32,
+    }  # fmt: skip
+    trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 61)
+    heads = base | {"rank": 3, "horizon": 4, "model.trunk": "random", "anchor": "token"}
+    model = build_language_model(resolve(heads), 61, trunk).to(device, dtype).eval()
+    if shortlist:
+        model.use_shortlist(torch.arange(0, 61, 3)[:shortlist].to(device))
+    return model
+
+
+def texts(model: LanguageModel, sampling: Sampling, draft: str, captures: bool, rows: int = 3, **options: Any) -> Any:
+    device = model.unembedding.weight.device
+    random = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(61, (length,), generator=random).to(device) for length in (8, 3, 5)[:rows]]
+    generators = None if sampling.greedy else [torch.Generator(device).manual_seed(row) for row in range(rows)]
+    passes = CapturedPasses(model, rows, sampling, draft=draft, slots=64) if captures else None
+    return decode_batch(model, prompts, 48, sampling, generators, draft=draft, passes=passes, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("draft", ["none", "chain", "tree", "path"])
+@pytest.mark.parametrize(("family", "shortlist"), [("llama", 0), ("gpt2", 12)])
+def test_greedy_texts_are_those_of_growing_passes(family: str, shortlist: int, draft: str, device: str) -> None:
+    model = real(device, family, shortlist)
+    ours, theirs = (texts(model, Sampling(0.0), draft, captures) for captures in (True, False))
+    assert [each.tokens for each in ours] == [each.tokens for each in theirs]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("draft", ["none", "chain", "block", "tree"])
+def test_the_same_random_numbers_write_the_same_text(draft: str, device: str) -> None:
+    """But for the last window: growing passes draft no further than the text goes."""
+    sampling = Sampling(0.9, top_k=20, top_p=0.95)
+    ours, theirs = (texts(real(device), sampling, draft, captures) for captures in (True, False))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.tokens[:-3] == other.tokens[:-3]
+        assert len(mine.tokens) == len(other.tokens) == 48
+
+
+def test_passes_are_counted_and_can_be_used_again() -> None:
+    model = real("cpu")
+    passes = CapturedPasses(model, 1, Sampling(0.0), slots=64)
+    prompt = torch.tensor([1, 2, 3])
+    first = decode(model, prompt, 24, Sampling(0.0), passes=passes)
+    assert passes.passes_run == first.passes + 1  # the last was under way when the host saw the end
+    assert decode(model, torch.tensor([9] * 30), 24, Sampling(0.0), passes=passes).tokens != first.tokens
+    again = decode(model, prompt, 24, Sampling(0.0), passes=passes)
+    assert again == first
+    stopped = decode(model, prompt, 24, Sampling(0.0), passes=passes, eos=first.tokens[10])
+    assert stopped.tokens == first.tokens[: first.tokens.index(first.tokens[10]) + 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": "tree"}, "another draft 'chain', not 'tree'"),
+        ({"sampling": Sampling(0.5)}, "another sampling"),
+        ({"max_new_tokens": 62}, "exceed the 64 slots of the captured passes; make them with slots=65"),
+        ({"use_cache": False}, "neither target_scores nor use_cache=False"),
+        ({"model": real("cpu", "gpt2")}, "captured for another model; make"),
+    ],
+)
+def test_passes_of_another_kind_are_refused(options: dict[str, Any], message: str) -> None:
+    model = real("cpu")
+    passes = CapturedPasses(model, 1, Sampling(0.0), slots=64)
+    given: dict[str, Any] = {"model": model, "max_new_tokens": 8, "sampling": Sampling(0.0)} | options
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match=message):
+        decode(prompt_T=torch.tensor([1, 2, 3]), generator=generator, passes=passes, **given)
+
+
+def test_a_broken_target_is_named_by_captured_passes() -> None:
+    model = real("cpu")
+    passes = CapturedPasses(model, 1, Sampling(0.0), slots=64)
+    weight = model.trunk.body.norm.weight
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    try:
+        with pytest.raises(ValueError, match="the target law of token 3 .* is NaN"):
+            decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), passes=passes)
+    finally:
+        with torch.no_grad():
+            weight.fill_(1.0)
