@@ -5,7 +5,7 @@ FROM=$PWD
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$ROOT/requirements/environment.sh"
 
-PROFILES=(smoke cpu cpu-full gpu paper)
+PROFILES=(smoke cpu cpu-full retrofit-screen retrofit gpu paper)
 STAGES=(set-up data train decode report)
 OPTIONS=(--profile --only --data --python --out --results --jobs --help)
 
@@ -19,6 +19,8 @@ the claims. Every stage skips what is complete, so the same command continues a 
   --profile NAME   smoke     everything once, too small to mean anything      2 cores, 3 min
                    cpu       all claims on code, some on text                 2 cores, 40 min
                    cpu-full  all ranks on code and text, anchors, 3 seeds     2 cores, 3 h
+                   retrofit-screen  heads on a pretrained model: which objective   2 cores, 1 h
+                   retrofit  the same: ranks, anchors, code and text          2 cores, 4 h
                    gpu       a 56.3M-parameter trunk                          one GPU
                    paper     from scratch on TinyStories                      one large GPU, a hub
                    (default: gpu where CUDA is present, else cpu)

@@ -25,7 +25,7 @@ ORDER = [
 MODULES = sorted(
     path for folder in ("cpdlm", "experiments", "tests", "paper_figures") for path in (ROOT / folder).rglob("*.py")
 )
-OPTIONAL = ("mlflow", "datasets", "matplotlib", "tokenizers", "psutil")
+OPTIONAL = ("mlflow", "datasets", "matplotlib", "tokenizers", "psutil", "gguf", "accelerate", "peft")
 
 
 def imports(path: Path) -> set[str]:

@@ -88,7 +88,8 @@ BAD: list[tuple[str, str]] = [
     ("devices=3 data.batch_rows=8", "data.batch_rows=8 does not divide into devices=3 x train.accumulate=1; try data.batch_rows=9"),
     ("devices=4 train.accumulate=4 data.batch_rows=8", "devices=4 x train.accumulate=4; try data.batch_rows=16"),
     ("decode.new_tokens=250 decode.prompt_tokens=64 data.context=256", "decode.prompt_tokens=64 + decode.new_tokens=250 exceed data.context=256"),
-    ("data.tokenizer=word", "data.tokenizer='word': write bytes, bpe:SIZE with SIZE of at least 257, or hf:NAME"),
+    ("data.tokenizer=word", "data.tokenizer='word': write bytes, bpe:SIZE with SIZE of at least 257, hf:NAME, or, with a pretrained trunk (model=NAME), model"),
+    ("data.tokenizer=model", "data.tokenizer='model': write bytes, bpe:SIZE"),
     ("data.tokenizer=bpe:100", "data.tokenizer='bpe:100'"),
     ("data.tokenizer=bpe:big", "data.tokenizer='bpe:big'"),
     ("data.tokenizer=hf:", "data.tokenizer='hf:'"),
@@ -107,11 +108,15 @@ def test_the_row_counts_that_an_error_suggests_work() -> None:
     assert parse(["devices=3", "data.batch_rows=9"]).data.batch_rows == 9
 
 
+# What some choices are for.
+PRETRAINED = {"model.trunk": "a folder", "model.family": "pretrained", "data.tokenizer": "model"}
+CHOSEN_FOR = {"loss.objective": {"model.trunk": "a folder"}, "model.dtype": PRETRAINED}
+
+
 @pytest.mark.parametrize("key", list(CHOICES))
 def test_every_choice_resolves(key: str) -> None:
     for value in CHOICES[key]:
-        trunk = {"model.trunk": "a folder"} if key == "loss.objective" else {}
-        assert flatten(resolve({key: value} | trunk))[key] == value
+        assert flatten(resolve({key: value} | CHOSEN_FOR.get(key, {})))[key] == value
 
 
 def test_values_are_read_as_their_type() -> None:
@@ -136,7 +141,7 @@ def test_precedence_is_defaults_then_presets_in_order_then_the_command_line() ->
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_preset_resolves_and_names_real_settings(preset: str) -> None:
-    config = parse([f"preset={preset}"])
+    config = parse([f"preset={preset}", *(["model=a folder"] if preset == "retrofit" else [])])
     values = flatten(config)
     assert all(values[key] == value for key, value in PRESETS[preset].items())
     assert config.preset == preset

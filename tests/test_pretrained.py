@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import struct
 import sys
@@ -41,7 +42,6 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cpdlm.config import Config, ConfigError, parse, resolve
-from cpdlm.data import checkpoints
 from cpdlm.data.checkpoints import ORIGIN, checkpoint_folder, content_hash
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
 from cpdlm.decoding import Sampling, decode, decode_batch
@@ -388,9 +388,15 @@ def test_a_gguf_larger_than_memory_is_refused(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written_as_gguf(AutoModelForCausalLM.from_pretrained(folders["qwen2"]), tmp_path / "large.gguf")
-    monkeypatch.setattr(checkpoints.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(ConfigError, match=r"large.gguf has 0.00B parameters; dequantising them takes .* are free"):
         checkpoint_folder(str(path), str(tmp_path / "cache"))
+
+
+def test_without_psutil_it_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(ConfigError, match=r"model=mine: whether it fits into memory .* type pip install psutil"):
+        load_pretrained(str(folders["gpt2"]), torch.float32, CONTEXT, "mine")
 
 
 def test_a_gguf_without_its_packages_says_what_to_type(
@@ -458,13 +464,13 @@ def test_a_missing_gguf_is_named(tmp_path: Path) -> None:
 def test_model_names_the_trunk_and_its_kind() -> None:
     config: Config = parse(["preset=retrofit", "model=some/SmolLM2-135M.gguf", "rank=8"])
     assert config.model.trunk == "some/SmolLM2-135M.gguf" and config.is_pretrained and config.target == "common"
-    assert config.run_name == "code-smollm2-135m-common-r8-n4-none-tied-s0"
+    assert config.run_name == "code-smollm2-135m-common-r8-n4-none-tied-eq14-s0"
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["preset=retrofit"], "is for heads on a frozen model: give model.trunk=RUN or model=NAME"),
+        (["preset=retrofit"], "is for heads on a frozen model: give model=NAME (a pretrained one) or model.trunk=RUN"),
         (["model=x"], "data.tokenizer=bytes is not the tokenizer of the pretrained model x"),
         (["model=x", "data.tokenizer=bpe:999"], "type data.tokenizer=model"),
         (["model.family=pretrained", "data.tokenizer=model"], "needs the model: type model=NAME"),
@@ -472,7 +478,7 @@ def test_model_names_the_trunk_and_its_kind() -> None:
     ],
 )
 def test_settings_that_do_not_fit_a_pretrained_model(words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         parse(words)
 
 
@@ -490,6 +496,8 @@ def test_an_exported_model_comes_back_bit_for_bit(
     theirs = dict(loaded.named_parameters())
     for key, parameter in model.named_parameters():
         assert parameter.dtype == theirs[key].dtype and torch.equal(parameter, theirs[key]), key
+        # In a mapped file tensors stand where they happen to, and the rounding of a product depends on where that is.
+        theirs[key].data = theirs[key].data.clone()
     prompt_T = torch.tensor([5, 6, 7])
     assert decode(loaded, prompt_T, 24, Sampling(0.0)).tokens == decode(model, prompt_T, 24, Sampling(0.0)).tokens
     tokens_BT = torch.randint(0, V, (1, 9))

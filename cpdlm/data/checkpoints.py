@@ -20,8 +20,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from cpdlm.config import ConfigError
 from cpdlm.data.sources import Package, fetch
 from cpdlm.files import errors_named
@@ -166,13 +164,24 @@ def _convert(path: Path, folder: Path, label: str) -> None:
 
 def _check_memory(parameters: int, label: str) -> None:
     """Dequantising holds the weights twice in float32."""
-    need, free = 8 * parameters, psutil.virtual_memory().available
+    need, free = 8 * parameters, free_memory(label)
     if need > free:
         raise ConfigError(
             f"model={label} has {parameters / 1e9:.2f}B parameters; dequantising them takes {need / 2**30:.1f} GiB, and "
             f"{free / 2**30:.1f} GiB are free. Up to {free / 8e9:.2f}B fit; give a Hugging Face folder, which is read once, or a "
             "smaller model"
         )
+
+
+def free_memory(label: str) -> int:
+    """Bytes of memory that can be had on this machine; ConfigError, naming the model, without the package that knows."""
+    try:
+        import psutil
+    except ImportError as error:
+        raise ConfigError(
+            f"model={label}: whether it fits into memory is asked of the package psutil ({error}); type pip install psutil"
+        ) from error
+    return int(psutil.virtual_memory().available)
 
 
 def _check_gguf(path: Path) -> None:

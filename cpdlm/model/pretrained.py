@@ -12,13 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from cpdlm.config import ConfigError
+from cpdlm.data.checkpoints import free_memory
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, new_cache
 
@@ -45,7 +45,7 @@ def load_pretrained(
             raise ConfigError(
                 f"model={label} is a {shape.model_type} model, not a causal language model; give one that is"
             ) from error
-    _check_memory(empty, dtype, label, _free_bytes() if available_bytes is None else available_bytes)
+    _check_memory(empty, dtype, label, _free_bytes(label) if available_bytes is None else available_bytes)
     if empty.get_output_embeddings() is None:
         raise ConfigError(
             f"model={label} ({type(empty).__name__}) has no output embedding, so no law of the next token"
@@ -234,9 +234,9 @@ def _check_memory(empty: nn.Module, dtype: torch.dtype, label: str, available: i
         )
 
 
-def _free_bytes() -> int:
+def _free_bytes(label: str) -> int:
     """Of the machine and, where there is one, of its accelerator: weights are read into the one, then moved to the other."""
-    free = int(psutil.virtual_memory().available)
+    free = free_memory(label)
     return min(free, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else free
 
 
