@@ -13,6 +13,10 @@ Contenders of a group (one dtype, mode and batch: plain decoding, `generate` on 
 one process, single calls are timed right after the decoding that they explain, and ratios are taken within a repeat.
 Speed-ups count the prompt's pass; passes against the floor do not.
 
+On a GPU passes are captured (`cpdlm.decoding.captured`) and so are the calls that they are held against, timed REPLAYS in a row, as
+decoding replays them; the ranks of --batch-ranks at the first horizon and the last dtype are measured with launched kernels,
+too (`captured: false`).
+
 Letters: B batch, T position, N horizon, S window, D width.
 """
 
@@ -37,9 +41,9 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from cpdlm.config import SIZES, resolve  # noqa: E402
-from cpdlm.decoding import Decoded, Sampling, decode_batch, speculative  # noqa: E402
-from cpdlm.decoding.strategies import Proposal, Strategy, Uniforms, Verdict, make_strategy  # noqa: E402
-from cpdlm.evaluation.latency import Clock, hugging_face  # noqa: E402
+from cpdlm.decoding import CapturedPasses, Decoded, Sampling, captured, decode_batch, speculative  # noqa: E402
+from cpdlm.decoding.strategies import Proposal, Strategy, Uniforms, Verdict, make_strategy, nothing  # noqa: E402
+from cpdlm.evaluation.latency import Clock, Generate, hugging_face  # noqa: E402
 from cpdlm.files import write_json  # noqa: E402
 from cpdlm.model.joint import Joint  # noqa: E402
 from cpdlm.model.language_model import LanguageModel, build_language_model  # noqa: E402
@@ -67,7 +71,8 @@ class Forced:
     """A strategy that does all of another's work and then keeps 0, 1, .. N-1 drafts in turn, rows out of step."""
 
     def __init__(self, strategy: Strategy, horizon: int) -> None:
-        self.strategy, self.horizon, self.passes = strategy, horizon, 0
+        self.strategy, self.horizon = strategy, horizon
+        self.passes: Tensor | None = None  # on the device: a captured pass counts itself
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
         return self.strategy.draft(joint, depth)
@@ -77,8 +82,11 @@ class Forced:
         drafts = proposal.tokens_BK.shape[1]
         if not drafts:
             return verdict
-        turn_B = torch.arange(len(verdict.kept_B), device=verdict.kept_B.device) + self.passes
-        self.passes += 1
+        turn_B = torch.arange(len(verdict.kept_B), device=verdict.kept_B.device)
+        if self.passes is None:
+            self.passes = torch.zeros_like(turn_B[:1])
+        turn_B = turn_B + self.passes
+        self.passes.add_(1)
         return replace(verdict, kept_B=(turn_B % self.horizon).clamp(max=drafts))
 
 
@@ -89,7 +97,7 @@ def forced(horizon: int) -> Iterator[None]:
     def make(*arguments: Any, **options: Any) -> Forced:
         return Forced(make_strategy(*arguments, **options), horizon)
 
-    with mock.patch.object(speculative, "make_strategy", make):
+    with mock.patch.object(speculative, "make_strategy", make), mock.patch.object(captured, "make_strategy", make):
         yield
 
 
@@ -114,7 +122,9 @@ class Run:
         return self.seconds / self.tokens
 
 
-def decoding(model: LanguageModel, prompts_BT: Tensor, sampling: Sampling, draft: str, new_tokens: int) -> Run:
+def decoding(
+    model: LanguageModel, prompts_BT: Tensor, sampling: Sampling, draft: str, passes: CapturedPasses | None, new_tokens: int
+) -> Run:  # fmt: skip
     """One timed call of `decode_batch`, with forced acceptance where it drafts."""
     clock = Clock(prompts_BT.device)
     began = clock.now()
@@ -124,10 +134,10 @@ def decoding(model: LanguageModel, prompts_BT: Tensor, sampling: Sampling, draft
         if part == "prefill":
             prefill.append(clock.now() - began)
 
-    written = _decode(model, prompts_BT, sampling, draft, new_tokens, lap)
+    written = _decode(model, prompts_BT, sampling, draft, new_tokens, lap, passes)
     seconds = clock.now() - began
-    tokens, passes = (float(np.mean(each)) for each in ([len(w.tokens) for w in written], [w.passes for w in written]))
-    return Run(seconds, prefill[0], tokens, passes)
+    tokens, passed = (float(np.mean(each)) for each in ([len(w.tokens) for w in written], [w.passes for w in written]))
+    return Run(seconds, prefill[0], tokens, passed)
 
 
 def split(
@@ -135,16 +145,19 @@ def split(
 ) -> dict[str, float]:
     """Seconds of one decoding by part. Synchronises at every part, so that the sum may exceed an untimed run."""
     clock = Clock(prompts_BT.device)
-    _decode(model, prompts_BT, sampling, draft, new_tokens, clock)
+    _decode(model, prompts_BT, sampling, draft, new_tokens, clock, None)
     return clock.seconds
 
 
 def _decode(
-    model: LanguageModel, prompts_BT: Tensor, sampling: Sampling, draft: str, new_tokens: int, lap: Callable[[str], None]
+    model: LanguageModel, prompts_BT: Tensor, sampling: Sampling, draft: str, new_tokens: int, lap: Callable[[str], None],
+    passes: CapturedPasses | None,
 ) -> list[Decoded]:  # fmt: skip
     generators = [torch.Generator(prompts_BT.device).manual_seed(row) for row in range(len(prompts_BT))]
     with forced(model.horizon):
-        return decode_batch(model, list(prompts_BT), new_tokens, sampling, generators, draft=draft, clock=lap)
+        return decode_batch(
+            model, list(prompts_BT), new_tokens, sampling, generators, draft=draft, clock=lap, passes=passes
+        )
 
 
 class Parts:
@@ -188,12 +201,51 @@ class Parts:
         return proposal if model.draft_ids is None else proposal.on_vocabulary(model.draft_ids, model.vocab_size)
 
 
+class CapturedParts:
+    """`Parts` of captured passes. A graph is timed REPLAYS times in a row."""
+
+    REPLAYS = 10
+
+    def __init__(self, text_BT: Tensor, longest: int, sampling: Sampling) -> None:
+        self.texts, self.window_BS, self.sampling = list(text_BT[:, :-longest]), text_BT[:, -longest:], sampling
+        self.clock = Clock(text_BT.device)
+        self.graphs: dict[CapturedPasses, tuple[Callable[[], None], Callable[[], None]]] = {}
+
+    @torch.inference_mode()
+    def seconds(self, passes: CapturedPasses, calls: int) -> tuple[float, float]:
+        """(t(N), draft), medians over `calls`; of plain decoding's passes (t(1), 0)."""
+        drafts = passes.draft != "none"
+        generators = [torch.Generator(passes.device).manual_seed(row) for row in range(passes.rows)]
+        passes.uniforms = None if self.sampling.greedy else Uniforms(generators, passes.device)
+        passes.first(self.texts)
+        if passes not in self.graphs:
+            window_BS = self.window_BS[:, : passes.model.horizon if drafts else 1].contiguous()
+
+            def target() -> None:
+                passes.model.target_log_probs(passes.run(window_BS, nothing(window_BS)))
+
+            def draft() -> None:
+                passes.propose()
+
+            self.graphs[passes] = captured.record(target, passes.device), captured.record(draft, passes.device)
+        target_graph, draft_graph = self.graphs[passes]
+        window = [self._timed(target_graph) for _ in range(calls)]
+        return float(np.median(window)), float(np.median([self._timed(draft_graph) for _ in range(calls)])) * drafts
+
+    def _timed(self, replay: Callable[[], None]) -> float:
+        began = self.clock.now()
+        for _ in range(self.REPLAYS):
+            replay()
+        return (self.clock.now() - began) / self.REPLAYS
+
+
 # --- groups -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is compared side by side. shortlists: 0 is the whole vocabulary; each rank and horizon has all of them."""
+    """What is compared side by side. shortlists: 0 is the whole vocabulary; each rank and horizon has all of them. captured:
+    passes are replayed graphs."""
 
     dtype: str
     mode: str
@@ -202,13 +254,14 @@ class Group:
     horizons: tuple[int, ...]
     shortlists: tuple[int, ...]
     new_tokens: int
+    captured: bool = False
 
     @property
     def cells(self) -> list[Cell]:
         return [Cell(r, n, size) for n in self.horizons for r in self.ranks for size in self.shortlists]
 
 
-def groups(options: argparse.Namespace) -> list[Group]:
+def groups(options: argparse.Namespace, captures: bool) -> list[Group]:
     """Every rank and horizon at batch 1; of the larger batches --batch-ranks at the first horizon and dtype."""
     shortlists = tuple(dict.fromkeys((0, options.shortlist)))
     made = [
@@ -220,13 +273,18 @@ def groups(options: argparse.Namespace) -> list[Group]:
         for mode in MODES:
             cells = (tuple(options.batch_ranks), tuple(options.horizons[:1]), shortlists[-1:])
             made.append(Group(options.dtypes[0], mode, batch, *cells, options.batch_tokens))
-    return made
+    if not captures:
+        return made
+    few = (tuple(options.batch_ranks), tuple(options.horizons[:1]), (0,))
+    launched = [Group(options.dtypes[-1], mode, 1, *few, options.new_tokens) for mode in MODES]
+    return [*launched, *(replace(group, captured=True) for group in made)]
 
 
 def models(
     options: argparse.Namespace, device: torch.device, dtype: str
 ) -> tuple[LanguageModel, dict[Cell, LanguageModel]]:
     """(trunk, cells) of one dtype: random heads on one frozen random trunk, which is the target of all."""
+    captures = device.type == "cuda"
     context = options.prompt_tokens + max(options.new_tokens, options.batch_tokens) + max(options.horizons)
     base: dict[str, Any] = {
         "size": options.size, "data.context": context, "decode.prompt_tokens": options.prompt_tokens,
@@ -236,7 +294,7 @@ def models(
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), options.vocab)
     trunk = trunk.to(device, getattr(torch, dtype)).eval()
     cells = {}
-    for cell in _all_cells(options):
+    for cell in dict.fromkeys(cell for group in groups(options, captures) for cell in group.cells):
         dials = {"rank": cell.rank, "horizon": cell.horizon, "model.map_rank": options.map_rank}
         model = build_language_model(resolve(base | dials | {"model.trunk": "random"}), options.vocab, trunk)
         assert model.heads is not None
@@ -246,10 +304,6 @@ def models(
             model.use_shortlist(torch.randperm(options.vocab, device=device)[: cell.shortlist])
         cells[cell] = model
     return trunk, cells
-
-
-def _all_cells(options: argparse.Namespace) -> list[Cell]:
-    return list(dict.fromkeys(cell for group in groups(options) for cell in group.cells))
 
 
 def measure(
@@ -262,27 +316,37 @@ def measure(
     random = torch.Generator().manual_seed(1)
     text_BT = torch.randint(options.vocab, (group.batch, length), generator=random).to(device)
     prompts_BT = text_BT[:, : options.prompt_tokens]
-    parts = Parts(trunk, text_BT, max(group.horizons), sampling)
-    contenders: dict[str | Cell, Callable[[int], Run]] = {}
-    contenders["plain"] = partial(decoding, trunk, prompts_BT, sampling, "none")
-    generate = hugging_face(trunk)
-    if group.batch == 1 and generate is not None:
-
-        def theirs(tokens: int) -> Run:
-            clock = Clock(device)
-            began = clock.now()
-            written = generate(prompts_BT[0], tokens, sampling, 0)
-            return Run(clock.now() - began, 0.0, len(written), len(written))
-
-        contenders["generate"] = theirs
-    for cell, model in cells.items():
-        contenders[cell] = partial(decoding, model, prompts_BT, sampling, "chain")
-    for _ in range(options.warmups):
-        for contender in contenders.values():
-            contender(max(new_tokens // 4, 2))
-    runs: dict[str | Cell, list[Run]] = {key: [] for key in contenders}
     subjects: dict[str | Cell, LanguageModel] = {"plain": trunk}
     subjects.update(cells.items())
+    drafts: dict[str | Cell, str] = {key: "none" if key == "plain" else "chain" for key in subjects}
+    passes: dict[str | Cell, CapturedPasses] = {}
+    if group.captured:
+        for key, model in subjects.items():
+            with forced(model.horizon):
+                passes[key] = CapturedPasses(
+                    model, group.batch, sampling, draft=drafts[key], slots=text_BT.shape[1] + new_tokens
+                )
+    captured_parts = CapturedParts(text_BT, max(group.horizons), sampling)
+    parts = Parts(trunk, text_BT, max(group.horizons), sampling)
+    contenders: dict[str | Cell, Callable[[int], Run]] = {
+        key: partial(decoding, model, prompts_BT, sampling, drafts[key], passes.get(key))
+        for key, model in subjects.items()
+    }
+    for name, static in {"generate": False, "generate, static cache": True}.items():
+        generate = hugging_face(trunk, static) if group.batch == 1 and (group.captured or not static) else None
+        if generate is not None:
+            contenders[name] = partial(_theirs, generate, prompts_BT[0], sampling)
+    failures = {}
+    for key in list(contenders):
+        try:
+            for _ in range(options.warmups):
+                contenders[key](max(new_tokens // 4, 2))
+        except Exception as error:
+            if key in subjects:
+                raise
+            del contenders[key]  # a contender of others that does not run here
+            failures[str(key)] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    runs: dict[str | Cell, list[Run]] = {key: [] for key in contenders}
     single: dict[str | Cell, list[tuple[float, float]]] = {key: [] for key in subjects}
     order = list(contenders)
     for repeat in range(options.repeats):
@@ -290,28 +354,50 @@ def measure(
         for key in order[turn:] + order[:turn]:
             runs[key].append(contenders[key](new_tokens))
             if key in subjects:
-                single[key].append(parts.seconds(subjects[key], options.calls))
+                single[key].append(
+                    captured_parts.seconds(passes[key], options.calls)
+                    if group.captured
+                    else parts.seconds(subjects[key], options.calls)
+                )
+    others = [key for key in contenders if key not in cells]
     rates: dict[str, Any] = {
-        key: {
+        str(key): {
             "token_ms": interval([run.token_seconds * 1e3 for run in runs[key]]),
             "tokens_per_second": interval([group.batch / run.token_seconds for run in runs[key]]),
         }
-        for key in ("plain", "generate")
-        if key in runs
+        for key in others
     }
-    rates["plain"]["ms_by_part"] = _milliseconds(split(trunk, prompts_BT, sampling, "none", new_tokens))
-    if "generate" in runs:
-        ratios = [g.token_seconds / p.token_seconds for p, g in zip(runs["plain"], runs["generate"], strict=True)]
-        rates["plain_over_generate"] = interval(ratios)
+    for key in others:
+        if key != "plain":
+            ratios = [g.token_seconds / p.token_seconds for p, g in zip(runs["plain"], runs[key], strict=True)]
+            rates[f"plain_over_{key}"] = interval(ratios)
+    # The parts of a replayed pass cannot be told apart from outside; its floor says what they take.
+    split_of = partial(_split, prompts_BT, sampling, new_tokens) if not group.captured else lambda model, draft: None
+    rates["plain"]["ms_by_part"] = split_of(trunk, "none")
     return {
-        "dtype": group.dtype, "mode": group.mode, "batch": group.batch, "new_tokens": new_tokens, **rates,
+        "dtype": group.dtype, "mode": group.mode, "batch": group.batch, "new_tokens": new_tokens,
+        "captured": group.captured, "failures": failures, **rates,
         "cells": [
             asdict(cell)
             | _summary(runs["plain"], runs[cell], [one for one, _ in single["plain"]], single[cell], group.batch)
-            | {"ms_by_part": _milliseconds(split(cells[cell], prompts_BT, sampling, "chain", new_tokens))}
+            | {"ms_by_part": split_of(cells[cell], "chain")}
             for cell in cells
         ],
     }  # fmt: skip
+
+
+def _theirs(generate: Generate, prompt_T: Tensor, sampling: Sampling, tokens: int) -> Run:
+    clock = Clock(prompt_T.device)
+    began = clock.now()
+    written = generate(prompt_T, tokens, sampling, 0)
+    return Run(clock.now() - began, 0.0, len(written), len(written))
+
+
+def _split(
+    prompts_BT: Tensor, sampling: Sampling, new_tokens: int, model: LanguageModel, draft: str
+) -> dict[str, float] | None:
+    parts = split(model, prompts_BT, sampling, draft, new_tokens)
+    return {part: seconds * 1e3 for part, seconds in parts.items()}
 
 
 def _summary(
@@ -348,10 +434,6 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
 
 
-def _milliseconds(parts: dict[str, float]) -> dict[str, float]:
-    return {part: seconds * 1e3 for part, seconds in parts.items()}
-
-
 # --- the record ---------------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +447,7 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
     for dtype in options.dtypes:
         trunk, cells = models(options, device, dtype)
         trunk_parameters = trunk.parameter_counts()["trunk"]
-        for group in groups(options):
+        for group in groups(options, device.type == "cuda"):
             if group.dtype == dtype:
                 print(f"{dtype}, {group.mode}, batch {group.batch}", file=sys.stderr, flush=True)
                 measured.append(measure(group, trunk, {cell: cells[cell] for cell in group.cells}, options))
@@ -384,17 +466,19 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
 
 
 def targets(measured: list[dict[str, Any]], trunk_parameters: int) -> list[dict[str, Any]]:
-    """Every target at batch 1: {"what", "cell", "measured", "target", "holds"}."""
+    """Every target at batch 1: {"what", "cell", "measured", "target", "holds"}. Launched kernels on a GPU have none."""
     found = []
 
     def say(what: str, cell: str, value: float, target: float, holds: bool) -> None:
         found.append({"what": what, "cell": cell, "measured": value, "target": target, "holds": holds})
 
-    for group in (group for group in measured if group["batch"] == 1):
+    accelerated = any(group.get("captured") for group in measured)
+    for group in (group for group in measured if group["batch"] == 1 and group.get("captured", False) == accelerated):
         where = f"{group['dtype']} {group['mode']}"
-        if "plain_over_generate" in group:
-            ratio = group["plain_over_generate"]["median"]
-            say("plain over generate, at least", where, ratio, PLAIN_TARGET, ratio >= PLAIN_TARGET)
+        for key in ("generate", "generate, static cache"):
+            if f"plain_over_{key}" in group:
+                ratio = group[f"plain_over_{key}"]["median"]
+                say(f"plain over {key}, at least", where, ratio, PLAIN_TARGET, ratio >= PLAIN_TARGET)
         for cell in group["cells"]:
             name = f"{where} r{cell['rank']} n{cell['horizon']} shortlist {cell['shortlist'] or 'none'}"
             least = TARGETS.get(cell["rank"])
@@ -420,9 +504,11 @@ def table(record: dict[str, Any]) -> str:
     for group in record["groups"]:
         plain = group["plain"]
         lines.append("")
-        text = f"{group['dtype']}, {group['mode']}, batch {group['batch']}: plain {plain['token_ms']['median']:.2f} ms/token, {plain['tokens_per_second']['median']:.1f} tokens/s"
-        if "generate" in group:
-            text += f"; {group['plain_over_generate']['median']:.3f} times the speed of generate"
+        how = ", captured" if group["captured"] else ""
+        text = f"{group['dtype']}, {group['mode']}, batch {group['batch']}{how}: plain {plain['token_ms']['median']:.2f} ms/token, {plain['tokens_per_second']['median']:.1f} tokens/s"
+        for key in ("generate", "generate, static cache"):
+            if key in group:
+                text += f"; {group[f'plain_over_{key}']['median']:.3f} times the speed of {key}"
         lines += [text, " ".join(f"{title:>10}" for title in ("rank", "n", "shortlist", *COLUMNS))]
         for cell in group["cells"]:
             values = [str(cell["rank"]), str(cell["horizon"]), str(cell["shortlist"] or "-")]
@@ -459,6 +545,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="measure on the CPU though there is a GPU")
     parser.add_argument("--quick", action="store_true", help=f"a run of seconds that measures nothing: {QUICK}")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks")
+    parser.add_argument("--name", default="", help="of the record (default: decode_speed, on a GPU decode_speed_gpu)")
     options = parser.parse_args(arguments)
     return parser.parse_args([*QUICK.split(), *arguments]) if options.quick else options
 
@@ -466,7 +553,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     record = compare(options, arguments)
-    path = options.output / "decode_speed.json"
+    name = "decode_speed" if record["settings"]["device"] == "cpu" else "decode_speed_gpu"
+    path = options.output / f"{options.name or name}.json"
     write_json(path, record)
     print(table(record))
     print(f"record: {path}")

@@ -117,3 +117,19 @@ def test_a_quick_run_writes_a_record(tmp_path: Path) -> None:
             assert set(cell["ms_by_part"]) == {"prefill", "draft", "trunk", "verify", "other"}
             assert cell["ms_by_part"]["draft"] > 0
     assert "speed-up" in done.stdout and "generate" in done.stdout
+
+
+@pytest.mark.parametrize("mode", bench_speed.MODES)
+def test_captured_passes_are_measured_alike(mode: str) -> None:
+    """On the CPU the step is not a graph, the measuring is the same."""
+    options = bench_speed.parse(["--quick"])
+    trunk, cells = bench_speed.models(options, torch.device("cpu"), "float32")
+    planned = [group for group in bench_speed.groups(options, captures=True) if group.mode == mode]
+    assert [group.captured for group in planned] == [False, True, True, True]
+    for group in planned[1::2]:
+        measured = bench_speed.measure(group, trunk, {cell: cells[cell] for cell in group.cells}, options)
+        assert finite(measured) and measured["captured"] and not measured["failures"]
+        assert ("generate, static cache" in measured) == (group.batch == 1)
+        for cell in measured["cells"]:
+            assert cell["ms_by_part"] is None and cell["draft_ms"]["median"] > 0
+            assert 1 < cell["tokens_per_pass"] <= (1 + group.horizons[0]) / 2

@@ -95,7 +95,7 @@ def test_the_interval_of_a_speed_up_covers_prompts() -> None:
 def test_greedy_repeats_and_sampled_seeds() -> None:
     """The same (prompt, repeat) has the same text in every contender's run; other repeats have others."""
     model = cell(2)
-    run = latency._ours(model, 9, Sampling(), "chain")
+    run = latency.Ours(model, 9, Sampling(), "chain")
     assert run(PROMPTS[0], 3) == run(PROMPTS[0], 3) != run(PROMPTS[0], 4)
     seeds = {latency.run_seed(s, p, r) for s in range(3) for p in range(50) for r in range(9)}
     assert len(seeds) == 3 * 50 * 9

@@ -157,13 +157,8 @@ class CapturedPasses:
 
     def _step(self) -> None:
         """One pass, from the state to the state: everything on the device, every shape fixed."""
-        if self._noise is not None:
-            self._noise.rewind()
-        window_BS = self._next_B[:, None]
-        proposal = nothing(window_BS)
-        if self._depth:
-            proposal = propose(self.model, self._strategy, self._hidden_BD, self._next_B, self._depth)
-            window_BS = torch.cat([window_BS, proposal.tokens_BK], dim=1)
+        proposal = self.propose()
+        window_BS = torch.cat([self._next_B[:, None], proposal.tokens_BK], dim=1)
         hidden_BSD = self.run(window_BS, proposal)
         verdict = self._strategy.verify(self.model.target_log_probs(hidden_BSD), proposal)
         if verdict.path_BJ is not None:
@@ -180,6 +175,14 @@ class CapturedPasses:
         if outcome_BX.shape != self._out_BX.shape:
             self._out_BX = torch.zeros_like(outcome_BX)
         self._out_BX.copy_(outcome_BX)
+
+    def propose(self) -> Proposal:
+        """Drafts behind the fixed token."""
+        if self._noise is not None:
+            self._noise.rewind()
+        if not self._depth:
+            return nothing(self._next_B[:, None])
+        return propose(self.model, self._strategy, self._hidden_BD, self._next_B, self._depth)
 
     def run(self, window_BS: Tensor, proposal: Proposal) -> Tensor:
         """Hidden states (B, S, D) of a window behind the text, which stays as long as it is."""

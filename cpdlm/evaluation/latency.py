@@ -13,9 +13,10 @@ Letters: P prompts, K repeats, S resamples, T position, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from cpdlm.decoding import Decoded, Sampling, decode
+from cpdlm.decoding import CapturedPasses, Decoded, Sampling, decode
+from cpdlm.decoding.captured import record
+from cpdlm.decoding.strategies import nothing
 from cpdlm.evaluation.drafting import RESAMPLES, acceptance
 from cpdlm.model.language_model import LanguageModel
 
@@ -72,10 +75,10 @@ class Clock:
         self.last = now
 
 
-def hugging_face(model: LanguageModel) -> Generate | None:
+def hugging_face(model: LanguageModel, static: bool = False) -> Generate | None:
     """Hugging Face's generate on the model's own trunk and unembedding (shared, not copied).
 
-    None where the target is not softmax(U h), so that no Hugging Face model has this law (own target, untied). The
+    static: with its cache of fixed size, for which it compiles the model on CUDA. None where the target is not softmax(U h), so that no Hugging Face model has this law (own target, untied). The
     result is (prompt_T, new tokens, sampling, seed) -> ids; the global generator, which generate uses, is restored.
     """
     if not (model.first_is_tied or model.common_target):
@@ -88,6 +91,8 @@ def hugging_face(model: LanguageModel) -> Generate | None:
             choice = {
                 "do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p
             }  # fmt: skip
+        if static:
+            choice["cache_implementation"] = "static"
         settings = GenerationConfig(
             max_new_tokens=new_tokens, min_new_tokens=None, eos_token_id=None, pad_token_id=0, use_cache=True, **choice
         )
@@ -167,14 +172,14 @@ def measure(
     contenders: dict[tuple[str, str], Callable[[Tensor, int], Decoded | list[int]]] = {}
     if reference is not None:
         subjects[REFERENCE] = reference
-        contenders["plain", REFERENCE] = _ours(reference, new_tokens, sampling, "none")
+        contenders["plain", REFERENCE] = Ours(reference, new_tokens, sampling, "none")
     for name, model in models.items():
         if shared[name] == name:
-            contenders["plain", name] = _ours(model, new_tokens, sampling, "none")
+            contenders["plain", name] = Ours(model, new_tokens, sampling, "none")
             generate = hugging_face(model)
             if generate is not None:
                 contenders["generate", name] = _theirs(generate, new_tokens, sampling)
-        contenders["speculative", name] = _ours(model, new_tokens, sampling, draft, nodes)
+        contenders["speculative", name] = Ours(model, new_tokens, sampling, draft, nodes)
     timings = interleaved(contenders, subjects, prompts_PT, repeats, warmups, seed, say)
     rank_one: dict[int, str] = {}
     for name, model in models.items():
@@ -271,26 +276,60 @@ def pass_milliseconds(
     """Median ms of the target (trunk through the cache, and output law) for 1 token and for `horizon` tokens.
 
     Behind a text of half the new tokens, in five turns of calls in a row, as decoding makes them, each after two that are not
-    counted; the rollback of the cache is not timed.
+    counted; the rollback of the cache is not timed. On CUDA both are recorded graphs, as they are in decoding.
     """
     device, horizon = prompts_PT.device, model.horizon
     row_T = prompts_PT.flatten()
     length = min(prompts_PT.shape[1] + new_tokens // 2, model.context - horizon)
     text_T = row_T.repeat(-(-(length + horizon) // len(row_T)))[: length + horizon]
-    cache = model.new_cache()
-    model.hidden(text_T[None, :length], cache=cache)
+    calls = target_calls(model, text_T[None, :length], text_T[None, length:], (1, horizon))
     clock = Clock(device)
     taken: dict[int, list[float]] = {1: [], horizon: []}
     for _ in range(5):
         for count, seconds in taken.items():
             for call in range(max(1, times // 5) + 2):
                 start = clock.now()
-                model.target_log_probs(model.hidden(text_T[None, length : length + count], cache=cache))
+                rollback = calls[count]()
                 if call > 1:
                     seconds.append(clock.now() - start)
-                cache.crop(-count)
+                rollback()
     one, window = (float(np.median(taken[count])) * 1e3 for count in (1, horizon))
     return one, window
+
+
+@torch.inference_mode()
+def target_calls(
+    model: LanguageModel, text_BT: Tensor, window_BS: Tensor, sizes: Sequence[int]
+) -> dict[int, Callable[[], Callable[[], None]]]:
+    """Per size: the target's law behind `text_BT` for so many tokens of window_BS; each call returns what undoes it."""
+    if text_BT.device.type == "cuda":
+        slots = text_BT.shape[1] + window_BS.shape[1]
+        passes = CapturedPasses(model, len(text_BT), Sampling(0.0), draft="none", slots=slots)
+        passes.first(list(text_BT))
+
+        def replayed(size: int) -> Callable[[], Callable[[], None]]:
+            part_BS = window_BS[:, :size].contiguous()
+
+            def target() -> None:
+                model.target_log_probs(passes.run(part_BS, nothing(part_BS)))
+
+            replay = record(target, text_BT.device)
+
+            def call() -> Callable[[], None]:
+                replay()
+                return lambda: None  # a window does not count unless it is said to
+
+            return call
+
+        return {size: replayed(size) for size in sizes}
+    cache = model.new_cache()
+    model.hidden(text_BT, cache=cache)
+
+    def run(size: int) -> Callable[[], None]:
+        model.target_log_probs(model.hidden(window_BS[:, :size], cache=cache))
+        return lambda: cache.crop(-size)
+
+    return {size: partial(run, size) for size in sizes}
 
 
 def interleaved(
@@ -319,9 +358,8 @@ def interleaved(
                     result = contenders[key](prompt_T, run_seed(seed, index, repeat))
                     timings[key].seconds[repeat].append(clock.now() - start)
                 if isinstance(result, Decoded):
-                    assert passes.count == result.passes, (
-                        f"{key}: the hook saw {passes.count} passes, the loop {result.passes}"
-                    )
+                    seen = contenders[key].passes(passes.count) if isinstance(contenders[key], Ours) else passes.count
+                    assert seen == result.passes, f"{key}: there were {seen} passes, the loop says {result.passes}"
                     timings[key].decoded[index].append(result)
                 ids = result.tokens if isinstance(result, Decoded) else result
                 timings[key].tokens[repeat].append(len(ids))
@@ -348,14 +386,28 @@ def _same_target(one: LanguageModel, other: LanguageModel) -> bool:
     )
 
 
-def _ours(
-    model: LanguageModel, new_tokens: int, sampling: Sampling, draft: str, nodes: int = 8
-) -> Callable[[Tensor, int], Decoded]:
-    def run(prompt_T: Tensor, seed: int) -> Decoded:
-        generator = torch.Generator(prompt_T.device).manual_seed(seed)
-        return decode(model, prompt_T, new_tokens, sampling, generator, draft=draft, nodes=nodes)
+class Ours:
+    """Our decoding as a contender, one prompt at a time; on CUDA with captured passes, made at the first prompt."""
 
-    return run
+    def __init__(self, model: LanguageModel, new_tokens: int, sampling: Sampling, draft: str, nodes: int = 8) -> None:
+        self.model, self.new_tokens, self.sampling, self.draft, self.nodes = model, new_tokens, sampling, draft, nodes
+        self.captured: CapturedPasses | None = None
+
+    def __call__(self, prompt_T: Tensor, seed: int) -> Decoded:
+        if prompt_T.device.type == "cuda" and self.captured is None:
+            self.captured = CapturedPasses(
+                self.model, 1, self.sampling, draft=self.draft, nodes=self.nodes, slots=len(prompt_T) + self.new_tokens
+            )
+        generator = torch.Generator(prompt_T.device).manual_seed(seed)
+        return decode(
+            self.model, prompt_T, self.new_tokens, self.sampling, generator, draft=self.draft, nodes=self.nodes,
+            passes=self.captured,
+        )  # fmt: skip
+
+    def passes(self, hooked: int) -> int:
+        """Passes of the last call, not counted by the loop: by the hook or, where they were replayed (one in vain), on the
+        device."""
+        return hooked if self.captured is None else self.captured.passes_run - 1
 
 
 def _theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Callable[[Tensor, int], list[int]]:
