@@ -251,7 +251,12 @@ def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(keep: Callable[[], None] = step) -> None:
+        """The graph reads the tensors that the step holds: they live as long as it does."""
+        graph.replay()
+
+    return replay
 
 
 class _Copied:
