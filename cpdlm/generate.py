@@ -132,7 +132,7 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     """Write the text to `out`, the rest to standard error; raises ConfigError, RunError or ValueError on bad input."""
     import torch
 
-    from cpdlm.decoding import Sampling, decode
+    from cpdlm.decoding import Captures, Sampling, decode
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
@@ -173,11 +173,13 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
         for place, token in enumerate(tokens):
             say(text.push([token]), drafted=place < len(tokens) - 1)
 
+    captures = {draft: Captures(model) for draft in (options.draft, "none")}
+
     def write(draft: str, heard: Callable[[list[int]], None] | None = None) -> Decoded:
-        generator = torch.Generator().manual_seed(options.seed)
+        generator = torch.Generator(device).manual_seed(options.seed)
         return decode(
-            model, torch.tensor(ids, device=device), new_tokens, sampling, generator,
-            eos=tokenizer.eos, draft=draft, on_tokens=heard,
+            model, torch.tensor(ids, device=device), new_tokens, sampling, generator, eos=tokenizer.eos, draft=draft,
+            on_tokens=heard, passes=captures[draft](1, len(ids) + new_tokens, sampling, draft),
         )  # fmt: skip
 
     write(options.draft, on_tokens)

@@ -74,7 +74,7 @@ from transformers.utils.logging import disable_progress_bar
 from cpdlm.config import Config, ConfigError
 from cpdlm.data.corpus import load_corpus
 from cpdlm.data.tokenizer import END, BytesTokenizer, HubTokenizer, SavedTokenizer, Tokenizer
-from cpdlm.decoding import Sampling, decode_batch
+from cpdlm.decoding import Captures, Sampling, decode_batch
 from cpdlm.files import WriteError, write_bytes
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk
@@ -204,6 +204,7 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CpdlmConfig, language_model: LanguageModel | None = None) -> None:
         super().__init__(config)
         self.model = language_model if language_model is not None else config.build()
+        self._captures = Captures(self.model)
         if config.tie_word_embeddings:
             source = next(name for name, each in self.named_parameters() if each is self.model.trunk.embedding)
             self._tied_weights_keys = {"model.unembedding.weight": source}
@@ -412,7 +413,10 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
         generators = None
         if not sampling.greedy:
             seeds = torch.randint(2**63 - 1, (rows,)).tolist()
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            generators = [torch.Generator(text_BT.device).manual_seed(seed) for seed in seeds]
+        passes = None
+        if exactly and options.use_cache is not False:
+            passes = self._captures(rows, longest + most, sampling, draft, nodes)
         done = decode_batch(
             self.model if exactly else _WithScores(self),
             [text_T[whole_T != 0] for text_T, whole_T in zip(text_BT, whole_BT, strict=True)],
@@ -426,6 +430,7 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
             target_scores=None if exactly else processed,
             stop=stop if others else None,
             on_tokens=stream.put if stream is not None else None,
+            passes=passes,
         )
         if stream is not None:
             stream.end(pad)

@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cpdlm.decoding.filtering import Sampling
 from cpdlm.decoding.passes import DraftingModel, Outcome, last_kept, packed, propose
 from cpdlm.decoding.strategies import Maker, Proposal, Uniforms, Verdict, make_strategy, nothing
 
+# Attention with a mask of any form. cuDNN's is left out: it makes plans on the host at run time.
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 WARM_UPS = 3  # runs before a recording: libraries choose kernels and workspaces in them
 
 
@@ -151,7 +154,8 @@ class CapturedPasses:
         places_BT = torch.arange(window_BT.shape[1], device=self.device).expand_as(window_BT)
         mask = (self._slots_L <= places_BT.unsqueeze(-1)).unsqueeze(1)
         self._place.slots_BS = places_BT
-        hidden_BTD = self.model.hidden(window_BT, places_BT, self.cache, mask)
+        with sdpa_kernel(KERNELS):
+            hidden_BTD = self.model.hidden(window_BT, places_BT, self.cache, mask)
         lengths_B = torch.tensor(lengths, device=self.device)
         return hidden_BTD[self._rows_B, lengths_B - 1], lengths_B
 
@@ -198,7 +202,8 @@ class CapturedPasses:
             place_BSL = behind_BL.clamp(0, size - 1)[:, None].expand(-1, size, -1)
             inside_BSL = ((behind_BL >= 0) & (behind_BL < size))[:, None]
             seen_BSL = (behind_BL < 0)[:, None] | (inside_BSL & proposal.seen_BSS.gather(2, place_BSL))
-        return self.model.hidden(window_BS, positions_BS, self.cache, seen_BSL.unsqueeze(1))
+        with sdpa_kernel(KERNELS):
+            return self.model.hidden(window_BS, positions_BS, self.cache, seen_BSL.unsqueeze(1))
 
     def _move(self, path_BJ: Tensor) -> None:
         """Keys and values of a tree's kept path go to the slots right behind the fixed token."""
@@ -206,10 +211,46 @@ class CapturedPasses:
         source_BJ = start_B1 + path_BJ
         target_BJ = start_B1 + 1 + torch.arange(path_BJ.shape[1], device=self.device)
         for layer in self.cache.layers:
+            assert isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None
             for held in (layer.keys, layer.values):
                 shape = (-1, held.shape[1], -1, held.shape[3])
                 moved = held.gather(2, source_BJ[:, None, :, None].expand(*shape))
                 held.scatter_(2, target_BJ[:, None, :, None].expand(*shape), moved)
+
+
+class Captures:
+    """The captured passes of a model, kept for the next texts of the same kind; nothing off CUDA.
+
+    One kind is kept at a time. Weights that have moved or changed precision since are captured anew.
+    """
+
+    STEP = 256  # slots are made in multiples
+
+    def __init__(self, model: Any, on: str = "cuda") -> None:
+        self.model, self.on = model, on
+        self.kind: tuple[Any, ...] = ()
+        self.passes: CapturedPasses | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy captures for itself."""
+        return Captures, (self.model, self.on)
+
+    def __call__(
+        self, rows: int, longest: int, sampling: Sampling, draft: str = "chain", nodes: int = 8
+    ) -> CapturedPasses | None:
+        """Passes for texts of at most `longest` tokens, prompt included; None where growing passes are to be used."""
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        window = self.model.attention_window
+        if weights[0].device.type != self.on or (window is not None and window < longest):
+            return None
+        kind = (rows, sampling, draft, nodes, *(each.data_ptr() for each in weights))
+        if self.passes is None or self.kind != kind or self.passes.slots < longest:
+            most = self.model.context if window is None else min(window, self.model.context)
+            slots = max(longest, min(-(-longest // self.STEP) * self.STEP, most))
+            self.passes = None  # the old ones' memory first
+            self.passes = CapturedPasses(self.model, rows, sampling, draft=draft, nodes=nodes, slots=slots)
+            self.kind = kind
+        return self.passes
 
 
 class _Noise:

@@ -86,7 +86,8 @@ class Uniforms:
         self.generators = [self.generators[row] for row in rows]
 
 
-Maker = Callable[[Sampling, Uniforms | None], Strategy]
+Noise = Callable[[int], Tensor]  # count -> (B, count) numbers in [0, 1), float64, independent of each other
+Maker = Callable[[Sampling, Noise | None], Strategy]
 
 
 def nothing(window_BS: Tensor) -> Proposal:
@@ -112,7 +113,7 @@ class Ancestral:
     """
 
     def __init__(
-        self, sampling: Sampling, uniforms: Uniforms, target_law: Callable[[Tensor], Tensor] | None = None
+        self, sampling: Sampling, uniforms: Noise, target_law: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.sampling, self.uniforms = sampling, uniforms
         self.target_law = target_law or (lambda scores: filtered(scores, sampling))
@@ -135,7 +136,7 @@ class Block:
     """
 
     def __init__(
-        self, sampling: Sampling, uniforms: Uniforms, target_law: Callable[[Tensor], Tensor] | None = None
+        self, sampling: Sampling, uniforms: Noise, target_law: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.chain = Ancestral(sampling, uniforms, target_law)
 
@@ -162,7 +163,7 @@ class Certain:
     """
 
     def __init__(
-        self, shape: str, sampling: Sampling, uniforms: Uniforms | None, nodes: int,
+        self, shape: str, sampling: Sampling, uniforms: Noise | None, nodes: int,
         target_law: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.shape, self.sampling, self.uniforms, self.nodes = shape, sampling, uniforms, nodes
@@ -212,7 +213,7 @@ STRATEGIES = {
 
 
 def make_strategy(
-    name: str | Maker, sampling: Sampling, uniforms: Uniforms | None, nodes: int = 8, processed: bool = False
+    name: str | Maker, sampling: Sampling, uniforms: Noise | None, nodes: int = 8, processed: bool = False
 ) -> Strategy:
     """The strategy of that name for this sampling; raises ValueError on an unknown one.
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from cpdlm.decoding import CapturedPasses, Decoded, Sampling, decode
+from cpdlm.decoding import CapturedPasses, Captures, Decoded, Sampling, decode
 from cpdlm.decoding.captured import record
 from cpdlm.decoding.strategies import nothing
 from cpdlm.evaluation.drafting import RESAMPLES, acceptance
@@ -358,7 +358,8 @@ def interleaved(
                     result = contenders[key](prompt_T, run_seed(seed, index, repeat))
                     timings[key].seconds[repeat].append(clock.now() - start)
                 if isinstance(result, Decoded):
-                    seen = contenders[key].passes(passes.count) if isinstance(contenders[key], Ours) else passes.count
+                    contender = contenders[key]
+                    seen = contender.passes(passes.count) if isinstance(contender, Ours) else passes.count
                     assert seen == result.passes, f"{key}: there were {seen} passes, the loop says {result.passes}"
                     timings[key].decoded[index].append(result)
                 ids = result.tokens if isinstance(result, Decoded) else result
@@ -391,13 +392,12 @@ class Ours:
 
     def __init__(self, model: LanguageModel, new_tokens: int, sampling: Sampling, draft: str, nodes: int = 8) -> None:
         self.model, self.new_tokens, self.sampling, self.draft, self.nodes = model, new_tokens, sampling, draft, nodes
+        self.captures = Captures(model)
         self.captured: CapturedPasses | None = None
 
     def __call__(self, prompt_T: Tensor, seed: int) -> Decoded:
-        if prompt_T.device.type == "cuda" and self.captured is None:
-            self.captured = CapturedPasses(
-                self.model, 1, self.sampling, draft=self.draft, nodes=self.nodes, slots=len(prompt_T) + self.new_tokens
-            )
+        longest = len(prompt_T) + self.new_tokens
+        self.captured = self.captures(1, longest, self.sampling, self.draft, self.nodes)
         generator = torch.Generator(prompt_T.device).manual_seed(seed)
         return decode(
             self.model, prompt_T, self.new_tokens, self.sampling, generator, draft=self.draft, nodes=self.nodes,
