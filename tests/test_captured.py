@@ -181,7 +181,8 @@ def test_passes_of_another_kind_are_refused(options: dict[str, Any], message: st
 def test_a_broken_target_is_named_by_captured_passes() -> None:
     model = real("cpu")
     passes = CapturedPasses(model, 1, Sampling(0.0), slots=64)
-    weight = model.trunk.body.norm.weight
+    weight = model.trunk.body.layers[0].self_attn.v_proj.weight
+    before = weight.clone()
     with torch.no_grad():
         weight.fill_(float("nan"))
     try:
@@ -189,7 +190,9 @@ def test_a_broken_target_is_named_by_captured_passes() -> None:
             decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), passes=passes)
     finally:
         with torch.no_grad():
-            weight.fill_(1.0)
+            weight.copy_(before)
+    mended = decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), passes=passes)
+    assert mended.tokens == decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0)).tokens
 
 
 def test_captures_are_kept_for_the_next_text_of_the_same_kind() -> None:

@@ -111,7 +111,7 @@ class CapturedPasses:
         self._passes = torch.zeros((), dtype=torch.long, device=self.device)
         prompts = [self._next_B[:1]] * rows
         self._hidden_BD = self._prefill(prompts)[0].clone()
-        self._out_BX = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
+        self._out_BX: Tensor | None = None
         self._step()  # an eager one first: it makes the cache's tensors and tells the shape of the outcome
         self._replay = record(self._step, self.device)
 
@@ -123,6 +123,7 @@ class CapturedPasses:
     @torch.inference_mode()
     def first(self, prompts: Sequence[Tensor]) -> Outcome:
         assert len(prompts) == self.rows
+        self.cache.reset()  # a NaN that an earlier text left behind would count for more than the mask
         hidden_BD, lengths_B = self._prefill(prompts)
         target_B1V = self.model.target_log_probs(hidden_BD[:, None])
         if self._noise is not None:
@@ -142,6 +143,7 @@ class CapturedPasses:
             assert self.uniforms is not None, "the loop gives the rows' generators"
             self._noise.fill(self.uniforms)
         self._replay()
+        assert self._out_BX is not None, "the first step made it"
         return _Copied(self._out_BX)
 
     def _prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -167,18 +169,11 @@ class CapturedPasses:
         verdict = self._strategy.verify(self.model.target_log_probs(hidden_BSD), proposal)
         if verdict.path_BJ is not None:
             self._move(verdict.path_BJ)
-        most = self._size - window_BS.shape[1]
-        self._lengths_B.copy_((self._lengths_B + 1 + verdict.kept_B).clamp(max=most))
+        self._lengths_B.add_(verdict.kept_B).add_(1).clamp_(max=self._size - window_BS.shape[1])
         self._hidden_BD.copy_(hidden_BSD[self._rows_B, last_kept(verdict)])
-        self._next_B.copy_(verdict.next_B.clamp(max=self.model.vocab_size - 1))
+        torch.clamp(verdict.next_B, max=self.model.vocab_size - 1, out=self._next_B)
         self._passes.add_(1)
-        self._say(verdict)
-
-    def _say(self, verdict: Verdict) -> None:
-        outcome_BX = packed(verdict)
-        if outcome_BX.shape != self._out_BX.shape:
-            self._out_BX = torch.zeros_like(outcome_BX)
-        self._out_BX.copy_(outcome_BX)
+        self._out_BX = packed(verdict, self._out_BX)
 
     def propose(self) -> Proposal:
         """Drafts behind the fixed token."""
@@ -190,10 +185,10 @@ class CapturedPasses:
 
     def run(self, window_BS: Tensor, proposal: Proposal) -> Tensor:
         """Hidden states (B, S, D) of a window behind the text, which stays as long as it is."""
-        steps_BS = torch.arange(window_BS.shape[1], device=self.device).expand_as(window_BS)
-        self._place.slots_BS = self._lengths_B[:, None] + steps_BS
-        depth_BS = steps_BS if proposal.depth_BS is None else proposal.depth_BS
-        positions_BS = (self._lengths_B[:, None] + depth_BS).clamp(max=self.model.context - 1)
+        steps_BS = self._slots_L[: window_BS.shape[1]].expand_as(window_BS)
+        slots_BS = self._place.slots_BS = self._lengths_B[:, None] + steps_BS
+        places_BS = slots_BS if proposal.depth_BS is None else self._lengths_B[:, None] + proposal.depth_BS
+        positions_BS = places_BS.clamp(max=self.model.context - 1)
         behind_BL = self._slots_L - self._lengths_B[:, None]  # 0 at the fixed token's slot
         if proposal.seen_BSS is None:
             seen_BSL = behind_BL[:, None] <= steps_BS[:, :, None]

@@ -63,9 +63,9 @@ class Passes(Protocol):
         ...
 
 
-def packed(verdict: Verdict) -> Tensor:
-    """(B, J+2): kept, tokens, next."""
-    return torch.cat([verdict.kept_B[:, None], verdict.tokens_BJ, verdict.next_B[:, None]], dim=1)
+def packed(verdict: Verdict, out_BX: Tensor | None = None) -> Tensor:
+    """(B, J+2): kept, tokens, next; into `out_BX` where it is given."""
+    return torch.cat([verdict.kept_B[:, None], verdict.tokens_BJ, verdict.next_B[:, None]], dim=1, out=out_BX)
 
 
 def last_kept(verdict: Verdict) -> Tensor:
