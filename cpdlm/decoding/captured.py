@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cpdlm.decoding.filtering import Sampling
 from cpdlm.decoding.passes import DraftingModel, Outcome, last_kept, packed, propose
-from cpdlm.decoding.strategies import Maker, Proposal, Uniforms, Verdict, make_strategy, nothing
+from cpdlm.decoding.strategies import Maker, Proposal, Uniforms, make_strategy, nothing
 
 # Attention with a mask of any form. cuDNN's is left out: it makes plans on the host at run time.
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
