@@ -5,7 +5,7 @@ FROM=$PWD
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$ROOT/requirements/environment.sh"
 
-PROFILES=(smoke cpu cpu-full retrofit-screen retrofit gpu paper)
+PROFILES=(smoke cpu cpu-full retrofit-screen retrofit gpu retrofit-gpu paper)
 STAGES=(set-up data train decode report)
 OPTIONS=(--profile --only --data --python --out --results --jobs --help)
 
@@ -22,6 +22,7 @@ the claims. Every stage skips what is complete, so the same command continues a 
                    retrofit-screen  heads on a pretrained model: which objective   2 cores, 1 h
                    retrofit  the same: ranks, anchors, code and text          2 cores, 4 h
                    gpu       a 56.3M-parameter trunk                          one GPU
+                   retrofit-gpu  heads on a pretrained model: the whole grid   one GPU
                    paper     from scratch on TinyStories                      one large GPU, a hub
                    (default: gpu where CUDA is present, else cpu)
   --only STAGES    comma list of set-up, data, train, decode, report (default: all; the set-up always comes first)

@@ -230,10 +230,15 @@ class Config:
         size = self.size if self.model.family in FAMILIES else Path(self.model.family).stem
         if self.is_pretrained:
             size = re.sub(r"[^a-z0-9]+", "-", Path(self.model.trunk).name.removesuffix(".gguf").lower()).strip("-")
+        low = f"-low{self.model.map_rank}" if self.model.map_rank else ""
         aim = f"-{self.loss.objective}" if self.loss.objective != "joint" else ""
-        return (
-            f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{self.anchor}{tie}{hidden}{aim}-s{self.seed}"
-        )
+        if self.loss.alpha != LossConfig.alpha:
+            aim += f"-a{self.loss.alpha:g}"
+        if self.loss.gamma != LossConfig.gamma:
+            aim += f"-g{self.loss.gamma:g}"
+        anchor = self.anchor + (f"{self.model.anchor_width}" if self.model.anchor_width else "")
+        law = f"{anchor}{tie}{hidden}{low}{aim}"
+        return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{law}-s{self.seed}"
 
 
 # Settings that say where, when or how a run is watched, not what it computes (prefixes of dotted names).

@@ -54,6 +54,19 @@ def check_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """One process at a time, the others wait; where the file system has no locks, none waits."""
+    with open(path, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
+
+
+@contextlib.contextmanager
 def errors_named(path: Path) -> Iterator[None]:
     """Turn an OSError into a WriteError that names `path` and says what to do."""
     try:

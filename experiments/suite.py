@@ -151,35 +151,102 @@ def cpu_full() -> list[Cell]:
 
 OBJECTIVES = ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend")
 CHOSEN = "eq14"  # on the validation split; results/LOG.md tells how
+CONTEXT = 256  # tokens of a training row
+WIDE = ((1, 1152), (4, 288))  # perceptron maps with the parameters of linear rank 4: (rank, hidden units)
 
 
-def retrofitted(corpus: str, rank: int, objective: str, steps: int, *, anchor: str = "none", hidden: int = 0,
-                seed: int = 0, folder: str = "C6") -> Cell:  # fmt: skip
-    """Heads on SmolLM2-135M-Instruct, tied to its own next-token head, trained on 64 positions a step."""
+@dataclass(frozen=True)
+class Effort:
+    """How heads on a pretrained model are trained: `positions` in all, `each` of them a step, out of `rows` rows.
+
+    more: settings of the machine. label: ends the names of its cells, where a profile has several efforts.
+    """
+
+    positions: int
+    each: int
+    rows: int = 8
+    label: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        steps = -(-self.positions // self.each)
+        fraction = self.each / (self.rows * CONTEXT)
+        return {
+            "data.batch_rows": self.rows, "loss.joint_fraction": fraction, "optim.steps": steps, "train.validate_every": steps,
+        } | self.more  # fmt: skip
+
+
+CPU_SCREEN, CPU_GRID = Effort(24_000, 64), Effort(48_000, 64)
+_GPU = {"loss.chunk_mib": 256, "train.validation_rows": 16, "train.checkpoint_every": 1000, "evaluate.rows": 32}
+GPU_SCREEN = Effort(30_000, 128, label="screen", more=_GPU | {"train.validate_every": 78})
+GPU_GRID = Effort(150_000, 256, more=_GPU | {"train.validate_every": 195})
+GPU_LONG = Effort(
+    1_500_000, 512, rows=16, label="long", more=_GPU | {"train.validate_every": 976, "data.states": 800_000}
+)
+
+
+def retrofitted(corpus: str, rank: int, effort: Effort, *, anchor: str = "none", objective: str = CHOSEN, tied: bool = True,
+                hidden: int = 0, seed: int = 0, folder: str = "C6", **more: Any) -> Cell:  # fmt: skip
+    """Heads on SmolLM2-135M-Instruct, tied to its own next-token head unless said otherwise. hidden: units of perceptron maps.
+
+    more: further settings, a dot written as two underscores.
+    """
     overrides = {
         "preset": "retrofit", "model.trunk": "smollm2", "model.family": "pretrained", "model.dtype": "bfloat16",
-        "corpus": corpus, "rank": rank, "anchor": anchor, "loss.objective": objective, "seed": seed, "optim.steps": steps,
-        "train.validate_every": steps, "train.decode_prompts": 16, "evaluate.rows": 4,
-    }  # fmt: skip
-    if corpus == "text":
-        overrides["data.states"] = 100_000
-    return Cell(folder, overrides | ({"model.map_hidden": hidden, "model.anchor_width": hidden} if hidden else {}))
+        "corpus": corpus, "data.max_bytes": 8_000_000, "rank": rank, "anchor": anchor, "loss.objective": objective,
+        "seed": seed, "train.decode_prompts": 16, "evaluate.rows": 4,
+    } | effort.settings()  # fmt: skip
+    overrides |= {} if tied else {"model.tie_first": False}
+    overrides |= {"model.map_hidden": hidden} if hidden else {}
+    overrides |= {key.replace("__", "."): value for key, value in more.items()}
+    cell = Cell(folder, overrides)
+    if effort.label:
+        cell.overrides["name"] = f"{cell.config('').run_name}-{effort.label}"
+    return cell
 
 
 def retrofit_screen() -> list[Cell]:
-    """Which objective: code, rank 4, anchored, 24k positions."""
-    return [retrofitted("code", 4, each, 375, anchor="token", folder="C6-screen") for each in OBJECTIVES]
+    """Which objective: code, rank 4, anchored."""
+    return [retrofitted("code", 4, CPU_SCREEN, objective=each, anchor="token", folder="C6-screen") for each in OBJECTIVES]  # fmt: skip
 
 
 def retrofit() -> list[Cell]:
-    """Does rank pay on a frozen model? The chosen objective, 48k positions; linear maps, and perceptrons beside them."""
+    """Does rank pay on a frozen model? The chosen objective; linear maps, and perceptrons beside them."""
     return [
-        retrofitted("text", 1, CHOSEN, 750, anchor="token"),
-        *(retrofitted("code", rank, CHOSEN, 750, anchor="token") for rank in reversed(RANKS)),
-        *(retrofitted("code", rank, CHOSEN, 750, anchor="token", hidden=1024) for rank in (1, 4)),
-        retrofitted("text", 4, CHOSEN, 750, anchor="token"),
-        *(retrofitted("code", rank, CHOSEN, 750) for rank in RANKS),
+        retrofitted("text", 1, CPU_GRID, anchor="token"),
+        *(retrofitted("code", rank, CPU_GRID, anchor="token") for rank in reversed(RANKS)),
+        *(retrofitted("code", rank, CPU_GRID, anchor="token", hidden=hidden) for rank, hidden in WIDE),
+        retrofitted("text", 4, CPU_GRID, anchor="token"),
+        *(retrofitted("code", rank, CPU_GRID) for rank in RANKS),
     ]
+
+
+def retrofit_gpu() -> list[Cell]:
+    """The whole grid: the screen of objectives; ranks, anchors, texts; seeds; maps; constants of eq. 14; longer training."""
+    screen = [
+        retrofitted("code", 4, GPU_SCREEN, objective=objective, anchor=anchor, folder="C6-screen")
+        for objective in OBJECTIVES
+        for anchor in ("token", "none")
+    ]
+    constants = [
+        retrofitted("code", 4, GPU_SCREEN, anchor="token", folder="C6-screen", **{name: value})
+        for name, value in (("loss__alpha", 0.0), ("loss__alpha", 0.5), ("loss__alpha", 1.0), ("loss__gamma", 0.7))
+    ]
+    grid = [
+        retrofitted(corpus, rank, GPU_GRID, anchor=anchor)
+        for corpus in ("code", "text")
+        for anchor in ("token", "none")
+        for rank in RANKS
+    ]
+    seeds = [retrofitted("code", rank, GPU_GRID, anchor="token", seed=1) for rank in (1, 4)]
+    untied = [retrofitted("code", rank, GPU_GRID, tied=False) for rank in (1, 4)]
+    maps = [
+        *(retrofitted("code", rank, GPU_GRID, anchor="token", hidden=hidden) for rank, hidden in WIDE),
+        *(retrofitted("code", rank, GPU_GRID, anchor="token", model__map_rank=64) for rank in (1, 4)),
+        *(retrofitted("code", rank, GPU_GRID, anchor="token", model__anchor_width=1024) for rank in (1, 4)),
+    ]
+    long = [retrofitted(corpus, rank, GPU_LONG, anchor="token", folder="C6-long") for corpus in ("code", "text") for rank in (1, 4)]  # fmt: skip
+    return [*long, *grid, *seeds, *untied, *maps, *screen, *constants]
 
 
 # --- one GPU ---------------------------------------------------------------------------------------------------------
@@ -207,7 +274,7 @@ def paper() -> list[Cell]:
 
 PROFILES = {
     "smoke": smoke, "cpu": cpu, "cpu-full": cpu_full, "retrofit-screen": retrofit_screen, "retrofit": retrofit, "gpu": gpu,
-    "paper": paper,
+    "retrofit-gpu": retrofit_gpu, "paper": paper,
 }  # fmt: skip
 
 

@@ -133,7 +133,10 @@ def test_help_names_every_profile_and_command() -> None:
         (("reproduce.sh", "--porfile", "cpu"), "did you mean --profile?"),
         (("reproduce.sh", "--porfile=cpu"), "did you mean --profile?"),
         (("reproduce.sh", "--profile", "cpu-ful"), "did you mean cpu-full?"),
-        (("reproduce.sh", "--profile", "quick"), "not one of: smoke cpu cpu-full retrofit-screen retrofit gpu paper"),
+        (
+            ("reproduce.sh", "--profile", "quick"),
+            "not one of: smoke cpu cpu-full retrofit-screen retrofit gpu retrofit-gpu paper",
+        ),
         (("reproduce.sh", "--profile"), "--profile needs a value"),
         (("reproduce.sh", "--only", "data,trian"), "did you mean train?"),
         (("reproduce.sh", "--data", "nowhere"), "no such folder; ./dev bundle"),

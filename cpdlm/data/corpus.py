@@ -33,10 +33,11 @@ from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.data import sources
-from cpdlm.data.checkpoints import checkpoint_folder
+from cpdlm.data.checkpoints import PACKAGES, carried_package, checkpoint_folder, origin_hash
 from cpdlm.data.duplicates import clusters
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer, tokenizer_hash
 from cpdlm.data.windows import mix, row_count
+from cpdlm.files import only_one
 
 FORMAT = 1  # raise when the layout or the way documents are split changes
 SPLITS = ("train", "validation", "test")
@@ -134,8 +135,8 @@ def _tokenizer_name(config: Config) -> str:
     """As in data.tokenizer; a model's own is called by its content, so that models of one name are told apart."""
     if config.data.tokenizer != "model":
         return config.data.tokenizer
-    folder = checkpoint_folder(config.model.trunk, config.data.cache)
-    return f"model:{tokenizer_hash(folder)[:12]}"
+    folder = checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
+    return f"model:{(origin_hash(folder) or tokenizer_hash(folder))[:12]}"
 
 
 def _slug(config: Config) -> str:
@@ -169,7 +170,7 @@ def _from_cache(config: Config, progress: bool) -> Corpus:
     if (corpus := _read_or_warn(folder)) is not None:
         return corpus
     root.mkdir(parents=True, exist_ok=True)
-    with _only_one(root / f".{folder.name}.lock"):
+    with only_one(root / f".{folder.name}.lock"):
         if folder.exists() and (corpus := _read_or_warn(folder, quietly=True)) is not None:
             return corpus  # another process built it meanwhile
         temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".partial-{folder.name}-"))
@@ -246,19 +247,6 @@ def _file_hash(path: Path) -> str:
 
 
 @contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """One process at a time; where the file system has no locks, the last rename wins, which is harmless."""
-    with open(path, "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
-        yield
-
-
-@contextmanager
 def _disk_errors_explained(config: Config) -> Iterator[None]:
     try:
         yield
@@ -282,7 +270,7 @@ def _build(config: Config, origin: sources.Origin, folder: Path, progress: bool)
     chosen = {name: take(documents, assignment[name], assignment, config.data.max_bytes) for name in SPLITS}
     name, own = _tokenizer_name(config), None
     if config.data.tokenizer == "model":
-        own = checkpoint_folder(config.model.trunk, config.data.cache)
+        own = checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
     tokenizer = build_tokenizer(name, [documents.texts[i] for i in chosen["train"]], progress, own)
     with tqdm(total=sum(map(len, chosen.values())), desc="tokenising", unit="document", disable=not progress) as bar:
         for name, indices in chosen.items():
@@ -410,10 +398,11 @@ def _tokenise(
 
 
 def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int = 55 * 2**20) -> dict[str, int]:
-    """Put the tokens that `configs` need into a folder for machines without a network; returns sizes in bytes by name.
+    """Put what `configs` need into a folder for machines without a network; returns sizes in bytes by name.
 
-    Arrays are compressed; reading needs numpy alone (and `tokenizers` to turn BPE ids into text). ConfigError, and
-    nothing left behind, where the bundle would be larger than limit_bytes.
+    Tokens: arrays are compressed; reading needs numpy alone (and `tokenizers` to turn BPE ids into text). ConfigError, and
+    nothing left behind, where they would be larger than limit_bytes. Beside them, under packages/, the wheels that carry
+    a named pretrained model; other models are the user's to take along.
     """
     folder = Path(folder)
     if (folder / BUNDLE).exists() is False and folder.exists() and any(folder.iterdir()):
@@ -446,6 +435,11 @@ def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int
                 f"the bundle has {sum(sizes.values()) / 2**20:.1f} MiB, more than {limit_bytes / 2**20:.1f}: {listed}; "
                 "lower data.max_bytes of the largest"
             )
+        for config in configs:
+            if config.is_pretrained and (wheel := carried_package(config.model.trunk, config.data.cache)) is not None:
+                (temporary / PACKAGES).mkdir(exist_ok=True)
+                sizes[f"{PACKAGES}/{wheel.name}"] = wheel.stat().st_size
+                shutil.copy(wheel, temporary / PACKAGES)
         (temporary / BUNDLE).write_text(json.dumps({"format": FORMAT, "entries": entries}, indent=1))
         os.chmod(temporary, 0o755)
         if folder.exists():

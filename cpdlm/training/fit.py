@@ -218,7 +218,9 @@ def fit(
         return None
     prefix = "model."
     plain = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    save_model(folder, model, plain, model.vocab_size)
+    # Heads on a pretrained trunk are stored as it is, and evaluated as they are stored.
+    narrow = getattr(torch, config.model.dtype) if config.is_pretrained else None
+    save_model(folder, model, plain, model.vocab_size, narrow)
     summary = journal.finish()
     write_json(folder / TRAINED, asdict(summary))
     checkpoint.unlink(missing_ok=True)

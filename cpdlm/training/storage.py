@@ -89,10 +89,13 @@ def read_config(folder: Path) -> Config:
         raise RunError(f"{path} cannot be read: {error}") from error
 
 
-def save_model(folder: Path, model: LanguageModel, state: dict[str, Tensor], vocab_size: int) -> None:
-    """Write finished weights. state: the model's full state dict, gathered if it was sharded."""
+def save_model(
+    folder: Path, model: LanguageModel, state: dict[str, Tensor], vocab_size: int, dtype: torch.dtype | None = None
+) -> None:  # fmt: skip
+    """Write finished weights. state: the model's full state dict, gathered if it was sharded. dtype: what numbers are rounded
+    to (default: what they are)."""
     kept = {
-        name: tensor.contiguous()
+        name: tensor.to(dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in state.items()
         if not (model.common_target and name.startswith(("trunk.", "unembedding.")))
         and not (name == "unembedding.weight" and model.embeddings_are_tied)
@@ -113,14 +116,14 @@ def load_trunk(config: Config) -> LanguageModel | None:
         return None
     if not config.is_pretrained:
         return load_model(Path(config.model.trunk))
-    source = checkpoint_folder(config.model.trunk, config.data.cache)
+    source = checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
     return load_pretrained(source, getattr(torch, config.model.dtype), config.data.context, config.model.trunk)
 
 
 def trunk_hash(config: Config) -> str:
     """sha256 that stands for the weights of model.trunk."""
     if config.is_pretrained:
-        return content_hash(checkpoint_folder(config.model.trunk, config.data.cache))
+        return content_hash(checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle))
     return hashlib.sha256((Path(config.model.trunk) / WEIGHTS).read_bytes()).hexdigest()
 
 
