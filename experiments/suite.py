@@ -178,7 +178,7 @@ class Effort:
 
 CPU_SCREEN, CPU_GRID = Effort(24_000, 64), Effort(48_000, 64)
 _GPU = {"loss.chunk_mib": 256, "train.validation_rows": 16, "train.checkpoint_every": 1000, "evaluate.rows": 32}
-GPU_SCREEN = Effort(30_000, 128, label="screen", more=_GPU | {"train.validate_every": 78})
+GPU_SCREEN = Effort(30_000, 128, label="screen", more=_GPU | {"train.validate_every": 78, "decode.repeats": 1})
 GPU_GRID = Effort(150_000, 256, more=_GPU | {"train.validate_every": 195})
 GPU_LONG = Effort(
     1_500_000, 512, rows=16, label="long", more=_GPU | {"train.validate_every": 976, "data.states": 800_000}
@@ -239,7 +239,7 @@ def retrofit_gpu() -> list[Cell]:
         for rank in RANKS
     ]
     seeds = [retrofitted("code", rank, GPU_GRID, anchor="token", seed=1) for rank in (1, 4)]
-    untied = [retrofitted("code", rank, GPU_GRID, tied=False) for rank in (1, 4)]
+    untied = [retrofitted("code", rank, GPU_GRID, tied=False, folder="C6-untied") for rank in (1, 4)]
     maps = [
         *(retrofitted("code", rank, GPU_GRID, anchor="token", hidden=hidden) for rank, hidden in WIDE),
         *(retrofitted("code", rank, GPU_GRID, anchor="token", model__map_rank=64) for rank in (1, 4)),
@@ -279,13 +279,16 @@ PROFILES = {
 
 
 def decode_groups(cells: list[Cell], output: str) -> list[Group]:
-    """Cells of the same corpus, horizon, seed and kind of target; their reference where it is one of `cells`."""
+    """Cells of the same corpus, horizon, seed and kind of target; their reference where it is one of `cells`. Those on a
+    pretrained model, which are many, by folder as well."""
     names = {cell.config(output).run_name for cell in cells}
     groups: dict[tuple[Any, ...], Group] = {}
     for cell in cells:
         config = cell.config(output)
         if config.horizon > 1:
             key = (config.corpus, config.target, config.model.trunk, config.size, config.horizon, config.seed)
+            if config.is_pretrained:
+                key = (*key, cell.folder)
             reference = cell.reference
             if reference is not None and reference.config(output).run_name not in names:
                 reference = None
