@@ -219,7 +219,7 @@ def retrofit() -> list[Cell]:
         retrofitted("text", 4, CPU_GRID, anchor="token"),
         *(retrofitted("code", rank, CPU_GRID) for rank in RANKS),
         *(retrofitted("code", rank, CPU_GRID, anchor="token", seed=1) for rank in (1, 4)),
-        *(retrofitted("code", rank, CPU_GRID, tied=False) for rank in (1, 4)),
+        *(retrofitted("code", rank, CPU_GRID, tied=False, folder="C6-untied") for rank in (1, 4)),
     ]
 
 
