@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -461,32 +462,39 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 # --- the record ---------------------------------------------------------------------------------------------------------
 
 
-def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """The record."""
+def records(options: argparse.Namespace, arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """The record as it grows: after every group, so that a run that is cut off leaves what it measured. `seconds`: since the start."""
     device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(options.threads)
-    origin = results.provenance()
-    measured, trunk_parameters = [], 0
-    for dtype in options.dtypes:
-        trunk, cells = models(options, device, dtype)
-        trunk_parameters = trunk.parameter_counts()["trunk"]
-        for group in groups(options, device.type == "cuda"):
-            if group.dtype == dtype:
-                print(f"{dtype}, {group.mode}, batch {group.batch}", file=sys.stderr, flush=True)
-                measured.append(measure(group, trunk, {cell: cells[cell] for cell in group.cells}, options))
+    began = time.monotonic()
     keys = (
         "size", "vocab", "map_rank", "shortlist", "prompt_tokens", "new_tokens", "batch_tokens", "repeats", "warmups", "calls",
     )  # fmt: skip
-    return {
+    record: dict[str, Any] = {
         "benchmark": "decoding speed, forced acceptance, common target, head=shared",
         "command": shlex.join(["python", "experiments/bench_speed.py", *arguments]),
-        **origin,
+        **results.provenance(),
         "settings": {key: getattr(options, key) for key in keys}
-        | {"device": device.type, "trunk_parameters": trunk_parameters, "kept": "0, 1, .. n-1 drafts in turn"},
-        "groups": measured,
-        "targets": targets(measured, trunk_parameters),
+        | {"device": device.type, "kept": "0, 1, .. n-1 drafts in turn"},
+        "groups": [],
     }  # fmt: skip
+    for dtype in options.dtypes:
+        trunk, cells = models(options, device, dtype)
+        trunk_parameters = trunk.parameter_counts()["trunk"]
+        record["settings"]["trunk_parameters"] = trunk_parameters
+        for group in groups(options, device.type == "cuda"):
+            if group.dtype == dtype:
+                print(f"{dtype}, {group.mode}, batch {group.batch}", file=sys.stderr, flush=True)
+                record["groups"].append(measure(group, trunk, {cell: cells[cell] for cell in group.cells}, options))
+                record["targets"] = targets(record["groups"], trunk_parameters)
+                record["seconds"] = time.monotonic() - began
+                yield record
+    if device.type == "cuda":
+        for dtype in options.dtypes:
+            found = compiled_generate(options, device, dtype)
+            record["compiled_generate"] = [*record.get("compiled_generate", []), found]
+            yield record
 
 
 def targets(measured: list[dict[str, Any]], trunk_parameters: int) -> list[dict[str, Any]]:
@@ -583,14 +591,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    record = compare(options, arguments)
-    name = "decode_speed" if record["settings"]["device"] == "cpu" else "decode_speed_gpu"
-    path = options.output / f"{options.name or name}.json"
-    write_json(path, record)
-    if record["settings"]["device"] == "cuda":
-        record["compiled_generate"] = [
-            compiled_generate(options, torch.device("cuda"), each) for each in options.dtypes
-        ]
+    for record in records(options, arguments):
+        name = "decode_speed" if record["settings"]["device"] == "cpu" else "decode_speed_gpu"
+        path = options.output / f"{options.name or name}.json"
         write_json(path, record)
     print(table(record))
     print(f"record: {path}")
