@@ -186,7 +186,7 @@ def settings(**more: Any) -> dict[str, Any]:
 
 def save(folder: Path, config: Config) -> None:
     trunk = storage.load_model(Path(config.model.trunk)) if config.model.trunk else None
-    torch.manual_seed(config.rank)
+    torch.manual_seed(config.rank + 10 * config.seed)
     model = build_language_model(config, 257, trunk)
     storage.open_run(folder, config)
     storage.save_model(folder, model, model.state_dict(), 257)
@@ -201,25 +201,28 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         path = root / "corpus" / f"{index}.txt"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(random.Random(index).choices(LETTERS, k=300)))
-    common = settings(corpus=str(root / "corpus"), **{"data.cache": str(root / "cache"), "output": str(root / "runs")})
-    plain = {"horizon": 1, "rank": 1, "balance": "none"}
-    save(root / "runs" / "trunk", resolve(common | plain))
-    save(root / "runs" / "assistant", resolve(common | plain))
-    for rank, anchor in ((1, "none"), (2, "none"), (2, "token")):
-        config = resolve(common | {"rank": rank, "anchor": anchor, "model.trunk": str(root / "runs" / "trunk")})
-        save(root / "runs" / config.run_name, config)
+    # The same files under two names are two corpora.
+    (root / "other").symlink_to(root / "corpus")
     runs = ["--runs", str(root / "runs")]
-    assert bench_decode.main([*runs, "--train-hydra", str(root / "hydra")]) == 0
-    small = "--prompts 2 --prompt-tokens 8 --new-tokens 6 --nodes 3 --repeats 1 --baseline-repeats 2 --warmups 0 --lookup-horizons 3"
-    assert (
-        bench_decode.main(
-            [
-                *runs, *small.split(), "--hydra", str(root / "hydra"), "--assistant", str(root / "runs" / "assistant"),
-                "--output", str(root / "results" / "benchmarks"),
-            ]
+    plain = {"horizon": 1, "rank": 1, "balance": "none"}
+    for corpus in ("corpus", "other"):
+        common = settings(
+            corpus=str(root / corpus), **{"data.cache": str(root / "cache"), "output": str(root / "runs")}
         )
-        == 0
-    )  # fmt: skip
+        trunk = root / "runs" / f"trunk-{corpus}"
+        save(trunk, resolve(common | plain))
+        save(root / f"assistant-{corpus}", resolve(common | plain))
+        for rank, anchor, seed in ((1, "none", 0), (1, "none", 1), (2, "none", 0), (2, "none", 1), (2, "token", 0)):
+            config = resolve(common | {"rank": rank, "anchor": anchor, "model.trunk": str(trunk), "seed": seed})
+            save(root / "runs" / config.run_name, config)
+    assert bench_decode.main([*runs, "--train-hydra", str(root / "hydra")]) == 0
+    small = (
+        "--prompts 3 --timed-prompts 2 --prompt-tokens 8 --new-tokens 6 --nodes 3 --draws 1 --acceptance-draws 2 --baseline-draws 2 "
+        "--warmups 0 --lookup-horizons 3"
+    )
+    assistants = [str(root / f"assistant-{corpus}") for corpus in ("corpus", "other")]
+    words = [*runs, *small.split(), "--hydra", str(root / "hydra"), "--assistant", *assistants]
+    assert bench_decode.main([*words, "--output", str(root / "results" / "benchmarks")]) == 0
     return root / "runs", root / "results"
 
 
@@ -234,49 +237,75 @@ def test_records_say_where_they_come_from(name: str, measured: tuple[Path, Path]
     assert found["benchmark"] == name and "schema" not in found
     assert found["command"].startswith("python experiments/bench_decode.py --runs ")
     assert {"commit", "dirty", "hardware", "versions", "started"} <= set(found)
-    assert found["settings"]["prompts"] == 2 and found["settings"]["seed"] == 0
-    assert found["target"]["trunk"] == "trunk" and found["target"]["horizon"] == 3
+    assert found["settings"]["prompts"] == 3 and found["settings"]["seeds"] == [0, 1]
+    assert [target["trunk"] for target in found["targets"]] == ["trunk-corpus", "trunk-other"]
+    assert found["targets"][0]["horizon"] == 3 and found["targets"][0]["steps"] == 2
+
+
+LAWS = [("untied", 1, [0, 1]), ("untied", 2, [0, 1]), ("anchored", 2, [0])]
 
 
 def test_every_strategy_is_measured_on_both_splits(measured: tuple[Path, Path]) -> None:
     found = record(measured[1], "decode_strategies.json")
-    assert [(cell["law"], cell["rank"]) for cell in found["cells"]] == [("untied", 1), ("untied", 2), ("anchored", 2)]
+    assert [(cell["law"], cell["rank"], cell["seeds"]) for cell in found["cells"]] == LAWS * 2
+    assert len({cell["corpus"] for cell in found["cells"]}) == 2
     for cell in found["cells"]:
         for mode, names in bench_decode.STRATEGIES.items():
             entry = cell["modes"][mode]
             if cell["rank"] == 1:
                 names = tuple(name for name in names if name not in ("window", "path"))
             assert set(entry) == {*names, "chosen"} and entry["chosen"] in names
-            fastest = max(names, key=lambda name: entry[name]["validation"]["speedup"]["median"])
+            fastest = max(names, key=lambda name: entry[name]["validation"]["speedup"]["mean"])
             assert entry["chosen"] == fastest
             for name in names:
                 for split in ("validation", "test"):
                     one = entry[name][split]
-                    assert one["tokens"] == sum(one["per_prompt"]["tokens"]) == 12
+                    assert one["tokens"] == sum(one["per_prompt"]["tokens"]) == 12 * len(cell["seeds"])
                     assert [row["depth"] for row in one["acceptance_by_depth"]] == [2, 3]
-                    assert one["conversion"] == pytest.approx(one["speedup"]["median"] / one["tokens_per_pass"]["mean"])
+                    product = one["conversion"]["mean"] * one["tokens_per_pass"]["mean"]
+                    assert product == pytest.approx(one["speedup"]["mean"])
+                    assert len(one["by_seed"]) == len(cell["seeds"])
             assert entry["chain"]["test"]["tokens_per_pass_over_chain"] == {"mean": 0, "low": 0, "high": 0}
     assert set(found["suggested"]) == {"greedy", "sampling"}
+
+
+def test_acceptance_is_over_seeds_draws_and_prompts(measured: tuple[Path, Path]) -> None:
+    found = record(measured[1], "decode_acceptance.json")
+    for row in found["strategies"]:
+        draws = 1 if row["mode"] == "greedy" else 2
+        assert row["tokens"] == 3 * 6 * draws * len(row["seeds"])
+        rate = row["tokens_per_pass"]
+        assert rate["mean"] == pytest.approx(row["tokens"] / row["passes"])
+        assert rate["low"] <= rate["mean"] <= rate["high"] and len(row["by_seed"]) == len(row["seeds"])
+    per_corpus = sum(2 if rank == 1 else 4 for _, rank, _ in LAWS) + sum(3 if rank == 1 else 5 for _, rank, _ in LAWS)
+    assert len(found["strategies"]) == 2 * per_corpus
     settings_seen = {(row["temperature"], row["top_p"]) for row in found["filters"]}
     assert settings_seen == {(0.0, 1.0)} | {(t, p) for t in (0.5, 0.8, 1.0, 1.2) for p in (0.8, 0.95, 1.0)}
     for cell in found["agreement"]:
         shares = cell["modes"]["greedy"]
-        assert shares["positions"] == 2 * (6 - 2) and shares["changed"]["differs"] <= shares["changed"]["reached"]
+        assert shares["positions"] == 3 * (6 - 2) * len(cell["seeds"])
+        assert shares["changed"]["differs"] <= shares["changed"]["reached"]
+        assert 0 <= shares["overlap"][0] <= 1
         if cell["rank"] == 1:  # nothing to condition on
             assert shares["chain"] == shares["marginals"] and shares["changed"]["differs"] == 0
 
 
 def test_every_baseline_is_measured(measured: tuple[Path, Path]) -> None:
-    methods = {entry["name"]: entry for entry in record(measured[1], "decode_baselines.json")["methods"]}
+    entries = record(measured[1], "decode_baselines.json")["methods"]
+    corpus = entries[0]["corpus"]
+    methods = {entry["name"]: entry for entry in entries if entry["corpus"] == corpus}
+    assert [entry["name"] for entry in entries if entry["corpus"] != corpus].count("plain") == 1
     assert {entry["kind"] for entry in methods.values()} == {
         "plain", "generate", "lookup", "assistant", "hydra", "heads",
     }  # fmt: skip
     assert {"rank 1, untied", "rank 2, untied", "rank 2, anchored"} <= set(methods)
     for entry in methods.values():
+        seeds = 2 if entry["kind"] == "hydra" else len(entry.get("seeds", [0]))
         for mode in ("greedy", "sampling"):
             one = entry["modes"][mode]
-            assert one["tokens"] == 24 == sum(one["per_prompt"]["tokens"]) and one["passes"] <= 24
-            assert one["tokens_per_pass"]["mean"] == pytest.approx(24 / one["passes"])
+            assert one["tokens"] == 24 * seeds and one["passes"] <= 24 * seeds
+            assert one["tokens_per_pass"]["mean"] == pytest.approx(24 * seeds / one["passes"])
+            assert one["working_memory_bytes"] > 0
     assert methods["plain"]["modes"]["greedy"]["passes"] == methods["generate"]["modes"]["greedy"]["passes"] == 24
     # An assistant that is the target's equal is always right under greedy.
     assistant = next(entry for entry in methods.values() if entry["kind"] == "assistant")
@@ -287,19 +316,14 @@ def test_every_baseline_is_measured(measured: tuple[Path, Path]) -> None:
 
 def test_cells_that_do_not_go_together_are_refused(measured: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no heads of seed 7"):
-        bench_decode.load_cells(measured[0], [], 7)
+        bench_decode.load_heads(measured[0], [], [7], [])
+    with pytest.raises(SystemExit, match="on a frozen trunk for corpus=poems; train some"):
+        bench_decode.load_heads(measured[0], [], [0], ["poems"])
     with pytest.raises(SystemExit, match="not heads of one horizon"):
-        bench_decode.load_cells(measured[0], ["trunk"], 0)
+        bench_decode.load_heads(measured[0], ["trunk-corpus"], [0], [])
     with pytest.raises(storage.RunError, match="make them with --train-hydra"):
-        trunk = storage.load_model(measured[0] / "trunk")
+        trunk = storage.load_model(measured[0] / "trunk-corpus")
         bench_decode.load_hydra(tmp_path, trunk)
-
-
-def test_the_paired_difference_is_surer_than_its_parts() -> None:
-    passes = [50, 20, 35, 60]
-    one, other = ({"tokens": [100] * 4, "passes": [each + more for each in passes]} for more in (0, 1))
-    found = bench_decode.paired_difference(one, other, 0)
-    assert found["low"] <= found["mean"] <= found["high"] and found["low"] > 0
 
 
 # --- the report --------------------------------------------------------------------------------------------------
@@ -309,8 +333,10 @@ def made_baselines() -> dict[str, Any]:
     def mode(rate: float, speed: float) -> dict[str, Any]:
         return {
             "tokens_per_pass": {"mean": rate, "low": rate - 0.1, "high": rate + 0.1}, "tokens_per_second": 500 * speed,
-            "speedup": {"median": speed, "low": speed * 0.95, "high": speed * 1.05}, "conversion": speed / rate, "conversion_interval": [0.9 * speed / rate, 1.05 * speed / rate],
-            "speedup_over_generate": {"median": speed * 1.1, "low": speed, "high": speed * 1.2},
+            "speedup": {"mean": speed, "low": speed * 0.95, "high": speed * 1.05},
+            "conversion": {"mean": speed / rate, "low": 0.9 * speed / rate, "high": 1.05 * speed / rate},
+            "speedup_over_generate": {"mean": speed * 1.1, "low": speed, "high": speed * 1.2},
+            "working_memory_bytes": 2_000_000,
         }  # fmt: skip
 
     shapes = [
@@ -321,14 +347,21 @@ def made_baselines() -> dict[str, Any]:
     ]  # fmt: skip
     return ORIGIN | {
         "benchmark": "decoding baselines", "command": "python experiments/bench_decode.py",
-        "settings": {"prompts": 16, "new_tokens": 64},
-        "target": {"trunk": "code-small", "corpus": "code", "size": "small", "horizon": 4, "parameters": 3_200_000},
+        "settings": {"timed_prompts": 16, "new_tokens": 64},
+        "targets": [
+            {
+                "trunk": f"{corpus}-small", "corpus": corpus, "size": "small", "horizon": 4, "parameters": 3_200_000,
+                "steps": 600, "head_steps": 200,
+            }
+            for corpus in ("code", "text")
+        ],
         "methods": [
             {
-                "name": name, "kind": kind, "law": law, "horizon": 4, "strategy": {"greedy": "chain", "sampling": "block"},
+                "corpus": corpus, "name": name, "kind": kind, "law": law, "horizon": 4, "strategy": {"greedy": "chain", "sampling": "block"},
                 "parameters_added": 100_000, "weights_mib": 0.4, "training_seconds": 30.0,
                 "modes": {"greedy": mode(rate, speed), "sampling": mode(rate - 0.02, speed)},
             }
+            for corpus in ("code", "text")
             for name, kind, law, rate, speed in shapes
         ],
     }  # fmt: skip
@@ -372,11 +405,13 @@ def test_the_figure_is_readable_in_a_column_and_the_same_every_time(tmp_path: Pa
             *(each.get_window_extent() for each in texts if each.get_text().endswith("x")),
         ]:
             assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
-        looks = [(colour, marker) for _, colour, marker in decoding._looks(made_baselines()["methods"])]
-        assert len(set(looks)) == len(looks)
+        looks = decoding._looks(made_baselines()["methods"])
+        assert len(set(looks.values())) == len(looks) == 9
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"benchmark": "something else"}'])
+@pytest.mark.parametrize(
+    "content", [None, "{", '{"benchmark": "something else"}', '{"benchmark": "decoding baselines"}']
+)
 def test_without_a_record_table_and_figure_are_left_out_with_a_note(content: str | None, tmp_path: Path) -> None:
     folder = tmp_path / "results" / "benchmarks"
     folder.mkdir(parents=True)

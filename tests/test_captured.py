@@ -195,6 +195,22 @@ def test_a_broken_target_is_named_by_captured_passes() -> None:
     assert mended.tokens == decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0)).tokens
 
 
+def test_a_model_in_training_mode_is_not_recorded() -> None:
+    """A graph would go on with the dropout of its recording after model.eval()."""
+    model = copy.deepcopy(real("cpu")).train()
+    with pytest.raises(ValueError, match="in training mode, where its law may be random"):
+        Captures(model, on="cpu")(1, 40, Sampling(0.0))
+    assert Captures(model.eval(), on="cpu")(1, 40, Sampling(0.0)) is not None
+
+
+def test_nothing_is_captured_for_texts_beyond_the_context() -> None:
+    model = CpdlmForCausalLM.from_language_model(copy.deepcopy(real("cpu")))
+    model._captures.on = "cpu"
+    with pytest.raises(ValueError, match="exceed the model's context of 96; pass max_new_tokens of at most 93"):
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=10_000, pad_token_id=0)
+    assert model._captures.passes is None
+
+
 def test_captures_are_kept_for_the_next_text_of_the_same_kind() -> None:
     model = copy.deepcopy(real("cpu"))
     assert Captures(model)(1, 40, Sampling(0.0)) is None, "growing passes are faster off CUDA"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -216,6 +217,7 @@ def options(said: list[int]) -> dict[str, dict[str, Any]]:
     """said: what is written without options."""
     return {
         "max_new_tokens": {"max_new_tokens": 24},
+        "one token": {"max_new_tokens": 1},
         "max_length": {"max_length": 19},
         "default length": {},
         "one eos": {"max_new_tokens": 24, "eos_token_id": said[6]},
@@ -382,6 +384,21 @@ def texts_of(drawn: Tensor, eos: int | None) -> Counter[oracle.History]:
     return counts
 
 
+NARROW: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": 1}, "top_p": {"top_p": 1e-6}, "temperature": {"temperature": 1e-5}, "min_p": {"min_p": 0.999},
+    "typical_p": {"typical_p": 1e-6}, "epsilon_cutoff": {"epsilon_cutoff": 0.999},
+    "renormalize_logits": {"top_k": 1, "renormalize_logits": True}, "penalty": {"top_k": 1, "repetition_penalty": 1.6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NARROW)
+def test_a_law_of_one_token_is_sampled_as_the_library_samples_it(name: str, layout: str) -> None:
+    """Every filter, so narrow that nothing is left to chance: the texts are equal."""
+    chosen = {"do_sample": True, "top_k": 0, "max_new_tokens": 16, "pad_token_id": 0} | NARROW[name]
+    assert wrapped(layout).generate(**batch(2), **chosen).tolist() == stock(layout, **batch(2), **chosen).tolist()
+
+
 def test_the_global_seed_decides() -> None:
     def drawn(seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
@@ -417,6 +434,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "draft": ({"draft": "guess"}, "draft='guess' is not one of none, chain"),
     "temperature": ({"do_sample": True, "temperature": 0.0}, "temperature"),
     "top_p": ({"do_sample": True, "top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+    "cold": ({"do_sample": True, "temperature": -1.0}, "`temperature` .=-1.0. has to be a strictly positive float"),
+    "no tokens": ({"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0, but is 0"),
     "misspelt": ({"max_new_token": 3}, "max_new_token"),
     "padding": ({"attention_mask": torch.tensor([[1, 0]])}, "a prompt ends in padding.*padding_side='left'"),
 }  # fmt: skip
@@ -432,6 +451,21 @@ def test_what_speculation_has_not_is_refused_by_name(name: str) -> None:
 def test_an_empty_prompt_is_named() -> None:
     with pytest.raises(ValueError, match="the prompt is empty; pass at least one token"):
         wrapped("common").generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(("token", "said"), [(17, "token id 17, the vocabulary is 0..16"), (-2, "token id -2")])
+def test_ids_outside_the_vocabulary_are_named(token: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        wrapped("common").generate(torch.tensor([[1, token]]), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("chosen", [{}, {"do_sample": True}, {"repetition_penalty": 1.3}])
+def test_a_target_of_nan_is_named(chosen: dict[str, Any]) -> None:
+    model = wrap(copy.deepcopy(real(*COMMON)))
+    with torch.no_grad():
+        model.model.trunk.body.norm.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="the target law of token 2 .* is NaN or -inf alone"):
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, **chosen)
 
 
 def test_rows_that_stop_apart_need_something_to_pad_with() -> None:
@@ -651,27 +685,57 @@ def test_a_run_without_its_parts_says_so(tmp_path: Path, capsys: pytest.CaptureF
 # --- slow -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_greedy_in_float32_on_a_hundred_prompts() -> None:
-    """100 prompts x 64 tokens: where a token differs, the target's two best, in float64, are within 1e-4 of each other."""
+def trained(text_T: Tensor, steps: int = 150) -> LanguageModel:
+    """A trunk, and heads on it, that have learnt this text: its drafts are often right, and its near-ties are real ones."""
     base = {"size": "micro", "data.context": 128, "decode.prompt_tokens": 8, "decode.new_tokens": 8}
+    torch.manual_seed(0)
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 257)
-    model = build_language_model(resolve(base | {"rank": 4, "model.trunk": "frozen"}), 257, trunk).eval()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(2 * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    heads = build_language_model(resolve(base | {"rank": 4, "anchor": "token", "model.trunk": "frozen"}), 257, trunk)
+    rows_RT = text_T[: len(text_T) // 64 * 64].view(-1, 64)
+    for model in (trunk, heads):
+        model.requires_grad_(model is trunk)
+        if model is heads:
+            for part in (model.heads, model.anchor):
+                assert part is not None
+                part.requires_grad_(True)
+        optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=4e-3)
+        for _ in range(steps):
+            rows_BT = rows_RT[torch.randint(0, len(rows_RT), (16,))]
+            hidden_BTD = model.hidden(rows_BT)
+            if model is trunk:
+                loss = -model.target_log_probs(hidden_BTD[:, :-1]).gather(-1, rows_BT[:, 1:, None]).mean()
+            else:
+                windows_PN = rows_BT.unfold(1, model.horizon, 1)[:, 1:].reshape(-1, model.horizon)
+                hidden_PD = hidden_BTD[:, : -model.horizon].flatten(0, 1)
+                loss = -model.draft_joint(hidden_PD, windows_PN[:, 0]).log_prob(windows_PN[:, 1:]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return heads.eval()
+
+
+@pytest.mark.slow
+def test_greedy_in_float32_on_a_hundred_prompts(tmp_path: Path) -> None:
+    """100 prompts x 64 tokens, many of them accepted drafts: at most one text is not the library's, and where it is not, the
+    target's two best, in float64, are within 1e-4 of each other."""
+    write_corpus(tmp_path / "words.txt")
+    text_T = torch.tensor([*(tmp_path / "words.txt").read_bytes()])
+    model = trained(text_T[:200_000])
     ours, theirs = wrap(model), plain(model)
     exact = copy.deepcopy(model).double()
-    differing = 0
+    generator, differing = torch.Generator().manual_seed(2), 0
+    passes: list[int] = []
     for start in range(10):
         lengths = [4 + (7 * (10 * start + row)) % 29 for row in range(10)]
-        ids = torch.randint(0, 257, (10, max(lengths)), generator=generator)
+        places = torch.randint(200_000, len(text_T) - 64, (10,), generator=generator)
+        ids = torch.stack([text_T[place : place + max(lengths)] for place in places])
         mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
         chosen = {"max_new_tokens": 64, "pad_token_id": 0}
-        one = ours.generate(ids, attention_mask=mask, **chosen)
         other = theirs.generate(ids, attention_mask=mask, **chosen)
+        handle = model.trunk.body.register_forward_hook(lambda *arguments: passes.append(1))
+        one = ours.generate(ids, attention_mask=mask, **chosen)
+        handle.remove()
+        assert one.shape == other.shape == (10, max(lengths) + 64)
         for row in range(10):
             unequal = (one[row] != other[row]).nonzero()
             if len(unequal) == 0:
@@ -680,4 +744,5 @@ def test_greedy_in_float32_on_a_hundred_prompts() -> None:
             prefix = one[row, : int(unequal[0])][max(lengths) - lengths[row] :]
             best = exact.target_log_probs(exact.hidden(prefix[None]))[0, -1].topk(2).values
             assert float(best[0] - best[1]) < 1e-4, f"prompt {10 * start + row} differs at token {int(unequal[0])}"
-    assert differing < 10
+    assert differing <= 1
+    assert len(passes) < 10 * 45, "even the slowest row of a batch keeps many drafts"

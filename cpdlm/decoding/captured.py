@@ -75,8 +75,8 @@ class CapturedPasses:
     """`passes.Passes` with fixed shapes, for texts of at most `slots` tokens, prompt included.
 
     Made for one model, number of rows, sampling and way of drafting; reusable for any number of texts. On CUDA, making it takes
-    some tenths of a second. uniforms: of the rows that are written; the loop sets it. Raises ValueError where a layer of the model
-    attends to fewer slots than there are.
+    some tenths of a second. uniforms: of the rows that are written; the loop sets it. Raises ValueError for a model in training
+    mode, and where a layer of the model attends to fewer slots than there are.
     """
 
     runs_ahead = True
@@ -89,6 +89,8 @@ class CapturedPasses:
         self.model, self.rows, self.sampling, self.draft, self.nodes = model, rows, sampling, draft, nodes
         self.slots = slots or model.context
         self.device = device or next(model.parameters()).device  # type: ignore[attr-defined]
+        if getattr(model, "training", False):  # a recording would keep its dropout
+            raise ValueError("the model is in training mode, where its law may be random; call model.eval() first")
         window = getattr(model, "attention_window", None)
         if window is not None and window < self.slots:
             raise ValueError(
@@ -233,15 +235,16 @@ class Captures:
     def __call__(
         self, rows: int, longest: int, sampling: Sampling, draft: str = "chain", nodes: int = 8
     ) -> CapturedPasses | None:
-        """Passes for texts of at most `longest` tokens, prompt included; None where growing passes are to be used."""
+        """Passes for texts of at most `longest` tokens, prompt included; None where growing passes are to be used, or where the
+        texts exceed the context, which the loop refuses."""
         weights = [*self.model.parameters(), *self.model.buffers()]
         window = self.model.attention_window
-        if weights[0].device.type != self.on or (window is not None and window < longest):
+        most = self.model.context if window is None else min(window, self.model.context)
+        if weights[0].device.type != self.on or most < longest:
             return None
-        kind = (rows, sampling, draft, nodes, *(each.data_ptr() for each in weights))
+        kind = (rows, sampling, draft, nodes, *((each.data_ptr(), each.shape, each.dtype) for each in weights))
         if self.passes is None or self.kind != kind or self.passes.slots < longest:
-            most = self.model.context if window is None else min(window, self.model.context)
-            slots = max(longest, min(-(-longest // self.STEP) * self.STEP, most))
+            slots = min(-(-longest // self.STEP) * self.STEP, most)
             self.passes = None  # the old ones' memory first
             self.passes = CapturedPasses(self.model, rows, sampling, draft=draft, nodes=nodes, slots=slots)
             self.kind = kind

@@ -109,10 +109,8 @@ def decode_batch(
     depths = model.horizon - 1
     deepest = 0 if draft == "none" else depths
     written = [Decoded(reached=[0] * depths, accepted=[0] * depths) for _ in prompts]
-    rows, done = (
-        list(range(len(prompts))),
-        set[int](),
-    )  # rows of the passes; those of them that are written to their end
+    rows = list(range(len(prompts)))  # rows of the passes
+    done = set[int]()  # those of them that are written to their end
     uniforms = Uniforms(generators, device) if generators and not sampling.greedy else None
     if passes is not None:
         _check_passes(passes, model, len(prompts), sampling, draft, nodes, target_scores is not None, use_cache)
@@ -132,15 +130,8 @@ def decode_batch(
             return _processed(target_scores, target_BSV, proposal, rows, written, ends)
 
         made = GrowingPasses(
-            model,
-            strategy,
-            uniforms,
-            len(prompts),
-            device,
-            use_cache,
-            process if target_scores is not None else None,
-            lap,
-        )
+            model, strategy, uniforms, len(prompts), device, use_cache, process if target_scores is not None else None, lap
+        )  # fmt: skip
     lap("other")
     outcome, first = made.first(prompts), True
     while True:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Benchmark = dict[str, Any]
-RECORDS = {"decoding strategies": "decode_strategies.json", "decoding baselines": "decode_baselines.json"}
+RECORDS = {
+    "decoding acceptance": "decode_acceptance.json",
+    "decoding strategies": "decode_strategies.json",
+    "decoding baselines": "decode_baselines.json",
+}
 COLOURS = {
     "plain": BLACK, "generate": BLACK, "lookup": ORANGE, "assistant": RED, "hydra": PURPLE, "untied": BLUE,
     "anchored": GREEN, "tied": SKY,
@@ -69,57 +73,74 @@ def methods_table(record: Benchmark) -> Table:
         modes = [method["modes"][mode] for mode in MODES]
         rows.append(
             (
-                method["name"], " / ".join(dict.fromkeys(method["strategy"][mode] for mode in MODES)),
-                f"{method['parameters_added']:,}", f"{method['weights_mib']:.1f}", f"{method['training_seconds']:,.0f}",
-                *(_interval(mode["tokens_per_pass"]) for mode in modes),
+                method["corpus"], method["name"], " / ".join(dict.fromkeys(method["strategy"][mode] for mode in MODES)),
+                f"{method['parameters_added']:,}", f"{method['weights_mib']:.1f}",
+                " / ".join(f"{mode['working_memory_bytes'] / 2**20:.1f}" for mode in modes),
+                f"{method['training_seconds']:,.0f}", *(_interval(mode["tokens_per_pass"]) for mode in modes),
                 *(f"{mode['tokens_per_second']:,.0f}" for mode in modes),
                 *(_interval(mode["speedup"], 2) for mode in modes),
                 *(_interval(mode["speedup_over_generate"], 2) for mode in modes),
-                " / ".join(f"{mode['conversion']:.2f}" for mode in modes),
+                *(_interval(mode["conversion"], 2) for mode in modes),
             )
         )  # fmt: skip
     header = (
-        "method", "drafts, greedy / sampling", "added parameters", "added weights (MiB)", "training (s)",
-        "tokens per pass, greedy", "tokens per pass, sampling", "tokens/s, greedy", "tokens/s, sampling", "speed-up, greedy",
-        "speed-up, sampling", "over generate, greedy", "over generate, sampling", "conversion, greedy / sampling",
+        "corpus", "method", "drafts, greedy / sampling", "added parameters", "added weights (MiB)",
+        "working memory (MiB), greedy / sampling", "training (s)", "tokens per pass, greedy", "tokens per pass, sampling",
+        "tokens/s, greedy", "tokens/s, sampling", "speed-up, greedy", "speed-up, sampling", "over generate, greedy",
+        "over generate, sampling", "conversion, greedy", "conversion, sampling",
     )  # fmt: skip
     caption = (
-        "Ways to draft for one target, side by side: the same weights, prompts, number of tokens and machine; all are lossless. Plain: our "
-        "loop without drafts; generate and assisted generation: Hugging Face's; rank 1, untied: independent heads, as Medusa's; sequential "
-        "heads: as Hydra's. Chosen: the strategy that was fastest on the validation prompts. Tokens per pass of the target, plain decoding is "
-        "1.00. Speed-up: over plain; conversion: speed-up / tokens per pass. Training: of what is added to the target. 95% intervals over "
-        f"prompts (and repeats, of speeds). {_described(record)}"
+        "Ways to draft for one target per corpus, side by side: the same weights, prompts, number of tokens and machine; all are lossless. "
+        "Plain: our loop without drafts; generate and assisted generation: Hugging Face's; rank 1, untied: independent heads, as Medusa's; "
+        "sequential heads: as Hydra's. Chosen: the strategy that was fastest on the validation prompts. Tokens per pass of the target, plain "
+        "decoding is 1.00. Speed-up: over plain; conversion: passes per second over plain's. Working memory: tensors alive at the worst moment "
+        f"of one text, all weights aside. Training: of what is added to the target, one seed. {_described(record)}"
     )
     return Table("decoding", caption, header, rows)
 
 
 def strategies_table(record: Benchmark) -> Table:
-    """Tokens per pass of every strategy, the one chosen and what it gains over the chain."""
-    measured = {name for cell in record["cells"] for mode in MODES for name in _strategies(cell, mode)}
-    names = [name for name in _ORDER if name in measured]
+    """Speed-up of every strategy, the one chosen and what it gains over the chain."""
+    names = _in_order({name for cell in record["cells"] for mode in MODES for name in _strategies(cell, mode)})
     rows: list[tuple[str, ...]] = []
     for mode, cell in itertools.product(MODES, record["cells"]):
         found, chosen = _strategies(cell, mode), cell["modes"][mode]["chosen"]
         best = found[chosen]["test"]
         rows.append(
             (
-                mode, cell["law"], str(cell["rank"]),
-                *(_interval(found[name]["test"]["tokens_per_pass"]) if name in found else "-" for name in names), chosen,
+                mode, cell["corpus"], cell["law"], str(cell["rank"]), _seeds(cell),
+                *(_interval(found[name]["test"]["speedup"], 2) if name in found else "-" for name in names), chosen,
                 _interval(best["tokens_per_pass_over_chain"], 3, sign=True), _interval(best["speed_over_chain"], 2),
-                _interval(best["speedup"], 2), f"{best['conversion']:.2f}",
+                _interval(best["conversion"], 2),
             )
         )  # fmt: skip
     header = (
-        "mode", "law", "rank", *(f"tokens per pass, {name}" for name in names), "chosen", "tokens per pass over chain",
-        "speed over chain", "speed-up", "conversion",
+        "mode", "corpus", "law", "rank", "seeds", *(f"speed-up, {name}" for name in names), "chosen",
+        "tokens per pass over chain", "speed over chain", "conversion",
     )  # fmt: skip
     suggested = ", ".join(f"{mode}: {record['suggested'][mode]}" for mode in MODES)
     caption = (
-        "Strategies of drafting and verifying, on the test prompts; chosen: the fastest on the validation prompts; the last four columns are its. Window and path of rank 1 are its chain. "
-        f"Suggested default, the fastest on the validation prompts over all cells (geometric mean): {suggested}. 95% intervals over prompts, "
-        f"paired for differences. {_described(record)}"
+        "Strategies of drafting and verifying, on the test prompts: speed-up over plain decoding; chosen: the fastest on the validation "
+        "prompts; the last three columns are its. Window and path of rank 1 are its chain. Suggested default, the fastest on the validation "
+        f"prompts over all heads (geometric mean): {suggested}. Differences are paired. {_described(record)}"
     )
     return Table("strategies", caption, header, rows)
+
+
+def acceptance_table(record: Benchmark) -> Table:
+    """Tokens per pass of every strategy."""
+    names = _in_order({row["strategy"] for row in record["strategies"]})
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in record["strategies"]:
+        key = (row["mode"], row["corpus"], row["law"], str(row["rank"]), _seeds(row))
+        found.setdefault(key, {})[row["strategy"]] = _interval(row["tokens_per_pass"])
+    rows = [(*key, *(by_name.get(name, "-") for name in names)) for key, by_name in found.items()]
+    header = ("mode", "corpus", "law", "rank", "seeds", *(f"tokens per pass, {name}" for name in names))
+    caption = (
+        "Tokens per pass of the target under every strategy of drafting and verifying. Window and path of rank 1 are its chain. "
+        f"{_described(record)}"
+    )
+    return Table("acceptance", caption, header, rows)
 
 
 def agreement_table(record: Benchmark) -> Table:
@@ -130,20 +151,21 @@ def agreement_table(record: Benchmark) -> Table:
         changed = shares["changed"]
         rows.append(
             (
-                mode, cell["law"], str(cell["rank"]), _shares(shares["chain"]["right"]), _shares(shares["told"]),
-                _shares(shares["overlap"]), *(f"{1 + sum(shares[name]['kept']):.3f}" for name in _SHAPES),
+                mode, cell["corpus"], cell["law"], str(cell["rank"]), _shares(shares["chain"]["right"]),
+                _shares(shares["told"]), _shares(shares["overlap"]),
+                *(f"{1 + sum(shares[name]['kept']):.3f}" for name in _SHAPES),
                 f"{changed['differs']:,} of {changed['reached']:,}", f"{changed['now right']:,}", f"{changed['was right']:,}",
             )
         )  # fmt: skip
     header = (
-        "text", "law", "rank", "argmax right", "argmax right, given the true tokens", "overlap with the target",
+        "text", "corpus", "law", "rank", "argmax right", "argmax right, given the true tokens", "overlap with the target",
         *(f"tokens per pass, {name}" for name in _SHAPES), "argmax changed by conditioning", "then right", "right before",
     )  # fmt: skip
     caption = (
         "Drafts against what the target wrote, at every position of its own text (greedy or sampled), by depth 2/3/..; tokens per pass as if a "
         "window began at each. Overlap: mean of sum min(p, q) given the true tokens, what sampling keeps. Marginals: the argmax of each "
         "position alone. Argmax changed: of the positions with right drafts before, where conditioning on those drafts changed the argmax. "
-        f"{_described(record)}"
+        f"All seeds together. {_described(record)}"
     )
     return Table("agreement", caption, header, rows)
 
@@ -151,26 +173,25 @@ def agreement_table(record: Benchmark) -> Table:
 def filters_table(record: Benchmark) -> Table:
     """Tokens per pass under temperatures and top-p."""
     tops = sorted({row["top_p"] for row in record["filters"]})
-    found: dict[tuple[str, int, str, float], dict[float, str]] = {}
+    found: dict[tuple[str, str, int, str, float], dict[float, str]] = {}
     for row in record["filters"]:
-        key = (row["law"], row["rank"], row["strategy"], row["temperature"])
+        key = (row["corpus"], row["law"], row["rank"], row["strategy"], row["temperature"])
         found.setdefault(key, {})[row["top_p"]] = _interval(row["tokens_per_pass"])
     rows = [
-        (law, str(rank), strategy, f"{temperature:g}", *(by_top.get(top, "-") for top in tops))
-        for (law, rank, strategy, temperature), by_top in found.items()
+        (corpus, law, str(rank), strategy, f"{temperature:g}", *(by_top.get(top, "-") for top in tops))
+        for (corpus, law, rank, strategy, temperature), by_top in found.items()
     ]
-    header = ("law", "rank", "strategy", "temperature", *(f"tokens per pass, top-p {top:g}" for top in tops))
-    caption = (
-        f"Tokens per pass under filters; 95% intervals over prompts; temperature 0 is greedy. {_described(record)}"
-    )
+    header = ("corpus", "law", "rank", "strategy", "temperature", *(f"tokens per pass, top-p {top:g}" for top in tops))
+    caption = f"Tokens per pass under filters; temperature 0 is greedy. {_described(record)}"
     return Table("filters", caption, header, rows)
 
 
 TABLES: dict[str, tuple[str, Callable[[Benchmark], Table]]] = {
     "decoding": ("decoding baselines", methods_table),
     "strategies": ("decoding strategies", strategies_table),
-    "agreement": ("decoding strategies", agreement_table),
-    "filters": ("decoding strategies", filters_table),
+    "acceptance": ("decoding acceptance", acceptance_table),
+    "agreement": ("decoding acceptance", agreement_table),
+    "filters": ("decoding acceptance", filters_table),
 }
 _ORDER = ("chain", "block", "tree", "window", "path")
 _SHAPES = ("chain", "marginals", "window", "path")
@@ -180,51 +201,62 @@ _SHAPES = ("chain", "marginals", "window", "path")
 
 _CAPTION = (
     "Tokens per pass of the target against conversion, the share of them that becomes speed; their product is the speed-up over plain "
-    "decoding (grey lines, at the right edge). One marker per method, all with the same target, prompts and machine; bars: 95% intervals "
-    "over prompts. Chosen: the strategy that was fastest on the validation prompts."
+    "decoding (grey lines, at the right edge). One marker per method, all of a panel with the same target, prompts and machine. "
+    "Chosen: the strategy that was fastest on the validation prompts."
 )
 
 
 def conversion(record: Benchmark) -> Figure:
-    """One panel per mode; a marker per method over lines of equal speed-up."""
+    """One panel per corpus and mode; a marker per method over lines of equal speed-up."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(COLUMN, 2 * 2.0 + 0.13 * len(record["methods"]) + 0.3), layout="constrained")
+    panels = list(itertools.product([target["corpus"] for target in record["targets"]], MODES))
+    looks = _looks(record["methods"])
+    figure = Figure(figsize=(COLUMN, len(panels) * 2.0 + 0.13 * len(looks) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(MODES), 1, squeeze=False, sharex=True)[:, 0]
-    for axis, mode in zip(axes, MODES, strict=True):
-        for method, colour, marker in _looks(record["methods"]):
-            _point(axis, method["modes"][mode], colour, marker, method["name"])
-        axis.set_title(mode)
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    handles: dict[str, Any] = {}
+    for axis, (corpus, mode) in zip(axes, panels, strict=True):
+        for method in record["methods"]:
+            if method["corpus"] == corpus:
+                colour, marker = looks[method["name"]]
+                _point(axis, method["modes"][mode], colour, marker, method["name"])
+        found, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, found, strict=True))
+        axis.set_title(f"{corpus}, {mode}")
         axis.set_ylabel("conversion")
         axis.grid(False)
     width, height = (max(axis.get_xlim()[1] for axis in axes), max(axis.get_ylim()[1] for axis in axes))
     for axis in axes:
         _isolines(axis, max(width, 1.1), max(height, 1.05))
-        axis.set_xlabel("tokens per pass")
+    axes[-1].set_xlabel("tokens per pass")
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1
+        handles.values(), handles.keys(), loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1
     )
     return figure
 
 
-def _looks(methods: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """(method, colour, marker): a colour per family, and markers that tell its members apart."""
+def _looks(methods: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """name -> (colour, marker): a colour per family, and markers that tell its members apart."""
     used: dict[str, int] = {}
+    looks: dict[str, tuple[str, str]] = {}
     for method in methods:
-        colour = COLOURS[method["law"] if method["kind"] == "heads" else method["kind"]]
-        yield method, colour, MARKERS[used.get(colour, 0) % len(MARKERS)]
-        used[colour] = used.get(colour, 0) + 1
+        if method["name"] not in looks:
+            colour = COLOURS[method["law"] if method["kind"] == "heads" else method["kind"]]
+            looks[method["name"]] = colour, MARKERS[used.get(colour, 0) % len(MARKERS)]
+            used[colour] = used.get(colour, 0) + 1
+    return looks
 
 
 def _point(axis: Axes, mode: dict[str, Any], colour: str, marker: str, label: str) -> None:
-    rate, x, y = mode["tokens_per_pass"], mode["tokens_per_pass"]["mean"], mode["conversion"]
-    low, high = mode["conversion_interval"]
-    across, up = [[x - rate["low"]], [rate["high"] - x]], [[max(0.0, y - low)], [max(0.0, high - y)]]
+    across, up = (
+        [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
+         for found in (mode["tokens_per_pass"], mode["conversion"])
+    )  # fmt: skip
     axis.errorbar(
-        x, y, up, across, color=colour, marker=marker, linestyle="none", label=label, elinewidth=0.5, markeredgecolor="white",
-        markeredgewidth=0.4, markersize=5,
+        mode["tokens_per_pass"]["mean"], mode["conversion"]["mean"], up, across, color=colour, marker=marker,
+        linestyle="none", label=label, elinewidth=0.5, markeredgecolor="white", markeredgewidth=0.4, markersize=5,
     )  # fmt: skip
 
 
@@ -257,6 +289,8 @@ def _read(root: Path, benchmark: str) -> Benchmark | str:
         return f"benchmarks/{path.name} is damaged ({error}); make it again with experiments/bench_decode.py"
     if record.get("benchmark") != benchmark:
         return f"benchmarks/{path.name} is not a record of the benchmark {benchmark!r}"
+    if "targets" not in record:
+        return f"benchmarks/{path.name} is of an earlier version; make it again with experiments/bench_decode.py"
     return record
 
 
@@ -269,10 +303,17 @@ def _strategies(cell: dict[str, Any], mode: str) -> dict[str, Any]:
     return {name: entry for name, entry in cell["modes"][mode].items() if name != "chosen"}
 
 
+def _in_order(names: set[str]) -> list[str]:
+    return [name for name in _ORDER if name in names]
+
+
+def _seeds(row: dict[str, Any]) -> str:
+    return " ".join(map(str, row["seeds"]))
+
+
 def _interval(found: dict[str, float], digits: int = 3, sign: bool = False) -> str:
     plus = "+" if sign else ""
-    middle = found["mean"] if "mean" in found else found["median"]
-    return f"{middle:{plus}.{digits}f} [{found['low']:{plus}.{digits}f}, {found['high']:{plus}.{digits}f}]"
+    return f"{found['mean']:{plus}.{digits}f} [{found['low']:{plus}.{digits}f}, {found['high']:{plus}.{digits}f}]"
 
 
 def _shares(shares: Sequence[float]) -> str:
@@ -280,10 +321,17 @@ def _shares(shares: Sequence[float]) -> str:
 
 
 def _described(record: Benchmark) -> str:
-    target, settings, hardware = record["target"], record["settings"], record["hardware"]
+    settings, hardware = record["settings"], record["hardware"]
     machine = "" if hardware["accelerator"] == "none" else f"{hardware['accelerator']}, "
     machine += f"{hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads"
+    targets = "; ".join(
+        f"{target['trunk']} ({target['corpus']}, {target['parameters'] / 1e6:.1f}M parameters, {target['steps']:,} steps, its heads "
+        f"{target['head_steps']:,}, n={target['horizon']})"
+        for target in record["targets"]
+    )
+    untimed = record["benchmark"] == "decoding acceptance"
+    prompts = f"{settings['prompts'] if untimed else settings['timed_prompts']} prompts per corpus"
     return (
-        f"Target: {target['trunk']} ({target['parameters'] / 1e6:.1f}M parameters, {target['corpus']}), n={target['horizon']}; "
-        f"{settings['prompts']} prompts, {settings['new_tokens']} new tokens each, batch 1; {machine}."
+        f"95% intervals over seeds of the heads, draws and prompts. Targets: {targets}. {prompts}, {settings['new_tokens']} new tokens "
+        + ("each." if untimed else f"each, batch 1; {machine}.")
     )
