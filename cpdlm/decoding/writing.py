@@ -32,7 +32,7 @@ from cpdlm.model.language_model import LanguageModel
 ORIGIN = "origin.json"
 SAMPLINGS = {"greedy": Sampling(0.0), "sampled": Sampling()}  # of data.text
 PROMPT = 32  # tokens of the corpus that begin a document
-BATCH = 64  # documents written at once
+BATCH = 128  # documents written at once
 SEED = 0  # one text for all cells
 
 
