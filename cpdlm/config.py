@@ -57,6 +57,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "balance": ("switch", "kl", "bias", "none"),
     "anchor": ("none", "token", "blind"),
     "parallel": ("auto", "ddp", "fsdp"),
+    "data.text": ("corpus", "greedy", "sampled"),
     "model.head": ("shared", "separate"),
     "model.dtype": ("float32", "bfloat16"),
     "loss.objective": ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend"),
@@ -77,6 +78,11 @@ class DataConfig:
     cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
     bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")
     workers: int = knob(0, "data-loader worker processes")
+    text: str = knob(
+        "corpus",
+        "what heads on a frozen model train on: corpus | greedy, sampled: data.states tokens that the model itself writes behind "
+        "prompts of the corpus (written once and kept)",
+    )
     states: int = knob(
         0,
         "tokens of training text whose hidden states under a frozen trunk are computed once and kept (0: none are; "
@@ -237,7 +243,8 @@ class Config:
         if self.loss.gamma != LossConfig.gamma:
             aim += f"-g{self.loss.gamma:g}"
         anchor = self.anchor + (f"{self.model.anchor_width}" if self.model.anchor_width else "")
-        law = f"{anchor}{tie}{hidden}{low}{aim}"
+        text = f"-{self.data.text}" if self.data.text != "corpus" else ""
+        law = f"{anchor}{tie}{hidden}{low}{aim}{text}"
         return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{law}-s{self.seed}"
 
 
@@ -474,6 +481,7 @@ def _check_frozen(config: Config) -> None:
         f"loss.gamma={config.loss.gamma}": config.loss.gamma != 1,
         f"loss.shortlist={config.loss.shortlist}": config.loss.shortlist > 0,
         f"data.states={config.data.states}": config.data.states > 0,
+        f"data.text={config.data.text}": config.data.text != "corpus",
     }
     for setting in [words for words, used in asked.items() if used]:
         if not config.model.trunk:
@@ -487,11 +495,17 @@ def _check_frozen(config: Config) -> None:
             f"data.states={config.data.states} tokens are less than one row of data.context={config.data.context}; "
             "raise it, or type 0 to keep none"
         )
+    if config.data.text != "corpus" and not config.data.states:
+        raise ConfigError(f"data.text={config.data.text} needs data.states: how many tokens the model shall write")
     if not 0 < config.data.states_gib < math.inf:
         raise ConfigError(f"data.states_gib={config.data.states_gib} must be a positive number")
     if config.train.decode_prompts and config.parallel == "fsdp":
         raise ConfigError(
             f"train.decode_prompts={config.train.decode_prompts} needs whole weights; parallel=fsdp shards them: type 0"
+        )
+    if config.train.decode_prompts > config.decode.prompts:
+        raise ConfigError(
+            f"train.decode_prompts={config.train.decode_prompts} are more than decode.prompts={config.decode.prompts}; raise that"
         )
     if config.train.decode_prompts and config.horizon == 1:
         raise ConfigError(f"train.decode_prompts={config.train.decode_prompts}: horizon=1 drafts nothing; type 0")

@@ -2,7 +2,8 @@
 
     python -m cpdlm.generate --model RUN --prompt 'def main(' --show
 
---model takes a run's folder or one that `python -m cpdlm.hub` wrote. The text goes to standard output, everything else
+--model takes a run's folder, one that `python -m cpdlm.hub` wrote, or the name of a model for which heads come with this
+package (smollm2; the model itself is fetched at its first use). The text goes to standard output, everything else
 to standard error, so that the text can be piped. Slow imports come after the arguments are read.
 """
 
@@ -34,7 +35,9 @@ _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m cpdlm.generate", description="Write text with a finished model.")
-    made.add_argument("--model", type=Path, required=True, help="folder of a finished run, or an exported one")
+    made.add_argument(
+        "--model", type=Path, required=True, help="folder of a finished run or an exported one, or smollm2"
+    )
     made.add_argument("--prompt", help="text to continue (default: standard input, without its last newline)")
     made.add_argument(
         "--max-new-tokens", type=int, help=f"tokens to write (default: {NEW_TOKENS}, or what the context has room for)"
@@ -100,12 +103,15 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
     """
     from safetensors import SafetensorError
 
-    from cpdlm import hub
+    from cpdlm import hub, released
+    from cpdlm.data.checkpoints import NAMED
     from cpdlm.data.tokenizer import HubTokenizer
     from cpdlm.training.storage import CONFIG, RunError, load_model
 
     tokenizer: Tokenizer
-    if (folder / CONFIG).is_file():
+    if str(folder) in NAMED and not folder.exists():
+        model, tokenizer = released.load(str(folder), shortlist)
+    elif (folder / CONFIG).is_file():
         model, tokenizer = load_model(folder), hub.run_tokenizer(folder)
         if shortlist:
             model.use_shortlist(hub.run_shortlist(folder))
@@ -123,7 +129,9 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
         if not shortlist:
             model.use_shortlist(None)
     else:
-        raise RunError(f"{folder} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json)")
+        raise RunError(
+            f"{folder} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json) nor one of {', '.join(NAMED)}"
+        )
     hub.check_vocabulary(folder, model, tokenizer)
     return model, tokenizer
 

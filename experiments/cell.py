@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cpdlm.data.corpus import Corpus, load_corpus
 from cpdlm.data.datamodule import TokenDataModule
 from cpdlm.data.shortlist import Shortlist, frequent_tokens
 from cpdlm.decoding import Sampling
+from cpdlm.decoding.writing import written_text
 from cpdlm.evaluation import latency, likelihood
 from cpdlm.evaluation.drafting import tokens_per_pass
 from cpdlm.files import write_json
@@ -102,7 +103,15 @@ def train(config: Config, command: str) -> bool:
     origin = _origin(folder, str(corpus.describe()["sha256"]))
     torch.manual_seed(config.seed)
     model = build_language_model(config, corpus.vocab_size, trunk)
-    data = TokenDataModule(config, corpus)
+    text, written = corpus, dict[str, Any]()
+    if trunk is not None and config.data.text != "corpus":
+        identity = {"corpus": corpus.describe()["sha256"], "trunk": storage.trunk_hash(config)}
+        split, written = written_text(
+            trunk, corpus.train, config.data.text, config.data.states, corpus.tokenizer.eos, Path(config.data.cache), identity,
+            _device(), print,
+        )  # fmt: skip
+        text = replace(corpus, train=split)
+    data = TokenDataModule(config, text)
     if config.loss.shortlist:
         listed = _shortlist("loss.shortlist", config.loss.shortlist, corpus)
         model.use_shortlist(torch.from_numpy(listed.ids))
@@ -112,7 +121,7 @@ def train(config: Config, command: str) -> bool:
     with tracking.cell_run(config, command, folder) as tracker:
         done = (folder / storage.TRAINED).is_file() and (folder / storage.WEIGHTS).is_file()
         if not done and config.data.states:
-            identity = {"text": corpus.describe()["sha256"], "trunk": storage.trunk_hash(config)}
+            identity = {"text": written.get("sha256", corpus.describe()["sha256"]), "trunk": storage.trunk_hash(config)}
             data.states = kept_states(
                 model, data.training_rows(), Path(config.data.cache), identity, config.data.states_gib, _device(), print
             )
@@ -130,7 +139,7 @@ def train(config: Config, command: str) -> bool:
                 "weights": _weights_hash(config),
                 "likelihood": held_out,
                 "parameters": model.parameter_counts(),
-                "data": corpus.describe() | _trunk_hash(config),
+                "data": corpus.describe() | _trunk_hash(config) | ({"written": written} if written else {}),
                 "command": command,
                 "seconds": {
                     "data": data_seconds,

@@ -194,7 +194,7 @@ def retrofitted(corpus: str, rank: int, effort: Effort, *, anchor: str = "none",
     overrides = {
         "preset": "retrofit", "model.trunk": "smollm2", "model.family": "pretrained", "model.dtype": "bfloat16",
         "corpus": corpus, "data.max_bytes": 8_000_000, "rank": rank, "anchor": anchor, "loss.objective": objective,
-        "seed": seed, "train.decode_prompts": 16, "evaluate.rows": 4,
+        "seed": seed, "train.decode_prompts": 16, "evaluate.rows": 4, "decode.prompts": 16, "decode.repeats": 2,
     } | effort.settings()  # fmt: skip
     overrides |= {} if tied else {"model.tie_first": False}
     overrides |= {"model.map_hidden": hidden} if hidden else {}
@@ -230,10 +230,13 @@ def retrofit_gpu() -> list[Cell]:
         for objective in OBJECTIVES
         for anchor in ("token", "none")
     ]
-    constants = [
-        retrofitted("code", 4, GPU_SCREEN, anchor="token", folder="C6-screen", **{name: value})
-        for name, value in (("loss__alpha", 0.0), ("loss__alpha", 0.5), ("loss__alpha", 1.0), ("loss__gamma", 0.7))
-    ]
+    dials: tuple[dict[str, Any], ...] = (
+        {"loss__alpha": 0.0},
+        {"loss__alpha": 0.5},
+        {"loss__alpha": 1.0},
+        {"loss__gamma": 0.7},
+    )
+    constants = [retrofitted("code", 4, GPU_SCREEN, anchor="token", folder="C6-screen", **dial) for dial in dials]
     grid = [
         retrofitted(corpus, rank, GPU_GRID, anchor=anchor)
         for corpus in ("code", "text")
@@ -248,7 +251,12 @@ def retrofit_gpu() -> list[Cell]:
         *(retrofitted("code", rank, GPU_GRID, anchor="token", model__anchor_width=1024) for rank in (1, 4)),
     ]
     long = [retrofitted(corpus, rank, GPU_LONG, anchor="token", folder="C6-long") for corpus in ("code", "text") for rank in (1, 4)]  # fmt: skip
-    return [*long, *grid, *seeds, *untied, *maps, *screen, *constants]
+    written = [
+        retrofitted("code", rank, GPU_GRID, anchor="token", folder=f"C6-{text}", data__text=text)
+        for text in ("greedy", "sampled")
+        for rank in (1, 4)
+    ]
+    return [*long, *written, *grid, *seeds, *untied, *maps, *screen, *constants]
 
 
 # --- one GPU ---------------------------------------------------------------------------------------------------------
@@ -288,9 +296,8 @@ def decode_groups(cells: list[Cell], output: str) -> list[Group]:
     for cell in cells:
         config = cell.config(output)
         if config.horizon > 1:
-            key = (config.corpus, config.target, config.model.trunk, config.size, config.horizon, config.seed)
-            if config.is_pretrained:
-                key = (*key, cell.folder)
+            folder = cell.folder if config.is_pretrained else ""
+            key = (config.corpus, config.target, config.model.trunk, config.size, config.horizon, config.seed, folder)
             reference = cell.reference
             if reference is not None and reference.config(output).run_name not in names:
                 reference = None

@@ -20,6 +20,7 @@ ORDER = [
     "evaluation",
     "report",
     "hub",
+    "released",
     "generate",
 ]  # each may import itself and those before
 MODULES = sorted(

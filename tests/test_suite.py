@@ -15,9 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from cpdlm import hub
 from cpdlm.config import DecodeConfig, flatten, to_dict
+from cpdlm.data.corpus import write_bundle
+from cpdlm.data.tokenizer import BpeTokenizer
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.report import results
@@ -138,6 +142,71 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("decode.json")}
     assert stamps and pipeline.main(arguments) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("decode.json")}
+
+
+@pytest.fixture(scope="module")
+def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with a tokenizer of its own, as a hub folder has them."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    bpe = BpeTokenizer.train("bpe:300", [path.read_bytes() for path in corpus.glob("*.py")], progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._model, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=128, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    return folder
+
+
+def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
+    corpus: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grid on a pretrained model, shrunk, from a bundle: objectives, anchors, ties, maps, and text of the model's own."""
+    small = TINY | {"data.tokenizer": "model", "model.trunk": str(pretrained), "data.cache": str(tmp_path / "cache")}
+    small |= {"data.states": 64 * 8, "loss.shortlist": 100, "decode.shortlist": 100, "train.decode_prompts": 1}
+    small |= {"loss.joint_fraction": 0.5, "corpus": str(corpus), "decode.repeats": 1, "data.max_bytes": 0}
+    kinds: dict[tuple[object, ...], Cell] = {}
+    for cell in PROFILES["retrofit-gpu"]():
+        config = cell.config("runs/x")
+        wanted = cell.folder != "C6-long" and (
+            cell.folder != "C6-screen" or config.loss.objective in ("joint", "blend")
+        )
+        if (
+            wanted
+            and config.corpus == "code"
+            and config.seed == 0
+            and (config.anchor == "token" or cell.folder != "C6-screen")
+        ):
+            kind = (
+                cell.folder,
+                config.loss.objective,
+                config.anchor,
+                config.model.map_hidden > 0,
+                config.model.map_rank,
+            )
+            kinds.setdefault(kind, cell)
+    cells = [Cell(cell.folder, cell.overrides | small) for cell in kinds.values()]
+    assert len(cells) == 9 and {cell.config("x").data.text for cell in cells} == {"corpus", "greedy", "sampled"}
+    write_bundle([cells[0].config("x")], tmp_path / "bundle")
+    monkeypatch.setitem(pipeline.PROFILES, "smoke", lambda: cells)
+    monkeypatch.setattr(pipeline, "_run_cell", _in_process)
+    assert pipeline.main(["--profile", "smoke", "--out", str(tmp_path / "out"), "--jobs", "1", "--data", str(tmp_path / "bundle")]) == 0  # fmt: skip
+    records, damaged = results.load_all(tmp_path / "out" / "results")
+    assert not damaged and len(records) == len(cells)
+    for record in records:
+        assert record["decoding"]["modes"]["sampling"]["tokens"] == 2 * 8
+        assert record["training"]["curve"][-1]["validation/sampling_tokens_per_pass"] >= 1
+        assert len(record["likelihood"]["kept_by_depth"]) == (3 if record.config["model"]["tie_first"] else 4)
+        assert ("written" in record["data"]) == (record.config["data"]["text"] != "corpus")
+        weights = load_file(tmp_path / "out" / record["name"] / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+        assert all(name.startswith(("heads.", "anchor.")) for name in weights), "the trunk is not stored with its heads"
+    assert len(list((tmp_path / "cache" / "written").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "states").iterdir())) == 3, "cells on the same text share its states"
 
 
 def _in_process(cell: Cell, options: object, parent: str, quiet: bool) -> int:

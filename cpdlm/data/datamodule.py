@@ -136,6 +136,29 @@ class TrainingOrder(Sampler[Share]):
             step += 1
 
 
+def prompts(split: TokenSplit, wanted: int, length: int) -> Tensor:
+    """(P, T) int64 ids, P at most `wanted`: pieces of T = length tokens.
+
+    Documents are taken in an order given by a hash, one prompt from each as long as there are documents, at an offset
+    given by a hash; no two prompts share a position and none contains an end of document.
+    """
+    lengths = np.diff(split.offsets) - 1  # without eos
+    slots = lengths // length
+    wanted = min(wanted, int(slots.sum()))
+    order = windows.hash_order(len(lengths), _PROMPTS)
+    starts: list[int] = []
+    turn = 0
+    while len(starts) < wanted:
+        for document in order[slots[order] > turn][: wanted - len(starts)].tolist():
+            free = int(lengths[document] - slots[document] * length)
+            shift = int(windows.mix(windows.mix(document) ^ windows.mix(_SLOTS))[0] % np.uint64(free + 1))
+            slot = int(windows.hash_order(int(slots[document]), _SLOTS, document)[turn])
+            starts.append(int(split.offsets[document]) + shift + slot * length)
+        turn += 1
+    places_PT = np.array(starts, dtype=np.int64)[:, None] + np.arange(length)
+    return torch.from_numpy(split.tokens[places_PT].astype(np.int64))
+
+
 class TokenDataModule(L.LightningDataModule):
     """Batches of one config on one corpus. Rank, world size and step come from the trainer where there is one.
 
@@ -186,33 +209,17 @@ class TokenDataModule(L.LightningDataModule):
         return self._loader(rows, [chosen[start : start + size] for start in range(0, count, size)])
 
     def prompts(self, split: str = "test") -> Tensor:
-        """(P, T) int64 ids: `decode.prompts` prompts of `decode.prompt_tokens` tokens, the same for every seed.
-
-        Documents are taken in an order given by a hash, one prompt from each as long as there are documents, at an
-        offset given by a hash; no two prompts share a position and none contains an end of document. ConfigError where
-        the split has too few.
-        """
-        chosen = self.corpus.split(split)
+        """(P, T) int64 ids: `decode.prompts` prompts of `decode.prompt_tokens` tokens, the same for every seed. ConfigError where
+        the split has too few."""
         wanted, length = self.config.decode.prompts, self.config.decode.prompt_tokens
-        lengths = np.diff(chosen.offsets) - 1  # without eos
-        slots = lengths // length
-        if slots.sum() < wanted:
+        found_PT = prompts(self.corpus.split(split), wanted, length)
+        if len(found_PT) < wanted:
             raise ConfigError(
                 f"decode.prompts={wanted} prompts of decode.prompt_tokens={length} tokens: the {split} split of "
-                f"corpus={self.config.corpus} has room for {slots.sum()}; lower one of them, or raise "
+                f"corpus={self.config.corpus} has room for {len(found_PT)}; lower one of them, or raise "
                 "data.max_bytes if it is set"
             )
-        order = windows.hash_order(len(lengths), _PROMPTS)
-        starts: list[int] = []
-        turn = 0
-        while len(starts) < wanted:
-            for document in order[slots[order] > turn][: wanted - len(starts)].tolist():
-                free = int(lengths[document] - slots[document] * length)
-                shift = int(windows.mix(windows.mix(document) ^ windows.mix(_SLOTS))[0] % np.uint64(free + 1))
-                slot = int(windows.hash_order(int(slots[document]), _SLOTS, document)[turn])
-                starts.append(int(chosen.offsets[document]) + shift + slot * length)
-            turn += 1
-        return torch.from_numpy(chosen.tokens[np.array(starts)[:, None] + np.arange(length)].astype(np.int64))
+        return found_PT
 
     def training_rows(self) -> Rows:
         """The rows that training draws from."""
