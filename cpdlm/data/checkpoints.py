@@ -20,8 +20,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from cpdlm.config import ConfigError
 from cpdlm.data.sources import Package, fetch
 from cpdlm.files import errors_named
@@ -166,6 +164,8 @@ def _convert(path: Path, folder: Path, label: str) -> None:
 
 def _check_memory(parameters: int, label: str) -> None:
     """Dequantising holds the weights twice in float32."""
+    import psutil
+
     need, free = 8 * parameters, psutil.virtual_memory().available
     if need > free:
         raise ConfigError(
