@@ -53,6 +53,7 @@ EVERY: list[Case] = [
 # "sharded": FSDP2, and a checkpoint that is a folder.
 CROSSINGS = [
     ("auto", "ddp"), ("auto", "fsdp"), ("ddp", "auto"), ("ddp", "fsdp"), ("fsdp", "auto"), ("fsdp", "ddp"),
+    ("fsdp", "fsdp"),
     ("auto", "sharded"), ("sharded", "auto"), ("sharded", "ddp"), ("sharded", "sharded"),
 ]  # fmt: skip
 

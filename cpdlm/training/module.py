@@ -131,8 +131,12 @@ class MultiTokenModule(L.LightningModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Optimiser state goes by parameter name, as FSDP2 writes it, so that one mode resumes another's run."""
-        name_of = dict(enumerate(self._optimised_names()))
+        """Optimiser state goes by parameter name, so that one mode resumes another's run.
+
+        An optimiser numbers its parameters in the order of its groups, Lightning's FSDP2 in that of the module.
+        """
+        names = [name for name, _ in self.named_parameters()] if self._is_sharded() else self._optimised_names()
+        name_of = dict(enumerate(names))
         checkpoint["optimizer_states"] = [_renamed(state, name_of) for state in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
