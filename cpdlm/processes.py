@@ -23,6 +23,11 @@ def is_launched() -> bool:
     return is_torchrun() or is_srun() or "LOCAL_RANK" in os.environ
 
 
+def launched() -> int:
+    """How many processes the launcher made, on all machines; 0 where it does not say."""
+    return int(os.environ["WORLD_SIZE"] if is_torchrun() else os.environ["SLURM_NTASKS"] if is_srun() else 0)
+
+
 def is_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 

@@ -38,8 +38,15 @@ def main(arguments: list[str]) -> int:
     if "--print-config" in arguments:
         print(configuration.as_yaml(config), end="")
         return 0
-    from cpdlm.processes import is_launched
+    from cpdlm.processes import is_launched, launched
 
+    if launched() not in (0, config.nodes * config.devices):
+        print(
+            f"error: the launcher made {launched()} processes, nodes={config.nodes} x devices={config.devices} are "
+            f"{config.nodes * config.devices}; write nodes=MACHINES devices=PROCESSES_ON_EACH",
+            file=sys.stderr,
+        )
+        return 2
     if config.nodes * config.devices > 1 and not is_launched():
         return _launch(config, arguments)
     return _run(config, " ".join([program, *words]), stage)

@@ -1,4 +1,5 @@
-"""Two processes equal one at the same global batch: DDP and FSDP2, on the CPU with gloo, ragged documents."""
+"""Several processes equal one at the same global batch: DDP and FSDP2, on the CPU with gloo, ragged documents. What happens
+where one of them is slow, is killed, hangs, has a full disk or a loss that is NaN; on several machines; on another number."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cpdlm.training.storage import CHECKPOINT, TRAINED, WEIGHTS, RunError, check_checkpoint
+from cpdlm.config import resolve
+from cpdlm.training.storage import CHECKPOINT, TRAINED, WEIGHTS, RunError, check_checkpoint, open_run
 from tests import two_processes
 
 SEPARATE = {"model.head": "separate"}
@@ -117,6 +119,10 @@ DIE = {"kind": "die", "step": 3}
 CROSSED = FLOAT64 | {"optim.steps": 5, "train.checkpoint_every": 1, "train.validate_every": 1000}
 
 
+def frozen(folder: Path) -> dict[str, Any]:
+    return {"model.trunk": str(folder / "trunk")}
+
+
 @pytest.fixture(scope="module")
 def default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that needs two processes, in one launch: a folder per case, and a folder per crossing of modes."""
@@ -131,6 +137,12 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Path:
             work.append(entry(place, mode(one, CROSSED), DIE))
         if other != "auto":
             work.append(entry(place, mode(other, CROSSED)))
+    # Heads on a frozen trunk: the optimiser has some of the parameters only.
+    plain = CROSSED | {"horizon": 1, "rank": 1, "balance": "none", "optim.steps": 1}
+    open_run(folder / "trunk", resolve(two_processes.BASE | plain))
+    two_processes.train(folder / "trunk", plain)
+    for fault in (DIE, None):
+        work.append(entry(folder / "frozen", mode("fsdp", CROSSED | frozen(folder)), fault))
     # Faults that every process notices, so that the next case can follow.
     work.append(entry(folder / "slow", ("ddp", CROSSED, "adamw"), {"kind": "slow", "step": 2, "rank": 1}))
     work.append(entry(folder / "nan", ("ddp", CROSSED, "adamw"), {"kind": "nan", "step": 3, "rank": 1}))
@@ -211,6 +223,12 @@ def test_checkpoints_of_one_mode_load_in_the_other(pair: tuple[str, str], defaul
     compare(load_file(place / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
 
 
+def test_heads_on_a_frozen_trunk_resume(default: Path) -> None:
+    two_processes.train(default / "frozen, whole", CROSSED | frozen(default))
+    assert json.loads((default / "frozen" / TRAINED).read_text())["resumed"] == 1
+    compare(load_file(default / "frozen" / WEIGHTS), load_file(default / "frozen, whole" / WEIGHTS), 1e-8)
+
+
 # --- what can go wrong ------------------------------------------------------------------------------------------------
 
 
@@ -262,8 +280,6 @@ def test_a_damaged_sharded_checkpoint_is_refused(damage: str, tmp_path: Path) ->
 PATIENCE = 30.0
 LOST: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ddp, second killed": ("ddp", {}, {"kind": "kill", "rank": 1}),
-    "ddp, first killed": ("ddp", {}, {"kind": "kill", "rank": 0}),
-    "fsdp, second killed": ("fsdp", {}, {"kind": "kill", "rank": 1}),
     "sharded, first killed": ("fsdp", {"train.sharded": True}, {"kind": "kill", "rank": 0}),
     "ddp, second hangs": ("ddp", {"train.timeout": 15}, {"kind": "hang", "rank": 1}),
     "ddp, disk of the first is full": ("ddp", {}, {"kind": "full disk", "rank": 0, "alone": True}),
@@ -309,10 +325,9 @@ SLURM = {
     "SLURM_LOCALID": "0", "SLURM_NODELIST": "127.0.0.1",
 }  # fmt: skip
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-# Two machines of one process each, as three launchers describe them.
+# Two machines of one process each, as the launchers describe them.
 MACHINES: dict[str, list[dict[str, str]]] = {
     "SLURM": [SLURM | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)],
-    "torchrun": [TORCHRUN | {"RANK": str(rank), "GROUP_RANK": str(rank)} for rank in range(2)],
     "torchrun in SLURM": [
         SLURM | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} | TORCHRUN | {"RANK": str(rank), "GROUP_RANK": str(rank)}
         for rank in range(2)

@@ -25,6 +25,7 @@ from cpdlm.files import WriteError
 from cpdlm.model.language_model import build_language_model
 from cpdlm.training.fit import ProcessLost, fit
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
+from cpdlm.training.storage import load_trunk
 from tests.ragged import VOCAB, RaggedData
 
 BASE: dict[str, Any] = {
@@ -62,7 +63,7 @@ def train(
     config = resolve(BASE | overrides)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    model = build_language_model(config, VOCAB)
+    model = build_language_model(config, VOCAB, load_trunk(config))
     data, facts = RaggedData(config), dict[str, Any]()
     original = {name: getattr(MultiTokenModule, name) for name in ("configure_optimizers", "training_step")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -82,7 +82,8 @@ class Trunk(nn.Module):
 
     def recompute_activations(self) -> None:
         """From now on training keeps the input of each block only, and runs the block again in the backward pass."""
-        self.body.gradient_checkpointing_enable({"use_reentrant": False})
+        older = "gradient_checkpointing_enable"  # what transformers called it before 5.23
+        getattr(self.body, "activation_checkpointing_enable", getattr(self.body, older))({"use_reentrant": False})
 
 
 def _documents_apart(position_ids_BT: Tensor) -> Tensor | None:
