@@ -288,7 +288,7 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, p
         tokenising.tokenise(documents.texts, every, tokenizer, process_count(config.data.processes), bar)
     for name, indices in chosen.items():
         (folder / name).mkdir()
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "offsets": tokenising.join(planned[name], folder / name / "tokens.npy", tokenising.token_dtype(tokenizer)),
             "source_ids": np.array([documents.sources[i] for i in indices], dtype=np.int32),
             "byte_lengths": np.array([len(documents.texts[i]) for i in indices], dtype=np.int64),

@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -236,6 +235,8 @@ def _check_memory(empty: nn.Module, dtype: torch.dtype, label: str, available: i
 
 def _free_bytes() -> int:
     """Of the machine and, where there is one, of its accelerator: weights are read into the one, then moved to the other."""
+    import psutil
+
     free = int(psutil.virtual_memory().available)
     return min(free, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else free
 

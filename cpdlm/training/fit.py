@@ -247,7 +247,9 @@ def fit(
             "continues from it"
         )
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=whole) if config.parallel == "fsdp" else model.state_dict()
+    state: dict[str, Any] = (
+        get_model_state_dict(model, options=whole) if config.parallel == "fsdp" else model.state_dict()
+    )
     if not trainer.is_global_zero:
         return None
     storage.save_model(folder, model, state, model.vocab_size)
@@ -301,9 +303,9 @@ def build_strategy(config: Config) -> Strategy | str:
     return "auto"
 
 
-def _cluster() -> list[ClusterEnvironment]:
+def _cluster() -> ClusterEnvironment | None:
     """SLURM without Lightning's own requeueing, whose checkpoints would come before ours; anything else as it is detected."""
-    return [SLURMEnvironment(auto_requeue=False)] if is_srun() and not is_torchrun() else []
+    return SLURMEnvironment(auto_requeue=False) if is_srun() and not is_torchrun() else None
 
 
 def _is_lost(error: RuntimeError) -> bool:
