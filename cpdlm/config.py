@@ -83,6 +83,7 @@ class DataConfig:
         "what heads on a frozen model train on: corpus | greedy, sampled: data.states tokens that the model itself writes behind "
         "prompts of the corpus (written once and kept)",
     )
+    processes: int = knob(0, "processes that read and tokenise a large corpus (0 = one per core)")
     states: int = knob(
         0,
         "tokens of training text whose hidden states under a frozen trunk are computed once and kept (0: none are; "
@@ -154,6 +155,9 @@ class TrainConfig:
     validation_rows: int = knob(32, "rows of the validation split per validation")
     decode_prompts: int = knob(0, "prompts of the validation split decoded at each validation (0 = none)")
     checkpoint_every: int = knob(200, "steps between checkpoints a killed run resumes from")
+    sharded: bool = knob(False, "parallel=fsdp: a checkpoint is a folder to which every process writes its own part")
+    recompute: bool = knob(False, "compute each trunk block again in the backward pass: less memory, a third more time")
+    timeout: int = knob(1800, "seconds that processes wait for one another before they give up")
 
 
 @dataclass
@@ -199,7 +203,8 @@ class Config:
         "none: the paper's law | token: gate and factors 2..n also see x_{t+1} | blind: its control, sees h_t twice",
     )
     parallel: str = knob("auto", "auto | ddp | fsdp")
-    devices: int = knob(1, "processes (GPUs, or CPU processes with gloo)")
+    devices: int = knob(1, "processes (GPUs, or CPU processes with gloo) on each machine")
+    nodes: int = knob(1, "machines; more than one needs torchrun or srun on each")
     name: str = knob("", "name of the run (default: made from the dials)")
     output: str = knob("runs", "folder that receives the run, its record and the MLflow store")
     data: DataConfig = field(default_factory=DataConfig)
@@ -250,8 +255,9 @@ class Config:
 
 # Settings that say where, when or how a run is watched, not what it computes (prefixes of dotted names).
 INCIDENTAL = (
-    "tracking.", "output", "name", "preset", "parallel", "devices", "data.cache", "data.bundle", "data.workers",
-    "data.states_gib", "train.log_every", "train.checkpoint_every", "train.decode_prompts",
+    "tracking.", "output", "name", "preset", "parallel", "devices", "nodes", "data.cache", "data.bundle", "data.workers",
+    "data.processes", "data.states_gib", "train.log_every", "train.checkpoint_every", "train.decode_prompts",
+    "train.sharded", "train.recompute", "train.timeout",
 )  # fmt: skip
 
 # A preset is a set of overrides for one cell; `preset=a,b` applies a, then b. (A profile, in experiments/suite.py, is a
@@ -387,7 +393,7 @@ def check(config: Config) -> None:
             f"{', '.join(FAMILIES)}"
         )
     for key, least in {
-        "rank": 1, "horizon": 1, "devices": 1, "data.context": 2, "data.batch_rows": 1, "data.max_bytes": 0,
+        "rank": 1, "horizon": 1, "devices": 1, "nodes": 1, "train.timeout": 1, "data.processes": 0, "data.context": 2, "data.batch_rows": 1, "data.max_bytes": 0,
         "data.workers": 0, "data.states": 0, "loss.shortlist": 0, "train.decode_prompts": 0, "model.map_rank": 0, "model.map_hidden": 0, "model.anchor_width": 0, "loss.chunk_mib": 1, "optim.steps": 1,
         "optim.warmup": 0, "train.accumulate": 1, "train.log_every": 1, "train.validate_every": 1,
         "train.validation_rows": 1, "train.checkpoint_every": 1, "evaluate.rows": 1, "evaluate.batch_rows": 1,
@@ -437,10 +443,19 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"model.trunk={config.model.trunk} needs horizon of at least 2 (horizon=1 has no heads to train)"
         )
-    step_rows = config.devices * config.train.accumulate
-    if config.data.batch_rows % step_rows:
+    if config.train.sharded and config.parallel != "fsdp":
         raise ConfigError(
-            f"data.batch_rows={config.data.batch_rows} does not divide into devices={config.devices} x "
+            f"train.sharded=true needs parallel=fsdp (parallel={config.parallel} has the whole model everywhere)"
+        )
+    if config.train.recompute and config.model.trunk:
+        raise ConfigError(
+            f"train.recompute=true: model.trunk={config.model.trunk} is frozen and keeps no activations; leave it out"
+        )
+    step_rows = config.nodes * config.devices * config.train.accumulate
+    if config.data.batch_rows % step_rows:
+        nodes = f"nodes={config.nodes} x " if config.nodes > 1 else ""
+        raise ConfigError(
+            f"data.batch_rows={config.data.batch_rows} does not divide into {nodes}devices={config.devices} x "
             f"train.accumulate={config.train.accumulate}; try data.batch_rows={step_rows * max(1, round(config.data.batch_rows / step_rows))}"
         )
     if config.decode.prompt_tokens + config.decode.new_tokens > config.data.context:

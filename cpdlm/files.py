@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -54,19 +55,6 @@ def check_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """One process at a time, the others wait; where the file system has no locks, none waits."""
-    with open(path, "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
-        yield
-
-
-@contextlib.contextmanager
 def errors_named(path: Path) -> Iterator[None]:
     """Turn an OSError into a WriteError that names `path` and says what to do."""
     try:
@@ -78,3 +66,23 @@ def errors_named(path: Path) -> Iterator[None]:
             f"cannot write {path}: {error.strerror or error}; make it writable, free some space or choose another folder "
             "(output=DIR), and run the same command again: nothing that was there is lost",
         ) from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path`, as one process at a time may; where not `wait`, False if another one does.
+
+    On a file system without locks everybody may: what is guarded must then be merely wasteful, not wrong.
+    """
+    with open(path, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except ImportError:
+            pass
+        except OSError as error:
+            if not wait and error.errno in (errno.EAGAIN, errno.EACCES):
+                yield False
+                return
+        yield True

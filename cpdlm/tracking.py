@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpdlm.config import Config, as_yaml, flat, flatten
 from cpdlm.files import write_json
+from cpdlm.processes import is_first_process
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
@@ -137,7 +138,7 @@ def cell_run(config: Config, command: str, folder: Path) -> Iterator[Tracker]:
     Yields a Tracker (off where tracking.mlflow=false, mlflow is missing, or in a helper process of a distributed run);
     marks the run FAILED on an exception and KILLED on Ctrl-C.
     """
-    if not config.tracking.mlflow or int(os.environ.get("LOCAL_RANK", "0")) or not _installed():
+    if not config.tracking.mlflow or not is_first_process() or not _installed():
         yield Tracker()
         return
     tracker = _open(config, command, folder)

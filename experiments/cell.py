@@ -29,6 +29,7 @@ from cpdlm.evaluation import latency, likelihood
 from cpdlm.evaluation.drafting import tokens_per_pass
 from cpdlm.files import write_json
 from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.processes import is_first_process
 from cpdlm.report import render, results
 from cpdlm.training import storage
 from cpdlm.training.fit import fit
@@ -71,7 +72,9 @@ def is_measured(configs: list[Config], reference: Config | None = None) -> bool:
 def run(config: Config, command: str, stage: str) -> int:
     """What `experiments/run.py` does; returns the exit code."""
     if stage in ("train", "all") and not is_trained(config) and not train(config, command):
-        return 0  # a helper process of a distributed run
+        return 0
+    if not is_first_process():  # of a distributed run: all that follows is done once
+        return 0
     if stage in ("decode", "all"):
         if config.horizon > 1 and not is_measured([config]):
             measure([config])
@@ -85,7 +88,8 @@ def run(config: Config, command: str, stage: str) -> int:
 def train(config: Config, command: str) -> bool:
     """Train to the end (resuming), then evaluate on the test split. False in a helper process."""
     folder = run_folder(config)
-    storage.open_run(folder, config)
+    if is_first_process():
+        storage.open_run(folder, config)
     trunk = _frozen_trunk(config)
     began = time.monotonic()
     corpus = load_corpus(config)
@@ -125,7 +129,9 @@ def train(config: Config, command: str) -> bool:
             data.states = kept_states(
                 model, data.training_rows(), Path(config.data.cache), identity, config.data.states_gib, _device(), print
             )
-        if not done and fit(config, model, data, folder, tracker.logger, _watch(config, data)) is None:
+        if not done:
+            fit(config, model, data, folder, tracker.logger, _watch(config, data))
+        if not is_first_process():
             return False
         # The stored weights, whole and in their stored precision: what is evaluated is what is decoded with.
         model = storage.load_model(folder)
@@ -311,7 +317,8 @@ def _origin(folder: Path, data_sha256: str) -> dict[str, Any]:
     _check_same_text(folder, found.get("data_sha256", data_sha256), data_sha256)
     if not (folder / storage.TRAINED).is_file() or not sessions:
         sessions.append(results.provenance())
-        write_json(path, {"sessions": sessions, "data_sha256": data_sha256})
+        if is_first_process():
+            write_json(path, {"sessions": sessions, "data_sha256": data_sha256})
     commits = list(dict.fromkeys(session["commit"] for session in sessions))
     first: dict[str, Any] = sessions[0]
     dirty = any(session["dirty"] for session in sessions) or len(commits) > 1

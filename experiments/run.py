@@ -6,8 +6,10 @@ python experiments/run.py preset=cpu-heads rank=4 anchor=token model.trunk=runs/
 
 from __future__ import annotations
 
-import os
+import logging
+import signal
 import sys
+import uuid
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -15,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cpdlm import config as configuration
 
 STAGES = ("train", "decode", "all")
+GRACE = 60  # seconds that processes have for a last checkpoint when they are told to stop
 
 
 def main(arguments: list[str]) -> int:
@@ -35,29 +38,79 @@ def main(arguments: list[str]) -> int:
     if "--print-config" in arguments:
         print(configuration.as_yaml(config), end="")
         return 0
+    from cpdlm.processes import is_launched, launched
+
+    if launched() not in (0, config.nodes * config.devices):
+        print(
+            f"error: the launcher made {launched()} processes, nodes={config.nodes} x devices={config.devices} are "
+            f"{config.nodes * config.devices}; write nodes=MACHINES devices=PROCESSES_ON_EACH",
+            file=sys.stderr,
+        )
+        return 2
+    if config.nodes * config.devices > 1 and not is_launched():
+        return _launch(config, arguments)
     return _run(config, " ".join([program, *words]), stage)
+
+
+def _launch(config: configuration.Config, arguments: list[str]) -> int:
+    """This command once per process of this machine, as torchrun does it: where one dies, the others are stopped."""
+    if config.nodes > 1:
+        command = f"experiments/run.py {' '.join(arguments)}"
+        print(
+            f"error: nodes={config.nodes} needs a launcher on every machine: torchrun --nnodes={config.nodes} --nproc-per-node="
+            f"{config.devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT {command}, or in a SLURM job with --nodes="
+            f"{config.nodes} --ntasks-per-node={config.devices}: srun python {command}",
+            file=sys.stderr,
+        )
+        return 2
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    # fmt: off
+    local = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=config.devices, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id=uuid.uuid4().hex, max_restarts=0, shutdown_timeout=GRACE,
+    )
+    # fmt: on
+    try:
+        elastic_launch(local, sys.executable)(__file__, *arguments)
+    except SignalException:
+        return 130
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            print(
+                f"error: process {rank} of {config.devices} was killed ({name}), and the others were stopped; the same command "
+                "continues from the last checkpoint",
+                file=sys.stderr,
+            )
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
 
 
 def _run(config: configuration.Config, command: str, stage: str) -> int:
     # Slow imports come after the checks above.
     from cpdlm.files import WriteError
+    from cpdlm.processes import is_first_process
     from cpdlm.report.results import RecordError
-    from cpdlm.training.fit import Interrupted
+    from cpdlm.training.fit import Interrupted, ProcessLost
     from cpdlm.training.module import NonFiniteLoss
     from cpdlm.training.storage import RunError, exclusive
     from experiments import cell
 
     folder = cell.run_folder(config)
     try:
-        # Under several processes the launcher starts this command once more per process; the first holds the folder.
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        if is_first_process():  # holds the folder for all
             with exclusive(folder):
                 return cell.run(config, command, stage)
         return cell.run(config, command, stage)
     except (configuration.ConfigError, RunError, RecordError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, ProcessLost) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt) as error:

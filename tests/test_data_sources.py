@@ -16,7 +16,7 @@ import pytest
 
 from cpdlm.config import Config, ConfigError, resolve
 from cpdlm.data import sources
-from cpdlm.data.sources import Package, is_plain_code, mask_personal, pieces, text_column
+from cpdlm.data.sources import Package, is_plain_code, mask_personal, pieces
 
 CODE = b"def function(argument):\n    return argument + argument\n\n"
 
@@ -233,50 +233,3 @@ def test_pieces_lose_nothing(content: bytes) -> None:
     assert all(len(piece) <= 6 * sources.PIECE and piece.strip() for piece in found)
     if len(content) > 20_000:
         assert len(found) > 4
-
-
-# --- Hugging Face ----------------------------------------------------------------------------------------------------
-
-
-def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: Any) -> list[dict[str, Any]]:
-    calls: list[dict[str, Any]] = []
-
-    def load_dataset(name: str, **settings: Any) -> Any:
-        calls.append({"name": name, **settings})
-        if isinstance(rows, Exception):
-            raise rows
-        return iter(rows)
-
-    module = types.ModuleType("datasets")
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return calls
-
-
-def test_dataset_streams_to_the_limit_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = fake_datasets(monkeypatch, ({"id": i, "text": f"story {i} " * 10} for i in range(10**6)))
-    chosen = config(tmp_path, corpus="hf:who/stories", data__max_bytes=5000)
-    origin = sources.locate(chosen, progress=False)
-    texts = origin.read().texts
-    assert 5000 <= sum(map(len, texts)) < 5200 and texts[0].startswith(b"story 0 ")
-    again = sources.locate(chosen, progress=False)
-    assert again.identity == origin.identity and again.read().texts == texts
-    assert calls == [{"name": "who/stories", "split": "train", "streaming": True}]
-    next((tmp_path / "cache" / "hf").glob("who*/texts.bin")).write_bytes(b"torn")
-    fake_datasets(monkeypatch, [{"text": "anew"}])
-    assert sources.locate(chosen, progress=False).read().texts == [b"anew"]
-
-
-def test_dataset_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_datasets(monkeypatch, ConnectionError("no route"))
-    with pytest.raises(ConfigError, match=r"hf:who/x could not be read \(ConnectionError: no route\)"):
-        sources.locate(config(tmp_path, corpus="hf:who/x"), progress=False)
-    fake_datasets(monkeypatch, [{"question": "a", "answer": "b"}])
-    with pytest.raises(ConfigError, match="which column is the text; there are question, answer"):
-        sources.locate(config(tmp_path, corpus="hf:who/x"), progress=False)
-    assert not list((tmp_path / "cache" / "hf").iterdir()), "nothing half-made is left"
-
-
-def test_text_column() -> None:
-    assert text_column({"id": "7", "text": "a"}, "hf:x") == "text"
-    assert text_column({"id": 7, "body": "a"}, "hf:x") == "body"

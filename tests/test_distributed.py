@@ -1,9 +1,11 @@
-"""Two processes equal one at the same global batch: DDP and FSDP2, on the CPU with gloo, ragged documents."""
+"""Several processes equal one at the same global batch: DDP and FSDP2, on the CPU with gloo, ragged documents. What happens
+where one of them is slow, is killed, hangs, has a full disk or a loss that is NaN; on several machines; on another number."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cpdlm.training.storage import CHECKPOINT, TRAINED, WEIGHTS, check_checkpoint
+from cpdlm.config import resolve
+from cpdlm.training.storage import CHECKPOINT, TRAINED, WEIGHTS, RunError, check_checkpoint, open_run
 from tests import two_processes
 
 SEPARATE = {"model.head": "separate"}
@@ -37,6 +41,9 @@ DEFAULT: list[Case] = [
     ("fsdp", UNTIED | {"optim.clip": 0.0}, "sgd"),
     ("ddp", {"balance": "bias"} | FLOAT64, "adamw"),
     ("fsdp", {"balance": "bias"} | FLOAT64, "adamw"),
+    ("fsdp", {"train.recompute": True, "train.accumulate": 2} | FLOAT64, "adamw"),
+    ("ddp", {"train.precision": "bf16-mixed"}, "sgd"),
+    ("fsdp", {"train.precision": "bf16-mixed"}, "sgd"),
 ]
 EVERY: list[Case] = [
     (parallel, head | tie | FLOAT64 if optimizer == "adamw" else head | tie, optimizer)
@@ -45,50 +52,75 @@ EVERY: list[Case] = [
     for tie in ({}, UNTIED)
     for optimizer in ("sgd", "adamw")
 ] + [(parallel, {"model.family": "gpt2"}, "sgd") for parallel in ("ddp", "fsdp")]
-MODES = ("auto", "ddp", "fsdp")
-CROSSINGS = [(one, other) for one in MODES for other in MODES if one != other]
+# "sharded": FSDP2, and a checkpoint that is a folder.
+CROSSINGS = [
+    ("auto", "ddp"), ("auto", "fsdp"), ("ddp", "auto"), ("ddp", "fsdp"), ("fsdp", "auto"), ("fsdp", "ddp"),
+    ("fsdp", "fsdp"),
+    ("auto", "sharded"), ("sharded", "auto"), ("sharded", "ddp"), ("sharded", "sharded"),
+]  # fmt: skip
 
 
-def launch(cases: list[dict[str, Any]], folder: Path) -> None:
-    """Run the cases in two processes; a hang ends with their output."""
+def mode(name: str, more: dict[str, Any]) -> Case:
+    return ("fsdp", more | {"train.sharded": True}, "adamw") if name == "sharded" else (name, more, "adamw")
+
+
+def start(cases: list[dict[str, Any]], folder: Path, environments: list[dict[str, str]]) -> list[subprocess.Popen[str]]:
+    """One process per environment, which all go through the cases."""
     (folder / "cases.json").write_text(json.dumps(cases))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.two_processes", str(folder / "cases.json")],
             cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            env=os.environ | common | each,
         )
-        for rank in range(2)
+        for each in environments
     ]  # fmt: skip
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    return [{"LOCAL_RANK": str(rank), "NODE_RANK": "0"} for rank in range(count)]
+
+
+def ended(processes: list[subprocess.Popen[str]], timeout: float = 240) -> list[str]:
+    """Their outputs; a hang ends here."""
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        return [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, output in zip(processes, outputs, strict=True):
+
+
+def launch(cases: list[dict[str, Any]], folder: Path, environments: list[dict[str, str]] | None = None) -> None:
+    """Run the cases in two processes (or as the environments say); a failure shows their output."""
+    processes = start(cases, folder, environments or ranks(2))
+    for process, output in zip(processes, ended(processes), strict=True):
         assert process.returncode == 0, "\n".join(
             line for line in output.splitlines() if "Error" in line or "site-packages" not in line
         )[-1500:]
 
 
-def entry(folder: Path, case: Case, die_at: int = -1, devices: int = 2) -> dict[str, Any]:
+def entry(folder: Path, case: Case, fault: dict[str, Any] | None = None, devices: int = 2) -> dict[str, Any]:
     parallel, overrides, optimizer = case
-    overrides = overrides | {"parallel": parallel, "devices": devices}
-    return {"folder": str(folder), "overrides": overrides, "optimizer": optimizer, "die_at": die_at}
+    overrides = {"parallel": parallel, "devices": devices} | overrides
+    return {"folder": str(folder), "overrides": overrides, "optimizer": optimizer, "fault": fault}
 
 
 def single(case: Case, folder: Path) -> Path:
-    """The same run in one process."""
+    """The same run in one process, which keeps its activations."""
     place = folder / f"single-{_name(case)}"
-    two_processes.train(place, case[1], case[2])
+    two_processes.train(place, case[1] | {"train.recompute": False}, case[2])
     return place
 
 
+DIE = {"kind": "die", "step": 3}
 CROSSED = FLOAT64 | {"optim.steps": 5, "train.checkpoint_every": 1, "train.validate_every": 1000}
+
+
+def frozen(folder: Path) -> dict[str, Any]:
+    return {"model.trunk": str(folder / "trunk")}
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +132,21 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for one, other in CROSSINGS:  # killed before step 4 of 5 in one mode, finished in the other
         place = folder / f"{one} to {other}"
         if one == "auto":
-            two_processes.train(place, CROSSED, die_at=3)
+            two_processes.train(place, CROSSED, fault=DIE)
         else:
-            work.append(entry(place, (one, CROSSED, "adamw"), die_at=3))
+            work.append(entry(place, mode(one, CROSSED), DIE))
         if other != "auto":
-            work.append(entry(place, (other, CROSSED, "adamw")))
+            work.append(entry(place, mode(other, CROSSED)))
+    # Heads on a frozen trunk: the optimiser has some of the parameters only.
+    plain = CROSSED | {"horizon": 1, "rank": 1, "balance": "none", "optim.steps": 1}
+    open_run(folder / "trunk", resolve(two_processes.BASE | plain))
+    two_processes.train(folder / "trunk", plain)
+    for fault in (DIE, None):
+        work.append(entry(folder / "frozen", mode("fsdp", CROSSED | frozen(folder)), fault))
+    # Faults that every process notices, so that the next case can follow.
+    work.append(entry(folder / "slow", ("ddp", CROSSED, "adamw"), {"kind": "slow", "step": 2, "rank": 1}))
+    work.append(entry(folder / "nan", ("ddp", CROSSED, "adamw"), {"kind": "nan", "step": 3, "rank": 1}))
+    work.append(entry(folder / "disk", mode("sharded", CROSSED), {"kind": "full disk", "step": 3, "rank": 1}))
     launch(work, folder)
     two_processes.train(folder / "whole", CROSSED)
     return folder
@@ -126,8 +168,10 @@ def compare(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) 
 
 
 def check_equal(case: Case, two: Path, one: Path) -> None:
-    parallel, _, optimizer = case
+    parallel, overrides, optimizer = case
     tolerance = 1e-8 if optimizer == "adamw" else 1e-5
+    if overrides.get("train.precision") == "bf16-mixed":  # another split of the rows rounds otherwise
+        tolerance = 2e-3
     facts = [json.loads((two / f"facts_{rank}.json").read_text()) for rank in range(2)]
     alone = json.loads((one / "facts_0.json").read_text())
     assert [fact["world"] for fact in facts] == [2, 2] and [fact["rank"] for fact in facts] == [0, 1]
@@ -143,7 +187,9 @@ def check_equal(case: Case, two: Path, one: Path) -> None:
     curves = [json.loads((folder / TRAINED).read_text())["curve"] for folder in (two, one)]
     assert len(curves[0]) == len(curves[1])
     for mine, theirs in zip(*curves, strict=True):
-        assert mine == pytest.approx(theirs, abs=2e-5), "logged metrics are those of one process only"
+        assert mine == pytest.approx(theirs, abs=max(2e-5, 10 * tolerance)), (
+            "logged metrics are those of one process only"
+        )
     assert curves[0][1]["validation/joint_nll"] > 0
 
 
@@ -175,3 +221,150 @@ def test_checkpoints_of_one_mode_load_in_the_other(pair: tuple[str, str], defaul
     summary = json.loads((place / TRAINED).read_text())
     assert summary["resumed"] == 1 and summary["steps"] == 5
     compare(load_file(place / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
+
+
+def test_heads_on_a_frozen_trunk_resume(default: Path) -> None:
+    two_processes.train(default / "frozen, whole", CROSSED | frozen(default))
+    assert json.loads((default / "frozen" / TRAINED).read_text())["resumed"] == 1
+    compare(load_file(default / "frozen" / WEIGHTS), load_file(default / "frozen, whole" / WEIGHTS), 1e-8)
+
+
+# --- what can go wrong ------------------------------------------------------------------------------------------------
+
+
+def said(folder: Path, rank: int) -> dict[str, Any]:
+    return json.loads((folder / f"fault_{rank}.json").read_text())
+
+
+def test_a_slow_process_changes_nothing(default: Path) -> None:
+    compare(load_file(default / "slow" / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
+
+
+def test_a_loss_that_is_nan_in_one_process_stops_all_with_the_same_words(default: Path) -> None:
+    for rank in range(2):
+        assert said(default / "nan", rank)["error"] == "NonFiniteLoss"
+        assert "the loss is nan at step 3" in said(default / "nan", rank)["message"]
+    assert torch.load(default / "nan" / CHECKPOINT, weights_only=True)["global_step"] == 3
+
+
+def test_a_full_disk_of_one_process_keeps_the_last_sharded_checkpoint(default: Path) -> None:
+    place = default / "disk"
+    for rank in range(2):
+        assert said(place, rank)["error"] == "WriteError"
+        assert "cannot write" in said(place, rank)["message"] and "process 1: " in said(place, rank)["message"]
+    assert [path.name for path in place.glob(".last.ckpt*")] == [os.readlink(place / CHECKPOINT)], "a torn one is left"
+    check_checkpoint(place / CHECKPOINT)
+    two_processes.train(place, CROSSED)  # one process takes over from two
+    compare(load_file(place / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
+    assert not list(place.glob("*last.ckpt*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "foreign"])
+def test_a_damaged_sharded_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
+    shard = {"x": torch.zeros(1000)}
+    dcp.save(shard, checkpoint_id=tmp_path / "a", no_dist=True)
+    torch.save({"callbacks": {} if damage == "foreign" else {"Journal": {}}}, tmp_path / "a" / "meta.pt")
+    (tmp_path / CHECKPOINT).symlink_to("a")
+    if damage != "foreign":
+        check_checkpoint(tmp_path / CHECKPOINT)
+        (part,) = (tmp_path / "a").glob("*.distcp")
+        part.write_bytes(part.read_bytes()[:-100]) if damage == "cut" else part.unlink()
+    with pytest.raises(
+        RunError, match="is not a checkpoint of this" if damage == "foreign" else "is truncated or not a"
+    ):
+        check_checkpoint(tmp_path / CHECKPOINT)
+
+
+# Seconds from the fault until the last of the other processes has stopped with an error. For a process that hangs they
+# come on top of train.timeout.
+PATIENCE = 30.0
+LOST: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "ddp, second killed": ("ddp", {}, {"kind": "kill", "rank": 1}),
+    "sharded, first killed": ("fsdp", {"train.sharded": True}, {"kind": "kill", "rank": 0}),
+    "ddp, second hangs": ("ddp", {"train.timeout": 15}, {"kind": "hang", "rank": 1}),
+    "ddp, disk of the first is full": ("ddp", {}, {"kind": "full disk", "rank": 0, "alone": True}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(LOST)]
+)
+def test_a_lost_process_stops_the_others_and_the_run_resumes(name: str, default: Path, tmp_path: Path) -> None:
+    parallel, overrides, fault = LOST[name]
+    place = tmp_path / "run"
+    processes = start([entry(place, (parallel, CROSSED | overrides, "adamw"), fault | {"step": 3})], tmp_path, ranks(2))
+    other = processes[1 - fault["rank"]]
+    try:
+        output = other.communicate(timeout=240)[0]
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+    for process in processes:
+        process.wait()
+    assert other.returncode == 1, output[-1500:]
+    report = said(place, 1 - fault["rank"])
+    assert report["error"] == "ProcessLost"
+    assert f"process {1 - fault['rank']} of 2: another one stopped" in report["message"]
+    assert f"the same command continues from {place / CHECKPOINT}" in report["message"]
+    waited = report["time"] - (place / "struck").stat().st_mtime
+    assert waited < PATIENCE + overrides.get("train.timeout", 0), f"{waited:.1f} s"
+    if fault["kind"] == "full disk":
+        assert said(place, 0)["error"] == "WriteError" and "free some space" in said(place, 0)["message"]
+    check_checkpoint(place / CHECKPOINT)
+    two_processes.train(place, CROSSED)
+    summary = json.loads((place / TRAINED).read_text())
+    assert (summary["resumed"], summary["steps"]) == (1, 5)
+    compare(load_file(place / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
+
+
+# --- other numbers of processes, and several machines ------------------------------------------------------------------
+
+SLURM = {
+    "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "cpdlm", "SLURM_JOB_ID": "1",
+    "SLURM_LOCALID": "0", "SLURM_NODELIST": "127.0.0.1",
+}  # fmt: skip
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+# Two machines of one process each, as the launchers describe them.
+MACHINES: dict[str, list[dict[str, str]]] = {
+    "SLURM": [SLURM | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)],
+    "torchrun in SLURM": [
+        SLURM | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} | TORCHRUN | {"RANK": str(rank), "GROUP_RANK": str(rank)}
+        for rank in range(2)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", MACHINES)
+def test_two_machines_equal_one(launcher: str, default: Path, tmp_path: Path) -> None:
+    two = CROSSED | {"nodes": 2}
+    work = [entry(tmp_path / "ddp", ("ddp", two, "adamw"), devices=1)]
+    work += [entry(tmp_path / "sharded", mode("sharded", two), fault, devices=1) for fault in (DIE, None)]
+    launch(work, tmp_path, MACHINES[launcher])
+    for name in ("ddp", "sharded"):
+        facts = [json.loads((tmp_path / name / f"facts_{rank}.json").read_text()) for rank in range(2)]
+        assert [(fact["rank"], fact["world"]) for fact in facts] == [(0, 2), (1, 2)]
+        compare(load_file(tmp_path / name / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one_and_take_over_from_two(default: Path, tmp_path: Path) -> None:
+    """Two processes, then four, then two, then one, of which each but the last is killed."""
+    later = [{"kind": "die", "step": step} for step in (1, 2, 3)]
+    modes = {name: tmp_path / name for name in ("ddp", "fsdp", "sharded")}
+    for fault, devices in zip(later, (2, 4, 2), strict=True):
+        work = [entry(place, mode(name, CROSSED), fault, devices) for name, place in modes.items()]
+        if devices == 4:
+            work += [entry(tmp_path / f"{name} at once", mode(name, CROSSED), None, 4) for name in modes]
+        launch(work, tmp_path, ranks(devices))
+    whole = load_file(default / "whole" / WEIGHTS)
+    curve = json.loads((default / "whole" / TRAINED).read_text())["curve"]
+    for name, place in modes.items():
+        two_processes.train(place, CROSSED)
+        summary = json.loads((place / TRAINED).read_text())
+        assert summary["resumed"] == 3
+        for mine, theirs in zip(summary["curve"], curve, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-8), "a sample was lost or repeated"
+        compare(load_file(place / WEIGHTS), whole, 1e-8)
+        compare(load_file(tmp_path / f"{name} at once" / WEIGHTS), whole, 1e-8)

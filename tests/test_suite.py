@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 import torch
@@ -215,11 +218,12 @@ def _in_process(cell: Cell, options: object, parent: str, quiet: bool) -> int:
     return run.main([*cell.words(options.out), "--stage=train"])  # type: ignore[attr-defined]
 
 
-def _run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def _run(
+    *words: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
     command = [sys.executable, str(ROOT / "experiments" / "run.py"), *words]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=variables, check=False)
 
 
 @pytest.mark.parametrize(
@@ -327,8 +331,7 @@ def test_the_end_of_a_failed_cells_log_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_cell_on_two_processes(parallel: str, corpus: Path, tmp_path: Path) -> None:
     """The launcher starts the command once more; only the first process evaluates, decodes and writes the record."""
-    words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in TINY.items()]
-    words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2"]
+    words = _words(corpus, tmp_path)
     done = _run(*words, f"parallel={parallel}", "devices=2")
     assert done.returncode == 0, done.stderr
     both = results.load(Path(done.stdout.split("record: ")[1].strip()))
@@ -336,3 +339,81 @@ def test_one_cell_on_two_processes(parallel: str, corpus: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     alone = results.load(Path(done.stdout.split("record: ")[1].strip()))
     assert both["likelihood"]["joint_nll"]["mean"] == pytest.approx(alone["likelihood"]["joint_nll"]["mean"], abs=1e-3)
+
+
+def test_several_machines_need_a_launcher_and_its_number_of_processes() -> None:
+    done = _run("nodes=2", "devices=4", "data.batch_rows=8")
+    assert done.returncode == 2 and "torchrun --nnodes=2 --nproc-per-node=4" in done.stderr
+    assert "srun python experiments/run.py nodes=2 devices=4" in done.stderr and "Traceback" not in done.stderr
+    for launcher in (
+        {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "8"},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"},
+    ):
+        done = _run("devices=2", environment=launcher)
+        assert done.returncode == 2
+        assert "the launcher made 8 processes, nodes=1 x devices=2 are 2; write nodes=MACHINES" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_process_stops_the_command_which_then_goes_on_with_another_number(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Two processes, of which one is killed; then one on each of two machines, stopped by SIGTERM; then one."""
+    words = [*_words(corpus, tmp_path), "optim.steps=150", "train.checkpoint_every=1", "train.validate_every=50"]
+    run = Popen(
+        [sys.executable, "experiments/run.py", *words, "devices=2"], cwd=ROOT, stderr=PIPE, stdout=PIPE, text=True
+    )
+    checkpoint = tmp_path / "runs" / "cell" / "last.ckpt"
+    _until(checkpoint.exists, run)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    (second,) = (pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    began = time.monotonic()
+    os.kill(int(second), signal.SIGKILL)
+    _, err = run.communicate(timeout=120)
+    assert time.monotonic() - began < 60 and run.returncode == 1 and "Traceback" not in err
+    assert "process 0 of 2: another one stopped" in err and "process 1 of 2 was killed (SIGKILL)" in err
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+    ]
+    torchrun += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=7", "experiments/run.py", *words, "nodes=2"]
+    written = checkpoint.stat().st_mtime
+    machines = [Popen(torchrun, cwd=ROOT, stderr=PIPE, stdout=PIPE, text=True) for _ in range(2)]
+    _until(lambda: checkpoint.stat().st_mtime > written, machines[0])
+    for machine in machines:
+        machine.send_signal(signal.SIGTERM)
+    for machine in machines:
+        _out, err = machine.communicate(timeout=120)
+        assert machine.returncode and "The same command continues from it" in err, err[-2000:]
+
+    done = _run(*words)
+    assert done.returncode == 0, done.stderr
+    resumed = results.load(Path(done.stdout.split("record: ")[1].strip()))
+    done = _run(*words, "name=alone")
+    alone = results.load(Path(done.stdout.split("record: ")[1].strip()))
+    assert resumed["training"]["resumed"] == 2 and resumed["training"]["steps"] == 150
+    for mine, theirs in zip(resumed["training"]["curve"], alone["training"]["curve"], strict=True):
+        assert mine == pytest.approx(theirs, abs=2e-3), "a sample was lost or repeated"
+    assert resumed["likelihood"]["joint_nll"]["mean"] == pytest.approx(
+        alone["likelihood"]["joint_nll"]["mean"], abs=1e-3
+    )
+
+
+def _words(corpus: Path, place: Path) -> list[str]:
+    words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in TINY.items()]
+    return [*words, f"corpus={corpus}", f"data.cache={place}/cache", f"output={place}/runs", "rank=2", "name=cell"]
+
+
+def _until(condition: Callable[[], bool], process: Popen[str], timeout: float = 240) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.02)

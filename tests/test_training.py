@@ -229,6 +229,26 @@ def test_accumulated_micro_batches_train_as_the_whole_batch(layout: str, tmp_pat
             torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputed_activations_change_nothing_but_the_passes(family: str, tmp_path: Path) -> None:
+    states, passes = [], []
+    for recompute in (False, True):
+        config = settings(
+            **{"model.family": family, "train.recompute": recompute, "optim.steps": 2, "train.validate_every": 9}
+        )
+        model = build(config)
+        count = [0]
+        mlp = dict(model.trunk.layers()[0].named_modules())["mlp"]
+        mlp.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        (tmp_path / str(recompute)).mkdir()
+        fit(config, model, RaggedData(config), tmp_path / str(recompute))
+        states.append(model.state_dict())
+        passes.append(count[0])
+    assert passes == [2, 4], "each block runs once more, in the backward pass"
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
 def test_checkpoints_load_with_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 3)

@@ -23,7 +23,7 @@ from typing import Any
 
 from cpdlm.config import ConfigError
 from cpdlm.data.sources import PACKAGES, Package, fetch
-from cpdlm.files import errors_named, only_one
+from cpdlm.files import errors_named, locked
 
 ORIGIN = "origin.json"
 
@@ -147,7 +147,7 @@ def _dequantise(file: Callable[[Path], Path], folder: Path, digest: str, label: 
     with errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (
-            only_one(folder.parent.with_name(".models.lock")),
+            locked(folder.parent.with_name(".models.lock")),
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as aside,
         ):
             if (folder / ORIGIN).is_file():

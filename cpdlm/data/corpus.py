@@ -32,19 +32,21 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
-from cpdlm.data import sources
+from cpdlm.data import sources, tokenising
 from cpdlm.data.checkpoints import PACKAGES, carried_package, checkpoint_folder, origin_hash
 from cpdlm.data.duplicates import clusters
+from cpdlm.data.pool import process_count
+from cpdlm.data.texts import Chosen
+from cpdlm.data.tokenising import PIECE_BYTES
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer, tokenizer_hash
 from cpdlm.data.windows import mix, row_count
-from cpdlm.files import only_one
+from cpdlm.files import locked
 
 FORMAT = 1  # raise when the layout or the way documents are split changes
 SPLITS = ("train", "validation", "test")
 HELD_OUT_SHARE = 0.05  # of the documents, for validation and for test
 ARRAYS = ("tokens", "offsets", "source_ids", "byte_lengths")
 BUNDLE = "bundle.json"
-BATCH = 512  # documents tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -170,17 +172,26 @@ def _from_cache(config: Config, progress: bool) -> Corpus:
     if (corpus := _read_or_warn(folder)) is not None:
         return corpus
     root.mkdir(parents=True, exist_ok=True)
-    with only_one(root / f".{folder.name}.lock"):
+    with locked(root / f".{folder.name}.lock"):
         if folder.exists() and (corpus := _read_or_warn(folder, quietly=True)) is not None:
             return corpus  # another process built it meanwhile
+        for left in root.glob(f".partial-{folder.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)  # by a killed one
         temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".partial-{folder.name}-"))
+        pieces = root / f".pieces-{folder.name}-{PIECE_BYTES}"
         try:
-            _build(config, origin, temporary, progress)
+            pieces.mkdir(exist_ok=True)
+            _build(config, origin, temporary, pieces, progress)
             if folder.exists():
                 old = Path(tempfile.mkdtemp(dir=root, prefix=".replaced-"))
                 os.replace(folder, old / folder.name)
                 shutil.rmtree(old, ignore_errors=True)
             os.replace(temporary, folder)
+            shutil.rmtree(pieces, ignore_errors=True)
+        except ConfigError:
+            if not any(pieces.glob("*.npz")):
+                shutil.rmtree(pieces, ignore_errors=True)
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return read_tokens(folder)
@@ -224,10 +235,7 @@ def read_tokens(folder: Path) -> Corpus:
 def _assemble(
     meta: dict[str, Any], splits: dict[str, dict[str, NDArray[Any]]], token_bytes: NDArray[np.int64], folder: Path
 ) -> Corpus:
-    saved = meta["tokenizer"]
-    tokenizer = SavedTokenizer(
-        saved["name"], saved["vocab_size"], saved["bos"], saved["eos"], folder, token_bytes
-    )  # fmt: skip
+    tokenizer = SavedTokenizer(**meta["tokenizer"], folder=folder, token_bytes=token_bytes)
     made = {name: TokenSplit(**arrays, source_names=list(meta["source_names"])) for name, arrays in splits.items()}
     for name, split in made.items():
         if split.offsets[-1] != len(split.tokens) or len(split.source_ids) != split.documents:
@@ -264,31 +272,38 @@ def _disk_errors_explained(config: Config) -> Iterator[None]:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def _build(config: Config, origin: sources.Origin, folder: Path, progress: bool) -> None:
+def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, progress: bool) -> None:
+    """Fill `folder`. pieces: folder of what an earlier run that was killed has tokenised already, and of what this one has."""
     documents = origin.read()
     assignment, counts = assign_splits(documents, config, progress)
     chosen = {name: take(documents, assignment[name], assignment, config.data.max_bytes) for name in SPLITS}
-    name, own = _tokenizer_name(config), None
-    if config.data.tokenizer == "model":
-        own = checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
-    tokenizer = build_tokenizer(name, [documents.texts[i] for i in chosen["train"]], progress, own)
-    with tqdm(total=sum(map(len, chosen.values())), desc="tokenising", unit="document", disable=not progress) as bar:
-        for name, indices in chosen.items():
-            if name != "train":
-                # By source, so that rows of the evaluation splits are of one source wherever possible.
-                indices = sorted(indices, key=lambda i: documents.sources[i])
-            (folder / name).mkdir()
-            for array, values in _tokenise(documents, indices, tokenizer, bar).items():
-                np.save(folder / name / f"{array}.npy", values)
+    for name in SPLITS[1:]:
+        # By source, so that rows of the evaluation splits are of one source wherever possible.
+        chosen[name].sort(key=lambda i: documents.sources[i])
+    tokenizer = _tokenizer(config, Chosen(documents.texts, chosen["train"]), pieces, progress)
+    planned = tokenising.plan(documents.texts, chosen, pieces)
+    every = [piece for part in planned.values() for piece in part]
+    size = sum(piece.size for piece in every)
+    with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=not progress) as bar:
+        tokenising.tokenise(documents.texts, every, tokenizer, process_count(config.data.processes), bar)
+    for name, indices in chosen.items():
+        (folder / name).mkdir()
+        arrays: dict[str, NDArray[Any]] = {
+            "offsets": tokenising.join(planned[name], folder / name / "tokens.npy", tokenising.token_dtype(tokenizer)),
+            "source_ids": np.array([documents.sources[i] for i in indices], dtype=np.int32),
+            "byte_lengths": np.array([len(documents.texts[i]) for i in indices], dtype=np.int64),
+        }
+        for array, values in arrays.items():
+            np.save(folder / name / f"{array}.npy", values)
     np.save(folder / "token_bytes.npy", tokenizer.token_bytes().astype(np.int64))
-    arrays = sorted(folder.rglob("*.npy"))
+    paths = sorted(folder.rglob("*.npy"))
     tokenizer.save(folder)
     files: dict[str, dict[str, Any]] = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _file_hash(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    content = "".join(files[str(path.relative_to(folder))]["sha256"] for path in arrays)
+    content = "".join(files[str(path.relative_to(folder))]["sha256"] for path in paths)
     meta = {
         "format": FORMAT,
         "request": _request(config),
@@ -296,13 +311,34 @@ def _build(config: Config, origin: sources.Origin, folder: Path, progress: bool)
         "provenance": origin.provenance,
         "notes": documents.notes | {"documents": counts},
         "source_names": documents.source_names,
-        "tokenizer": {
-            "name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "eos": tokenizer.eos,
-        },
+        "tokenizer": _describe(tokenizer),
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "files": files,
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
+
+
+def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "eos": tokenizer.eos}
+
+
+def _tokenizer(config: Config, train_texts: Sequence[bytes], pieces: Path, progress: bool) -> Tokenizer:
+    """The tokenizer that the pieces are made with: the one that is there already, else a new one, which is left there."""
+    described = pieces / "tokenizer.json"
+    if described.is_file():
+        return SavedTokenizer(
+            **json.loads(described.read_text()), folder=pieces, token_bytes=np.load(pieces / "token_bytes.npy")
+        )
+    own = None
+    if config.data.tokenizer == "model":
+        own = checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
+    tokenizer = build_tokenizer(_tokenizer_name(config), train_texts, progress, own)
+    tokenizer.save(pieces)
+    np.save(pieces / "token_bytes.npy", tokenizer.token_bytes().astype(np.int64))
+    temporary = described.with_suffix(".partial")
+    temporary.write_text(json.dumps(_describe(tokenizer)))
+    os.replace(temporary, described)
+    return tokenizer
 
 
 def document_hashes(texts: Sequence[bytes]) -> NDArray[np.uint64]:
@@ -325,7 +361,7 @@ def assign_splits(
     order = sorted(range(len(hashes)), key=lambda i: (documents.sources[i] not in documents.held_out, hashes[i], i))
     unique = list({int(hashes[i]): i for i in reversed(order)}.values())
     unique.sort(key=lambda i: hashes[i])
-    labels = clusters([documents.texts[i] for i in unique], progress)
+    labels = clusters(Chosen(documents.texts, unique), progress)
     # Of a cluster, `unique` holds the lowest hash first, and labels name the lowest index.
     share = mix(hashes[np.array(unique)][labels] if unique else np.zeros(0, np.uint64)) / 2.0**64
     held_out = np.array([documents.sources[i] in documents.held_out for i in unique], dtype=bool)
@@ -372,26 +408,6 @@ def take(
     sizes = np.array([len(documents.texts[i]) for i in indices])
     budget = max_bytes * max(sizes.sum() / total, 0.05)
     return indices[: int(np.searchsorted(np.cumsum(sizes), budget)) + 1]
-
-
-def _tokenise(
-    documents: sources.Documents, indices: list[int], tokenizer: Tokenizer, bar: Any
-) -> dict[str, NDArray[Any]]:  # fmt: skip
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    parts: list[NDArray[Any]] = []
-    lengths = []
-    bos, eos = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos], dtype)
-    for start in range(0, len(indices), BATCH):
-        for ids in tokenizer.encode([documents.texts[i] for i in indices[start : start + BATCH]]):
-            parts += [bos, ids.astype(dtype), eos]
-            lengths.append(len(ids) + 2)
-        bar.update(len(indices[start : start + BATCH]))
-    return {
-        "tokens": np.concatenate(parts),
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        "source_ids": np.array([documents.sources[i] for i in indices], dtype=np.int32),
-        "byte_lengths": np.array([len(documents.texts[i]) for i in indices], dtype=np.int64),
-    }
 
 
 # --- bundles ---------------------------------------------------------------------------------------------------------

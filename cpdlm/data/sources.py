@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import itertools
 import json
 import logging
 import os
 import re
-import shutil
 import string
 import subprocess
 import sys
@@ -21,15 +19,16 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.data.pool import process_count
+from cpdlm.data.streams import Stream, fetch_stream
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ class Documents:
     """Documents as bytes, with the index of their source. held_out: sources that are test as a whole. notes: what the
     readers counted, for the record."""
 
-    texts: list[bytes] = field(default_factory=list)
+    texts: Sequence[bytes] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     source_names: list[str] = field(default_factory=list)
     held_out: set[int] = field(default_factory=set)
@@ -105,9 +104,9 @@ class Documents:
         self.source_names.append(name)
         if held_out:
             self.held_out.add(index)
-        for text in texts:
-            self.texts.append(text)
-            self.sources.append(index)
+        added = list(texts)
+        self.texts = [*self.texts, *added]
+        self.sources += [index] * len(added)
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def locate(config: Config, progress: bool = True) -> Origin:
     )
 
 
-def content_hash(texts: list[bytes]) -> str:
+def content_hash(texts: Sequence[bytes]) -> str:
     """sha256 over the sorted sha256 of the documents: the same whatever their order."""
     return hashlib.sha256(b"".join(sorted(hashlib.sha256(text).digest() for text in texts))).hexdigest()
 
@@ -455,90 +454,15 @@ def _folder(path: Path, name: str) -> Documents:
 
 def _hub(config: Config, progress: bool) -> Origin:
     """A dataset's train split, streamed once up to data.max_bytes and kept in the cache."""
-    name, limit = config.corpus.removeprefix("hf:"), config.data.max_bytes or HUB_BYTES
-    slug = re.sub(r"\W+", "-", name).strip("-")
-    folder = Path(config.data.cache) / "hf" / f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}-{limit}"
-    if not _hub_is_whole(folder):
-        _stream(config.corpus, name, limit, folder, progress)
-    meta = json.loads((folder / "meta.json").read_text())
+    name = config.corpus.removeprefix("hf:")
+    stream = Stream(name, config.data.max_bytes or HUB_BYTES, Path(config.data.cache))
+    meta = fetch_stream(stream, process_count(config.data.processes), progress)
 
     def read() -> Documents:
-        content, offsets = (folder / "texts.bin").read_bytes(), np.load(folder / "offsets.npy")
-        documents = Documents()
-        documents.add_source(name, (content[a:b] for a, b in itertools.pairwise(offsets.tolist())))
-        return documents
+        texts = stream.texts()
+        return Documents(texts, [0] * len(texts), [name])
 
     return Origin(
         {"hub": name, "sha256": meta["sha256"], "reader": READER_VERSION}, read,
         [{"name": name, "licence": "see its page on the Hugging Face hub", "column": meta["column"]}],
     )  # fmt: skip
-
-
-def _hub_is_whole(folder: Path) -> bool:
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        offsets = np.load(folder / "offsets.npy")
-        return bool(_sha256(folder / "texts.bin") == meta["sha256"] and len(offsets) == meta["documents"] + 1)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _stream(corpus: str, name: str, limit: int, folder: Path, progress: bool) -> None:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ConfigError(f"corpus={corpus} needs a package: pip install datasets, or use corpus=code") from error
-    offsets, column = [0], ""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-    try:
-        with (
-            open(temporary / "texts.bin", "wb") as file,
-            tqdm(total=limit, desc=f"streaming {name}", unit="B", unit_scale=True, disable=not progress) as bar,
-        ):
-            try:
-                for row in load_dataset(name, split="train", streaming=True):
-                    column = column or text_column(row, corpus)
-                    text = (row[column] or "").encode()
-                    if text.strip():
-                        file.write(text)
-                        offsets.append(offsets[-1] + len(text))
-                        bar.update(len(text))
-                    if offsets[-1] >= limit:
-                        break
-            except ConfigError:
-                raise
-            except Exception as error:  # the hub client raises errors of many libraries
-                reason = (str(error).splitlines() or [""])[0]
-                raise ConfigError(
-                    f"corpus={corpus} could not be read ({type(error).__name__}: {reason}). Check the name "
-                    "and the connection, or use corpus=code, corpus=text, a file or a folder"
-                ) from error
-        if len(offsets) == 1:
-            raise ConfigError(f"corpus={corpus} has no text in its train split")
-        np.save(temporary / "offsets.npy", np.array(offsets))
-        meta = {"sha256": _sha256(temporary / "texts.bin"), "documents": len(offsets) - 1, "column": column}
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        if folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if not _hub_is_whole(folder):  # otherwise another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def text_column(row: dict[str, Any], corpus: str) -> str:
-    """The column that holds the text: text, content, story or document, else the only one with strings."""
-    strings = [column for column, value in row.items() if isinstance(value, str)]
-    for column in ("text", "content", "story", "document"):
-        if column in strings:
-            return column
-    if len(strings) == 1:
-        return strings[0]
-    raise ConfigError(
-        f"corpus={corpus}: cannot tell which column is the text; there are {', '.join(row)}. "
-        "Export it to a text file and give that as corpus="
-    )

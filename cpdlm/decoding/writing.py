@@ -26,7 +26,7 @@ from cpdlm.data.corpus import TokenSplit
 from cpdlm.data.datamodule import prompts
 from cpdlm.decoding.filtering import Sampling
 from cpdlm.decoding.speculative import decode_batch
-from cpdlm.files import errors_named, only_one, replaced, write_json
+from cpdlm.files import errors_named, locked, replaced, write_json
 from cpdlm.model.language_model import LanguageModel
 
 ORIGIN = "origin.json"
@@ -57,7 +57,7 @@ def written_text(
     folder = cache / "written" / key
     with errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with only_one(folder / ".lock"):  # another process that needs it waits here
+        with locked(folder / ".lock"):  # another process that needs it waits here
             if not (folder / ORIGIN).is_file():
                 say(f"the model writes {tokens:,} tokens of training text ({how}): {folder}")
                 _write(model, split, how, tokens, eos, folder, device)

@@ -80,6 +80,11 @@ class Trunk(nn.Module):
         assert blocks is not None, f"{type(self.body).__name__} has neither .layers nor .h"
         return list(blocks)
 
+    def recompute_activations(self) -> None:
+        """From now on training keeps the input of each block only, and runs the block again in the backward pass."""
+        older = "gradient_checkpointing_enable"  # what transformers called it before 5.23
+        getattr(self.body, "activation_checkpointing_enable", getattr(self.body, older))({"use_reentrant": False})
+
 
 def _documents_apart(position_ids_BT: Tensor) -> Tensor | None:
     """(B, 1, T, T) boolean: causal, within a document; None where no row has two. Not every model makes it by itself."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import signal
 import statistics
@@ -13,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,27 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
 from cpdlm.config import Config
-from cpdlm.files import errors_named, replaced, write_json
+from cpdlm.files import errors_named, write_json
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.processes import is_srun, is_torchrun
+from cpdlm.training import storage
 from cpdlm.training.module import MultiTokenModule
-from cpdlm.training.storage import (
-    CHECKPOINT,
-    TRAINED,
-    check_checkpoint,
-    save_model,
-)
+from cpdlm.training.storage import CHECKPOINT, TRAINED, RunError
 
 
 class Interrupted(RuntimeError):
     """Ctrl-C or SIGTERM: the run stopped at a step boundary and left a checkpoint."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of this run is gone, or hangs."""
 
 
 @dataclass
@@ -71,6 +75,21 @@ class Journal(Callback):
         self.summary = Summary(**state_dict["summary"])
         self.summary.resumed += 1
         self._step_ms = list(state_dict["step_ms"])
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Before anything is restored: one checkpoint for all, in a form that this mode loads, and no remains of others."""
+        checkpoint = self.folder / CHECKPOINT
+        found = checkpoint.exists()
+        if found != trainer.strategy.reduce_boolean_decision(found, all=found):
+            raise RunError(
+                f"{checkpoint} is there for some processes only: the machines of a run need one folder in common; give one "
+                "that all of them see with output=DIR"
+            )
+        if trainer.is_global_zero:
+            storage.remove_partial(self.folder)
+            if checkpoint.is_dir() and self.config.parallel != "fsdp":
+                storage.consolidate(self.folder)
+        trainer.strategy.barrier()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning has put a SIGTERM handler before ours that ends the run with exit code 0 and no word.
@@ -121,17 +140,20 @@ class Journal(Callback):
                 self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Every process calls; process 0 swaps the finished file in, so that a kill in mid-write costs nothing."""
-        if trainer.world_size > 1:
-            partial = self.folder / f".{CHECKPOINT}.partial"
-            with errors_named(self.folder / CHECKPOINT):
+        """Every process calls; the first swaps the finished checkpoint in: a kill or a full disk in mid-write costs nothing."""
+        partial = storage.partial_checkpoint(self.folder)
+        with errors_named(self.folder / CHECKPOINT):
+            try:
                 trainer.save_checkpoint(partial)
                 if trainer.is_global_zero:
-                    os.replace(partial, self.folder / CHECKPOINT)
-            trainer.strategy.barrier()
-            return
-        with replaced(self.folder / CHECKPOINT) as temporary:
-            trainer.save_checkpoint(temporary)
+                    storage.swap_in(partial, self.folder / CHECKPOINT)
+            except CheckpointException as error:  # of every process, for the failure of one
+                reasons = "; ".join(f"process {rank}: {wrapped[0]}" for rank, wrapped in error.failures.items())
+                raise OSError(f"a part could not be written ({reasons})") from error
+            finally:
+                if trainer.is_global_zero:
+                    storage.remove_partial(self.folder)
+        trainer.strategy.barrier()
 
     def finish(self) -> Summary:
         self.summary.step_ms_median = statistics.median(self._step_ms) if self._step_ms else 0.0
@@ -195,11 +217,13 @@ def fit(
     L.seed_everything(config.seed, verbose=False)
     if config.train.precision == "64-true":
         model.double()
+    if config.train.recompute:
+        model.trunk.recompute_activations()
     module, journal = MultiTokenModule(config, model, watch), Journal(config, folder)
     trainer = build_trainer(config, [journal, ProgressBar(config.optim.steps, config.run_name)], logger)
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
-        check_checkpoint(checkpoint)
+        storage.check_checkpoint(checkpoint)
     with _signals_noted(journal), warnings.catch_warnings():
         # Lightning advises more loader workers and shorter logging intervals; rows are cut from memory-mapped arrays.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -207,23 +231,33 @@ def fit(
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         # A frozen trunk is in evaluation mode on purpose.
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
+        try:
+            trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
+        except RuntimeError as error:
+            if trainer.world_size > 1 and _is_lost(error):
+                raise ProcessLost(
+                    f"process {trainer.global_rank} of {trainer.world_size}: another one stopped (its own message says why), was "
+                    f"killed, or did not answer within train.timeout={config.train.timeout} s; the same command "
+                    + (f"continues from {checkpoint}" if checkpoint.exists() else "starts again")
+                ) from error
+            raise
     if journal.stop_signal and trainer.global_step < config.optim.steps:
         raise Interrupted(
             f"stopped at step {trainer.global_step} of {config.optim.steps}; {checkpoint} is saved. The same command "
             "continues from it"
         )
-    state = trainer.strategy.lightning_module_state_dict()
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = (
+        get_model_state_dict(model, options=whole) if config.parallel == "fsdp" else model.state_dict()
+    )
     if not trainer.is_global_zero:
         return None
-    prefix = "model."
-    plain = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     # Heads on a pretrained trunk are stored as it is, and evaluated as they are stored.
     narrow = getattr(torch, config.model.dtype) if config.is_pretrained else None
-    save_model(folder, model, plain, model.vocab_size, narrow)
+    storage.save_model(folder, model, state, model.vocab_size, narrow)
     summary = journal.finish()
     write_json(folder / TRAINED, asdict(summary))
-    checkpoint.unlink(missing_ok=True)
+    storage.remove_checkpoint(folder)
     return summary
 
 
@@ -233,6 +267,8 @@ def build_trainer(config: Config, callbacks: list[Callback], logger: Logger | No
     return L.Trainer(
         accelerator=accelerator,
         devices=config.devices,
+        num_nodes=config.nodes,
+        plugins=_cluster(),
         strategy=build_strategy(config),
         # Lightning's FSDP2 strategy has no word for float64; `fit` has made the weights so, and this leaves them alone.
         precision="32-true"
@@ -256,13 +292,35 @@ def build_trainer(config: Config, callbacks: list[Callback], logger: Logger | No
 
 def build_strategy(config: Config) -> Strategy | str:
     """auto: one process, or DDP for several. fsdp: FSDP2 over all of them, also on the CPU (gloo)."""
+    world, timeout = config.nodes * config.devices, timedelta(seconds=config.train.timeout)
     if config.parallel == "fsdp":
         return ModelParallelStrategy(
-            data_parallel_size=config.devices, tensor_parallel_size=1, save_distributed_checkpoint=False
+            data_parallel_size=world,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=config.train.sharded,
+            timeout=timeout,
         )
-    if config.parallel == "ddp" or config.devices > 1:
-        return DDPStrategy()
+    if config.parallel == "ddp" or world > 1:
+        return DDPStrategy(timeout=timeout)
     return "auto"
+
+
+def _cluster() -> ClusterEnvironment | None:
+    """SLURM without Lightning's own requeueing, whose checkpoints would come before ours; anything else as it is detected."""
+    return SLURMEnvironment(auto_requeue=False) if is_srun() and not is_torchrun() else None
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether this is how a collective says that a peer is gone or late; gloo has no type for it."""
+    words = (
+        "Connection closed",
+        "Connection reset",
+        "Connection refused",
+        "Broken pipe",
+        "Timed out waiting",
+        "timeout",
+    )
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
 
 
 def peak_memory_bytes() -> int:

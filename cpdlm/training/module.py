@@ -66,7 +66,8 @@ class MultiTokenModule(L.LightningModule):
         terms = self._terms(batch, first_BT, weights.rest_BT, aim)
         # The weights normalise the sum over micro-batches; Lightning takes their mean.
         loss = terms.loss * self.config.train.accumulate
-        self.log("train/nll" if aim is None else "train/objective", loss.detach(), sync_dist=True)
+        shared_loss = objective.global_sum(loss.detach()) / objective.world_size()
+        self.log("train/nll" if aim is None else "train/objective", shared_loss)
         if self.model.heads is not None and self.config.rank > 1:
             use = objective.component_use(terms.log_weights_PR)
             self.uses.append(use)
@@ -78,9 +79,9 @@ class MultiTokenModule(L.LightningModule):
             self.log("train/weight_entropy", use.entropy)
             self.log("train/effective_components", use.effective)
             self.log("train/dead_components", use.dead.float())
-        if not torch.isfinite(loss):
+        if not torch.isfinite(shared_loss):  # on all processes alike, so that none waits for another
             raise NonFiniteLoss(
-                f"the loss is {loss.item()} at step {self.global_step}, batch {batch_index}; the checkpoint before it is "
+                f"the loss is {shared_loss.item()} at step {self.global_step}, batch {batch_index}; the checkpoint before it is "
                 f"kept. A lower optim.lr (now {self.config.optim.lr}) or optim.clip (now {self.config.optim.clip}) "
                 "usually helps"
             )
@@ -130,8 +131,12 @@ class MultiTokenModule(L.LightningModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Optimiser state goes by parameter name, as FSDP2 writes it, so that one mode resumes another's run."""
-        name_of = dict(enumerate(self._optimised_names()))
+        """Optimiser state goes by parameter name, so that one mode resumes another's run.
+
+        An optimiser numbers its parameters in the order of its groups, Lightning's FSDP2 in that of the module.
+        """
+        names = [name for name, _ in self.named_parameters()] if self._is_sharded() else self._optimised_names()
+        name_of = dict(enumerate(names))
         checkpoint["optimizer_states"] = [_renamed(state, name_of) for state in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cpdlm.config import ConfigError
 from cpdlm.data.datamodule import Rows
-from cpdlm.files import errors_named, only_one, write_json
+from cpdlm.files import errors_named, locked, write_json
 from cpdlm.model.language_model import LanguageModel
 
 PLAN, HIDDEN, NORMALISER = "plan.json", "hidden.bin", "normaliser.bin"
@@ -68,7 +68,7 @@ def kept_states(
     folder = cache / "states" / key
     with errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with only_one(folder / ".lock"):  # another process that needs them waits here
+        with locked(folder / ".lock"):  # another process that needs them waits here
             _complete(model, rows, folder, plan, label, device, say)
     return StoredStates(folder, rows.count, rows.context, width, dtype)
 

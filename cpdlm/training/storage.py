@@ -1,7 +1,8 @@
 """A run's folder: who may write to it, its saved config, its finished weights.
 
 RUN/config.yaml         the resolved config
-RUN/last.ckpt           what a killed run resumes from (Lightning; loads with weights_only)
+RUN/last.ckpt           what a killed run resumes from (Lightning; loads with weights_only); with train.sharded a link to a
+                        folder of torch.distributed.checkpoint
 RUN/model.safetensors   finished weights, without those of a frozen trunk
 RUN/train.json          the training part of the record; present once training is complete
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from yaml import YAMLError
 
 from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from_dict
@@ -162,14 +167,80 @@ def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageMode
     return model.eval()
 
 
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+_META = "meta.pt"  # Lightning's: all of a sharded checkpoint but tensors
+
+
+def partial_checkpoint(folder: Path) -> Path:
+    """Where the next checkpoint is written, file or folder: one of two names, whichever last.ckpt does not point to."""
+    path = folder / CHECKPOINT
+    names = [f".{CHECKPOINT}.{letter}" for letter in "ab"]
+    return folder / names[path.is_symlink() and os.readlink(path) == names[0]]
+
+
+def swap_in(partial: Path, path: Path) -> None:
+    """Make the finished checkpoint `partial` the one at `path`, in one step, once it is on the disk."""
+    for file in [partial] if partial.is_file() else partial.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    if partial.is_dir():
+        link = path.with_name(f".{path.name}.link")
+        link.unlink(missing_ok=True)
+        link.symlink_to(partial.name)
+        partial = link
+    os.replace(partial, path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what is left of checkpoints that were never finished, or are not the last any more."""
+    path = folder / CHECKPOINT
+    kept = os.readlink(path) if path.is_symlink() else ""
+    for other in folder.glob(f".{CHECKPOINT}.*"):
+        if other.is_dir() and not other.is_symlink():
+            if other.name != kept:
+                shutil.rmtree(other, ignore_errors=True)
+        else:
+            other.unlink(missing_ok=True)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    remove_partial(folder)
+
+
+def consolidate(folder: Path) -> None:
+    """Turn the sharded checkpoint of a run into a single file, which every mode loads. Holds the whole of it in memory."""
+    path = folder / CHECKPOINT
+    with replaced(path) as temporary:
+        try:
+            dcp_to_torch_save(path, temporary)
+            parts = torch.load(temporary, weights_only=True)
+            content = torch.load(path / _META, weights_only=True) | {"state_dict": parts.pop("state_dict")}
+            torch.save(content | {"optimizer_states": [parts[name] for name in sorted(parts)]}, temporary)
+        except RuntimeError as error:  # how torch says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
+    remove_partial(folder)
+
+
 def check_checkpoint(path: Path) -> None:
     """Raise RunError for a checkpoint that is truncated or is not ours."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = path / _META if path.is_dir() else path
+        content = torch.load(whole, map_location="cpu", weights_only=True, mmap=not path.is_dir())
         foreign = not isinstance(content, dict) or "Journal" not in content.get("callbacks", {})
+        if path.is_dir():
+            _check_shards(path)
     except Exception as error:
         raise RunError(
             f"{path} is truncated or not a checkpoint ({type(error).__name__}); delete it to start again"
         ) from error
     if foreign:
         raise RunError(f"{path} is not a checkpoint of this program; delete it to start again")
+
+
+def _check_shards(path: Path) -> None:
+    """Raise EOFError where a shard is shorter than the index says."""
+    for part in FileSystemReader(path).read_metadata().storage_data.values():
+        if (path / part.relative_path).stat().st_size < part.offset + part.length:
+            raise EOFError(f"{part.relative_path} is cut off")

@@ -1,0 +1,129 @@
+"""Documents -> token arrays, a piece at a time, by several processes; a killed run goes on behind its finished pieces.
+
+PIECES/SPLIT-NUMBER.npz     tokens of some documents, end to end, and the length of each; there once it is whole
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpdlm.data.pool import processes
+from cpdlm.data.tokenizer import Tokenizer
+
+PIECE_BYTES = 8 * 2**20  # of text
+FEW = 4  # up to so many pieces, starting processes takes longer than they save
+BATCH = 512  # documents given to the tokenizer at a time
+
+
+@dataclass(frozen=True)
+class Piece:
+    path: Path
+    documents: list[int]
+    size: int  # bytes of text
+
+
+def plan(texts: Sequence[bytes], splits: dict[str, list[int]], folder: Path) -> dict[str, list[Piece]]:
+    """The pieces of each split: documents in order, about PIECE_BYTES each. Depends on nothing but the text."""
+    made: dict[str, list[Piece]] = {}
+    for name, indices in splits.items():
+        made[name] = []
+        first, size = 0, 0
+        for last, index in enumerate(indices, start=1):
+            size += len(texts[index])
+            if size >= PIECE_BYTES or last == len(indices):
+                path = folder / f"{name}-{len(made[name]):06d}.npz"
+                made[name].append(Piece(path, indices[first:last], size))
+                first, size = last, 0
+    return made
+
+
+def tokenise(texts: Sequence[bytes], pieces: list[Piece], tokenizer: Tokenizer, count: int, bar: Any) -> None:
+    """Write the pieces that are not there yet, with up to `count` processes. bar: a tqdm over bytes of text."""
+    todo = [piece for piece in pieces if not zipfile.is_zipfile(piece.path)]
+    done = sum(piece.size for piece in pieces) - sum(piece.size for piece in todo)
+    bar.set_postfix_str(f"{len(pieces) - len(todo)} of {len(pieces)} pieces were there" if done else "", refresh=False)
+    bar.update(done)
+    if count == 1 or len(todo) <= FEW:
+        for piece in todo:
+            write_piece(tokenizer, piece.path, [texts[index] for index in piece.documents])
+            bar.update(piece.size)
+        return
+    with processes(min(count, len(todo)), _prepare, tokenizer) as pool:
+        running: dict[Future[None], Piece] = {}
+        for piece in todo:
+            if len(running) == 2 * count:  # texts wait in memory
+                _collect(running, bar)
+            running[pool.submit(_work, piece.path, [texts[index] for index in piece.documents])] = piece
+        while running:
+            _collect(running, bar)
+
+
+def _collect(running: dict[Future[None], Piece], bar: Any) -> None:
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        bar.update(running.pop(future).size)
+        future.result()
+
+
+_tokenizer: Tokenizer
+
+
+def _prepare(tokenizer: Tokenizer) -> None:
+    global _tokenizer
+    _tokenizer = tokenizer
+
+
+def _work(path: Path, texts: list[bytes]) -> None:
+    write_piece(_tokenizer, path, texts)
+
+
+def write_piece(tokenizer: Tokenizer, path: Path, texts: list[bytes]) -> None:
+    """[bos] x_1 .. x_m [eos] of each document; the file appears when it is whole and on the disk."""
+    dtype = token_dtype(tokenizer)
+    bos, eos = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos], dtype)
+    parts: list[NDArray[Any]] = []
+    lengths = []
+    for start in range(0, len(texts), BATCH):
+        for ids in tokenizer.encode(texts[start : start + BATCH]):
+            parts += [bos, ids.astype(dtype), eos]
+            lengths.append(len(ids) + 2)
+    aside = path.with_suffix(".partial")
+    with open(aside, "wb") as file:
+        np.savez(file, tokens=np.concatenate(parts), lengths=np.array(lengths, np.int64))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def join(pieces: list[Piece], tokens: Path, dtype: Any) -> NDArray[np.int64]:
+    """Write the tokens of all pieces, in order, as one .npy file; returns the offsets (documents + 1,) of the documents."""
+    lengths = np.concatenate([np.zeros(1, np.int64), *(arrays["lengths"] for arrays in _load(pieces))])
+    offsets: NDArray[np.int64] = np.cumsum(lengths)
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+        "fortran_order": False,
+        "shape": (int(offsets[-1]),),
+    }
+    with open(tokens, "wb") as file:  # not a memory map: on a full disk that is a bus error
+        np.lib.format.write_array_header_1_0(file, header)
+        for arrays in _load(pieces):
+            file.write(arrays["tokens"].tobytes())
+    return offsets
+
+
+def token_dtype(tokenizer: Tokenizer) -> Any:
+    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+
+def _load(pieces: list[Piece]) -> Iterator[Any]:
+    for piece in pieces:
+        with np.load(piece.path) as arrays:
+            yield arrays

@@ -1,0 +1,37 @@
+"""Which process of a distributed run this is: read from the environment that its launcher made, without torch.
+
+torchrun says RANK, SLURM's srun SLURM_PROCID, Lightning's own launcher NODE_RANK and LOCAL_RANK. A process that nobody
+launched is the first of one.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def is_first_process() -> bool:
+    """True in the one process of the run that writes files for all."""
+    if is_torchrun():
+        return os.environ["RANK"] == "0"
+    if is_srun():
+        return os.environ["SLURM_PROCID"] == "0"
+    return all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK"))
+
+
+def is_launched() -> bool:
+    """True where a launcher has made the other processes already."""
+    return is_torchrun() or is_srun() or "LOCAL_RANK" in os.environ
+
+
+def launched() -> int:
+    """How many processes the launcher made, on all machines; 0 where it does not say."""
+    return int(os.environ["WORLD_SIZE"] if is_torchrun() else os.environ["SLURM_NTASKS"] if is_srun() else 0)
+
+
+def is_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_srun() -> bool:
+    """As Lightning has it: an interactive SLURM shell does not count. torchrun may run inside of srun, and comes first."""
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")

@@ -1,0 +1,183 @@
+"""Datasets streamed to disk: the text is the stream's whoever reads it, and a killed reader goes on where its last note is.
+
+Local folders of JSON lines, through `datasets` itself.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpdlm.config import Config, ConfigError, resolve
+from cpdlm.data import sources, streams
+from cpdlm.data.streams import Stream, fetch_stream, read_shards, text_column
+from cpdlm.data.texts import Chosen, FileTexts
+from cpdlm.files import locked
+
+SHARDS, DOCUMENTS = 3, 400
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    for shard in range(SHARDS):
+        rows = [{"id": str(i), "text": "" if i % 50 == 7 else f"shard {shard} story {i} é"} for i in range(DOCUMENTS)]
+        (folder / f"{shard}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def story(dataset: Path) -> list[bytes]:
+    """Every document, in the order of the stream."""
+    rows = [json.loads(line) for path in sorted(dataset.iterdir()) for line in path.read_text().splitlines()]
+    return [row["text"].encode() for row in rows if row["text"]]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` keeps its own cache out of the home folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "huggingface"))
+
+
+def config(tmp_path: Path, dataset: Path, **changes: object) -> Config:
+    settings = {"data.cache": str(tmp_path / "cache"), "corpus": f"hf:{dataset}", "data.processes": 1}
+    return resolve(settings | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def until(story: list[bytes], limit: int) -> list[bytes]:
+    return story[: int(np.searchsorted(np.cumsum([len(text) for text in story]), limit)) + 1]
+
+
+@pytest.mark.parametrize("limit", [1000, 12_000, 10**6])
+def test_a_stream_is_read_once_up_to_the_limit(limit: int, dataset: Path, story: list[bytes], tmp_path: Path) -> None:
+    chosen = config(tmp_path, dataset, data__max_bytes=limit)
+    origin = sources.locate(chosen, progress=False)
+    assert list(origin.read().texts) == until(story, limit)
+    (folder,) = (tmp_path / "cache" / "hf").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["lock", "meta.json", "offsets.npy", "texts.bin"]
+    elsewhere = config(tmp_path, dataset, data__max_bytes=limit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "_open", lambda stream: pytest.fail("read again"))
+        assert sources.locate(elsewhere, progress=False).identity == origin.identity
+    (folder / "texts.bin").write_bytes(b"torn")
+    again = sources.locate(chosen, progress=False)
+    assert again.identity == origin.identity and list(again.read().texts) == until(story, limit)
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+@pytest.mark.parametrize("kills", [[900], [150, 300, 350]])
+def test_a_killed_reader_goes_on_behind_its_last_note(
+    kills: list[int], dataset: Path, story: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """kills: after how many documents of each session."""
+    monkeypatch.setattr(streams, "NOTE_BYTES", 1000)
+    stream, read = Stream(str(dataset), 10**6, tmp_path), 0
+    stream.shards.mkdir(parents=True)
+    for kill in [*kills, 10**6]:
+        session: list[int] = []
+
+        def told(size: int, session: list[int] = session, kill: int = kill) -> None:
+            session.append(size)
+            if len(session) == kill:
+                raise Killed
+
+        try:
+            read_shards(stream, streams._open(stream), wait=True, told=told)
+        except Killed:
+            assert len(session) == kill
+        read += sum(session)
+    fetch_stream(stream, 1, progress=False)
+    assert list(stream.texts()) == story, "a document is lost or repeated"
+    assert read - sum(map(len, story)) <= len(kills) * (1000 + 20), "more is read again than lay behind the last note"
+
+
+def test_shards_of_another_process_are_left_to_it(dataset: Path, tmp_path: Path) -> None:
+    stream = Stream(str(dataset), 10**6, tmp_path)
+    stream.shards.mkdir(parents=True)
+    with locked(stream.shards / "1.lock"):
+        read_shards(stream, streams._open(stream), wait=False, told=lambda size: None)
+    assert sorted(path.name for path in stream.shards.glob("*.json")) == ["0.json", "2.json"]
+
+
+@pytest.mark.slow
+def test_processes_read_what_one_reads(dataset: Path, story: list[bytes], tmp_path: Path) -> None:
+    stream = Stream(str(dataset), 12_000, tmp_path)
+    fetch_stream(stream, 2, progress=False)
+    assert list(stream.texts()) == until(story, 12_000)
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from cpdlm.data.streams import Stream, fetch_stream
+if __name__ == "__main__":
+    fetch_stream(Stream(sys.argv[1], 10**9, Path(sys.argv[2])), 2, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_finished_shards_survive_kill_9(tmp_path: Path) -> None:
+    """Two processes are reading when the first is killed; the others end with it, and what was whole is not read again."""
+    (tmp_path / "large").mkdir()
+    for shard in range(4):
+        rows = (json.dumps({"text": f"shard {shard} story {i} " * 4}) + "\n" for i in range(30_000))
+        (tmp_path / "large" / f"{shard}.jsonl").write_text("".join(rows))
+    stream = Stream(str(tmp_path / "large"), 10**9, tmp_path)
+    command = [sys.executable, "-c", FETCH, stream.name, str(tmp_path)]
+    reader = subprocess.Popen(command, cwd=ROOT)
+    end = time.monotonic() + 120
+    while not (stream.shards / "0.json").exists():
+        assert reader.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    children = Path(f"/proc/{reader.pid}/task/{reader.pid}/children").read_text().split()
+    reader.send_signal(signal.SIGKILL)
+    reader.wait()
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < end, "a process outlives the one that started it"
+        time.sleep(0.05)
+    assert not (stream.folder / "meta.json").exists()
+    mark = b"only here"
+    with open(stream.shards / "0.bin", "r+b") as whole:
+        whole.write(mark)
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    texts = stream.texts()
+    assert len(texts) == 120_000 and texts[0].startswith(mark) and texts[119_999].startswith(b"shard 3 story 29999 ")
+
+
+def test_errors_say_what_to_type(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = config(tmp_path, dataset, corpus="hf:who/nothing")
+    with pytest.raises(ConfigError, match=r"hf:who/nothing could not be read .*corpus=code"):
+        sources.locate(nowhere, progress=False)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    with pytest.raises(ConfigError, match="which column is the text; there are question, answer"):
+        sources.locate(config(tmp_path, tmp_path / "odd"), progress=False)
+    (tmp_path / "odd" / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ConfigError, match="has no text in its train split"):
+        sources.locate(config(tmp_path, tmp_path / "odd"), progress=False)
+    assert not list((tmp_path / "cache" / "hf").iterdir()), "nothing half-made is left"
+
+
+def test_text_column() -> None:
+    assert text_column({"id": "7", "text": "a"}, "hf:x") == "text"
+    assert text_column({"id": 7, "body": "a"}, "hf:x") == "body"
+
+
+def test_texts_of_a_file_and_some_of_a_sequence(tmp_path: Path) -> None:
+    (tmp_path / "texts").write_bytes(b"onetwothree")
+    texts = FileTexts(tmp_path / "texts", np.array([0, 3, 6, 6, 11]))
+    assert list(texts) == [b"one", b"two", b"", b"three"] and texts[1:3] == [b"two", b""] and len(texts) == 4
+    assert list(Chosen(texts, [3, 0])) == [b"three", b"one"] and Chosen(texts, [3, 0, 1])[1:] == [b"one", b"two"]
