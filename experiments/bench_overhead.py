@@ -157,7 +157,7 @@ def gained(options: argparse.Namespace) -> dict[str, Any]:
     cells = []
     for recipe in options.recipes:
         settings = {
-            "size": options.sizes[0], "corpus": options.corpus, "data.tokenizer": f"bpe:{options.vocab}",
+            "size": options.sizes[0], "corpus": options.corpus, "data.tokenizer": "bytes",
             "data.max_bytes": options.max_bytes, "data.context": 128, "data.batch_rows": 8, "optim.steps": options.steps,
             "train.validate_every": options.steps, "evaluate.rows": 64, "decode.prompts": options.prompts,
             "decode.prompt_tokens": 32, "decode.new_tokens": 64, "output": str(options.runs), "data.cache": str(options.cache),
@@ -209,8 +209,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("stage", choices=("time", "gain"))
     parser.add_argument("--sizes", nargs="+", default=None, help="trunks (default: tiny small base; gain: tiny)")
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES), metavar="RECIPE")
-    parser.add_argument("--vocab", type=int, default=None, help="tokens (default: 8192; gain: 1024)")
-    parser.add_argument("--steps", type=int, default=None, help="optimiser steps (default: 5; gain: 500)")
+    parser.add_argument("--vocab", type=int, default=None, help="tokens (default: 8192); gain: bytes")
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps (default: 5; gain: 300)")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--corpus", default="code")
     parser.add_argument("--max-bytes", type=int, default=4_000_000)
@@ -221,8 +221,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     timing = options.stage == "time"
     options.sizes = options.sizes or (["tiny", "small", "base"] if timing else ["tiny"])
-    options.vocab = options.vocab or (8192 if timing else 1024)
-    options.steps = options.steps or (5 if timing else 500)
+    options.vocab = (options.vocab or 8192) if timing else 257
+    options.steps = options.steps or (5 if timing else 300)
     return options
 
 

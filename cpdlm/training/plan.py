@@ -229,9 +229,11 @@ def _loss_memory(model: LanguageModel, config: Config, rows: int, compiled: bool
     positions = rows * config.data.context
     factors, rank = (model.heads.factors, model.rank) if model.heads is not None else (1, 1)
     place = config.loss.shortlist or model.vocab_size
-    alive = 1.0 if fast == exact or compiled else (fast + exact) / exact
-    each = factors * rank * place * (fast if compiled else exact)
-    chunk = int(alive * min(max(config.loss.chunk_mib * 2**20, each), positions * each))
+    logit = fast if compiled else exact
+    each = factors * rank * place * logit
+    chunk = min(max(config.loss.chunk_mib * 2**20, each), positions * each)
+    # Beside the logits: their float32 copy in eager half precision, and about six copies of the rows that they come from.
+    beside = (fast if logit > fast else 0) / logit + 6 * model.trunk.width / place
     heads = list(model.heads.maps.values()) if model.heads is not None else []
     sums = sum(p.numel() * p.element_size() for p in heads)
     table = model.unembedding.weight
@@ -244,4 +246,4 @@ def _loss_memory(model: LanguageModel, config: Config, rows: int, compiled: bool
     ):
         sums += 0 if model.common_target or _separate(model) else table.numel() * table.element_size()
         sums += 0 if model.first_is_tied else sum(p.numel() * p.element_size() for p in heads) // factors
-    return {"logits": chunk, "sums of the loss": sums}
+    return {"chunk of the loss": int(chunk * (1 + beside)), "sums of the loss": sums}
