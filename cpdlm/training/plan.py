@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PretrainedConfig
 
-from cpdlm.config import Config, ConfigError, resolve
+from cpdlm.config import Config, ConfigError
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.trunk import Trunk
 
@@ -102,9 +102,8 @@ def _build(config: Config, vocab_size: int) -> LanguageModel:
         size = vocab_size or known_vocab_size(config)
         trunk = None
         if config.model.trunk:  # a run of ours: a trunk of the same shape
-            trunk = build_language_model(
-                resolve({"size": config.size, "horizon": 1, "rank": 1, "data.context": config.data.context}), size
-            )
+            plain = replace(config, rank=1, horizon=1, anchor="none", model=replace(config.model, trunk=""))
+            trunk = build_language_model(plain, size)
         return build_language_model(config, size, trunk)
     name = config.model.trunk
     try:
