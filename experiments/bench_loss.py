@@ -136,7 +136,7 @@ def make(side: str, chunk_mib: int) -> Callable[[Case, int], Tensor]:
         if side.endswith("eager"):
             from cpdlm.model import joint_loss
 
-            joint_loss.has_triton = lambda: False  # type: ignore[assignment]
+            joint_loss.can_compile = lambda: False  # type: ignore[assignment]
         return lambda case, positions: bounded(case, positions, chunk_mib)
     if side == "dense":
         return dense

@@ -21,6 +21,8 @@ D width, M = C * N * R rows of logits.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -97,7 +99,7 @@ class _JointNLL(torch.autograd.Function):
         fast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unembedding.dtype
         table_VD = unembedding.reshape(-1, width).to(fast)
 
-        exponentials = _compiled_exponentials() if device == "cuda" and has_triton() else exponentials_
+        exponentials = _compiled_exponentials() if device == "cuda" and can_compile() else exponentials_
 
         # Gradients are formed for weights scaled into [-1, 1], so that half precision does not lose them; by a power of two,
         # so that scaling back does not round.
@@ -200,6 +202,12 @@ def exponentials_(logits_MV: Tensor, index_M1: Tensor) -> tuple[Tensor, Tensor]:
     if exact_MV is not logits_MV:
         logits_MV.copy_(exact_MV)
     return chosen_M1 - total_M1.log(), total_M1
+
+
+@cache
+def can_compile() -> bool:
+    """Triton, and the C compiler that it calls. (TORCHDYNAMO_DISABLE=1 turns compiling off.)"""
+    return has_triton() and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
 @cache

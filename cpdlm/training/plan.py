@@ -102,8 +102,8 @@ def _build(config: Config, vocab_size: int) -> LanguageModel:
         size = vocab_size or known_vocab_size(config)
         trunk = None
         if config.model.trunk:  # a run of ours: a trunk of the same shape
-            plain = replace(config, rank=1, horizon=1, anchor="none", model=replace(config.model, trunk=""))
-            trunk = build_language_model(plain, size)
+            its = replace(config, rank=1, horizon=1, anchor="none", model=replace(config.model, trunk=""))
+            trunk = build_language_model(its, size)
         return build_language_model(config, size, trunk)
     name = config.model.trunk
     try:
