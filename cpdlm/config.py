@@ -38,6 +38,7 @@ class Size:
     width: int
     attention_heads: int
     feed_forward: int
+    key_value_heads: int = 0  # 0: as many as attention heads
 
 
 # `56m` has 56.3M parameters with an 8192-token vocabulary and tied embeddings (Llama family); the paper gives the
@@ -48,6 +49,7 @@ SIZES: dict[str, Size] = {
     "small": Size(layers=4, width=256, attention_heads=4, feed_forward=688),
     "base": Size(layers=8, width=512, attention_heads=8, feed_forward=1376),
     "56m": Size(layers=12, width=576, attention_heads=9, feed_forward=1720),
+    "1b": Size(layers=16, width=2048, attention_heads=32, feed_forward=8192, key_value_heads=8),
 }
 
 FAMILIES = ("llama", "gpt2", "pretrained")
@@ -316,6 +318,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "size": "56m", "corpus": "hf:roneneldan/TinyStories", "data.tokenizer": "bpe:8192", "data.context": 1024,
         "data.batch_rows": 64, "model.head": "separate", "optim.steps": 20_000, "optim.lr": 6e-4, "optim.warmup": 500,
         "train.precision": "bf16-mixed",
+    },
+    # The other sizes of the paper, as far as they are known, and a trunk of today's kind; `experiments/plan.py` says what
+    # each would take. Heads on PyCodeGPT-110M and on Llama-8B, and 1B parameters from scratch on 21G tokens.
+    "pycodegpt": {
+        "model.family": "pretrained", "model.trunk": "Daoguang/PyCodeGPT", "model.dtype": "bfloat16", "data.tokenizer": "model",
+        "data.context": 1024, "data.batch_rows": 64, "optim.steps": 5000, "optim.lr": 1e-3, "optim.warmup": 200,
+        "train.precision": "bf16-mixed", "loss.joint_fraction": 0.25, "loss.chunk_mib": 512,
+    },
+    "llama8b": {
+        "corpus": "hf:HuggingFaceFW/fineweb-edu", "model.family": "pretrained", "model.trunk": "meta-llama/Llama-3.1-8B",
+        "model.dtype": "bfloat16", "model.tie_first": True, "data.tokenizer": "model", "data.context": 2048,
+        "data.batch_rows": 64, "rank": 8, "optim.steps": 10_000, "optim.lr": 5e-4, "optim.warmup": 500,
+        "train.precision": "bf16-mixed", "train.accumulate": 2, "parallel": "fsdp", "loss.joint_fraction": 0.0625,
+        "loss.chunk_mib": 1024,
+    },
+    "fineweb1b": {
+        "size": "1b", "corpus": "hf:HuggingFaceFW/fineweb-edu", "data.tokenizer": "bpe:32768", "data.context": 2048,
+        "data.batch_rows": 512, "rank": 8, "optim.steps": 20_000, "optim.lr": 3e-4, "optim.warmup": 1000,
+        "train.precision": "bf16-mixed", "train.accumulate": 8, "parallel": "fsdp", "loss.joint_fraction": 0.125,
+        "loss.chunk_mib": 1024,
     },
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ BAD: list[tuple[str, str]] = [
     ("preset=smok", "preset='smok' is not one of none, trunk, smoke"),
     ("preset=smoke,nope", "preset='nope' is not one of"),
     ("size=tinny", "did you mean size=tiny?"),
-    ("size=huge", "size='huge' is not one of micro, tiny, small, base, 56m"),
+    ("size=huge", "size='huge' is not one of micro, tiny, small, base, 56m, 1b"),
     ("balance=swich", "balance='swich' is not one of switch, kl, bias, none; did you mean balance=switch?"),
     ("anchor=tokens", "anchor='tokens' is not one of none, token, blind; did you mean anchor=token?"),
     ("parallel=fdsp", "parallel='fdsp' is not one of auto, ddp, fsdp; did you mean parallel=fsdp?"),
@@ -208,7 +208,8 @@ def test_the_56m_layout_has_56_3_million_parameters() -> None:
 def test_sizes_are_consistent(size: str) -> None:
     shape = SIZES[size]
     assert shape.width % shape.attention_heads == 0 and (shape.width // shape.attention_heads) % 2 == 0
-    assert all(math.isfinite(value) and value > 0 for value in vars(shape).values())
+    assert all(math.isfinite(value) and value > 0 for name, value in vars(shape).items() if name != "key_value_heads")
+    assert shape.attention_heads % (shape.key_value_heads or shape.attention_heads) == 0
 
 
 def test_the_page_comes_without_torch() -> None:

@@ -249,7 +249,7 @@ def test_without_gradients_the_value_is_the_same(kind: str) -> None:
     torch.testing.assert_close(nll, case.dense()[1].detach())
     with torch.inference_mode():
         torch.testing.assert_close(case.bounded(POSITION_BYTES)[1].clone(), nll)
-    with torch.no_grad(), LargestTensor() as mode:
+    with torch.no_grad(), Watched() as mode:
         case.bounded(1)
     assert not any("backward" in name or "scatter" in name for name in mode.names), "gradients that nobody asked for"
 
@@ -269,27 +269,27 @@ def test_zero_weights_give_zero_gradients() -> None:
     assert all(torch.isfinite(gradient).all() and gradient.norm() == 0 for gradient in mine.values())
 
 
-class LargestTensor(TorchDispatchMode):
-    """The largest tensor (elements) that any operation made, in forward and backward."""
+class Watched(TorchDispatchMode):
+    """What any operation made, in forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest, self.names = 0, set[str]()
+        self.names, self.made = set[str](), list[Tensor]()  # kept, so that no memory is used twice
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         result = function(*arguments, **(keywords or {}))
         self.names.add(str(function))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
+                self.made.append(tensor.detach())
         return result
 
 
 def largest(kind: str, positions: int, chunk_positions: int) -> int:
     case = Case(kind, torch.float32, positions=positions)
-    with LargestTensor() as mode:
+    with Watched() as mode:
         case.bounded(chunk_positions * N * R * V * 4)[0].backward()
-    return mode.largest
+    return max(tensor.numel() for tensor in mode.made)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -300,3 +300,26 @@ def test_memory_does_not_grow_with_the_logits_of_the_batch(kind: str) -> None:
     assert allowed < positions * row / 4
     assert largest(kind, positions, 3) <= allowed, "logits of more than a chunk are alive at once"
     assert largest(kind, positions, positions) >= positions * row, "the meter does not see the logits"
+
+
+@pytest.mark.parametrize("positions", [8, 600])
+def test_bfloat16_gradients_of_many_chunks_do_not_stall(positions: int) -> None:
+    """A sum of hundreds of equal parts cannot be kept in 8 bits of mantissa; of few, it can, and then takes no more memory."""
+    case = Case("full", torch.bfloat16, positions=positions)
+    case.hidden = case.hidden.detach()[:1].repeat(positions, 1).requires_grad_()
+    case.future, case.count = case.future[:1].repeat(positions, 1), torch.full_like(case.count, N)
+    case.weight = torch.full_like(case.weight, 1 / positions)
+    mine = gradients(case, lambda: case.bounded(1)[0])
+    compare(mine, gradients(case, lambda: case.dense()[0]), 0.02)
+
+
+def test_the_maps_of_one_factor_at_a_time_where_they_are_larger_than_a_chunk() -> None:
+    """Never a second gradient of all maps; nor, in backward, a zero-filled one behind a slice."""
+    storages = []
+    for chunk_bytes in (N * R * D * D * 4 - 1, 2**20):
+        case = Case("full", torch.float32, positions=2)
+        maps = case.heads.maps["full"].data_ptr()
+        with Watched() as mode:
+            case.bounded(chunk_bytes)[0].backward()
+        storages.append({tensor.data_ptr() for tensor in mode.made if tensor.numel() == N * R * D * D} - {maps})
+    assert len(storages[0]) == 1 and len(storages[1]) > 1, "the sum of the gradients, and nothing else of its size"

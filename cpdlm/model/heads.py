@@ -152,23 +152,28 @@ class FactorHeads(nn.Module):
             return unembedding_VD
         vocab_size = unembedding_VD.shape[0]
         rows = self.rank * vocab_size
-        return self.maps["unembeddings"][start * rows : stop * rows].view(
-            stop - start, self.rank, vocab_size, self.width
-        )
+        table = _part(self.maps["unembeddings"], start * rows, stop * rows)
+        return table.view(stop - start, self.rank, vocab_size, self.width)
 
     def _map_parameters(self, start: int, stop: int) -> list[Tensor]:
         first, last = start * self.rank, stop * self.rank
         if self.separate:
             return []
         if self.inner:
-            return [self.maps["down"][first * self.inner : last * self.inner], self.maps["up"][first:last]]
-        return [self.maps["full"][first * self.width : last * self.width]]
+            down = _part(self.maps["down"], first * self.inner, last * self.inner)
+            return [down, _part(self.maps["up"], first, last)]
+        return [_part(self.maps["full"], first * self.width, last * self.width)]
 
     def _features(self) -> Features:
         if self.separate:
             return no_map
         maps = partial(_narrow_maps, is_mlp=self.is_mlp) if self.inner else _full_maps
         return maps if self.logit_scale == 1 else partial(_scaled, maps=maps, scale=self.logit_scale)
+
+
+def _part(parameter: Tensor, first: int, last: int) -> Tensor:
+    """Rows first..last-1. All of them are the parameter itself: the gradient of a slice is a second, zero-filled parameter."""
+    return parameter if (first, last) == (0, len(parameter)) else parameter[first:last]
 
 
 def no_map(hidden_PD: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
             hidden_size=size.width,
             num_hidden_layers=size.layers,
             num_attention_heads=size.attention_heads,
-            num_key_value_heads=size.attention_heads,
+            num_key_value_heads=size.key_value_heads or size.attention_heads,
             intermediate_size=size.feed_forward,
             bos_token_id=None,
             eos_token_id=None,

@@ -26,7 +26,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     Tables need no matplotlib; without it the figures are left out with a note. Raises RecordError for a folder that
     is not there or a claims block that is torn, WriteError where `figures` cannot be written.
     """
-    from cpdlm.report import decoding, tables, verdicts
+    from cpdlm.report import decoding, scaling, tables, verdicts
     from cpdlm.report import figures as drawing
     from cpdlm.report import results as store
 
@@ -39,6 +39,10 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
         notes.append(f"{readme} has no {tables.BEGIN} line: its claims table was not updated")
     drawn, skipped = drawing.draw_all(families, figures)
     if (results / "benchmarks").is_dir():  # a sweep has none
-        for made, left_out in (decoding.write_tables(results, figures / "tables"), decoding.draw(results, figures)):
-            files, skipped = [*files, *made], [*skipped, *left_out]
+        for benchmarks in (decoding, scaling):
+            for made, left_out in (
+                benchmarks.write_tables(results, figures / "tables"),
+                benchmarks.draw(results, figures),
+            ):
+                files, skipped = [*files, *made], [*skipped, *left_out]
     return Report(tables.claims_text(found), found, [*files, *drawn], [*notes, *skipped])

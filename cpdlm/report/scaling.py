@@ -1,0 +1,286 @@
+"""How cost grows: tables and a figure from the records of `experiments/bench_loss.py` and `experiments/bench_overhead.py`.
+
+Left out with a line that says so where a record is missing. As elsewhere, the same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cpdlm.report.figures import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY, STYLE, save
+from cpdlm.report.tables import Table, write_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Benchmark = dict[str, Any]
+GIB = 2**30
+DIMENSIONS = ("positions", "horizon", "rank", "vocab", "width")
+MAKERS = {
+    "joint-loss-large-gpu": "experiments/bench_loss.py --large",
+    "joint-loss-growth-gpu": "experiments/bench_loss.py --growth",
+    "joint-loss-growth-cpu": "experiments/bench_loss.py --growth --cpu",
+    "training_overhead": "experiments/bench_overhead.py time",
+    "training_recipes": "experiments/bench_overhead.py gain",
+}
+
+
+def write_tables(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
+    """Every table of the records under root/benchmarks as .md, .tex and .csv: (files, one line per table left out)."""
+    files: list[Path] = []
+    notes: list[str] = []
+    for name, (wanted, make) in TABLES.items():
+        records = [_read(root, each) for each in wanted]
+        missing = [record for record in records if isinstance(record, str)]
+        if missing:
+            notes.append(f"table {name} left out: {missing[0]}")
+            _remove(folder, name, ("md", "tex", "csv"))
+            continue
+        files += write_table(make(name, *records), folder)
+    return files, notes
+
+
+def draw(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
+    """The figure of training overhead as PDF and PNG with its caption: (files, one line where it is left out)."""
+    record = _read(root, "training_overhead")
+    try:
+        import matplotlib
+    except ImportError:
+        record = "matplotlib is not installed (pip install matplotlib)"
+    if isinstance(record, str):
+        _remove(folder, "overhead", ("md", "pdf", "png"))
+        return [], [f"figure overhead left out: {record}"]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
+        return save(overhead(record), f"{_CAPTION} {_described(record)}", folder, "overhead"), []
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def large_table(name: str, record: Benchmark) -> Table:
+    """Each way to compute the joint loss at a large vocabulary: time, memory, error."""
+    few = record["dense_at_few_positions"]
+    entries = [*record["sides"].items(), (f"dense, {few['positions']} positions", few)]
+    entries += [
+        (f"bounded, chunks of {mib} MiB", found)
+        for mib, found in sorted(record["sides"]["bounded"].get("chunks", {}).items(), key=lambda entry: int(entry[0]))
+    ]
+    rows: list[tuple[str, ...]] = []
+    for side, found in entries:
+        if "failed" in found:
+            rows.append((side, "-", "-", "-", found["failed"]))
+            continue
+        errors = found.get("errors", {})
+        worst = "-" if not errors or "failed" in errors else f"{max(errors.values()):.4f}"
+        rows.append((side, f"{found['seconds']:.3f}", f"{found['peak_bytes'] / GIB:.2f}", worst, "-"))
+    size, target = record["dimensions"], record.get("memory_gib", {}).get("target", 2.0)
+    floor = (
+        f" The products alone take {record['floor_seconds']:.3f} s at the rate of one large product."
+        if "floor_seconds" in record
+        else ""
+    )
+    caption = (
+        f"The joint loss forward and backward, V={size['vocab']:,}, R={size['rank']}, N={size['horizon']}, D={size['width']:,}, "
+        f"{size['positions']:,} positions, {size['dtype']}, chunks of {size['chunk_mib']} MiB. Memory: beside weights, inputs and one "
+        f"gradient of each (target for ours: {target:g} GiB). Error: the largest of a gradient against float64, relative to its norm, on a "
+        f"small case.{floor} {_described(record)}"
+    )
+    return Table(name, caption, ("loss", "seconds", "memory (GiB)", "largest gradient error", "failed"), rows)
+
+
+def growth_table(name: str, record: Benchmark) -> Table:
+    """Time and memory against each dimension, their exponents, and the fitted model's deviation."""
+    cells = [cell for cell in record["cells"] if "failed" not in cell]
+    fitted = fit(cells)
+    rows: list[tuple[str, ...]] = []
+    for dimension in DIMENSIONS:
+        line = sorted(_along(cells, dimension), key=lambda cell: int(cell[dimension]))
+        if len(line) < 2:
+            continue
+        rows.append(
+            (
+                dimension, " / ".join(f"{cell[dimension]:,}" for cell in line),
+                " / ".join(f"{cell['seconds']:.3f}" for cell in line),
+                " / ".join(f"{fitted.seconds(cell):.3f}" for cell in line), f"{_exponent(line, dimension, 'seconds'):.2f}",
+                " / ".join(f"{cell['peak_bytes'] / 2**20:,.0f}" for cell in line),
+            )
+        )  # fmt: skip
+    base = record["cells"][0]
+    caption = (
+        "The bounded loss with one dimension at a time a quarter, a half and the whole of the base ("
+        + ", ".join(f"{key} {base[key]:,}" for key in DIMENSIONS)
+        + f"; {record['dimensions']['dtype']}). Exponent: slope of log seconds against log size. Fitted to all cells: seconds = products / "
+        f"{fitted.flops:.3g} FLOP/s + logits / {fitted.logits:.3g} per s + {fitted.fixed:.3g} s, off by at most "
+        f"{fitted.deviation:.0%}. Memory: beside weights, inputs and one gradient of each. {_described(record)}"
+    )
+    header = ("dimension", "size", "seconds", "fitted", "exponent", "memory (MiB)")
+    return Table(name, caption, header, rows)
+
+
+def overhead_table(name: str, record: Benchmark, recipes: Benchmark) -> Table:
+    """What each recipe costs at each size, measured and by its FLOPs, and what it keeps of the gain."""
+    kept = {cell["recipe"]: cell for cell in recipes["cells"]}
+    rows: list[tuple[str, ...]] = []
+    for cell in record["cells"]:
+        found = kept.get(cell["recipe"], {})
+        rows.append(
+            (
+                cell["size"], cell["recipe"], f"{cell['step_ms']:,.0f}", _percent(cell.get("overhead")), _percent(cell.get("bound")),
+                f"{cell['peak_bytes'] / 2**20:,.0f}", f"{cell['planned_bytes'] / 2**20:,.0f}",
+                *(f"{found[key]:.2f}" if key in found else "-" for key in ("greedy_tokens_per_pass", "sampling_tokens_per_pass")),
+                f"{found['kept']:.0%}" if "kept" in found else "-",
+                f"{found['first_token_nll']['mean']:.3f}" if found else "-",
+            )
+        )  # fmt: skip
+    settings, other = record["settings"], recipes["settings"]
+    caption = (
+        f"Training with rank {settings['rank']} and horizon {settings['horizon']} against next-token training of the same trunk, V="
+        f"{settings['vocab']:,}: median step, and what it exceeds the next-token step by, measured and by FLOPs (bound); peak memory, and as "
+        f"planned. Beside them, of models of {other['steps']} steps on bytes (one seed): tokens per pass, the share of the whole loss's gain "
+        f"that is kept, first-token NLL (nats). Chosen, the fewest FLOPs that keep {recipes['kept_target']:.0%}: {recipes['chosen']}. "
+        f"{_described(record)}"
+    )
+    header = (
+        "trunk", "recipe", "step (ms)", "overhead", "bound", "peak (MiB)", "planned (MiB)", "tokens per pass, greedy",
+        "tokens per pass, sampling", "gain kept", "first-token NLL",
+    )  # fmt: skip
+    return Table(name, caption, header, rows)
+
+
+TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Table]]] = {
+    "loss_large": (("joint-loss-large-gpu",), large_table),
+    "loss_growth_gpu": (("joint-loss-growth-gpu",), growth_table),
+    "loss_growth_cpu": (("joint-loss-growth-cpu",), growth_table),
+    "overhead": (("training_overhead", "training_recipes"), overhead_table),
+}
+
+
+# --- the model of the loss's time --------------------------------------------------------------------------------------
+
+
+class Fitted:
+    """seconds = products / flops + logits / logits_rate + fixed, by least squares of relative errors, none negative."""
+
+    def __init__(self, cells: Sequence[dict[str, Any]]) -> None:
+        design = np.array([self._terms(cell) for cell in cells])
+        measured = np.array([cell["seconds"] for cell in cells])
+        used = [0, 1, 2]
+        while True:  # a term that comes out negative explains nothing: without it
+            found = np.linalg.lstsq(design[:, used] / measured[:, None], np.ones(len(cells)), rcond=None)[0]
+            if (found >= 0).all():
+                break
+            used.remove(used[int(found.argmin())])
+        self.weights = np.zeros(3)
+        self.weights[used] = found
+        self.deviation = float(np.abs(design @ self.weights / measured - 1).max())
+
+    @staticmethod
+    def _terms(cell: dict[str, Any]) -> tuple[float, float, float]:
+        logits = math.prod(cell[name] for name in ("positions", "horizon", "rank", "vocab"))
+        return 6.0 * logits * cell["width"], float(logits), 1.0
+
+    def seconds(self, cell: dict[str, Any]) -> float:
+        return float(np.dot(self._terms(cell), self.weights))
+
+    @property
+    def flops(self) -> float:
+        return _inverse(self.weights[0])
+
+    @property
+    def logits(self) -> float:
+        return _inverse(self.weights[1])
+
+    @property
+    def fixed(self) -> float:
+        return float(self.weights[2])
+
+
+def fit(cells: Sequence[dict[str, Any]]) -> Fitted:
+    """cells: {"positions", "horizon", "rank", "vocab", "width", "seconds"} of the bounded loss."""
+    return Fitted(cells)
+
+
+def _inverse(weight: float) -> float:
+    return 1 / weight if weight else math.inf
+
+
+def _along(cells: Sequence[dict[str, Any]], dimension: str) -> list[dict[str, Any]]:
+    """The cells that differ from the first in this dimension alone."""
+    rest = [name for name in DIMENSIONS if name != dimension]
+    return [cell for cell in cells if all(cell[name] == cells[0][name] for name in rest)]
+
+
+def _exponent(line: Sequence[dict[str, Any]], dimension: str, what: str) -> float:
+    x, y = (np.log([float(cell[key]) for cell in line]) for key in (dimension, what))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+# --- figure ----------------------------------------------------------------------------------------------------------
+
+_CAPTION = (
+    "Training overhead over next-token training of the same trunk: measured against what the FLOPs would allow (on the grey line they are "
+    "equal). One colour per recipe, one marker per size of the trunk."
+)
+_COLOURS = (BLACK, BLUE, SKY, GREEN, ORANGE, RED, PURPLE, "0.5", "0.7")
+
+
+def overhead(record: Benchmark) -> Figure:
+    """Measured overhead against the bound by FLOPs, both in steps of the next-token model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cells = [cell for cell in record["cells"] if cell.get("bound")]
+    recipes = list(dict.fromkeys(cell["recipe"] for cell in cells))
+    sizes = list(dict.fromkeys(cell["size"] for cell in cells))
+    figure = Figure(figsize=(COLUMN, 2.6 + 0.1 * len(recipes)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for recipe, colour in zip(recipes, _COLOURS, strict=False):
+        for size, marker in zip(sizes, "os^Dv", strict=False):
+            found = [cell for cell in cells if (cell["recipe"], cell["size"]) == (recipe, size)]
+            x, y = ([1 + cell[key] for cell in found] for key in ("bound", "overhead"))
+            axis.plot(x, y, linestyle="none", color=colour, marker=marker, label=f"{recipe}, {size}")
+    ends = [min(axis.get_xlim()[0], axis.get_ylim()[0], 1), max(axis.get_xlim()[1], axis.get_ylim()[1])]
+    axis.plot(ends, ends, color="0.75", linewidth=0.6, zorder=0)
+    axis.set_xlabel("step by FLOPs / next-token step")
+    axis.set_ylabel("step measured / next-token step")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=1)
+    return figure
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _read(root: Path, name: str) -> Benchmark | str:
+    """The record, or why there is none."""
+    path = root / "benchmarks" / f"{name}.json"
+    if not path.is_file():
+        return f"no record benchmarks/{path.name} (python {MAKERS[name]} makes it)"
+    try:
+        record: Benchmark = json.loads(path.read_bytes())
+    except ValueError as error:
+        return f"benchmarks/{path.name} is damaged ({error}); make it again with {MAKERS[name]}"
+    return record
+
+
+def _remove(folder: Path, name: str, suffixes: Sequence[str]) -> None:
+    for suffix in suffixes:
+        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.0%}"
+
+
+def _described(record: Benchmark) -> str:
+    hardware = record["hardware"]
+    gpu = "" if hardware["accelerator"] == "none" else f"{hardware['accelerator']}, "
+    return f"{gpu}{hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads."

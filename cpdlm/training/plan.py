@@ -1,0 +1,248 @@
+"""What a run would take, before anything is downloaded or trained: parameters, memory per process, FLOPs, days.
+
+Counted where it can be: the model of the config is built without its numbers (fake tensors, on no device), its trunk runs once on a
+micro-batch, and what autograd would keep and what is multiplied are read off. The loss is a formula, since it works in chunks.
+
+Letters: B rows of a micro-batch, T position, F factors, R rank, V vocabulary, D width, K inner width of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PretrainedConfig
+
+from cpdlm.config import Config, ConfigError
+from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.trunk import Trunk
+
+# Shapes of the pretrained models that presets name, so that a plan needs no download.
+PUBLISHED: dict[str, Callable[[], PretrainedConfig]] = {
+    "Daoguang/PyCodeGPT": lambda: GPTNeoConfig(
+        vocab_size=32000, hidden_size=768, num_layers=12, num_heads=12, max_position_embeddings=1024,
+        bos_token_id=None, eos_token_id=None, attention_types=[[["global", "local"], 6]],
+    ),
+    "meta-llama/Llama-3.1-8B": lambda: LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """memory: bytes on each process, by part; its sum is the peak of a step. flops: per token of the text, by part."""
+
+    parameters: dict[str, int]
+    memory: dict[str, int]
+    activations_checkpointed: int  # instead, where each layer keeps its input alone and runs once more in backward
+    flops: dict[str, float]
+    tokens: int
+    processes: int
+
+    @property
+    def flops_per_token(self) -> float:
+        return sum(self.flops.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory.values())
+
+    def tokens_per_second(self, rate: float) -> float:
+        """rate: FLOP/s that one device reaches in training."""
+        return self.processes * rate / self.flops_per_token
+
+    def days(self, rate: float) -> float:
+        return self.tokens / self.tokens_per_second(rate) / 86400
+
+
+def make_plan(config: Config, vocab_size: int = 0, compiled: bool = True) -> Plan:
+    """The plan of a config. vocab_size: where the tokenizer does not say (0: it does). compiled: as on a GPU, where the loss
+    needs no float32 copy of a chunk of logits. Raises ConfigError where a shape is not known.
+    """
+    rows = config.data.batch_rows // (config.devices * config.train.accumulate)
+    own = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(config.train.precision, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True), _new_tensors_in(own):
+        model = _build(config, vocab_size)
+        kept, layer_bytes, trunk_flops = _run_trunk(model, config, rows)
+    trains_trunk = not model.common_target
+    tokens = config.optim.steps * config.data.batch_rows * config.data.context
+    passes = 3.0 if trains_trunk else min(1.0, config.data.states / tokens) if config.data.states else 1.0
+    flops = {"trunk": trunk_flops * passes, **loss_flops(model, config)}
+    layers = len(model.trunk.layers())
+    one_layer = kept // layers
+    memory = _weights(model, config) | {
+        "activations": kept if trains_trunk else one_layer,
+        **_loss_memory(model, config, rows, compiled),
+    }
+    checkpointed = layers * layer_bytes + one_layer if trains_trunk else one_layer
+    return Plan(model.parameter_counts(), memory, checkpointed, flops, tokens, config.devices)
+
+
+def known_vocab_size(config: Config) -> int:
+    """That of the tokenizer, as far as the config says; raises ConfigError."""
+    kind, _, size = config.data.tokenizer.partition(":")
+    if kind == "bytes":
+        return 257
+    if kind == "bpe":
+        return int(size)
+    raise ConfigError(f"data.tokenizer={config.data.tokenizer} does not say how many tokens it has; type vocab=NUMBER")
+
+
+def _build(config: Config, vocab_size: int) -> LanguageModel:
+    if not config.is_pretrained:
+        size = vocab_size or known_vocab_size(config)
+        trunk = None
+        if config.model.trunk:  # a run of ours: a trunk of the same shape
+            its = replace(config, rank=1, horizon=1, anchor="none", model=replace(config.model, trunk=""))
+            trunk = build_language_model(its, size)
+        return build_language_model(config, size, trunk)
+    name = config.model.trunk
+    try:
+        shape = PUBLISHED[name]() if name in PUBLISHED else AutoConfig.from_pretrained(name)
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"model={name}: its shape is not known here ({str(error).splitlines()[0]}); give a folder that holds it, or one of "
+            f"{', '.join(PUBLISHED)}"
+        ) from error
+    whole = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype))
+    body, unembedding = getattr(whole, whole.base_model_prefix), whole.get_output_embeddings()
+    plain = LanguageModel(
+        Trunk(body), unembedding.weight.shape[0], rank=1, horizon=1, first_is_tied=True, anchored=False, common_target=False,
+        context=config.data.context, tie_embeddings=shape.tie_word_embeddings,
+    )  # fmt: skip
+    if not shape.tie_word_embeddings:
+        plain.unembedding.weight = unembedding.weight
+    return build_language_model(config, plain.vocab_size, plain)
+
+
+@contextmanager
+def _new_tensors_in(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _run_trunk(model: LanguageModel, config: Config, rows: int) -> tuple[int, int, float]:
+    """(bytes that autograd keeps, bytes of one layer's input, forward FLOPs per token) of a micro-batch.
+
+    A frozen trunk is asked as if it trained: what a layer would keep is about what it holds while it runs.
+    """
+    model.trunk.requires_grad_(True)
+    tokens_BT = torch.zeros(rows, config.data.context, dtype=torch.long)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16-mixed")
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter, saved_tensors_hooks(keep, _same), mixed:
+        hidden_BTD = model.hidden(tokens_BT)
+    model.trunk.requires_grad_(not model.common_target)
+    layer_bytes = hidden_BTD.numel() * hidden_BTD.element_size()
+    return sum(kept.values()), layer_bytes, counter.get_total_flops() / tokens_BT.numel()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+    """As for a GPU's kernels: both products, over all pairs of positions."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+def loss_flops(model: LanguageModel, config: Config) -> dict[str, float]:
+    """FLOPs per token of the text, forward and backward, by part.
+
+    Each product has a gradient for either side, but a frozen unembedding. Untied, x_{t+1} has a term of its own where not all
+    positions train the window; at a frozen trunk it has none but for heads that own their first factor.
+    """
+    vocab, width, rank = model.vocab_size, model.trunk.width, model.rank
+    table_times = 2 if model.common_target and not _separate(model) else 3
+    if model.heads is None:
+        return {"next token": table_times * 2.0 * vocab * width}
+    own_first = not model.first_is_tied
+    share = config.loss.joint_fraction
+    factors, place = model.heads.factors, config.loss.shortlist or vocab
+    row_map = 0.0 if _separate(model) else 2.0 * width * width
+    if model.heads.inner:
+        row_map = 4.0 * width * model.heads.inner
+    row = table_times * 2.0 * place * width + 3 * row_map
+    first = 0.0
+    # Where the target is frozen and the window's loss is not the joint's own, x_{t+1} has no term of its own.
+    alone = model.common_target and (config.loss.shortlist > 0 or config.loss.objective != "joint")
+    if own_first and share < 1 and not alone:
+        first = rank * row
+    elif not own_first and not model.common_target:
+        first = table_times * 2.0 * vocab * width
+    target = 2.0 * place * width * factors if config.loss.objective != "joint" else 0.0
+    return {"next token": first, "window": share * (factors * rank * row + target)}
+
+
+def _separate(model: LanguageModel) -> bool:
+    return model.heads is not None and model.heads.separate
+
+
+def _weights(model: LanguageModel, config: Config) -> dict[str, int]:
+    """Weights, gradients and AdamW's two moments; under fsdp a share of each, and what is gathered at a time."""
+
+    def size(parameters: list[nn.Parameter]) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+    everything, trained = list(model.parameters()), [p for p in model.parameters() if p.requires_grad]
+    share = config.devices if config.parallel == "fsdp" else 1
+    found = {
+        "weights": size(everything) // share,
+        "gradients": size(trained) // share,
+        "optimiser": 2 * size(trained) // share,
+    }
+    if share > 1:
+        layers = [list(layer.parameters()) for layer in model.trunk.layers()]
+        inside = {id(parameter) for layer in layers for parameter in layer}
+        # Embedding, unembedding and heads stay gathered from forward to backward; of the layers, one and the next.
+        found["gathered"] = size([p for p in everything if id(p) not in inside]) + 2 * max(map(size, layers))
+    return found
+
+
+def _loss_memory(model: LanguageModel, config: Config, rows: int, compiled: bool) -> dict[str, int]:
+    """A chunk of logits, and the gradients that the loss sums in forward, while those of the step before are still there."""
+    fast = 2 if config.train.precision.startswith("bf16") else model.unembedding.weight.element_size()
+    exact = max(4, model.unembedding.weight.element_size())
+    positions = rows * config.data.context
+    factors, rank = (model.heads.factors, model.rank) if model.heads is not None else (1, 1)
+    place = config.loss.shortlist or model.vocab_size
+    logit = fast if compiled else exact
+    each = factors * rank * place * logit
+    chunk = min(max(config.loss.chunk_mib * 2**20, each), positions * each)
+    # Beside the logits: their float32 copy in eager half precision, and about six copies of the rows that they come from.
+    beside = (fast if logit > fast else 0) / logit + 6 * model.trunk.width / place
+    heads = list(model.heads.maps.values()) if model.heads is not None else []
+    sums = sum(p.numel() * p.element_size() for p in heads)
+    table = model.unembedding.weight
+    if not model.common_target and not _separate(model):
+        sums += table.numel() * table.element_size()
+    if (
+        "next token" in loss_flops(model, config)
+        and loss_flops(model, config)["next token"]
+        and model.heads is not None
+    ):
+        sums += 0 if model.common_target or _separate(model) else table.numel() * table.element_size()
+        sums += 0 if model.first_is_tied else sum(p.numel() * p.element_size() for p in heads) // factors
+    return {"chunk of the loss": int(chunk * (1 + beside)), "sums of the loss": sums}

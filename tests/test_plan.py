@@ -1,0 +1,145 @@
+"""Plans: the presets of the paper's sizes build without numbers, and what is planned is what a step does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from cpdlm.config import ConfigError, parse, resolve
+from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.training.plan import Plan, make_plan
+from experiments import plan as entry
+
+SMALL = {"size": "micro", "data.context": 16, "decode.prompt_tokens": 8, "decode.new_tokens": 8, "data.batch_rows": 4}
+VOCAB = 96
+
+
+@pytest.mark.parametrize(
+    "words,trunk,heads",
+    [
+        (["preset=paper"], 56.3e6, 16 * 8192 * 576),
+        (["preset=pycodegpt"], 110e6, 16 * 768**2),
+        (["preset=llama8b", "devices=8"], 8.03e9 - 128256 * 4096, 24 * 4096**2),
+        (["preset=fineweb1b", "devices=8"], 1.04e9, 32 * 2048**2),
+    ],
+)
+def test_the_sizes_of_the_paper_build_without_numbers(words: list[str], trunk: float, heads: int) -> None:
+    config = parse(words)
+    plan = make_plan(config)
+    assert plan.parameters["trunk"] == pytest.approx(trunk, rel=0.005)
+    assert plan.parameters["heads"] == heads
+    assert plan.peak_bytes < 80e9, "on GPUs of today"
+    page = entry.text(plan, config, 4e14)
+    assert all(words in page for words in ("parameters", "memory of each process", "FLOPs per token", "days on"))
+
+
+def step(model: LanguageModel, config: Any) -> float:
+    """FLOPs of a step, forward and backward, as torch counts them."""
+    rows, context, horizon = config.data.batch_rows, config.data.context, config.horizon
+    tokens_BT = torch.randint(VOCAB, (rows, context))
+    future_BTN = torch.randint(VOCAB, (rows, context, horizon))
+    weight_BT = torch.full((rows, context), 1 / (rows * context))
+    share = torch.zeros(rows * context)
+    share[: round(config.loss.joint_fraction * rows * context)] = 1 / (rows * context)
+    alone = model.common_target and model.first_is_tied
+    whole = not model.first_is_tied and config.loss.joint_fraction == 1
+    first_BT = torch.zeros_like(weight_BT) if alone or whole else weight_BT
+
+    def attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+        return 2 * attention(query, key, value)
+
+    def added(total: Any, left: Any, right: Any, *rest: Any, **named: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    aten = torch.ops.aten
+    mapping = {
+        aten.addmm_: added,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        terms = model(
+            tokens_BT, None, future_BTN, torch.full((rows, context), horizon), first_BT, share.view(rows, context)
+        )
+        terms.loss.backward()
+    return counter.get_total_flops() / (rows * context)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 1, "horizon": 1},
+        {"rank": 3},
+        {"rank": 3, "loss.joint_fraction": 0.25},
+        {"rank": 3, "loss.joint_fraction": 0.25, "model.tie_first": True},
+        {"rank": 3, "model.map_rank": 8},
+        {"rank": 2, "model.head": "separate"},
+        {"rank": 3, "model.trunk": "a run", "loss.joint_fraction": 0.25},
+        {"rank": 3, "model.trunk": "a run", "model.tie_first": True},
+    ],
+    ids=lambda settings: " ".join(f"{key}={value}" for key, value in settings.items()),
+)
+def test_planned_flops_are_those_of_a_step(settings: dict[str, Any]) -> None:
+    """Within 3 %: the gate is not counted."""
+    config = resolve(SMALL | settings)
+    trunk = build_language_model(resolve(SMALL | {"rank": 1, "horizon": 1}), VOCAB) if config.model.trunk else None
+    model = build_language_model(config, VOCAB, trunk)
+    assert make_plan(config, VOCAB).flops_per_token == pytest.approx(step(model, config), rel=0.03)
+
+
+def test_planned_weights_gradients_and_moments_are_those_of_a_step() -> None:
+    config = resolve(SMALL | {"rank": 3})
+    plan, model = make_plan(config, VOCAB), build_language_model(config, VOCAB)
+    step(model, config)
+    optimiser = torch.optim.AdamW(model.parameters())
+    optimiser.step()
+
+    def size(tensors: Any) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    moments = [tensor for state in optimiser.state.values() for name, tensor in state.items() if name != "step"]
+    assert plan.memory["weights"] == size(model.parameters())
+    assert plan.memory["gradients"] == size(parameter.grad for parameter in model.parameters())
+    assert plan.memory["optimiser"] == size(moments)
+
+
+def test_sharding_checkpointing_and_precision() -> None:
+    def planned(**changes: Any) -> Plan:
+        return make_plan(resolve(SMALL | {"rank": 3} | changes), VOCAB)
+
+    one, four = planned(), planned(devices=4, parallel="fsdp")
+    assert four.memory["optimiser"] == one.memory["optimiser"] // 4 and four.memory["gathered"] > 0
+    assert four.memory["activations"] * 4 == pytest.approx(one.memory["activations"], rel=0.05)
+    assert four.tokens_per_second(1e9) == 4 * one.tokens_per_second(1e9)
+    assert one.activations_checkpointed < one.memory["activations"]
+    assert planned(**{"train.precision": "bf16-true"}).memory["weights"] * 2 == one.memory["weights"]
+
+
+def test_the_entry_point(capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main(["preset=trunk", "rate=1e9"]) == 0
+    assert "FLOPs per token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["data.tokenizer=hf:gpt2"], "type vocab=NUMBER"),
+        (["rate=fast"], "rate=fast is not a number"),
+        (["rnak=8"], "did you mean rank?"),
+        (["preset=llama8b", "model.trunk=./nowhere"], "its shape is not known here"),
+    ],
+)
+def test_errors_say_what_to_type(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_vocabulary_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="does not say how many tokens"):
+        make_plan(parse(["data.tokenizer=hf:gpt2"]))
