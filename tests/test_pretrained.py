@@ -22,12 +22,14 @@ from transformers import (
     BartConfig,
     BertConfig,
     CohereConfig,
+    DistilBertConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
     OPTConfig,
@@ -248,8 +250,8 @@ def test_what_decoding_cannot_rely_on_is_refused_by_name(name: str, tmp_path: Pa
     assert "model=my-model" in str(raised.value)
 
 
-def test_an_encoder_decoder_is_no_causal_model(tmp_path: Path) -> None:
-    for shape in (T5Config(vocab_size=V), BartConfig(is_encoder_decoder=True)):
+def test_encoders_with_or_without_a_decoder_are_no_causal_models(tmp_path: Path) -> None:
+    for shape in (T5Config(vocab_size=V), BartConfig(is_encoder_decoder=True), DistilBertConfig(vocab_size=V)):
         shape.save_pretrained(tmp_path)
         with pytest.raises(ConfigError, match=f"is a {shape.model_type} model, not a causal language model"):
             load_pretrained(str(tmp_path), torch.float32, CONTEXT)
@@ -266,6 +268,28 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders: dict[s
 def test_a_name_that_is_nowhere_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model=.*cannot be found, or is gated.*hf auth login"):
         load_pretrained(str(tmp_path / "nothing"), torch.float32, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    "reason", ["You are trying to access a gated repo.\nMake sure", "owner/none is not a model identifier"]
+)
+def test_a_gated_or_missing_hub_name_says_what_the_hub_said(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise OSError(reason)  # what the library makes of the hub's errors
+
+    monkeypatch.setattr("cpdlm.model.pretrained.AutoConfig.from_pretrained", refuse)
+    with pytest.raises(ConfigError) as raised:
+        load_pretrained("owner/none", torch.float32, CONTEXT)
+    said = reason.splitlines()[0].rstrip(".")
+    assert f"model=owner/none cannot be found, or is gated: {said}. Give a Hugging Face folder" in str(raised.value)
+
+
+def test_a_model_without_an_output_embedding_is_refused(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
+    with pytest.raises(ConfigError, match=r"model=mine \(LlamaForCausalLM\) has no output embedding"):
+        load_pretrained(str(folders["llama tied"]), torch.float32, CONTEXT, "mine")
 
 
 def test_a_folder_that_is_no_model_is_told_apart(tmp_path: Path) -> None:

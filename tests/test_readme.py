@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_suite import TINY
+from tests.test_suite import TINY, TINY_RETROFIT, small_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -59,9 +59,11 @@ def test_cells_of_the_readme_run(tmp_path: Path) -> None:
     assert len(cells) >= 6
     # The size is part of the trunk's name in the README, so it stays; everything slow shrinks.
     small = {key: value for key, value in TINY.items() if key != "size"} | {"data.cache": tmp_path / "cache"}
-    words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in small.items()]
+    small_pretrained(tmp_path / "my-llm", sorted(corpus.rglob("*.py")))
     for command in cells:
         _, script, *given = shlex.split(command)
+        here = small | TINY_RETROFIT if any(word.startswith("model=") for word in given) else small
+        words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in here.items()]
         extra = [
             *words,
             *([] if any(w.startswith("corpus=") for w in given) else [f"corpus={corpus}", f"name={_name(given)}"]),

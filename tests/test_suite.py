@@ -150,8 +150,11 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
 @pytest.fixture(scope="module")
 def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama with a tokenizer of its own, as a hub folder has them."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    bpe = BpeTokenizer.train("bpe:300", [path.read_bytes() for path in corpus.glob("*.py")], progress=False)
+    return small_pretrained(tmp_path_factory.mktemp("pretrained"), sorted(corpus.glob("*.py")))
+
+
+def small_pretrained(folder: Path, texts: list[Path]) -> Path:
+    bpe = BpeTokenizer.train("bpe:300", [path.read_bytes() for path in texts], progress=False)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._model, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
     )
@@ -165,13 +168,19 @@ def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# What shrinks a retrofit cell, beside TINY.
+TINY_RETROFIT = {
+    "data.tokenizer": "model", "data.states": 64 * 8, "loss.shortlist": 100, "decode.shortlist": 100,
+    "train.decode_prompts": 1, "loss.joint_fraction": 0.5, "decode.repeats": 1, "data.max_bytes": 0,
+}  # fmt: skip
+
+
 def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
     corpus: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The grid on a pretrained model, shrunk, from a bundle: objectives, anchors, ties, maps, and text of the model's own."""
-    small = TINY | {"data.tokenizer": "model", "model.trunk": str(pretrained), "data.cache": str(tmp_path / "cache")}
-    small |= {"data.states": 64 * 8, "loss.shortlist": 100, "decode.shortlist": 100, "train.decode_prompts": 1}
-    small |= {"loss.joint_fraction": 0.5, "corpus": str(corpus), "decode.repeats": 1, "data.max_bytes": 0}
+    small = TINY | TINY_RETROFIT
+    small |= {"model.trunk": str(pretrained), "data.cache": str(tmp_path / "cache"), "corpus": str(corpus)}
     kinds: dict[tuple[object, ...], Cell] = {}
     for cell in PROFILES["retrofit-gpu"]():
         config = cell.config("runs/x")
@@ -210,6 +219,31 @@ def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
         assert all(name.startswith(("heads.", "anchor.")) for name in weights), "the trunk is not stored with its heads"
     assert len(list((tmp_path / "cache" / "written").iterdir())) == 2
     assert len(list((tmp_path / "cache" / "states").iterdir())) == 3, "cells on the same text share its states"
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    corpus: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from experiments import run
+
+    bpe = BpeTokenizer.train("bpe:400", [path.read_bytes() for path in corpus.glob("*.py")], progress=False)
+    other = PreTrainedTokenizerFast(tokenizer_object=bpe._model, eos_token="<|endoftext|>")
+    other.save_pretrained(tmp_path / "other")
+    words = [f"{key}={_word(value)}" for key, value in (TINY | {"data.tokenizer": f"hf:{tmp_path}/other"}).items()]
+    words += [
+        f"corpus={corpus}",
+        f"data.cache={tmp_path}/cache",
+        f"output={tmp_path}/runs",
+        f"model={pretrained}",
+        "rank=2",
+    ]
+    assert run.main([*words, "--stage=train"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"has {len(other)} tokens, model={pretrained} embeds {len(other) - 100}: the tokenizer is another model's"
+        in said
+    )
+    assert "type data.tokenizer=model" in said
 
 
 def _in_process(cell: Cell, options: object, parent: str, quiet: bool) -> int:

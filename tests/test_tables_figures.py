@@ -237,3 +237,28 @@ def test_tables_need_no_matplotlib(records: Path, tmp_path: Path, monkeypatch: p
     report = render(records, tmp_path)
     assert any("matplotlib is not installed" in note for note in report.notes)
     assert (tmp_path / "tables" / "claims.md").exists()
+
+
+PRETRAINED = {"model__trunk": "smollm2", "model__family": "pretrained", "data__tokenizer": "model", "claim": "C6"}
+
+
+def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
+    """What a row was trained for, on which text, with which maps: no two cells of the grid share a row or lose one."""
+    tied = PRETRAINED | {"model__tie_first": True, "loss__objective": "eq14"}
+    cells = [
+        tied, tied | {"rank": 4}, PRETRAINED | {"loss__objective": "eq14"}, tied | {"anchor": "token"},
+        tied | {"anchor": "token", "model__anchor_width": 99}, tied | {"model__map_rank": 64}, tied | {"model__map_hidden": 32},
+        tied | {"loss__objective": "blend"}, tied | {"loss__alpha": 0.5}, tied | {"loss__gamma": 0.7},
+        tied | {"data__text": "greedy", "data__states": 512}, tied | {"optim__steps": 9},
+    ]  # fmt: skip
+    for number, cell in enumerate(cells):
+        results.write(made(**cell) | {"name": f"cell-{number}"}, tmp_path / "C6")  # type: ignore[arg-type]
+    families, notes = results.families(results.load_all(tmp_path)[0])
+    table = tables.retrofit_table(families)
+    assert len(table.rows) == len(cells) and not [note for note in notes if "left out" in note]
+    assert len({row[:6] for row in table.rows}) == len(cells)
+    shown = {(row[1], row[2]) for row in table.rows}
+    assert shown >= {
+        ("eq14", "untied"), ("eq14", "anchored"), ("eq14", "anchored, anchor 99"), ("eq14", "tied, low 64"), ("eq14", "tied, mlp 32"),
+        ("blend", "tied"), ("eq14, alpha 0.5", "tied"), ("eq14, gamma 0.7", "tied"), ("eq14, the model's own text (greedy)", "tied"),
+    }  # fmt: skip

@@ -48,7 +48,7 @@ def load_pretrained(
     _check_memory(empty, dtype, label, _free_bytes(label) if available_bytes is None else available_bytes)
     if empty.get_output_embeddings() is None:
         raise ConfigError(
-            f"model={label} ({type(empty).__name__}) has no output embedding, so no law of the next token"
+            f"model={label} ({type(empty).__name__}) has no output embedding, so no law of the next token; give a causal language model"
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -190,7 +190,7 @@ def _shape(source: str, label: str) -> Any:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"model={label} cannot be found, or is gated: {_first_line(error)}. Give a Hugging Face folder, a GGUF file, smollm2, or a "
+            f"model={label} cannot be found, or is gated: {_first_line(error).rstrip('.')}. Give a Hugging Face folder, a GGUF file, smollm2, or a "
             "hub name that this machine can reach (a gated one after `hf auth login`)"
         ) from error
 

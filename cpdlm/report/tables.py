@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpdlm.config import LossConfig
 from cpdlm.files import write_bytes
 from cpdlm.report.results import (
     MODES,
@@ -146,10 +147,10 @@ def retrofit_table(families: list[Family]) -> Table:
             if not cells:
                 continue
             record = next(iter(cells.values()))
-            trained = sum(r["training"]["seconds"] for r in cells.values()) / len(cells)
+            trained = sum(r["seconds"]["train"] for r in cells.values()) / len(cells)
             rows.append(
                 (
-                    f"{family.settings['corpus']}, {family.size}, n={family.horizon}", str(family.settings["loss.objective"]),
+                    f"{family.settings['corpus']}, {family.size}, n={family.horizon}", _aim(family),
                     variant, str(rank), str(len(cells)), f"{record['training']['steps']:,}",
                     f"{record['parameters']['trained']:,}", f"{trained / 60:.1f}",
                     f"{record['training']['peak_memory_bytes'] / 2**30:.1f}", _kept(cells),
@@ -159,7 +160,7 @@ def retrofit_table(families: list[Family]) -> Table:
                 )
             )  # fmt: skip
     header = (
-        "setting", "objective", "law", "rank", "seeds", "steps", "trained parameters", "training (min)", "memory (GiB)",
+        "setting", "trained for", "law", "rank", "seeds", "steps", "trained parameters", "training (min)", "memory (GiB)",
         "kept by depth", *(f"tokens per pass, {mode}" for mode in MODES), *(f"speed-up, {mode}" for mode in MODES),
         *(f"over rank 1, {mode}" for mode in MODES),
     )  # fmt: skip
@@ -167,6 +168,19 @@ def retrofit_table(families: list[Family]) -> Table:
     caption += "that a sampled draft of x_{t+k} is kept if all before it are the text's own; 1 minus it is the total variation of target and draft law "
     caption += "(whole vocabulary; depth 1 is the target itself where it is tied). "
     return Table("retrofit", _caption(caption, shown, None), header, rows)
+
+
+def _aim(family: Family) -> str:
+    """The objective, with its constants and the text where those are not the preset's."""
+    settings = family.settings
+    words = [str(settings["loss.objective"])]
+    if words[0].startswith("eq14") and settings["loss.alpha"] != LossConfig.alpha:
+        words.append(f"alpha {settings['loss.alpha']:g}")
+    if settings["loss.gamma"] != LossConfig.gamma:
+        words.append(f"gamma {settings['loss.gamma']:g}")
+    if settings["data.text"] != "corpus":
+        words.append(f"the model's own text ({settings['data.text']})")
+    return ", ".join(words)
 
 
 def _kept(cells: Cells) -> str:
