@@ -113,7 +113,10 @@ def test_the_row_counts_that_an_error_suggests_work() -> None:
 
 # What some choices are for.
 PRETRAINED = {"model.trunk": "a folder", "model.family": "pretrained", "data.tokenizer": "model"}
-CHOSEN_FOR = {"loss.objective": {"model.trunk": "a folder"}, "model.dtype": PRETRAINED}
+CHOSEN_FOR = {
+    "loss.objective": {"model.trunk": "a folder"}, "model.dtype": PRETRAINED,
+    "data.text": {"model.trunk": "a folder", "data.states": 4096},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", list(CHOICES))
