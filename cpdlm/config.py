@@ -118,6 +118,10 @@ class ModelConfig:
     tie_embeddings: bool = knob(True, "the unembedding is the input embedding")
     noise: float = knob(0.2, "size of the maps' random start relative to identity; tells equal components apart")
     anchor_width: int = knob(0, "hidden width of the anchor map (0 = width / 2)")
+    adapter_layers: int = knob(
+        0, "last layers of a frozen trunk that the draft has once more, with low-rank adapters (0 = none; needs peft)"
+    )
+    adapter_rank: int = knob(8, "rank of those adapters")
     anchor_normed: bool = knob(False, "the anchor sees h_t and the token's embedding at equal size")
 
 
@@ -251,7 +255,8 @@ class Config:
             aim += f"-g{self.loss.gamma:g}"
         anchor = self.anchor + (f"{self.model.anchor_width}" if self.model.anchor_width else "")
         text = f"-{self.data.text}" if self.data.text != "corpus" else ""
-        law = f"{anchor}{tie}{hidden}{low}{aim}{text}"
+        adapters = f"-lora{self.model.adapter_layers}" if self.model.adapter_layers else ""
+        law = f"{anchor}{tie}{hidden}{low}{adapters}{aim}{text}"
         return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{law}-s{self.seed}"
 
 
@@ -416,7 +421,7 @@ def check(config: Config) -> None:
         )
     for key, least in {
         "rank": 1, "horizon": 1, "devices": 1, "nodes": 1, "train.timeout": 1, "data.processes": 0, "data.context": 2, "data.batch_rows": 1, "data.max_bytes": 0,
-        "data.workers": 0, "data.states": 0, "loss.shortlist": 0, "train.decode_prompts": 0, "model.map_rank": 0, "model.map_hidden": 0, "model.anchor_width": 0, "loss.chunk_mib": 1, "optim.steps": 1,
+        "data.workers": 0, "data.states": 0, "model.adapter_layers": 0, "model.adapter_rank": 1, "loss.shortlist": 0, "train.decode_prompts": 0, "model.map_rank": 0, "model.map_hidden": 0, "model.anchor_width": 0, "loss.chunk_mib": 1, "optim.steps": 1,
         "optim.warmup": 0, "train.accumulate": 1, "train.log_every": 1, "train.validate_every": 1,
         "train.validation_rows": 1, "train.checkpoint_every": 1, "evaluate.rows": 1, "evaluate.batch_rows": 1,
         "decode.prompts": 1, "decode.prompt_tokens": 1, "decode.new_tokens": 1, "decode.top_k": 0,
@@ -519,6 +524,7 @@ def _check_frozen(config: Config) -> None:
         f"loss.shortlist={config.loss.shortlist}": config.loss.shortlist > 0,
         f"data.states={config.data.states}": config.data.states > 0,
         f"data.text={config.data.text}": config.data.text != "corpus",
+        f"model.adapter_layers={config.model.adapter_layers}": config.model.adapter_layers > 0,
     }
     for setting in [words for words, used in asked.items() if used]:
         if not config.model.trunk:
@@ -536,6 +542,10 @@ def _check_frozen(config: Config) -> None:
         raise ConfigError(f"data.text={config.data.text} needs data.states: how many tokens the model shall write")
     if not 0 < config.data.states_gib < math.inf:
         raise ConfigError(f"data.states_gib={config.data.states_gib} must be a positive number")
+    if config.model.adapter_layers and config.parallel == "fsdp":
+        raise ConfigError(
+            f"model.adapter_layers={config.model.adapter_layers} is not for parallel=fsdp; type parallel=auto"
+        )
     if config.train.decode_prompts and config.parallel == "fsdp":
         raise ConfigError(
             f"train.decode_prompts={config.train.decode_prompts} needs whole weights; parallel=fsdp shards them: type 0"

@@ -541,6 +541,10 @@ def export(run: Path, folder: Path) -> CpdlmForCausalLM:
     shortlist is not known, and for a folder that holds something else.
     """
     _check_folder(run, folder)
+    if read_config(run).model.adapter_layers:
+        raise RunError(
+            f"{run} drafts with adapters in the trunk (model.adapter_layers), which an exported folder cannot hold"
+        )
     config, model = read_config(run), load_model(run)
     tokenizer = run_tokenizer(run)
     check_vocabulary(run, model, tokenizer)

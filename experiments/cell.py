@@ -124,7 +124,8 @@ def train(config: Config, command: str) -> bool:
         )
     with tracking.cell_run(config, command, folder) as tracker:
         done = (folder / storage.TRAINED).is_file() and (folder / storage.WEIGHTS).is_file()
-        if not done and config.data.states:
+        # Adapters change the states of the draft at every step: the trunk runs, on the same tokens.
+        if not done and config.data.states and not config.model.adapter_layers:
             identity = {"text": written.get("sha256", corpus.describe()["sha256"]), "trunk": storage.trunk_hash(config)}
             data.states = kept_states(
                 model, data.training_rows(), Path(config.data.cache), identity, config.data.states_gib, _device(), print

@@ -249,6 +249,7 @@ def retrofit_gpu() -> list[Cell]:
         *(retrofitted("code", rank, GPU_GRID, anchor="token", hidden=hidden) for rank, hidden in WIDE),
         *(retrofitted("code", rank, GPU_GRID, anchor="token", model__map_rank=64) for rank in (1, 4)),
         *(retrofitted("code", rank, GPU_GRID, anchor="token", model__anchor_width=1024) for rank in (1, 4)),
+        *(retrofitted("code", rank, GPU_GRID, anchor="token", model__adapter_layers=4) for rank in (1, 4)),
     ]
     long = [retrofitted(corpus, rank, GPU_LONG, anchor="token", folder="C6-long") for corpus in ("code", "text") for rank in (1, 4)]  # fmt: skip
     written = [

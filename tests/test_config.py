@@ -93,6 +93,12 @@ BAD: list[tuple[str, str]] = [
     ("decode.new_tokens=250 decode.prompt_tokens=64 data.context=256", "decode.prompt_tokens=64 + decode.new_tokens=250 exceed data.context=256"),
     ("data.tokenizer=word", "data.tokenizer='word': write bytes, bpe:SIZE with SIZE of at least 257, hf:NAME, or, with a pretrained trunk (model=NAME), model"),
     ("data.tokenizer=model", "data.tokenizer='model': write bytes, bpe:SIZE"),
+    ("data.text=greedy", "data.text=greedy is for heads on a frozen model: give model=NAME"),
+    ("data.text=greedy model.trunk=runs/t", "data.text=greedy needs data.states: how many tokens the model shall write"),
+    ("data.text=gredy", "did you mean data.text=greedy?"),
+    ("model.adapter_layers=2", "model.adapter_layers=2 is for heads on a frozen model: give model=NAME"),
+    ("model.adapter_layers=2 model.trunk=runs/t parallel=fsdp", "model.adapter_layers=2 is not for parallel=fsdp; type parallel=auto"),
+    ("train.decode_prompts=99 decode.prompts=16", "train.decode_prompts=99 are more than decode.prompts=16; raise that"),
     ("data.tokenizer=bpe:100", "data.tokenizer='bpe:100'"),
     ("data.tokenizer=bpe:big", "data.tokenizer='bpe:big'"),
     ("data.tokenizer=hf:", "data.tokenizer='hf:'"),
@@ -115,7 +121,7 @@ def test_the_row_counts_that_an_error_suggests_work() -> None:
 PRETRAINED = {"model.trunk": "a folder", "model.family": "pretrained", "data.tokenizer": "model"}
 CHOSEN_FOR = {
     "loss.objective": {"model.trunk": "a folder"}, "model.dtype": PRETRAINED,
-    "data.text": {"model.trunk": "a folder", "data.states": 4096},
+    "data.text": {"model.trunk": "a folder", "data.states": 512},
 }  # fmt: skip
 
 

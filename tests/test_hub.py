@@ -126,8 +126,9 @@ def test_a_saved_model_comes_back_bit_for_bit(overrides: dict[str, Any], tmp_pat
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded, CpdlmForCausalLM) and not loaded.training
     same_weights(model, loaded.model)
-    for each in loaded.parameters():  # in a mapped file they stand where they happen to, and rounding depends on that
-        each.data = each.data.clone()
+    for parameter in loaded.parameters():
+        # In a mapped file tensors stand where they happen to, and the rounding of a product depends on where that is.
+        parameter.data = parameter.data.clone()
     assert isinstance(AutoConfig.from_pretrained(tmp_path), CpdlmConfig)
     assert (loaded.generation_config.bos_token_id, loaded.generation_config.eos_token_id) == (3, 4)
     assert any(each.requires_grad for each in loaded.model.trunk.parameters()) == (trunk is None)

@@ -44,7 +44,14 @@ TINY = {
 
 
 # What else is under study on a pretrained model: the objective with its constants, and the kinds of maps and anchors.
-MORE_DIALS = ("loss.objective", "loss.alpha", "loss.gamma", "model.map_rank", "model.anchor_width")
+MORE_DIALS = (
+    "loss.objective",
+    "loss.alpha",
+    "loss.gamma",
+    "model.map_rank",
+    "model.anchor_width",
+    "model.adapter_layers",
+)
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from cpdlm.data.pool import processes
 from cpdlm.data.tokenizer import Tokenizer
 
-PIECE_BYTES = 8 * 2**20  # of text
-FEW = 4  # up to so many pieces, starting processes takes longer than they save
+PIECE_BYTES = 4 * 2**20  # of text
+FEW = 4  # up to so many pieces, starting processes takes longer than they save; of bytes, always
 BATCH = 512  # documents given to the tokenizer at a time
 
 
@@ -52,7 +52,7 @@ def tokenise(texts: Sequence[bytes], pieces: list[Piece], tokenizer: Tokenizer, 
     done = sum(piece.size for piece in pieces) - sum(piece.size for piece in todo)
     bar.set_postfix_str(f"{len(pieces) - len(todo)} of {len(pieces)} pieces were there" if done else "", refresh=False)
     bar.update(done)
-    if count == 1 or len(todo) <= FEW:
+    if count == 1 or len(todo) <= FEW or tokenizer.name == "bytes":
         for piece in todo:
             write_piece(tokenizer, piece.path, [texts[index] for index in piece.documents])
             bar.update(piece.size)

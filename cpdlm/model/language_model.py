@@ -16,6 +16,7 @@ Letters: B batch, T position, P = positions picked from B x T, N horizon, R rank
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from cpdlm.config import Config
+from cpdlm.model.adapters import DraftTrunk, TwoCaches, check_draft_trunk
 from cpdlm.model.draft_loss import Objective, Windows
 from cpdlm.model.heads import Anchor, FactorHeads, no_map
 from cpdlm.model.joint import Joint, log_normalise
@@ -63,7 +65,7 @@ class LanguageModel(nn.Module):
         self, trunk: Trunk, vocab_size: int, *, rank: int, horizon: int, first_is_tied: bool, anchored: bool,
         blind: bool = False, common_target: bool, context: int, tie_embeddings: bool = True, separate: bool = False, map_rank: int = 0,
         map_hidden: int = 0, noise: float = 0.2, anchor_width: int = 0, bias_buffer: bool = False, chunk_bytes: int = 32 * 2**20, logit_scale: float = 1.0,
-        logit_softcap: float = 0.0, anchor_normed: bool = False,
+        logit_softcap: float = 0.0, anchor_normed: bool = False, adapter_layers: int = 0, adapter_rank: int = 8,
     ) -> None:  # fmt: skip
         super().__init__()
         assert first_is_tied or not anchored, "an anchored law has a next-token head of its own"
@@ -95,6 +97,11 @@ class LanguageModel(nn.Module):
         if common_target:
             self.trunk.requires_grad_(False)
             self.unembedding.requires_grad_(False)
+        self.draft_trunk: DraftTrunk | None = None
+        if adapter_layers:
+            assert common_target, "only a frozen trunk has adapters for the draft"
+            self.draft_trunk = DraftTrunk(trunk, adapter_layers, adapter_rank)
+            check_draft_trunk(trunk, self.draft_trunk)
 
     @property
     def attention_window(self) -> int | None:
@@ -107,18 +114,23 @@ class LanguageModel(nn.Module):
         super().train(mode)
         if self.common_target:
             self.trunk.eval()
+        if self.draft_trunk is not None:
+            self.draft_trunk.eval()
         return self
 
-    def new_cache(self) -> Cache:
-        return new_cache()
+    def new_cache(self) -> Cache | TwoCaches:
+        return new_cache() if self.draft_trunk is None else TwoCaches()
 
     def hidden(
-        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None,
-        mask: Tensor | None = None,
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
     ) -> Tensor:  # fmt: skip
-        """Hidden states (B, T, D); see `Trunk.forward`."""
-        hidden_BTD: Tensor = self.trunk(tokens_BT, position_ids_BT, cache, mask)
-        return hidden_BTD
+        """Hidden states (B, T, D); see `Trunk.forward`. With adapters the target's and the draft's, (B, T, 2D)."""
+        if self.draft_trunk is None:
+            hidden_BTD: Tensor = self.trunk(tokens_BT, position_ids_BT, cache, mask)
+            return hidden_BTD
+        own, drafts = (cache.target, cache.draft) if cache is not None else (None, None)
+        target_BTD, middle_BTD = self.trunk.with_middle(tokens_BT, self.draft_trunk.layers, position_ids_BT, own, mask)
+        return torch.cat([target_BTD, self.draft_trunk(middle_BTD, position_ids_BT, drafts, mask)], dim=-1)
 
     def next_token_log_probs(self, hidden: Tensor) -> Tensor:
         """The model's own log p(x_{t+1}) (..., V): eq. 11, or the tied head's softmax."""
@@ -198,7 +210,8 @@ class LanguageModel(nn.Module):
         return anchored
 
     def _for_heads(self, hidden: Tensor) -> Tensor:
-        """In the heads' own precision: a frozen trunk may have a narrower one."""
+        """The draft's half, in the heads' own precision: a frozen trunk may have a narrower one."""
+        hidden = hidden[..., -self.trunk.width :]
         return hidden if self.heads is None else hidden.to(self.heads.gate.weight.dtype)
 
     # --- training and evaluation --------------------------------------------------------------------------------
@@ -218,7 +231,8 @@ class LanguageModel(nn.Module):
         if states is not None:
             hidden_BTD = states.hidden_BTD
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.common_target):
+            learns = not self.common_target or self.draft_trunk is not None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
                 hidden_BTD = self.hidden(tokens_BT, position_ids_BT)
         first_loss, first_nll_P = self._first_nll(hidden_BTD, future_BTN, first_weight_BT)
         picked_BT = rest_weight_BT != 0
@@ -260,7 +274,7 @@ class LanguageModel(nn.Module):
             future_PN,
             told_PN,
             exists_PN & known_PN,
-            hidden_BTD[row_P[:, None], t_PN],
+            hidden_BTD.detach()[row_P[:, None], t_PN],
             normaliser_BT[row_P[:, None], t_PN],
         )
 
@@ -280,7 +294,7 @@ class LanguageModel(nn.Module):
 
         cap * tanh(scale * U h / cap), as pretrained models have it; drafts are scaled alike, and not capped.
         """
-        logits = F.linear(hidden, table_VD)
+        logits = F.linear(hidden[..., : self.trunk.width], table_VD)
         if self.logit_scale != 1:
             logits = logits * self.logit_scale
         if self.logit_softcap:
@@ -332,9 +346,14 @@ class LanguageModel(nn.Module):
             "heads": count(self.heads) - gate,
             "gate": gate,
             "anchor": count(self.anchor),
+            **({"adapters": _trained(self.draft_trunk)} if self.draft_trunk is not None else {}),
             "total": count(self),
-            "trained": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
+            "trained": _trained(self),
         }
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel | None = None) -> LanguageModel:
@@ -361,6 +380,8 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         chunk_bytes=config.loss.chunk_mib * 2**20,
         logit_scale=trunk.logit_scale if trunk is not None else 1.0,
         logit_softcap=trunk.logit_softcap if trunk is not None else 0.0,
+        adapter_layers=config.model.adapter_layers,
+        adapter_rank=config.model.adapter_rank,
     )
     if trunk is not None and not trunk.embeddings_are_tied:
         model.unembedding.weight = trunk.unembedding.weight.requires_grad_(False)

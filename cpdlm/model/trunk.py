@@ -6,6 +6,7 @@ Letters: B batch, T position, D width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
@@ -64,15 +65,37 @@ class Trunk(nn.Module):
         mask: boolean, (B, L+T) which tokens count, those in the cache first, or (B, 1, T, L+T) which token sees which.
         Without one, positions that restart within a row separate documents: the attention is then block-diagonal.
         """
+        hidden_BTD: Tensor = self._run(position_ids_BT, cache, mask, input_ids=tokens_BT).last_hidden_state
+        return hidden_BTD
+
+    def with_middle(
+        self, tokens_BT: Tensor, last: int, position_ids_BT: Tensor | None = None, cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`forward`, and the states (B, T, D) that go into the last `last` layers."""
+        done = self._run(position_ids_BT, cache, mask, input_ids=tokens_BT, output_hidden_states=True)
+        return done.last_hidden_state, done.hidden_states[-1 - last]
+
+    def embedded(
+        self, embedded_BTD: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`forward` of what stands where the embedded tokens would."""
+        hidden_BTD: Tensor = self._run(position_ids_BT, cache, mask, inputs_embeds=embedded_BTD).last_hidden_state
+        return hidden_BTD
+
+    def _run(self, position_ids_BT: Tensor | None, cache: Cache | None, mask: Tensor | None, **inputs: Any) -> Any:
         if mask is None and cache is None and position_ids_BT is not None:
             mask = _documents_apart(position_ids_BT)
         if mask is not None and mask.dim() == 4:  # taken by the attention as it is, so in its own terms
             mask = mask.new_zeros(mask.shape, dtype=self.embedding.dtype).masked_fill(~mask, -math.inf)
-        hidden_BTD: Tensor = self.body(
-            input_ids=tokens_BT, position_ids=position_ids_BT, attention_mask=mask, past_key_values=cache,
+        return self.body(
+            position_ids=position_ids_BT,
+            attention_mask=mask,
+            past_key_values=cache,
             use_cache=cache is not None,
-        ).last_hidden_state  # fmt: skip
-        return hidden_BTD
+            **inputs,
+        )
 
     def layers(self) -> list[nn.Module]:
         """The transformer blocks, in order: what FSDP shards one by one."""

@@ -85,14 +85,14 @@ class Record:
     @property
     def variant(self) -> str:
         """One of LAWS, and the sizes that a cell has of its own ("untied, mlp 1024"): hidden units of perceptron maps, rank of
-        low-rank ones (low), hidden units of the anchor.
+        low-rank ones (low), hidden units of the anchor, layers with adapters.
 
         untied: the paper's law; tied: one next-token head; anchored: tied, and the rest also sees x_{t+1}; blind: the
         anchor's control, which sees h_t in its place.
         """
         model, anchor = self.config["model"], self.config["anchor"]
         law = {"token": "anchored", "blind": "blind"}.get(anchor, "tied" if model["tie_first"] else "untied")
-        sizes = {"mlp": "map_hidden", "low": "map_rank", "anchor": "anchor_width"}
+        sizes = {"mlp": "map_hidden", "low": "map_rank", "anchor": "anchor_width", "adapters": "adapter_layers"}
         return ", ".join([law, *(f"{name} {model[key]}" for name, key in sizes.items() if model.get(key, 0))])
 
     def draft_flops(self) -> int | None:
@@ -390,7 +390,7 @@ def load_all(root: Path) -> tuple[list[Record], list[str]]:
 # What two comparable records may differ in: settings that change no result, and the dials that a family is laid out along.
 _FREE = (
     *INCIDENTAL, "loss.chunk_mib", "evaluate.batch_rows", "train.validate_every", "train.validation_rows",
-    "rank", "seed", "anchor", "model.tie_first", "model.anchor_width", "model.map_hidden", "model.map_rank", "model.trunk",
+    "rank", "seed", "anchor", "model.tie_first", "model.anchor_width", "model.map_hidden", "model.map_rank", "model.adapter_layers", "model.trunk",
 )  # fmt: skip
 Cells = dict[int, Record]  # seed -> record
 

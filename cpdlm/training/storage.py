@@ -29,6 +29,7 @@ from yaml import YAMLError
 from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from_dict
 from cpdlm.data.checkpoints import checkpoint_folder, content_hash
 from cpdlm.files import replaced, write_bytes
+from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.pretrained import load_pretrained
 
@@ -102,14 +103,20 @@ def save_model(
     kept = {
         name: tensor.to(dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in state.items()
-        if not (model.common_target and name.startswith(("trunk.", "unembedding.")))
-        and not (name == "unembedding.weight" and model.embeddings_are_tied)
+        if _is_stored(name, model)
     }
     with replaced(folder / WEIGHTS) as path:
         try:
             save_file(kept, path, metadata={"vocab_size": str(vocab_size)})
         except SafetensorError as error:  # how it says that the disk is full
             raise OSError(str(error)) from error
+
+
+def _is_stored(name: str, model: LanguageModel) -> bool:
+    """Whether a tensor of that name is the run's own: not a frozen trunk's, nor a second name of a tied one."""
+    if model.common_target and name.startswith(("trunk.", "unembedding.", "draft_trunk.")):
+        return is_adapter(name)
+    return not (name == "unembedding.weight" and model.embeddings_are_tied)
 
 
 def load_trunk(config: Config) -> LanguageModel | None:
@@ -154,12 +161,7 @@ def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageMode
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise RunError(f"{path} does not fit its config: {str(error).splitlines()[1].strip()}") from error
-    absent = [
-        name
-        for name in missing
-        if not (model.common_target and name.startswith(("trunk.", "unembedding.")))
-        and not (name == "unembedding.weight" and model.embeddings_are_tied)
-    ]
+    absent = [name for name in missing if _is_stored(name, model)]
     if absent or unexpected:
         raise RunError(
             f"{path} does not fit its config: missing {absent[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
