@@ -122,7 +122,10 @@ def train(config: Config, command: str) -> bool:
         model = storage.load_model(folder)
         began = time.monotonic()
         device = _device()
-        held_out = likelihood.evaluate(model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device)
+        texts_V = [corpus.tokenizer.decode([token]) for token in range(corpus.vocab_size)]
+        held_out = likelihood.evaluate(
+            model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device, texts_V
+        )
         write_json(
             folder / EVALUATED,
             {

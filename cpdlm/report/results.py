@@ -142,6 +142,7 @@ _MODE: dict[str, Any] = {
     "emitted_histogram": [int],
     "acceptance_by_depth": [{"depth": int, "reached": int, "accepted": int}],
     "per_prompt": {"tokens": [NUMBER], "passes": [NUMBER]},
+    "drafts_per_prompt": Omissible({"reached": [[int]], "accepted": [[int]]}),
     "tokens_per_second": {"plain": NUMBER, "speculative": NUMBER, "generate": Maybe(NUMBER)},
     "speedup": _MEDIAN, "speedup_over_rank1": Maybe(_MEDIAN), "speedup_over_trunk": Omissible(Maybe(_MEDIAN)), "plain_over_generate": Maybe(_MEDIAN),
     "other_than_generate": Omissible(Maybe({"prompts": int, "of": int, "first_token": Maybe(int)})),
@@ -167,7 +168,9 @@ FIELDS: dict[str, Any] = {
     "parameters": {"trunk": int, "heads": int, "gate": int, "anchor": int, "total": int, "trained": int},
     "training": {
         "steps": int, "tokens": int, "tokens_per_second": NUMBER, "step_ms_median": NUMBER, "peak_memory_bytes": int,
-        "curve": [{"step": NUMBER}], "resumed": int,
+        "curve": [{"step": NUMBER}], "resumed": int, "seconds": Omissible(NUMBER), "clock": Omissible([NUMBER]),
+        "flops_per_token": Omissible(Maybe(NUMBER)), "matmul_flops_per_second": Omissible(Maybe(NUMBER)),
+        "matmul_fraction": Omissible(Maybe(NUMBER)),
     },
     "likelihood": {
         "split": str, "rows": int, "positions": int, "joint_nll": _MEAN, "position_nll": [_MEAN], "first_token_nll": _MEAN,
@@ -177,6 +180,11 @@ FIELDS: dict[str, Any] = {
             {"positions": [NUMBER], "joint_nll": [NUMBER], "first_token_nll": [NUMBER], "position_nll": Omissible([[NUMBER]])}
         ),
         "weights": {"entropy_mean": NUMBER, "effective": NUMBER, "dead": int, "mean": [NUMBER]},
+        "components": Omissible({
+            "classes": [str], "class_share": [[NUMBER]], "certainty": NUMBER,
+            "top_tokens": [[{"token": str, "share": NUMBER, "lift": NUMBER}]],
+            "examples": [{"source": str, "tokens": [str], "component": [int], "share": [NUMBER]}],
+        }),
     },
     "decoding": Maybe({"group": [str], "origin": Omissible({"commit": str, "dirty": bool, "hardware": {}}), "modes": {"greedy": Omissible(_MODE), "sampling": Omissible(_MODE)}}),
 }  # fmt: skip

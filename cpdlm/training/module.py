@@ -78,6 +78,8 @@ class MultiTokenModule(L.LightningModule):
             self.log("train/weight_entropy", use.entropy)
             self.log("train/effective_components", use.effective)
             self.log("train/dead_components", use.dead.float())
+            for place, weight in enumerate(use.mean_R.detach(), start=1):
+                self.log(f"train/weight_{place}", weight)
         if not torch.isfinite(loss):
             raise NonFiniteLoss(
                 f"the loss is {loss.item()} at step {self.global_step}, batch {batch_index}; the checkpoint before it is "
