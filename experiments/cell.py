@@ -254,7 +254,7 @@ def report(root: Path, output: Path, publish: bool) -> tuple[str, list[Path]]:
         f"\n{rendered.text}\n{notes}\nfigures and tables: {figures}\nrecords: {root}\n"
         f"dashboard: ./dev ui {output}   (MLflow on http://127.0.0.1:5000)"
     )
-    return text, [path for path in rendered.files if path.suffix == ".png"]
+    return text, [path for path in rendered.files if path.suffix in (".png", ".html")]
 
 
 def _watch(config: Config, data: TokenDataModule) -> Callable[[LanguageModel], dict[str, float]] | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cpdlm.model.language_model import LanguageModel
 
-CLASSES = ("lower case", "upper case", "digit", "space", "line break", "bracket or quote", "other sign", "special")
+CLASSES = ("lower case", "upper case", "digit", "space", "line break", "bracket, quote", "other sign", "special")
 
 
 def token_class(text: str) -> int:

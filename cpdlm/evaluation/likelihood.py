@@ -99,6 +99,8 @@ def evaluate(
             "joint_nll": [round(float(value), 3) for value in joint],
             "first_token_nll": [round(float(row["terms"][0]), 3) for row in rows],
             "position_nll": [[round(float(row["terms"][k]), 3) for row in rows] for k in range(model.horizon)],
+            "target_nll": [round(row["target"], 3) for row in rows],
+            "bytes": [row["bytes"] for row in rows],
         },
         "weights": {
             "entropy_mean": entropy / positions,

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpdlm.report.figures import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY, STYLE, save
+from cpdlm.report.figures import Shown
+from cpdlm.report.figures.style import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY, STYLE, save
 from cpdlm.report.results import MODES
 from cpdlm.report.tables import Table, write_table
 
@@ -43,8 +44,8 @@ def write_tables(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
     return files, notes
 
 
-def draw(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
-    """The figure as PDF and PNG with its caption: (files, one line where it is left out)."""
+def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
+    """The figure as PDF and PNG with its caption: (files, the figure as the report shows it)."""
     record = _read(root, "decoding baselines")
     try:
         import matplotlib
@@ -52,11 +53,14 @@ def draw(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
         record = "matplotlib is not installed (pip install matplotlib)"
     if isinstance(record, str):
         _remove(folder, "decoding", ("md", "pdf", "png"))
-        return [], [f"figure decoding left out: {record}"]
+        return [], Shown("decoding", _TITLE, record, None)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
-        return save(conversion(record), f"{_CAPTION} {_described(record)}", folder, "decoding"), []
+        caption = f"{_CAPTION} {_described(record)}"
+        return save(conversion(record), caption, folder, "decoding"), Shown(
+            "decoding", _TITLE, caption, folder / "decoding.png"
+        )
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -178,6 +182,7 @@ _SHAPES = ("chain", "marginals", "window", "path")
 
 # --- figure ----------------------------------------------------------------------------------------------------------
 
+_TITLE = "Ways to draft, side by side"
 _CAPTION = (
     "Tokens per pass of the target against conversion, the share of them that becomes speed; their product is the speed-up over plain "
     "decoding (grey lines, at the right edge). One marker per method, all with the same target, prompts and machine; bars: 95% intervals "
