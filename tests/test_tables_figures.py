@@ -172,6 +172,16 @@ def test_older_records_are_drawn_without_what_they_lack(tmp_path: Path) -> None:
     assert [row[8] for row in tables.cost_table(families).rows] == ["-", "-"]
 
 
+def test_timing_cells_are_for_the_cost_of_training_alone() -> None:
+    made_of = [made(rank) for rank in (1, 8)] + [made(rank, claim="C8", optim__steps=40) for rank in (1, 8)]
+    families, _ = results.families([results.Record(f"{place}.json", content) for place, content in enumerate(made_of)])
+    for plot in figures.FIGURES.values():
+        steps = {family.settings["optim.steps"] for family in figures.meant_for(plot, families)}
+        assert steps == ({40} if plot.claim == "C8" else {parse([]).optim.steps})
+    brief = [family for family in families if not family.is_timing]
+    assert figures.meant_for(figures.FIGURES["overhead"], brief) == brief
+
+
 def test_the_page_is_whole_by_itself(records: Path, drawn: tuple[Path, Report]) -> None:
     page = (drawn[0] / "report.html").read_text()
     assert len(page) < 5_000_000

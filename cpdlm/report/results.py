@@ -432,6 +432,11 @@ class Family:
         """The trunk, by its size or its name."""
         return str(self.settings["trunk"] if self.is_pretrained else self.settings["size"])
 
+    @property
+    def is_timing(self) -> bool:
+        """Cells trained alone for a few steps, to be timed (C8): their likelihoods and drafts say nothing."""
+        return all(record["claim"] == "C8" for record in self.records())
+
     def all_ranks(self) -> list[int]:
         return sorted({rank for _, rank in self.cells})
 

@@ -27,9 +27,9 @@ FIGURES: dict[str, Plot] = {
     "time_split": Plot("Where the time goes", "C4", speed.time_split),
     "heat": Plot("Rank against horizon", "C3", drafts.heat),
     "by_size": Plot("Speed-up against model size", "C7", speed.by_size),
-    "over_training": Plot("Draft length over training", "C7", training.decoding_over_training),
-    "equal_time": Plot("Equal steps against equal wall-clock", "C7", training.equal_time),
-    "overhead": Plot("What a rank costs in training", "C8", training.overhead),
+    "over_training": Plot("Draft length over training", "C3", training.decoding_over_training),
+    "equal_time": Plot("Equal steps against equal wall-clock", "C3", training.equal_time),
+    "overhead": Plot("What a rank costs in training", "C8", training.overhead, of_time=True),
     "balance": Plot("The balance loss", "C5", training.balance),
     "usage": Plot("Components in use", "C5", components.usage),
     "gate": Plot("Weights of the components over training", "C5", components.gate),
@@ -53,6 +53,12 @@ def command(claim: str) -> str:
     return f"python experiments/sweep.py claim={claim}"
 
 
+def meant_for(plot: Plot, families: list[Family]) -> list[Family]:
+    """The timing cells for a figure about training time, where there are any; for the others all but those."""
+    timed = [family for family in families if family.is_timing]
+    return (timed or families) if plot.of_time else [family for family in families if not family.is_timing]
+
+
 def draw_all(families: list[Family], folder: Path) -> tuple[list[Path], list[Shown]]:
     """Draw every figure into `folder`; returns (files, every figure, drawn or not)."""
     try:
@@ -66,7 +72,7 @@ def draw_all(families: list[Family], folder: Path) -> tuple[list[Path], list[Sho
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
         for name, plot in FIGURES.items():
-            drawn = plot.draw(families)
+            drawn = plot.draw(meant_for(plot, families))
             if isinstance(drawn, str):
                 shown.append(Shown(name, plot.title, f"{drawn}; `{command(plot.claim)}` makes them", None))
                 for suffix in ("pdf", "png", "md"):

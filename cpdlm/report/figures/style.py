@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpdlm.files import write_bytes
-from cpdlm.report.results import Cells, Family, Record
+from cpdlm.report.results import Cells, Family, Record, along
 from cpdlm.report.statistics import Interval
 
 if TYPE_CHECKING:
@@ -60,11 +60,12 @@ class Drawn:
 @dataclass(frozen=True)
 class Plot:
     """One figure of the report. draw: from families to a Drawn, or to the reason why there is none ("no ..."). claim: whose
-    cells it needs."""
+    cells it needs. of_time: it is about training time, so that the timing cells are for it, and for it alone."""
 
     title: str
     claim: str
     draw: Callable[[list[Family]], Drawn | str]
+    of_time: bool = False
 
 
 def save(figure: Figure, caption: str, folder: Path, name: str) -> list[Path]:
@@ -109,9 +110,14 @@ def pairs(count: int, *, height: float = ROW, share_y: bool = False) -> tuple[Fi
 
 
 def widest(families: Sequence[Family], law: str = "untied") -> list[Family]:
-    """The comparisons of a law worth a panel: those of three ranks or more (two, where none has more), PANELS at most."""
+    """The comparisons of a law worth a panel: those of three ranks or more (two, where none has more), PANELS at most. Of
+    those that differ in the horizon alone, the largest: the others are in the heat maps."""
     several = [family for family in families if len(family.ranks(law)) > 1]
-    return ([family for family in several if len(family.ranks(law)) > 2] or several)[:PANELS]
+    found: list[Family] = []
+    for family in [family for family in several if len(family.ranks(law)) > 2] or several:
+        if not any(along([family, other], "horizon") for other in found):
+            found.append(family)
+    return found[:PANELS]
 
 
 def errors(

@@ -14,6 +14,7 @@ from cpdlm.report.figures.style import (
     BLUE,
     RED,
     SERIES,
+    SKY,
     WIDE,
     Drawn,
     arms,
@@ -62,12 +63,18 @@ def equal_time(families: list[Family]) -> Drawn | str:
     if not shown:
         return "no records of two or more ranks with a validation curve"
     figure, axes = pairs(len(shown), share_y=True, height=1.9)
-    guessed = False
+    guessed, records = False, [record for family in shown for record in family.records("untied")]
     for (left, right), family in zip(axes, shown, strict=True):
         _curves(
             left, family, "validation/joint_nll", lambda r: [float(note["step"]) for note in r["training"]["curve"]]
         )
         ends = _curves(right, family, "validation/joint_nll", _clock)
+        longer = [
+            f for g in along(families, "optim.steps", "optim.warmup") if family in g for f in g if f.ranks() == [1]
+        ]
+        for other in longer:
+            _curves(right, other, "validation/joint_nll", _clock, f", {other.settings['optim.steps']:,} steps", SKY)
+            records += other.records("untied")
         left.set_xlabel("training steps")
         right.set_xlabel("seconds of training steps")
         left.set_ylabel(f"joint NLL of {family.horizon} tokens (nats)")
@@ -79,9 +86,9 @@ def equal_time(families: list[Family]) -> Drawn | str:
     return Drawn(
         figure,
         "Validation joint NLL against steps, and against the time spent in them; untied heads. Dotted: the cheapest rank's last point; at "
-        "equal wall-clock the others are read there. Band: 95% t interval over seeds, where there are several."
+        "equal wall-clock the others are read there (or rank 1 further on, where it was also trained for longer). Band: 95% t interval over seeds, where there are several."
         + (" Records without a clock have their steps spread evenly over their time." if guessed else ""),
-        [record for family in shown for record in family.records("untied")],
+        records,
     )
 
 
@@ -193,8 +200,11 @@ def _clock(record: Record) -> list[float]:
     return [whole * note["step"] / training["steps"] for note in training["curve"]]
 
 
-def _curves(axis: Axes, family: Family, name: str, x: Callable[[Record], list[float]]) -> list[float]:
-    """A line per rank, the mean over seeds, with a band where there are several; returns where each ends."""
+def _curves(
+    axis: Axes, family: Family, name: str, x: Callable[[Record], list[float]], word: str = "", color: str = ""
+) -> list[float]:
+    """A line per rank, the mean over seeds, with a band where there are several; returns where each ends. word, color: of
+    another training than the others'."""
     ends = []
     for index, rank in enumerate(family.ranks()):
         records = [
@@ -202,16 +212,19 @@ def _curves(axis: Axes, family: Family, name: str, x: Callable[[Record], list[fl
         ]
         if not records:
             continue
-        color, marker, style = SERIES[index % len(SERIES)]
+        own, marker, style = SERIES[index % len(SERIES)]
+        shade = color or own
         lines = [_points(record, name, x(record)) for record in records]
         length = min(len(values) for _, values in lines)
         places = np.mean([at[:length] for at, _ in lines], axis=0)
         values = [estimate([Sample(mean=line[k]) for _, line in lines]) for k in range(length)]
-        axis.plot(places, [v.mean for v in values], color=color, marker=marker, linestyle=style, label=f"rank {rank}")
+        axis.plot(
+            places, [v.mean for v in values], color=shade, marker=marker, linestyle=style, label=f"rank {rank}{word}"
+        )
         ends.append(float(places[-1]))
         if len(lines) > 1:
             axis.fill_between(
-                places, [v.low for v in values], [v.high for v in values], color=color, alpha=0.15, linewidth=0
+                places, [v.low for v in values], [v.high for v in values], color=shade, alpha=0.15, linewidth=0
             )
     return ends
 
