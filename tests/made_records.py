@@ -54,14 +54,14 @@ def made(
     if config.horizon > 1:
         modes = {mode: _mode(config, mode, octave, pace, speed, bonus, rows, own) for mode in results.MODES}
         decoding = {"group": [config.run_name], "modes": modes}
-    heads = 128 * 128 * config.horizon * rank
+    heads, trunk = 128 * 128 * config.horizon * rank, 100_000 if config.size == "micro" else 800_000
     return results.build(
         config, claim=claim, profile="test", command=f"python experiments/run.py rank={rank} seed={seed}",
         data={"corpus": config.corpus, "sha256": "ab" * 32, "tokenizer": "bytes", "vocab_size": 257,
               "splits": {"train": {"documents": 10, "bytes": 1000, "tokens": 1010}}},
         seconds={"data": 1.0, "train": 60.0, "evaluate": 5.0, "decode": 20.0},
-        parameters={"trunk": 800_000, "unembedding": 0, "heads": heads, "gate": 129 * rank, "anchor": 20_000 * (config.anchor == "token"),
-                    "total": 800_000 + heads + 129 * rank + 20_000 * (config.anchor == "token"), "trained": heads},
+        parameters={"trunk": trunk, "unembedding": 0, "heads": heads, "gate": 129 * rank, "anchor": 20_000 * (config.anchor == "token"),
+                    "total": trunk + heads + 129 * rank + 20_000 * (config.anchor == "token"), "trained": heads},
         training=_training(config, octave, wobble),
         likelihood=likelihood, decoding=decoding, origin=origin or copy.deepcopy(ORIGIN),
     )  # fmt: skip

@@ -145,7 +145,7 @@ def balance(families: list[Family]) -> Drawn | str:
         (f"effective components of {rank}", lambda cells: over_seeds(cells, "effective")),
         ("tokens per pass, sampling", lambda cells: over_seeds(cells, "tokens_per_pass", "sampling")),
     )
-    for axis, (label, value) in zip(axes[0], panels, strict=True):
+    for axis, (quantity, value) in zip(axes[0], panels, strict=True):
         for place, way in enumerate(order):
             interval = value(ways[way])
             if interval is None:
@@ -157,7 +157,7 @@ def balance(families: list[Family]) -> Drawn | str:
         axis.set_yticks(range(len(order)), order if axis is axes[0, 0] else [""] * len(order))
         axis.set_ylim(len(order) - 0.5, -0.5)
         axis.grid(True, axis="x")
-        axis.set_xlabel(label)
+        axis.set_xlabel(quantity)
     axes[0, 0].axvline(0, color="0.5", linewidth=0.6, zorder=0)
     axes[0, 0].set_title(f"{label}, rank {rank}")
     axes[0, 1].set_xlim(1, 1.03 * rank)
