@@ -11,6 +11,7 @@ the output folder). mlflow is imported inside functions only.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import datetime
 import hashlib
@@ -21,6 +22,7 @@ import re
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,11 @@ from cpdlm.processes import is_first_process
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
 
+    from cpdlm.report.results import Record
+    from cpdlm.report.verdicts import Verdict
+
 RUN_FILE, DATABASE, ARTIFACTS = "mlflow.json", "mlflow.db", "mlartifacts"
+VIEW = "cells"  # the saved view of an experiment: #/experiments/ID/runs?viewStateShareKey=cells
 PATIENCE = 3  # failures in a row after which a run stops trying
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true",
@@ -104,9 +110,9 @@ class Tracker:
         """Store text as an artefact of that name."""
         self.attempt(lambda: self._client.log_text(self.run_id, content, name))
 
-    def end(self, status: str = "FINISHED") -> None:
-        """FINISHED, FAILED or KILLED."""
-        self.attempt(lambda: self._client.set_terminated(self.run_id, status))
+    def end(self, status: str = "FINISHED", when: int | None = None) -> None:
+        """FINISHED, FAILED or KILLED. when: milliseconds since 1970 (default: now)."""
+        self.attempt(lambda: self._client.set_terminated(self.run_id, status, when))
 
     def attempt(self, action: Callable[[], Any]) -> None:
         """Run it; a failure warns once, and after PATIENCE of them in a row no more is tried."""
@@ -196,63 +202,123 @@ def start_sweep(name: str, output: Path, command: str, uri: str = "", experiment
     return tracker
 
 
-def import_records(results: Path, uri: str, experiment: str = "cpdlm", artifacts: Path | None = None) -> int:
-    """Show committed records in a store: a parent run per results folder, a child per record. Returns how many were new.
+def claim_experiment(claim: str, prefix: str = "cpdlm") -> str:
+    """The MLflow experiment of a claim's runs: the sweep's parent run and its cells."""
+    return f"{prefix} {claim}"
 
-    A record that is there already (by its sha256) is skipped, so that a second import adds nothing. artifacts: folder
-    of the copies (default: beside a SQLite store). Raises RuntimeError without mlflow or with a store that fails,
-    RecordError where `results` is no folder.
+
+def import_records(
+    results: Path, uri: str, prefix: str = "cpdlm", artifacts: Path | None = None, figures: Path | None = None
+) -> int:  # fmt: skip
+    """Show committed records in a store: an experiment per claim (`claim_experiment`), in it a parent run per results folder
+    and a child per record. Returns how many were new.
+
+    A record that is there already (by its sha256) is skipped, so that a second import adds nothing. The parent's note has
+    the command and the verdicts; the page and the pictures of `figures` are attached to it. artifacts: folder of the copies
+    (default: beside a SQLite store). Raises RuntimeError without mlflow or with a store that fails, RecordError where
+    `results` is no folder.
     """
     if not _installed():
         raise RuntimeError("mlflow is not installed; pip install mlflow")
-    from cpdlm.report.results import load_all
+    from cpdlm.report.results import families, load_all
+    from cpdlm.report.verdicts import judge
 
     records, damaged = load_all(results)
     for line in damaged:
         _warn(line)
+    verdicts = judge(families(records)[0])
     if artifacts is None and uri.startswith("sqlite:///"):
         artifacts = Path(uri.removeprefix("sqlite:///")).parent
     try:
         if artifacts is not None:
             artifacts.mkdir(parents=True, exist_ok=True)
-        client = _client(uri)
-        experiment_id = _experiment(client, experiment, artifacts)
-        known: dict[str, str] = {}
-        token: str | None = None
-        while True:
-            page = client.search_runs([experiment_id], max_results=1000, page_token=token)
-            for run in page:
-                known |= {
-                    run.data.tags[key]: run.info.run_id for key in ("record_sha256", "import") if key in run.data.tags
-                }
-            token = page.token
-            if not token:
-                break
+        known = _imported(_client(uri), prefix)
     except Exception as error:
         raise RuntimeError(f"the MLflow store {_shown(uri)} cannot be used: {_first_line(error)}") from error
-    new = 0
+    new: dict[tuple[str, str], list[tuple[Record, str]]] = {}
     for record in records:
-        path = results / record.path
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest in known:
-            continue
-        group = Path(record.path).parent.as_posix()
-        parent = known.get(group)
-        if parent is None:
-            sweep = _create(uri, experiment, f"records: {group}", {"import": group, "kind": "sweep"}, artifacts)
-            sweep.end()
-            parent = known[group] = sweep.run_id
-        content = record.content
-        tags = _tags(content["config"], record.target, content["commit"], content["command"])
-        started = int(datetime.datetime.fromisoformat(content["started"]).timestamp() * 1000)
-        tags |= {"record_sha256": digest, "mlflow.parentRunId": parent}
-        tracker = _create(uri, experiment, content["name"], tags, artifacts, started)
-        tracker.params(flat(content["config"]))
-        tracker.curve(content["training"]["curve"])
-        _log_content(tracker, content, path)
-        tracker.end()
-        new += bool(tracker.run_id)
-    return new
+        digest = hashlib.sha256((results / record.path).read_bytes()).hexdigest()
+        if digest not in known:
+            place = str(record["claim"]), Path(record.path).parent.as_posix()
+            new.setdefault(place, []).append((record, digest))
+    count = 0
+    for (claim, folder), mine in new.items():
+        name = claim_experiment(claim, prefix)
+        note = _note(claim, folder, sorted({str(record["profile"]) for record, _ in mine}), verdicts)
+        tags = {"import": f"{claim} {folder}", "kind": "sweep", "claim": claim, "mlflow.note.content": note}
+        parent = _parent(uri, name, f"records: {folder}", tags, artifacts, known)
+        for path in _pictures(figures):
+            parent.artifact(path, "figures")
+        parent.end()
+        for record, digest in mine:
+            count += _show(record, results / record.path, digest, uri, name, parent.run_id, artifacts)
+    return count
+
+
+def _imported(client: Any, prefix: str) -> dict[str, str]:
+    """Run ids by record_sha256 and by import, over all experiments of the prefix."""
+    known: dict[str, str] = {}
+    ids = [found.experiment_id for found in client.search_experiments() if found.name.startswith(f"{prefix} ")]
+    token: str | None = None
+    while ids:
+        page = client.search_runs(ids, max_results=1000, page_token=token)
+        for run in page:
+            known |= {
+                run.data.tags[key]: run.info.run_id for key in ("record_sha256", "import") if key in run.data.tags
+            }
+        token = page.token
+        if not token:
+            break
+    return known
+
+
+def _parent(
+    uri: str, experiment: str, name: str, tags: dict[str, str], artifacts: Path | None, known: Mapping[str, str]
+) -> Tracker:  # fmt: skip
+    """The parent run of an import: the one that is there, its note renewed, or a new one."""
+    if tags["import"] not in known:
+        return _create(uri, experiment, name, tags, artifacts)
+    tracker = Tracker(_client(uri), known[tags["import"]], uri)
+    tracker.tags(tags)
+    return tracker
+
+
+def _note(claim: str, folder: str, profiles: list[str], verdicts: list[Verdict]) -> str:
+    """Markdown: what makes the records, and what they say of the claim."""
+    from cpdlm.report.figures import command
+
+    mine = [verdict for verdict in verdicts if verdict.claim.id == claim]
+    made = command(claim) if mine else f"./reproduce.sh --profile {profiles[0]}"
+    lines = [
+        f"Records of `results/{folder}` (profile {', '.join(profiles)}). The command: `{made}`; each run names its own.",
+        "",
+    ]
+    if mine:
+        lines += [f"**{claim}: {mine[0].claim.question}**", ""]
+    lines += [f"- {verdict.setting}: **{verdict.verdict}**. {verdict.measured()}" for verdict in mine]
+    return "\n".join(lines)
+
+
+def _pictures(figures: Path | None) -> list[Path]:
+    if figures is None:
+        return []
+    return [path for path in (figures / "report.html", *sorted(figures.glob("*.png"))) if path.is_file()]
+
+
+def _show(
+    record: Record, path: Path, digest: str, uri: str, experiment: str, parent: str, artifacts: Path | None
+) -> bool:  # fmt: skip
+    """A finished run for one record; False where the store did not take it."""
+    content = record.content
+    tags = _tags(content["config"], record.target, content["commit"], content["command"])
+    started = int(datetime.datetime.fromisoformat(content["started"]).timestamp() * 1000)
+    tags |= {"record_sha256": digest, "mlflow.parentRunId": parent, "law": record.variant}
+    tracker = _create(uri, experiment, content["name"], tags, artifacts, started)
+    tracker.params(flat(content["config"]))
+    tracker.curve(content["training"]["curve"])
+    _log_content(tracker, content, path)
+    tracker.end(when=started + int(1000 * sum(content["seconds"].values())))
+    return bool(tracker.run_id)
 
 
 def server_argv(output: Path, uri: str = "", port: int = 5000) -> list[str]:
@@ -349,14 +415,56 @@ def _experiment(client: Any, name: str, output: Path | None) -> str:
     if found is None:
         local = output is not None and not client.tracking_uri.startswith(("http", "databricks"))
         try:
-            return str(
-                client.create_experiment(name, (output / ARTIFACTS).resolve().as_uri() if output and local else None)
-            )
+            place = (output / ARTIFACTS).resolve().as_uri() if output and local else None
+            return str(client.create_experiment(name, place, _experiment_tags(name)))
         except Exception:
             found = client.get_experiment_by_name(name)  # another process made it meanwhile
             if found is None:
                 raise
     return str(found.experiment_id)
+
+
+def _experiment_tags(experiment: str) -> dict[str, str]:
+    """Of a new experiment: that it trains models (MLflow 3 opens on pages about prompts otherwise), the view of its cells, and for
+    a claim its question and the rule of its verdict."""
+    from cpdlm.report.verdicts import CLAIMS
+
+    tags = {"mlflow.experimentKind": "custom_model_development", f"mlflow.sharedViewState.{VIEW}": _view()}
+    claim = next((claim for claim in CLAIMS if experiment.endswith(f" {claim.id}")), None)
+    if claim is not None:
+        tags["mlflow.note.content"] = f"{claim.question} {claim.statistic}; {claim.rule}"
+    return tags
+
+
+_COLUMNS = ("corpus", "size", "law", "rank", "horizon", "seed")
+_MEASURES = (
+    "likelihood/joint_nll.mean", "likelihood/first_token_nll.mean", "greedy/tokens_per_pass.mean", "sampling/tokens_per_pass.mean",
+    "greedy/speedup.median", "sampling/speedup.median",
+)  # fmt: skip
+
+
+def _view() -> str:
+    """The saved view of an experiment's cells, as MLflow 3.17's own Views menu writes one: a table with the dials and the
+    results, and a chart of each result against the rank. Other versions leave out what they do not know."""
+    charts = [
+        {
+            "uuid": f"chart-{place}", "type": "SCATTER", "deleted": False, "isGenerated": False, "runsCountToCompare": 100,
+            "metricSectionId": "claims", "xaxis": {"key": "rank", "type": "PARAM"}, "yaxis": {"key": key, "type": "METRIC"},
+        }
+        for place, key in enumerate(_MEASURES)
+    ]  # fmt: skip
+    state = {
+        "searchFilter": "tags.rank LIKE '%'", "orderByKey": "tags.`rank`", "orderByAsc": True, "startTime": "ALL",
+        "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
+        "selectedColumns": [*(f"tags.`{key}`" for key in _COLUMNS), *(f"metrics.`{key}`" for key in _MEASURES)],
+        "columnOrder": [], "columnWidths": {}, "runsHiddenMode": "SHOWALL", "viewMaximized": False, "runListHidden": False,
+        "isAccordionReordered": True, "useGroupedValuesInCharts": True, "hideEmptyCharts": True, "groupBy": None,
+        "groupsExpanded": {}, "compareRunCharts": charts,
+        "compareRunSections": [{"uuid": "claims", "name": "Results against the rank", "display": True, "isReordered": True}],
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+    }  # fmt: skip
+    packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    return json.dumps({"name": VIEW, "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"})
 
 
 def _lightning_logger(tracker: Tracker, experiment: str) -> MLFlowLogger:
@@ -444,7 +552,13 @@ def main(arguments: list[str]) -> int:
     bring = commands.add_parser("import", help="import records into a store")
     bring.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default: results)")
     bring.add_argument("--uri", default="", help="MLflow store (default: sqlite in runs)")
-    bring.add_argument("--experiment", default="cpdlm")
+    bring.add_argument("--prefix", default="cpdlm", help="the experiments are PREFIX CLAIM (default: cpdlm)")
+    bring.add_argument(
+        "--figures",
+        type=Path,
+        default=Path("paper_figures"),
+        help="page and pictures to attach (default: paper_figures)",
+    )
     show = commands.add_parser("ui", help="start the dashboard on 127.0.0.1")
     show.add_argument(
         "output", type=Path, nargs="?", default=Path("runs"), help="folder with the store (default: runs)"
@@ -458,11 +572,12 @@ def main(arguments: list[str]) -> int:
     from cpdlm.report.results import RecordError
 
     try:
-        count = import_records(options.results, uri or default_uri(Path("runs")), options.experiment)
+        where = uri or default_uri(Path("runs"))
+        count = import_records(options.results, where, options.prefix, figures=options.figures)
     except (RuntimeError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{count} records imported into {_shown(uri or default_uri(Path('runs')))}")
+    print(f"{count} records imported into {_shown(where)}")
     return 0
 
 

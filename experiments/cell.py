@@ -138,7 +138,10 @@ def train(config: Config, command: str) -> bool:
         model = storage.load_model(folder)
         began = time.monotonic()
         device = _device()
-        held_out = likelihood.evaluate(model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device)
+        texts_V = [corpus.tokenizer.decode([token]) for token in range(corpus.vocab_size)]
+        held_out = likelihood.evaluate(
+            model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device, texts_V
+        )
         write_json(
             folder / EVALUATED,
             {
@@ -267,7 +270,7 @@ def report(root: Path, output: Path, publish: bool) -> tuple[str, list[Path]]:
         f"\n{rendered.text}\n{notes}\nfigures and tables: {figures}\nrecords: {root}\n"
         f"dashboard: ./dev ui {output}   (MLflow on http://127.0.0.1:5000)"
     )
-    return text, [path for path in rendered.files if path.suffix == ".png"]
+    return text, [path for path in rendered.files if path.suffix in (".png", ".html")]
 
 
 def _watch(config: Config, data: TokenDataModule) -> Callable[[LanguageModel], dict[str, float]] | None:

@@ -49,24 +49,55 @@ def made(
             "first_token_nll": ((first_nll + difficulty + own.normal(0, noise, 60)) * positions).tolist(),
         },
         "weights": {"entropy_mean": 0.8 * math.log(rank), "effective": 0.9 * rank, "dead": 0, "mean": [1 / rank] * rank},
-    }  # fmt: skip
+    } | ({"components": _components(rank)} if rank > 1 else {})  # fmt: skip
     decoding = None
     if config.horizon > 1:
         modes = {mode: _mode(config, mode, octave, pace, speed, bonus, rows, own) for mode in results.MODES}
         decoding = {"group": [config.run_name], "modes": modes}
-    heads = 128 * 128 * config.horizon * rank
+    heads, trunk = 128 * 128 * config.horizon * rank, 100_000 if config.size == "micro" else 800_000
     return results.build(
         config, claim=claim, profile="test", command=f"python experiments/run.py rank={rank} seed={seed}",
         data={"corpus": config.corpus, "sha256": "ab" * 32, "tokenizer": "bytes", "vocab_size": 257,
               "splits": {"train": {"documents": 10, "bytes": 1000, "tokens": 1010}}},
         seconds={"data": 1.0, "train": 60.0, "evaluate": 5.0, "decode": 20.0},
-        parameters={"trunk": 800_000, "unembedding": 0, "heads": heads, "gate": 129 * rank, "anchor": 20_000 * (config.anchor == "token"),
-                    "total": 800_000 + heads + 129 * rank + 20_000 * (config.anchor == "token"), "trained": heads},
-        training={"steps": config.optim.steps, "tokens": 819_200, "tokens_per_second": 9000.0, "step_ms_median": 110.0,
-                  "peak_memory_bytes": 600_000_000, "resumed": 0,
-                  "curve": [{"step": step, "train/nll": 9 - step / 100, "validation/joint_nll": 9.5 - step / 100} for step in (100, 200, 400)]},
+        parameters={"trunk": trunk, "unembedding": 0, "heads": heads, "gate": 129 * rank, "anchor": 20_000 * (config.anchor == "token"),
+                    "total": trunk + heads + 129 * rank + 20_000 * (config.anchor == "token"), "trained": heads},
+        training=_training(config, octave, wobble),
         likelihood=likelihood, decoding=decoding, origin=origin or copy.deepcopy(ORIGIN),
     )  # fmt: skip
+
+
+def _training(config: Config, octave: float, wobble: float) -> dict[str, Any]:
+    """FLOPs rise by a quarter per doubling of the rank, step time by a half."""
+    rank, step_ms = config.rank, 110.0 * 1.5**octave * (1 + 10 * wobble)
+    steps = (100, 200, 400)
+    seconds, flops = config.optim.steps * step_ms / 1000, 1e7 * 1.25**octave
+    curve = [
+        {"step": step, "train/nll": 9 - step / 100, "validation/joint_nll": 9.5 - step / 100 - 0.1 * octave + wobble,
+         "validation/greedy_tokens_per_pass": 1.5 + step / 1000, "validation/sampling_tokens_per_pass": 1.4 + step / 1000 + 0.1 * octave}
+        | ({"train/effective_components": 0.9 * rank} | {f"train/weight_{a}": 1 / rank for a in range(1, rank + 1)} if rank > 1 else {})
+        for step in steps
+    ]  # fmt: skip
+    rate = 819_200 / seconds
+    return {
+        "steps": config.optim.steps, "tokens": 819_200, "seconds": seconds, "tokens_per_second": rate, "step_ms_median": step_ms,
+        "peak_memory_bytes": 600_000_000, "resumed": 0, "curve": curve, "clock": [step * step_ms / 1000 for step in steps],
+        "flops_per_token": flops, "matmul_flops_per_second": 5e11, "matmul_fraction": flops * rate / 5e11,
+    }  # fmt: skip
+
+
+def _components(rank: int) -> dict[str, Any]:
+    """Component a begins its windows with class a (mod 4) twice as often as with the others."""
+    classes = ["lower case", "digit", "space", "line break"]
+    weight = [[2.0 if a % 4 == c else 1.0 for c in range(4)] for a in range(rank)]
+    total = sum(map(sum, weight))
+    text = list("def f(x):\n\treturn x_1 + 2\n") * 4
+    return {
+        "classes": classes, "class_share": [[value / total for value in row] for row in weight], "certainty": 0.8,
+        "top_tokens": [[{"token": token, "share": 0.2, "lift": 2.0} for token in "e \n"] for _ in range(rank)],
+        "examples": [{"source": "package", "tokens": text, "component": [k % rank for k in range(len(text))],
+                      "share": [0.5 + 0.1 * (k % 5) for k in range(len(text))]}],
+    }  # fmt: skip
 
 
 def _mode(
@@ -82,16 +113,19 @@ def _mode(
     gain = speed * rate * limit * 0.9 * (1 - 0.02 * octave)
     plain, share = 100.0, {"prefill": 0.03, "draft": 0.12 + 0.05 * octave, "trunk": 0.5, "verify": 0.15, "other": 0.08}
     reached, depths = int(passes.sum()), []
+    by_prompt: dict[str, list[list[int]]] = {"reached": [], "accepted": []}
     for depth in range(2, config.horizon + 1):
         accepted = int(reached * (0.62 - 0.05 * depth + 0.03 * octave * (depth > 2) + bonus / 2))
         depths.append({"depth": depth, "reached": reached, "accepted": accepted})
+        for name, count in (("reached", reached), ("accepted", accepted)):
+            by_prompt[name].append([count // 16 + (place < count % 16) for place in range(16)])
         reached = accepted
     return {
         "temperature": 0.0 if greedy else 1.0, "top_k": 0, "top_p": 1.0, "prompts": 16, "new_tokens": 96, "repeats": 5,
         "tokens": int(tokens.sum()), "passes": int(passes.sum()),
         "tokens_per_pass": {"mean": rate, "low": rate - 0.05, "high": rate + 0.05},
         "emitted_histogram": [int(passes.sum()), *[0] * (config.horizon - 1)], "acceptance_by_depth": depths,
-        "per_prompt": {"tokens": tokens.tolist(), "passes": passes.tolist()},
+        "per_prompt": {"tokens": tokens.tolist(), "passes": passes.tolist()}, "drafts_per_prompt": by_prompt,
         "tokens_per_second": {"plain": plain, "speculative": plain * gain, "generate": 95.0 if config.model.trunk else None},
         "speedup": {"median": gain, "low": gain * 0.98, "high": gain * 1.02},
         "speedup_over_rank1": None if config.rank == 1 and not bonus
@@ -118,3 +152,18 @@ def suite(seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **laws: Any) ->
     made_of += [made(rank, 0, **common | {"model__tie_first": True, "claim": "beyond"}) for rank in ranks]
     made_of += [made(4, 0, horizon=horizon, **common | {"claim": "horizon"}) for horizon in (2, 8)]
     return made_of
+
+
+def wider(seeds: int = 2) -> list[dict[str, Any]]:
+    """What figures show beside `suite`: another trunk size, and ways of balancing the components."""
+    return [
+        record
+        for seed in range(seeds)
+        for record in (
+            *(made(rank, seed, size="micro", claim="C7") for rank in (1, 4)),
+            *(
+                made(4, seed, balance=way, name=f"{way}-s{seed}", claim="C5", slope=0.06)
+                for way in ("none", "kl", "bias")
+            ),
+        )
+    ]

@@ -21,7 +21,7 @@ BASE = {"size": "micro", "data.context": 64, "decode.prompt_tokens": 8, "decode.
 PROMPTS = torch.randint(0, 17, (3, 6), generator=torch.Generator().manual_seed(0))
 MODE = {
     "temperature", "top_k", "top_p", "prompts", "new_tokens", "repeats", "tokens", "passes", "tokens_per_pass",
-    "emitted_histogram", "acceptance_by_depth", "per_prompt", "tokens_per_second", "speedup", "speedup_over_rank1",
+    "emitted_histogram", "acceptance_by_depth", "per_prompt", "drafts_per_prompt", "tokens_per_second", "speedup", "speedup_over_rank1",
     "plain_over_generate", "other_than_generate", "speedup_over_trunk", "conversion", "conversion_limit", "t1_ms", "tn_ms", "seconds_by_part", "repeat_seconds",
 }  # fmt: skip
 
@@ -145,6 +145,7 @@ def test_acceptance_counts() -> None:
         {"depth": 2, "reached": 3, "accepted": 1}, {"depth": 3, "reached": 1, "accepted": 1}
     ]  # fmt: skip
     assert counted["per_prompt"] == {"tokens": [7, 1], "passes": [5, 1]}
+    assert counted["drafts_per_prompt"] == {"reached": [[3, 0], [1, 0]], "accepted": [[1, 0], [1, 0]]}
     with pytest.raises(AssertionError, match="passes emitted 4 tokens, the text has 3"):
         acceptance([[replace(runs[0][0], tokens=[1, 2, 3])]], 3)
 

@@ -201,3 +201,21 @@ def test_references_are_of_equal_training_or_the_common_target() -> None:
     found, _ = results.families(_records(*contents))
     named = {family.target: [record.path for record in family.reference] for family in found}
     assert named == {"own": ["0/code-tiny-own-r1-n1-none-s0.json"], "common": ["2/code-small-own-r1-n1-none-s0.json"]}
+
+
+def test_families_along_one_setting() -> None:
+    """Of the base, the horizon and the balance each make a group; what differs in both is in neither."""
+    made_of = [made(4), made(4, 1), made(4, horizon=8), made(4, balance="none"), made(4, horizon=2, balance="none")]
+    families, _ = results.families([results.Record(f"{place}.json", content) for place, content in enumerate(made_of)])
+
+    def groups(*free: str) -> list[set[tuple[int, str]]]:
+        found = results.along(families, *free)
+        return [{(family.horizon, family.settings["balance"]) for family in group} for group in found]
+
+    assert sorted(map(sorted, groups("horizon"))) == [[(2, "none"), (4, "none")], [(4, "switch"), (8, "switch")]]
+    assert groups("balance", "loss.balance_") == [{(4, "switch"), (4, "none")}]
+    assert groups("seed") == []
+    assert len(groups("horizon", "balance")[0]) == 4
+    assert {family.label for family in families if family.horizon == 4} == {
+        "code, tiny, n=4, own target", "code, tiny, n=4, own target, balance=none"
+    }  # fmt: skip

@@ -91,8 +91,8 @@ def test_tables_and_figure(tmp_path: Path) -> None:
     assert "16 / 32 / 64" in growth and "1e+09 FLOP/s" in growth
     overhead = (tmp_path / "tables/overhead.md").read_text()
     assert "+200%" in overhead and "97%" in overhead and ": 1/4." in overhead
-    drawn, notes = scaling.draw(tmp_path, tmp_path)
-    assert not notes and {path.suffix for path in drawn} == {".md", ".pdf", ".png"}
+    drawn, shown = scaling.draw(tmp_path, tmp_path)
+    assert shown.picture is not None and {path.suffix for path in drawn} == {".md", ".pdf", ".png"}
 
 
 def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
@@ -100,4 +100,4 @@ def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
     files, notes = scaling.write_tables(tmp_path, tmp_path)
     assert not files and len(notes) == len(scaling.TABLES) and not (tmp_path / "loss_large.md").exists()
     assert "python experiments/bench_loss.py --large makes it" in notes[0]
-    assert "bench_overhead.py time" in scaling.draw(tmp_path, tmp_path)[1][0]
+    assert "bench_overhead.py time" in scaling.draw(tmp_path, tmp_path)[1].caption

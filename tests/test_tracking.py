@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (output / "results" / "torn.json").write_text("{")
         with pytest.warns(UserWarning, match="torn.json"):
             imported = [
-                tracking.import_records(output / "results", tracking.default_uri(output), "imported") for _ in range(2)
+                tracking.import_records(output / "results", tracking.default_uri(output), "imported", figures=output)
+                for _ in range(2)
             ]
     return {
         "client": client, "sweep": sweep.run_id, "first": first.run_id, "second": second.run_id, "killed": killed,
@@ -106,7 +109,8 @@ def test_artefacts_lie_beside_the_database(store: dict[str, Any]) -> None:
 def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert store["imported"] == [2, 0]
     client = store["client"]
-    runs = client.search_runs([client.get_experiment_by_name("imported").experiment_id])
+    experiment = client.get_experiment_by_name("imported C1")
+    runs = client.search_runs([experiment.experiment_id])
     assert sorted(run.info.run_name for run in runs) == [
         "code-tiny-own-r2-n4-none-s0", "code-tiny-own-r8-n4-none-s1", "records: C1"
     ]  # fmt: skip
@@ -115,8 +119,21 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.tags["commit"] == "0123456789abcdef"
     assert child.info.start_time == 1767225600000
+    assert child.info.end_time - child.info.start_time == 86_000
+    assert {key: child.data.tags[key] for key in ("rank", "law", "size", "corpus", "seed")} == {
+        "rank": "8", "law": "untied", "size": "tiny", "corpus": "code", "seed": "1"
+    }  # fmt: skip
     assert [point.step for point in client.get_metric_history(child.info.run_id, "train/nll")] == [100, 200, 400]
     assert child.data.metrics["likelihood/joint_nll.mean"] > 0
+    note = parent.data.tags["mlflow.note.content"]
+    assert "experiments/sweep.py claim=C1" in note and "not measurable here" in note
+    assert {entry.path for entry in client.list_artifacts(parent.info.run_id, "figures")} == {"figures/figure.png"}
+    assert "joint negative log-likelihood" in experiment.tags["mlflow.note.content"]
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{tracking.VIEW}"])
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    shown = {column.split("`")[1] for column in state["selectedColumns"]}
+    assert shown <= set(child.data.tags) | set(child.data.metrics)
+    assert {chart["yaxis"]["key"] for chart in state["compareRunCharts"]} <= set(child.data.metrics)
 
 
 class Broken:

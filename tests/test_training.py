@@ -182,6 +182,13 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
     assert all(("validation/joint_nll" in note) == (note["step"] % 4 == 0) for note in summary.curve)
     assert last["validation/joint_nll"] > last["validation/first_token_nll"] > 0
     assert summary.tokens_per_second > 0 and summary.step_ms_median > 0 and summary.peak_memory_bytes > 0
+    assert len(summary.clock) == len(summary.curve) and summary.clock == sorted(summary.clock)
+    assert summary.clock[-1] == pytest.approx(summary.seconds, abs=1e-3)
+    assert sum(last[f"train/weight_{place}"] for place in range(1, config.rank + 1)) == pytest.approx(1, abs=1e-5)
+    # Forward and backward of every weight that is a matrix, once each at the least.
+    matrices = sum(value.numel() for name, value in state.items() if value.ndim == 2 and "embed" not in name)
+    assert summary.flops_per_token is not None and summary.flops_per_token > 6 * matrices
+    assert summary.matmul_fraction is not None and 0 < summary.matmul_fraction < 1.5
     for name, value in storage.load_model(tmp_path / "run").state_dict().items():
         assert torch.equal(value, state[name]), name
 
@@ -209,7 +216,8 @@ def test_a_killed_run_resumes_bit_for_bit(
     torch.manual_seed(99)  # nothing of the first process is left
     resumed, state = train(config, tmp_path / "killed")
     assert resumed.resumed == 1 and resumed.steps == 6 and resumed.tokens == whole.tokens
-    assert resumed.curve == whole.curve
+    assert resumed.curve == whole.curve and len(resumed.clock) == len(resumed.curve)
+    assert resumed.flops_per_token == whole.flops_per_token
     for name, value in whole_state.items():
         assert torch.equal(value, state[name]), name
 

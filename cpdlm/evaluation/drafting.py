@@ -56,6 +56,10 @@ def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0
             for depth in range(2, horizon + 1)
         ],
         "per_prompt": {"tokens": tokens, "passes": passes},
+        "drafts_per_prompt": {
+            key: [[sum(getattr(run, key)[k] for run in prompt) for prompt in decoded] for k in range(horizon - 1)]
+            for key in ("reached", "accepted")
+        },
     }
 
 

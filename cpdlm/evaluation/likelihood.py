@@ -9,7 +9,7 @@ Letters: B batch, T position, P positions picked, N horizon, R rank, V vocabular
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import ConfigError
+from cpdlm.evaluation.components import Components
 from cpdlm.model.draft_loss import Seen, conditionals, overlap
 from cpdlm.model.language_model import LanguageModel
 
@@ -27,12 +28,13 @@ STRIDE = 8  # positions between those whose draft laws are held against the targ
 @torch.no_grad()
 def evaluate(
     model: LanguageModel, batches: Iterable[dict[str, Tensor]], token_bytes_V: np.ndarray, source_names: list[str],
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", token_texts_V: Sequence[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The record's `likelihood` entry, in nats (and bits per byte).
 
     batches: as the data module's, one row per sequence, with `source_B` (index into source_names). token_bytes_V: how
-    many bytes of text each token stands for (0 for special tokens).
+    many bytes of text each token stands for (0 for special tokens). token_texts_V: the text of each token ("" for special
+    ones); with it, a mixture's entry has `components`, too.
     """
     model = model.to(device).eval()
     bytes_V = torch.as_tensor(token_bytes_V, dtype=torch.float64)
@@ -40,6 +42,7 @@ def evaluate(
     weights_R = torch.zeros(model.rank, dtype=torch.float64)
     entropy = 0.0
     kept_PN: list[Tensor] = []
+    components = Components(model, token_texts_V) if token_texts_V and model.rank > 1 else None
     for batch in batches:
         hidden_BTD = model.hidden(batch["tokens_BT"].to(device), batch["position_ids_BT"].to(device))
         for index in range(len(hidden_BTD)):
@@ -49,7 +52,7 @@ def evaluate(
             token_P = future_TN[exists_T][:, 0]
             target_P = _gathered(model.target_log_probs(hidden_TD[exists_T.to(device)]), token_P.to(device))
             whole_T = successors_T >= model.horizon
-            terms_PN, log_weights_PR = position_terms(
+            terms_PN, log_weights_PR, log_posterior_PR = position_terms(
                 model, hidden_TD[whole_T.to(device)], future_TN[whole_T].to(device)
             )
             weights_PR = log_weights_PR.double().exp().cpu()
@@ -64,6 +67,8 @@ def evaluate(
                     "bytes": float(bytes_V[token_P].sum()),
                 }
             )
+            if components is not None:
+                components.add(log_posterior_PR, future_TN, whole_T, source_names[rows[-1]["source"]])
             kept_PN.append(kept_shares(model, hidden_TD, future_TN.to(device), whole_T.to(device)))
     positions = sum(row["positions"] for row in rows)
     if not positions:
@@ -94,6 +99,8 @@ def evaluate(
             "joint_nll": [round(float(value), 3) for value in joint],
             "first_token_nll": [round(float(row["terms"][0]), 3) for row in rows],
             "position_nll": [[round(float(row["terms"][k]), 3) for row in rows] for k in range(model.horizon)],
+            "target_nll": [round(row["target"], 3) for row in rows],
+            "bytes": [row["bytes"] for row in rows],
         },
         "weights": {
             "entropy_mean": entropy / positions,
@@ -101,27 +108,30 @@ def evaluate(
             "dead": int((mean_R < 0.1 / model.rank).sum()),
             "mean": [float(value) for value in mean_R],
         },
-    }
+    } | ({"components": components.summary()} if components is not None else {})
 
 
 @torch.no_grad()
-def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -> tuple[Tensor, Tensor]:
-    """Chain-rule log-probabilities (P, N), which sum to the joint's, and the gate's log-weights (P, R)."""
+def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chain-rule log-probabilities (P, N), which sum to the joint's, the gate's log-weights (P, R), and the log-posterior
+    (P, R) over components once the window is known."""
     if model.heads is None:
         certain_PR = torch.zeros(len(hidden_PD), 1, device=hidden_PD.device)
-        return _gathered(model.next_token_log_probs(hidden_PD), future_PN[:, 0]).unsqueeze(-1), certain_PR
-    terms, gates = [], []
+        first_P = _gathered(model.next_token_log_probs(hidden_PD), future_PN[:, 0])
+        return first_P.unsqueeze(-1), certain_PR, certain_PR
+    terms, gates, posteriors = [], [], []
     chunk = max(1, CHUNK_BYTES // (4 * model.horizon * model.rank * model.vocab_size))
     for start in range(0, max(1, len(hidden_PD)), chunk):
         part_PD, future_CN = hidden_PD[start : start + chunk], future_PN[start : start + chunk]
         joint = model.joint(part_PD, future_CN[:, 0])
         gates.append(joint.log_weights_R)
+        posteriors.append(joint.posterior(future_CN[:, model.horizon - joint.horizon :]))
         if model.first_is_tied:
             first_C1 = _gathered(model.next_token_log_probs(part_PD), future_CN[:, 0]).unsqueeze(-1)
             terms.append(torch.cat([first_C1, joint.chain(future_CN[:, 1:])], dim=-1))
         else:
             terms.append(joint.chain(future_CN))
-    return torch.cat(terms), torch.cat(gates)
+    return torch.cat(terms), torch.cat(gates), torch.cat(posteriors)
 
 
 @torch.no_grad()

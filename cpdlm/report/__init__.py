@@ -21,12 +21,12 @@ class Report:
 
 
 def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
-    """Redraw the tables and figures of the records under `results` into `figures`; update `readme` where it is there.
+    """Redraw tables, figures and page of the records under `results` into `figures`; update `readme` where it is there.
 
     Tables need no matplotlib; without it the figures are left out with a note. Raises RecordError for a folder that
     is not there or a claims block that is torn, WriteError where `figures` cannot be written.
     """
-    from cpdlm.report import decoding, scaling, tables, verdicts
+    from cpdlm.report import decoding, page, scaling, tables, verdicts
     from cpdlm.report import figures as drawing
     from cpdlm.report import results as store
 
@@ -37,12 +37,13 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     files = tables.write_tables(families, found, notes, figures / "tables")
     if readme is not None and readme.is_file() and not tables.update_readme(readme, families, found, notes):
         notes.append(f"{readme} has no {tables.BEGIN} line: its claims table was not updated")
-    drawn, skipped = drawing.draw_all(families, figures)
+    drawn, shown = drawing.draw_all(families, figures)
     if (results / "benchmarks").is_dir():  # a sweep has none
         for benchmarks in (decoding, scaling):
-            for made, left_out in (
-                benchmarks.write_tables(results, figures / "tables"),
-                benchmarks.draw(results, figures),
-            ):
-                files, skipped = [*files, *made], [*skipped, *left_out]
-    return Report(tables.claims_text(found), found, [*files, *drawn], [*notes, *skipped])
+            made, left_out = benchmarks.write_tables(results, figures / "tables")
+            picture, beside = benchmarks.draw(results, figures)
+            files, drawn, shown = [*files, *made], [*drawn, *picture], [*shown, beside]
+            notes += left_out
+    html = page.write(figures / "report.html", records, families, found, shown, notes)
+    notes += [f"figure {each.name} left out: {each.caption}" for each in shown if each.picture is None]
+    return Report(tables.claims_text(found), found, [*files, *drawn, html], notes)

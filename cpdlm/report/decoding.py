@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpdlm.report.figures import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY, STYLE, save
+from cpdlm.report.figures import Shown, one
+from cpdlm.report.figures.style import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY
 from cpdlm.report.results import MODES
 from cpdlm.report.tables import Table, write_table
 
@@ -47,20 +48,16 @@ def write_tables(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
     return files, notes
 
 
-def draw(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
-    """The figure as PDF and PNG with its caption: (files, one line where it is left out)."""
+def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
+    """The figure as PDF and PNG with its caption: (files, the figure as the report shows it)."""
     record = _read(root, "decoding baselines")
-    try:
-        import matplotlib
-    except ImportError:
-        record = "matplotlib is not installed (pip install matplotlib)"
-    if isinstance(record, str):
-        _remove(folder, "decoding", ("md", "pdf", "png"))
-        return [], [f"figure decoding left out: {record}"]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
-        return save(conversion(record), f"{_CAPTION} {_described(record)}", folder, "decoding"), []
+    return one(
+        "decoding",
+        _TITLE,
+        record if isinstance(record, str) else (record, f"{_CAPTION} {_described(record)}"),
+        conversion,
+        folder,
+    )
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -199,6 +196,7 @@ _SHAPES = ("chain", "marginals", "window", "path")
 
 # --- figure ----------------------------------------------------------------------------------------------------------
 
+_TITLE = "Ways to draft, side by side"
 _CAPTION = (
     "Tokens per pass of the target against conversion, the share of them that becomes speed; their product is the speed-up over plain "
     "decoding (grey lines, at the right edge). One marker per method, all of a panel with the same target, prompts and machine. "

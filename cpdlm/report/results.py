@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -143,6 +144,7 @@ _MODE: dict[str, Any] = {
     "emitted_histogram": [int],
     "acceptance_by_depth": [{"depth": int, "reached": int, "accepted": int}],
     "per_prompt": {"tokens": [NUMBER], "passes": [NUMBER]},
+    "drafts_per_prompt": Omissible({"reached": [[int]], "accepted": [[int]]}),
     "tokens_per_second": {"plain": NUMBER, "speculative": NUMBER, "generate": Maybe(NUMBER)},
     "speedup": _MEDIAN, "speedup_over_rank1": Maybe(_MEDIAN), "speedup_over_trunk": Omissible(Maybe(_MEDIAN)), "plain_over_generate": Maybe(_MEDIAN),
     "other_than_generate": Omissible(Maybe({"prompts": int, "of": int, "first_token": Maybe(int)})),
@@ -168,16 +170,24 @@ FIELDS: dict[str, Any] = {
     "parameters": {"trunk": int, "heads": int, "gate": int, "anchor": int, "total": int, "trained": int},
     "training": {
         "steps": int, "tokens": int, "tokens_per_second": NUMBER, "step_ms_median": NUMBER, "peak_memory_bytes": int,
-        "curve": [{"step": NUMBER}], "resumed": int,
+        "curve": [{"step": NUMBER}], "resumed": int, "seconds": Omissible(NUMBER), "clock": Omissible([NUMBER]),
+        "flops_per_token": Omissible(Maybe(NUMBER)), "matmul_flops_per_second": Omissible(Maybe(NUMBER)),
+        "matmul_fraction": Omissible(Maybe(NUMBER)),
     },
     "likelihood": {
         "split": str, "rows": int, "positions": int, "joint_nll": _MEAN, "position_nll": [_MEAN], "first_token_nll": _MEAN,
         "bits_per_byte": Maybe(NUMBER), "per_source": {},
         "kept_by_depth": Omissible([{"depth": int, "mean": NUMBER, "sem": NUMBER}]),
         "per_row": Omissible(
-            {"positions": [NUMBER], "joint_nll": [NUMBER], "first_token_nll": [NUMBER], "position_nll": Omissible([[NUMBER]])}
+            {"positions": [NUMBER], "joint_nll": [NUMBER], "first_token_nll": [NUMBER], "position_nll": Omissible([[NUMBER]]),
+             "target_nll": Omissible([NUMBER]), "bytes": Omissible([NUMBER])}
         ),
         "weights": {"entropy_mean": NUMBER, "effective": NUMBER, "dead": int, "mean": [NUMBER]},
+        "components": Omissible({
+            "classes": [str], "class_share": [[NUMBER]], "certainty": NUMBER,
+            "top_tokens": [[{"token": str, "share": NUMBER, "lift": NUMBER}]],
+            "examples": [{"source": str, "tokens": [str], "component": [int], "share": [NUMBER]}],
+        }),
     },
     "decoding": Maybe({"group": [str], "origin": Omissible({"commit": str, "dirty": bool, "hardware": {}}), "modes": {"greedy": Omissible(_MODE), "sampling": Omissible(_MODE)}}),
 }  # fmt: skip
@@ -392,6 +402,7 @@ _FREE = (
     *INCIDENTAL, "loss.chunk_mib", "evaluate.batch_rows", "train.validate_every", "train.validation_rows",
     "rank", "seed", "anchor", "model.tie_first", "model.anchor_width", "model.map_hidden", "model.map_rank", "model.adapter_layers", "model.trunk",
 )  # fmt: skip
+_CONSEQUENCES = ("data.sha256", "data.vocab_size", "trunk")
 Cells = dict[int, Record]  # seed -> record
 
 
@@ -421,6 +432,11 @@ class Family:
     def size(self) -> str:
         """The trunk, by its size or its name."""
         return str(self.settings["trunk"] if self.is_pretrained else self.settings["size"])
+
+    @property
+    def is_timing(self) -> bool:
+        """Cells trained alone for a few steps, to be timed (C8): their likelihoods and drafts say nothing."""
+        return all(record["claim"] == "C8" for record in self.records())
 
     def all_ranks(self) -> list[int]:
         return sorted({rank for _, rank in self.cells})
@@ -470,6 +486,16 @@ def families(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
     return ordered, notes
 
 
+def along(families: Iterable[Family], *free: str) -> list[list[Family]]:
+    """Groups of families that share all settings but `free` (prefixes of dotted names) and what follows from them, the
+    largest group first; a group has two families at least."""
+    groups: dict[str, list[Family]] = {}
+    for family in families:
+        kept = {key: value for key, value in family.settings.items() if not key.startswith(free) and key != "trunk"}
+        groups.setdefault(json.dumps(kept, sort_keys=True), []).append(family)
+    return sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
+
+
 def trunk_records(records: Iterable[Family]) -> list[Record]:
     """Every reference trunk once, by path."""
     return sorted({r.path: r for family in records for r in family.reference}.values(), key=lambda r: r.path)
@@ -477,13 +503,18 @@ def trunk_records(records: Iterable[Family]) -> list[Record]:
 
 def _settings(record: Record) -> dict[str, Any]:
     # A setting that is younger than the record had its default then.
-    every = flat(to_dict(Config())) | flat(record.config)
+    every = _defaults() | flat(record.config)
     settings = {key: value for key, value in every.items() if not key.startswith(_FREE)}
     settings["target"] = record.target
     settings["trunk"] = re.sub(r"-s\d+$", "", Path(record.config["model"]["trunk"]).name)
     settings["data.sha256"] = record["data"]["sha256"]
     settings["data.vocab_size"] = record["data"]["vocab_size"]
     return settings
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return flat(to_dict(Config()))
 
 
 def _references(family: Family, trunks: list[Record]) -> list[Record]:
@@ -514,11 +545,12 @@ def _label(ordered: list[Family]) -> None:
         text = f"{s['corpus']}, {family.size}, n={s['horizon']}, {s['target']} target"
         plain.setdefault(text, []).append(family)
     for text, members in plain.items():
-        keys = sorted({key for family in members for key in family.settings})
-        differing = [key for key in keys if len({json.dumps(f.settings.get(key)) for f in members}) > 1]
+        usual = members[0].settings  # of the largest: the others say in what they differ from it
         for family in members:
-            said = [f"{key}={str(family.settings.get(key))[:12]}" for key in differing[:3]]
-            family.label = ", ".join([text, *said])
+            differing = [key for key in sorted(family.settings) if family.settings[key] != usual.get(key)]
+            # Other text or another tokenizer shows in hashes, too, and those are said only where nothing else is.
+            said = [key for key in differing if key not in _CONSEQUENCES] or differing
+            family.label = ", ".join([text, *(f"{key}={str(family.settings[key])[:12]}" for key in said)])
 
 
 def _mixture(family: Family) -> list[str]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpdlm.report.figures import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY, STYLE, save
+from cpdlm.report.figures import Shown, one
+from cpdlm.report.figures.style import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY
 from cpdlm.report.tables import Table, write_table
 
 if TYPE_CHECKING:
@@ -46,20 +47,16 @@ def write_tables(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
     return files, notes
 
 
-def draw(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
-    """The figure of training overhead as PDF and PNG with its caption: (files, one line where it is left out)."""
+def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
+    """The figure of training overhead as PDF and PNG with its caption: (files, the figure as the report shows it)."""
     record = _read(root, "training_overhead")
-    try:
-        import matplotlib
-    except ImportError:
-        record = "matplotlib is not installed (pip install matplotlib)"
-    if isinstance(record, str):
-        _remove(folder, "overhead", ("md", "pdf", "png"))
-        return [], [f"figure overhead left out: {record}"]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
-        return save(overhead(record), f"{_CAPTION} {_described(record)}", folder, "overhead"), []
+    return one(
+        "overhead_sizes",
+        _TITLE,
+        record if isinstance(record, str) else (record, f"{_CAPTION} {_described(record)}"),
+        overhead,
+        folder,
+    )
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -225,6 +222,7 @@ def _exponent(line: Sequence[dict[str, Any]], dimension: str, what: str) -> floa
 
 # --- figure ----------------------------------------------------------------------------------------------------------
 
+_TITLE = "Training overhead"
 _CAPTION = (
     "Training overhead over next-token training of the same trunk: measured against what the FLOPs would allow (on the grey line they are "
     "equal). One colour per recipe, one marker per size of the trunk."

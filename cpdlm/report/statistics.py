@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ class Sample:
     sem: float = 0.0
 
     @classmethod
-    def ratio(cls, top: Sequence[float], bottom: Sequence[float]) -> Sample:
+    def ratio(cls, top: Sequence[float] | Array, bottom: Sequence[float] | Array) -> Sample:
         """sum(top) / sum(bottom) over units that can be resampled together. Raises ValueError on unequal lengths."""
         top_U, bottom_U = np.asarray(top, dtype=float), np.asarray(bottom, dtype=float)
         if top_U.shape != bottom_U.shape or not len(top_U) or bottom_U.sum() <= 0:
@@ -129,8 +130,9 @@ def _interval(pairs: Sequence[tuple[Sample, Sample | None]], level: float) -> In
 
 
 def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | None:
-    """A record's sample of `joint_nll`, `first_token_nll`, `position_nll:K` (nats), `bits_per_byte`, `tokens_per_pass`, or of the
-    logarithm of `speedup`, `speedup_over_rank1`, `speedup_over_trunk` or `plain_over_generate`; None where the record does not have it."""
+    """A record's sample of `joint_nll`, `first_token_nll`, `position_nll:K` (nats), `bits_per_byte`, `tokens_per_pass`,
+    `accepted:DEPTH` (share of the drafts reached), `effective` (components), `training:KEY`, or of the logarithm of `speedup`,
+    `speedup_over_rank1`, `speedup_over_trunk` or `plain_over_generate`; None where the record does not have it."""
     likelihood, decoded = record["likelihood"], record.mode(mode)
     if quantity in ("joint_nll", "first_token_nll"):
         rows = likelihood.get("per_row")
@@ -146,15 +148,38 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         term = likelihood["position_nll"][index]
         return Sample(mean=term["mean"], sem=term["sem"])
     if quantity == "bits_per_byte":
+        rows = likelihood.get("per_row", {})
+        if sum(rows.get("bytes", ())):
+            return Sample.ratio(np.asarray(rows["target_nll"]) / math.log(2), rows["bytes"])
         return None if likelihood[quantity] is None else Sample(mean=likelihood[quantity])
+    if quantity == "effective":
+        return Sample(mean=likelihood["weights"]["effective"])
+    if quantity.startswith("training:"):
+        value = record["training"].get(quantity.partition(":")[2])
+        return None if value is None else Sample(mean=value)
     if decoded is None:
         return None
     if quantity == "tokens_per_pass":
         return Sample.ratio(decoded["per_prompt"]["tokens"], decoded["per_prompt"]["passes"])
+    if quantity.startswith("accepted:"):
+        return _accepted(decoded, int(quantity.partition(":")[2]))
     if quantity in RATIOS:
         ratio = decoded.get(quantity)
         return None if ratio is None else Sample.log_ratio(ratio["median"], ratio["low"], ratio["high"])
     raise ValueError(f"unknown quantity {quantity!r}")
+
+
+def _accepted(decoded: dict[str, Any], depth: int) -> Sample | None:
+    """Prompts are resampled; a record without counts per prompt has the error of independent drafts, each repeat of a
+    prompt counted as the same text over again (which greedy repeats are)."""
+    counts = next((entry for entry in decoded["acceptance_by_depth"] if entry["depth"] == depth), None)
+    if counts is None or not counts["reached"]:
+        return None
+    by_prompt = decoded.get("drafts_per_prompt")
+    if by_prompt:
+        return Sample.ratio(by_prompt["accepted"][depth - 2], by_prompt["reached"][depth - 2])
+    share = counts["accepted"] / counts["reached"]
+    return Sample(mean=share, sem=math.sqrt(share * (1 - share) * decoded["repeats"] / counts["reached"]))
 
 
 def over_seeds(cells: Cells, quantity: str, mode: str = "sampling", level: float = 0.95) -> Interval | None:

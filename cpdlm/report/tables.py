@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import itertools
 import re
+import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +61,17 @@ class Table:
             ]
         )  # fmt: skip
 
+    def html(self) -> str:
+        """A table element; the caption above it."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
+        body = "\n".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
+        )
+        return (
+            f"<table><caption>{html.escape(self.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
+            f"<tbody>\n{body}\n</tbody></table>"
+        )
+
     def csv(self) -> str:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
@@ -67,8 +80,7 @@ class Table:
 
 def write_tables(families: list[Family], verdicts: list[Verdict], notes: list[str], folder: Path) -> list[Path]:
     """Every table as .md, .tex and .csv; returns the files, sorted. One without rows is removed."""
-    makers = (cells_table, beyond_table, retrofit_table, equal_training_table, baselines_table, trunks_table)
-    made = [claims_table(verdicts), *(make(families) for make in makers)]
+    made = [claims_table(verdicts), *(make(families) for make in TABLES)]
     files = []
     for table in made:
         if not table.rows:
@@ -274,6 +286,45 @@ def trunks_table(families: list[Family]) -> Table:
     return Table("trunks", caption, header, rows)
 
 
+def cost_table(families: list[Family]) -> Table:
+    """What training each cell cost, against what the machine can do."""
+    rows: list[tuple[str, ...]] = []
+    for family in families:
+        for variant, rank in itertools.product(family.variants(), family.all_ranks()):
+            cells = family.cells.get((variant, rank))
+            if not cells:
+                continue
+            training = [record["training"] for record in cells.values()]
+            counted = [each for each in training if each.get("flops_per_token") and each.get("matmul_flops_per_second")]
+            values = (
+                _average([each["step_ms_median"] for each in training], 1),
+                _average([each["tokens_per_second"] for each in training], 0),
+                _average([each["peak_memory_bytes"] / 2**30 for each in training], 2),
+                _average([each["flops_per_token"] / 1e6 for each in counted], 1),
+                _average([each["flops_per_token"] * each["tokens_per_second"] / 1e9 for each in counted], 1),
+                _average([each["matmul_flops_per_second"] / 1e9 for each in counted], 1),
+                _average([100 * each["matmul_fraction"] for each in counted], 1),
+            )
+            rows.append((family.label, variant, str(rank), str(len(cells)), *values))
+    header = (
+        "setting", "law", "rank", "seeds", "step (ms)", "tokens/s", "peak memory (GiB)", "MFLOPs per token", "GFLOP/s done",
+        "GFLOP/s of a matrix product", "achieved (%)",
+    )  # fmt: skip
+    caption = (
+        "Training cost, means over seeds (+- their standard deviation). Step: median; memory: of the process (of the GPU, where there "
+        "is one). FLOPs: matrix products and attention, forward and backward, counted on the first step, 2 per multiply-add; achieved: those done per second "
+        "over the rate of a large square matrix product on the same device, threads and precision. -: the record is older than the count. "
+        f"{described([record for family in families for record in family.records()])}"
+    )
+    return Table("cost", caption, header, rows)
+
+
+# In the order of the report, after the claims.
+TABLES = (
+    cells_table, beyond_table, retrofit_table, equal_training_table, baselines_table, cost_table, trunks_table,
+)  # fmt: skip
+
+
 def claims_text(verdicts: list[Verdict], notes: Sequence[str] = (), width: int = 118) -> str:
     """The claims table for a terminal."""
     widths = (5, 30, 0, 32)
@@ -403,6 +454,14 @@ def _signed(interval: Interval | None) -> str:
 
 def _dash(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _average(values: Sequence[float], digits: int) -> str:
+    """Mean, and the standard deviation where there are several values."""
+    if not values:
+        return "-"
+    spread = f" +- {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):,.{digits}f}{spread}"
 
 
 def _listed(values: set[int]) -> str:

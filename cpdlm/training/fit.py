@@ -31,6 +31,7 @@ from cpdlm.files import errors_named, write_json
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.processes import is_srun, is_torchrun
 from cpdlm.training import storage
+from cpdlm.training.cost import FlopCount, matmul_rate
 from cpdlm.training.module import MultiTokenModule
 from cpdlm.training.storage import CHECKPOINT, TRAINED, RunError
 
@@ -45,7 +46,12 @@ class ProcessLost(RuntimeError):
 
 @dataclass
 class Summary:
-    """The record's `training` entry. Times in seconds or milliseconds as named; memory in bytes."""
+    """The record's `training` entry. Times in seconds or milliseconds as named; memory in bytes.
+
+    curve: what was logged, by step; clock: the `seconds` in training steps at each of its entries. flops_per_token: counted
+    on the first step, matmul_flops_per_second: as `cpdlm.training.cost` says; both None in a run of several processes.
+    matmul_fraction: FLOPs done per second over that rate.
+    """
 
     steps: int = 0
     tokens: int = 0
@@ -55,6 +61,10 @@ class Summary:
     peak_memory_bytes: int = 0
     resumed: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
+    clock: list[float] = field(default_factory=list)
+    flops_per_token: float | None = None
+    matmul_flops_per_second: float | None = None
+    matmul_fraction: float | None = None
 
 
 class Journal(Callback):
@@ -67,6 +77,7 @@ class Journal(Callback):
         self._step_ms: list[float] = []
         self._began = 0.0
         self._save_is_due = False
+        self._flops: FlopCount | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"summary": asdict(self.summary), "step_ms": list(self._step_ms)}
@@ -95,6 +106,8 @@ class Journal(Callback):
         # Lightning has put a SIGTERM handler before ours that ends the run with exit code 0 and no word.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.note_signal)
+        if trainer.world_size == 1 and self.summary.matmul_flops_per_second is None:
+            self.summary.matmul_flops_per_second = matmul_rate(pl_module.device, self.config.train.precision)
 
     def note_signal(self, number: int, frame: Any) -> None:
         """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once."""
@@ -106,6 +119,8 @@ class Journal(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.world_size == 1 and self.summary.flops_per_token is None:
+            self._flops = FlopCount().__enter__()
         self._began = time.perf_counter()
 
     def on_train_batch_end(
@@ -114,6 +129,7 @@ class Journal(Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - self._began
+        self._stop_counting(batch["tokens_BT"].numel())
         self.summary.seconds += elapsed
         self.summary.tokens += batch["tokens_BT"].numel() * trainer.world_size
         self._step_ms.append(1000 * elapsed)
@@ -131,6 +147,17 @@ class Journal(Callback):
             self.save(trainer)
         if self.stop_signal:
             trainer.should_stop = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop_counting(0)
+
+    def _stop_counting(self, tokens: int) -> None:
+        if self._flops is None:
+            return
+        self._flops.__exit__(None, None, None)
+        if tokens:
+            self.summary.flops_per_token = self._flops.total / tokens
+        self._flops = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -159,6 +186,9 @@ class Journal(Callback):
         self.summary.step_ms_median = statistics.median(self._step_ms) if self._step_ms else 0.0
         self.summary.tokens_per_second = self.summary.tokens / max(self.summary.seconds, 1e-9)
         self.summary.peak_memory_bytes = peak_memory_bytes()
+        if self.summary.flops_per_token is not None and self.summary.matmul_flops_per_second:
+            done = self.summary.flops_per_token * self.summary.tokens_per_second
+            self.summary.matmul_fraction = done / self.summary.matmul_flops_per_second
         return self.summary
 
     def _note(self, trainer: L.Trainer, step: int, prefix: str) -> None:
@@ -167,6 +197,7 @@ class Journal(Callback):
             self.summary.curve[-1] |= values
         else:
             self.summary.curve.append({"step": step, **values})
+            self.summary.clock.append(round(self.summary.seconds, 3))
 
 
 class ProgressBar(Callback):

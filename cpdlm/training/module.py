@@ -79,6 +79,8 @@ class MultiTokenModule(L.LightningModule):
             self.log("train/weight_entropy", use.entropy)
             self.log("train/effective_components", use.effective)
             self.log("train/dead_components", use.dead.float())
+            for place, weight in enumerate(use.mean_R.detach(), start=1):
+                self.log(f"train/weight_{place}", weight)
         if not torch.isfinite(shared_loss):  # on all processes alike, so that none waits for another
             raise NonFiniteLoss(
                 f"the loss is {shared_loss.item()} at step {self.global_step}, batch {batch_index}; the checkpoint before it is "

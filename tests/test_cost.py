@@ -1,0 +1,31 @@
+"""Counted FLOPs against hand counts, and a rate that a matrix product really reaches."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from cpdlm.training.cost import FlopCount, matmul_rate
+
+
+def test_forward_and_backward_are_counted() -> None:
+    left, right = torch.rand(5, 7, requires_grad=True), torch.rand(7, 3, requires_grad=True)
+    with FlopCount() as count:
+        (left @ right).sum().backward()
+    assert count.total == 3 * 2 * 5 * 7 * 3  # the product, and one for each operand's gradient
+
+
+def test_attention_is_counted_on_the_cpu() -> None:
+    query, key, value = (torch.rand(2, 4, 16, 8, requires_grad=True) for _ in range(3))
+    products = 2 * 2 * 4 * 16 * 16 * 8  # one of them
+    with FlopCount() as count:
+        F.scaled_dot_product_attention(query, key, value).sum().backward()
+    assert count.total >= 6 * products
+
+
+def test_the_rate_is_that_of_a_matrix_product_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    rate = matmul_rate(torch.device("cpu"), "32-true", seconds=0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert 1e8 < rate < 1e15

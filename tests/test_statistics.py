@@ -1,0 +1,68 @@
+"""Quantities of a record as samples: what is resampled, and what an older record is worth."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from made_records import made
+
+from cpdlm.report.results import Record
+from cpdlm.report.statistics import Interval, difference, estimate, measured, over_seeds
+
+
+def record(content: dict[str, Any]) -> Record:
+    return Record("x.json", content)
+
+
+def test_accepted_drafts_are_resampled_by_prompt() -> None:
+    content = made(4)
+    mode = content["decoding"]["modes"]["sampling"]
+    mode["drafts_per_prompt"]["reached"][0] = [10] * 16
+    mode["drafts_per_prompt"]["accepted"][0] = [0, 10] * 8  # all or nothing: wider than independent drafts
+    mode["acceptance_by_depth"][0] = {"depth": 2, "reached": 160, "accepted": 80}
+    sample = measured(record(content), "accepted:2")
+    assert sample is not None and (sample.point, sample.units) == (0.5, 16)
+    by_prompt = estimate([sample])
+    assert by_prompt.high - by_prompt.low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 16), rel=0.15)
+    del mode["drafts_per_prompt"]
+    older = measured(record(content), "accepted:2")
+    assert older is not None and older.sem == pytest.approx(math.sqrt(0.25 * mode["repeats"] / 160))
+    assert measured(record(content), "accepted:9") is None
+
+
+def test_bits_per_byte_has_an_interval_where_rows_say_their_bytes() -> None:
+    content = made(1)
+    bare = measured(record(content), "bits_per_byte")
+    assert bare is not None and (bare.units, bare.sem) == (0, 0.0)
+    generator = np.random.default_rng(0)
+    bytes_U, bits_U = generator.integers(200, 300, 60), generator.normal(2.0, 0.2, 60)
+    content["likelihood"]["per_row"] |= {
+        "bytes": bytes_U.tolist(),
+        "target_nll": (bits_U * bytes_U * math.log(2)).tolist(),
+    }
+    sample = measured(record(content), "bits_per_byte")
+    assert sample is not None and sample.units == 60
+    assert sample.point == pytest.approx(float((bits_U * bytes_U).sum() / bytes_U.sum()))
+    interval = estimate([sample])
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.2 / math.sqrt(60), rel=0.3)
+
+
+def test_training_quantities_have_a_t_interval_over_seeds() -> None:
+    cells = {seed: record(made(2, seed)) for seed in range(3)}
+    found = over_seeds(cells, "training:step_ms_median")
+    steps = [cell["training"]["step_ms_median"] for cell in cells.values()]
+    assert isinstance(found, Interval) and found.mean == pytest.approx(np.mean(steps))
+    assert (found.high - found.low) / 2 == pytest.approx(4.30 * np.std(steps, ddof=1) / math.sqrt(3), rel=0.1)
+    assert over_seeds(cells, "training:nothing") is None
+
+
+def test_pairing_removes_what_all_cells_share() -> None:
+    """Rows differ by 0.15 nats among themselves, the cells by 0.05 on every row: the paired interval is far narrower."""
+    one, two = ({0: record(made(rank, 0, noise=0.0))} for rank in (1, 2))
+    paired = difference(two, one, "joint_nll")
+    alone = over_seeds(one, "joint_nll")
+    assert paired is not None and alone is not None
+    assert paired.high - paired.low < 0.02 * (alone.high - alone.low)
