@@ -18,7 +18,7 @@ the claims. Every stage skips what is complete, so the same command continues a 
 
   --profile NAME   smoke     everything once, too small to mean anything      2 cores, 3 min
                    cpu       all claims on code, some on text                 2 cores, 40 min
-                   cpu-full  all ranks on code and text, anchors, 3 seeds     2 cores, 3 h
+                   cpu-full  every claim, 3 seeds (experiments/README.md)     2 cores, 4 h
                    gpu       a 56.3M-parameter trunk                          one GPU
                    paper     from scratch on TinyStories                      one large GPU, a hub
                    (default: gpu where CUDA is present, else cpu)
@@ -34,7 +34,7 @@ the claims. Every stage skips what is complete, so the same command continues a 
 HELP
 }
 
-# place PATH: as the pipeline must write it, relative to the repository where it lies inside, so that records name no machine.
+# place PATH: as the sweep must write it, relative to the repository where it lies inside, so that records name no machine.
 place() {
     local path=$1
     [[ $path == /* ]] || path=$FROM/$path
@@ -96,13 +96,13 @@ main() {
     trap - INT
     if ((${#wanted[@]})) && [[ -z $only ]]; then return 0; fi
 
-    arguments=(--profile "$profile" --out "$(if [[ -n $out ]]; then place "$out"; else say "runs/$profile"; fi)")
-    [[ -z $only ]] || arguments+=(--only "$only")
-    [[ -z $data ]] || arguments+=(--data "$(place "$data")")
-    [[ -z $results ]] || arguments+=(--results "$(place "$results")")
-    [[ -z $jobs ]] || arguments+=(--jobs "$jobs")
-    # The pipeline prints stages 2 to 5 and says how to continue when it is stopped.
-    exec "$PYTHON" -m experiments.pipeline "${arguments[@]}"
+    arguments=("profile=$profile" "out=$(if [[ -n $out ]]; then place "$out"; else say "runs/$profile"; fi)")
+    [[ -z $only ]] || arguments+=("only=$only")
+    [[ -z $data ]] || arguments+=("data=$(place "$data")")
+    [[ -z $results ]] || arguments+=("results=$(place "$results")")
+    [[ -z $jobs ]] || arguments+=("jobs=$jobs")
+    # The sweep prints stages 2 to 5 and says how to continue when it is stopped.
+    exec "$PYTHON" -m experiments.sweep "${arguments[@]}"
 }
 
 main "$@"
