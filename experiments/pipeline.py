@@ -36,7 +36,8 @@ CODE = (
 @dataclass(frozen=True)
 class Plan:
     """What to run and where. title: the claim or the profile. comparisons: sets of cells that are compared with each other.
-    mix: records of other code or data may be added to. publish: figures and README are redrawn from `results`."""
+    mix: records of other code or data may be added to. shown: the folder whose records the report is drawn from (default:
+    results). publish: it takes the place of the committed figures and of README's claims."""
 
     title: str
     cells: list[Cell]
@@ -47,6 +48,7 @@ class Plan:
     experiment: str = "cpdlm"
     stages: tuple[str, ...] = STAGES
     mix: bool = False
+    shown: Path | None = None
     publish: bool = False
 
     @cached_property
@@ -346,7 +348,7 @@ def _report(plan: Plan) -> str:
             folder = plan.results / cell.folder
             path = one.write_record(config, command, folder, claim=cell.folder, profile=plan.title)
             written.append((config, path))
-    text, figures = one.report(plan.results, plan.out, publish=plan.publish)
+    text, figures = one.report(plan.shown or plan.results, plan.out, publish=plan.publish)
     one.log(written, plan.title, plan.out, figures, plan.experiment)
     print(text, flush=True)
     return f"{len(written)} records written, {len(plan.finished)} were there, of {len(plan.cells)} under {plan.results}"

@@ -183,7 +183,7 @@ def plan_of(options: Options) -> Plan:
         title=options.claim or options.profile, cells=cells, out=out, results=results, command=options.command,
         comparisons=[each for each in comparisons if each],
         experiment=options.claim if options.claim not in ("", "all") else "cpdlm", stages=options.only, mix=options.mix,
-        publish=results != out / "results",
+        shown=Path("results") if results.parts[:1] == ("results",) else results, publish=results != out / "results",
     )  # fmt: skip
 
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from made_records import ORIGIN, made
-from test_suite import TINY
+from made_records import made
 
-from cpdlm.config import ConfigError
+from cpdlm.config import ConfigError, to_dict
 from cpdlm.report import results
 from cpdlm.training import storage
 from experiments import cost, launchers, pipeline, sweep
 from experiments.launchers import Job, Local
-from experiments.suite import PROFILES, STUDIES, Cell, heads, scratch, study, trunk
+from experiments.suite import PROFILES, SCALES, STUDIES, Cell, heads, scratch, study, trunk
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,7 +61,9 @@ def test_jobs_wait_for_their_needs_and_timed_ones_have_the_machine(tmp_path: Pat
     assert seen["heads"][0] >= seen["trunk"][1]
     assert seen["other"][0] < seen["trunk"][1], "two at once"
     for name in ("heads", "trunk", "other"):
-        assert seen["timed"][0] >= seen[name][1] or seen["timed"][1] <= seen[name][0], "something ran beside a timed job"
+        assert seen["timed"][0] >= seen[name][1] or seen["timed"][1] <= seen[name][0], (
+            "something ran beside a timed job"
+        )
         assert seen[name][2] == seen[name][3] == max(1, len(launcher.cores) // 2), "pinned to its share"
     assert seen["timed"][2] == seen["timed"][3] == len(launcher.cores)
 
@@ -86,135 +86,150 @@ def test_a_failure_skips_what_needs_it_and_nothing_else(tmp_path: Path) -> None:
     assert codes == {"trunk": 3, "other": 0, "killed": -9} and skipped == ["heads"]
 
 
-def test_a_stopped_sweep_tells_its_jobs_once_and_waits(tmp_path: Path) -> None:
-    patient = f"""
-import pathlib, signal, sys, time
-def stop(*_):
-    pathlib.Path({str(tmp_path / "saved")!r}).open('a').write('saved ')
-    sys.exit(130)
-signal.signal(signal.SIGTERM, stop)
-pathlib.Path({str(tmp_path / "ready")!r}).touch()
-time.sleep(60)
-"""
-
-    class Interrupted(Local):
-        def wait(self) -> list[tuple[Job, int]]:
-            while not (tmp_path / "ready").is_file():
-                time.sleep(0.02)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        ran([job(tmp_path, "a", patient)], Interrupted(1))
-    assert (tmp_path / "saved").read_text() == "saved "
+# --- failures and kills -----------------------------------------------------------------------------------------------
 
 
-# --- a sweep in a process of its own ----------------------------------------------------------------------------------
+def plan(folder: Path, cells: list[Cell], **more: Any) -> pipeline.Plan:
+    return pipeline.Plan("test", cells, folder / "out", folder / "results", "command", **more)
 
 
-def code_cells(folder: Path, *dials: dict[str, object]) -> list[Cell]:
-    settings = TINY | {"corpus": str(folder / "text"), "data.cache": str(folder / "cache"), "decode.repeats": 1}
-    return [Cell("C1", settings | {"rank": 1} | more) for more in dials]
+def test_a_failing_cell_is_recorded_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cells that only note that they ran; one raises until it is mended, and one needs it."""
+    bad, good = trunk("code", "smoke,trunk"), scratch("code", 1, "smoke")
+    cells = [bad, heads(bad, 1, "smoke"), replace(good, reference=None)]
+    work = "import pathlib, sys; here = pathlib.Path(sys.argv[1]); {}; (here / 'done').open('a').write('ran ')"
+    fail = (
+        f"exec('' if pathlib.Path({str(tmp_path / 'mended')!r}).exists() else 'raise RuntimeError(\"out of ideas\")')"
+    )
 
+    def command(cell: Cell, plan: pipeline.Plan, track: list[str]) -> tuple[str, ...]:
+        return "-c", work.format(fail if cell is bad else "0"), str(tmp_path / "out" / cell.name)
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text").mkdir()
-    for number in range(60):
-        body = "\n".join(f"def function_{number}_{line}(x):\n    return x * {line}" for line in range(12))
-        (tmp_path / "text" / f"{number}.py").write_text(body)
-    return tmp_path
-
-
-def plan(folder: Path, cells: list[Cell], **more: object) -> pipeline.Plan:
-    return pipeline.Plan("test", cells, folder / "out", folder / "out/results", "command", **more)  # type: ignore[arg-type]
-
-
-def test_a_failing_cell_is_recorded_and_tried_again(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A cell whose corpus cannot be read raises inside run.py; the other cell has its record, and the exit code says so."""
-    good, bad = code_cells(text, {}, {"rank": 2, "name": "bad"})
-    (text / "out" / "bad").mkdir(parents=True)
-    (text / "out" / "bad" / "sessions.json").write_text("{")  # a damaged file of an earlier session
-    assert pipeline.run(plan(text, [bad, good]), Local(2)) == 1
+    monkeypatch.setattr(pipeline, "train_command", command)
+    monkeypatch.setattr(
+        "experiments.cell.is_trained", lambda config: (tmp_path / "out" / config.run_name / "done").exists()
+    )
+    monkeypatch.setattr("experiments.cell.sweep", lambda *given: "")
+    mine = plan(tmp_path, cells, stages=("train",))
+    assert pipeline.run(mine, Local(2)) == 1
     said = capsys.readouterr()
-    assert "failed: bad: exit 2" in said.err and "is damaged" in said.err
-    failure = json.loads((text / "out/bad/failed.json").read_text())
-    assert failure["exit"] == 2 and "sessions.json is damaged" in failure["traceback"] and "rank=2" in failure["command"]
-    records, _ = results.load_all(text / "out/results")
-    assert [record["name"] for record in records] == [good.name]
-    # Mended, the same plan runs the failed cell alone, and the mark is gone.
-    (text / "out" / "bad" / "sessions.json").unlink()
-    stamp = (text / "out" / good.name / "model.safetensors").stat().st_mtime_ns
-    assert pipeline.run(plan(text, [bad, good]), Local(2)) == 0
-    assert not (text / "out/bad/failed.json").exists()
-    assert (text / "out" / good.name / "model.safetensors").stat().st_mtime_ns == stamp
-    assert len(results.load_all(text / "out/results")[0]) == 2
+    assert f"failed: {bad.name}: exit 1" in said.err and "out of ideas" in said.err
+    assert f"failed: {cells[1].name}: its trunk failed" in said.err
+    failure = json.loads((tmp_path / "out" / bad.name / "failed.json").read_text())
+    assert failure["exit"] == 1 and failure["name"] == bad.name and failure["command"].startswith("python -c")
+    assert failure["traceback"].startswith("Traceback") and failure["traceback"].endswith("RuntimeError: out of ideas")
+    assert (tmp_path / "out" / good.name / "done").read_text() == "ran "
+    # Mended, the same plan runs what is left alone, and the mark is gone; then nothing is left.
+    (tmp_path / "mended").touch()
+    assert pipeline.run(mine, Local(2)) == 0
+    assert not (tmp_path / "out" / bad.name / "failed.json").exists()
+    assert pipeline.run(mine, Local(2)) == 0
+    assert [(tmp_path / "out" / cell.name / "done").read_text() for cell in cells] == ["ran ", "ran ", "ran "]
+    assert "skipped: all 3 cells are complete" in capsys.readouterr().out
 
 
-def test_the_traceback_of_a_failed_job_is_kept(tmp_path: Path) -> None:
-    failing = job(tmp_path, "a", "print('step 1'); raise RuntimeError('out of ideas')")
+def test_a_job_without_a_traceback_leaves_the_end_of_its_log(tmp_path: Path) -> None:
+    failing = job(tmp_path, "a", "import sys; print('step 1', end='\\r'); sys.exit('error: the loss is nan at step 3')")
     codes, _ = ran([failing], Local(1))
     pipeline.note_failure(tmp_path / "failed.json", failing, codes["a"])
     noted = json.loads((tmp_path / "failed.json").read_text())
-    assert noted["traceback"].startswith("Traceback") and noted["traceback"].endswith("RuntimeError: out of ideas")
-    assert noted["exit"] == 1 and noted["name"] == "a" and noted["log"] == "train.log"
+    assert noted["traceback"].splitlines()[-1].strip() == "error: the loss is nan at step 3"
+
+
+PATIENT = """
+import pathlib, signal, sys, time
+here = pathlib.Path(sys.argv[1])
+def stop(*_):
+    (here / 'saved').open('a').write('saved ')
+    sys.exit(130)
+signal.signal(signal.SIGTERM, stop)
+(here / 'ready').touch()
+time.sleep(60)
+"""
+
+
+def test_a_stopped_sweep_tells_its_jobs_once_and_waits(tmp_path: Path) -> None:
+    class Interrupted(Local):
+        def wait(self) -> list[tuple[Job, int]]:
+            await_file(tmp_path / "ready")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ran([Job("a", ("-c", PATIENT, str(tmp_path)), tmp_path / "log")], Interrupted(1))
+    assert (tmp_path / "saved").read_text() == "saved "
+
+
+def test_a_sweep_killed_by_kill_9_leaves_no_orphan(tmp_path: Path) -> None:
+    """Its jobs are told to save and stop."""
+    script = f"""
+from pathlib import Path
+from experiments.launchers import Job, Local, schedule
+here = Path({str(tmp_path)!r})
+schedule([Job('a', ('-c', {PATIENT!r}, str(here)), here / 'log')], Local(1), lambda job, code: True)
+"""
+    sweeping = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    await_file(tmp_path / "ready")
+    sweeping.kill()
+    sweeping.wait()
+    await_file(tmp_path / "saved")
+
+
+def await_file(path: Path, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not path.is_file():
+        assert time.monotonic() < until, f"{path} did not come"
+        time.sleep(0.02)
 
 
 SWEEP = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {root!r} + '/tests']
+from test_suite import TINY
 from experiments import sweep
-from test_sweep import code_cells
-sweep.PROFILES['smoke'] = lambda: code_cells(Path({folder!r}), *{dials!r})
-sys.exit(sweep.main(['profile=smoke', 'jobs=2', 'out=' + {folder!r} + '/out', 'only=data,train']))
+from experiments.suite import Cell
+here = Path({folder!r})
+settings = TINY | {{"corpus": str(here / "text"), "data.cache": str(here / "cache"), "name": "long", "rank": 2}}
+settings |= {{"optim.steps": 600, "train.checkpoint_every": 20, "train.validate_every": 600}}
+sweep.PROFILES['smoke'] = lambda: [Cell('C1', settings)]
+sys.exit(sweep.main(['profile=smoke', 'out={folder}/out']))
 """
 
 
-def test_a_sweep_killed_by_kill_9_leaves_no_orphan_and_continues(text: Path) -> None:
-    long = {"optim.steps": 3000, "train.checkpoint_every": 20, "train.validate_every": 3000, "name": "long"}
-    script = SWEEP.format(root=str(ROOT), folder=str(text), dials=[long])
-    first = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = text / "out/long/last.ckpt"
-    until = time.monotonic() + 120
-    while not checkpoint.is_file() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert checkpoint.is_file(), (text / "out/long/train.log").read_text()
+@pytest.mark.slow
+def test_a_real_sweep_killed_by_kill_9_continues(tmp_path: Path) -> None:
+    """The cell goes on from its checkpoint, is decoded and recorded; then nothing is left to run."""
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        body = "\n".join(f"def function_{number}_{line}(x):\n    return x * {line}" for line in range(12))
+        (tmp_path / "text" / f"{number}.py").write_text(body)
+    command = [sys.executable, "-c", SWEEP.format(root=str(ROOT), folder=str(tmp_path))]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    await_file(tmp_path / "out/long/last.ckpt", 300)
     first.kill()
     first.wait()
-    with storage.exclusive(text / "out/long", patience=30):  # the cell saves and goes, too
-        pass
-    # Shorten what is left by resuming at once near the end: the same settings but for the number of steps are another run.
-    second = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = text / "out/long/train.log"
-    while "stopped at step" not in log.read_text() and time.monotonic() < until:
-        time.sleep(0.1)
-    stopped = int(log.read_text().split("stopped at step ")[1].split()[0])
-    assert stopped >= 20
-    while time.monotonic() < until:
-        time.sleep(0.2)
-        if checkpoint.is_file():
-            storage.check_checkpoint(checkpoint)
-            break
-    time.sleep(8)
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(60) == 130
-    again = [int(part.split()[0]) for part in log.read_text().split("stopped at step ")[1:]]
-    assert len(again) == 2 and again[1] > again[0], "the second sweep went on from the checkpoint of the first"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = results.load_all(tmp_path / "out/results")[0]
+    assert record["training"]["resumed"] >= 1 and record["training"]["steps"] == 600 and record["decoding"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "skipped: all 1 cells are complete" in again.stdout
 
 
 # --- what is finished, and what may be mixed --------------------------------------------------------------------------
 
 
-def committed(folder: Path, cells: list[Cell], **changes: object) -> None:
-    """Records of these cells, as if they had been run."""
+def committed(folder: Path, cells: list[Cell], **changes: Any) -> None:
+    """Records of these cells, as if they had been run side by side."""
     for cell in cells:
         config = cell.config("runs/old")
-        settings = {key.replace(".", "__"): value for key, value in cell.settings("runs/old").items() if key != "preset"}
-        content = made(claim=cell.folder, **{"rank": config.rank, "seed": config.seed} | settings)
-        content |= {"config": results.to_dict(config), "name": cell.name} | changes  # presets are expanded there
+        content = made(config.rank, config.seed, claim=cell.folder, horizon=config.horizon)
+        content |= {"config": to_dict(config), "name": cell.name} | changes
         if content["decoding"]:
             content["decoding"]["group"] = [each.name for each in cells]
-        results.write(results.validate(content), folder / cell.folder)
+        results.write(content, folder / cell.folder)
 
 
 def small(cells: list[Cell], folder: Path) -> pipeline.Plan:
@@ -230,7 +245,7 @@ def test_a_cell_with_a_record_of_its_settings_is_finished(tmp_path: Path) -> Non
     # Rank 4 must be timed beside ranks 1 and 8: they are due again, and their trunk is needed for its weights.
     unfinished = small(more, tmp_path)
     assert {cell.name for cell in unfinished.pending} == {cell.name for cell in more[1:]}
-    assert [cell.name for cell in unfinished.needed][0] == code.name and code.name in unfinished.finished
+    assert unfinished.needed[0].name == code.name and code.name in unfinished.finished
     # Another dial is another comparison: nothing else is due.
     other = [*cells, heads(code, 8, "cpu-heads").varied("kl", balance="kl")]
     assert [cell.name for cell in small(other, tmp_path).pending] == [other[-1].name]
@@ -271,7 +286,9 @@ def test_records_of_other_code_are_not_added_to_without_a_word(tmp_path: Path) -
     commit, _ = results.git_state()
     content["commit"] = commit
     (tmp_path / "results/C1" / f"{old.name}.json").write_text(json.dumps(content))
-    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *pipeline.CODE], cwd=ROOT, check=False).returncode == 0
+    same = (
+        subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *pipeline.CODE], cwd=ROOT, check=False).returncode == 0
+    )
     assert bool(pipeline.mixed_code(small([old, new], tmp_path))) is not same
 
 
@@ -322,9 +339,7 @@ def test_a_mistake_exits_2_with_one_line(words: list[str], says: str, capsys: py
     assert says in said and said.startswith("error: ") and len(said.splitlines()) == 1
 
 
-def test_slurm_without_submitit_or_sbatch_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slurm_without_submitit_or_sbatch_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigError, match="pip install 'cpdlm\\[slurm\\]'"):
         launchers.Slurm(tmp_path)
@@ -336,9 +351,15 @@ def test_slurm_without_submitit_or_sbatch_says_what_to_install(
 
 def test_a_claim_goes_to_the_committed_records_and_a_profile_to_its_own() -> None:
     claim = sweep.plan_of(sweep.parse(["claim=C3"]))
-    assert (str(claim.out), str(claim.results), claim.publish, claim.experiment) == ("runs/claims", "results", True, "C3")
+    assert (str(claim.out), str(claim.results), claim.publish, claim.experiment) == (
+        "runs/claims",
+        "results",
+        True,
+        "C3",
+    )
     everything = sweep.plan_of(sweep.parse(["claim=all", "profile=gpu", "data=bundle"]))
     assert str(everything.results) == "results/gpu" and len(everything.comparisons) == 5
+    assert str(everything.shown) == "results", "records of a GPU join the others in the report"
     assert all(cell.overrides["data.bundle"] == "bundle" for cell in everything.cells)
     profile = sweep.plan_of(sweep.parse(["profile=smoke", f"out={ROOT / 'runs/mine'}"]))
     assert (str(profile.out), str(profile.results), profile.publish) == ("runs/mine", "runs/mine/results", False)
@@ -347,9 +368,7 @@ def test_a_claim_goes_to_the_committed_records_and_a_profile_to_its_own() -> Non
     }
 
 
-def test_dry_run_prints_cells_states_costs_and_runs_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_prints_cells_states_costs_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out/code-micro-own-r1-n4-none-s0").mkdir(parents=True)
     (tmp_path / "out/code-micro-own-r1-n4-none-s0/failed.json").write_text("{}")
     assert sweep.main(["profile=smoke", f"out={tmp_path}/out", "--dry-run"]) == 0
@@ -389,7 +408,9 @@ def test_costs_follow_the_dials() -> None:
     base = heads(trunk("code", "cpu-trunk,trunk"), 4, "cpu-heads")
     flops = cost.step_flops(base.config("runs"))
     assert cost.step_flops(base.varied("x", rank=8).config("runs"))[1] == pytest.approx(2 * flops[1])
-    assert cost.step_flops(scratch("code", 4).varied("x", size="small").config("runs"))[0] == pytest.approx(3 * flops[0])
+    assert cost.step_flops(scratch("code", 4).varied("x", size="small").config("runs"))[0] == pytest.approx(
+        3 * flops[0]
+    )
     separate = base.varied("x", model__head="separate").config("runs")
     assert cost.head_flops(separate) < cost.head_flops(base.config("runs"))
     assert cost.head_weights(separate) == 16 * 256 * 257
@@ -413,8 +434,52 @@ def test_two_workers_halve_the_time_but_not_that_of_a_chain() -> None:
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
+PAGE = (ROOT / "experiments/README.md").read_text()
+
 
 def test_the_page_says_what_the_suite_says() -> None:
-    page = (ROOT / "experiments/README.md").read_text()
-    assert sweep.page() in page, "experiments/README.md is not what `python -m experiments.page` writes"
-    assert all(f"claim={each.id}" in page for each in STUDIES)
+    """Claim, question, command and folders exactly; the predicted time within a factor of two, since it follows the records."""
+    rows = [
+        [part.strip() for part in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| C")
+    ]
+    records = results.load_all(ROOT / "results")[0]
+    expected = [(each, scale) for each in STUDIES for scale in SCALES if getattr(each, scale)]
+    assert len(rows) == len(expected)
+    for (each, scale), (claim, question, command, hours, folders) in zip(expected, rows, strict=True):
+        on_gpu = scale == "gpu"
+        assert (claim, question) == (each.id, each.claim.question)
+        assert command == f"`python experiments/sweep.py claim={each.id}{' profile=gpu' * on_gpu}`"
+        assert sweep.parse(command.strip("`").split()[2:]).claim == each.id
+        cells = study(each.id, scale)
+        root = "results/gpu" if on_gpu else "results"
+        assert folders == ", ".join(f"`{root}/{name}`" for name in sorted({cell.folder for cell in cells}))
+        number, unit, where = hours.replace(",", "").split(maxsplit=2)
+        assert where == ("one GPU" if on_gpu else "2 cores")
+        if not any(cell.config("runs").is_pretrained for cell in cells):
+            model = cost.CostModel.of(records, scale)
+            seconds = cost.wall_seconds(cells, cost.estimates(model, cells), 1 if on_gpu else 2)
+            said = float(number) * {"h": 3600, "min": 60}[unit]
+            assert said / 2 < seconds < said * 2, f"{claim}: about {seconds / 60:.0f} min"
+
+
+def test_the_page_names_every_arm_and_its_claims() -> None:
+    arms: dict[str, list[str]] = {}
+    for each in STUDIES:
+        for arm in each.cpu:
+            arms.setdefault(arm.__name__, []).append(each.id)
+    del arms["retrofit"]
+    rows = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `")]
+    told = {name.strip(" `"): claims.strip() for names, _, claims in rows for name in names.split(",")}
+    for name, claims in arms.items():
+        assert set(claims) <= set(told[name].split(", ")), name
+    assert set(told) == set(arms)
+    cells = study("all")
+    assert f"{len({cell.setting for cell in cells})} settings" in PAGE
+
+
+def test_the_commands_of_the_page_are_understood() -> None:
+    block = PAGE.split("```bash\n")
+    lines = [line.split("#")[0].split() for part in block[1:] for line in part.split("```")[0].splitlines()]
+    for _, script, *words in lines:
+        if script == "experiments/sweep.py" and "--help" not in words:
+            sweep.plan_of(sweep.parse(words))
