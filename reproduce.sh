@@ -7,7 +7,7 @@ source "$ROOT/requirements/environment.sh"
 
 PROFILES=(smoke cpu cpu-full gpu paper)
 STAGES=(set-up data train decode report)
-OPTIONS=(--profile --only --data --python --out --results --jobs --help)
+OPTIONS=(--profile --only --data --python --out --results --jobs --mix --help)
 
 usage() {
     cat <<'HELP'
@@ -30,6 +30,7 @@ the claims. Every stage skips what is complete, so the same command continues a 
   --out DIR        folder of the runs (default: runs/PROFILE in this repository)
   --results DIR    folder of the records (default: OUT/results); with it figures and README are redrawn from there
   --jobs N         cells trained at once (default: one per core, one on a GPU)
+  --mix yes        add to records of other code or data, which is refused otherwise
   --help           this page
 HELP
 }
@@ -43,7 +44,7 @@ place() {
 }
 
 main() {
-    local profile="" only="" data="" python="" out="" results="" jobs="" option value stage
+    local profile="" only="" data="" python="" out="" results="" jobs="" mix="" option value stage
     local -a wanted=() arguments=()
     while (($#)); do
         option=$1
@@ -69,6 +70,7 @@ main() {
             --out) out=$value ;;
             --results) results=$value ;;
             --jobs) [[ $value =~ ^[1-9][0-9]*$ ]] || usage_error "--jobs $value: write a number of at least 1"; jobs=$value ;;
+            --mix) one_of --mix "$value" yes no; mix=$value ;;
             *) usage_error "$option takes no value" ;;
         esac
     done
@@ -101,6 +103,7 @@ main() {
     [[ -z $data ]] || arguments+=("data=$(place "$data")")
     [[ -z $results ]] || arguments+=("results=$(place "$results")")
     [[ -z $jobs ]] || arguments+=("jobs=$jobs")
+    [[ -z $mix ]] || arguments+=("mix=$mix")
     # The sweep prints stages 2 to 5 and says how to continue when it is stopped.
     exec "$PYTHON" -m experiments.sweep "${arguments[@]}"
 }

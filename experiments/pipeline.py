@@ -21,7 +21,7 @@ from typing import Any
 from cpdlm.config import INCIDENTAL, Config, ConfigError, flat, to_dict
 from cpdlm.files import check_writable, write_json
 from cpdlm.report.results import Record, RecordError, git_state, load
-from experiments.launchers import ROOT, Job, Launcher, schedule
+from experiments.launchers import ROOT, Job, Launcher, Slurm, schedule
 from experiments.suite import Cell, complete, decode_groups, mates
 
 STAGES = ("data", "train", "decode", "report")
@@ -235,12 +235,13 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
     by_name = {cell.name: cell for cell in pending}
     jobs = []
     for cell in pending:
-        # A cell of a killed sweep may still be saving.
-        with exclusive(plan.out / cell.name, patience=60):
-            needs = frozenset({cell.trunk.name} if cell.trunk is not None else ())
-            jobs.append(
-                Job(cell.name, train_command(cell, plan, track), plan.out / cell.name / "train.log", needs, cell.alone)
-            )
+        folder, needs = plan.out / cell.name, frozenset({cell.trunk.name} if cell.trunk is not None else ())
+        if not isinstance(
+            launcher, Slurm
+        ):  # which finds the jobs of a killed sweep again; here they may still be saving
+            with exclusive(folder, patience=60):
+                pass
+        jobs.append(Job(cell.name, train_command(cell, plan, track), folder / "train.log", needs, cell.alone))
     done = {cell.name for cell in plan.needed} - set(by_name)
     complaints = [line for cell in plan.needed if cell.name in done and (line := _other_trunk(plan, cell))]
     if complaints:

@@ -187,9 +187,8 @@ def judge(families: list[Family]) -> list[Verdict]:
             "overhead": "no timing cells",
         }.get(claim.test, f"no records of two or more ranks with {claim.target} target and anchor=none")
         found += rows or [Verdict(claim, "-", NOT_MEASURED, missing)]
-        if claim.gpu and not any(
-            _on_gpu(family) for family in families if _is_timing(family) == (claim.target == "timing")
-        ):
+        about = trained if claim.test == "faster" else [family for family in ours if _is_timing(family)]
+        if claim.gpu and not any(_on_gpu(family) for family in about if claim.target in ("timing", family.target)):
             reason = f"no records of a GPU; python experiments/sweep.py claim={claim.id} profile=gpu"
             found.append(Verdict(claim, "one GPU", NOT_MEASURED, reason))
     return found
