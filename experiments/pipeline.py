@@ -236,9 +236,8 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
     jobs = []
     for cell in pending:
         folder, needs = plan.out / cell.name, frozenset({cell.trunk.name} if cell.trunk is not None else ())
-        if not isinstance(
-            launcher, Slurm
-        ):  # which finds the jobs of a killed sweep again; here they may still be saving
+        # Cells of a killed sweep may still be saving here; on a cluster their jobs are found again.
+        if not isinstance(launcher, Slurm):
             with exclusive(folder, patience=60):
                 pass
         jobs.append(Job(cell.name, train_command(cell, plan, track), folder / "train.log", needs, cell.alone))

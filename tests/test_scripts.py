@@ -138,6 +138,7 @@ def test_help_names_every_profile_and_command() -> None:
         (("reproduce.sh", "--only", "data,trian"), "did you mean train?"),
         (("reproduce.sh", "--data", "nowhere"), "no such folder; ./dev bundle"),
         (("reproduce.sh", "--jobs", "0"), "--jobs 0"),
+        (("reproduce.sh", "--mix", "yess"), "did you mean yes?"),
         (("reproduce.sh", "smoke"), "'smoke' is not an option"),
         (("reproduce.sh", "--python", "./nothing"), "there is no such program"),
         (("dev",), "usage: ./dev"),
@@ -213,10 +214,7 @@ def test_a_given_python_is_checked_and_nothing_is_installed(
     else:
         assert done.returncode == 0, done.stderr
         assert "[1/5] set-up: skipped: " in done.stdout and "torch 2.11.0+cu130; tested with 2.13.0" in done.stdout
-        assert (
-            "ran -m experiments.sweep profile=smoke out=runs/smoke only=train,decode data=experiments"
-            in done.stdout
-        )
+        assert "ran -m experiments.sweep profile=smoke out=runs/smoke only=train,decode data=experiments" in done.stdout
 
 
 # --- the set-up ------------------------------------------------------------------------------------------------------
