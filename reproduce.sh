@@ -7,7 +7,7 @@ source "$ROOT/requirements/environment.sh"
 
 PROFILES=(smoke cpu cpu-full retrofit-screen retrofit gpu retrofit-gpu paper)
 STAGES=(set-up data train decode report)
-OPTIONS=(--profile --only --data --python --out --results --jobs --help)
+OPTIONS=(--profile --only --data --python --out --results --jobs --mix --help)
 
 usage() {
     cat <<'HELP'
@@ -18,7 +18,7 @@ the claims. Every stage skips what is complete, so the same command continues a 
 
   --profile NAME   smoke     everything once, too small to mean anything      2 cores, 3 min
                    cpu       all claims on code, some on text                 2 cores, 40 min
-                   cpu-full  all ranks on code and text, anchors, 3 seeds     2 cores, 3 h
+                   cpu-full  every claim, 3 seeds (experiments/README.md)     2 cores, 4 h
                    retrofit-screen  heads on a pretrained model: which objective   2 cores, 1 h
                    retrofit  the same: ranks, anchors, code and text          2 cores, 4 h
                    gpu       a 56.3M-parameter trunk                          one GPU
@@ -33,11 +33,12 @@ the claims. Every stage skips what is complete, so the same command continues a 
   --out DIR        folder of the runs (default: runs/PROFILE in this repository)
   --results DIR    folder of the records (default: OUT/results); with it figures and README are redrawn from there
   --jobs N         cells trained at once (default: one per core, one on a GPU)
+  --mix yes        add to records of other code or data, which is refused otherwise
   --help           this page
 HELP
 }
 
-# place PATH: as the pipeline must write it, relative to the repository where it lies inside, so that records name no machine.
+# place PATH: as the sweep must write it, relative to the repository where it lies inside, so that records name no machine.
 place() {
     local path=$1
     [[ $path == /* ]] || path=$FROM/$path
@@ -46,7 +47,7 @@ place() {
 }
 
 main() {
-    local profile="" only="" data="" python="" out="" results="" jobs="" option value stage
+    local profile="" only="" data="" python="" out="" results="" jobs="" mix="" option value stage
     local -a wanted=() arguments=()
     while (($#)); do
         option=$1
@@ -72,6 +73,7 @@ main() {
             --out) out=$value ;;
             --results) results=$value ;;
             --jobs) [[ $value =~ ^[1-9][0-9]*$ ]] || usage_error "--jobs $value: write a number of at least 1"; jobs=$value ;;
+            --mix) one_of --mix "$value" yes no; mix=$value ;;
             *) usage_error "$option takes no value" ;;
         esac
     done
@@ -99,13 +101,14 @@ main() {
     trap - INT
     if ((${#wanted[@]})) && [[ -z $only ]]; then return 0; fi
 
-    arguments=(--profile "$profile" --out "$(if [[ -n $out ]]; then place "$out"; else say "runs/$profile"; fi)")
-    [[ -z $only ]] || arguments+=(--only "$only")
-    [[ -z $data ]] || arguments+=(--data "$(place "$data")")
-    [[ -z $results ]] || arguments+=(--results "$(place "$results")")
-    [[ -z $jobs ]] || arguments+=(--jobs "$jobs")
-    # The pipeline prints stages 2 to 5 and says how to continue when it is stopped.
-    exec "$PYTHON" -m experiments.pipeline "${arguments[@]}"
+    arguments=("profile=$profile" "out=$(if [[ -n $out ]]; then place "$out"; else say "runs/$profile"; fi)")
+    [[ -z $only ]] || arguments+=("only=$only")
+    [[ -z $data ]] || arguments+=("data=$(place "$data")")
+    [[ -z $results ]] || arguments+=("results=$(place "$results")")
+    [[ -z $jobs ]] || arguments+=("jobs=$jobs")
+    [[ -z $mix ]] || arguments+=("mix=$mix")
+    # The sweep prints stages 2 to 5 and says how to continue when it is stopped.
+    exec "$PYTHON" -m experiments.sweep "${arguments[@]}"
 }
 
 main "$@"

@@ -246,16 +246,18 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
     return results.write(record, folder)
 
 
-def sweep(profile: str, output: str, command: str) -> str:
+def sweep(title: str, output: str, command: str, experiment: str) -> str:
     """The MLflow run id of this sweep's parent ("" without MLflow)."""
-    return tracking.start_sweep(profile, Path(output), command).run_id
+    return tracking.start_sweep(title, Path(output), command, experiment=experiment).run_id
 
 
-def log(configs_and_records: list[tuple[Config, Path]], profile: str, output: Path, figures: list[Path]) -> None:
+def log(
+    configs_and_records: list[tuple[Config, Path]], title: str, output: Path, figures: list[Path], experiment: str
+) -> None:
     """Add finished records to their MLflow runs, and the figures to the sweep's."""
     for config, path in configs_and_records:
         tracking.log_record(config, path)
-    parent = tracking.start_sweep(profile, output, "")
+    parent = tracking.start_sweep(title, output, "", experiment=experiment)
     for figure in figures:
         parent.artifact(figure, "figures")
     parent.end()

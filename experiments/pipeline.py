@@ -1,72 +1,114 @@
-"""Runs a profile stage by stage: data, train, decode, report. `reproduce.sh` is this plus an environment.
+"""The stages of a sweep over any list of cells: data, train, decode, report. `experiments/sweep.py` is its command line.
 
-    python -m experiments.pipeline --profile cpu --out runs/cpu [--only train,decode] [--data BUNDLE]
-
-Every stage skips what is complete, so the same command continues a killed run. Training cells run as processes of
-their own, as many at once as there are cores to share; decoding is timed, so it runs alone and in this process.
+Every stage skips what is complete, so that the same sweep continues where a killed one was. A cell whose record lies among
+the results, with these settings and timed beside its mates, is finished and never runs again; where only its weights are
+needed (a trunk) they are made again. A cell that fails leaves OUT/NAME/failed.json, and the others go on.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import os
-import signal
+import datetime
+import json
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import Config, ConfigError
-from experiments.suite import PROFILES, Cell, decode_groups
+from cpdlm.config import INCIDENTAL, Config, ConfigError, flat, to_dict
+from cpdlm.files import check_writable, write_json
+from cpdlm.report.results import Record, RecordError, git_state, load
+from experiments.launchers import ROOT, Job, Launcher, Slurm, schedule
+from experiments.suite import Cell, complete, decode_groups, mates
 
 STAGES = ("data", "train", "decode", "report")
+FAILED = "failed.json"
+# What decides the numbers of a record: records of commits that differ elsewhere only are records of the same code.
+CODE = (
+    "cpdlm/config.py", "cpdlm/data", "cpdlm/model", "cpdlm/training", "cpdlm/decoding", "cpdlm/evaluation",
+    "experiments/cell.py",
+)  # fmt: skip
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        options = _options(arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from cpdlm.files import WriteError
-    from cpdlm.report.results import RecordError
-    from cpdlm.training.storage import RunError, exclusive
+@dataclass(frozen=True)
+class Plan:
+    """What to run and where. title: the claim or the profile. comparisons: sets of cells that are compared with each other.
+    mix: records of other code or data may be added to. shown: the folder whose records the report is drawn from (default:
+    results). publish: it takes the place of the committed figures and of README's claims."""
 
-    signal.signal(signal.SIGTERM, _pass_on)
-    try:
-        # Two sweeps in one folder would train the same cells and disturb each other's timings.
-        with exclusive(Path(options.out)):
-            return run(options)
-    except (ConfigError, RunError, RecordError, WriteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues where it was", file=sys.stderr)
-        return 130
+    title: str
+    cells: list[Cell]
+    out: Path
+    results: Path
+    command: str
+    comparisons: list[list[Cell]] = field(default_factory=list)
+    experiment: str = "cpdlm"
+    stages: tuple[str, ...] = STAGES
+    mix: bool = False
+    shown: Path | None = None
+    publish: bool = False
+
+    @cached_property
+    def finished(self) -> dict[str, Record]:
+        """By name: the cells with a record that stands."""
+        found = ((cell.name, self._record(cell)) for cell in self.cells)
+        return {name: record for name, record in found if record is not None}
+
+    @cached_property
+    def pending(self) -> list[Cell]:
+        """The cells without one."""
+        return [cell for cell in self.cells if cell.name not in self.finished]
+
+    @cached_property
+    def needed(self) -> list[Cell]:
+        """The pending cells, and the trunks and references whose weights they need, those first."""
+        return complete(self.pending)
+
+    def _record(self, cell: Cell) -> Record | None:
+        path = self.results / cell.folder / f"{cell.name}.json"
+        if not path.is_file():
+            return None
+        try:
+            record = load(path, self.results)
+        except RecordError:
+            return None
+        config = cell.config(str(self.out))
+        if _comparable(to_dict(config)) != _comparable(to_dict(Config()), record.config):
+            return None
+        if config.horizon == 1:
+            return record
+        decoding = record["decoding"] or {"group": []}
+        reference = cell.reference is None or (decoding.get("reference") or [""])[0] == cell.reference.name
+        beside = mates(cell, self.cells) <= set(decoding["group"])
+        return record if record["decoding"] and reference and beside else None
 
 
-def run(options: argparse.Namespace) -> int:
+def _comparable(*nested: dict[str, Any]) -> dict[str, Any]:
+    """Settings that decide what a cell computes; later ones win. A trunk is its name, wherever it lies."""
+    values: dict[str, Any] = {}
+    for each in nested:
+        values |= flat(each)
+    kept = {key: value for key, value in values.items() if not key.startswith(INCIDENTAL)}
+    return kept | {"model.trunk": Path(kept["model.trunk"]).name}
+
+
+def run(plan: Plan, launcher: Launcher) -> int:
     """The stages in order; returns the exit code: 1 where a cell or a group failed (the others are run all the same)."""
-    from cpdlm.files import check_writable
-
-    cells, failures = PROFILES[options.profile](), list[str]()
-    if options.data:
-        cells = [_with(cell, {"data.bundle": options.data}) for cell in cells]
+    failures: list[str] = []
+    check_writable(plan.results)
+    refuse_mixed_code(plan)
     stages: dict[str, Callable[[], str]] = {
-        "data": lambda: _data(cells, options),
-        "train": lambda: _train(cells, options, failures),
-        "decode": lambda: _decode(cells, options, failures),
-        "report": lambda: _report(cells, options, failures),
+        "data": lambda: _data(plan),
+        "train": lambda: _train(plan, launcher, failures),
+        "decode": lambda: _decode(plan, launcher, failures),
+        "report": lambda: _report(plan),
     }
-    check_writable(Path(options.results or options.out))
     try:
         for number, name in enumerate(STAGES, start=2):
-            if name in options.only:
+            if name in plan.stages:
                 print(f"[{number}/5] {name} ...", flush=True)
                 began = time.monotonic()
                 outcome = stages[name]()
@@ -77,93 +119,173 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _data(cells: list[Cell], options: argparse.Namespace) -> str:
+# --- what may be compared --------------------------------------------------------------------------------------------
+
+
+def mixed_code(plan: Plan) -> list[str]:
+    """One line per set of finished records of other code that pending cells would be compared with."""
+    lines = []
+    for cells in plan.comparisons or [plan.cells]:
+        names = {cell.name for cell in cells}
+        if not names & {cell.name for cell in plan.pending}:
+            continue
+        old = [record for name, record in plan.finished.items() if name in names and not _same_code(record)]
+        if old:
+            commits = sorted({str(record["commit"])[:10] + "-dirty" * bool(record["dirty"]) for record in old})
+            lines.append(f"{len(old)} records of other code ({', '.join(commits)}) under {plan.results}: {_some(old)}")
+    return list(dict.fromkeys(lines))
+
+
+def refuse_mixed_code(plan: Plan) -> None:
+    """Raise ConfigError unless plan.mix."""
+    lines = mixed_code(plan)
+    if lines and not plan.mix:
+        raise ConfigError(
+            f"the missing cells would be compared with {'; and with '.join(lines)}. Type mix=yes to add to them (the report "
+            "names the commits), or results=OTHER to begin afresh"
+        )
+
+
+def refuse_mixed_data(plan: Plan, config: Config, sha256: str) -> None:
+    """Raise ConfigError where finished records were made of other text, unless plan.mix."""
+    other = [
+        record
+        for record in plan.finished.values()
+        if all(record.config[key] == value for key, value in _data_settings(config).items() if key == "corpus")
+        and all(record.config["data"].get(k) == v for k, v in _data_settings(config).items() if k != "corpus")
+        and record["data"]["sha256"] != sha256
+    ]
+    if other and not plan.mix:
+        raise ConfigError(
+            f"{len(other)} records under {plan.results} are of other text than corpus={config.corpus} is now (sha256 "
+            f"{other[0]['data']['sha256'][:12]} then, {sha256[:12]} now): {_some(other)}. Restore it, type results=OTHER, or "
+            "mix=yes: the report never compares the two"
+        )
+
+
+def _data_settings(config: Config) -> dict[str, Any]:
+    return {"corpus": config.corpus, "tokenizer": config.data.tokenizer, "max_bytes": config.data.max_bytes}
+
+
+def _other_trunk(plan: Plan, trunk: Cell) -> str:
+    """What to say where finished records rest on other weights of this trunk than these; "" where none does."""
+    from cpdlm.training.storage import WEIGHTS, trunk_hash
+
+    if plan.mix or not (plan.out / trunk.name / WEIGHTS).is_file():
+        return ""
+    head = next((c for c in plan.cells if c.trunk is not None and c.trunk.name == trunk.name), None)
+    mine = trunk_hash(head.config(str(plan.out))) if head is not None else ""
+    heads = {cell.name for cell in plan.cells if cell.trunk is not None and cell.trunk.name == trunk.name}
+    other = [r for name, r in plan.finished.items() if name in heads and r["data"].get("trunk_sha256", mine) != mine]
+    if not other:
+        return ""
+    return (
+        f"{trunk.name} trained to other weights than those under {len(other)} records ({_some(other)}): the target would not be "
+        "a common one. Type mix=yes to compare all the same, or results=OTHER"
+    )
+
+
+@lru_cache(maxsize=64)
+def _unchanged_since(commit: str) -> bool:
+    if commit == git_state()[0] == "unknown":
+        return True
+    asked = subprocess.run(
+        ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *CODE], capture_output=True, check=False
+    )
+    return asked.returncode == 0 if git_state()[0] != "unknown" else commit == git_state()[0]
+
+
+def _same_code(record: Record) -> bool:
+    return not record["dirty"] and _unchanged_since(str(record["commit"]))
+
+
+def _some(records: list[Record]) -> str:
+    names = [str(record["name"]) for record in records]
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def _data(plan: Plan) -> str:
     from cpdlm.data.corpus import load_corpus
 
     made: dict[str, str] = {}
-    for cell in cells:
-        config = cell.config(options.out)
-        key = f"{config.corpus}/{config.data.tokenizer}/{config.data.max_bytes}/{config.data.context}"
+    for cell in plan.needed:
+        config = cell.config(str(plan.out))
+        key = f"{_data_settings(config)}/{config.data.context}"
         if key not in made:
             corpus = load_corpus(config)
+            refuse_mixed_data(plan, config, str(corpus.describe()["sha256"]))
             made[key] = f"{config.corpus} ({config.data.tokenizer}): {len(corpus.train.tokens):,} training tokens"
-    return "; ".join(made.values())
+    return "; ".join(made.values()) or "skipped: nothing is left to run"
 
 
-def _train(cells: list[Cell], options: argparse.Namespace, failures: list[str]) -> str:
+def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
+    from cpdlm.training.storage import exclusive
     from experiments import cell as one
 
-    pending = [cell for cell in cells if not one.is_trained(cell.config(options.out))]
+    pending = [cell for cell in plan.needed if not one.is_trained(cell.config(str(plan.out)))]
     if not pending:
-        return f"skipped: all {len(cells)} cells are complete"
+        return f"skipped: all {len(plan.cells)} cells are complete"
     from tqdm import tqdm
 
-    parent = one.sweep(options.profile, options.out, f"./reproduce.sh --profile {options.profile}")
-    quiet = options.jobs > 1
-    done_names = {cell.config(options.out).run_name for cell in cells} - {
-        c.config(options.out).run_name for c in pending
-    }
-    with (
-        ThreadPoolExecutor(options.jobs) as pool,
-        tqdm(total=len(pending), desc="cells", unit="cell", disable=not quiet) as bar,
-    ):
-        running: dict[Future[int], Cell] = {}
-        waiting = list(pending)
-        while waiting or running:
-            ready = [c for c in waiting if c.trunk is None or c.trunk.config(options.out).run_name in done_names]
-            for cell in ready[: options.jobs - len(running)]:
-                waiting.remove(cell)
-                running[pool.submit(_run_cell, cell, options, parent, quiet)] = cell
-            if not running:
-                failures += [f"{cell.config(options.out).run_name}: its trunk failed" for cell in waiting]
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                name = cell.config(options.out).run_name
-                if (code := future.result()) in (130, -2, -15):
-                    raise KeyboardInterrupt
-                if code == 0:
-                    done_names.add(name)
-                else:
-                    log = Path(options.out) / name / "train.log"
-                    failures.append(f"{name}: exit {code}; see {log}")
-                    tqdm.write(f"failed: {failures[-1]}{_last_lines(log)}", file=sys.stderr)
-                bar.update()
-    return f"{len(pending)} of {len(cells)} cells run, {len(failures)} failed"
+    parent = one.sweep(plan.title, str(plan.out), plan.command, plan.experiment)
+    track = [f"tracking.experiment={plan.experiment}", *([f"tracking.parent={parent}"] if parent else [])]
+    by_name = {cell.name: cell for cell in pending}
+    jobs = []
+    for cell in pending:
+        folder, needs = plan.out / cell.name, frozenset({cell.trunk.name} if cell.trunk is not None else ())
+        # Cells of a killed sweep may still be saving here; on a cluster their jobs are found again.
+        if not isinstance(launcher, Slurm):
+            with exclusive(folder, patience=60):
+                pass
+        jobs.append(Job(cell.name, train_command(cell, plan, track), folder / "train.log", needs, cell.alone))
+    done = {cell.name for cell in plan.needed} - set(by_name)
+    complaints = [line for cell in plan.needed if cell.name in done and (line := _other_trunk(plan, cell))]
+    if complaints:
+        raise ConfigError("; ".join(complaints))
+    print(f"      {len(jobs)} cells; each writes {plan.out}/NAME/train.log", flush=True)
+    with tqdm(total=len(jobs), desc="cells", unit="cell") as bar:
+
+        def ended(job: Job, code: int) -> bool:
+            bar.update()
+            failure = plan.out / job.name / FAILED
+            if code == 0:
+                failure.unlink(missing_ok=True)
+                if complaint := _other_trunk(plan, by_name[job.name]):
+                    failures.append(complaint)
+                return not complaint
+            note_failure(failure, job, code)
+            failures.append(f"{job.name}: exit {code}; see {failure}")
+            tqdm.write(f"failed: {failures[-1]}{_last_lines(job.log)}", file=sys.stderr)
+            return False
+
+        skipped = schedule(jobs, launcher, ended)
+    failures += [f"{job.name}: its trunk failed" for job in skipped]
+    return f"{len(pending)} cells run for {len(plan.cells)}, {len(failures)} failed"
 
 
-def _run_cell(cell: Cell, options: argparse.Namespace, parent: str, quiet: bool) -> int:
-    """Train and evaluate one cell in a process of its own. Returns its exit code."""
-    command = [sys.executable, "experiments/run.py", *cell.words(options.out), "--stage=train"]
-    if parent:
-        command.append(f"tracking.parent={parent}")
-    threads = max(1, _cores() // options.jobs)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    root = Path(__file__).resolve().parent.parent
-    if not quiet:
-        return _wait(subprocess.Popen(command, cwd=root, env=environment))
-    folder = Path(options.out) / cell.config(options.out).run_name
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "train.log", "a") as log:
-        return _wait(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log))
+def train_command(cell: Cell, plan: Plan, track: list[str]) -> tuple[str, ...]:
+    return ("experiments/run.py", *cell.words(str(plan.out)), "--stage=train", *track)
 
 
-_children: set[subprocess.Popen[bytes]] = set()
-
-
-def _wait(child: subprocess.Popen[bytes]) -> int:
-    _children.add(child)
-    try:
-        return child.wait()
-    finally:
-        _children.discard(child)
-
-
-def _pass_on(number: int, frame: Any) -> None:
-    """SIGTERM reaches this process alone: the training cells, too, leave their checkpoints and stop."""
-    for child in list(_children):
-        child.send_signal(signal.SIGTERM)
-    raise KeyboardInterrupt
+def note_failure(path: Path, job: Job, code: int) -> None:
+    """What a failed job leaves: its command, exit code and the traceback (else the last lines) of its log."""
+    text = job.log.read_text(errors="replace").replace("\r", "\n") if job.log.is_file() else ""
+    _, found, trace = text.rpartition("Traceback (most recent call last):")
+    write_json(
+        path,
+        {
+            "name": job.name,
+            "command": " ".join(["python", *job.argv]),
+            "exit": code,
+            "traceback": (found + trace).strip() if found else _last_lines(job.log, 20).strip(),
+            "log": job.log.name,
+            "commit": git_state()[0],
+            "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+    )
 
 
 def _last_lines(log: Path, count: int = 5) -> str:
@@ -174,88 +296,59 @@ def _last_lines(log: Path, count: int = 5) -> str:
     return "".join(f"\n    {line}" for line in lines[-count:])
 
 
-def _decode(cells: list[Cell], options: argparse.Namespace, failures: list[str]) -> str:
+def _decode(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
     from experiments import cell as one
 
-    trained = [cell for cell in cells if one.is_trained(cell.config(options.out))]
-    groups = [
-        (
-            [cell.config(options.out) for cell in group.cells],
-            group.reference.config(options.out) if group.reference is not None else None,
+    out = str(plan.out)
+    trained = [cell for cell in plan.needed if one.is_trained(cell.config(out))]
+    drafting = [cell for cell in trained if cell.config(out).horizon > 1]
+    names = {cell.name for cell in trained}
+
+    def is_measured(cell: Cell) -> bool:
+        beside = mates(cell, drafting)
+        reference = cell.reference.config(out) if cell.reference is not None and cell.reference.name in names else None
+        return one.is_measured([cell.config(out)], reference) and beside <= set(
+            json.loads((plan.out / cell.name / one.MEASURED).read_bytes())["group"]
         )
-        for group in decode_groups(trained, options.out)
-    ]
-    pending = [group for group in groups if not one.is_measured(*group)]
-    if not pending:
-        return f"skipped: all {len(groups)} groups are complete"
-    for configs, reference in pending:
-        try:
-            one.measure(configs, reference)
-        except Exception:
-            failures.append(f"decoding {', '.join(config.run_name for config in configs)}:\n{traceback.format_exc()}")
-    return f"{len(pending)} of {len(groups)} groups measured, {len(failures)} failed"
+
+    due = [cell for cell in drafting if not is_measured(cell)]
+    if not due:
+        return "skipped: nothing is left to time"
+    due += [cell for cell in trained if cell.config(out).horizon == 1]  # references
+    jobs = []
+    for group in decode_groups(due, out):
+        name = f"decoding-{group.cells[0].name}"
+        reference = group.reference.words(out) if group.reference is not None else None
+        path = plan.out / "groups" / f"{name}.json"
+        write_json(path, {"cells": [cell.words(out) for cell in group.cells], "reference": reference})
+        jobs.append(Job(name, ("-m", "experiments.measure", str(path)), path.with_suffix(".log"), alone=True))
+
+    def ended(job: Job, code: int) -> bool:
+        print(f"      {job.name}: {'measured' if code == 0 else f'exit {code}'}", flush=True)
+        failure = job.log.with_suffix(f".{FAILED}")
+        failure.unlink(missing_ok=True)
+        if code:
+            note_failure(failure, job, code)
+            failures.append(f"{job.name}: exit {code}; see {failure}{_last_lines(job.log)}")
+        return code == 0
+
+    before = len(failures)
+    schedule(jobs, launcher, ended)
+    return f"{len(jobs)} groups measured, {len(failures) - before} failed"
 
 
-def _report(cells: list[Cell], options: argparse.Namespace, failures: list[str]) -> str:
+def _report(plan: Plan) -> str:
     from experiments import cell as one
 
-    results = Path(options.results or Path(options.out) / "results")
     written: list[tuple[Config, Path]] = []
-    for cell in cells:
-        config = cell.config(options.out)
+    for cell in plan.pending:
+        config = cell.config(str(plan.out))
         if one.is_trained(config):
-            command = "python experiments/run.py " + " ".join(cell.words(options.out))
-            folder = results / cell.folder
-            path = one.write_record(config, command, folder, claim=cell.folder, profile=options.profile)
+            command = "python experiments/run.py " + " ".join(cell.words(str(plan.out)))
+            folder = plan.results / cell.folder
+            path = one.write_record(config, command, folder, claim=cell.folder, profile=plan.title)
             written.append((config, path))
-    text, figures = one.report(results, Path(options.out), publish=bool(options.results))
-    one.log(written, options.profile, Path(options.out), figures)
+    text, figures = one.report(plan.shown or plan.results, plan.out, publish=plan.publish)
+    one.log(written, plan.title, plan.out, figures, plan.experiment)
     print(text, flush=True)
-    return f"{len(written)} of {len(cells)} records under {results}"
-
-
-def _with(cell: Cell, settings: dict[str, str]) -> Cell:
-    trunk, reference = (_with(other, settings) if other is not None else None for other in (cell.trunk, cell.reference))
-    return Cell(cell.folder, cell.overrides | settings, trunk, reference)
-
-
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m experiments.pipeline", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="cpu", help=" | ".join(PROFILES))
-    parser.add_argument("--out", default="", help="folder of the runs (default: runs/PROFILE)")
-    parser.add_argument("--results", default="", help="folder of the records (default: OUT/results)")
-    parser.add_argument("--only", default=",".join(STAGES), help="comma list of stages: " + ", ".join(STAGES))
-    parser.add_argument("--data", default="", help="token bundle made by `./dev bundle`; nothing is downloaded")
-    parser.add_argument(
-        "--jobs", type=int, default=0, help="training cells at once (default: one per core, one on a GPU)"
-    )
-    options = parser.parse_args(arguments)
-    options.only = [name for name in options.only.split(",") if name]
-    for name in options.only:
-        _known("--only", name, STAGES)
-    _known("--profile", options.profile, tuple(PROFILES))
-    options.out = options.out or f"runs/{options.profile}"
-    options.jobs = options.jobs or _jobs()
-    return options
-
-
-def _jobs() -> int:
-    import torch
-
-    return 1 if torch.cuda.is_available() else min(8, _cores())
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _known(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(value, allowed, n=1)
-        guess = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{option} {value}: not one of {', '.join(allowed)}{guess}")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return f"{len(written)} records written, {len(plan.finished)} were there, of {len(plan.cells)} under {plan.results}"

@@ -20,10 +20,10 @@ ORIGIN = {
 
 def made(
     rank: int = 1, seed: int = 0, *, claim: str = "C1", slope: float = 0.05, first: float = 0.0, pace: float = 0.06, speed: float = 1.0,
-    noise: float = 0.002, origin: dict[str, Any] | None = None, **overrides: Any,
+    noise: float = 0.002, gain: float = 0.0, origin: dict[str, Any] | None = None, **overrides: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A record. slope: nats that the joint NLL falls per doubling of the rank; first: nats that the first-token NLL
-    rises; pace: tokens per pass gained per doubling; speed: factor on the speed-up; noise: between seeds.
+    rises; pace: tokens per pass gained per doubling; speed: factor on the speed-up; noise: between seeds; gain: nats off the joint NLL.
     overrides: settings, with "." written as "__"."""
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
     config = resolve({"rank": rank, "seed": seed} | settings)
@@ -37,6 +37,7 @@ def made(
     terms = [first_nll] + [
         1.35 + 0.45 * k**0.7 - bonus * 0.5 - slope * octave * k / 6 + wobble for k in range(1, config.horizon)
     ]
+    terms[-1] -= gain
     joint = sum(terms)
     likelihood = {
         "split": "test", "rows": 60, "positions": int(positions.sum()), "joint_nll": {"mean": joint, "sem": 0.05},

@@ -108,7 +108,7 @@ for part in ('data', 'model', 'training', 'decoding', 'evaluation'):
         importlib.import_module(f'cpdlm.{{part}}.{{module.name}}')
         count += 1
 importlib.import_module('experiments.cell')
-importlib.import_module('experiments.pipeline')
+importlib.import_module('experiments.sweep')
 print(count)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

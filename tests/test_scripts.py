@@ -59,7 +59,7 @@ def bash(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 class Machine:
-    """A copy of the scripts on a machine whose only Python is the stand-in, with a pipeline that shows its arguments."""
+    """A copy of the scripts on a machine whose only Python is the stand-in, with a sweep that shows its arguments."""
 
     def __init__(self, folder: Path) -> None:
         self.tree, self.bin, self.log = folder / "a copy", folder / "bin", folder / "log"
@@ -67,7 +67,7 @@ class Machine:
             (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.tree / name)
         (self.tree / "experiments").mkdir()
-        (self.tree / "experiments/pipeline.py").write_text("import sys\nprint('pipeline', *sys.argv[1:])\n")
+        (self.tree / "experiments/sweep.py").write_text("import sys\nprint('sweep', *sys.argv[1:])\n")
         self.program("python3.11", FAKE_PYTHON.replace("@LOG@", str(self.log)).replace("@REAL@", sys.executable))
         self.program("nvidia-smi", "#!/bin/sh\nexit 9\n")
 
@@ -141,6 +141,7 @@ def test_help_names_every_profile_and_command() -> None:
         (("reproduce.sh", "--only", "data,trian"), "did you mean train?"),
         (("reproduce.sh", "--data", "nowhere"), "no such folder; ./dev bundle"),
         (("reproduce.sh", "--jobs", "0"), "--jobs 0"),
+        (("reproduce.sh", "--mix", "yess"), "did you mean yes?"),
         (("reproduce.sh", "smoke"), "'smoke' is not an option"),
         (("reproduce.sh", "--python", "./nothing"), "there is no such program"),
         (("dev",), "usage: ./dev"),
@@ -216,10 +217,7 @@ def test_a_given_python_is_checked_and_nothing_is_installed(
     else:
         assert done.returncode == 0, done.stderr
         assert "[1/5] set-up: skipped: " in done.stdout and "torch 2.11.0+cu130; tested with 2.13.0" in done.stdout
-        assert (
-            "ran -m experiments.pipeline --profile smoke --out runs/smoke --only train,decode --data experiments"
-            in done.stdout
-        )
+        assert "ran -m experiments.sweep profile=smoke out=runs/smoke only=train,decode data=experiments" in done.stdout
 
 
 # --- the set-up ------------------------------------------------------------------------------------------------------
@@ -236,16 +234,16 @@ def test_set_up_installs_torch_first_and_only_once(machine: Machine, tmp_path: P
     assert lines[0].startswith("torch==") and all(line.startswith("torch==") for line in lines)
     assert re.search(r"^\[1/5\] set-up: done \(\d+ s\)$", done.stdout, flags=re.MULTILINE)
     # Without a GPU the profile is cpu; a folder outside the repository stays where the user meant it.
-    assert f"pipeline --profile cpu --out {tmp_path}/mine" in done.stdout
+    assert f"sweep profile=cpu out={tmp_path}/mine" in done.stdout
     again = machine("reproduce.sh", "--profile=smoke", f"--out={machine.tree}/runs/x")
     assert machine.asked() == []
     assert "[1/5] set-up: skipped: .venv is complete (cpu)" in again.stdout
-    assert "pipeline --profile smoke --out runs/x" in again.stdout  # inside it is named relative to it
+    assert "sweep profile=smoke out=runs/x" in again.stdout  # inside it is named relative to it
 
 
 def test_set_up_alone_runs_no_other_stage(machine: Machine) -> None:
     done = machine("reproduce.sh", "--only", "set-up")
-    assert done.returncode == 0 and "pipeline" not in done.stdout
+    assert done.returncode == 0 and "sweep" not in done.stdout
 
 
 def test_a_changed_lock_is_installed_again(machine: Machine) -> None:
@@ -294,7 +292,7 @@ def test_a_gpu_changes_variant_and_profile(machine: Machine) -> None:
         and "requirements/cuda.txt" in asked[-1]
         and not any("--extra-index-url" in line for line in asked)
     )
-    assert "pipeline --profile gpu --out runs/gpu" in done.stdout
+    assert "sweep profile=gpu out=runs/gpu" in done.stdout
 
 
 def test_a_broken_environment_is_made_again(machine: Machine) -> None:
@@ -367,7 +365,7 @@ def test_ci_runs_everything_and_says_what_failed(listed: str, fails: str, last: 
     done = script(machine.tree, ".ci/run", path=str(machine.bin), cwd=Path("/"), FAILS=fails)
     assert re.fullmatch(last, done.stdout.splitlines()[-1]), done.stdout + done.stderr
     assert done.returncode == ("all passed" not in last)
-    assert done.stdout.count("1 passed") == 2 and "pipeline --profile smoke" in done.stdout
+    assert done.stdout.count("1 passed") == 2 and "sweep profile=smoke" in done.stdout
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every profile is well formed, and every kind of cell in it builds, trains, decodes and writes a valid record."""
+"""Every profile and claim is well formed, and every kind of cell in it builds, trains, decodes and writes a valid record."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -29,8 +28,22 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.report import results
 from experiments import cell as one_cell
-from experiments import pipeline
-from experiments.suite import PROFILES, SMALL_CONTROLS, Cell, _word, controls, decode_groups, heads, trunk
+from experiments import cost, launchers, measure, run, sweep
+from experiments.suite import (
+    PROFILES,
+    SCALES,
+    SMALL_CONTROLS,
+    STUDIES,
+    Cell,
+    _word,
+    complete,
+    controls,
+    decode_groups,
+    heads,
+    mates,
+    study,
+    trunk,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,17 +54,6 @@ TINY = {
     "evaluate.rows": 4, "decode.prompts": 2, "decode.prompt_tokens": 8, "decode.new_tokens": 8, "decode.repeats": 2,
     "decode.warmups": 1, "tracking.mlflow": False,
 }  # fmt: skip
-
-
-# What else is under study on a pretrained model: the objective with its constants, and the kinds of maps and anchors.
-MORE_DIALS = (
-    "loss.objective",
-    "loss.alpha",
-    "loss.gamma",
-    "model.map_rank",
-    "model.anchor_width",
-    "model.adapter_layers",
-)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +69,10 @@ def shrunk(cell: Cell, corpus: Path, cache: Path) -> Cell:
     trunk, reference = (
         shrunk(other, corpus, cache) if other is not None else None for other in (cell.trunk, cell.reference)
     )
-    here = {"corpus": str(corpus), "data.cache": str(cache)}
-    return Cell(cell.folder, cell.overrides | TINY | here, trunk, reference)
+    bpe = cell.overrides.get("data.tokenizer", "bytes") != "bytes"
+    here = {"corpus": str(corpus), "data.cache": str(cache), "data.tokenizer": "bpe:300" if bpe else "bytes"}
+    # Cells of another size or training length would be each other's equals: their names tell them apart.
+    return replace(cell, overrides={"name": cell.name} | cell.overrides | TINY | here, trunk=trunk, reference=reference)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -82,25 +86,83 @@ def test_cells_resolve_and_have_names_of_their_own(profile: str) -> None:
         configs = [cell.config("runs/x") for cell in group.cells]
         ours = [{k: v for k, v in flatten(c).items() if k.startswith(("decode.", "data."))} for c in configs]
         assert all(settings == ours[0] for settings in ours), "a group is timed on the same prompts"
+        assert len({config.seed for config in configs}) == 1
         untied = [c for c in configs if not c.first_is_tied]
         assert not untied or configs[0] == untied[0], "the rank-1 reference is the paper's rank 1"
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-def test_cells_of_a_comparison_differ_in_the_dial_only(profile: str) -> None:
-    """Equal steps, rows, data order: only rank, anchor and tie may differ within a group of one seed."""
-    dials = ("rank", "anchor", "name", "model.tie_first", "model.map_hidden")
-    for group in decode_groups(PROFILES[profile](), "runs/x"):
-        configs = [cell.config("runs/x") for cell in group.cells]
-        free = (*dials, *MORE_DIALS) if configs[0].is_pretrained else dials
-        settings = [{k: v for k, v in flatten(config).items() if k not in free} for config in configs]
-        assert all(one == settings[0] for one in settings)
         if group.reference is not None:  # the next-token model of equal training
-            free_here = (*free, "horizon", "balance", "preset", "loss.joint_fraction")
-            plain = {k: v for k, v in flatten(group.reference.config("runs/x")).items() if k not in free_here}
-            assert plain == {k: v for k, v in settings[0].items() if k not in free_here}
+            free = ("rank", "anchor", "name", "model.tie_first", "horizon", "balance", "preset", "loss.joint_fraction")
+            plain = {k: v for k, v in flatten(group.reference.config("runs/x")).items() if k not in free}
+            for cell in group.cells:
+                mine = {k: v for k, v in flatten(cell.config("runs/x")).items() if k not in free}
+                assert cell.reference is None or mine == plain
         else:
-            assert all(config.target == "common" for config in configs), "its own target has a reference"
+            assert all(cell.trunk or cell.config("").is_pretrained or "time8" in cell.name for cell in group.cells)
+
+
+# The dials that an arm of the star may move, from heads of rank 4, horizon 4, on one frozen code trunk.
+ARMS: dict[str, set[str]] = {
+    "ranks": {"rank"}, "corpora": {"rank", "corpus"}, "horizons": {"rank", "horizon"},
+    "anchors": {"rank", "anchor", "model.map_hidden"}, "heads_for_equal_time": {"rank", "optim.steps"},
+    "unembeddings": {"model.head"}, "balances": {"rank", "balance", "loss.balance_weight"}, "sizes": {"rank", "size"},
+    "lengths": {"rank", "optim.steps"}, "vocabularies": {"rank", "data.tokenizer"},
+}  # fmt: skip
+
+
+def test_the_claims_are_a_star_around_one_cell() -> None:
+    """Heads differ from the base cell in the dials of their arm; each arm of them is known, and its cells have three seeds."""
+    base = flatten(heads(trunk("code", "cpu-trunk,trunk"), 4, "cpu-heads").config("runs/x"))
+    arms = {arm.__name__: arm for each in STUDIES for arm in each.cpu}
+    assert set(arms) - set(ARMS) == {"ranks_from_scratch", "scratch_for_equal_time", "timings", "retrofit"}
+    for name, dials in ARMS.items():
+        seeds: dict[str, set[int]] = {}
+        for cell in arms[name]():
+            mine = flatten(cell.config("runs/x"))
+            moved = {key for key in mine if mine[key] != base[key]} - {"seed", "name", "model.trunk"}
+            assert moved <= dials, f"{name}: {cell.name}"
+            seeds.setdefault(cell.setting, set()).add(mine["seed"])
+        assert all(found == {0, 1, 2} for found in seeds.values()), name
+
+
+def test_the_axes_of_the_star_are_whole() -> None:
+    configs = [cell.config("runs/x") for cell in study("all")]
+    common = [c for c in configs if c.model.trunk and c.anchor == "none" and not c.model.map_hidden]
+    plain = [c for c in common if c.corpus == "code" and c.size == "small" and c.optim.steps == 400]
+    assert {(c.rank, c.horizon) for c in plain} >= {(r, n) for r in (1, 2, 4, 8) for n in (2, 4, 8)}
+    sized = {c.size: c for c in common if c.rank == 4 and c.horizon == 4}
+    counts = [cost.weights(config) for config in sized.values()]
+    assert len(sized) == 4 and max(counts) / min(counts) > 16
+    assert {c.balance for c in plain} == {"switch", "kl", "bias", "none"}
+    assert {c.model.head for c in plain} == {"shared", "separate"}
+    assert {c.data.tokenizer for c in common} == {"bytes", "bpe:1024"} and {c.corpus for c in common} == {
+        "code",
+        "text",
+    }
+
+
+@pytest.mark.parametrize(("scale", "jobs", "hours"), [("cpu", 2, 6.0), ("gpu", 1, 25 / 60)])
+def test_the_star_fits_its_budget(scale: str, jobs: int, hours: float) -> None:
+    cells = study("all", scale)
+    assert len({cell.setting for cell in cells}) <= 60
+    model = cost.CostModel.of(results.load_all(ROOT / "results")[0], scale)
+    assert cost.wall_seconds(cells, cost.estimates(model, cells), jobs) / 3600 <= hours
+
+
+def test_every_claim_has_cells_and_a_rule() -> None:
+    assert [each.id for each in STUDIES] == [f"C{number}" for number in range(1, 9)]
+    for each in STUDIES:
+        assert each.claim.id == each.id and study(each.id)
+        assert each.claim.gpu <= bool(each.gpu)
+    assert set(SCALES) == {"cpu", "gpu"}
+
+
+def test_mates_differ_in_rank_only_and_needs_come_first() -> None:
+    cells = study("C3")
+    cell = next(c for c in cells if c.name == "code-small-common-r4-n8-none-s1")
+    assert mates(cell, cells) == {f"code-small-common-r{rank}-n8-none-s1" for rank in (1, 2, 4, 8)}
+    names = [c.name for c in cells]
+    assert len(set(names)) == len(names) and complete(cells[-2:])[0] == cells[-1].trunk
+    for c in cells:
+        assert c.trunk is None or names.index(c.trunk.name) < names.index(c.name)
 
 
 def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against() -> None:
@@ -135,23 +197,64 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
     kinds: dict[tuple[object, ...], Cell] = {}
     for cell in PROFILES["cpu-full"]():
         config = cell.config("runs/x")
-        if config.corpus == "code" and config.rank in (1, 4):
-            kind = (config.target, config.first_is_tied, config.anchor, config.rank, config.horizon)
-            kinds.setdefault((*kind, config.model.map_hidden), cell)
-    cells = [shrunk(cell, corpus, tmp_path / "cache") for cell in kinds.values()]
-    monkeypatch.setitem(pipeline.PROFILES, "smoke", lambda: cells)
-    monkeypatch.setattr(pipeline, "_run_cell", _in_process)
-    arguments = ["--profile", "smoke", "--out", str(tmp_path / "out"), "--jobs", "1"]
-    assert pipeline.main(arguments) == 0
+        if config.seed == 0 and (config.rank, config.horizon) in ((1, 1), (1, 4), (4, 4), (8, 4), (4, 8)):
+            kind = (config.target, config.anchor, config.horizon, config.model.map_hidden, config.model.head)
+            kinds.setdefault((*kind, config.balance, config.data.tokenizer), cell)
+    cells = [shrunk(cell, corpus, tmp_path / "cache") for cell in complete(kinds.values())]
+    monkeypatch.setitem(sweep.PROFILES, "smoke", lambda: cells)
+    monkeypatch.setattr(sweep, "Local", lambda slots, devices: InProcess())
+    arguments = ["profile=smoke", f"out={tmp_path / 'out'}"]
+    assert sweep.main(arguments) == 0
     records, damaged = results.load_all(tmp_path / "out" / "results")
     assert not damaged and len(records) == len(cells)
     for record in records:
         assert record["training"]["steps"] == 2
         for mode in (record["decoding"] or {"modes": {}})["modes"].values():
             assert mode["tokens"] == sum(mode["per_prompt"]["tokens"]) == 2 * 2 * 8
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("decode.json")}
-    assert stamps and pipeline.main(arguments) == 0
-    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("decode.json")}
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.json") if ".sweep" not in str(path)}
+    assert stamps and sweep.main(arguments) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}, "a finished cell was run or written again"
+
+
+class InProcess:
+    """Runs jobs one after the other, in this process."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[launchers.Job, int]] = []
+
+    def start(self, ready: list[launchers.Job]) -> list[launchers.Job]:
+        job = ready[0]
+        script, *words = job.argv
+        code = run.main(words) if script == "experiments/run.py" else measure.main(words[1:])
+        self.ended.append((job, code))
+        return [job]
+
+    def wait(self) -> list[tuple[launchers.Job, int]]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def stop(self) -> None:
+        pass
+
+
+# What else is under study on a pretrained model: the objective with its constants, and the kinds of maps and anchors.
+MORE_DIALS = (
+    "loss.objective",
+    "loss.alpha",
+    "loss.gamma",
+    "model.map_rank",
+    "model.anchor_width",
+    "model.adapter_layers",
+)
+
+
+@pytest.mark.parametrize("profile", [name for name in PROFILES if name.startswith("retrofit")])
+def test_retrofit_cells_of_a_comparison_differ_in_the_dials_only(profile: str) -> None:
+    free = ("rank", "anchor", "name", "model.tie_first", "model.map_hidden", *MORE_DIALS)
+    for group in decode_groups(PROFILES[profile](), "runs/x"):
+        configs = [cell.config("runs/x") for cell in group.cells]
+        settings = [{k: v for k, v in flatten(config).items() if k not in free} for config in configs]
+        assert all(one == settings[0] for one in settings) and configs[0].target == "common"
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +314,9 @@ def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
     cells = [Cell(cell.folder, cell.overrides | small) for cell in kinds.values()]
     assert len(cells) == 9 and {cell.config("x").data.text for cell in cells} == {"corpus", "greedy", "sampled"}
     write_bundle([cells[0].config("x")], tmp_path / "bundle")
-    monkeypatch.setitem(pipeline.PROFILES, "smoke", lambda: cells)
-    monkeypatch.setattr(pipeline, "_run_cell", _in_process)
-    assert pipeline.main(["--profile", "smoke", "--out", str(tmp_path / "out"), "--jobs", "1", "--data", str(tmp_path / "bundle")]) == 0  # fmt: skip
+    monkeypatch.setitem(sweep.PROFILES, "smoke", lambda: cells)
+    monkeypatch.setattr(sweep, "Local", lambda slots, devices: InProcess())
+    assert sweep.main(["profile=smoke", f"out={tmp_path / 'out'}", f"data={tmp_path / 'bundle'}"]) == 0
     records, damaged = results.load_all(tmp_path / "out" / "results")
     assert not damaged and len(records) == len(cells)
     for record in records:
@@ -231,8 +334,6 @@ def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
 def test_a_tokenizer_of_another_model_is_refused(
     corpus: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from experiments import run
-
     bpe = BpeTokenizer.train("bpe:400", [path.read_bytes() for path in corpus.glob("*.py")], progress=False)
     other = PreTrainedTokenizerFast(tokenizer_object=bpe._model, eos_token="<|endoftext|>")
     other.save_pretrained(tmp_path / "other")
@@ -251,12 +352,6 @@ def test_a_tokenizer_of_another_model_is_refused(
         in said
     )
     assert "type data.tokenizer=model" in said
-
-
-def _in_process(cell: Cell, options: object, parent: str, quiet: bool) -> int:
-    from experiments import run
-
-    return run.main([*cell.words(options.out), "--stage=train"])  # type: ignore[attr-defined]
 
 
 def _run(
@@ -307,8 +402,6 @@ def test_a_corpus_that_changed_since_is_not_taken_for_the_old_one(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither when a run resumes, nor when a finished one is decoded."""
-    from experiments import run
-
     mine = tmp_path / "mine"
     shutil.copytree(corpus, mine)
     words = [f"{key}={_word(value)}" for key, value in TINY.items()]
@@ -327,8 +420,6 @@ def test_drafts_from_a_shortlist_are_an_option_of_a_cell(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of the bytes: still lossless (test_strategies), with its coverage in the record; too long a list is refused."""
-    from experiments import run
-
     words = [f"{key}={_word(value)}" for key, value in TINY.items()]
     words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2", "name=one"]
     assert run.main([*words, "decode.shortlist=20"]) == 0
@@ -347,25 +438,6 @@ def test_a_setting_younger_than_an_output_had_its_default() -> None:
     assert one_cell._same(old, DecodeConfig()) and one_cell._same(old | {"draft": "chain"}, DecodeConfig())
     assert not one_cell._same(old, DecodeConfig(draft="tree")) and not one_cell._same(old, DecodeConfig(repeats=9))
     assert not one_cell._same(None, DecodeConfig())
-
-
-def test_sigterm_reaches_the_training_cells() -> None:
-    """A child that stops only when it is told to: the sweep's own SIGTERM is passed on, and the sweep stops."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    with ThreadPoolExecutor(1) as pool:
-        code = pool.submit(pipeline._wait, child)
-        while child not in pipeline._children:
-            time.sleep(0.01)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline._pass_on(signal.SIGTERM, None)
-        assert code.result(timeout=30) == -signal.SIGTERM
-    assert not pipeline._children
-
-
-def test_the_end_of_a_failed_cells_log_is_shown(tmp_path: Path) -> None:
-    (tmp_path / "train.log").write_text("step 1\rstep 2\r\n\nTraceback\nerror: the loss is nan at step 3\n")
-    assert pipeline._last_lines(tmp_path / "train.log", 2) == "\n    Traceback\n    error: the loss is nan at step 3"
-    assert pipeline._last_lines(tmp_path / "none.log") == ""
 
 
 @pytest.mark.slow

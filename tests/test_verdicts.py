@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
-from made_records import made, suite
+from made_records import ORIGIN, made, suite
 
 from cpdlm.report import results, statistics, verdicts
 from cpdlm.report.statistics import Sample, contrast, estimate
@@ -17,7 +18,8 @@ COMMON = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", 
 def judged(claim: str, *contents: dict[str, Any]) -> list[verdicts.Verdict]:
     records = [results.Record(f"{content['claim']}/{content['name']}.json", content) for content in contents]
     families, _ = results.families(records)
-    return [verdict for verdict in verdicts.judge(families) if verdict.claim.id == claim]
+    found = [verdict for verdict in verdicts.judge(families) if verdict.claim.id == claim]
+    return [verdict for verdict in found if verdict.setting != "one GPU"]
 
 
 def sweep(claim: str, seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **laws: Any) -> verdicts.Verdict:
@@ -27,12 +29,13 @@ def sweep(claim: str, seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **l
 
 
 def test_claims_are_complete_and_in_order() -> None:
-    assert [claim.id for claim in verdicts.CLAIMS] == ["C1", "C2", "C3", "C4", "C6"]
+    assert [claim.id for claim in verdicts.CLAIMS] == [f"C{number}" for number in range(1, 9)]
     for claim in verdicts.CLAIMS:
         assert claim.question.endswith("?")
         assert "holds:" in claim.rule
         assert "fails:" in claim.rule or "fails:" in claim.rule.replace("; ", "")
-        assert f"{claim.margin:g}" in claim.rule or not claim.margin
+        margin = 1 + claim.margin if claim.unit == "x" else claim.margin
+        assert f"{margin:g}" in claim.rule or not claim.margin
 
 
 @pytest.mark.parametrize(
@@ -76,15 +79,26 @@ def test_no_shared_seed_decides_nothing() -> None:
 
 def test_without_rank_8_there_is_no_verdict() -> None:
     verdict = sweep("C1", ranks=(1, 4))
-    assert (verdict.word, verdict.reason) == ("not measurable here", "no cell of rank 8 (there is 1, 4)")
+    assert (verdict.word, verdict.reason) == ("not measured here", "no cell of rank 8 (there is 1, 4)")
     assert [number.name for number in verdict.numbers] == ["rank 1:", "rank 4:"]
     assert sweep("C4", ranks=(2, 4)).reason == "no cell of rank 1 and 8 (there is 2, 4)"
 
 
 def test_without_records_every_claim_is_still_in_the_table() -> None:
     found = verdicts.judge([])
-    assert [verdict.claim.id for verdict in found] == ["C1", "C2", "C3", "C4", "C6"]
-    assert {verdict.word for verdict in found} == {"not measurable here"}
+    assert [verdict.claim.id for verdict in found] == ["C1", "C2", "C3", "C4", "C4", "C5", "C6", "C7", "C8", "C8"]
+    assert {verdict.word for verdict in found} == {"not measured here"}
+    gpu = [verdict for verdict in found if verdict.setting == "one GPU"]
+    assert [verdict.claim.id for verdict in gpu] == ["C4", "C8"] and all("profile=gpu" in v.reason for v in gpu)
+
+
+def test_a_record_of_a_gpu_takes_the_place_of_the_line_that_asks_for_one() -> None:
+    origin = copy.deepcopy(ORIGIN)
+    origin["hardware"]["accelerator"] = "A GPU"
+    contents = [made(rank, 0, **COMMON, origin=origin) for rank in (1, 8)]
+    families, _ = results.families(results.Record(content["name"], content) for content in contents)
+    found = [verdict for verdict in verdicts.judge(families) if verdict.setting == "one GPU"]
+    assert [verdict.claim.id for verdict in found] == ["C8"]
 
 
 def test_a_rise_between_ranks_fails_c1_even_if_rank_8_is_lowest() -> None:
@@ -127,6 +141,139 @@ def test_c4_without_side_by_side_timings_is_not_measurable() -> None:
         "not measurable here",
         "no rank above 1 was measured side by side with rank 1",
     )
+
+
+# --- equal wall-clock, balance, sizes and lengths, overhead ----------------------------------------------------------
+
+
+def equal_time(longer: float, **laws: Any) -> list[verdicts.Verdict]:
+    """Ranks 1 and 8 at 500 steps; rank 1 again, with `longer` times the training time of rank 8, its loss by `laws`."""
+    short = [made(rank, seed, slope=0.1) for rank in (1, 8) for seed in range(3)]
+    long = [made(1, seed, **laws, optim__steps=1000, name=f"long-s{seed}") for seed in range(3)]
+    for content in short:
+        content["training"]["step_ms_median"] = 100.0 if content["config"]["rank"] == 1 else 200.0
+    for content in long:
+        content["training"]["step_ms_median"] = 100.0 * longer
+    return judged("C1", *short, *long)
+
+
+def test_equal_wall_clock_has_a_row_of_its_own() -> None:
+    equal_steps, equal_clock = equal_time(1.0)
+    assert equal_steps.word == equal_clock.word == "holds"
+    assert equal_clock.setting.endswith("equal wall-clock, 3 seeds")
+    assert equal_clock.numbers[0].name == "rank 8 - rank 1 trained for 1.00 times its time:"
+    assert len(equal_clock.records) == 6 and equal_clock.records[0] == "C1/long-s0.json"
+    # Rank 1 gains more from the time than rank 8 from its rank.
+    assert equal_time(1.0, first=0.0, slope=0.0, gain=2.0)[1].word == "fails"
+
+
+def test_a_cell_of_another_wall_clock_is_not_taken_for_equal() -> None:
+    assert len(equal_time(0.5)) == len(equal_time(2.0)) == 1
+
+
+def balanced(gains: dict[str, float], seeds: int = 3, spread: float = 0.001) -> verdicts.Verdict:
+    """gains: nats that a balance takes off; spread: by which two seeds differ in it."""
+    contents = [made(8, seed, **COMMON, balance="none") for seed in range(seeds)]
+    for balance, gain in gains.items():
+        contents += [made(8, seed, **COMMON, balance=balance, gain=gain + spread * (seed - 1)) for seed in range(seeds)]
+    (verdict,) = judged("C5", *contents)
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("gains", "spread", "word", "reason"),
+    [
+        ({"switch": 0.05, "kl": -0.05}, 0.001, "holds", ""),
+        ({"switch": -0.05, "kl": 0.0}, 0.001, "fails", "no balance lowers it"),
+        ({"switch": 0.0, "kl": 0.0}, 0.05, "not measurable here", "undecided"),
+    ],
+)
+def test_c5_asks_whether_some_balance_lowers_the_joint_loss(
+    gains: dict[str, float], spread: float, word: str, reason: str
+) -> None:
+    verdict = balanced(gains, spread=spread)
+    assert verdict.word == word and reason in verdict.reason
+    assert [number.name for number in verdict.numbers] == ["kl 0.01 - none (97.5%):", "switch 0.01 - none (97.5%):"]
+    assert any("effective components" in number.text() for number in verdict.beside)
+    assert "rank 8, 3 seeds" in verdict.setting and len(verdict.records) == 9
+
+
+def test_c5_with_too_few_seeds_decides_nothing() -> None:
+    verdict = balanced({"switch": 0.5}, seeds=2)
+    assert (verdict.word, verdict.reason) == ("not measurable here", "2 shared seeds, the rule needs 3")
+
+
+def everywhere(paces: dict[tuple[str, int], float], seeds: int = 3) -> verdicts.Verdict:
+    contents = [
+        made(rank, seed, claim="C7", size=size, optim__steps=steps, optim__warmup=5, model__trunk=f"runs/{size}-s0", pace=pace)
+        for (size, steps), pace in paces.items()
+        for seed in range(seeds)
+        for rank in (1, 4)
+    ]  # fmt: skip
+    (verdict,) = judged("C7", *contents)
+    return verdict
+
+
+STAR = {("micro", 400): 0.08, ("tiny", 400): 0.08, ("small", 400): 0.08, ("base", 400): 0.08, ("small", 100): 0.08, ("small", 1600): 0.08}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "word", "reason"),
+    [
+        ({}, "holds", ""),
+        ({("base", 400): -0.08}, "fails", "no gain for code base 400 steps"),
+        ({("base", 400): 0.01}, "not measurable here", "undecided"),
+    ],
+)
+def test_c7_must_hold_at_every_size_and_length(changes: dict[tuple[str, int], float], word: str, reason: str) -> None:
+    verdict = everywhere(STAR | changes)
+    assert verdict.word == word and reason in verdict.reason
+    assert len(verdict.numbers) == 6 and len(verdict.records) == 36
+    assert verdict.setting == "n=4, common targets, 6 settings, 3 seeds"
+
+
+def test_c7_says_which_sizes_and_lengths_are_missing() -> None:
+    few = everywhere({key: pace for key, pace in STAR.items() if key[0] != "micro"})
+    assert (few.word, few.reason) == (
+        "not measured here",
+        "3 trunk sizes and 3 training lengths, the rule needs 4 and 3",
+    )
+    assert everywhere(STAR, seeds=2).reason == "2 shared seeds, the rule needs 3"
+
+
+def overhead(step: float, speed: float, seeds: int = 3) -> verdicts.Verdict:
+    """Rank 8's step takes `step` times the next-token model's; speed: factor on the speed-up."""
+    contents = []
+    for seed in range(seeds):
+        contents += [made(1, seed, claim="C8", horizon=1, balance="none"), made(8, seed, claim="C8", speed=speed)]
+        for content, factor in zip(contents[-2:], (1.0, step), strict=True):
+            content["training"]["step_ms_median"] = 100.0 * factor * (1 + 0.01 * seed)
+    (verdict,) = judged("C8", *contents)
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("step", "speed", "seeds", "word", "reason"),
+    [
+        (1.1, 1.3, 3, "holds", ""),
+        (1.5, 1.3, 3, "fails", "training takes more than 1.25 times as long"),
+        (1.1, 0.7, 3, "fails", "sampling takes more than 1.25 times as long"),
+        (1.5, 0.7, 3, "fails", "training and sampling take more than 1.25"),
+        (1.1, 1.3, 2, "not measurable here", "2 shared seeds"),
+    ],
+)
+def test_c8_reads_steps_and_passes(step: float, speed: float, seeds: int, word: str, reason: str) -> None:
+    verdict = overhead(step, speed, seeds)
+    assert verdict.word == word and reason in verdict.reason
+    assert verdict.numbers[0].interval.mean == pytest.approx(step)
+    assert len(verdict.numbers) == 2 and ", 2 cores, " in verdict.setting
+
+
+def test_timing_cells_say_nothing_about_likelihoods() -> None:
+    contents = [made(rank, seed, claim="C8") for rank in (1, 8) for seed in range(3)]
+    for claim in ("C1", "C2"):
+        assert judged(claim, *contents)[0].word == "not measured here"
+    assert judged("C8", *contents)[0].reason.startswith("no cell of rank 8 beside a next-token model")
 
 
 # --- heads on a pretrained model -------------------------------------------------------------------------------------

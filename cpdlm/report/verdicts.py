@@ -1,21 +1,30 @@
-"""The paper's claims C1 to C4 and C6 as data: question, expected outcome, statistic and rule, fixed before any run.
+"""The paper's claims C1 to C8 as data: question, expected outcome, statistic and rule, fixed before any run.
 
-A verdict is a function of the records alone. The word is `holds`, `fails`, or `not measurable here`; the last always says
-why (no cells, too few seeds, or an interval that decides nothing). Verdicts C1 to C4 are about the paper's own law
-(untied, anchor=none) on trunks of ours; anchored and tied cells stand in a table of their own. C6 is about heads on a
-pretrained model, each variant by itself.
+A verdict is a function of the records alone. The word is `holds`, `fails`, `not measured here` (there are no cells, or they
+need a GPU), or `not measurable here` (too few seeds, or an interval that decides nothing); the last two say why. Verdicts
+are about the paper's own law (untied, anchor=none) on trunks of ours; anchored and tied cells stand in a table of their
+own. C6 is about heads on a pretrained model, each variant by itself. C5 and C7 compare families that differ in the balance,
+or in the trunk, its training and its text; C8 reads the timing cells alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from cpdlm.report.results import Cells, Family, Record
-from cpdlm.report.statistics import Interval, difference, over_seeds
+from cpdlm.report.statistics import Interval, Sample, contrast, difference, estimate, over_seeds
 
-HOLDS, FAILS, UNMEASURED = "holds", "fails", "not measurable here"
+HOLDS, FAILS, UNMEASURED, NOT_MEASURED = "holds", "fails", "not measurable here", "not measured here"
+# What the families of a claim may differ in, with what follows from it (prefixes of settings).
+BALANCES = ("balance", "loss.balance_")
+TRUNKS = ("size", "corpus", "optim.steps", "optim.warmup", "trunk", "data.sha256", "data.vocab_size", "data.tokenizer")
+# The wall-clock of rank 1 trained for longer is taken for that of the top rank within this factor.
+EQUAL_TIME = 1.33
+SIZES_NEEDED, LENGTHS_NEEDED = 4, 3
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Claim:
     """question: what is asked. expected: what the paper says. statistic, rule: how it is answered, in words; `test`,
     `margin` and the rest are the same for the program. target: whose cells count. top: the rank held against rank 1.
     margin: in units of the statistic; a difference that surely lies inside it counts as none. seeds: fewer decide nothing; with one, intervals are over rows
-    or prompts alone, and the setting says `1 seed`."""
+    or prompts alone, and the setting says `1 seed`. gpu: the claim is about a size that needs a GPU, too."""
 
     id: str
     question: str
@@ -38,6 +47,7 @@ class Claim:
     digits: int = 3
     top: int = 8
     seeds: int = 1
+    gpu: bool = False
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -74,7 +84,16 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="speed-up when sampling, over plain decoding and over rank 1, measured side by side on one common target",
         rule="holds: for some rank above 1 both intervals above 1 (95%, corrected for the number of ranks); fails: for every "
         "rank above 1 some interval below 1",
-        quantity="speedup", unit="x", target="common", test="faster", margin=0.0, digits=2,
+        quantity="speedup", unit="x", target="common", test="faster", margin=0.0, digits=2, gpu=True,
+    ),
+    Claim(
+        id="C5",
+        question="Does a balance loss help?",
+        expected="balancing the components lowers the joint NLL",
+        statistic="held-out joint NLL at rank 8, each balance minus none; paired over seeds and test rows",
+        rule="holds: for some balance the interval (95%, corrected for their number) is below 0; fails: each interval is above 0 or "
+        "inside +-0.01 nats",
+        quantity="joint_nll", unit="nats", target="any", test="balance", margin=0.01, seeds=3,
     ),
     Claim(
         id="C6",
@@ -84,6 +103,25 @@ CLAIMS: tuple[Claim, ...] = (
         rule="holds: for some rank the interval over plain decoding is above 1 (95%, corrected for the number of ranks); fails: for "
         "every rank it is below 1",
         quantity="speedup", unit="x", target="pretrained", test="works", margin=0.0, digits=2,
+    ),
+    Claim(
+        id="C7",
+        question="Does it hold across model sizes and training lengths?",
+        expected="more tokens per pass with rank at every size and training length",
+        statistic="tokens per pass when sampling, rank 4 minus rank 1, for every trunk size, training length, corpus and vocabulary; "
+        "each on its own common target, paired over seeds and prompts",
+        rule=f"at least {SIZES_NEEDED} sizes and {LENGTHS_NEEDED} training lengths; holds: every interval (95%, corrected for their "
+        "number) above 0; fails: some interval below 0 or inside +-0.02",
+        quantity="tokens_per_pass", unit="tokens per pass", target="common", test="everywhere", margin=0.02, top=4, seeds=3,
+    ),
+    Claim(
+        id="C8",
+        question="Is the overhead low, in training and in sampling?",
+        expected="little more time per training step and per pass",
+        statistic="rank 8 over plain, when sampling: time of a training step over that of the next-token model, each alone on the "
+        "machine; time of a pass with its draft over that of a plain pass, side by side",
+        rule="holds: both 95% intervals below 1.25; fails: one of them above 1.25",
+        quantity="overhead", unit="x", target="timing", test="overhead", margin=0.25, digits=2, seeds=3, gpu=True,
     ),
 )  # fmt: skip
 
@@ -124,27 +162,298 @@ class Verdict:
 
 
 def judge(families: list[Family]) -> list[Verdict]:
-    """Verdicts in the order of CLAIMS, one per family with at least two ranks (one saying so where there is none)."""
+    """Verdicts in the order of CLAIMS, one per setting that can be judged (one saying so where there is none)."""
+    ours = [family for family in families if not family.is_pretrained]
+    trained = [family for family in ours if not _is_timing(family)]
     found = []
     for claim in CLAIMS:
-        if claim.target == "pretrained":
+        if claim.test == "works":
             usable = [f for f in families if f.is_pretrained and len(f.all_ranks()) > 1]
-            found += [_judge_retrofit(claim, family, variant) for family in usable for variant in family.variants()]
+            rows = [_judge_retrofit(claim, family, variant) for family in usable for variant in family.variants()]
+        elif claim.test == "balance":
+            rows = _judge_balance(claim, trained)
+        elif claim.test == "everywhere":
+            rows = _judge_everywhere(claim, [family for family in trained if family.target == "common"])
+        elif claim.test == "overhead":
+            rows = [_judge_overhead(claim, family) for family in ours if _is_timing(family)]
         else:
-            usable = [f for f in families if f.target == claim.target and not f.is_pretrained and len(f.ranks()) > 1]
-            found += [_judge(claim, family, families) for family in usable]
-        if not usable:
-            found.append(
-                Verdict(
-                    claim,
-                    "-",
-                    UNMEASURED,
-                    "no records of two or more ranks on a pretrained model"
-                    if claim.target == "pretrained"
-                    else f"no records of two or more ranks with {claim.target} target and anchor=none",
-                )
-            )
+            usable = [family for family in trained if family.target == claim.target and len(family.ranks()) > 1]
+            whole = [family for family in usable if {1, claim.top} <= set(family.ranks())]
+            rows = [row for family in whole or usable for row in _judge_ranks(claim, family, trained)]
+        missing = {
+            "works": "no records of two or more ranks on a pretrained model",
+            "balance": f"no records of rank {claim.top} with balance=none and with another",
+            "everywhere": f"no records of ranks 1 and {claim.top} that differ in size, training length or text",
+            "overhead": "no timing cells",
+        }.get(claim.test, f"no records of two or more ranks with {claim.target} target and anchor=none")
+        found += rows or [Verdict(claim, "-", NOT_MEASURED, missing)]
+        about = trained if claim.test == "faster" else [family for family in ours if _is_timing(family)]
+        if claim.gpu and not any(_on_gpu(family) for family in about if claim.target in ("timing", family.target)):
+            reason = f"no records of a GPU; python experiments/sweep.py claim={claim.id} profile=gpu"
+            found.append(Verdict(claim, "one GPU", NOT_MEASURED, reason))
     return found
+
+
+def _is_timing(family: Family) -> bool:
+    """Cells trained alone for a few steps, to be timed: their likelihoods say nothing."""
+    return all(record["claim"] == "C8" for record in family.records())
+
+
+def _on_gpu(family: Family) -> bool:
+    return any(record["hardware"]["accelerator"] != "none" for record in family.records())
+
+
+def _alike(families: Iterable[Family], free: tuple[str, ...]) -> list[list[Family]]:
+    """Groups of two or more families that differ in nothing but `free`."""
+    groups: dict[str, list[Family]] = {}
+    for family in families:
+        kept = {key: value for key, value in family.settings.items() if not key.startswith(free)}
+        groups.setdefault(json.dumps(kept, sort_keys=True), []).append(family)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _judge_ranks(claim: Claim, family: Family, families: list[Family]) -> list[Verdict]:
+    rows = [_judge(claim, family, families)]
+    if claim.test in ("falls", "rises"):
+        rows += _judge_equal_time(claim, family, families)
+    return rows
+
+
+def _judge_equal_time(claim: Claim, family: Family, families: list[Family]) -> list[Verdict]:
+    """The top rank against rank 1 trained for as long as the top rank took, where there is such a cell."""
+    top = family.cells.get(("untied", claim.top))
+    longer = [
+        other.cells["untied", 1]
+        for other in families
+        if ("untied", 1) in other.cells
+        and other.settings["optim.steps"] > family.settings["optim.steps"]
+        and _alike([family, other], ("optim.steps", "optim.warmup"))
+    ]
+    if top is None or not longer:
+        return []
+    ratios = {index: _training_seconds(cells) / _training_seconds(top) for index, cells in enumerate(longer)}
+    nearest = min(ratios, key=lambda index: abs(math.log(ratios[index])))
+    if not 1 / EQUAL_TIME < ratios[nearest] < EQUAL_TIME:
+        return []
+    rank_one, ratio = longer[nearest], ratios[nearest]
+    gap = difference(top, rank_one, claim.quantity)
+    seeds = len(set(top) & set(rank_one))
+    setting = f"{family.label}, equal wall-clock, {_counted(seeds, 'seed')}"
+    paths = [record.path for cells in (rank_one, top) for _, record in sorted(cells.items())]
+    if gap is None:
+        return [Verdict(claim, setting, UNMEASURED, f"no seed with {claim.quantity} is shared", records=paths)]
+    name = f"rank {claim.top} - rank 1 trained for {ratio:.2f} times its time:"
+    numbers = [Number(name, gap, claim.digits, claim.unit, sign=True)]
+    word, reason = _signed(claim, gap)
+    return [Verdict(claim, setting, word, reason, numbers, [], paths, seeds)]
+
+
+def _training_seconds(cells: Cells) -> float:
+    """Mean over seeds of steps times the median step: wall-clock without validation, checkpoints and pauses."""
+    return sum(r["training"]["steps"] * r["training"]["step_ms_median"] / 1000 for r in cells.values()) / len(cells)
+
+
+def _signed(claim: Claim, gap: Interval) -> tuple[str, str]:
+    """The word for one difference that should fall or rise."""
+    wanted = -1 if claim.test == "falls" else 1
+    if _sign(gap) == wanted:
+        return HOLDS, ""
+    if _sign(gap) == -wanted:
+        return FAILS, "the difference goes the other way"
+    if -claim.margin < gap.low and gap.high < claim.margin:
+        return FAILS, f"no difference larger than {claim.margin:g} {claim.unit}"
+    return UNMEASURED, "undecided: the interval includes 0 and is too wide to say that there is no difference"
+
+
+def _too_few(claim: Claim, seeds: int) -> str:
+    return f"{seeds} shared seed{'s' * (seeds != 1)}, the rule needs {claim.seeds}" if seeds < claim.seeds else ""
+
+
+def _judge_balance(claim: Claim, families: list[Family]) -> list[Verdict]:
+    """One row per setting with a cell of the top rank without balance and one with."""
+    rows = []
+    for group in _alike((f for f in families if ("untied", claim.top) in f.cells), BALANCES):
+        without = next((family for family in group if family.settings["balance"] == "none"), None)
+        if without is None:
+            continue
+        others = [family for family in group if family is not without]
+        base = without.cells["untied", claim.top]
+        level = 1 - 0.05 / len(others)
+        gaps: dict[str, Interval] = {}
+        shared = set(base)
+        for family in others:
+            gap = difference(family.cells["untied", claim.top], base, claim.quantity, level=level)
+            shared &= set(family.cells["untied", claim.top])
+            if gap is not None:
+                gaps[_balance(family)] = gap
+        numbers = [
+            Number(f"{name} - none ({100 * level:.1f}%):", gap, claim.digits, claim.unit, sign=True)
+            for name, gap in gaps.items()
+        ]
+        surely_not = [gap.low > 0 or (-claim.margin < gap.low and gap.high < claim.margin) for gap in gaps.values()]
+        if few := _too_few(claim, len(shared) if gaps else 0):
+            word, reason = UNMEASURED, few
+        elif any(gap.high < 0 for gap in gaps.values()):
+            word, reason = HOLDS, ""
+        elif all(surely_not):
+            word, reason = FAILS, f"no balance lowers it by more than {claim.margin:g} {claim.unit}"
+        else:
+            word, reason = UNMEASURED, "undecided: no interval is below 0, and some reach beyond the margin"
+        setting = f"{others[0].settings['corpus']}, {without.size}, n={without.horizon}, {without.target} target, rank {claim.top}"
+        beside = [number for family in group for number in _component_use(family, claim.top)]
+        records = [r.path for family in group for _, r in sorted(family.cells["untied", claim.top].items())]
+        rows.append(
+            Verdict(
+                claim,
+                f"{setting}, {_counted(len(shared), 'seed')}",
+                word,
+                reason,
+                numbers,
+                beside,
+                records,
+                len(shared),
+            )
+        )
+    return rows
+
+
+def _balance(family: Family) -> str:
+    """switch and kl with their strength, bias with its rate."""
+    name = str(family.settings["balance"])
+    key = {"switch": "loss.balance_weight", "kl": "loss.balance_weight", "bias": "loss.balance_rate"}.get(name)
+    return f"{name} {family.settings[key]:g}" if key else name
+
+
+def _component_use(family: Family, rank: int) -> list[Number]:
+    """Effective components (exp of the entropy of the mean weights) and tokens per pass."""
+    cells = family.cells["untied", rank]
+    effective = estimate([Sample(mean=r["likelihood"]["weights"]["effective"]) for _, r in sorted(cells.items())])
+    rate = over_seeds(cells, "tokens_per_pass")
+    found = [Number(f"{_balance(family)}:", effective, 2, "effective components")]
+    return found + ([Number(f"{_balance(family)}:", rate, 3, "tokens per pass")] if rate is not None else [])
+
+
+def _judge_everywhere(claim: Claim, families: list[Family]) -> list[Verdict]:
+    """One row per set of families that differ in trunk, training and text only."""
+    rows = []
+    both = [family for family in families if {1, claim.top} <= set(family.ranks())]
+    for group in _alike(both, TRUNKS):
+        cells = [(family, family.cells["untied", claim.top], family.cells["untied", 1]) for family in group]
+        level = 1 - 0.05 / len(group)
+        gaps = {
+            _setting(family): gap
+            for family, top, one in cells
+            if (gap := difference(top, one, claim.quantity, level=level)) is not None
+        }
+        numbers = [
+            Number(f"{name}, rank {claim.top} - rank 1 ({100 * level:.1f}%):", gap, claim.digits, claim.unit, sign=True)
+            for name, gap in gaps.items()
+        ]
+        sizes, lengths = ({family.settings[key] for family in group} for key in ("size", "optim.steps"))
+        seeds = min(len(set(top) & set(one)) for _, top, one in cells)
+        flat = [name for name, gap in gaps.items() if -claim.margin < gap.low and gap.high < claim.margin]
+        down = [name for name, gap in gaps.items() if gap.high < 0]
+        if len(sizes) < SIZES_NEEDED or len(lengths) < LENGTHS_NEEDED:
+            word, reason = NOT_MEASURED, (
+                f"{_counted(len(sizes), 'trunk size')} and {_counted(len(lengths), 'training length')}, the rule needs "
+                f"{SIZES_NEEDED} and {LENGTHS_NEEDED}"
+            )  # fmt: skip
+        elif few := _too_few(claim, seeds):
+            word, reason = UNMEASURED, few
+        elif down or flat:
+            word, reason = FAILS, f"no gain for {'; '.join(down + flat)}"
+        elif len(gaps) == len(group) and all(gap.low > 0 for gap in gaps.values()):
+            word, reason = HOLDS, ""
+        else:
+            word, reason = (
+                UNMEASURED,
+                "undecided: some interval includes 0 and is too wide to say that there is no gain",
+            )
+        beside = [number for family, top, one in cells for number in _gains(claim, family, top, one)]
+        records = [r.path for _, top, one in cells for each in (one, top) for _, r in sorted(each.items())]
+        setting = f"n={group[0].horizon}, common targets, {_counted(len(group), 'setting')}, {_counted(seeds, 'seed')}"
+        rows.append(Verdict(claim, setting, word, reason, numbers, beside, records, seeds))
+    return rows
+
+
+def _setting(family: Family) -> str:
+    s = family.settings
+    words = [str(s["corpus"]), family.size, f"{s['optim.steps']} steps"]
+    return " ".join(words + ([str(s["data.tokenizer"])] if s["data.tokenizer"] != "bytes" else []))
+
+
+def _gains(claim: Claim, family: Family, top: Cells, one: Cells) -> list[Number]:
+    """Joint NLL and speed beside the tokens per pass."""
+    found = []
+    gap = difference(top, one, "joint_nll")
+    if gap is not None:
+        found.append(Number(f"{_setting(family)}, rank {claim.top} - rank 1:", gap, 3, "nats", sign=True))
+    for rank, cells in ((1, one), (claim.top, top)):
+        speed = over_seeds(cells, "speedup")
+        if speed is not None:
+            found.append(Number(f"{_setting(family)}, rank {rank} over plain:", speed, 2, "x"))
+    return found
+
+
+def _judge_overhead(claim: Claim, family: Family) -> Verdict:
+    """Training step and decoding pass of the top rank, over those of plain next-token models."""
+    plain = {record.seed: record for record in family.reference}
+    steps = {rank: _step_ratio(family.cells["untied", rank], plain) for rank in family.ranks()}
+    passes = {rank: _pass_ratio(family.cells["untied", rank]) for rank in family.ranks()}
+    step, drafting = steps.get(claim.top), passes.get(claim.top)
+    numbers = [
+        Number(f"rank {claim.top}, {what}:", ratio, claim.digits, claim.unit)
+        for what, ratio in (("training step over next-token", step), ("pass with draft over plain pass", drafting))
+        if ratio is not None
+    ]
+    beside = [
+        Number(f"rank {rank}, {what}:", ratio, claim.digits, claim.unit)
+        for what, ratios in (("training step over next-token", steps), ("pass with draft over plain pass", passes))
+        for rank, ratio in ratios.items()
+        if ratio is not None and rank != claim.top
+    ]
+    limit, seeds = 1 + claim.margin, len(set(family.cells.get(("untied", claim.top), {})) & set(plain))
+    if step is None or drafting is None:
+        word, reason = NOT_MEASURED, f"no cell of rank {claim.top} beside a next-token model, timed alone and decoded"
+    elif few := _too_few(claim, seeds):
+        word, reason = UNMEASURED, few
+    elif step.high < limit and drafting.high < limit:
+        word, reason = HOLDS, ""
+    elif step.low > limit or drafting.low > limit:
+        which = [what for what, ratio in (("training", step), ("sampling", drafting)) if ratio.low > limit]
+        word, reason = FAILS, f"{' and '.join(which)} take{'s' * (len(which) == 1)} more than {limit:g} times as long"
+    else:
+        word, reason = UNMEASURED, f"undecided: an interval crosses {limit:g}"
+    hardware = "one GPU" if _on_gpu(family) else f"{family.records()[0]['hardware']['cores']} cores"
+    return Verdict(
+        claim, f"{family.label}, {hardware}, {_counted(seeds, 'seed')}", word, reason, numbers, beside,
+        [record.path for record in family.records("untied")], seeds,
+    )  # fmt: skip
+
+
+def _step_ratio(cells: Cells, plain: Cells) -> Interval | None:
+    """Time of a training step over that of the next-token model of the same seed."""
+
+    def step(record: Record) -> Sample:
+        return Sample(mean=math.log(record["training"]["step_ms_median"]))
+
+    pairs = [(step(cells[seed]), step(plain[seed])) for seed in sorted(set(cells) & set(plain))]
+    return contrast(pairs).exp() if pairs else None
+
+
+def _pass_ratio(cells: Cells) -> Interval | None:
+    """Time of a speculative pass over that of a plain one: tokens per pass over speed-up, with the speed-up's interval."""
+    samples = []
+    for _, record in sorted(cells.items()):
+        mode = record.mode("sampling")
+        if mode is not None:
+            speed = Sample.log_ratio(**{key: mode["speedup"][key] for key in ("median", "low", "high")})
+            samples.append(Sample(mean=math.log(mode["tokens_per_pass"]["mean"]) - speed.mean, sem=speed.sem))
+    return estimate(samples).exp() if samples else None
 
 
 def _judge(claim: Claim, family: Family, families: list[Family]) -> Verdict:
@@ -161,15 +470,12 @@ def _judge(claim: Claim, family: Family, families: list[Family]) -> Verdict:
     ]
     shared = set() if missing else set(cells[1]) & set(cells[claim.top])
     if missing:
-        word, numbers = UNMEASURED, list[Number]()
+        word, numbers = NOT_MEASURED, list[Number]()
         reason = f"no cell of rank {' and '.join(map(str, missing))} (there is {', '.join(map(str, cells))})"
     else:
         word, reason, numbers = tests[claim.test](claim, cells)
-        if len(shared) < claim.seeds:
-            word, reason = (
-                UNMEASURED,
-                f"{len(shared)} shared seed{'s' * (len(shared) != 1)}, the rule needs {claim.seeds}",
-            )
+        if few := _too_few(claim, len(shared)):
+            word, reason = UNMEASURED, few
     return Verdict(
         claim, f"{family.label}, {len(shared)} seed{'s' * (len(shared) != 1)}", word, reason, numbers or means, _beside(claim, family, families, means if numbers else []),
         [record.path for record in family.records("untied")], len(shared),
@@ -232,13 +538,7 @@ def _trend(claim: Claim, cells: dict[int, Cells]) -> tuple[str, str, list[Number
         if step is not None and _sign(step) == -wanted:
             numbers.append(Number(f"rank {high} - rank {low}:", step, claim.digits, claim.unit, sign=True))
             return FAILS, f"the step from rank {low} to rank {high} goes the other way", numbers
-    if _sign(total) == wanted:
-        return HOLDS, "", numbers
-    if _sign(total) == -wanted:
-        return FAILS, "the difference goes the other way", numbers
-    if -claim.margin < total.low and total.high < claim.margin:
-        return FAILS, f"no difference larger than {claim.margin:g} {claim.unit}", numbers
-    return UNMEASURED, "undecided: the interval includes 0 and is too wide to say that there is no difference", numbers
+    return *_signed(claim, total), numbers
 
 
 def _equal(claim: Claim, cells: dict[int, Cells]) -> tuple[str, str, list[Number]]:

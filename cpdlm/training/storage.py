@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,24 +45,26 @@ class RunError(RuntimeError):
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder while a run writes to it; raises RunError when another process does."""
+def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the folder while a run writes to it; raises RunError when another process still does after `patience` seconds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the lock is given back
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}; give another folder with output=DIR") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.close()
-        raise RunError(
-            f"another run is writing to {folder}; wait for it, or give this one name=OTHER (a sweep: --out OTHER)"
-        ) from error
-    try:
+    until = time.monotonic() + patience
+    with handle:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= until:
+                    raise RunError(
+                        f"another run is writing to {folder}; wait for it, or give this one name=OTHER (a sweep: out=OTHER)"
+                    ) from error
+                time.sleep(0.1)
         yield
-    finally:
-        handle.close()
 
 
 def open_run(folder: Path, config: Config) -> None:
@@ -79,7 +82,7 @@ def check_same_run(folder: Path, config: Config) -> None:
         if not key.startswith(_FREE) and value != theirs[key]:
             raise RunError(
                 f"{folder} holds another run ({key}: {theirs[key]!r} there, {value!r} now); give this one name=OTHER "
-                f"(a sweep: --out OTHER), or delete the folder"
+                f"(a sweep: out=OTHER), or delete the folder"
             )
 
 

@@ -1,0 +1,238 @@
+"""What a cell will cost before it runs: seconds and memory, from a model fitted to the records so far.
+
+    step = a + b F_trunk + c F_heads             seconds of one optimiser step; F in FLOPs, at 2 per multiply-add
+    train = k steps step                         k: wall-clock over time in steps (validation, checkpoints)
+    evaluate = a + b rows F_row
+    decode = units (a + b F_pass + c F_draft + d / cells of the group)    units: tokens written, over modes and repeats
+    memory = a + b weights
+
+Least squares of relative errors, no coefficient below zero; `CostModel.text` shows each fit's error. Records of a GPU are
+fitted apart; until there are some, the rates of `ASSUMED` stand in, and the text says so. Letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpdlm.config import SIZES, Config, from_dict
+from cpdlm.report.results import Record
+from experiments.suite import Cell, decode_groups
+
+# Seconds that a process takes before its first step: imports, tokens, model, evaluation's start.
+START_SECONDS = 12.0
+# A GPU of the H100 class on models this small, in cautious round numbers, until records replace them.
+ASSUMED = {
+    "step": (0.01, 1 / 150e12, 1 / 100e12), "evaluate": (2.0, 1 / 50e12), "decode": (0.006, 1e-14, 1e-14, 0.012),
+    "memory": (4e9, 20.0),
+}  # fmt: skip
+Array = NDArray[np.float64]
+
+
+# --- what a config computes ------------------------------------------------------------------------------------------
+
+
+def _vocabulary(config: Config) -> int:
+    kind, _, size = config.data.tokenizer.partition(":")
+    return int(size) if kind == "bpe" else 257 if kind == "bytes" else 50_000
+
+
+def trunk_flops(config: Config) -> float:
+    """FLOPs of the trunk's forward pass, per token of a row."""
+    size = SIZES[config.size]
+    block = 4 * size.width**2 + 3 * size.width * size.feed_forward + config.data.context * size.width
+    return 2.0 * size.layers * block
+
+
+def head_flops(config: Config) -> float:
+    """FLOPs of one position's draft law: every map and its logits."""
+    width, vocab = SIZES[config.size].width, _vocabulary(config)
+    if config.horizon == 1:
+        return 2.0 * width * vocab
+    rows = (config.horizon - config.first_is_tied) * config.rank
+    hidden = config.model.map_hidden or config.model.map_rank
+    each = 0 if config.model.head == "separate" else 2 * width * hidden if hidden else width**2
+    anchor = width * width if config.anchor != "none" else 0
+    return 2.0 * (rows * (each + width * vocab) + anchor)
+
+
+def step_flops(config: Config) -> tuple[float, float]:
+    """FLOPs of one optimiser step: (trunk, heads). A frozen trunk runs forward only; the loss computes its logits twice."""
+    tokens = config.data.context * config.data.batch_rows
+    trunk = (1 if config.model.trunk else 3) * tokens * trunk_flops(config)
+    positions = tokens * (config.loss.joint_fraction if config.horizon > 1 else 1)
+    return trunk, 4 * positions * head_flops(config)
+
+
+def weights(config: Config) -> float:
+    """Parameters, the trunk's included."""
+    size, vocab = SIZES[config.size], _vocabulary(config)
+    return (
+        size.layers * (4 * size.width**2 + 3 * size.width * size.feed_forward)
+        + vocab * size.width
+        + head_weights(config)
+    )
+
+
+def head_weights(config: Config) -> float:
+    width, rows = SIZES[config.size].width, (config.horizon - config.first_is_tied) * config.rank
+    if config.horizon == 1:
+        return 0.0
+    if config.model.head == "separate":
+        return float(rows * width * _vocabulary(config))
+    hidden = config.model.map_hidden or config.model.map_rank
+    return float(rows * (2 * width * hidden if hidden else width**2))
+
+
+def written_tokens(config: Config) -> int:
+    """Tokens that one contender of a decoding group writes, over both modes and all repeats."""
+    decode = config.decode
+    return 2 * (decode.repeats + decode.warmups) * decode.prompts * decode.new_tokens
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """observed = coefficients . features. error: median relative error of the records it was fitted to; nan: none."""
+
+    coefficients: tuple[float, ...]
+    error: float = float("nan")
+    records: int = 0
+
+    def __call__(self, features: Sequence[float]) -> float:
+        return float(np.dot(self.coefficients, features))
+
+
+def fit(features: Sequence[Sequence[float]], observed: Sequence[float]) -> Fit:
+    """Least squares of relative errors; a coefficient that would be negative is left out, the most negative first."""
+    seen = np.asarray(observed, dtype=float)
+    scaled: Array = np.asarray(features, dtype=float) / seen[:, None]
+    used = list(range(scaled.shape[1]))
+    while True:
+        found = np.linalg.lstsq(scaled[:, used], np.ones(len(seen)), rcond=None)[0]
+        if len(used) == 1 or found.min() >= 0:
+            break
+        used.pop(int(found.argmin()))
+    coefficients = np.zeros(scaled.shape[1])
+    coefficients[used] = np.maximum(found, 0)
+    return Fit(tuple(coefficients), float(np.median(np.abs(scaled @ coefficients - 1))), len(seen))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one cell. Seconds per stage, on as many threads as the records had; bytes of memory while it trains."""
+
+    train: float
+    decode: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """step, evaluate, decode, memory: fits by name. overhead: k above. device: what the records ran on."""
+
+    fits: dict[str, Fit]
+    overhead: float
+    device: str
+
+    @classmethod
+    def of(cls, records: Iterable[Record], scale: str = "cpu") -> CostModel:
+        """From the records of that kind of device; pretrained trunks are left out (another shape)."""
+        usable = [
+            (record, from_dict(record.config))
+            for record in records
+            if (record["hardware"]["accelerator"] != "none") == (scale == "gpu") and not record.is_pretrained
+        ]
+        usable = [(record, config) for record, config in usable if config.model.family in ("llama", "gpt2")]
+        if len(usable) < 8:
+            return (
+                cls({name: Fit(values) for name, values in ASSUMED.items()}, 1.2, scale) if scale == "gpu" else _none()
+            )
+        decoded = [(record, config) for record, config in usable if record["decoding"] is not None]
+        seen = {
+            "step": ([_step(c) for _, c in usable], [r["training"]["step_ms_median"] / 1000 for r, _ in usable]),
+            "evaluate": ([_evaluate(c) for _, c in usable], [max(0.1, r["seconds"]["evaluate"]) for r, _ in usable]),
+            "decode": (
+                [_decode(c, len(r["decoding"]["group"])) for r, c in decoded],
+                [r["seconds"]["decode"] / written_tokens(c) for r, c in decoded],
+            ),
+            "memory": ([_memory(c) for _, c in usable], [r["training"]["peak_memory_bytes"] for r, _ in usable]),
+        }
+        spent = [
+            r["seconds"]["train"] / (r["training"]["steps"] * r["training"]["step_ms_median"] / 1000) for r, _ in usable
+        ]
+        names = {r["hardware"]["processor"] for r, _ in usable}
+        return cls({k: fit(*v) for k, v in seen.items() if v[1]}, statistics.median(spent), ", ".join(sorted(names)))
+
+    def estimate(self, cell: Cell, group: int = 1) -> Estimate:
+        """group: how many cells are decoded beside it, itself among them."""
+        config = cell.config("runs")
+        train = self.overhead * config.optim.steps * self.fits["step"](_step(config))
+        decode = written_tokens(config) * self.fits["decode"](_decode(config, group)) if config.horizon > 1 else 0.0
+        total = START_SECONDS + train + self.fits["evaluate"](_evaluate(config))
+        return Estimate(total, decode, self.fits["memory"](_memory(config)))
+
+    def text(self) -> str:
+        """One line: what it rests on and how far off it is."""
+        if not next(iter(self.fits.values())).records:
+            return f"cost model: no records of a {self.device} yet; assumed rates"
+        errors = ", ".join(f"{name} {100 * each.error:.0f}%" for name, each in self.fits.items())
+        count = self.fits["step"].records
+        return f"cost model: {count} records ({self.device}); median error of the fit: {errors}"
+
+
+def _none() -> CostModel:
+    """No records at all: a slow core."""
+    slow = {"step": (0.05, 1 / 50e9, 1 / 50e9), "evaluate": (1.0, 1 / 50e9), "decode": (2e-3, 1 / 5e9, 1 / 5e9, 4e-3), "memory": (7e8, 16.0)}  # fmt: skip
+    return CostModel({name: Fit(values) for name, values in slow.items()}, 1.2, "CPU")
+
+
+def _step(config: Config) -> tuple[float, ...]:
+    return (1.0, *step_flops(config))
+
+
+def _evaluate(config: Config) -> tuple[float, ...]:
+    return 1.0, config.evaluate.rows * config.data.context * (trunk_flops(config) + head_flops(config))
+
+
+def _decode(config: Config, group: int) -> tuple[float, ...]:
+    # Cells with targets of their own are compared with plain decoding of their own.
+    shared = group if config.model.trunk else 1
+    return 1.0, trunk_flops(config), head_flops(config), 1 / shared
+
+
+def _memory(config: Config) -> tuple[float, ...]:
+    return 1.0, weights(config)
+
+
+# --- a whole sweep ---------------------------------------------------------------------------------------------------
+
+
+def estimates(model: CostModel, cells: list[Cell]) -> dict[str, Estimate]:
+    """By name of the cell, decoded in the groups that these cells make."""
+    sizes = {cell.name: len(group.cells) for group in decode_groups(cells, "runs") for cell in group.cells}
+    return {cell.name: model.estimate(cell, sizes.get(cell.name, 1)) for cell in cells}
+
+
+def wall_seconds(cells: list[Cell], costs: dict[str, Estimate], jobs: int, decoded: list[Cell] | None = None) -> float:
+    """Wall-clock of training `cells`, `jobs` at once as the scheduler orders them, then of the timed ones and of decoding
+    (default: the same cells), alone."""
+    alone = sum(costs[cell.name].train for cell in cells if cell.alone)
+    decoding = sum(costs[cell.name].decode for cell in (cells if decoded is None else decoded))
+    ends: dict[str, float] = {}
+    free, waiting = [0.0] * jobs, [cell for cell in cells if not cell.alone]
+    names = {cell.name for cell in waiting}
+    while waiting:
+        slot = int(np.argmin(free))
+        trunks = [each.trunk.name if each.trunk is not None and each.trunk.name in names else "" for each in waiting]
+        began = [max(free[slot], ends.get(name, np.inf) if name else 0.0) for name in trunks]
+        first = int(np.argmin(began))
+        cell = waiting.pop(first)
+        ends[cell.name] = free[slot] = began[first] + costs[cell.name].train
+    return max(free) + alone + decoding

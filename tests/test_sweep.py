@@ -1,0 +1,499 @@
+"""The sweep: its words, its scheduler, and what happens when cells fail, are killed, are finished or do not belong together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_records import made
+
+from cpdlm.config import ConfigError, to_dict
+from cpdlm.report import results
+from cpdlm.training import storage
+from experiments import cost, launchers, pipeline, sweep
+from experiments.launchers import Job, Local
+from experiments.suite import PROFILES, SCALES, STUDIES, Cell, heads, scratch, study, trunk
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def job(tmp_path: Path, name: str, code: str, *needs: str, alone: bool = False) -> Job:
+    return Job(name, ("-c", code), tmp_path / name / "train.log", frozenset(needs), alone)
+
+
+def ran(jobs: list[Job], launcher: launchers.Launcher) -> tuple[dict[str, int], list[str]]:
+    codes: dict[str, int] = {}
+
+    def ended(job: Job, code: int) -> bool:
+        codes[job.name] = code
+        return code == 0
+
+    return codes, [each.name for each in launchers.schedule(jobs, launcher, ended)]
+
+
+# --- the scheduler, with jobs that only say when they ran -------------------------------------------------------------
+
+STAMP = """
+import os, pathlib, sys, time
+began, here, others = time.time(), pathlib.Path(sys.argv[1]), sys.argv[2:]
+here.with_suffix('.began').touch()
+while not all(here.with_name(other).with_suffix('.began').exists() for other in others):
+    time.sleep(0.01)  # for good where two that should run at once do not: the test's own limit ends it
+print(began, time.time(), len(os.sched_getaffinity(0)), os.environ['OMP_NUM_THREADS'])
+"""
+
+
+def stamping(tmp_path: Path, name: str, *needs: str, beside: tuple[str, ...] = (), alone: bool = False) -> Job:
+    """A job that ends only once those `beside` it have begun, too."""
+    argv = ("-c", STAMP, str(tmp_path / name), *beside)
+    return Job(name, argv, tmp_path / f"{name}.log", frozenset(needs), alone)
+
+
+def stamps(jobs: list[Job]) -> dict[str, tuple[float, float, int, int]]:
+    lines = {each.name: each.log.read_text().split() for each in jobs}
+    return {name: (float(a), float(b), int(c), int(d)) for name, (a, b, c, d) in lines.items()}
+
+
+@pytest.mark.timeout(120)
+def test_jobs_wait_for_their_needs_and_timed_ones_have_the_machine(tmp_path: Path) -> None:
+    jobs = [
+        stamping(tmp_path, "timed", alone=True),
+        stamping(tmp_path, "heads", "trunk"),
+        stamping(tmp_path, "trunk", beside=("other",)),
+        stamping(tmp_path, "other", beside=("trunk",)),
+    ]
+    launcher = Local(2)
+    codes, skipped = ran(jobs, launcher)
+    assert codes == dict.fromkeys(("timed", "heads", "trunk", "other"), 0) and not skipped
+    seen = stamps(jobs)
+    assert seen["heads"][0] >= seen["trunk"][1]
+    for name in ("heads", "trunk", "other"):
+        assert seen["timed"][0] >= seen[name][1] or seen["timed"][1] <= seen[name][0], (
+            "something ran beside a timed job"
+        )
+        assert seen[name][2] == seen[name][3] == max(1, len(launcher.cores) // 2), "pinned to its share"
+    assert seen["timed"][2] == seen["timed"][3] == len(launcher.cores)
+
+
+@pytest.mark.timeout(120)
+def test_gpus_are_shared_out(tmp_path: Path) -> None:
+    show = STAMP + "print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    jobs = [Job(n, ("-c", show, str(tmp_path / n), other), tmp_path / n) for n, other in (("a", "b"), ("b", "a"))]
+    ran(jobs, Local(2, ["3", "5"]))
+    assert {each.log.read_text().split()[-1] for each in jobs} == {"3", "5"}
+
+
+def test_a_failure_skips_what_needs_it_and_nothing_else(tmp_path: Path) -> None:
+    jobs = [
+        job(tmp_path, "trunk", "raise SystemExit(3)"),
+        job(tmp_path, "heads", "", "trunk"),
+        job(tmp_path, "other", ""),
+        job(tmp_path, "killed", "import os; os.kill(os.getpid(), 9)"),
+    ]
+    codes, skipped = ran(jobs, Local(1))
+    assert codes == {"trunk": 3, "other": 0, "killed": -9} and skipped == ["heads"]
+
+
+# --- failures and kills -----------------------------------------------------------------------------------------------
+
+
+def plan(folder: Path, cells: list[Cell], **more: Any) -> pipeline.Plan:
+    return pipeline.Plan("test", cells, folder / "out", folder / "results", "command", **more)
+
+
+def test_a_failing_cell_is_recorded_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cells that only note that they ran; one raises until it is mended, and one needs it."""
+    bad, good = trunk("code", "smoke,trunk"), scratch("code", 1, "smoke")
+    cells = [bad, heads(bad, 1, "smoke"), replace(good, reference=None)]
+    work = "import pathlib, sys; here = pathlib.Path(sys.argv[1]); {}; (here / 'done').open('a').write('ran ')"
+    fail = (
+        f"exec('' if pathlib.Path({str(tmp_path / 'mended')!r}).exists() else 'raise RuntimeError(\"out of ideas\")')"
+    )
+
+    def command(cell: Cell, plan: pipeline.Plan, track: list[str]) -> tuple[str, ...]:
+        return "-c", work.format(fail if cell is bad else "0"), str(tmp_path / "out" / cell.name)
+
+    monkeypatch.setattr(pipeline, "train_command", command)
+    monkeypatch.setattr(
+        "experiments.cell.is_trained", lambda config: (tmp_path / "out" / config.run_name / "done").exists()
+    )
+    monkeypatch.setattr("experiments.cell.sweep", lambda *given: "")
+    mine = plan(tmp_path, cells, stages=("train",))
+    assert pipeline.run(mine, Local(2)) == 1
+    said = capsys.readouterr()
+    assert f"failed: {bad.name}: exit 1" in said.err and "out of ideas" in said.err
+    assert f"failed: {cells[1].name}: its trunk failed" in said.err
+    failure = json.loads((tmp_path / "out" / bad.name / "failed.json").read_text())
+    assert failure["exit"] == 1 and failure["name"] == bad.name and failure["command"].startswith("python -c")
+    assert failure["traceback"].startswith("Traceback") and failure["traceback"].endswith("RuntimeError: out of ideas")
+    assert (tmp_path / "out" / good.name / "done").read_text() == "ran "
+    # Mended, the same plan runs what is left alone, and the mark is gone; then nothing is left.
+    (tmp_path / "mended").touch()
+    assert pipeline.run(mine, Local(2)) == 0
+    assert not (tmp_path / "out" / bad.name / "failed.json").exists()
+    assert pipeline.run(mine, Local(2)) == 0
+    assert [(tmp_path / "out" / cell.name / "done").read_text() for cell in cells] == ["ran ", "ran ", "ran "]
+    assert "skipped: all 3 cells are complete" in capsys.readouterr().out
+
+
+def test_a_job_without_a_traceback_leaves_the_end_of_its_log(tmp_path: Path) -> None:
+    failing = job(tmp_path, "a", "import sys; print('step 1', end='\\r'); sys.exit('error: the loss is nan at step 3')")
+    codes, _ = ran([failing], Local(1))
+    pipeline.note_failure(tmp_path / "failed.json", failing, codes["a"])
+    noted = json.loads((tmp_path / "failed.json").read_text())
+    assert noted["traceback"].splitlines()[-1].strip() == "error: the loss is nan at step 3"
+
+
+PATIENT = """
+import pathlib, signal, sys, time
+here = pathlib.Path(sys.argv[1])
+def stop(*_):
+    (here / 'saved').open('a').write('saved ')
+    sys.exit(130)
+signal.signal(signal.SIGTERM, stop)
+(here / 'ready').touch()
+time.sleep(60)
+"""
+
+
+def test_a_stopped_sweep_tells_its_jobs_once_and_waits(tmp_path: Path) -> None:
+    class Interrupted(Local):
+        def wait(self) -> list[tuple[Job, int]]:
+            await_file(tmp_path / "ready")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ran([Job("a", ("-c", PATIENT, str(tmp_path)), tmp_path / "log")], Interrupted(1))
+    assert (tmp_path / "saved").read_text() == "saved "
+
+
+def test_a_sweep_killed_by_kill_9_leaves_no_orphan(tmp_path: Path) -> None:
+    """Its jobs are told to save and stop."""
+    script = f"""
+from pathlib import Path
+from experiments.launchers import Job, Local, schedule
+here = Path({str(tmp_path)!r})
+schedule([Job('a', ('-c', {PATIENT!r}, str(here)), here / 'log')], Local(1), lambda job, code: True)
+"""
+    sweeping = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    await_file(tmp_path / "ready")
+    sweeping.kill()
+    sweeping.wait()
+    await_file(tmp_path / "saved")
+
+
+def await_file(path: Path, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not path.is_file():
+        assert time.monotonic() < until, f"{path} did not come"
+        time.sleep(0.02)
+
+
+SWEEP = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {root!r} + '/tests']
+from test_suite import TINY
+from experiments import sweep
+from experiments.suite import Cell
+here = Path({folder!r})
+settings = TINY | {{"corpus": str(here / "text"), "data.cache": str(here / "cache"), "name": "long", "rank": 2}}
+settings |= {{"optim.steps": 600, "train.checkpoint_every": 20, "train.validate_every": 600}}
+sweep.PROFILES['smoke'] = lambda: [Cell('C1', settings)]
+sys.exit(sweep.main(['profile=smoke', 'out={folder}/out']))
+"""
+
+
+@pytest.mark.slow
+def test_a_real_sweep_killed_by_kill_9_continues(tmp_path: Path) -> None:
+    """The cell goes on from its checkpoint, is decoded and recorded; then nothing is left to run."""
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        body = "\n".join(f"def function_{number}_{line}(x):\n    return x * {line}" for line in range(12))
+        (tmp_path / "text" / f"{number}.py").write_text(body)
+    command = [sys.executable, "-c", SWEEP.format(root=str(ROOT), folder=str(tmp_path))]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    await_file(tmp_path / "out/long/last.ckpt", 300)
+    first.kill()
+    first.wait()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = results.load_all(tmp_path / "out/results")[0]
+    assert record["training"]["resumed"] >= 1 and record["training"]["steps"] == 600 and record["decoding"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "skipped: all 1 cells are complete" in again.stdout
+
+
+# --- what is finished, and what may be mixed --------------------------------------------------------------------------
+
+
+def committed(folder: Path, cells: list[Cell], **changes: Any) -> None:
+    """Records of these cells, as if they had been run side by side."""
+    for cell in cells:
+        config = cell.config("runs/old")
+        content = made(config.rank, config.seed, claim=cell.folder, horizon=config.horizon)
+        content |= {"config": to_dict(config), "name": cell.name} | changes
+        if content["decoding"]:
+            content["decoding"]["group"] = [each.name for each in cells]
+        results.write(content, folder / cell.folder)
+
+
+def small(cells: list[Cell], folder: Path) -> pipeline.Plan:
+    return pipeline.Plan("C3", cells, folder / "out", folder / "results", "command")
+
+
+def test_a_cell_with_a_record_of_its_settings_is_finished(tmp_path: Path) -> None:
+    code = trunk("code", "cpu-trunk,trunk")
+    cells = [code, *(heads(code, rank, "cpu-heads") for rank in (1, 8))]
+    committed(tmp_path / "results", cells)
+    assert not small(cells, tmp_path).pending
+    more = [*cells, heads(code, 4, "cpu-heads")]
+    # Rank 4 must be timed beside ranks 1 and 8: they are due again, and their trunk is needed for its weights.
+    unfinished = small(more, tmp_path)
+    assert {cell.name for cell in unfinished.pending} == {cell.name for cell in more[1:]}
+    assert unfinished.needed[0].name == code.name and code.name in unfinished.finished
+    # Another dial is another comparison: nothing else is due.
+    other = [*cells, heads(code, 8, "cpu-heads").varied("kl", balance="kl")]
+    assert [cell.name for cell in small(other, tmp_path).pending] == [other[-1].name]
+
+
+@pytest.mark.parametrize(
+    "change", [{"optim.steps": 7}, {"loss.balance_weight": 0.5}, {"decode.prompts": 3}, {"data.max_bytes": 9999}]
+)
+def test_a_record_of_other_settings_is_not_taken_for_the_cell(change: dict[str, int], tmp_path: Path) -> None:
+    cell = replace(scratch("code", 8), reference=None)
+    committed(tmp_path / "results", [replace(cell, overrides=cell.overrides | change)])
+    assert small([cell], tmp_path).pending
+
+
+def test_damaged_or_undecoded_records_are_run_again(tmp_path: Path) -> None:
+    cell = replace(scratch("code", 8), reference=None)
+    committed(tmp_path / "results", [cell], decoding=None)
+    assert small([cell], tmp_path).pending
+    (tmp_path / "results" / cell.folder / f"{cell.name}.json").write_text("{")
+    assert small([cell], tmp_path).pending
+
+
+def test_records_of_other_code_are_not_added_to_without_a_word(tmp_path: Path) -> None:
+    old, new = (replace(scratch("code", rank), reference=None) for rank in (1, 8))
+    committed(tmp_path / "results", [old], commit="0" * 40)
+    content = json.loads((tmp_path / "results/C1" / f"{old.name}.json").read_text())
+    content["decoding"]["group"].append(new.name)
+    (tmp_path / "results/C1" / f"{old.name}.json").write_text(json.dumps(content))
+    mixed = small([old, new], tmp_path)
+    assert [cell.name for cell in mixed.pending] == [new.name]
+    with pytest.raises(ConfigError, match=r"1 records of other code \(0000000000\).*Type mix=yes"):
+        pipeline.refuse_mixed_code(mixed)
+    pipeline.refuse_mixed_code(replace(mixed, mix=True))
+    # Cells that nothing compares with those records, or no cells at all, mix nothing.
+    pipeline.refuse_mixed_code(replace(mixed, comparisons=[[old], [new]]))
+    pipeline.refuse_mixed_code(small([old], tmp_path))
+    # The same code, or a commit since which nothing that decides numbers has changed.
+    commit, _ = results.git_state()
+    content["commit"] = commit
+    (tmp_path / "results/C1" / f"{old.name}.json").write_text(json.dumps(content))
+    same = (
+        subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *pipeline.CODE], cwd=ROOT, check=False).returncode == 0
+    )
+    assert bool(pipeline.mixed_code(small([old, new], tmp_path))) is not same
+
+
+def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path) -> None:
+    code = trunk("code", "cpu-trunk,trunk")
+    cells = [code, *(heads(code, rank, "cpu-heads") for rank in (1, 8))]
+    committed(tmp_path / "results", cells)
+    mine = small(cells, tmp_path)
+    config = code.config("runs/x")
+    pipeline.refuse_mixed_data(mine, config, "ab" * 32)  # what made_records says
+    with pytest.raises(ConfigError, match="3 records .* other text than corpus=code is now"):
+        pipeline.refuse_mixed_data(mine, config, "cd" * 32)
+    pipeline.refuse_mixed_data(replace(mine, mix=True), config, "cd" * 32)
+    for cell in cells[1:]:
+        path = tmp_path / "results" / cell.folder / f"{cell.name}.json"
+        content = json.loads(path.read_text())
+        content["data"]["trunk_sha256"] = "12" * 32
+        path.write_text(json.dumps(content))
+    mine = small(cells, tmp_path)
+    (mine.out / code.name).mkdir(parents=True)
+    (mine.out / code.name / storage.WEIGHTS).write_bytes(b"other weights")
+    assert "other weights than those under 2 records" in pipeline._other_trunk(mine, code)
+    assert pipeline._other_trunk(replace(mine, mix=True), code) == ""
+
+
+# --- the words -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["claim=C33"], "did you mean C3?"),
+        (["clam=C3"], "did you mean claim=?"),
+        (["claim=C3", "profile=cpu-full"], "not one of cpu, gpu"),
+        (["claim=C5", "profile=gpu"], "has no cells for profile=gpu"),
+        (["profile=smok"], "did you mean smoke?"),
+        (["claim=C3", "jobs=none"], "jobs=none"),
+        (["claim=C3", "only=data,trian"], "did you mean train?"),
+        (["claim=C3", "launcher=slrum"], "did you mean slurm?"),
+        (["claim=C3", "slurm.partition=x"], "needs launcher=slurm"),
+        (["claim=C3", "mix=maybe"], "not one of yes, no"),
+        (["C3"], "write WORD=VALUE"),
+    ],
+)
+def test_a_mistake_exits_2_with_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(words) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.startswith("error: ") and len(said.splitlines()) == 1
+
+
+def test_slurm_without_submitit_or_sbatch_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigError, match="pip install 'cpdlm\\[slurm\\]'"):
+        launchers.Slurm(tmp_path)
+    monkeypatch.setitem(sys.modules, "submitit", sys)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no sbatch"):
+        launchers.Slurm(tmp_path)
+
+
+def test_a_claim_goes_to_the_committed_records_and_a_profile_to_its_own() -> None:
+    claim = sweep.plan_of(sweep.parse(["claim=C3"]))
+    assert (str(claim.out), str(claim.results), claim.publish, claim.experiment) == (
+        "runs/claims",
+        "results",
+        True,
+        "C3",
+    )
+    everything = sweep.plan_of(sweep.parse(["claim=all", "profile=gpu", "data=bundle"]))
+    assert str(everything.results) == "results/gpu" and len(everything.comparisons) == 5
+    assert str(everything.shown) == "results", "records of a GPU join the others in the report"
+    assert all(cell.overrides["data.bundle"] == "bundle" for cell in everything.cells)
+    profile = sweep.plan_of(sweep.parse(["profile=smoke", f"out={ROOT / 'runs/mine'}"]))
+    assert (str(profile.out), str(profile.results), profile.publish) == ("runs/mine", "runs/mine/results", False)
+    assert {cell.name for cell in sweep.plan_of(sweep.parse(["profile=cpu-full"])).cells} == {
+        cell.name for cell in study("all")
+    }
+
+
+def test_dry_run_prints_cells_states_costs_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out/code-micro-own-r1-n4-none-s0").mkdir(parents=True)
+    (tmp_path / "out/code-micro-own-r1-n4-none-s0/failed.json").write_text("{}")
+    assert sweep.main(["profile=smoke", f"out={tmp_path}/out", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for cell in PROFILES["smoke"]():
+        assert cell.name in said
+    assert "failed before" in said and "6 cells, 6 without counting seeds: 0 finished, 6 to finish, 6 to train" in said
+    assert "median error of the fit: step" in said and "MiB" in said
+    assert list(tmp_path.rglob("*.json")) == [tmp_path / "out/code-micro-own-r1-n4-none-s0/failed.json"]
+
+
+# --- the cost model --------------------------------------------------------------------------------------------------
+
+
+def test_the_fit_finds_the_coefficients_of_exact_data() -> None:
+    features = [(1.0, x, y) for x in (1.0, 2.0, 5.0) for y in (1.0, 3.0)]
+    found = cost.fit(features, [2 + 0.5 * x + 3 * y for _, x, y in features])
+    assert found.coefficients == pytest.approx((2, 0.5, 3)) and found.error < 1e-9 and found.records == 6
+    # What would need a negative coefficient is left out.
+    found = cost.fit(features, [2 + 0.5 * x - 0.01 * y for _, x, y in features])
+    assert found.coefficients[2] == 0 and 0 < found.error < 0.05
+
+
+def test_estimates_of_the_committed_records_are_near_what_they_took() -> None:
+    records, _ = results.load_all(ROOT / "results")
+    model = cost.CostModel.of(records)
+    by_name = {cell.name: cell for cell in study("C3") if cell.name.endswith("-s0")}
+    assert all(fit.error < 0.25 for fit in model.fits.values())
+    for record in records:
+        if record["name"] in by_name and record["config"]["optim"]["steps"] == 400:
+            config = by_name[record["name"]].config("runs")
+            step = model.fits["step"](cost._step(config))
+            assert step == pytest.approx(record["training"]["step_ms_median"] / 1000, rel=0.7), record["name"]
+
+
+def test_costs_follow_the_dials() -> None:
+    base = heads(trunk("code", "cpu-trunk,trunk"), 4, "cpu-heads")
+    flops = cost.step_flops(base.config("runs"))
+    assert cost.step_flops(base.varied("x", rank=8).config("runs"))[1] == pytest.approx(2 * flops[1])
+    assert cost.step_flops(scratch("code", 4).varied("x", size="small").config("runs"))[0] == pytest.approx(
+        3 * flops[0]
+    )
+    separate = base.varied("x", model__head="separate").config("runs")
+    assert cost.head_flops(separate) < cost.head_flops(base.config("runs"))
+    assert cost.head_weights(separate) == 16 * 256 * 257
+
+
+def test_without_records_of_a_gpu_the_rates_are_assumed_and_it_says_so() -> None:
+    model = cost.CostModel.of([], "gpu")
+    assert "no records of a gpu yet; assumed rates" in model.text()
+    assert model.estimate(study("C3", "gpu")[0]).train > cost.START_SECONDS
+
+
+def test_two_workers_halve_the_time_but_not_that_of_a_chain() -> None:
+    target = trunk("code", "cpu-trunk,trunk")
+    cells = [target, *(heads(target, rank, "cpu-heads") for rank in (1, 2, 4))]
+    costs = {cell.name: cost.Estimate(10.0, 1.0, 1.0) for cell in cells}
+    assert cost.wall_seconds(cells, costs, 1) == 44
+    assert cost.wall_seconds(cells, costs, 2) == 34  # trunk, then two, then one; decoding alone
+    alone = [replace(cell, alone=True) for cell in cells]
+    assert cost.wall_seconds(alone, costs, 2) == 44
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "experiments/README.md").read_text()
+
+
+def test_the_page_says_what_the_suite_says() -> None:
+    """Claim, question, command and folders exactly; the predicted time within a factor of two, since it follows the records."""
+    rows = [
+        [part.strip() for part in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| C")
+    ]
+    records = results.load_all(ROOT / "results")[0]
+    expected = [(each, scale) for each in STUDIES for scale in SCALES if getattr(each, scale)]
+    assert len(rows) == len(expected)
+    for (each, scale), (claim, question, command, hours, folders) in zip(expected, rows, strict=True):
+        on_gpu = scale == "gpu"
+        assert (claim, question) == (each.id, each.claim.question)
+        assert command == f"`python experiments/sweep.py claim={each.id}{' profile=gpu' * on_gpu}`"
+        assert sweep.parse(command.strip("`").split()[2:]).claim == each.id
+        cells = study(each.id, scale)
+        root = "results/gpu" if on_gpu else "results"
+        assert folders == ", ".join(f"`{root}/{name}`" for name in sorted({cell.folder for cell in cells}))
+        number, unit, where = hours.replace(",", "").split(maxsplit=2)
+        assert where == ("one GPU" if on_gpu else "2 cores")
+        if not any(cell.config("runs").is_pretrained for cell in cells):
+            model = cost.CostModel.of(records, scale)
+            seconds = cost.wall_seconds(cells, cost.estimates(model, cells), 1 if on_gpu else 2)
+            said = float(number) * {"h": 3600, "min": 60}[unit]
+            assert said / 2 < seconds < said * 2, f"{claim}: about {seconds / 60:.0f} min"
+
+
+def test_the_page_names_every_arm_and_its_claims() -> None:
+    arms: dict[str, list[str]] = {}
+    for each in STUDIES:
+        for arm in each.cpu:
+            arms.setdefault(arm.__name__, []).append(each.id)
+    del arms["retrofit"]
+    rows = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `")]
+    told = {name.strip(" `"): claims.strip() for names, _, claims in rows for name in names.split(",")}
+    for name, claims in arms.items():
+        assert set(claims) <= set(told[name].split(", ")), name
+    assert set(told) == set(arms)
+    cells = study("all")
+    assert f"{len({cell.setting for cell in cells})} settings" in PAGE
+
+
+def test_the_commands_of_the_page_are_understood() -> None:
+    block = PAGE.split("```bash\n")
+    lines = [line.split("#")[0].split() for part in block[1:] for line in part.split("```")[0].splitlines()]
+    for _, script, *words in lines:
+        if script == "experiments/sweep.py" and "--help" not in words:
+            sweep.plan_of(sweep.parse(words))
