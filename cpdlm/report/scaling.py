@@ -132,22 +132,22 @@ def overhead_table(name: str, record: Benchmark, recipes: Benchmark) -> Table:
             (
                 cell["size"], cell["recipe"], f"{cell['step_ms']:,.0f}", _percent(cell.get("overhead")), _percent(cell.get("bound")),
                 f"{cell['peak_bytes'] / 2**20:,.0f}", f"{cell['planned_bytes'] / 2**20:,.0f}",
-                *(f"{found[key]:.2f}" if key in found else "-" for key in ("greedy_tokens_per_pass", "sampling_tokens_per_pass")),
+                f"{found['tokens_per_pass']:.2f}" if found else "-",
                 f"{found['kept']:.0%}" if "kept" in found else "-",
-                f"{found['first_token_nll']['mean']:.3f}" if found else "-",
+                f"{found['joint_nll']['mean']:.2f}" if found else "-",
             )
         )  # fmt: skip
     settings, other = record["settings"], recipes["settings"]
     caption = (
         f"Training with rank {settings['rank']} and horizon {settings['horizon']} against next-token training of the same trunk, V="
         f"{settings['vocab']:,}: median step, and what it exceeds the next-token step by, measured and by FLOPs (bound); peak memory, and as "
-        f"planned. Beside them, of models of {other['steps']} steps on bytes (one seed): tokens per pass, the share of the whole loss's gain "
-        f"that is kept, first-token NLL (nats). Chosen, the fewest FLOPs that keep {recipes['kept_target']:.0%}: {recipes['chosen']}. "
+        f"planned. Beside them, of heads trained by the recipe for {other['steps']} steps on one frozen trunk (bytes, one seed): tokens per "
+        f"pass expected from the test positions, the share of the whole loss's gain that is kept, joint NLL (nats). Chosen, the fewest FLOPs that keep {recipes['kept_target']:.0%}: {recipes['chosen']}. "
         f"{_described(record)}"
     )
     header = (
-        "trunk", "recipe", "step (ms)", "overhead", "bound", "peak (MiB)", "planned (MiB)", "tokens per pass, greedy",
-        "tokens per pass, sampling", "gain kept", "first-token NLL",
+        "trunk", "recipe", "step (ms)", "overhead", "bound", "peak (MiB)", "planned (MiB)", "tokens per pass",
+        "gain kept", "joint NLL",
     )  # fmt: skip
     return Table(name, caption, header, rows)
 

@@ -8,7 +8,7 @@ Letters: B rows of a micro-batch, T position, F factors, R rank, V vocabulary, D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -222,27 +222,32 @@ def _weights(model: LanguageModel, config: Config) -> dict[str, int]:
 
 
 def _loss_memory(model: LanguageModel, config: Config, rows: int, compiled: bool) -> dict[str, int]:
-    """A chunk of logits, and the gradients that the loss sums in forward, while those of the step before are still there."""
-    fast = 2 if config.train.precision.startswith("bf16") else model.unembedding.weight.element_size()
-    exact = max(4, model.unembedding.weight.element_size())
+    """The largest chunk, and the gradients that the loss sums in forward, while those of the step before are still there."""
+    table, width = model.unembedding.weight, model.trunk.width
+    fast = 2 if config.train.precision.startswith("bf16") else table.element_size()
+    logit = fast if compiled else max(4, table.element_size())
     positions = rows * config.data.context
-    factors, rank = (model.heads.factors, model.rank) if model.heads is not None else (1, 1)
-    place = config.loss.shortlist or model.vocab_size
-    logit = fast if compiled else exact
-    each = factors * rank * place * logit
-    chunk = min(max(config.loss.chunk_mib * 2**20, each), positions * each)
-    # Beside the logits: their float32 copy in eager half precision, and about six copies of the rows that they come from.
-    beside = (fast if logit > fast else 0) / logit + 6 * model.trunk.width / place
-    heads = list(model.heads.maps.values()) if model.heads is not None else []
-    sums = sum(p.numel() * p.element_size() for p in heads)
-    table = model.unembedding.weight
-    if not model.common_target and not _separate(model):
-        sums += table.numel() * table.element_size()
-    if (
-        "next token" in loss_flops(model, config)
-        and loss_flops(model, config)["next token"]
-        and model.heads is not None
-    ):
-        sums += 0 if model.common_target or _separate(model) else table.numel() * table.element_size()
-        sums += 0 if model.first_is_tied else sum(p.numel() * p.element_size() for p in heads) // factors
-    return {"chunk of the loss": int(chunk * (1 + beside)), "sums of the loss": sums}
+
+    def chunk(positions: int, rows_each: int, tokens: int) -> float:
+        each = rows_each * tokens * logit
+        logits = min(max(config.loss.chunk_mib * 2**20, each), positions * each)
+        # Beside them, their float32 copy in eager half precision, and about six copies of the rows that they come from.
+        return logits * (1 + (fast / logit if logit > fast else 0) + 6 * width / tokens)
+
+    def size(parameters: Iterable[Tensor]) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+    has_next_token = loss_flops(model, config)["next token"] > 0
+    table_bytes = 0 if model.common_target or _separate(model) else size([table])
+    most, sums = 0.0, 0
+    if has_next_token:
+        most = chunk(positions, 1 if model.first_is_tied else model.rank, model.vocab_size)
+        sums += table_bytes
+    if model.heads is not None:
+        picked, maps = max(1, round(positions * config.loss.joint_fraction)), size(model.heads.maps.values())
+        window = chunk(picked, model.heads.factors * model.rank, config.loss.shortlist or model.vocab_size)
+        most = max(most, window)
+        sums += table_bytes + maps
+        if has_next_token and not model.first_is_tied:
+            sums += maps // model.heads.factors
+    return {"chunk of the loss": int(most), "sums of the loss": sums}
