@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
             found = in_fresh_process(arguments, every[label], threads=label.endswith("threads"))
             runs.setdefault(label, []).append(found)
             print(f"{label:<28} " + ", ".join(f"{key} {value:,.1f}" for key, value in found.items()), file=sys.stderr)
-    cells = {
+    cells: dict[str, dict[str, Any]] = {
         label: {
             **{key: statistics.median(run[key] for run in runs[label]) for key in runs[label][0]},
             "repeats": runs[label],
