@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from cpdlm.config import Config, OptimConfig, resolve
 from cpdlm.files import WriteError
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training import storage
-from cpdlm.training.fit import Interrupted, Summary, fit
+from cpdlm.training.fit import Interrupted, Journal, Summary, fit
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
 from cpdlm.training.schedule import learning_rate_factor
 from cpdlm.training.storage import CHECKPOINT, TRAINED, WEIGHTS, RunError
@@ -315,7 +316,7 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(number: signal.Signa
 
 
 def test_a_second_signal_stops_at_once() -> None:
-    from cpdlm.training.fit import Journal, _signals_noted
+    from cpdlm.training.fit import _signals_noted
 
     journal = Journal(settings(), Path("."))
     before = signal.getsignal(signal.SIGINT)
@@ -350,6 +351,15 @@ def test_a_foreign_checkpoint_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / CHECKPOINT)
     with pytest.raises(RunError, match="is not a checkpoint of this program; delete it to start again"):
         train(settings(), tmp_path)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_checkpoint_that_other_processes_do_not_see_is_refused(here: bool, tmp_path: Path) -> None:
+    if here:
+        (tmp_path / CHECKPOINT).touch()
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: {True: False, False: True}[decision])
+    with pytest.raises(RunError, match="is there for some processes only: .*output=DIR"):
+        Journal(settings(), tmp_path).setup(SimpleNamespace(strategy=strategy), None, "fit")  # type: ignore[arg-type]
 
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
