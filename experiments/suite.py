@@ -322,7 +322,7 @@ class Effort:
         } | self.more  # fmt: skip
 
 
-CPU_SCREEN, CPU_GRID = Effort(24_000, 64), Effort(48_000, 64)
+CPU_SCREEN, CPU_GRID = Effort(30_000, 64), Effort(150_000, 64)
 _GPU = {"loss.chunk_mib": 256, "train.validation_rows": 16, "train.checkpoint_every": 1000, "evaluate.rows": 32}
 GPU_SCREEN = Effort(30_000, 128, label="screen", more=_GPU | {"train.validate_every": 78, "decode.repeats": 1})
 GPU_GRID = Effort(150_000, 256, more=_GPU | {"train.validate_every": 195})
@@ -351,59 +351,67 @@ def retrofitted(corpus: str, rank: int, effort: Effort, *, anchor: str = "none",
     return cell
 
 
-def retrofit_screen() -> list[Cell]:
-    """Which objective: code, rank 4, anchored."""
-    return [retrofitted("code", 4, CPU_SCREEN, objective=each, anchor="token", folder="C6-screen") for each in OBJECTIVES]  # fmt: skip
-
-
-def retrofit() -> list[Cell]:
-    """Does rank pay on a frozen model? The chosen objective; linear maps, and perceptrons beside them."""
+def objectives(effort: Effort) -> list[Cell]:
     return [
-        retrofitted("text", 1, CPU_GRID, anchor="token"),
-        *(retrofitted("code", rank, CPU_GRID, anchor="token") for rank in reversed(RANKS)),
-        *(retrofitted("code", rank, CPU_GRID, anchor="token", hidden=hidden) for rank, hidden in WIDE),
-        retrofitted("text", 4, CPU_GRID, anchor="token"),
-        *(retrofitted("code", rank, CPU_GRID) for rank in RANKS),
-        *(retrofitted("code", rank, CPU_GRID, anchor="token", seed=1) for rank in (1, 4)),
-        *(retrofitted("code", rank, CPU_GRID, tied=False, folder="C6-untied") for rank in (1, 4)),
-    ]
-
-
-def retrofit_gpu() -> list[Cell]:
-    """The whole grid: the screen of objectives; ranks, anchors, texts; seeds; maps; constants of eq. 14; longer training."""
-    screen = [
-        retrofitted("code", 4, GPU_SCREEN, objective=objective, anchor=anchor, folder="C6-screen")
+        retrofitted("code", 4, effort, objective=objective, anchor=anchor, folder="C6-screen")
         for objective in OBJECTIVES
         for anchor in ("token", "none")
     ]
+
+
+def ranks(effort: Effort) -> list[Cell]:
+    """Does rank pay on a frozen model? Ranks, anchors and texts; a second seed; untied; perceptrons of equal size."""
+    return [
+        *(
+            retrofitted(corpus, rank, effort, anchor=anchor)
+            for corpus in ("code", "text")
+            for anchor in ("token", "none")
+            for rank in RANKS
+        ),
+        *(retrofitted("code", rank, effort, anchor="token", seed=1) for rank in (1, 4)),
+        *(retrofitted("code", rank, effort, tied=False, folder="C6-untied") for rank in (1, 4)),
+        *(retrofitted("code", rank, effort, anchor="token", hidden=hidden) for rank, hidden in WIDE),
+    ]
+
+
+def retrofit_screen() -> list[Cell]:
+    """Which objective."""
+    return objectives(CPU_SCREEN)
+
+
+def retrofit() -> list[Cell]:
+    return ranks(CPU_GRID)
+
+
+def retrofit_gpu() -> list[Cell]:
+    """All of it, and: constants of eq. 14, low-rank maps, wide anchors, adapters, the model's own text, longer training."""
     dials: tuple[dict[str, Any], ...] = (
         {"loss__alpha": 0.0},
         {"loss__alpha": 0.5},
         {"loss__alpha": 1.0},
         {"loss__gamma": 0.7},
     )
-    constants = [retrofitted("code", 4, GPU_SCREEN, anchor="token", folder="C6-screen", **dial) for dial in dials]
-    grid = [
-        retrofitted(corpus, rank, GPU_GRID, anchor=anchor)
-        for corpus in ("code", "text")
-        for anchor in ("token", "none")
-        for rank in RANKS
+    parts: tuple[dict[str, Any], ...] = (
+        {"model__map_rank": 64},
+        {"model__anchor_width": 1024},
+        {"model__adapter_layers": 4},
+    )
+    return [
+        *(
+            retrofitted(corpus, rank, GPU_LONG, anchor="token", folder="C6-long")
+            for corpus in ("code", "text")
+            for rank in (1, 4)
+        ),
+        *(
+            retrofitted("code", rank, GPU_GRID, anchor="token", folder=f"C6-{text}", data__text=text)
+            for text in ("greedy", "sampled")
+            for rank in (1, 4)
+        ),
+        *ranks(GPU_GRID),
+        *(retrofitted("code", rank, GPU_GRID, anchor="token", **part) for part in parts for rank in (1, 4)),
+        *objectives(GPU_SCREEN),
+        *(retrofitted("code", 4, GPU_SCREEN, anchor="token", folder="C6-screen", **dial) for dial in dials),
     ]
-    seeds = [retrofitted("code", rank, GPU_GRID, anchor="token", seed=1) for rank in (1, 4)]
-    untied = [retrofitted("code", rank, GPU_GRID, tied=False, folder="C6-untied") for rank in (1, 4)]
-    maps = [
-        *(retrofitted("code", rank, GPU_GRID, anchor="token", hidden=hidden) for rank, hidden in WIDE),
-        *(retrofitted("code", rank, GPU_GRID, anchor="token", model__map_rank=64) for rank in (1, 4)),
-        *(retrofitted("code", rank, GPU_GRID, anchor="token", model__anchor_width=1024) for rank in (1, 4)),
-        *(retrofitted("code", rank, GPU_GRID, anchor="token", model__adapter_layers=4) for rank in (1, 4)),
-    ]
-    long = [retrofitted(corpus, rank, GPU_LONG, anchor="token", folder="C6-long") for corpus in ("code", "text") for rank in (1, 4)]  # fmt: skip
-    written = [
-        retrofitted("code", rank, GPU_GRID, anchor="token", folder=f"C6-{text}", data__text=text)
-        for text in ("greedy", "sampled")
-        for rank in (1, 4)
-    ]
-    return [*long, *written, *grid, *seeds, *untied, *maps, *screen, *constants]
 
 
 # --- one GPU ---------------------------------------------------------------------------------------------------------
