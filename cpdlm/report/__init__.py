@@ -39,10 +39,11 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
         notes.append(f"{readme} has no {tables.BEGIN} line: its claims table was not updated")
     drawn, shown = drawing.draw_all(families, figures)
     if (results / "benchmarks").is_dir():  # a sweep has none
-        made, left_out = decoding.write_tables(results, figures / "tables")
-        picture, beside = decoding.draw(results, figures)
-        files, drawn, shown = [*files, *made], [*drawn, *picture], [*shown, beside]
-        notes += left_out
+        for benchmark in (decoding,):
+            made, left_out = benchmark.write_tables(results, figures / "tables")
+            pictures, beside = benchmark.draw(results, figures)
+            files, drawn, shown = [*files, *made], [*drawn, *pictures], [*shown, *beside]
+            notes += left_out
     html = page.write(figures / "report.html", records, families, found, shown, notes)
     notes += [f"figure {each.name} left out: {each.caption}" for each in shown if each.picture is None]
     return Report(tables.claims_text(found), found, [*files, *drawn, html], notes)

@@ -44,8 +44,8 @@ def write_tables(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
     return files, notes
 
 
-def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
-    """The figure as PDF and PNG with its caption: (files, the figure as the report shows it)."""
+def draw(root: Path, folder: Path) -> tuple[list[Path], list[Shown]]:
+    """The figure as PDF and PNG with its caption: (files, what the report shows)."""
     record = _read(root, "decoding baselines")
     try:
         import matplotlib
@@ -53,14 +53,13 @@ def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
         record = "matplotlib is not installed (pip install matplotlib)"
     if isinstance(record, str):
         _remove(folder, "decoding", ("md", "pdf", "png"))
-        return [], Shown("decoding", _TITLE, record, None)
+        return [], [Shown("decoding", _TITLE, record, None)]
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
         caption = f"{_CAPTION} {_described(record)}"
-        return save(conversion(record), caption, folder, "decoding"), Shown(
-            "decoding", _TITLE, caption, folder / "decoding.png"
-        )
+        files = save(conversion(record), caption, folder, "decoding")
+    return files, [Shown("decoding", _TITLE, caption, folder / "decoding.png")]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
