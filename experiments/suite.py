@@ -359,7 +359,7 @@ def objectives(effort: Effort) -> list[Cell]:
     ]
 
 
-def ranks(effort: Effort) -> list[Cell]:
+def retrofit_ranks(effort: Effort) -> list[Cell]:
     """Does rank pay on a frozen model? Ranks, anchors and texts; a second seed; untied; perceptrons of equal size."""
     return [
         *(
@@ -380,7 +380,7 @@ def retrofit_screen() -> list[Cell]:
 
 
 def retrofit() -> list[Cell]:
-    return ranks(CPU_GRID)
+    return retrofit_ranks(CPU_GRID)
 
 
 def retrofit_gpu() -> list[Cell]:
@@ -407,7 +407,7 @@ def retrofit_gpu() -> list[Cell]:
             for text in ("greedy", "sampled")
             for rank in (1, 4)
         ),
-        *ranks(GPU_GRID),
+        *retrofit_ranks(GPU_GRID),
         *(retrofitted("code", rank, GPU_GRID, anchor="token", **part) for part in parts for rank in (1, 4)),
         *objectives(GPU_SCREEN),
         *(retrofitted("code", 4, GPU_SCREEN, anchor="token", folder="C6-screen", **dial) for dial in dials),

@@ -166,7 +166,16 @@ def test_older_records_are_drawn_without_what_they_lack(tmp_path: Path) -> None:
     families, _ = results.families(results.load_all(tmp_path)[0])
     found = {name: plot.draw(families) for name, plot in figures.FIGURES.items()}
     lacking = {name for name, made_figure in found.items() if isinstance(made_figure, str)}
-    assert lacking == {"heat", "by_size", "over_training", "overhead", "balance", "gate", "specialities", "windows"}
+    assert lacking == {
+        "heat",
+        "by_size",
+        "over_training",
+        "training_cost",
+        "balance",
+        "gate",
+        "specialities",
+        "windows",
+    }
     equal_time = found["equal_time"]
     assert isinstance(equal_time, figures.Drawn) and "without a clock" in equal_time.caption
     assert [row[8] for row in tables.cost_table(families).rows] == ["-", "-"]
@@ -179,7 +188,7 @@ def test_timing_cells_are_for_the_cost_of_training_alone() -> None:
         steps = {family.settings["optim.steps"] for family in figures.meant_for(plot, families)}
         assert steps == ({40} if plot.claim == "C8" else {parse([]).optim.steps})
     brief = [family for family in families if not family.is_timing]
-    assert figures.meant_for(figures.FIGURES["overhead"], brief) == brief
+    assert figures.meant_for(figures.FIGURES["training_cost"], brief) == brief
 
 
 def test_the_page_is_whole_by_itself(records: Path, drawn: tuple[Path, Report]) -> None:

@@ -34,7 +34,7 @@ FIGURES: dict[str, Plot] = {
     "by_size": Plot("Speed-up against model size", "C7", speed.by_size),
     "over_training": Plot("Draft length over training", "C3", training.decoding_over_training),
     "equal_time": Plot("Equal steps against equal wall-clock", "C3", training.equal_time),
-    "overhead": Plot("What a rank costs in training", "C8", training.overhead, of_time=True),
+    "training_cost": Plot("What a rank costs in training", "C8", training.overhead, of_time=True),
     "balance": Plot("The balance loss", "C5", training.balance),
     "usage": Plot("Components in use", "C5", components.usage),
     "gate": Plot("Weights of the components over training", "C5", components.gate),
