@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cpdlm.config import ConfigError
+from cpdlm.tracking import claim_experiment
 from experiments.launchers import ROOT, Launcher, Local, Slurm
 from experiments.pipeline import FAILED, STAGES, Plan, mixed_code, run
 from experiments.suite import PROFILES, SCALES, STUDIES, Cell, study
@@ -182,7 +183,7 @@ def plan_of(options: Options) -> Plan:
     return Plan(
         title=options.claim or options.profile, cells=cells, out=out, results=results, command=options.command,
         comparisons=[each for each in comparisons if each],
-        experiment=options.claim if options.claim not in ("", "all") else "cpdlm", stages=options.only, mix=options.mix,
+        experiment=claim_experiment(options.claim) if options.claim not in ("", "all") else "cpdlm", stages=options.only, mix=options.mix,
         shown=Path("results") if results.parts[:1] == ("results",) else results, publish=results != out / "results",
     )  # fmt: skip
 
