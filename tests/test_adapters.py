@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cpdlm import hub
 from cpdlm.config import ConfigError, resolve
-from cpdlm.decoding import Sampling, decode, decode_batch
+from cpdlm.decoding import CapturedPasses, Captures, Sampling, decode, decode_batch
 from cpdlm.evaluation.latency import measure
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel
@@ -95,6 +95,13 @@ def test_the_second_run_is_timed_and_passes_count_once(folders: dict[str, Path])
     model = adapted(folders["llama tied"])
     found = measure({"one": model}, torch.arange(3, 11).view(2, 4), 8, Sampling(0.0), repeats=1, warmups=0)
     assert found["one"]["tokens"] == 16 and found["one"]["passes"] <= 16
+
+
+def test_captured_passes_are_not_for_adapters(folders: dict[str, Path]) -> None:
+    model = adapted(folders["qwen2"])
+    assert Captures(model, on="cpu")(1, 20, Sampling(0.0)) is None
+    with pytest.raises(ValueError, match="adapters for the draft keep a second cache"):
+        CapturedPasses(model, 1, Sampling(0.0))
 
 
 def test_only_adapters_and_heads_train_and_are_stored(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_scripts_named_in_the_readme_exist_and_explain_themselves(command: str) 
         assert word.lstrip("-") in done.stdout, f"{script} --help does not mention {word}"
 
 
+@pytest.mark.slow
 def test_cells_of_the_readme_run(tmp_path: Path) -> None:
     """In the README's order, in one folder, as a reader would: the heads find the trunk that was trained before them."""
     corpus = tmp_path / "cpdlm"  # the folder that the README takes as a corpus of one's own

@@ -369,7 +369,7 @@ def test_a_claim_goes_to_the_committed_records_and_a_profile_to_its_own() -> Non
         "runs/claims",
         "results",
         True,
-        "C3",
+        "cpdlm C3",
     )
     everything = sweep.plan_of(sweep.parse(["claim=all", "profile=gpu", "data=bundle"]))
     assert str(everything.results) == "results/gpu" and len(everything.comparisons) == 5

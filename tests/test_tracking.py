@@ -126,7 +126,7 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert [point.step for point in client.get_metric_history(child.info.run_id, "train/nll")] == [100, 200, 400]
     assert child.data.metrics["likelihood/joint_nll.mean"] > 0
     note = parent.data.tags["mlflow.note.content"]
-    assert "experiments/sweep.py claim=C1" in note and "not measurable here" in note
+    assert "experiments/sweep.py claim=C1" in note and "not measured here: no cell of rank 1" in note
     assert {entry.path for entry in client.list_artifacts(parent.info.run_id, "figures")} == {"figures/figure.png"}
     assert "joint negative log-likelihood" in experiment.tags["mlflow.note.content"]
     view = json.loads(experiment.tags[f"mlflow.sharedViewState.{tracking.VIEW}"])

@@ -76,7 +76,7 @@ class CapturedPasses:
 
     Made for one model, number of rows, sampling and way of drafting; reusable for any number of texts. On CUDA, making it takes
     some tenths of a second. uniforms: of the rows that are written; the loop sets it. Raises ValueError for a model in training
-    mode, and where a layer of the model attends to fewer slots than there are.
+    mode or with adapters for the draft, and where a layer of the model attends to fewer slots than there are.
     """
 
     runs_ahead = True
@@ -91,6 +91,10 @@ class CapturedPasses:
         self.device = device or next(model.parameters()).device  # type: ignore[attr-defined]
         if getattr(model, "training", False):  # a recording would keep its dropout
             raise ValueError("the model is in training mode, where its law may be random; call model.eval() first")
+        if getattr(model, "draft_trunk", None) is not None:
+            raise ValueError(
+                "adapters for the draft keep a second cache, which captured passes have not; decode without"
+            )
         window = getattr(model, "attention_window", None)
         if window is not None and window < self.slots:
             raise ValueError(
@@ -240,7 +244,7 @@ class Captures:
         weights = [*self.model.parameters(), *self.model.buffers()]
         window = self.model.attention_window
         most = self.model.context if window is None else min(window, self.model.context)
-        if weights[0].device.type != self.on or most < longest:
+        if weights[0].device.type != self.on or most < longest or self.model.draft_trunk is not None:
             return None
         kind = (rows, sampling, draft, nodes, *((each.data_ptr(), each.shape, each.dtype) for each in weights))
         if self.passes is None or self.kind != kind or self.passes.slots < longest:
