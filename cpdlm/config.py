@@ -398,6 +398,11 @@ def resolve(overrides: dict[str, Any]) -> Config:
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     check(config)
+    # Not a rule of `check`: finished runs of before it are still read.
+    if config.train.decode_prompts > config.decode.prompts:
+        raise ConfigError(
+            f"train.decode_prompts={config.train.decode_prompts} are more than decode.prompts={config.decode.prompts}; raise that"
+        )
     return config
 
 
@@ -549,10 +554,6 @@ def _check_frozen(config: Config) -> None:
     if config.train.decode_prompts and config.parallel == "fsdp":
         raise ConfigError(
             f"train.decode_prompts={config.train.decode_prompts} needs whole weights; parallel=fsdp shards them: type 0"
-        )
-    if config.train.decode_prompts > config.decode.prompts:
-        raise ConfigError(
-            f"train.decode_prompts={config.train.decode_prompts} are more than decode.prompts={config.decode.prompts}; raise that"
         )
     if config.train.decode_prompts and config.horizon == 1:
         raise ConfigError(f"train.decode_prompts={config.train.decode_prompts}: horizon=1 drafts nothing; type 0")
