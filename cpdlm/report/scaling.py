@@ -281,4 +281,5 @@ def _percent(value: float | None) -> str:
 def _described(record: Benchmark) -> str:
     hardware = record["hardware"]
     gpu = "" if hardware["accelerator"] == "none" else f"{hardware['accelerator']}, "
-    return f"{gpu}{hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads."
+    threads = f", {hardware['threads']} threads" if hardware["threads"] else ""  # a parent of fresh processes has none
+    return f"{gpu}{hardware['processor']}, {hardware['cores']} cores{threads}."
