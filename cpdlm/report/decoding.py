@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cpdlm.report.figures import Shown, one
 from cpdlm.report.figures.style import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY
 from cpdlm.report.results import MODES
-from cpdlm.report.tables import Table, write_table
+from cpdlm.report.tables import Table, remove_table, write_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def write_tables(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
         record = _read(root, benchmark)
         if isinstance(record, str):
             notes.append(f"table {name} left out: {record}")
-            _remove(folder, name, ("md", "tex", "csv"))
+            remove_table(folder, name)
             continue
         files += write_table(make(record), folder)
     return files, notes
@@ -290,11 +290,6 @@ def _read(root: Path, benchmark: str) -> Benchmark | str:
     if "targets" not in record:
         return f"benchmarks/{path.name} is of an earlier version; make it again with experiments/bench_decode.py"
     return record
-
-
-def _remove(folder: Path, name: str, suffixes: Sequence[str]) -> None:
-    for suffix in suffixes:
-        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 def _strategies(cell: dict[str, Any], mode: str) -> dict[str, Any]:

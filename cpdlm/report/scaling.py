@@ -15,7 +15,7 @@ import numpy as np
 
 from cpdlm.report.figures import Shown, one
 from cpdlm.report.figures.style import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY
-from cpdlm.report.tables import Table, write_table
+from cpdlm.report.tables import Table, remove_table, write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def write_tables(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
         missing = [record for record in records if isinstance(record, str)]
         if missing:
             notes.append(f"table {name} left out: {missing[0]}")
-            _remove(folder, name, ("md", "tex", "csv"))
+            remove_table(folder, name)
             continue
         files += write_table(make(name, *records), folder)
     return files, notes
@@ -267,11 +267,6 @@ def _read(root: Path, name: str) -> Benchmark | str:
     except ValueError as error:
         return f"benchmarks/{path.name} is damaged ({error}); make it again with {MAKERS[name]}"
     return record
-
-
-def _remove(folder: Path, name: str, suffixes: Sequence[str]) -> None:
-    for suffix in suffixes:
-        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 def _percent(value: float | None) -> str:

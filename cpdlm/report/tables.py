@@ -102,6 +102,12 @@ def write_table(table: Table, folder: Path, notes: Sequence[str] = ()) -> list[P
     return files
 
 
+def remove_table(folder: Path, name: str) -> None:
+    """What `write_table` wrote: a table whose record is gone must not stay."""
+    for suffix in ("md", "tex", "csv"):
+        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+
+
 def claims_table(verdicts: list[Verdict], short: bool = False) -> Table:
     """short: for the README; without what stands beside the deciding numbers."""
     rows: list[tuple[str, ...]] = []
