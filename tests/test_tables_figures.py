@@ -299,6 +299,7 @@ def test_the_papers_unknown_numbers_are_never_printed(drawn: tuple[Path, Report]
 def test_braces() -> None:
     assert tables.braces(["a1-s0", "a8-s0", "a1-s1", "a8-s1"]) == "a{1,8}-s{0,1}"
     assert tables.braces(["a1-s0", "a8-s1"]) == "a1-s0, a8-s1"
+    assert tables.braces(["b/a-r1", "b/a-r1-x", "b/c-r1"]) == "b/a-r1-x, b/{a,c}-r1"
     assert tables.braces(["x"]) == "x"
     assert tables.braces([]) == ""
 

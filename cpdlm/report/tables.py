@@ -27,6 +27,8 @@ from cpdlm.report.results import (
 from cpdlm.report.statistics import Interval, difference, over_seeds
 from cpdlm.report.verdicts import Verdict, seeds_text
 
+Pattern = tuple[tuple[str, ...], ...]  # of each part of a path, the values that it takes
+
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 
 
@@ -390,16 +392,19 @@ def described(records: Sequence[Record]) -> str:
 
 
 def braces(names: Sequence[str]) -> str:
-    """Paths in shell notation, a/x{1,2}-s{0,1}.json, where they are all of such a product; else listed."""
-    if len(names) < 2:
-        return ", ".join(names)
-    split = [re.split(r"(\d+)", name) for name in names]
-    if len({len(parts) for parts in split}) == 1:
-        columns = [sorted(set(column), key=lambda t: (len(t), t)) for column in zip(*split, strict=True)]
-        fixed = all(len(column) == 1 for column in columns[::2])
-        if fixed and {"".join(p) for p in itertools.product(*columns)} == set(names):
-            return "".join(c[0] if len(c) == 1 else "{" + ",".join(c) + "}" for c in columns)
-    return ", ".join(sorted(names))
+    """Paths in shell notation, a/x{1,2}-s{0,1}.json: as few patterns as merging one varying part after the other leaves."""
+    end = ("",)  # so that no name is the beginning of another
+    patterns: set[Pattern] = {(*((part,) for part in re.findall(r"\d+|[/-]|[^\d/-]+", name)), end) for name in names}
+    for place in reversed(range(max(map(len, patterns), default=0))):
+        alike: dict[tuple[Pattern, Pattern], set[str]] = {}
+        for pattern in patterns:
+            alike.setdefault((pattern[:place], pattern[place + 1 :]), set()).update(*pattern[place : place + 1])
+        patterns = {
+            before + ((tuple(sorted(parts, key=lambda part: (len(part), part))),) if parts else ()) + after
+            for (before, after), parts in alike.items()
+        }
+    shown = ("".join(c[0] if len(c) == 1 else "{" + ",".join(c) + "}" for c in pattern) for pattern in patterns)
+    return ", ".join(sorted(shown))
 
 
 def _row(family: Family, variant: str, rank: int, added: str | None) -> tuple[str, ...]:
