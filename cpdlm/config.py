@@ -123,7 +123,6 @@ class ModelConfig:
     )
     adapter_rank: int = knob(8, "rank of those adapters")
     anchor_normed: bool = knob(False, "the anchor sees h_t and the token's embedding at equal size")
-    gate_normed: bool = knob(False, "the gate sees h_t at length 1, whatever the size of a pretrained trunk's states")
 
 
 @dataclass

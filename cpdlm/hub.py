@@ -123,7 +123,6 @@ class CpdlmConfig(PreTrainedConfig):
     map_hidden: int = 0
     anchor_width: int = 0
     anchor_normed: bool = False
-    gate_normed: bool = False
     bias_buffer: bool = False
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
@@ -158,7 +157,6 @@ class CpdlmConfig(PreTrainedConfig):
             map_hidden=inner if is_mlp else 0,
             anchor_width=anchor.into.out_features if anchor is not None else 0,
             anchor_normed=anchor is not None and anchor.normed,
-            gate_normed=heads is not None and heads.gate_normed,
             bias_buffer=heads is not None and heads.balance_bias_R is not None,
             logit_scale=model.logit_scale,
             logit_softcap=model.logit_softcap,
@@ -187,7 +185,6 @@ class CpdlmConfig(PreTrainedConfig):
             map_hidden=self.map_hidden,
             anchor_width=self.anchor_width,
             anchor_normed=self.anchor_normed,
-            gate_normed=self.gate_normed,
             bias_buffer=self.bias_buffer,
             logit_scale=self.logit_scale,
             logit_softcap=self.logit_softcap,

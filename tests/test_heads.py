@@ -138,18 +138,6 @@ def test_bias_buffer_takes_the_place_of_the_gates_bias() -> None:
     torch.testing.assert_close(heads.first_log_weights_and_logits(hidden_PD, table_VD)[0], expected)
 
 
-def test_a_normed_gate_sees_directions_alone() -> None:
-    heads, hidden_PD, table_VD = make("full")
-    raw = heads.joint(hidden_PD, table_VD).log_weights_R
-    heads.gate_normed = True
-    normed = heads.joint(hidden_PD, table_VD).log_weights_R
-    assert not torch.allclose(raw, normed)
-    scores = torch.stack([h / h.norm() @ heads.gate.weight.T + heads.gate.bias for h in hidden_PD])
-    torch.testing.assert_close(normed, scores.log_softmax(-1))
-    torch.testing.assert_close(heads.log_weights(30 * hidden_PD), normed)
-    torch.testing.assert_close(heads.draft_given_first(hidden_PD, table_VD, torch.full((P,), -1)).log_weights_R, normed)
-
-
 def test_anchor_starts_as_the_identity_and_learns_from_the_first_step() -> None:
     anchor = Anchor(D, 4).double()
     hidden_PD, embedded_PD = torch.randn(P, D, dtype=torch.float64), torch.randn(P, D, dtype=torch.float64)

@@ -106,7 +106,7 @@ BUILT: list[dict[str, Any]] = [
     {"rank": 2, "model.tie_embeddings": False, "balance": "bias"},
     {"model.head": "separate", "model.family": "gpt2"},
     {"model.map_rank": 3, "anchor": "token", "model.anchor_width": 5},
-    {"model.map_hidden": 6, "anchor": "blind", "model.gate_normed": True},
+    {"model.map_hidden": 6, "anchor": "blind"},
     {"rank": 1, "horizon": 1, "model.family": "gpt2"},
     {"model.trunk": "frozen"},
 ]
@@ -141,7 +141,6 @@ def test_a_saved_model_comes_back_bit_for_bit(overrides: dict[str, Any], tmp_pat
             fixed = torch.tensor([5])
             ours, theirs = (each.draft_joint(hidden[:, -1], fixed) for each in (model, loaded.model))
             assert torch.equal(ours.log_factors_NRV, theirs.log_factors_NRV)
-            assert torch.equal(ours.log_weights_R, theirs.log_weights_R)
 
 
 def wrap(model: LanguageModel) -> CpdlmForCausalLM:

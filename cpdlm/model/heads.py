@@ -28,8 +28,6 @@ class FactorHeads(nn.Module):
     apart from each other (equal components would stay equal but for the gate). `noise` is the size of W h relative to h.
     logit_scale: of the model whose unembedding they share; it multiplies what goes there.
     W is full, of rank `map_rank`, or a two-layer perceptron with `map_hidden` units (SiLU between).
-    gate_normed: the gate sees the hidden state at length 1. A step of Adam moves its scores by the learning rate times the sum
-    of |h|; where a pretrained model's states are large, that is several nats, and one component takes all.
     """
 
     balance_bias_R: Tensor | None
@@ -37,11 +35,9 @@ class FactorHeads(nn.Module):
     def __init__(
         self, width: int, vocab_size: int, rank: int, factors: int, *, separate: bool = False, map_rank: int = 0,
         map_hidden: int = 0, noise: float = 0.2, bias_buffer: bool = False, logit_scale: float = 1.0,
-        gate_normed: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.rank, self.factors, self.width, self.logit_scale = rank, factors, width, logit_scale
-        self.gate_normed = gate_normed
         self.inner, self.is_mlp = map_rank or map_hidden, map_hidden > 0
         self.gate = nn.Linear(width, rank, bias=not bias_buffer)
         nn.init.normal_(self.gate.weight, std=0.02)
@@ -65,7 +61,7 @@ class FactorHeads(nn.Module):
 
     def log_weights(self, hidden_PD: Tensor) -> Tensor:
         """Normalised gate (..., R)."""
-        scores_PR = self.gate(F.normalize(hidden_PD, dim=-1) if self.gate_normed else hidden_PD)
+        scores_PR = self.gate(hidden_PD)
         if self.balance_bias_R is not None:
             scores_PR = scores_PR + self.balance_bias_R
         return log_normalise(scores_PR)

@@ -65,7 +65,7 @@ class LanguageModel(nn.Module):
         self, trunk: Trunk, vocab_size: int, *, rank: int, horizon: int, first_is_tied: bool, anchored: bool,
         blind: bool = False, common_target: bool, context: int, tie_embeddings: bool = True, separate: bool = False, map_rank: int = 0,
         map_hidden: int = 0, noise: float = 0.2, anchor_width: int = 0, bias_buffer: bool = False, chunk_bytes: int = 32 * 2**20, logit_scale: float = 1.0,
-        logit_softcap: float = 0.0, anchor_normed: bool = False, gate_normed: bool = False, adapter_layers: int = 0, adapter_rank: int = 8,
+        logit_softcap: float = 0.0, anchor_normed: bool = False, adapter_layers: int = 0, adapter_rank: int = 8,
     ) -> None:  # fmt: skip
         super().__init__()
         assert first_is_tied or not anchored, "an anchored law has a next-token head of its own"
@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
         self.heads = (
             FactorHeads(
                 width, vocab_size, rank, factors, separate=separate, map_rank=map_rank, map_hidden=map_hidden,
-                noise=noise, bias_buffer=bias_buffer, logit_scale=logit_scale, gate_normed=gate_normed,
+                noise=noise, bias_buffer=bias_buffer, logit_scale=logit_scale,
             )
             if factors
             else None
@@ -376,7 +376,6 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         noise=config.model.noise,
         anchor_width=config.model.anchor_width,
         anchor_normed=config.model.anchor_normed,
-        gate_normed=config.model.gate_normed,
         bias_buffer=config.balance == "bias",
         chunk_bytes=config.loss.chunk_mib * 2**20,
         logit_scale=trunk.logit_scale if trunk is not None else 1.0,
