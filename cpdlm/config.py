@@ -314,7 +314,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "retrofit": {
         "data.tokenizer": "model", "data.states": 200_000, "data.batch_rows": 8, "model.tie_first": True,
         "model.anchor_normed": True, "loss.objective": "eq14", "loss.joint_fraction": 0.03125, "loss.shortlist": 8192,
-        "decode.shortlist": 8192, "optim.steps": 1500, "optim.warmup": 50, "optim.lr": 3e-3, "train.validate_every": 500,
+        "decode.shortlist": 8192, "optim.steps": 1500, "optim.warmup": 50, "optim.lr": 1e-3, "train.validate_every": 500,
         "train.validation_rows": 4, "train.decode_prompts": 4, "evaluate.rows": 8, "evaluate.batch_rows": 2,
         "decode.prompts": 8, "decode.new_tokens": 48, "decode.repeats": 3, "decode.warmups": 1,
     },
