@@ -312,6 +312,39 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders: dict[s
         load_pretrained(str(tmp_path), torch.float32, CONTEXT)
 
 
+@pytest.mark.parametrize(
+    "packed, how, package",
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits", "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits", "optimum"),
+    ],
+)
+def test_a_quantised_checkpoint_that_cannot_be_read_says_what_to_give(
+    packed: dict[str, Any], how: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for quantiser, asked in (("bnb_4bit", "is_bitsandbytes_available"), ("gptq", "is_optimum_available")):
+        monkeypatch.setattr(f"transformers.quantizers.quantizer_{quantiser}.{asked}", lambda *_: False)
+    folder = saved(SHAPES["llama tied"], tmp_path, quantization_config=packed)
+    with pytest.raises(ConfigError) as raised:
+        load_pretrained(str(folder), torch.float32, CONTEXT, "mine")
+    assert re.fullmatch(
+        rf"model=mine cannot be loaded: .*requires {package}.*; it is quantised \({how}\): give the checkpoint that it was "
+        "made from, unquantised, or a GGUF file of it",
+        str(raised.value),
+    )
+
+
+def test_weights_of_a_quantisation_that_is_not_known_are_no_torn_download(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(SHAPES["llama untied"], tmp_path, quantization_config={"quant_method": "strange"})
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.qweight"] = weights.pop("lm_head.weight").to(torch.int8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"weights lack \['lm_head.weight'\]; it is quantised \(strange\): give the"):
+        load_pretrained(str(folder), torch.float32, CONTEXT)
+
+
 def test_a_name_that_is_nowhere_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model=.*cannot be found, or is gated.*hf auth login"):
         load_pretrained(str(tmp_path / "nothing"), torch.float32, CONTEXT)

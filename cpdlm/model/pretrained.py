@@ -33,7 +33,7 @@ def load_pretrained(
 
     dtype: of its weights and passes. context: tokens of a training row; the model's own `context` is what its config allows, and
     this where it says nothing. available_bytes: memory it may take (default: what is free). Raises ConfigError, naming the
-    model and what to type, where it is missing, gated, incomplete, not a causal
+    model and what to type, where it is missing, gated, incomplete, quantised in a way that cannot be read here, not a causal
     model with an output embedding, too large, or of a kind whose cache cannot be cropped or whose logits are not U h.
     """
     label = label or source
@@ -56,12 +56,12 @@ def load_pretrained(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        advice = "give a folder with whole safetensors weights"
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        advice = _quantised(shape) or "give a folder with whole safetensors weights"
         raise ConfigError(f"model={label} cannot be loaded: {_first_line(error).rstrip('.')}; {advice}") from error
     whole, found = loaded
     if found["missing_keys"]:
-        advice = "download it again"
+        advice = _quantised(shape) or "download it again"
         raise ConfigError(f"model={label} is not whole: its weights lack {sorted(found['missing_keys'])[:3]}; {advice}")
     return _wrapped(whole.eval().requires_grad_(False), longest, label)
 
@@ -207,6 +207,17 @@ def _longest(shape: Any) -> int | None:
         if isinstance(each, dict) and each.get("rope_type") == "longrope":
             longest = min(longest, each["original_max_position_embeddings"])
     return longest if longest > 0 else None
+
+
+def _quantised(shape: Any) -> str:
+    """What to give in place of a checkpoint whose config says that its weights are packed; empty for other checkpoints."""
+    texts = (shape, shape.get_text_config(decoder=True))
+    packed = next((found for each in texts if (found := getattr(each, "quantization_config", None))), None)
+    if packed is None:
+        return ""
+    bits = next((bits for bits in (4, 8) if packed.get(f"load_in_{bits}bit")), packed.get("bits"))
+    how = packed.get("quant_method", "method unnamed") + (f", {bits} bits" if bits else "")
+    return f"it is quantised ({how}): give the checkpoint that it was made from, unquantised, or a GGUF file of it"
 
 
 def _check_shape(shape: Any, context: int, longest: int, label: str) -> None:
