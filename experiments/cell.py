@@ -111,8 +111,8 @@ def train(config: Config, command: str) -> bool:
     if trunk is not None and config.data.text != "corpus":
         identity = {"corpus": corpus.describe()["sha256"], "trunk": storage.trunk_hash(config)}
         split, written = written_text(
-            trunk, corpus.train, config.data.text, config.data.states, corpus.tokenizer.eos, Path(config.data.cache), identity,
-            _device(), print,
+            trunk, corpus.train, config.data.text, config.data.states, config.data.context, corpus.tokenizer.eos,
+            Path(config.data.cache), identity, _device(), print,
         )  # fmt: skip
         text = replace(corpus, train=split)
     data = TokenDataModule(config, text)

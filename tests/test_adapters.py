@@ -101,7 +101,7 @@ def test_captured_passes_are_not_for_adapters(folders: dict[str, Path]) -> None:
     model = adapted(folders["qwen2"])
     assert Captures(model, on="cpu")(1, 20, Sampling(0.0)) is None
     with pytest.raises(ValueError, match="adapters for the draft keep a second cache"):
-        CapturedPasses(model, 1, Sampling(0.0))
+        CapturedPasses(model, 1, Sampling(0.0), slots=20)
 
 
 def test_only_adapters_and_heads_train_and_are_stored(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def toy(layout: str) -> SlotToy:
 def p_values(layout: str, sampling: Sampling, draft: str, nodes: int = 8, eos: int | None = None) -> list[float]:
     model, prompts = toy(layout), [torch.tensor(PROMPTS[row % 2]) for row in range(2 * SAMPLES)]
     generators = [torch.Generator().manual_seed(row) for row in range(2 * SAMPLES)]
-    passes = CapturedPasses(model, len(prompts), sampling, draft=draft, nodes=nodes, device=torch.device("cpu"))
+    passes = CapturedPasses(
+        model, len(prompts), sampling, slots=model.context, draft=draft, nodes=nodes, device=torch.device("cpu")
+    )
     done = decode_batch(model, prompts, LENGTH, sampling, generators, draft=draft, nodes=nodes, eos=eos, passes=passes)
     counts = [Counter(tuple(each.tokens) for each in done[place::2]) for place in (0, 1)]
     return [oracle.p_value(c, truth(model, sampling, prompt, eos)) for c, prompt in zip(counts, PROMPTS, strict=True)]

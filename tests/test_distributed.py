@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cpdlm.config import resolve
-from cpdlm.training.storage import CHECKPOINT, TRAINED, WEIGHTS, RunError, check_checkpoint, open_run
+from cpdlm.training.storage import CHECKPOINT, TRAINED, WEIGHTS, RunError, check_checkpoint, consolidate, open_run
 from tests import two_processes
 
 SEPARATE = {"model.head": "separate"}
@@ -58,6 +58,9 @@ CROSSINGS = [
     ("fsdp", "fsdp"),
     ("auto", "sharded"), ("sharded", "auto"), ("sharded", "ddp"), ("sharded", "sharded"),
 ]  # fmt: skip
+
+
+FROZEN = ["ddp", "fsdp", "sharded"]
 
 
 def mode(name: str, more: dict[str, Any]) -> Case:
@@ -141,8 +144,9 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = CROSSED | {"horizon": 1, "rank": 1, "balance": "none", "optim.steps": 1}
     open_run(folder / "trunk", resolve(two_processes.BASE | plain))
     two_processes.train(folder / "trunk", plain)
-    for fault in (DIE, None):
-        work.append(entry(folder / "frozen", mode("fsdp", CROSSED | frozen(folder)), fault))
+    for name in FROZEN:
+        for place, faults in ((folder / f"frozen, {name}", (DIE, None)), (folder / f"frozen, {name}, left", (DIE,))):
+            work += [entry(place, mode(name, CROSSED | frozen(folder)), fault) for fault in faults]
     # Faults that every process notices, so that the next case can follow.
     work.append(entry(folder / "slow", ("ddp", CROSSED, "adamw"), {"kind": "slow", "step": 2, "rank": 1}))
     work.append(entry(folder / "nan", ("ddp", CROSSED, "adamw"), {"kind": "nan", "step": 3, "rank": 1}))
@@ -223,10 +227,28 @@ def test_checkpoints_of_one_mode_load_in_the_other(pair: tuple[str, str], defaul
     compare(load_file(place / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
 
 
-def test_heads_on_a_frozen_trunk_resume(default: Path) -> None:
+@pytest.fixture(scope="module")
+def frozen_whole(default: Path) -> dict[str, Tensor]:
     two_processes.train(default / "frozen, whole", CROSSED | frozen(default))
-    assert json.loads((default / "frozen" / TRAINED).read_text())["resumed"] == 1
-    compare(load_file(default / "frozen" / WEIGHTS), load_file(default / "frozen, whole" / WEIGHTS), 1e-8)
+    return load_file(default / "frozen, whole" / WEIGHTS)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_heads_on_a_frozen_trunk_resume(name: str, default: Path, frozen_whole: dict[str, Tensor]) -> None:
+    assert json.loads((default / f"frozen, {name}" / TRAINED).read_text())["resumed"] == 1
+    compare(load_file(default / f"frozen, {name}" / WEIGHTS), frozen_whole, 1e-8)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_checkpoints_leave_a_frozen_trunk_out(name: str, default: Path, frozen_whole: dict[str, Tensor]) -> None:
+    """One process takes over from two."""
+    place = default / f"frozen, {name}, left"
+    if name == "sharded":
+        consolidate(place)
+    held = torch.load(place / CHECKPOINT, weights_only=True)["state_dict"]
+    assert {key.removeprefix("model.") for key in held} == frozen_whole.keys()
+    two_processes.train(place, CROSSED | frozen(default))
+    compare(load_file(place / WEIGHTS), frozen_whole, 1e-8)
 
 
 # --- what can go wrong ------------------------------------------------------------------------------------------------

@@ -150,6 +150,53 @@ def test_greedy_text_is_that_of_generate(name: str, folders: dict[str, Path]) ->
         assert decode(model, prompt_T, 24, Sampling(0.0)).tokens == theirs
 
 
+LONGER = SHAPES | {
+    "a window in all layers": MistralConfig(**GROUPED, sliding_window=16),
+    "a window in some layers": Gemma2Config(**GROUPED, sliding_window=16, query_pre_attn_scalar=8),
+}
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_it_decodes_as_far_as_the_model_goes_however_short_it_was_trained(name: str, tmp_path: Path) -> None:
+    folder = saved(LONGER[name], tmp_path / "model")
+    model = with_heads(load_pretrained(str(folder), torch.float32, 16), **{"data.context": 16, "anchor": "token"})
+    assert model.context == 64
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt_T = torch.tensor([5, 6, 7])
+    theirs = whole.generate(
+        prompt_T[None], attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=61, do_sample=False,
+        eos_token_id=None,
+    )[0, 3:].tolist()  # fmt: skip
+    assert decode(model, prompt_T, 61, Sampling(0.0)).tokens == theirs
+    with pytest.raises(ValueError, match="exceed the model's context of 64; pass max_new_tokens of at most 61"):
+        decode(model, prompt_T, 62, Sampling(0.0))
+    CpdlmForCausalLM.from_language_model(model, 1, 2).save_pretrained(tmp_path / "fast")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fast")
+    assert loaded.config.max_position_embeddings == loaded.model.context == 64
+    assert (
+        loaded.generate(prompt_T[None], max_new_tokens=61, do_sample=False, eos_token_id=None)[0, 3:].tolist() == theirs
+    )
+
+
+def test_rotary_frequencies_that_change_with_the_length_bound_the_context(tmp_path: Path) -> None:
+    """Keys in a cache keep the frequencies that they were made with; on the shorter side the text is that of generate."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    shape = LlamaConfig(**GROUPED, rope_parameters=rope | {"original_max_position_embeddings": 32})
+    folder = str(saved(shape, tmp_path))
+    model = with_heads(load_pretrained(folder, torch.float32, 16), **{"data.context": 16})
+    assert model.context == 32
+    whole, prompt_T = AutoModelForCausalLM.from_pretrained(folder).eval(), torch.tensor([5, 6, 7])
+    theirs = whole.generate(prompt_T[None], max_new_tokens=29, do_sample=False, eos_token_id=None)[0, 3:].tolist()
+    assert decode(model, prompt_T, 29, Sampling(0.0)).tokens == theirs
+    with pytest.raises(ConfigError, match="has a context of 32 tokens; lower data.context=48"):
+        load_pretrained(folder, torch.float32, CONTEXT)
+
+
+def test_where_the_config_names_no_context_the_rows_say_it(tmp_path: Path) -> None:
+    folder = saved(SHAPES["llama tied"], tmp_path, max_position_embeddings=-1)
+    assert load_pretrained(str(folder), torch.float32, CONTEXT).context == CONTEXT
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_documents_of_a_row_do_not_see_each_other(name: str, folders: dict[str, Path]) -> None:
     base = load_pretrained(str(folders[name]), torch.float32, CONTEXT)
@@ -263,6 +310,39 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders: dict[s
         load_pretrained(str(tmp_path), torch.float32, CONTEXT, available_bytes=1000)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load_pretrained(str(tmp_path), torch.float32, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    "packed, how, package",
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits", "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits", "optimum"),
+    ],
+)
+def test_a_quantised_checkpoint_that_cannot_be_read_says_what_to_give(
+    packed: dict[str, Any], how: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for quantiser, asked in (("bnb_4bit", "is_bitsandbytes_available"), ("gptq", "is_optimum_available")):
+        monkeypatch.setattr(f"transformers.quantizers.quantizer_{quantiser}.{asked}", lambda *_: False)
+    folder = saved(SHAPES["llama tied"], tmp_path, quantization_config=packed)
+    with pytest.raises(ConfigError) as raised:
+        load_pretrained(str(folder), torch.float32, CONTEXT, "mine")
+    assert re.fullmatch(
+        rf"model=mine cannot be loaded: .*requires {package}.*; it is quantised \({how}\): give the checkpoint that it was "
+        "made from, unquantised, or a GGUF file of it",
+        str(raised.value),
+    )
+
+
+def test_weights_of_a_quantisation_that_is_not_known_are_no_torn_download(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(SHAPES["llama untied"], tmp_path, quantization_config={"quant_method": "strange"})
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.qweight"] = weights.pop("lm_head.weight").to(torch.int8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"weights lack \['lm_head.weight'\]; it is quantised \(strange\): give the"):
+        load_pretrained(str(folder), torch.float32, CONTEXT)
 
 
 def test_a_name_that_is_nowhere_is_explained(tmp_path: Path) -> None:

@@ -223,6 +223,33 @@ def test_a_killed_run_resumes_bit_for_bit(
         assert torch.equal(value, state[name]), name
 
 
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_heads_on_a_frozen_trunk_resume_from_a_checkpoint_without_it(
+    tie_embeddings: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = settings(**LAYOUTS["plain"], **{"model.tie_embeddings": tie_embeddings, "optim.steps": 2})
+    train(plain, tmp_path / "trunk")
+    config = settings(**{"model.trunk": str(tmp_path / "trunk"), "anchor": "token", "balance": "bias"})
+    whole, whole_state = train(config, tmp_path / "whole")
+    for name in ("killed", "older"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, 5)
+            train(config, tmp_path / name)
+    content = torch.load(tmp_path / "killed" / CHECKPOINT, weights_only=True)
+    model = build(config, storage.load_model(tmp_path / "trunk"))
+    trained = {f"model.{name}" for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert content["state_dict"].keys() == trained | {"model.heads.balance_bias_R"}
+    # Checkpoints held the frozen weights, once.
+    whole_model = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save(content | {"state_dict": whole_model | content["state_dict"]}, tmp_path / "older" / CHECKPOINT)
+    for name in ("killed", "older"):
+        torch.manual_seed(99)
+        resumed, state = train(config, tmp_path / name)
+        assert resumed.resumed == 1 and resumed.curve == whole.curve
+        for key, value in whole_state.items():
+            assert torch.equal(value, state[key]), key
+
+
 @pytest.mark.parametrize("layout", ["untied", "tied"])
 def test_accumulated_micro_batches_train_as_the_whole_batch(layout: str, tmp_path: Path) -> None:
     """Ragged rows: a mean of the micro-batches' means would differ. Float64, so that nothing hides in rounding."""
@@ -350,6 +377,15 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.M
 def test_a_foreign_checkpoint_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / CHECKPOINT)
     with pytest.raises(RunError, match="is not a checkpoint of this program; delete it to start again"):
+        train(settings(), tmp_path)
+
+
+def test_a_checkpoint_without_all_trained_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = killed_run(tmp_path, monkeypatch)
+    content = torch.load(checkpoint, weights_only=True)
+    del content["state_dict"]["model.heads.gate.weight"]
+    torch.save(content, checkpoint)
+    with pytest.raises(RunError, match=r"lacks \['model.heads.gate.weight'\]; delete it to start again"):
         train(settings(), tmp_path)
 
 

@@ -83,11 +83,11 @@ class CapturedPasses:
 
     @torch.inference_mode()
     def __init__(
-        self, model: DraftingModel, rows: int, sampling: Sampling, *, draft: str | Maker = "chain", nodes: int = 8,
-        slots: int = 0, device: torch.device | None = None,
+        self, model: DraftingModel, rows: int, sampling: Sampling, *, slots: int, draft: str | Maker = "chain",
+        nodes: int = 8, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         self.model, self.rows, self.sampling, self.draft, self.nodes = model, rows, sampling, draft, nodes
-        self.slots = slots or model.context
+        self.slots = slots
         self.device = device or next(model.parameters()).device  # type: ignore[attr-defined]
         if getattr(model, "training", False):  # a recording would keep its dropout
             raise ValueError("the model is in training mode, where its law may be random; call model.eval() first")

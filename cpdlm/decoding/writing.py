@@ -37,18 +37,18 @@ SEED = 0  # one text for all cells
 
 
 def written_text(
-    model: LanguageModel, split: TokenSplit, how: str, tokens: int, eos: int, cache: Path, identity: dict[str, Any],
-    device: torch.device, say: Callable[[str], None] = lambda line: None,
+    model: LanguageModel, split: TokenSplit, how: str, tokens: int, context: int, eos: int, cache: Path,
+    identity: dict[str, Any], device: torch.device, say: Callable[[str], None] = lambda line: None,
 ) -> tuple[TokenSplit, dict[str, Any]]:  # fmt: skip
-    """At least `tokens` tokens in documents that begin as one of `split` and that the model ends, or its context; and the content of
-    origin.json.
+    """At least `tokens` tokens in documents that begin as one of `split`, of `context` tokens or fewer if the model ends them before;
+    and the content of origin.json.
 
     how: of `SAMPLINGS`. eos: ends a document. identity: what the text depends on besides, the hashes of model and corpus.
     Raises ConfigError where the split has too few prompts, WriteError where the disk is full; what is done stays.
     """
-    room = model.context - PROMPT
+    room = context - PROMPT
     if room < 1:
-        raise ConfigError(f"data.text={how} begins documents with {PROMPT} tokens; raise data.context={model.context}")
+        raise ConfigError(f"data.text={how} begins documents with {PROMPT} tokens; raise data.context={context}")
     plan = identity | {
         "text": how, "tokens": tokens, "prompt_tokens": PROMPT, "most_new_tokens": room, "batch": BATCH, "seed": SEED,
         "temperature": SAMPLINGS[how].temperature,
@@ -60,7 +60,7 @@ def written_text(
         with locked(folder / ".lock"):  # another process that needs it waits here
             if not (folder / ORIGIN).is_file():
                 say(f"the model writes {tokens:,} tokens of training text ({how}): {folder}")
-                _write(model, split, how, tokens, eos, folder, device)
+                _write(model, split, how, tokens, room, eos, folder, device)
                 write_json(folder / ORIGIN, plan)
     parts = [np.load(path) for path in sorted(folder.glob("*.npz"))]
     ids, lengths = (np.concatenate([part[name] for part in parts]) for name in ("tokens", "lengths"))
@@ -71,7 +71,7 @@ def written_text(
 
 
 def _write(
-    model: LanguageModel, split: TokenSplit, how: str, tokens: int, eos: int, folder: Path, device: torch.device
+    model: LanguageModel, split: TokenSplit, how: str, tokens: int, room: int, eos: int, folder: Path, device: torch.device
 ) -> None:  # fmt: skip
     model = model.to(device).eval()
     done = 0
@@ -81,7 +81,7 @@ def _write(
             if not path.is_file():
                 places = range(number * BATCH, number * BATCH + len(prompts_PT))
                 rows = decode_batch(
-                    model, list(prompts_PT.to(device)), model.context - PROMPT, SAMPLINGS[how],
+                    model, list(prompts_PT.to(device)), room, SAMPLINGS[how],
                     [torch.Generator().manual_seed(SEED + place) for place in places], eos=eos, draft="none",
                 )  # fmt: skip
                 documents = [[*prompt, *row.tokens] for prompt, row in zip(prompts_PT.tolist(), rows, strict=True)]

@@ -357,7 +357,10 @@ def _trained(module: nn.Module) -> int:
 
 
 def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel | None = None) -> LanguageModel:
-    """The model of a config. trunk: the model that model.trunk names, whose trunk is reused, frozen, with its vocabulary."""
+    """The model of a config. trunk: the model that model.trunk names, whose trunk is reused, frozen, with its vocabulary.
+
+    Its context is a training row's; on a pretrained trunk, all that the trunk allows.
+    """
     assert (trunk is not None) == bool(config.model.trunk), "a frozen trunk is given exactly when model.trunk names one"
     model = LanguageModel(
         trunk.trunk if trunk is not None else Trunk(build_body(config, vocab_size)),
@@ -368,7 +371,7 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         anchored=config.anchor != "none",
         blind=config.anchor == "blind",
         common_target=trunk is not None,
-        context=config.data.context,
+        context=trunk.context if trunk is not None and config.is_pretrained else config.data.context,
         tie_embeddings=trunk.embeddings_are_tied if trunk is not None else config.model.tie_embeddings,
         separate=config.model.head == "separate",
         map_rank=config.model.map_rank,

@@ -31,13 +31,15 @@ def load_pretrained(
 ) -> LanguageModel:
     """The model of a Hugging Face folder or hub name as a plain next-token `LanguageModel`, frozen, in evaluation mode.
 
-    dtype: of its weights and passes. context: the most tokens it will see. available_bytes: memory it may take (default:
-    what is free). Raises ConfigError, naming the model and what to type, where it is missing, gated, incomplete, not a causal
+    dtype: of its weights and passes. context: tokens of a training row; the model's own `context` is what its config allows, and
+    this where it says nothing. available_bytes: memory it may take (default: what is free). Raises ConfigError, naming the
+    model and what to type, where it is missing, gated, incomplete, quantised in a way that cannot be read here, not a causal
     model with an output embedding, too large, or of a kind whose cache cannot be cropped or whose logits are not U h.
     """
     label = label or source
     shape = _shape(source, label)
-    _check_shape(shape, context, label)
+    longest = _longest(shape) or context
+    _check_shape(shape, context, longest, label)
     with torch.device("meta"):
         try:
             empty = AutoModelForCausalLM.from_config(shape)
@@ -54,16 +56,14 @@ def load_pretrained(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(
-            f"model={label} cannot be loaded: {_first_line(error)}; give a folder with whole safetensors weights"
-        ) from error
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        advice = _quantised(shape) or "give a folder with whole safetensors weights"
+        raise ConfigError(f"model={label} cannot be loaded: {_first_line(error).rstrip('.')}; {advice}") from error
     whole, found = loaded
     if found["missing_keys"]:
-        raise ConfigError(
-            f"model={label} is not whole: its weights lack {sorted(found['missing_keys'])[:3]}; download it again"
-        )
-    return _wrapped(whole.eval().requires_grad_(False), context, label)
+        advice = _quantised(shape) or "download it again"
+        raise ConfigError(f"model={label} is not whole: its weights lack {sorted(found['missing_keys'])[:3]}; {advice}")
+    return _wrapped(whole.eval().requires_grad_(False), longest, label)
 
 
 def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
@@ -195,15 +195,38 @@ def _shape(source: str, label: str) -> Any:
         ) from error
 
 
-def _check_shape(shape: Any, context: int, label: str) -> None:
+def _longest(shape: Any) -> int | None:
+    """Tokens of the longest text that the config allows; None where it says nothing.
+
+    Where longer texts have other rotary frequencies (longrope), those of the shorter ones: the keys in a cache have theirs.
+    """
+    text = shape.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None) or 0
+    rope = getattr(text, "rope_parameters", None) or {}
+    for each in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
+        if isinstance(each, dict) and each.get("rope_type") == "longrope":
+            longest = min(longest, each["original_max_position_embeddings"])
+    return longest if longest > 0 else None
+
+
+def _quantised(shape: Any) -> str:
+    """What to give in place of a checkpoint whose config says that its weights are packed; empty for other checkpoints."""
+    texts = (shape, shape.get_text_config(decoder=True))
+    packed = next((found for each in texts if (found := getattr(each, "quantization_config", None))), None)
+    if packed is None:
+        return ""
+    bits = next((bits for bits in (4, 8) if packed.get(f"load_in_{bits}bit")), packed.get("bits"))
+    how = packed.get("quant_method", "method unnamed") + (f", {bits} bits" if bits else "")
+    return f"it is quantised ({how}): give the checkpoint that it was made from, unquantised, or a GGUF file of it"
+
+
+def _check_shape(shape: Any, context: int, longest: int, label: str) -> None:
     """Raise ConfigError for what the config alone rules out, before any weight is read."""
     if getattr(shape, "is_encoder_decoder", False):
         raise ConfigError(
             f"model={label} is a {shape.model_type} model, not a causal language model: it has an encoder; give one without"
         )
-    text = shape.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None) or context
-    if 0 < longest < context:
+    if longest < context:
         raise ConfigError(f"model={label} has a context of {longest} tokens; lower data.context={context}")
     try:
         layers = DynamicCache(config=shape).layers
@@ -213,8 +236,8 @@ def _check_shape(shape: Any, context: int, label: str) -> None:
         window = getattr(layer, "sliding_window", None)
         if window and window < context:
             raise ConfigError(
-                f"model={label} attends to the last {window} tokens in some layers, and data.context={context} is longer: such "
-                f"a cache cannot be cropped; lower data.context to {window}"
+                f"model={label} attends to the last {window} tokens in some layers, and data.context={context} is longer: the masks "
+                f"of training rows would show them more; lower data.context to {window}"
             )
         if not window and not getattr(layer, "is_croppable", True):
             raise ConfigError(

@@ -254,7 +254,7 @@ def fit(
     trainer = build_trainer(config, [journal, ProgressBar(config.optim.steps, config.run_name)], logger)
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
-        storage.check_checkpoint(checkpoint)
+        storage.check_checkpoint(checkpoint, module.state_dict())
     with _signals_noted(journal), warnings.catch_warnings():
         # Lightning advises more loader workers and shorter logging intervals; rows are cut from memory-mapped arrays.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from cpdlm.config import Config
@@ -23,7 +23,10 @@ class NonFiniteLoss(RuntimeError):
 
 
 class MultiTokenModule(L.LightningModule):
-    """watch: what to measure of the model, by name, at each validation."""
+    """watch: what to measure of the model, by name, at each validation.
+
+    Its state dict, and so a checkpoint, leaves out what is frozen: that is loaded from where it came from.
+    """
 
     def __init__(
         self, config: Config, model: LanguageModel, watch: Callable[[LanguageModel], dict[str, float]] | None = None
@@ -35,6 +38,9 @@ class MultiTokenModule(L.LightningModule):
         self.validation_joint = MeanMetric()
         self.validation_first = MeanMetric()
         self.uses: list[objective.ComponentUse] = []  # of the micro-batches of this optimiser step
+        self.register_state_dict_post_hook(_without_frozen)
+        # `storage.check_checkpoint` looks for the names that must be there: FSDP2 asks for the frozen ones, too.
+        self.strict_loading = all(parameter.requires_grad for parameter in model.parameters())
 
     def configure_model(self) -> None:
         """Shards under FSDP2 (parallel=fsdp): block by block, then the rest in one group.
@@ -173,6 +179,12 @@ class MultiTokenModule(L.LightningModule):
             states, aim,
         )  # fmt: skip
         return terms
+
+
+def _without_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name, parameter in module.named_parameters(remove_duplicate=False):  # a tied weight goes by either name
+        if not parameter.requires_grad:
+            state_dict.pop(prefix + name, None)
 
 
 def _renamed(state: dict[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:

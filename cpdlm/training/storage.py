@@ -1,8 +1,8 @@
 """A run's folder: who may write to it, its saved config, its finished weights.
 
 RUN/config.yaml         the resolved config
-RUN/last.ckpt           what a killed run resumes from (Lightning; loads with weights_only); with train.sharded a link to a
-                        folder of torch.distributed.checkpoint
+RUN/last.ckpt           what a killed run resumes from, without what is frozen (Lightning; loads with weights_only); with
+                        train.sharded a link to a folder of torch.distributed.checkpoint
 RUN/model.safetensors   finished weights, without those of a frozen trunk
 RUN/train.json          the training part of the record; present once training is complete
 """
@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -228,24 +228,28 @@ def consolidate(folder: Path) -> None:
     remove_partial(folder)
 
 
-def check_checkpoint(path: Path) -> None:
-    """Raise RunError for a checkpoint that is truncated or is not ours."""
+def check_checkpoint(path: Path, needed: Iterable[str] = ()) -> None:
+    """Raise RunError for a checkpoint that is truncated, is not ours, or lacks weights of the names that are needed."""
     try:
         whole = path / _META if path.is_dir() else path
         content = torch.load(whole, map_location="cpu", weights_only=True, mmap=not path.is_dir())
         foreign = not isinstance(content, dict) or "Journal" not in content.get("callbacks", {})
-        if path.is_dir():
-            _check_shards(path)
+        sharded = _shard_names(path) if path.is_dir() else set[str]()
     except Exception as error:
         raise RunError(
             f"{path} is truncated or not a checkpoint ({type(error).__name__}); delete it to start again"
         ) from error
     if foreign:
         raise RunError(f"{path} is not a checkpoint of this program; delete it to start again")
+    held = sharded or content["state_dict"]
+    if absent := [name for name in needed if name not in held]:
+        raise RunError(f"{path} does not fit this run: it lacks {absent[:3]}; delete it to start again")
 
 
-def _check_shards(path: Path) -> None:
-    """Raise EOFError where a shard is shorter than the index says."""
-    for part in FileSystemReader(path).read_metadata().storage_data.values():
+def _shard_names(path: Path) -> set[str]:
+    """Names of the weights in a sharded checkpoint; EOFError where a shard is shorter than the index says."""
+    index = FileSystemReader(path).read_metadata()
+    for part in index.storage_data.values():
         if (path / part.relative_path).stat().st_size < part.offset + part.length:
             raise EOFError(f"{part.relative_path} is cut off")
+    return {name.removeprefix("state_dict.") for name in index.state_dict_metadata}
