@@ -3,7 +3,8 @@
     python -m cpdlm.generate --model RUN --prompt 'def main(' --show
 
 --model takes a run's folder, one that `python -m cpdlm.hub` wrote, or the name of a model for which heads come with this
-package (smollm2; the model itself is fetched at its first use). The text goes to standard output, everything else
+package (smollm2; the model itself is fetched at its first use). What the model reads is the prompt as its tokenizer writes one, or,
+with --chat, as its chat template writes a user's turn. The text goes to standard output, everything else
 to standard error, so that the text can be piped. Slow imports come after the arguments are read.
 """
 
@@ -39,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
         "--model", type=Path, required=True, help="folder of a finished run or an exported one, or smollm2"
     )
     made.add_argument("--prompt", help="text to continue (default: standard input, without its last newline)")
+    made.add_argument(
+        "--chat", action="store_true", help="put the prompt to the model as a user's turn, by its chat template"
+    )
     made.add_argument(
         "--max-new-tokens", type=int, help=f"tokens to write (default: {NEW_TOKENS}, or what the context has room for)"
     )
@@ -96,8 +100,9 @@ class Incremental:
         return self.decode(self.ids)[self.written :]
 
 
-def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer]:
-    """Model and tokenizer of a run's folder or an exported one; raises RunError or ConfigError where one is not there.
+def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer, int | list[int]]:
+    """Model, tokenizer and the ids that end a text, of a run's folder, an exported one or a model with released heads; raises
+    RunError or ConfigError where one is not there.
 
     shortlist: whether the model drafts from its own, where it has one.
     """
@@ -106,13 +111,15 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
     from cpdlm import hub, released
     from cpdlm.data.checkpoints import NAMED
     from cpdlm.data.tokenizer import HubTokenizer
-    from cpdlm.training.storage import CONFIG, RunError, load_model
+    from cpdlm.training.storage import CONFIG, RunError, load_model, read_config
 
     tokenizer: Tokenizer
-    if str(folder) in NAMED and not folder.exists():
+    if released.is_name(folder):
         model, tokenizer = released.load(str(folder), shortlist)
+        eos = hub.end_tokens(released.settings(str(folder)), tokenizer)
     elif (folder / CONFIG).is_file():
         model, tokenizer = load_model(folder), hub.run_tokenizer(folder)
+        eos = hub.end_tokens(read_config(folder), tokenizer)
         if shortlist:
             model.use_shortlist(hub.run_shortlist(folder))
     elif (folder / "config.json").is_file():
@@ -121,11 +128,13 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
                 f"{folder} has no tokenizer (tokenizer_config.json); export it again with python -m cpdlm.hub"
             )
         try:
-            model = hub.CpdlmForCausalLM.from_pretrained(folder).model
+            wrapped = hub.CpdlmForCausalLM.from_pretrained(folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise RunError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); export it again") from error
-        tokenizer = HubTokenizer(f"hf:{folder}", folder)
+        model, tokenizer = wrapped.model, HubTokenizer(f"hf:{folder}", folder)
+        eos = wrapped.generation_config.eos_token_id
+        eos = tokenizer.eos if eos is None else eos
         if not shortlist:
             model.use_shortlist(None)
     else:
@@ -133,7 +142,7 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
             f"{folder} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json) nor one of {', '.join(NAMED)}"
         )
     hub.check_vocabulary(folder, model, tokenizer)
-    return model, tokenizer
+    return model, tokenizer, eos
 
 
 def run(options: argparse.Namespace, out: TextIO) -> None:
@@ -147,17 +156,16 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
         raise ConfigError(f"--max-new-tokens={options.max_new_tokens} writes nothing; give at least 1")
     if options.prompt == "":
         raise ConfigError("the prompt is empty; give --prompt TEXT, or text on standard input")
-    model, tokenizer = load(options.model, shortlist=options.shortlist == "own")
+    model, tokenizer, eos = load(options.model, shortlist=options.shortlist == "own")
     prompt = _standard_input() if options.prompt is None else options.prompt
-    ids = [int(each) for each in tokenizer.encode([prompt])[0]]
+    ids = tokenizer.prompt(prompt, options.chat) if prompt else []
     if not ids:
         raise ConfigError("the prompt is empty; give --prompt TEXT, or text on standard input")
-    ids = [tokenizer.bos, *ids]
     room = model.context - len(ids)
     if room < 1:
         raise ConfigError(
-            f"the prompt has {len(ids)} tokens with the one that begins a text, the context of this model is {model.context}; "
-            f"give at most {model.context - 2}"
+            f"the prompt has {len(ids)} tokens with those that its tokenizer adds, the context of this model is {model.context}; "
+            f"give at most {model.context - 1}"
         )
     new_tokens = min(NEW_TOKENS, room) if options.max_new_tokens is None else options.max_new_tokens
     if new_tokens > room:
@@ -186,7 +194,7 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     def write(draft: str, heard: Callable[[list[int]], None] | None = None) -> Decoded:
         generator = torch.Generator(device).manual_seed(options.seed)
         return decode(
-            model, torch.tensor(ids, device=device), new_tokens, sampling, generator, eos=tokenizer.eos, draft=draft,
+            model, torch.tensor(ids, device=device), new_tokens, sampling, generator, eos=eos, draft=draft,
             on_tokens=heard, passes=captures[draft](1, len(ids) + new_tokens, sampling, draft),
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The model as `transformers` knows models: saved and loaded as a folder, behind AutoModelForCausalLM and `generate`.
 
     python -m cpdlm.hub RUN DIR        RUN/: a finished run -> DIR/: config, weights, tokenizer, model card
+    python -m cpdlm.hub NAME DIR       the same of a model for which heads come with this package (smollm2)
 
 Importing this module registers the classes, so that no remote code is ever run. A folder is self-contained: a frozen
 trunk is saved with the heads that were trained on it.
@@ -30,6 +31,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCardData
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -72,13 +74,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.data.checkpoints import described
 from cpdlm.data.corpus import load_corpus
 from cpdlm.data.tokenizer import END, BytesTokenizer, HubTokenizer, SavedTokenizer, Tokenizer
 from cpdlm.decoding import Captures, Sampling, decode_batch
 from cpdlm.files import WriteError, write_bytes
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk
-from cpdlm.training.storage import CONFIG, RunError, load_model, read_config
+from cpdlm.training.storage import CONFIG, RunError, load_model, read_config, trunk_eos, trunk_source
 
 STOCK = "transformers.GenerationMixin.generate(model, ...)"
 
@@ -284,7 +287,8 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
         loss is the mean of -log p(next) in nats, under the target alone (cpdlm.training trains the joint law).
         Returns logits (B, T, V); see `scores`. Raises ValueError for inputs and outputs that this model has not.
         """
-        asked = [name for name in ("inputs_embeds", "output_attentions", "output_hidden_states") if kwargs.get(name)]
+        names = ("inputs_embeds", "output_attentions", "output_hidden_states")
+        asked = [name for name in names if kwargs.get(name) is not None and kwargs[name] is not False]
         if asked or input_ids is None:
             raise ValueError(
                 f"{asked[0] if asked else 'no input_ids'}: this model maps input_ids to logits, nothing else"
@@ -322,7 +326,7 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns (B, T + new) int64, padded on the right with pad_token_id (by default the first eos_token_id), or a
         GenerateDecoderOnlyOutput with `sequences` alone. Raises ValueError for beams, assistants, contrastive search,
-        scores, caches and other things that this loop has not, naming what has them.
+        scores, caches and other things that this loop has not, naming what to do instead.
         """
 
         def asked(name: str) -> Any:
@@ -338,14 +342,15 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
                 inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
             )
             return theirs
-        for name in (
-            "assistant_model", "inputs_embeds", "negative_prompt_ids", "past_key_values", "position_ids", "synced_gpus"
-        ):  # fmt: skip
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds: this model reads token ids; pass input_ids")
+        for name in ("assistant_model", "negative_prompt_ids", "past_key_values", "position_ids", "synced_gpus"):
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise ValueError(f"{name} {_REASONS.get(name, _NOT_HERE)}; {STOCK} takes it")
-        for name in ("cache_implementation", "token_healing"):
-            if asked(name) not in (None, False, "dynamic"):
-                raise ValueError(f"{name}={asked(name)!r} {_NOT_HERE}; leave it out, or call {STOCK}")
+        if asked("cache_implementation") not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation={asked('cache_implementation')!r} {_NOT_HERE}; leave it out")
+        if asked("token_healing"):
+            raise ValueError(f"token_healing=True {_NOT_HERE}; leave it out, or call {STOCK}")
         tokenizer, stop_strings = kwargs.pop("tokenizer", None), asked("stop_strings")
         if stop_strings:
             if tokenizer is None:
@@ -368,6 +373,13 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
             streamer=streamer, custom_generate=loop, **kwargs,
         )  # fmt: skip
         return ours
+
+    def init_continuous_batching(self, *arguments: Any, **options: Any) -> Any:
+        """Refused with ValueError: its paged cache would not reach the trunk, whose tokens would then see too little."""
+        raise ValueError(
+            "continuous batching (generate_batch, cache_implementation='paged') is not for this model, which has a cache of its "
+            "own; call generate with the prompts as one batch, padded on the left"
+        )
 
     def _speculate(
         self, input_ids_BT: Tensor, mask_BT: Tensor | None, processors: Any, criteria: Any, options: GenerationConfig,
@@ -452,19 +464,41 @@ _REASONS = {
     "assistant_model": "is not needed, this model drafts for itself (draft=...)",
     "past_key_values": "would have to hold exactly what this loop keeps; pass the whole text as input_ids",
 }
+# Modes that transformers itself has no more: where their code is.
+_MOVED = {
+    GenerationMode.CONTRASTIVE_SEARCH: "transformers-community/contrastive-search",
+    GenerationMode.DOLA_GENERATION: "transformers-community/dola",
+    GenerationMode.GROUP_BEAM_SEARCH: "transformers-community/group-beam-search",
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: "transformers-community/constrained-beam-search",
+}
 
 
 def _check_options(options: GenerationConfig, processors: LogitsProcessorList) -> None:
+    for name in ("assistant_early_exit", "use_mtp"):
+        if getattr(options, name, None):
+            raise ValueError(f"{name} {_REASONS['assistant_model']}; leave it out")
     mode = options.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
+        refusal = (
             f"{mode.value.replace('_', ' ')} is not for this loop, which decodes greedily (do_sample=False) or samples "
-            f"(do_sample=True) with num_beams=1 and drafts by itself; {STOCK} has the other modes"
+            "(do_sample=True) with num_beams=1 and drafts by itself"
         )
+        if mode in _MOVED:
+            raise ValueError(
+                f"{refusal}; sample, or use plain beams ({STOCK} with num_beams), or give the generate of the trunk's own model, "
+                f"without heads, custom_generate='{_MOVED[mode]}' and trust_remote_code=True"
+            )
+        raise ValueError(f"{refusal}; {STOCK} has it")
     if options.return_dict_in_generate:
-        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        for name in ("output_scores", "output_logits"):
             if getattr(options, name):
                 raise ValueError(f"{name}=True: this loop returns `sequences` alone; {STOCK} returns the rest")
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(options, name):
+                raise ValueError(
+                    f"{name}=True: this loop returns `sequences` alone; pass those to model.model.trunk.body(sequences, {name}=True)"
+                    + (" of a model loaded with attn_implementation='eager'" if name == "output_attentions" else "")
+                )
     for processor in processors:
         if isinstance(processor, _STATEFUL):
             raise ValueError(
@@ -536,20 +570,28 @@ class _Stream:
 def export(run: Path, folder: Path) -> CpdlmForCausalLM:
     """Write a finished run as a folder that `from_pretrained` reads and `push_to_hub` uploads as it is; returns the model.
 
-    config.json, generation_config.json, model.safetensors, the tokenizer's files and README.md, the model card. A run that
-    drafts from a shortlist takes it along. Raises RunError for a run that is not finished, whose tokenizer is gone or whose
-    shortlist is not known, and for a folder that holds something else.
+    run: its folder, or the name of a model with released heads. What is written: config.json, generation_config.json,
+    model.safetensors, the tokenizer's files and README.md, the model card. A run that drafts from a shortlist takes it along.
+    Raises RunError for a run that is not finished, whose tokenizer is gone or whose shortlist is not known, and for a folder
+    that holds something else; ConfigError for a named model that cannot be had.
     """
-    _check_folder(run, folder)
-    if read_config(run).model.adapter_layers:
-        raise RunError(
-            f"{run} drafts with adapters in the trunk (model.adapter_layers), which an exported folder cannot hold"
-        )
-    config, model = read_config(run), load_model(run)
-    tokenizer = run_tokenizer(run)
+    from cpdlm import released  # which imports this module
+
+    _check_folder(folder)
+    tokenizer: Tokenizer
+    if released.is_name(run):
+        config = released.settings(str(run))
+        model, tokenizer = released.load(str(run))
+    else:
+        config = read_config(run)
+        if config.model.adapter_layers:
+            raise RunError(
+                f"{run} drafts with adapters in the trunk (model.adapter_layers), which an exported folder cannot hold"
+            )
+        model, tokenizer = load_model(run), run_tokenizer(run)
+        model.use_shortlist(run_shortlist(run))
     check_vocabulary(run, model, tokenizer)
-    model.use_shortlist(run_shortlist(run))
-    wrapped = CpdlmForCausalLM.from_language_model(model, tokenizer.bos, tokenizer.eos)
+    wrapped = CpdlmForCausalLM.from_language_model(model, tokenizer.bos, end_tokens(config, tokenizer))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         wrapped.save_pretrained(folder)
@@ -560,8 +602,7 @@ def export(run: Path, folder: Path) -> CpdlmForCausalLM:
     return wrapped
 
 
-def _check_folder(run: Path, folder: Path) -> None:
-    read_config(run)
+def _check_folder(folder: Path) -> None:
     if folder.is_file():
         raise RunError(f"{folder} is a file; give a new or empty folder")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -611,6 +652,12 @@ def run_shortlist(run: Path) -> Tensor | None:
             "there, and run its command again"
         )
     return torch.tensor(ids)
+
+
+def end_tokens(config: Config, tokenizer: Tokenizer) -> int | list[int]:
+    """Ids that end a text: where `generate` stops on the pretrained trunk that a run accelerates, else the tokenizer's eos."""
+    eos = trunk_eos(config)
+    return tokenizer.eos if eos is None else eos
 
 
 def check_vocabulary(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -664,7 +711,8 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
 
 
 def card(run: Path, config: Config, model: LanguageModel, name: str) -> str:
-    """The model card, from what the run measured; what it did not measure is said to be missing."""
+    """The model card, from what the run measured; what it did not measure is said to be missing, what the trunk's source does
+    not say of it is left out."""
     evaluated, decoded = _read_json(run / "evaluate.json"), _read_json(run / "decode.json")
     data = (evaluated or {}).get("data", {})
     target = (
@@ -673,11 +721,16 @@ def card(run: Path, config: Config, model: LanguageModel, name: str) -> str:
         else "the model's own next-token law"
     )
     million = sum(each.numel() for each in model.parameters()) / 1e6
+    known: dict[str, Any] = described(config.model.trunk, trunk_source(config)) if config.is_pretrained else {}
+    front = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["cpdlm", "multi-token-prediction", "speculative-decoding"],
+        **known,
+    )
     lines = [
         "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [cpdlm, multi-token-prediction, speculative-decoding]",
+        front.to_yaml(),
         "---",
         "",
         f"# {name}",
@@ -697,20 +750,25 @@ def card(run: Path, config: Config, model: LanguageModel, name: str) -> str:
         f"| training | {config.optim.steps} steps of {config.data.batch_rows} x {config.data.context} tokens, seed {config.seed} |",
     ]
     if model.draft_ids is not None:
-        assert decoded is not None, "the shortlist comes from there"
+        covered = f", {decoded['shortlist_coverage']:.1%}" if decoded is not None else ""
         lines.append(
-            f"| drafts | from the {len(model.draft_ids):,} most frequent tokens, {decoded['shortlist_coverage']:.1%} of the training "
-            "text; what is written may be any token |"
+            f"| drafts | from the {len(model.draft_ids):,} most frequent tokens{covered} of the training text; what is written may "
+            "be any token |"
         )
     bits = (evaluated or {}).get("likelihood", {}).get("bits_per_byte")
     if bits is not None:
         lines.append(f"| test | {bits:.3f} bits per byte |")
     lines += ["", "## Use", "", "With the package `cpdlm` installed (`pip install .` in its repository):", ""]
-    lines += ["```python", *_USE.format(name=name).splitlines(), "```", "", "## Measured", "", *_measured(decoded)]
-    command = (evaluated or {}).get("command", "# the run was not evaluated: its command is not known")
-    command = " ".join(word for word in command.split(" ") if not word.startswith("tracking."))
-    export_command = f"python -m cpdlm.hub {config.output}/{config.run_name} {name}"
-    lines += ["", "## Made by", "", "```bash", command, export_command, "```", ""]
+    lines += ["```python", *_USE.format(name=name).splitlines(), "```", "", "## Measured", ""]
+    if run.is_dir():
+        command = (evaluated or {}).get("command", "# the run was not evaluated: its command is not known")
+        command = " ".join(word for word in command.split(" ") if not word.startswith("tracking."))
+        made_by = [command, f"python -m cpdlm.hub {config.output}/{config.run_name} {name}"]
+        lines += _measured(decoded)
+    else:
+        made_by = [f"python -m cpdlm.hub {run} {name}"]
+        lines += ["These heads come with `cpdlm`, whose README says how fast they were."]
+    lines += ["", "## Made by", "", "```bash", *made_by, "```", ""]
     return "\n".join(lines)
 
 
@@ -771,7 +829,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cpdlm.hub", description="Export a finished run as a folder for transformers and the hub."
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="folder of a finished run, or a model with released heads: smollm2"
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write, new or empty")
     options = parser.parse_args(arguments)
     disable_progress_bar()

@@ -12,18 +12,20 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from cpdlm.config import ConfigError, from_dict, to_dict
-from cpdlm.data.checkpoints import NAMED, checkpoint_folder
+from cpdlm.config import Config, ConfigError, from_dict, to_dict
+from cpdlm.data.checkpoints import NAMED
 from cpdlm.data.tokenizer import HubTokenizer, Tokenizer
 from cpdlm.files import WriteError, replaced
 from cpdlm.hub import run_shortlist
 from cpdlm.model.language_model import LanguageModel, build_language_model
-from cpdlm.training.storage import WEIGHTS, RunError, load_model, load_trunk, read_config, trunk_hash
+from cpdlm.training.storage import WEIGHTS, RunError, load_model, load_trunk, read_config, trunk_hash, trunk_source
 
 FOLDER = Path(__file__).parent / "released"
 SHORTLIST = "shortlist"
@@ -44,12 +46,39 @@ def release(run: Path, name: str) -> Path:
     return FOLDER / f"{name}.safetensors"
 
 
+def is_name(source: Path) -> bool:
+    """Whether this is what a model is called here, and no folder."""
+    return str(source) in NAMED and not source.exists()
+
+
+def settings(name: str) -> Config:
+    """Of the run whose heads are released. RunError where none are, or their file is damaged."""
+    return _read(name)[1]
+
+
 def load(name: str, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer]:
     """The named model with its released heads, and its tokenizer. shortlist: whether it drafts from the one it has.
 
     RunError where no heads are released for it, their file is damaged, or they were trained on other weights; ConfigError
     where the model cannot be had.
     """
+    path = FOLDER / f"{name}.safetensors"
+    facts, config, tensors = _read(name)
+    if trunk_hash(config) != facts["trunk_sha256"]:
+        raise RunError(f"{path}: the heads were trained on other weights of {name} than those that are here")
+    ids = tensors.pop(SHORTLIST, None)
+    model = build_language_model(config, facts["vocab_size"], load_trunk(config))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    lacking = [each for each in missing if each.startswith(("heads.", "anchor."))]
+    if lacking or unexpected:
+        raise RunError(f"{path} does not fit its settings: missing {lacking[:3]}, unexpected {unexpected[:3]}")
+    if shortlist and ids is not None:
+        model.use_shortlist(ids.long())
+    return model.eval(), HubTokenizer("model", trunk_source(config))
+
+
+def _read(name: str) -> tuple[dict[str, Any], Config, dict[str, Tensor]]:
+    """What a file of heads says of itself, its run's settings and its tensors."""
     path = FOLDER / f"{name}.safetensors"
     if not path.is_file():
         raise RunError(
@@ -63,17 +92,7 @@ def load(name: str, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer]:
         config = from_dict(facts["config"])
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); install the package again") from error
-    if trunk_hash(config) != facts["trunk_sha256"]:
-        raise RunError(f"{path}: the heads were trained on other weights of {name} than those that are here")
-    ids = tensors.pop(SHORTLIST, None)
-    model = build_language_model(config, facts["vocab_size"], load_trunk(config))
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    lacking = [each for each in missing if each.startswith(("heads.", "anchor."))]
-    if lacking or unexpected:
-        raise RunError(f"{path} does not fit its settings: missing {lacking[:3]}, unexpected {unexpected[:3]}")
-    if shortlist and ids is not None:
-        model.use_shortlist(ids.long())
-    return model.eval(), HubTokenizer("model", checkpoint_folder(name, config.data.cache, config.data.bundle))
+    return facts, config, tensors
 
 
 def main(arguments: list[str]) -> int:

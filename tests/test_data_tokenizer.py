@@ -77,6 +77,37 @@ def test_hub_tokenizer(bpe: BpeTokenizer, tmp_path: Path) -> None:
         build_tokenizer(f"hf:{tmp_path / 'without'}", [])
 
 
+def test_a_prompt_begins_as_the_model_has_seen_texts_begin(bpe: BpeTokenizer, tmp_path: Path) -> None:
+    """Ours: with bos. Hugging Face: as its own tokenizer writes a text, or, by its template, a user's turn."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    bpe.save(tmp_path)
+    saved = SavedTokenizer(bpe.name, 300, 299, 299, tmp_path, bpe.token_bytes())
+    for ours in (BytesTokenizer(), bpe, saved):
+        assert ours.prompt(TEXTS[0]) == ours.prompt(TEXTS[0].encode()) == [ours.bos, *ours.encode([TEXTS[0]])[0]]
+        with pytest.raises(ConfigError, match=f"the tokenizer {ours.name} has no chat template.*leave --chat out"):
+            ours.prompt(TEXTS[0], chat=True)
+    for name, template in (("bare", None), ("begun", "<|endoftext|> $A")):
+        model = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE), eos_token="<|endoftext|>")
+        if template:
+            model.backend_tokenizer.post_processor = TemplateProcessing(
+                single=template, special_tokens=[("<|endoftext|>", 299)]
+            )
+            model.chat_template = "{% for turn in messages %}{{ turn.role }}:{{ turn.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+        model.save_pretrained(tmp_path / name / "hf")
+        kept = SavedTokenizer(f"hf:{name}", 300, 299, 299, tmp_path / name, bpe.token_bytes())
+        for theirs in (build_tokenizer(f"hf:{tmp_path / name / 'hf'}", []), kept):
+            for text in TEXTS:
+                assert theirs.prompt(text) == model(text)["input_ids"]
+            assert theirs.prompt("def")[0] == (299 if template else theirs.encode(["def"])[0][0])
+            if template:
+                assert theirs.prompt(b"def", chat=True) == theirs.encode(["user:def;assistant:"])[0].tolist()
+            else:
+                with pytest.raises(ConfigError, match="has no chat template"):
+                    theirs.prompt("def", chat=True)
+
+
 def test_missing_hub_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(

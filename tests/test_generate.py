@@ -65,9 +65,9 @@ def test_the_models_own_shortlist_is_used_unless_refused(tmp_path: Path) -> None
     listed_run(tmp_path / "run")
     hub.export(tmp_path / "run", tmp_path / "mine")
     for folder in (tmp_path / "run", tmp_path / "mine"):
-        model, _ = generate.load(folder)
+        model, *_ = generate.load(folder)
         assert model.draft_ids is not None and model.draft_ids.tolist() == LISTED
-        model, _ = generate.load(folder, shortlist=False)
+        model, *_ = generate.load(folder, shortlist=False)
         assert model.draft_ids is None
         texts = [written(folder, "--prompt", PROMPT, *words) for words in ([], ["--shortlist", "none"])]
         assert texts[0] == texts[1]
@@ -139,11 +139,12 @@ def test_pieces_joined_are_the_text(seed: int) -> None:
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "empty prompt": (["--prompt", ""], "the prompt is empty; give --prompt TEXT"),
-    "long prompt": (["--prompt", "x" * 64], "the prompt has 65 tokens with the one that begins a text, the context of this model is 64; give at most 62"),
+    "long prompt": (["--prompt", "x" * 64], "the prompt has 65 tokens with those that its tokenizer adds, the context of this model is 64; give at most 63"),
     "no room": (["--prompt", "x" * 50, "--max-new-tokens", "20"], "leaves room for 13 in the context of 64; give --max-new-tokens 13"),
     "temperature": (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be a finite number of at least 0"),
     "top_p": (["--prompt", "x", "--top-p", "0"], "top_p=0.0 must lie in (0, 1]"),
     "top_k": (["--prompt", "x", "--top-k", "-2"], "top_k=-2 must be a whole number of at least 0"),
+    "chat": (["--prompt", "x", "--chat"], "the tokenizer bytes has no chat template, which says how a user's turn is written; leave --chat out"),
     "nothing": (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 writes nothing; give at least 1"),
 }  # fmt: skip
 

@@ -10,14 +10,19 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from huggingface_hub import metadata_load
+from tokenizers import Tokenizer as TokenizerModel
+from tokenizers.models import WordLevel
+from torch import Tensor, distributed
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,8 +32,10 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
     TextStreamer,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -185,6 +192,9 @@ def test_the_loss_is_that_of_the_target() -> None:
     torch.testing.assert_close(loss.double(), (nll.sum() - nll[0, 1]) / 5, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="output_attentions: this model maps input_ids to logits, nothing else"):
         model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="inputs_embeds: this model maps input_ids to logits, nothing else"):
+        model(inputs_embeds=torch.zeros(2, 4, 8))
+    assert model(ids, inputs_embeds=None, output_attentions=False).logits.shape == (2, 4, 17)
 
 
 # --- greedy, against the library --------------------------------------------------------------------------------------------
@@ -421,13 +431,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search is not for this loop"),
     "lookup": ({"prompt_lookup_num_tokens": 3}, "assisted generation is not for this loop"),
     "dola": ({"dola_layers": "low"}, "dola generation"),
+    "early exit": ({"assistant_early_exit": 1}, "assistant_early_exit is not needed, this model drafts for itself.*; leave it out"),
     "assistant": ({"assistant_model": object()}, "assistant_model is not needed, this model drafts for itself"),
     "scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores=True: this loop returns `sequences`"),
     "guidance": ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor keeps a state"),
     "cache": ({"past_key_values": object()}, "past_key_values would have to hold.*pass the whole text"),
-    "static cache": ({"cache_implementation": "static"}, "cache_implementation='static' is not for this loop"),
-    "paged": ({"cache_implementation": "paged"}, "cache_implementation='paged' is not for this loop"),
-    "embeddings": ({"inputs_embeds": torch.zeros(1, 2, 64)}, "inputs_embeds is not for this loop"),
+    "static cache": ({"cache_implementation": "static"}, "cache_implementation='static' is not for this loop.*; leave it out$"),
+    "paged": ({"cache_implementation": "paged"}, "cache_implementation='paged' is not for this loop.*; leave it out$"),
+    "embeddings": ({"inputs_embeds": torch.zeros(1, 2, 64)}, "inputs_embeds: this model reads token ids; pass input_ids"),
     "positions": ({"position_ids": torch.tensor([[0, 1]])}, "position_ids is not for this loop"),
     "healing": ({"token_healing": True}, "token_healing=True is not for this loop"),
     "stop strings": ({"stop_strings": "x"}, "stop_strings need the tokenizer"),
@@ -447,6 +458,103 @@ def test_what_speculation_has_not_is_refused_by_name(name: str) -> None:
     chosen, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         wrapped("common").generate(torch.tensor([[1, 2]]), **({"max_new_tokens": 4} | chosen))
+
+
+def ids_like(tokenizer_size: int) -> PreTrainedTokenizerFast:
+    letters = {chr(97 + place): place for place in range(tokenizer_size)}
+    model = TokenizerModel(WordLevel(letters, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="b", eos_token="a", pad_token="a")
+
+
+# What the stock loop is said to take or have, for our model and for the plain one.
+TAKEN: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
+    "beams": lambda model: {"num_beams": 3},
+    "beam sample": lambda model: {"num_beams": 3, "do_sample": True},
+    "lookup": lambda model: {"prompt_lookup_num_tokens": 3},
+    "assistant": lambda model: {"assistant_model": plain(wrapped("common").model)},
+    "scores": lambda model: {"return_dict_in_generate": True, "output_scores": True},
+    "logits": lambda model: {"return_dict_in_generate": True, "output_logits": True},
+    "guidance": lambda model: {"guidance_scale": 1.5},
+    "watermark": lambda model: {
+        "do_sample": True,
+        "watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 1, 4], ngram_len=3),
+    },
+    "negative prompt": lambda model: {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[3]])},
+    "cache": lambda model: {"past_key_values": model(torch.tensor([[1, 2]])).past_key_values},
+    "positions": lambda model: {"position_ids": torch.arange(4).unsqueeze(0)},
+    "healing": lambda model: {"token_healing": True, "tokenizer": ids_like(17)},
+    "processes": lambda model: {"synced_gpus": True},
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_a_refusal_says_of_the_stock_loop_is_so(name: str) -> None:
+    ids, always = torch.tensor([[1, 2, 5, 3]]), {"max_new_tokens": 12, "pad_token_id": 0}
+    with pytest.raises(ValueError, match=re.escape(hub.STOCK)):
+        wrapped("common").generate(ids, **always, **TAKEN[name](wrapped("common")))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        done = []
+        for model in (wrapped("common"), plain(wrapped("common").model)):
+            torch.manual_seed(0)
+            done.append(GenerationMixin.generate(model, ids, **always, **TAKEN[name](model)))
+    finally:
+        distributed.destroy_process_group()
+    ours, theirs = (
+        [each] if isinstance(each, Tensor) else [each.sequences, *(each.scores or each.logits)] for each in done
+    )
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+MOVED: dict[str, tuple[dict[str, Any], str]] = {
+    "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive-search"),
+    "dola": ({"dola_layers": "low"}, "dola"),
+    "group beams": ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "group-beam-search"),
+    "constraints": ({"num_beams": 2, "force_words_ids": [[[3]]]}, "constrained-beam-search"),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_transformers_has_no_more_is_where_the_refusal_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library asks for the same repository, and takes it as the refusal spells it; what is there is not ours to run."""
+    chosen, repository = MOVED[name]
+    call = {"custom_generate": f"transformers-community/{repository}", "trust_remote_code": True}
+    ids, model = torch.tensor([[1, 2]]), plain(wrapped("common").model)
+    with pytest.raises(ValueError, match=f"custom_generate='{call['custom_generate']}' and trust_remote_code=True"):
+        wrapped("common").generate(ids, max_new_tokens=4, **chosen)
+    with pytest.raises(ValueError, match=f"requires `trust_remote_code=True`.*{call['custom_generate']}"):
+        GenerationMixin.generate(wrapped("common"), ids, max_new_tokens=4, **chosen)
+    asked = []
+
+    def load(self: Any, where: str, trust_remote_code: bool | None = None, **rest: Any) -> Any:
+        asked.append((where, trust_remote_code))
+        return lambda model, inputs, **options: inputs
+
+    monkeypatch.setattr(GenerationMixin, "load_custom_generate", load)
+    assert model.generate(ids, max_new_tokens=4, **chosen, **call) is ids and asked == [tuple(call.values())]
+
+
+@pytest.mark.parametrize("name", ["attentions", "hidden_states"])
+def test_what_the_loop_does_not_return_is_had_from_the_trunk(name: str) -> None:
+    model, output = wrap(real(*COMMON)), f"output_{name}"
+    with pytest.raises(ValueError, match=rf"model.model.trunk.body\(sequences, {output}=True\)"):
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, return_dict_in_generate=True, **{output: True})
+    sequences = model.generate(torch.tensor([[1, 2]]), max_new_tokens=4)
+    whole = plain(model.model)
+    if name == "attentions":
+        whole.set_attn_implementation("eager")  # of the body, which is the same
+    theirs = whole(sequences, **{output: True})[name]
+    ours = model.model.trunk.body(sequences, **{output: True})[name]
+    assert len(ours) == len(theirs) > 0 and all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+def test_a_paged_cache_is_refused_wherever_it_is_asked_for() -> None:
+    for call in (
+        lambda model: model.generate_batch([[1, 2]], max_new_tokens=4),
+        lambda model: GenerationMixin.generate(model, torch.tensor([[1, 2]]), cache_implementation="paged"),
+    ):
+        with pytest.raises(ValueError, match="continuous batching .* call generate with the prompts as one batch"):
+            call(wrapped("common"))
 
 
 def test_an_empty_prompt_is_named() -> None:
@@ -538,6 +646,8 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
     assert (loaded.generation_config.eos_token_id, loaded.generation_config.pad_token_id) == (256, 256)
     assert loaded.generate(**both, max_new_tokens=8).shape[0] == 2
     card = (folder / "README.md").read_text()
+    front = {"library_name", "pipeline_tag", "tags"}
+    assert (metadata_load(folder / "README.md") or {}).keys() == front, "nothing else is known"
     for word in ("rank, horizon, anchor | 2, 4, none", "1.77", "1.23 [1.10, 1.31]", "sympy 1.14.0 (BSD-3-Clause)", "12,345", "2.345 bits", "python experiments/run.py rank=2", "A Processor", "frozen trunk"):  # fmt: skip
         assert word in card, word
     assert hub.main([str(run), str(folder)]) == 2, "the trunk is gone"

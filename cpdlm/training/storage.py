@@ -32,7 +32,7 @@ from cpdlm.data.checkpoints import checkpoint_folder, content_hash
 from cpdlm.files import replaced, write_bytes
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel, build_language_model
-from cpdlm.model.pretrained import load_pretrained
+from cpdlm.model.pretrained import eos_of, load_pretrained
 
 CONFIG, CHECKPOINT, WEIGHTS, TRAINED = "config.yaml", "last.ckpt", "model.safetensors", "train.json"
 
@@ -131,14 +131,25 @@ def load_trunk(config: Config) -> LanguageModel | None:
         return None
     if not config.is_pretrained:
         return load_model(Path(config.model.trunk))
-    source = checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
-    return load_pretrained(source, getattr(torch, config.model.dtype), config.data.context, config.model.trunk)
+    return load_pretrained(
+        trunk_source(config), getattr(torch, config.model.dtype), config.data.context, config.model.trunk
+    )
+
+
+def trunk_source(config: Config) -> str:
+    """Folder or hub name of a pretrained model.trunk. ConfigError where it cannot be had."""
+    return checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
+
+
+def trunk_eos(config: Config) -> int | list[int] | None:
+    """Where `generate` stops on a pretrained model.trunk; None for other trunks, and where nothing stops it."""
+    return eos_of(trunk_source(config)) if config.is_pretrained else None
 
 
 def trunk_hash(config: Config) -> str:
     """sha256 that stands for the weights of model.trunk."""
     if config.is_pretrained:
-        return content_hash(checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle))
+        return content_hash(trunk_source(config))
     return hashlib.sha256((Path(config.model.trunk) / WEIGHTS).read_bytes()).hexdigest()
 
 
