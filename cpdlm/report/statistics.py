@@ -193,12 +193,21 @@ def over_seeds(cells: Cells, quantity: str, mode: str = "sampling", level: float
     return found.exp() if quantity in RATIOS else found
 
 
+def shared_seeds(cells: Cells, other: Cells) -> list[int]:
+    """The seeds at which two cells may be paired: both have them, and not on two sets of weights of a common trunk."""
+    return [
+        seed
+        for seed in sorted(set(cells) & set(other))
+        if len({record.trunk_sha256 for record in (cells[seed], other[seed])} - {""}) < 2
+    ]
+
+
 def difference(
     cells: Cells, other: Cells, quantity: str, mode: str = "sampling", level: float = 0.95
 ) -> Interval | None:
-    """First minus second, paired over the seeds that both have and over rows or prompts; None where no seed has both."""
+    """First minus second, paired over `shared_seeds` and over rows or prompts; None where no seed has both."""
     pairs = []
-    for seed in sorted(set(cells) & set(other)):
+    for seed in shared_seeds(cells, other):
         first, second = measured(cells[seed], quantity, mode), measured(other[seed], quantity, mode)
         if first is not None and second is not None:
             pairs.append((first, second))
