@@ -245,6 +245,15 @@ def test_c7_must_hold_at_every_size_and_length(changes: dict[tuple[str, int], fl
     assert verdict.setting == "n=4, common targets, 6 settings, 3 seeds"
 
 
+def test_c7_counts_in_bytes_beside_tokens() -> None:
+    beside = [number.text() for number in everywhere(STAR).beside]
+    for size, steps in STAR:
+        of = [text for text in beside if text.startswith(f"code {size} {steps} steps, rank ")]
+        assert [" ".join(text.split("] ")[1].split()) for text in of] == [
+            "nats", "bits per byte of the joint", "bytes per pass", "x", "bytes per pass", "x"
+        ]  # fmt: skip
+
+
 def test_c7_says_which_sizes_and_lengths_are_missing() -> None:
     few = everywhere({key: pace for key, pace in STAR.items() if key[0] != "micro"})
     assert (few.word, few.reason) == (

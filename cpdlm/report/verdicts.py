@@ -387,13 +387,16 @@ def _setting(family: Family) -> str:
 
 
 def _gains(claim: Claim, family: Family, top: Cells, one: Cells) -> list[Number]:
-    """Joint NLL and speed beside the tokens per pass."""
+    """Joint NLL and speed beside the tokens per pass; per byte as well, since vocabularies differ in what a token is."""
     found = []
-    gap = difference(top, one, "joint_nll")
-    if gap is not None:
-        found.append(Number(f"{_setting(family)}, rank {claim.top} - rank 1:", gap, 3, "nats", sign=True))
+    for quantity, unit in (("joint_nll", "nats"), ("joint_bits_per_byte", "bits per byte of the joint")):
+        gap = difference(top, one, quantity)
+        if gap is not None:
+            found.append(Number(f"{_setting(family)}, rank {claim.top} - rank 1:", gap, 3, unit, sign=True))
     for rank, cells in ((1, one), (claim.top, top)):
-        speed = over_seeds(cells, "speedup")
+        span, speed = over_seeds(cells, "bytes_per_pass"), over_seeds(cells, "speedup")
+        if span is not None:
+            found.append(Number(f"{_setting(family)}, rank {rank}:", span, claim.digits, "bytes per pass"))
         if speed is not None:
             found.append(Number(f"{_setting(family)}, rank {rank} over plain:", speed, 2, "x"))
     return found
