@@ -89,7 +89,7 @@ main() {
     if [[ -z $profile ]]; then
         profile=cpu
         ! have_cuda || profile=gpu
-    elif [[ $profile == gpu || $profile == paper ]] && ! have_cuda; then
+    elif [[ $profile == gpu || $profile == retrofit-gpu || $profile == paper ]] && ! have_cuda; then
         say "note: no CUDA device was found; profile $profile would take days on a processor (--profile cpu takes 40 min)"
     fi
     [[ $python != */* || $python == /* ]] || python=$FROM/$python

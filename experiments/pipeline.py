@@ -168,10 +168,11 @@ def _data_settings(config: Config) -> dict[str, Any]:
 
 
 def _other_trunk(plan: Plan, trunk: Cell) -> str:
-    """What to say where finished records rest on other weights of this trunk than these; "" where none does."""
+    """What to say where finished records rest on other weights of this trunk than these; "" where none does. With plan.mix it
+    is no more than a warning."""
     from cpdlm.training.storage import WEIGHTS, trunk_hash
 
-    if plan.mix or not (plan.out / trunk.name / WEIGHTS).is_file():
+    if not (plan.out / trunk.name / WEIGHTS).is_file():
         return ""
     head = next((c for c in plan.cells if c.trunk is not None and c.trunk.name == trunk.name), None)
     mine = trunk_hash(head.config(str(plan.out))) if head is not None else ""
@@ -179,9 +180,16 @@ def _other_trunk(plan: Plan, trunk: Cell) -> str:
     other = [r for name, r in plan.finished.items() if name in heads and r["data"].get("trunk_sha256", mine) != mine]
     if not other:
         return ""
+    found = f"{trunk.name} trained to other weights than those under {len(other)} records ({_some(other)})"
+    if plan.mix:
+        print(
+            f"warning: {found}: another target, and the report pairs no cell on one with a cell on the other",
+            file=sys.stderr,
+        )
+        return ""
     return (
-        f"{trunk.name} trained to other weights than those under {len(other)} records ({_some(other)}): the target would not be "
-        "a common one. Type mix=yes to compare all the same, or results=OTHER"
+        f"{found}: the target would not be a common one. Type mix=yes to add cells on this one (the report says so and pairs no "
+        "cell on one with a cell on the other), or results=OTHER"
     )
 
 

@@ -244,9 +244,14 @@ def sizes() -> list[Cell]:
 
 
 def lengths() -> list[Cell]:
-    """A quarter of and four times the training of the heads, by rank."""
+    """A quarter of and four times the training of the heads, by rank; they also decode as they train."""
     return [
-        _moved(heads(_code(), rank, "cpu-heads", seed=seed), "C7", f"steps{steps}", {"optim.steps": steps})
+        _moved(
+            heads(_code(), rank, "cpu-heads", seed=seed),
+            "C7",
+            f"steps{steps}",
+            {"optim.steps": steps, "train.decode_prompts": 4},
+        )
         for steps in (100, 1600)
         for seed in SEEDS
         for rank in (1, 4)

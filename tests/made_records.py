@@ -59,7 +59,7 @@ def made(
     return results.build(
         config, claim=claim, profile="test", command=f"python experiments/run.py rank={rank} seed={seed}",
         data={"corpus": config.corpus, "sha256": "ab" * 32, "tokenizer": "bytes", "vocab_size": 257,
-              "splits": {"train": {"documents": 10, "bytes": 1000, "tokens": 1010}}},
+              "splits": {"train": {"documents": 10, "bytes": 1000, "tokens": 1010}, "test": {"documents": 5, "bytes": 500, "tokens": 505}}},
         seconds={"data": 1.0, "train": 60.0, "evaluate": 5.0, "decode": 20.0},
         parameters={"trunk": trunk, "unembedding": 0, "heads": heads, "gate": 129 * rank, "anchor": 20_000 * (config.anchor == "token"),
                     "total": trunk + heads + 129 * rank + 20_000 * (config.anchor == "token"), "trained": heads},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cpdlm.training.plan import make_plan
@@ -30,14 +32,41 @@ def test_a_timed_cell(recipe: str) -> None:
 
 
 def test_timed_cells_are_set_against_the_next_token_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = '{"step_ms": %d, "peak_bytes": 1, "planned_bytes": 1, "flops": {"trunk": %d}}'
+    """In turns, each against the one of its own turn: the machine is slower every time."""
+    answer = '{"step_ms": %d, "peak_bytes": %d, "planned_bytes": 1, "flops": {"trunk": %d}}'
+    order: list[str] = []
 
     class Done:
         returncode, stderr = 0, ""
 
         def __init__(self, words: list[str]) -> None:
-            self.stdout = answer % ((300, 4) if WHOLE in words else (100, 1))
+            order.append(WHOLE if WHOLE in words else PLAIN)
+            turn = (len(order) + 1) // 2
+            self.stdout = answer % ((300 * turn + 10, turn, 4) if WHOLE in words else (100 * turn, 1, 1))
 
     monkeypatch.setattr(bench_overhead.subprocess, "run", lambda words, **options: Done(words))
     record = bench_overhead.timed(bench_overhead.parse(["time", "--sizes", "micro", "--recipes", PLAIN, WHOLE]))
-    assert [(cell["overhead"], cell["bound"]) for cell in record["cells"]] == [(0, 0), (2, 3)]
+    assert order == [PLAIN, WHOLE, WHOLE, PLAIN, PLAIN, WHOLE]
+    plain, whole = record["cells"]
+    assert plain["overhead"] == {"median": 0, "low": 0, "high": 0} and (plain["bound"], whole["bound"]) == (0, 3)
+    assert whole["step_ms"] == {"median": 610, "low": 310, "high": 910} and whole["repeats"] == [310, 610, 910]
+    assert whole["overhead"] == pytest.approx({"median": 2.05, "low": 2 + 0.1 / 3, "high": 2.1})
+    assert whole["peak_bytes"] == 3
+
+
+def test_the_gain_is_taken_over_seeds_of_the_heads_on_one_trunk(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        (tmp_path / "text" / f"{number}.txt").write_text("".join(f"{number} and {k * number}\n" for k in range(60)))
+    places = {"--corpus": "text", "--runs": "runs", "--cache": "cache"}
+    words = [word for option, place in places.items() for word in (option, str(tmp_path / place))]
+    words += ["--sizes", "micro", "--recipes", WHOLE, "tied, 1/16", "--steps", "2"]
+    record = bench_overhead.gained(bench_overhead.parse(["gain", *words]))
+    assert {folder.name for folder in (tmp_path / "runs").iterdir() if (folder / "evaluate.json").is_file()} == {
+        "next-token", "whole-s0", "whole-s1", "tied-1of16-s0", "tied-1of16-s1"
+    }  # fmt: skip
+    for cell in record["cells"]:
+        rate, (first, second) = cell["tokens_per_pass"], (found["tokens_per_pass"] for found in cell["by_seed"])
+        assert first != second and rate["mean"] == pytest.approx((first + second) / 2)
+        assert (rate["low"], rate["high"]) == (min(first, second), max(first, second))
+    assert record["chosen"] in (WHOLE, "tied, 1/16") and isinstance(record["decided"], bool)

@@ -241,6 +241,12 @@ def test_set_up_installs_torch_first_and_only_once(machine: Machine, tmp_path: P
     assert "sweep profile=smoke out=runs/x" in again.stdout  # inside it is named relative to it
 
 
+@pytest.mark.parametrize("profile", ["gpu", "retrofit-gpu", "paper", "retrofit", "cpu"])
+def test_a_profile_for_a_gpu_warns_where_there_is_none(profile: str, machine: Machine) -> None:
+    said = machine("reproduce.sh", "--only", "set-up", "--profile", profile).stdout
+    assert (f"profile {profile} would take days" in said) == (profile in ("gpu", "retrofit-gpu", "paper"))
+
+
 def test_set_up_alone_runs_no_other_stage(machine: Machine) -> None:
     done = machine("reproduce.sh", "--only", "set-up")
     assert done.returncode == 0 and "sweep" not in done.stdout

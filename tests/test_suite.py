@@ -104,7 +104,7 @@ ARMS: dict[str, set[str]] = {
     "ranks": {"rank"}, "corpora": {"rank", "corpus"}, "horizons": {"rank", "horizon"},
     "anchors": {"rank", "anchor", "model.map_hidden"}, "heads_for_equal_time": {"rank", "optim.steps"},
     "unembeddings": {"model.head"}, "balances": {"rank", "balance", "loss.balance_weight"}, "sizes": {"rank", "size"},
-    "lengths": {"rank", "optim.steps"}, "vocabularies": {"rank", "data.tokenizer"},
+    "lengths": {"rank", "optim.steps", "train.decode_prompts"}, "vocabularies": {"rank", "data.tokenizer"},
 }  # fmt: skip
 
 

@@ -306,7 +306,7 @@ def test_records_of_other_code_are_not_added_to_without_a_word(tmp_path: Path) -
     assert bool(pipeline.mixed_code(small([old, new], tmp_path))) is not same
 
 
-def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path) -> None:
+def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = trunk("code", "cpu-trunk,trunk")
     cells = [code, *(heads(code, rank, "cpu-heads") for rank in (1, 8))]
     committed(tmp_path / "results", cells)
@@ -325,7 +325,10 @@ def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path) -> Non
     (mine.out / code.name).mkdir(parents=True)
     (mine.out / code.name / storage.WEIGHTS).write_bytes(b"other weights")
     assert "other weights than those under 2 records" in pipeline._other_trunk(mine, code)
+    assert not capsys.readouterr().err
     assert pipeline._other_trunk(replace(mine, mix=True), code) == ""
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {code.name} trained to other weights than those under 2 records")
 
 
 # --- the words -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_records import made, suite, wider
@@ -110,6 +111,7 @@ def test_missing_cells_leave_notes_not_tracebacks(kept: int, tmp_path: Path) -> 
     said_of_all(report)
     assert not any(path.suffix == ".png" for path in report.files)
     assert len(report.verdicts) >= 4
+    assert report.notes[-1] == figures.ADDING and "mix=yes" in figures.ADDING
 
 
 def said_of_all(report: Report) -> None:
@@ -179,6 +181,29 @@ def test_older_records_are_drawn_without_what_they_lack(tmp_path: Path) -> None:
     equal_time = found["equal_time"]
     assert isinstance(equal_time, figures.Drawn) and "without a clock" in equal_time.caption
     assert [row[8] for row in tables.cost_table(families).rows] == ["-", "-"]
+
+
+def test_components_are_shown_at_the_horizon_of_the_base_cell() -> None:
+    """The widest comparison has no components; of the others one at horizon 4 comes first, all of it of one family."""
+    base = [made(rank, seed) for rank in (1, 2, 4, 8) for seed in (0, 1)]
+    for content in base:
+        content["likelihood"].pop("components", None)
+    short = [made(rank, horizon=2) for rank in (1, 2, 4, 8)]
+    brief = [made(rank, optim__steps=100, name=f"brief-r{rank}") for rank in (1, 4)]
+    other = [made(8, balance=way, name=f"{way}-r8") for way in ("bias", "none")]
+    weighted = [made(8, 1, loss__balance_weight=0.1, name="weighted-r8")]
+
+    def shown(*contents: dict[str, Any]) -> list[str]:
+        records = [results.Record(f"{place}.json", content) for place, content in enumerate(contents)]
+        drawn = figures.components.specialities(results.families(records)[0])
+        return [record["name"] for record in drawn.records] if isinstance(drawn, figures.Drawn) else []
+
+    assert shown(*base, *short) == [f"code-tiny-own-r{rank}-n2-none-s0" for rank in (4, 8)]
+    assert shown(*base, *short, *other) == ["bias-r8"]
+    assert shown(*base, *short, *other, *brief) == ["brief-r4"]
+    assert shown(*base, *short, *other, *brief, *weighted) == ["weighted-r8"]
+    whole = [made(rank, 2) for rank in (2, 8)]
+    assert shown(*base, *short, *other, *brief, *weighted, *whole) == [f"code-tiny-own-r{r}-n4-none-s2" for r in (2, 8)]
 
 
 def test_timing_cells_are_for_the_cost_of_training_alone() -> None:

@@ -143,6 +143,19 @@ def test_c4_without_side_by_side_timings_is_not_measurable() -> None:
     )
 
 
+def test_cells_on_two_sets_of_weights_of_a_trunk_are_not_paired() -> None:
+    """Seed 2 of rank 8 stands on another target, where it accepts far more."""
+    contents = [made(r, s, **COMMON, pace=1.0 if (r, s) == (8, 2) else 0.0) for r in (1, 8) for s in range(3)]
+    for content in contents:
+        content["data"]["trunk_sha256"] = ("b" if (content["config"]["rank"], content["seed"]) == (8, 2) else "a") * 64
+    (verdict,) = judged("C3", *contents)
+    assert verdict.seeds == 2 and abs(verdict.numbers[0].interval.mean) < 0.1
+    for content in contents:
+        content["data"]["trunk_sha256"] = "ab"[content["config"]["rank"] > 1] * 64
+    (verdict,) = judged("C3", *contents)
+    assert (verdict.word, verdict.reason) == ("not measurable here", "0 shared seeds, the rule needs 1")
+
+
 # --- equal wall-clock, balance, sizes and lengths, overhead ----------------------------------------------------------
 
 
@@ -230,6 +243,15 @@ def test_c7_must_hold_at_every_size_and_length(changes: dict[tuple[str, int], fl
     assert verdict.word == word and reason in verdict.reason
     assert len(verdict.numbers) == 6 and len(verdict.records) == 36
     assert verdict.setting == "n=4, common targets, 6 settings, 3 seeds"
+
+
+def test_c7_counts_in_bytes_beside_tokens() -> None:
+    beside = [number.text() for number in everywhere(STAR).beside]
+    for size, steps in STAR:
+        of = [text for text in beside if text.startswith(f"code {size} {steps} steps, rank ")]
+        assert [" ".join(text.split("] ")[1].split()) for text in of] == [
+            "nats", "bits per byte of the joint", "bytes per pass", "x", "bytes per pass", "x"
+        ]  # fmt: skip
 
 
 def test_c7_says_which_sizes_and_lengths_are_missing() -> None:

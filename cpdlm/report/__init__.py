@@ -46,4 +46,5 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
             notes += left_out
     html = page.write(figures / "report.html", records, families, found, shown, notes)
     notes += [f"figure {each.name} left out: {each.caption}" for each in shown if each.picture is None]
-    return Report(tables.claims_text(found), found, [*files, *drawn, html], notes)
+    hint = [drawing.ADDING] if any(each.picture is None for each in shown) else []
+    return Report(tables.claims_text(found), found, [*files, *drawn, html], notes + hint)

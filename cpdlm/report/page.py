@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from cpdlm.files import write_bytes
-from cpdlm.report.figures import Shown, command
+from cpdlm.report.figures import ADDING, Shown, command
 from cpdlm.report.figures.style import COLUMN, DPI
 from cpdlm.report.results import Family, Record, hardware_text
 from cpdlm.report.tables import TABLES, braces, described
@@ -80,7 +80,7 @@ def _claims(verdicts: Sequence[Verdict]) -> str:
             f'<article class="claim" id="{html.escape(claim.id)}">\n<h3>{html.escape(claim.id)} · {_text(claim.question)}</h3>\n'
             f'<p class="facts">The paper: {_text(claim.expected)}.</p>\n{settings}\n'
             f"<details><summary>How it is judged</summary><p>{_text(claim.statistic)}. {_text(claim.rule)}.</p>"
-            f"<p>Its records: <code>{html.escape(command(claim.id))}</code></p></details>\n</article>"
+            f"<p>Its records: <code>{html.escape(command(claim.id))}</code> ({_text(ADDING)}).</p></details>\n</article>"
         )
     lead = (
         '<p class="soft">Intervals are 95% unless marked, over test rows or prompts and over seeds. '

@@ -74,6 +74,11 @@ class Record:
         return "common" if self.config["model"]["trunk"] else "own"
 
     @property
+    def trunk_sha256(self) -> str:
+        """Of the weights of the common target; "" for an own target, and where an older record does not say."""
+        return str(self.content["data"].get("trunk_sha256", ""))
+
+    @property
     def is_pretrained(self) -> bool:
         """Heads on a model of others."""
         return bool(self.config["model"].get("family", "llama") == "pretrained")
@@ -483,7 +488,7 @@ def families(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
     _label(ordered)
     for family in ordered:
         notes += _mixture(family)
-    return ordered, notes
+    return ordered, notes + _targets(ordered)
 
 
 def along(families: Iterable[Family], *free: str) -> list[list[Family]]:
@@ -581,6 +586,23 @@ def _mixture(family: Family) -> list[str]:
             f"{family.label}: {len(seeds)} seeds of the heads on {len(trunks)} frozen trunk: its own variation is not covered"
         )
     return notes
+
+
+def _targets(ordered: list[Family]) -> list[str]:
+    """A line per common trunk (a name, on one text) of which there are several sets of weights: each is another target."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for family in ordered:
+        for record in family.records():
+            if record.trunk_sha256:
+                trunk = Path(record.config["model"]["trunk"]).name, record["data"]["sha256"]
+                found.setdefault(trunk, []).append(record.trunk_sha256)
+    return [
+        f"{name} has {len(set(hashes))} sets of weights ("
+        + ", ".join(f"sha256 {each[:10]} under {hashes.count(each)} records" for each in sorted(set(hashes)))
+        + "): they are different targets, and cells on one are not paired with cells on another"
+        for (name, _), hashes in found.items()
+        if len(set(hashes)) > 1
+    ]
 
 
 def hardware_text(record: Record) -> str:

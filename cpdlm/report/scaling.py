@@ -1,4 +1,4 @@
-"""How cost grows: tables and a figure from the records of `experiments/bench_loss.py` and `experiments/bench_overhead.py`.
+"""How cost grows: tables and a figure from the records of `experiments/bench_loss.py`, `bench_overhead.py` and `bench_processes.py`.
 
 Left out with a line that says so where a record is missing. As elsewhere, the same records give the same bytes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,13 @@ Benchmark = dict[str, Any]
 GIB = 2**30
 DIMENSIONS = ("positions", "horizon", "rank", "vocab", "width")
 MAKERS = {
+    "joint-loss-cpu": "experiments/bench_loss.py --cpu",
     "joint-loss-large-gpu": "experiments/bench_loss.py --large",
     "joint-loss-growth-gpu": "experiments/bench_loss.py --growth",
     "joint-loss-growth-cpu": "experiments/bench_loss.py --growth --cpu",
     "training_overhead": "experiments/bench_overhead.py time",
     "training_recipes": "experiments/bench_overhead.py gain",
+    "processes": "experiments/bench_processes.py",
 }
 
 
@@ -93,6 +96,22 @@ def large_table(name: str, record: Benchmark) -> Table:
     return Table(name, caption, ("loss", "seconds", "memory (GiB)", "largest gradient error", "failed"), rows)
 
 
+def dense_table(name: str, record: Benchmark) -> Table:
+    """The bounded joint loss against the dense one: time and memory."""
+    rows: list[tuple[str, ...]] = [
+        (side, _over([run["seconds"] for run in found["repeats"]], ".2f"), f"{found['peak_bytes'] / 2**20:,.0f}")
+        for side, found in record["sides"].items()
+    ]
+    size, memory, seconds = record["dimensions"], record["memory_ratio"], record["time_ratio"]
+    caption = (
+        f"The joint loss forward and backward, V={size['vocab']:,}, R={size['rank']}, N={size['horizon']}, D={size['width']:,}, "
+        f"{size['positions']:,} positions, {size.get('dtype', 'float32')}, chunks of {size['chunk_mib']} MiB; dense: all logits at once, by "
+        f"autograd. Median and range over the repeats. Bounded over dense: {memory['measured']:.3f} of the memory (target: at most "
+        f"{memory['target']:g}), {seconds['measured']:.2f} of the time (at most {seconds['target']:g}). {_described(record)}"
+    )
+    return Table(name, caption, ("loss", "seconds", "memory (MiB)"), rows)
+
+
 def growth_table(name: str, record: Benchmark) -> Table:
     """Time and memory against each dimension, their exponents, and the fitted model's deviation."""
     cells = [cell for cell in record["cells"] if "failed" not in cell]
@@ -130,20 +149,19 @@ def overhead_table(name: str, record: Benchmark, recipes: Benchmark) -> Table:
         found = kept.get(cell["recipe"], {})
         rows.append(
             (
-                cell["size"], cell["recipe"], f"{cell['step_ms']:,.0f}", _percent(cell.get("overhead")), _percent(cell.get("bound")),
-                f"{cell['peak_bytes'] / 2**20:,.0f}", f"{cell['planned_bytes'] / 2**20:,.0f}",
-                f"{found['tokens_per_pass']:.2f}" if found else "-",
-                f"{found['kept']:.0%}" if "kept" in found else "-",
-                f"{found['joint_nll']['mean']:.2f}" if found else "-",
+                cell["size"], cell["recipe"], _ranged(cell["step_ms"], ",.0f"), _ranged(cell.get("overhead"), "+.0%"),
+                _percent(cell.get("bound")), f"{cell['peak_bytes'] / 2**20:,.0f}", f"{cell['planned_bytes'] / 2**20:,.0f}",
+                *(_ranged(found.get(key), form) for key, form in (("tokens_per_pass", ".2f"), ("kept", ".0%"), ("joint_nll", ".2f"))),
             )
         )  # fmt: skip
     settings, other = record["settings"], recipes["settings"]
     caption = (
         f"Training with rank {settings['rank']} and horizon {settings['horizon']} against next-token training of the same trunk, V="
-        f"{settings['vocab']:,}: median step, and what it exceeds the next-token step by, measured and by FLOPs (bound); peak memory, and as "
-        f"planned. Beside them, of heads trained by the recipe for {other['steps']} steps on one frozen trunk (bytes, one seed): tokens per "
-        f"pass expected from the test positions, the share of the whole loss's gain that is kept, joint NLL (nats). Chosen, the fewest FLOPs that keep {recipes['kept_target']:.0%}: {recipes['chosen']}. "
-        f"{_described(record)}"
+        f"{settings['vocab']:,}: median step and its range over {settings['repeats']} fresh processes, and what it exceeds the next-token step "
+        "of the same turn by, measured and by FLOPs (bound); peak memory, and as planned. Beside them, of heads trained by the recipe for "
+        f"{other['steps']} steps on one frozen trunk (bytes), mean and range over {other['seeds']} seeds: tokens per pass expected from the "
+        "test positions, the share of the whole loss's gain that is kept, joint NLL (nats). Chosen, the fewest FLOPs that keep "
+        f"{recipes['kept_target']:.0%} on average: {recipes['chosen']} ({_DECIDED[recipes['decided']]}). {_described(record)}"
     )
     header = (
         "trunk", "recipe", "step (ms)", "overhead", "bound", "peak (MiB)", "planned (MiB)", "tokens per pass",
@@ -152,11 +170,49 @@ def overhead_table(name: str, record: Benchmark, recipes: Benchmark) -> Table:
     return Table(name, caption, header, rows)
 
 
+_DECIDED = {True: "by every seed", False: "not by every seed, or with one alone"}
+
+
+def processes_table(name: str, record: Benchmark) -> Table:
+    """What more processes bring on one machine: tokenising and training."""
+    cells = record["cells"]
+    rows: list[tuple[str, ...]] = []
+    for label, cell in cells.items():
+        task, _, count = label.rpartition(" ") if " " in label else (label, "", "1")
+        alone, key = cells.get(f"{task} 1"), "step_ms" if "step_ms" in cell else "seconds"
+        times = [run[key] for run in cell["repeats"]]
+        gains = [one[key] / each for one, each in zip(alone["repeats"], times, strict=True)] if alone else []
+        rate = (
+            f"{cell['bytes_per_second'] / 1e6:,.2f} MB/s"
+            if "bytes_per_second" in cell
+            else f"{cell['tokens_per_second']:,.0f} tokens/s"
+        )
+        memory = f"{cell['peak_memory_bytes'] / 2**20:,.0f}" if "peak_memory_bytes" in cell else "-"
+        unit = "ms" if key == "step_ms" else "s"
+        rows.append(
+            (task, count, f"{_over(times, ',.1f')} {unit}", rate, _over(gains, ".2f") if gains else "-", memory)
+        )
+    settings, size = (
+        record["settings"],
+        max(cell["bytes"] for label, cell in cells.items() if label.startswith("tokenise")),
+    )
+    caption = (
+        f"More processes on one machine: seconds to compare documents and to tokenise {size / 1e6:,.1f} MB (threads: one process "
+        f"with the tokenizer's own), and the median training step of a trunk of size {settings['size']} on {settings['rows']} rows of "
+        f"{settings['context']} tokens, each process with its share of the cores. Contenders take turns; median and range over "
+        f"{settings['repeats']} repeats; the gain is over one process in the same turn. {_described(record)}"
+    )
+    header = ("task", "processes", "time", "rate", "times as fast as one process", "peak memory (MiB)")
+    return Table(name, caption, header, rows)
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Table]]] = {
     "loss_large": (("joint-loss-large-gpu",), large_table),
     "loss_growth_gpu": (("joint-loss-growth-gpu",), growth_table),
     "loss_growth_cpu": (("joint-loss-growth-cpu",), growth_table),
+    "loss_dense": (("joint-loss-cpu",), dense_table),
     "overhead": (("training_overhead", "training_recipes"), overhead_table),
+    "processes": (("processes",), processes_table),
 }
 
 
@@ -225,7 +281,7 @@ def _exponent(line: Sequence[dict[str, Any]], dimension: str, what: str) -> floa
 _TITLE = "Training overhead"
 _CAPTION = (
     "Training overhead over next-token training of the same trunk: measured against what the FLOPs would allow (on the grey line they are "
-    "equal). One colour per recipe, one marker per size of the trunk."
+    "equal). One colour per recipe, one marker per size of the trunk; bars: the range over fresh processes."
 )
 _COLOURS = (BLACK, BLUE, SKY, GREEN, ORANGE, RED, PURPLE, "0.5", "0.7")
 
@@ -244,8 +300,14 @@ def overhead(record: Benchmark) -> Figure:
     for recipe, colour in zip(recipes, _COLOURS, strict=False):
         for size, marker in zip(sizes, "os^Dv", strict=False):
             found = [cell for cell in cells if (cell["recipe"], cell["size"]) == (recipe, size)]
-            x, y = ([1 + cell[key] for cell in found] for key in ("bound", "overhead"))
-            axis.plot(x, y, linestyle="none", color=colour, marker=marker, label=f"{recipe}, {size}")
+            x, y = [1 + cell["bound"] for cell in found], [1 + cell["overhead"]["median"] for cell in found]
+            bars = [
+                [cell["overhead"]["median"] - cell["overhead"]["low"] for cell in found],
+                [cell["overhead"]["high"] - cell["overhead"]["median"] for cell in found],
+            ]
+            axis.errorbar(
+                x, y, bars, linestyle="none", color=colour, marker=marker, elinewidth=0.5, label=f"{recipe}, {size}"
+            )
     ends = [min(axis.get_xlim()[0], axis.get_ylim()[0], 1), max(axis.get_xlim()[1], axis.get_ylim()[1])]
     axis.plot(ends, ends, color="0.75", linewidth=0.6, zorder=0)
     axis.set_xlabel("step by FLOPs / next-token step")
@@ -267,6 +329,19 @@ def _read(root: Path, name: str) -> Benchmark | str:
     except ValueError as error:
         return f"benchmarks/{path.name} is damaged ({error}); make it again with {MAKERS[name]}"
     return record
+
+
+def _ranged(found: dict[str, float] | None, form: str) -> str:
+    """A median or mean with its range."""
+    if found is None:
+        return "-"
+    middle = found["median"] if "median" in found else found["mean"]
+    return f"{middle:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
+
+
+def _over(values: Sequence[float], form: str) -> str:
+    """Median and range."""
+    return _ranged({"median": statistics.median(values), "low": min(values), "high": max(values)}, form)
 
 
 def _percent(value: float | None) -> str:

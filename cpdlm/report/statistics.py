@@ -84,6 +84,11 @@ class Sample:
     def units(self) -> int:
         return 0 if self.top_U is None else len(self.top_U)
 
+    def scaled(self, by: float) -> Sample:
+        if self.top_U is None:
+            return Sample(mean=by * self.mean, sem=by * self.sem)
+        return Sample(by * self.top_U, self.bottom_U)
+
     def draws(self, counts_BU: Array | None, generator: np.random.Generator) -> Array:
         """Resampled values (B,): by the given counts of units, or around the mean."""
         if self.top_U is None or self.bottom_U is None or counts_BU is None:
@@ -130,7 +135,8 @@ def _interval(pairs: Sequence[tuple[Sample, Sample | None]], level: float) -> In
 
 
 def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | None:
-    """A record's sample of `joint_nll`, `first_token_nll`, `position_nll:K` (nats), `bits_per_byte`, `tokens_per_pass`,
+    """A record's sample of `joint_nll`, `first_token_nll`, `position_nll:K` (nats), `bits_per_byte` (of the target law),
+    `joint_bits_per_byte` and `bytes_per_pass` (tokens counted as the bytes they have in the test split), `tokens_per_pass`,
     `accepted:DEPTH` (share of the drafts reached), `effective` (components), `training:KEY`, or of the logarithm of `speedup`,
     `speedup_over_rank1`, `speedup_over_trunk` or `plain_over_generate`; None where the record does not have it."""
     likelihood, decoded = record["likelihood"], record.mode(mode)
@@ -152,6 +158,12 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         if sum(rows.get("bytes", ())):
             return Sample.ratio(np.asarray(rows["target_nll"]) / math.log(2), rows["bytes"])
         return None if likelihood[quantity] is None else Sample(mean=likelihood[quantity])
+    if quantity == "joint_bits_per_byte":
+        size, joint = _bytes_per_token(record), measured(record, "joint_nll")
+        return None if size is None or joint is None else joint.scaled(1 / (record.horizon * math.log(2) * size))
+    if quantity == "bytes_per_pass":
+        size, rate = _bytes_per_token(record), measured(record, "tokens_per_pass", mode)
+        return None if size is None or rate is None else rate.scaled(size)
     if quantity == "effective":
         return Sample(mean=likelihood["weights"]["effective"])
     if quantity.startswith("training:"):
@@ -167,6 +179,12 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         ratio = decoded.get(quantity)
         return None if ratio is None else Sample.log_ratio(ratio["median"], ratio["low"], ratio["high"])
     raise ValueError(f"unknown quantity {quantity!r}")
+
+
+def _bytes_per_token(record: Record) -> float | None:
+    """Over the test split, what separates documents included; None where the record does not count it."""
+    test = record["data"]["splits"].get("test")
+    return test["bytes"] / test["tokens"] if test else None
 
 
 def _accepted(decoded: dict[str, Any], depth: int) -> Sample | None:
@@ -193,12 +211,21 @@ def over_seeds(cells: Cells, quantity: str, mode: str = "sampling", level: float
     return found.exp() if quantity in RATIOS else found
 
 
+def shared_seeds(cells: Cells, other: Cells) -> list[int]:
+    """The seeds at which two cells may be paired: both have them, and not on two sets of weights of a common trunk."""
+    return [
+        seed
+        for seed in sorted(set(cells) & set(other))
+        if len({record.trunk_sha256 for record in (cells[seed], other[seed])} - {""}) < 2
+    ]
+
+
 def difference(
     cells: Cells, other: Cells, quantity: str, mode: str = "sampling", level: float = 0.95
 ) -> Interval | None:
-    """First minus second, paired over the seeds that both have and over rows or prompts; None where no seed has both."""
+    """First minus second, paired over `shared_seeds` and over rows or prompts; None where no seed has both."""
     pairs = []
-    for seed in sorted(set(cells) & set(other)):
+    for seed in shared_seeds(cells, other):
         first, second = measured(cells[seed], quantity, mode), measured(other[seed], quantity, mode)
         if first is not None and second is not None:
             pairs.append((first, second))

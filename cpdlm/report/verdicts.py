@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from cpdlm.report.results import Cells, Family, Record
-from cpdlm.report.statistics import Interval, Sample, contrast, difference, estimate, over_seeds
+from cpdlm.report.statistics import Interval, Sample, contrast, difference, estimate, over_seeds, shared_seeds
 
 HOLDS, FAILS, UNMEASURED, NOT_MEASURED = "holds", "fails", "not measurable here", "not measured here"
 # What the families of a claim may differ in, with what follows from it (prefixes of settings).
@@ -241,7 +241,7 @@ def _judge_equal_time(claim: Claim, family: Family, families: list[Family]) -> l
         return []
     rank_one, ratio = longer[nearest], ratios[nearest]
     gap = difference(top, rank_one, claim.quantity)
-    seeds = len(set(top) & set(rank_one))
+    seeds = len(shared_seeds(top, rank_one))
     setting = f"{family.label}, equal wall-clock, {_counted(seeds, 'seed')}"
     paths = [record.path for cells in (rank_one, top) for _, record in sorted(cells.items())]
     if gap is None:
@@ -287,7 +287,7 @@ def _judge_balance(claim: Claim, families: list[Family]) -> list[Verdict]:
         shared = set(base)
         for family in others:
             gap = difference(family.cells["untied", claim.top], base, claim.quantity, level=level)
-            shared &= set(family.cells["untied", claim.top])
+            shared &= set(shared_seeds(family.cells["untied", claim.top], base))
             if gap is not None:
                 gaps[_balance(family)] = gap
         numbers = [
@@ -354,7 +354,7 @@ def _judge_everywhere(claim: Claim, families: list[Family]) -> list[Verdict]:
             for name, gap in gaps.items()
         ]
         sizes, lengths = ({family.settings[key] for family in group} for key in ("size", "optim.steps"))
-        seeds = min(len(set(top) & set(one)) for _, top, one in cells)
+        seeds = min(len(shared_seeds(top, one)) for _, top, one in cells)
         flat = [name for name, gap in gaps.items() if -claim.margin < gap.low and gap.high < claim.margin]
         down = [name for name, gap in gaps.items() if gap.high < 0]
         if len(sizes) < SIZES_NEEDED or len(lengths) < LENGTHS_NEEDED:
@@ -387,13 +387,16 @@ def _setting(family: Family) -> str:
 
 
 def _gains(claim: Claim, family: Family, top: Cells, one: Cells) -> list[Number]:
-    """Joint NLL and speed beside the tokens per pass."""
+    """Joint NLL and speed beside the tokens per pass; per byte as well, since vocabularies differ in what a token is."""
     found = []
-    gap = difference(top, one, "joint_nll")
-    if gap is not None:
-        found.append(Number(f"{_setting(family)}, rank {claim.top} - rank 1:", gap, 3, "nats", sign=True))
+    for quantity, unit in (("joint_nll", "nats"), ("joint_bits_per_byte", "bits per byte of the joint")):
+        gap = difference(top, one, quantity)
+        if gap is not None:
+            found.append(Number(f"{_setting(family)}, rank {claim.top} - rank 1:", gap, 3, unit, sign=True))
     for rank, cells in ((1, one), (claim.top, top)):
-        speed = over_seeds(cells, "speedup")
+        span, speed = over_seeds(cells, "bytes_per_pass"), over_seeds(cells, "speedup")
+        if span is not None:
+            found.append(Number(f"{_setting(family)}, rank {rank}:", span, claim.digits, "bytes per pass"))
         if speed is not None:
             found.append(Number(f"{_setting(family)}, rank {rank} over plain:", speed, 2, "x"))
     return found
@@ -468,7 +471,7 @@ def _judge(claim: Claim, family: Family, families: list[Family]) -> Verdict:
         for rank, interval in zip(sorted(cells), reported, strict=True)
         if interval is not None
     ]
-    shared = set() if missing else set(cells[1]) & set(cells[claim.top])
+    shared = [] if missing else shared_seeds(cells[1], cells[claim.top])
     if missing:
         word, numbers = NOT_MEASURED, list[Number]()
         reason = f"no cell of rank {' and '.join(map(str, missing))} (there is {', '.join(map(str, cells))})"

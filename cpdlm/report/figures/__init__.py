@@ -19,7 +19,12 @@ from cpdlm.report.tables import described
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "STYLE", "Drawn", "Plot", "Shown", "command", "draw_all", "one", "save"]
+__all__ = ["ADDING", "FIGURES", "STYLE", "Drawn", "Plot", "Shown", "command", "draw_all", "one", "save"]
+
+ADDING = (
+    "where the records that are there are of other code (the committed ones are, once the code has changed), a sweep refuses to "
+    "add to them: end its command with mix=yes to add all the same, or with results=OTHER to begin afresh"
+)
 
 # In the order of the report.
 FIGURES: dict[str, Plot] = {
@@ -32,7 +37,7 @@ FIGURES: dict[str, Plot] = {
     "time_split": Plot("Where the time goes", "C4", speed.time_split),
     "heat": Plot("Rank against horizon", "C3", drafts.heat),
     "by_size": Plot("Speed-up against model size", "C7", speed.by_size),
-    "over_training": Plot("Draft length over training", "C3", training.decoding_over_training),
+    "over_training": Plot("Draft length over training", "C7", training.decoding_over_training),
     "equal_time": Plot("Equal steps against equal wall-clock", "C3", training.equal_time),
     "training_cost": Plot("What a rank costs in training", "C8", training.overhead, of_time=True),
     "balance": Plot("The balance loss", "C5", training.balance),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from cpdlm.report.statistics import Interval, Sample, estimate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+HORIZON = 4  # of the base cell
 _EXAMPLES = 3  # stretches of text that are shown
 _LINE, _LINES = 112, 4  # characters of a line, lines of a stretch
 
@@ -70,11 +72,9 @@ def usage(families: list[Family]) -> Drawn | str:
 
 def gate(families: list[Family]) -> Drawn | str:
     """The batch-mean weight of every component over training."""
-    found = [record for record in _mixtures(families) if "train/weight_1" in record["training"]["curve"][-1]]
-    if not found:
+    records = _one_per_rank(families, lambda record: "train/weight_1" in record["training"]["curve"][-1])
+    if not records:
         return "no records of two or more components with their weights over training"
-    # The lowest seed of each rank of the comparison that has most of them.
-    records = _one_per_rank(found)
     figure, axes = grid(1, len(records), width=WIDE, height=2.0, share_y=True)
     for axis, record in zip(axes[0], records, strict=True):
         curve = [note for note in record["training"]["curve"] if "train/weight_1" in note]
@@ -101,10 +101,9 @@ def gate(families: list[Family]) -> Drawn | str:
 
 def specialities(families: list[Family]) -> Drawn | str:
     """How much more often a component explains windows that begin with a kind of character."""
-    found = [record for record in _mixtures(families) if "components" in record["likelihood"]]
-    if not found:
+    records = _one_per_rank(families, lambda record: "components" in record["likelihood"])[-2:]
+    if not records:
         return "no records of two or more components that say what each explains"
-    records = _one_per_rank(found)[-2:]
     figure, axes = grid(len(records), 1, width=WIDE, height=2.3, ratios=[1 + 0.25 * r.rank for r in records])
     figure.set_size_inches(WIDE, sum(1.1 + 0.2 * record.rank for record in records))
     for (axis,), record in zip(axes, records, strict=True):
@@ -146,10 +145,10 @@ def specialities(families: list[Family]) -> Drawn | str:
 
 def windows(families: list[Family]) -> Drawn | str:
     """Stretches of test text, each token in the colour of the component that explains the window that begins there."""
-    found = [r for r in _mixtures(families) if r["likelihood"].get("components", {}).get("examples")]
+    found = _one_per_rank(families, lambda record: bool(record["likelihood"].get("components", {}).get("examples")))
     if not found:
         return "no records of two or more components with example windows"
-    record = _one_per_rank(found)[-1]
+    record = found[-1]
     examples = record["likelihood"]["components"]["examples"][:_EXAMPLES]
     laid = [_lay_out(example) for example in examples]
     counts = [1 + max(line for line, *_ in cells) for cells in laid]
@@ -177,26 +176,27 @@ def windows(families: list[Family]) -> Drawn | str:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _mixtures(families: list[Family]) -> list[Record]:
-    """Records of two components or more, those of the widest comparisons first."""
+def _one_per_rank(families: list[Family], has: Callable[[Record], bool]) -> list[Record]:
+    """Mixtures that differ in their rank alone, the lowest seed of each of the four highest ranks, by rank.
+
+    Of the first comparison in which a record `has` what is shown: of those at the horizon of the base cell, then of those
+    with its way of balancing, the widest, then the one of the highest rank.
+    """
     first = widest(families)
+    usual = first[0].settings["balance"] if first else None
+
+    def preference(family: Family) -> tuple[bool, bool, int]:
+        return family.horizon != HORIZON, family.settings["balance"] != usual, -max(family.ranks(), default=1)
+
     rest = [family for family in families if not any(family is other for other in first)]
-    return [r for f in [*first, *rest] for r in f.records("untied") if r.rank > 1 and r["training"]["curve"]]
-
-
-def _one_per_rank(records: list[Record]) -> list[Record]:
-    """The lowest seed of each rank, of the first comparison among them, by rank."""
-    first = records[0]
-    alike = [
-        r for r in records
-        if (r.config["corpus"], r.size, r.horizon, r.target, r.config["balance"])
-        == (first.config["corpus"], first.size, first.horizon, first.target, first.config["balance"])
-    ]  # fmt: skip
-    found: dict[int, Record] = {}
-    for record in alike:
-        if record.rank not in found or record.seed < found[record.rank].seed:
-            found[record.rank] = record
-    return [record for _, record in sorted(found.items())][-4:]
+    for family in sorted([*first, *rest], key=preference):
+        found: dict[int, Record] = {}
+        for record in family.records("untied"):  # by rank, then seed
+            if record.rank > 1 and record["training"]["curve"] and has(record):
+                found.setdefault(record.rank, record)
+        if found:
+            return list(found.values())[-4:]
+    return []
 
 
 def _over_steps(axis: Axes, cells: Cells, name: str, look: tuple[str, str, str], label: str) -> None:
