@@ -131,7 +131,7 @@ def _interval(pairs: Sequence[tuple[Sample, Sample | None]], level: float) -> In
 
 def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | None:
     """A record's sample of `joint_nll`, `first_token_nll`, `position_nll:K` (nats), `bits_per_byte`, `tokens_per_pass`,
-    `accepted:DEPTH` (share of the drafts reached), `effective` (components), `training:KEY`, or of the logarithm of `speedup`,
+    `accepted:DEPTH` (share of the drafts reached), `kept:DEPTH` (sum min(p, q) on test text), `effective` (components), `training:KEY`, or of the logarithm of `speedup`,
     `speedup_over_rank1`, `speedup_over_trunk` or `plain_over_generate`; None where the record does not have it."""
     likelihood, decoded = record["likelihood"], record.mode(mode)
     if quantity in ("joint_nll", "first_token_nll"):
@@ -152,6 +152,10 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         if sum(rows.get("bytes", ())):
             return Sample.ratio(np.asarray(rows["target_nll"]) / math.log(2), rows["bytes"])
         return None if likelihood[quantity] is None else Sample(mean=likelihood[quantity])
+    if quantity.startswith("kept:"):
+        depth = int(quantity.partition(":")[2])
+        share = next((each for each in likelihood.get("kept_by_depth", ()) if each["depth"] == depth), None)
+        return None if share is None else Sample(mean=share["mean"], sem=share["sem"])
     if quantity == "effective":
         return Sample(mean=likelihood["weights"]["effective"])
     if quantity.startswith("training:"):
