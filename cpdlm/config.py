@@ -263,8 +263,8 @@ class Config:
 # Settings that say where, when or how a run is watched, not what it computes (prefixes of dotted names).
 INCIDENTAL = (
     "tracking.", "output", "name", "preset", "parallel", "devices", "nodes", "data.cache", "data.bundle", "data.workers",
-    "data.processes", "data.states_gib", "train.log_every", "train.checkpoint_every", "train.decode_prompts",
-    "train.sharded", "train.recompute", "train.timeout",
+    "data.processes", "data.states_gib", "train.log_every", "train.validate_every", "train.checkpoint_every",
+    "train.decode_prompts", "train.sharded", "train.recompute", "train.timeout",
 )  # fmt: skip
 
 # A preset is a set of overrides for one cell; `preset=a,b` applies a, then b. (A profile, in experiments/suite.py, is a
@@ -568,6 +568,11 @@ def flatten(config: Config) -> dict[str, Any]:
             value = getattr(value, part)
         values[key] = value
     return values
+
+
+def but_rank(config: Config) -> dict[str, Any]:
+    """Every setting but the rank and the name of the run: cells that agree in them differ in rank only."""
+    return {key: value for key, value in flatten(config).items() if key not in ("rank", "name")}
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

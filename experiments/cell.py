@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from cpdlm import tracking
-from cpdlm.config import Config, ConfigError, DecodeConfig, EvaluateConfig
+from cpdlm.config import Config, ConfigError, DecodeConfig, EvaluateConfig, but_rank
 from cpdlm.data.corpus import Corpus, load_corpus
 from cpdlm.data.datamodule import TokenDataModule
 from cpdlm.data.shortlist import Shortlist, frequent_tokens
@@ -49,7 +49,9 @@ def is_trained(config: Config) -> bool:
         return False
     storage.check_same_run(folder, config)
     found = _read(folder / EVALUATED)
-    return _same(found.get("settings"), config.evaluate) and found.get("weights") == _weights_hash(config)
+    same = _same(found.get("settings"), config.evaluate) and found.get("weights") == _weights_hash(config)
+    # Older versions evaluated over the whole vocabulary what was trained on a shortlist: that is done again.
+    return same and found["likelihood"].get("shortlist", {"tokens": 0})["tokens"] == config.loss.shortlist
 
 
 def is_measured(configs: list[Config], reference: Config | None = None) -> bool:
@@ -107,17 +109,10 @@ def train(config: Config, command: str) -> bool:
     origin = _origin(folder, str(corpus.describe()["sha256"]))
     torch.manual_seed(config.seed)
     model = build_language_model(config, corpus.vocab_size, trunk)
-    text, written = corpus, dict[str, Any]()
-    if trunk is not None and config.data.text != "corpus":
-        identity = {"corpus": corpus.describe()["sha256"], "trunk": storage.trunk_hash(config)}
-        split, written = written_text(
-            trunk, corpus.train, config.data.text, config.data.states, config.data.context, corpus.tokenizer.eos,
-            Path(config.data.cache), identity, _device(), print,
-        )  # fmt: skip
-        text = replace(corpus, train=split)
+    text, written = _training_text(config, corpus, trunk)
     data = TokenDataModule(config, text)
-    if config.loss.shortlist:
-        listed = _shortlist("loss.shortlist", config.loss.shortlist, corpus)
+    listed = _shortlist("loss.shortlist", config.loss.shortlist, text) if config.loss.shortlist else None
+    if listed is not None:
         model.use_shortlist(torch.from_numpy(listed.ids))
         print(
             f"loss.shortlist={config.loss.shortlist}: {listed.coverage:.2%} of the training text is on it", flush=True
@@ -136,6 +131,8 @@ def train(config: Config, command: str) -> bool:
             return False
         # The stored weights, whole and in their stored precision: what is evaluated is what is decoded with.
         model = storage.load_model(folder)
+        if listed is not None:
+            model.use_shortlist(torch.from_numpy(listed.ids))
         began = time.monotonic()
         device = _device()
         texts_V = [corpus.tokenizer.decode([token]) for token in range(corpus.vocab_size)]
@@ -184,8 +181,11 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
         models[config.run_name] = storage.load_model(run_folder(config), trunks[key]).to(_device())
     trunk = storage.load_model(run_folder(reference)).to(_device()) if reference is not None else None
     decode = first.decode
-    shortlist = _shortlist("decode.shortlist", decode.shortlist, corpus) if decode.shortlist else None
-    if shortlist is not None:
+    rank_one = _rank_one(configs)
+    shortlist = None
+    if decode.shortlist:
+        text, _ = _training_text(first, corpus, trunks[first.model.trunk, first.model.dtype])
+        shortlist = _shortlist("decode.shortlist", decode.shortlist, text)
         for model in models.values():
             model.use_shortlist(torch.from_numpy(shortlist.ids))
     modes = {}
@@ -200,7 +200,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
                 bar.update(int(line.startswith(("repeat", "warm-up"))))
 
             modes[mode] = latency.measure(
-                models, prompts_PT, decode.new_tokens, sampling,
+                models, prompts_PT, decode.new_tokens, sampling, rank_one=rank_one,
                 draft=decode.draft, nodes=decode.nodes, reference=trunk, repeats=decode.repeats, warmups=decode.warmups, seed=first.seed, progress=say,
             )  # fmt: skip
     seconds = (time.monotonic() - began) / len(configs)
@@ -210,6 +210,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
             "settings": asdict(config.decode),
             "weights": _weights_hash(config),
             "group": list(models),
+            "rank_one": rank_one.get(name),
             "reference": [reference.run_name, _weights_hash(reference)] if reference is not None else None,
             "shortlist": shortlist.ids.tolist() if shortlist is not None else None,
             "shortlist_coverage": shortlist.coverage if shortlist is not None else None,
@@ -225,6 +226,7 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
     own = run_folder(config)
     evaluated = _read(own / EVALUATED)
     measured = _read(own / MEASURED) if config.horizon > 1 and is_measured([config]) else None
+    kept = ("group", "rank_one", "reference", "shortlist_coverage", "modes")
     record = results.build(
         config,
         claim=claim,
@@ -235,9 +237,8 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
         parameters=evaluated["parameters"],
         training=_read(own / storage.TRAINED),
         likelihood=evaluated["likelihood"],
-        decoding={key: measured.get(key) for key in ("group", "reference", "shortlist_coverage", "modes")}
-        if measured
-        else None,
+        # Older versions kept less; what was not kept is left out, which the report can tell from null.
+        decoding={key: measured[key] for key in kept if key in measured} if measured else None,
         origin=evaluated["origin"],
     )
     # Decoding is timed alone, later: it says its own commit and threads.
@@ -336,10 +337,33 @@ def _same(settings: dict[str, Any] | None, now: EvaluateConfig | DecodeConfig) -
     return settings is not None and asdict(type(now)()) | settings == asdict(now)
 
 
-def _shortlist(setting: str, size: int, corpus: Corpus) -> Shortlist:
-    if size > corpus.vocab_size:
-        raise ConfigError(f"{setting}={size}: the vocabulary has {corpus.vocab_size} tokens; give fewer, or 0")
-    return frequent_tokens(corpus.train.tokens, corpus.vocab_size, size)
+def _training_text(config: Config, corpus: Corpus, trunk: LanguageModel | None) -> tuple[Corpus, dict[str, Any]]:
+    """(the corpus with the text that is trained on, where that came from): its own, or the frozen model's (`data.text`)."""
+    if trunk is None or config.data.text == "corpus":
+        return corpus, {}
+    identity = {"corpus": corpus.describe()["sha256"], "trunk": storage.trunk_hash(config)}
+    split, written = written_text(
+        trunk, corpus.train, config.data.text, config.data.states, config.data.context, corpus.tokenizer.eos,
+        Path(config.data.cache), identity, _device(), print,
+    )  # fmt: skip
+    return replace(corpus, train=split), written
+
+
+def _shortlist(setting: str, size: int, text: Corpus) -> Shortlist:
+    """text: what is trained on."""
+    if size > text.vocab_size:
+        raise ConfigError(f"{setting}={size}: the vocabulary has {text.vocab_size} tokens; give fewer, or 0")
+    return frequent_tokens(text.train.tokens, text.vocab_size, size)
+
+
+def _rank_one(configs: list[Config]) -> dict[str, str]:
+    """Of each cell above rank 1, the one that differs from it in being of rank 1 and in nothing else, where there is one."""
+    of_rank_one = {str(but_rank(config)): config.run_name for config in configs if config.rank == 1}
+    return {
+        config.run_name: of_rank_one[key]
+        for config in configs
+        if config.rank > 1 and (key := str(but_rank(config))) in of_rank_one
+    }
 
 
 def _check_same_text(folder: Path, then: str, now: str) -> None:

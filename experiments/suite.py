@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import Config, expand, flatten, resolve
+from cpdlm.config import Config, but_rank, expand, flatten, resolve
 from cpdlm.report import verdicts
 
 RANKS = (1, 2, 4, 8)
@@ -50,8 +50,7 @@ class Cell:
     @cached_property
     def but_rank(self) -> str:
         """What it is apart from its rank."""
-        values = flatten(self.config("runs"))
-        return str({key: value for key, value in values.items() if key not in ("rank", "name")})
+        return str(but_rank(self.config("runs")))
 
     def varied(self, word: str, **overrides: Any) -> Cell:
         """This cell with other overrides ("." written as "__"), and a word for them in its name."""
@@ -323,7 +322,8 @@ class Effort:
         steps = -(-self.positions // self.each)
         fraction = self.each / (self.rows * CONTEXT)
         return {
-            "data.batch_rows": self.rows, "loss.joint_fraction": fraction, "optim.steps": steps, "train.validate_every": steps,
+            "data.batch_rows": self.rows, "loss.joint_fraction": fraction, "optim.steps": steps,
+            "train.validate_every": max(1, steps // 6),
         } | self.more  # fmt: skip
 
 

@@ -42,7 +42,9 @@ def cell(rank: int, common: bool = True, horizon: int = 3, **settings: object) -
 def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
     models = {"r1": cell(1), "r2": cell(2), "own": cell(2, common=False)}
     lines: list[str] = []
-    modes = measure(models, PROMPTS, 9, sampling, reference=trunk().eval(), repeats=2, warmups=1, progress=lines.append)
+    modes = measure(
+        models, PROMPTS, 9, sampling, rank_one={"r2": "r1"}, reference=trunk().eval(), repeats=2, warmups=1, progress=lines.append,
+    )  # fmt: skip
     assert list(modes) == list(models) and any("repeat 2/2" in line for line in lines)
     for mode in modes.values():
         assert set(mode) == MODE
@@ -68,6 +70,17 @@ def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
     assert modes["r1"]["speedup_over_rank1"] is None and modes["r2"]["speedup_over_rank1"] is not None
     same = {"prompts": 0, "of": 3, "first_token": None} if sampling.greedy else None
     assert modes["r2"]["other_than_generate"] == same and modes["own"]["other_than_generate"] is None
+
+
+def test_speed_over_rank_1_is_over_the_cell_of_the_same_law() -> None:
+    """Two laws in one group: each rank 2 is held against its own rank 1, and a cell without one against none."""
+    models = {"u1": cell(1), "u2": cell(2), "t1": cell(1, **{"model.tie_first": True})}
+    models |= {"t2": cell(2, **{"model.tie_first": True}), "a2": cell(2, anchor="token")}
+    modes = measure(models, PROMPTS, 9, Sampling(0.0), rank_one={"u2": "u1", "t2": "t1"}, repeats=3, warmups=0)
+    for name, base in {"u2": "u1", "t2": "t1"}.items():
+        mine, theirs = (np.array(modes[each]["repeat_seconds"]["speculative"]) for each in (name, base))
+        assert modes[name]["speedup_over_rank1"]["median"] == pytest.approx(np.median(theirs / mine))
+    assert all(modes[name]["speedup_over_rank1"] is None for name in ("u1", "t1", "a2"))
 
 
 def test_greedy_texts_that_differ_are_counted() -> None:

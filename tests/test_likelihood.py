@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -74,6 +75,63 @@ def test_reported_numbers_are_the_plain_averages(words: str) -> None:
     assert sum(report["per_row"]["joint_nll"]) == pytest.approx(joint, abs=0.01)
     assert set(report["per_source"]) == {"a", "b"}
     assert sum(report["weights"]["mean"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("words", ["", "model.tie_first=true", "anchor=token"])
+def test_on_a_shortlist_all_is_of_the_restricted_law(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By enumeration of all windows of listed tokens: likelihoods over covered windows, kept shares at every position."""
+    monkeypatch.setattr(likelihood, "STRIDE", 1)
+    torch.manual_seed(0)
+    trunk = build_language_model(parse(["size=micro", "rank=1", "horizon=1"]), V)
+    config = parse(["size=micro", "rank=3", "horizon=3", "model.trunk=frozen", *words.split()])
+    model = build_language_model(config, V, trunk).double().eval()
+    listed = [0, 2, 3, 5, 6, 7, 8, 10]
+    model.use_shortlist(torch.tensor(listed))
+    batch = _batch(4, 24, 3)
+    report = likelihood.evaluate(model, [batch], np.arange(V), ["a", "b"])
+    skip = 1 if model.first_is_tied else 0
+    nll, kept, whole = list[float](), list[list[float]](), 0
+    hidden_BTD = model.hidden(batch["tokens_BT"]).detach()
+    for row, t in itertools.product(range(4), range(24)):
+        if batch["successors_BT"][row, t] < 3:
+            continue
+        whole += 1
+        future, h_D = batch["future_BTN"][row, t].tolist(), hidden_BTD[row, t]
+        with torch.no_grad():
+            law = model.joint(h_D, batch["future_BTN"][row, t, 0])
+        factors = law.log_factors_NRV.exp()[..., listed]
+        factors = factors / factors.sum(dim=-1, keepdim=True)
+        equation = "r,rx,ry,rz->xyz" if not skip else "r,rx,ry->xy"
+        table = torch.einsum(equation, law.weights_R, *factors)  # of every window of listed tokens
+        assert table.sum().item() == pytest.approx(1)
+        places = [listed.index(token) if token in listed else None for token in future[skip:]]
+        if None not in places:
+            first = float(model.next_token_log_probs(h_D)[future[0]]) if skip else 0.0
+            nll.append(-first - math.log(float(table[tuple(places)])))
+        if t + 2 < 24:
+            shares = []
+            for k in range(len(places)):
+                given = table
+                for place in places[:k]:  # a token off the list tells nothing
+                    given = given.sum(dim=0) if place is None else given[place]
+                q_V = given.flatten(1).sum(dim=1) if given.dim() > 1 else given
+                p_V = model.target_log_probs(hidden_BTD[row, t + skip + k]).exp()[listed]
+                shares.append(float(torch.minimum(p_V, q_V / q_V.sum()).sum()))
+            kept.append(shares)
+    assert 5 < len(nll) < whole and report["positions"] == len(nll)
+    assert report["shortlist"] == {"tokens": 8, "windows": pytest.approx(len(nll) / whole)}
+    assert report["joint_nll"]["mean"] == pytest.approx(np.mean(nll))
+    assert sum(term["mean"] for term in report["position_nll"]) == pytest.approx(np.mean(nll))
+    assert [each["mean"] for each in report["kept_by_depth"]] == pytest.approx(list(np.mean(kept, axis=0)), rel=1e-5)
+    model.use_shortlist(torch.tensor([9]))
+    with pytest.raises(ValueError, match=r"the shortlist of 1 tokens covers none of the \d+ test windows"):
+        likelihood.evaluate(model, [_only(batch, 1)], np.arange(V), ["a", "b"])
+    model.use_shortlist(None)
+    assert "shortlist" not in likelihood.evaluate(model, [batch], np.arange(V), ["a", "b"])
+
+
+def _only(batch: dict[str, torch.Tensor], token: int) -> dict[str, torch.Tensor]:
+    return batch | {"future_BTN": torch.full_like(batch["future_BTN"], token)}
 
 
 def test_standard_error_is_that_of_independent_rows() -> None:

@@ -218,7 +218,46 @@ def test_a_common_trunk_of_two_sets_of_weights_is_said() -> None:
     del contents[1]["data"]["trunk_sha256"]
     contents.append(made(1, **common))
     contents[3]["data"] |= {"sha256": "cd" * 32, "trunk_sha256": "3" * 64}
-    assert results.families(_records(*contents))[1] == []
+    assert not [note for note in results.families(_records(*contents))[1] if "sets of weights" in note]
+
+
+def test_speed_over_rank_1_of_another_law_is_not_shown() -> None:
+    """Older records had the first rank-1 cell of their group for it; where that cell is not known, neither is the ratio."""
+
+    def cell(rank: int, **settings: Any) -> dict[str, Any]:
+        content = made(
+            rank, claim="C6", model__trunk="smollm2", model__family="pretrained", data__tokenizer="model", **settings
+        )
+        content["decoding"]["group"] = group
+        for mode in content["decoding"]["modes"].values():
+            mode["speedup_over_rank1"] = {"median": 1.1, "low": 1.0, "high": 1.2}
+        return content
+
+    def shown(*contents: dict[str, Any]) -> tuple[dict[tuple[str, int], bool], list[str]]:
+        found, notes = results.families(_records(*contents))
+        ratios = {
+            cell: record.mode("sampling")["speedup_over_rank1"] is not None  # type: ignore[index]
+            for family in found
+            for cell, cells in family.cells.items()
+            for record in cells.values()
+        }
+        return ratios, [note for note in notes if "speed over rank 1 is not shown" in note]
+
+    anchored, tied = {"anchor": "token"}, {"model__tie_first": True}
+    group = ["a4", "a1", "t1", "t4"]
+    cells = [cell(4, **anchored, name="a4"), cell(1, **anchored, name="a1"), cell(4, **tied, name="t4")]
+    cells.append(cell(1, **tied, name="t1"))
+    ratios, notes = shown(*cells)
+    assert ratios == {("anchored", 4): True, ("anchored", 1): True, ("tied", 1): False, ("tied", 4): False}
+    assert notes == [
+        "speed over rank 1 is not shown where it was taken over a rank-1 cell of another law or training (records: 2)"
+    ]
+    assert not shown(cells[0])[0]["anchored", 4], "the cell that it was held against is not here"
+    longer = cell(4, **anchored, name="a4", optim__steps=9)
+    assert not shown(longer, *cells[1:])[0]["anchored", 4], "trained for longer than rank 1 was"
+    cells[2]["decoding"]["rank_one"] = "t1"  # a record that says what it was held against
+    assert shown(*cells)[0]["tied", 4] and len(shown(*cells)[1]) == 1
+    assert cells[3]["decoding"]["modes"]["sampling"]["speedup_over_rank1"], "the record itself stays as it is"
 
 
 def test_families_along_one_setting() -> None:

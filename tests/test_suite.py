@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from subprocess import PIPE, Popen
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,10 +24,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from cpdlm import hub
 from cpdlm.config import DecodeConfig, flatten, to_dict
 from cpdlm.data.corpus import write_bundle
+from cpdlm.data.shortlist import frequent_tokens
 from cpdlm.data.tokenizer import BpeTokenizer
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.report import results
+from cpdlm.training import storage
 from experiments import cell as one_cell
 from experiments import cost, launchers, measure, run, sweep
 from experiments.suite import (
@@ -165,6 +168,16 @@ def test_mates_differ_in_rank_only_and_needs_come_first() -> None:
         assert c.trunk is None or names.index(c.trunk.name) < names.index(c.name)
 
 
+def test_speed_over_rank_1_is_of_cells_that_differ_in_rank_only() -> None:
+    code = trunk("code", "cpu-trunk,trunk")
+    cells = [heads(code, r, "cpu-heads", anchor=anchor) for anchor in ("none", "token") for r in (1, 4)]
+    cells += [heads(code, 4, "cpu-heads", hidden=288), heads(code, 1, "cpu-heads", hidden=1152)]
+    (group,) = decode_groups(cells, "runs/x")
+    assert one_cell._rank_one([cell.config("runs/x") for cell in group.cells]) == {
+        cells[1].name: cells[0].name, cells[3].name: cells[2].name
+    }  # fmt: skip
+
+
 def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against() -> None:
     """Rank 1 against anchored rank 1 (exactly), against rank 8 and against anchored rank 8 (within 1 %: the gates differ)."""
 
@@ -255,6 +268,14 @@ def test_retrofit_cells_of_a_comparison_differ_in_the_dials_only(profile: str) -
         configs = [cell.config("runs/x") for cell in group.cells]
         settings = [{k: v for k, v in flatten(config).items() if k not in free} for config in configs]
         assert all(one == settings[0] for one in settings) and configs[0].target == "common"
+        for config in configs:  # decoding while training is a curve
+            assert config.train.decode_prompts and config.optim.steps // config.train.validate_every >= 3
+
+
+def test_how_often_a_run_is_validated_is_no_part_of_what_it_is(tmp_path: Path) -> None:
+    cell = heads(trunk("code", "cpu-trunk,trunk"), 4, "cpu-heads")
+    storage.open_run(tmp_path, cell.config("runs/x"))
+    storage.check_same_run(tmp_path, cell.varied("", train__validate_every=7).config("runs/x"))
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +307,7 @@ TINY_RETROFIT = {
 
 
 def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
-    corpus: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The grid on a pretrained model, shrunk, from a bundle: objectives, anchors, ties, maps, and text of the model's own."""
     small = TINY | TINY_RETROFIT
@@ -317,9 +338,25 @@ def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
     monkeypatch.setitem(sweep.PROFILES, "smoke", lambda: cells)
     monkeypatch.setattr(sweep, "Local", lambda slots, devices: InProcess())
     assert sweep.main(["profile=smoke", f"out={tmp_path / 'out'}", f"data={tmp_path / 'bundle'}"]) == 0
+    said = capsys.readouterr().out
     records, damaged = results.load_all(tmp_path / "out" / "results")
     assert not damaged and len(records) == len(cells)
+    # What a list covers is said of the text that is trained on.
+    covered = {
+        json.loads((folder / "origin.json").read_bytes())["text"]: frequent_tokens(
+            np.concatenate([np.load(path)["tokens"] for path in sorted(folder.glob("*.npz"))]), 300, 100
+        ).coverage
+        for folder in (tmp_path / "cache" / "written").iterdir()
+    }
+    for text, coverage in covered.items():
+        mine = [record for record in records if record.config["data"]["text"] == text]
+        assert mine and all(record["decoding"]["shortlist_coverage"] == pytest.approx(coverage) for record in mine)
+        assert f"loss.shortlist=100: {coverage:.2%} of the training text is on it" in said
     for record in records:
+        assert (
+            record["likelihood"]["shortlist"]["tokens"] == 100 and 0 < record["likelihood"]["shortlist"]["windows"] < 1
+        )
+        assert record["decoding"]["rank_one"] is None
         assert record["decoding"]["modes"]["sampling"]["tokens"] == 2 * 8
         assert record["training"]["curve"][-1]["validation/sampling_tokens_per_pass"] >= 1
         assert len(record["likelihood"]["kept_by_depth"]) == (3 if record.config["model"]["tie_first"] else 4)

@@ -368,3 +368,50 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
         ("eq14", "untied"), ("eq14", "anchored"), ("eq14", "anchored, anchor 99"), ("eq14", "tied, low 64"), ("eq14", "tied, mlp 32"),
         ("blend", "tied"), ("eq14, alpha 0.5", "tied"), ("eq14, gamma 0.7", "tied"), ("eq14, the model's own text (greedy)", "tied"),
     }  # fmt: skip
+
+
+def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> None:
+    content = made(
+        8, **PRETRAINED, model__tie_first=True, model__dtype="bfloat16", loss__objective="eq14", loss__shortlist=100
+    )  # type: ignore[arg-type]
+    content["likelihood"]["weights"] |= {"effective": 1.1823, "dead": 7}
+    content["likelihood"]["kept_by_depth"] = [{"depth": depth, "mean": 0.6 / depth, "sem": 0.01} for depth in (2, 3, 4)]
+
+    def row() -> tuple[dict[str, str], str]:
+        table = tables.retrofit_table(results.families([results.Record("C6/one.json", content)])[0])
+        return dict(zip(table.header, table.rows[0], strict=True)), table.caption
+
+    found, caption = row()
+    assert (
+        found["components in use"] == "1.18 of 8, 7 dead" and found["kept by depth"] == "2: 0.300, 3: 0.200, 4: 0.150"
+    )
+    assert found["heads (MiB)"] == f"{2 * content['parameters']['trained'] / 2**20:.1f}"
+    depths = content["decoding"]["modes"]["greedy"]["acceptance_by_depth"]
+    assert found["accepted by depth, greedy"] == ", ".join(
+        f"{each['depth']}: {each['accepted'] / each['reached']:.3f}" for each in depths
+    )
+    assert "1 record of an older version: kept shares and joint NLL of the law over the whole vocabulary" in caption
+    content["likelihood"]["shortlist"] = {"tokens": 100, "windows": 0.981}
+    assert "over the windows that the list covers (98.1% of them at least). Means" in row()[1]
+
+
+def test_curves_and_components_of_a_pretrained_model_are_drawn() -> None:
+    """Decoding over training needs two validations; components in use need two components. A line per rank of each law."""
+    cells = [
+        *(made(rank, **PRETRAINED, anchor="token") for rank in (1, 8)),  # type: ignore[arg-type]
+        made(1, **PRETRAINED, anchor="token", model__map_hidden=64),  # type: ignore[arg-type]
+        *(made(rank, **PRETRAINED, model__tie_first=True) for rank in (1, 4)),  # type: ignore[arg-type]
+    ]
+
+    def drawn(name: str, contents: list[dict[str, Any]]) -> figures.Drawn | str:
+        made_of = [results.Record(f"{place}.json", content) for place, content in enumerate(contents)]
+        return figures.FIGURES[name].draw(results.families(made_of)[0])
+
+    curves, usage = drawn("over_training", cells), drawn("usage", cells)
+    assert isinstance(curves, figures.Drawn) and isinstance(usage, figures.Drawn)
+    labels = [[line.get_label() for line in axis.get_lines()] for axis in curves.figure.axes]
+    assert labels == [["rank 1", "rank 4"]] * 2 + [["rank 1", "rank 8", "rank 1, mlp 64"]] * 2
+    assert {record.rank for record in usage.records} == {4, 8} and len(usage.figure.axes) == 4
+    for content in cells:
+        content["training"]["curve"] = content["training"]["curve"][-1:]
+    assert drawn("over_training", cells) == "no records with train.decode_prompts above 0 and two validations"

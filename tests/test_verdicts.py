@@ -334,6 +334,38 @@ def test_c6_judges_each_law_by_itself_and_is_no_matter_of_c3_and_c4() -> None:
         assert judged(claim, *untied)[0].reason.startswith("no records")
 
 
+def test_c6_says_why_from_kept_drafts_and_components_in_use() -> None:
+    contents = [made(rank, 0, **PRETRAINED) for rank in (1, 2, 8)]
+    for content in contents:
+        rank = content["config"]["rank"]
+        content["likelihood"]["kept_by_depth"] = [
+            {"depth": depth, "mean": 0.6 / depth + rank / 100, "sem": 0.01} for depth in (2, 3, 4)
+        ]
+    (verdict,) = judged("C6", *contents)
+    assert verdict.verdict == (
+        "holds: rank 1 keeps 0.31, 0.21, 0.16 of its drafts at depths 2, 3, 4; rank 8 keeps 0.38, 0.28, 0.23 of its drafts at "
+        "depths 2, 3, 4"
+    )
+    contents[2]["likelihood"]["weights"] |= {"effective": 1.18, "dead": 7}
+    (verdict,) = judged("C6", *contents)
+    assert verdict.word == "holds" and verdict.reason.endswith("; components collapsed (1.2 of 8 in use)")
+    beside = [number.text() for number in verdict.beside]
+    assert "rank 8: 1.18 [1.18, 1.18] effective components" in beside
+    assert sum(text.endswith("kept") for text in beside) == 9 and any(
+        text.startswith("rank 2, depth 3: 0.22") for text in beside
+    )
+
+
+def test_c6_counts_a_longer_cell_of_one_rank_and_not_the_screen() -> None:
+    longer = made(1, 0, **PRETRAINED, optim__steps=9000, name="one-long")
+    (verdict,) = judged("C6", longer)
+    assert verdict.word == "holds" and verdict.records == ["C6/one-long.json"] and "9000" not in verdict.reason
+    screen = made(4, 0, **PRETRAINED | {"claim": "C6-screen"}, optim__steps=400)
+    found = judged("C6", *(made(rank, 0, **PRETRAINED) for rank in (1, 4)), longer, screen)
+    assert [len(verdict.records) for verdict in found] == [2, 1] and "optim.steps=9000" in found[1].setting
+    assert judged("C6", screen)[0].reason == "no records of heads on a pretrained model"
+
+
 # --- intervals -------------------------------------------------------------------------------------------------------
 
 

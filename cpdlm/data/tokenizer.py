@@ -174,8 +174,8 @@ class HubTokenizer:
         if not self._model.chat_template:
             raise _no_template(self.name)
         turns = [{"role": "user", "content": content}]
-        ids: list[int] = self._model.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        return ids
+        prompt = self._model.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return [int(each) for each in self._model(prompt, add_special_tokens=False, verbose=False)["input_ids"]]
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return str(self._model.decode([int(i) for i in ids], skip_special_tokens=True))

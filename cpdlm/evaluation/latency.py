@@ -140,6 +140,7 @@ def measure(
     new_tokens: int,
     sampling: Sampling,
     *,
+    rank_one: Mapping[str, str] | None = None,
     draft: str = "chain",
     nodes: int = 8,
     reference: LanguageModel | None = None,
@@ -153,8 +154,8 @@ def measure(
     models: cells by name, in evaluation mode, all on the prompts' device; horizon 2 or more. draft, nodes: as `decode_batch`
     takes them. Cells on one frozen trunk
     share one plain decoder and one generate. prompts_PT: (P, T) ids. A warm-up decodes the first prompt with every
-    contender. "speedup_over_rank1" compares with the group's first rank-1 cell of the same horizon (null for itself and
-    where there is none). reference: a next-token model of equal training; "speedup_over_trunk" compares with its plain
+    contender. rank_one: of a cell, the one of rank 1 that differs from it in rank only; "speedup_over_rank1" compares with
+    that (null for a cell without one). reference: a next-token model of equal training; "speedup_over_trunk" compares with its plain
     decoding (null without one; on a frozen trunk that is "speedup" itself). Tokens and passes are summed over repeats. Times in seconds or ms as named.
 
     Raises ValueError on an empty group or a cell without drafts.
@@ -181,10 +182,7 @@ def measure(
                 contenders["generate", name] = _theirs(generate, new_tokens, sampling)
         contenders["speculative", name] = Ours(model, new_tokens, sampling, draft, nodes)
     timings = interleaved(contenders, subjects, prompts_PT, repeats, warmups, seed, say)
-    rank_one: dict[int, str] = {}
-    for name, model in models.items():
-        if model.rank == 1:
-            rank_one.setdefault(model.horizon, name)
+    base = rank_one or {}
     modes = {}
     for name, model in models.items():
         say(f"{name}: time split")
@@ -194,9 +192,7 @@ def measure(
             speculative=timings["speculative", name],
             generate=timings.get(("generate", shared[name])),
             trunk=timings.get(("plain", REFERENCE)),
-            rank_one=timings["speculative", rank_one[model.horizon]]
-            if rank_one.get(model.horizon, name) != name
-            else None,
+            rank_one=timings["speculative", base[name]] if name in base else None,
         )  # fmt: skip
     return modes
 

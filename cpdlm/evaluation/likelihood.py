@@ -3,7 +3,11 @@
 The joint and its terms are averaged over positions with all n successors; bits per byte is of the target law (what
 decoding writes) over every token with a predecessor in its document.
 
-Letters: B batch, T position, P positions picked, N horizon, R rank, V vocabulary, D width.
+A model that drafts from a shortlist is measured as it drafts: its joint is the law restricted to the list, averaged over
+the windows that the list covers (a window with another token has no draft probability, and no finite likelihood), and
+what the target puts on other tokens counts as lost in the kept shares, at every position.
+
+Letters: B batch, T position, P positions picked, N horizon, K factors of the mixture, R rank, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -34,13 +38,14 @@ def evaluate(
 
     batches: as the data module's, one row per sequence, with `source_B` (index into source_names). token_bytes_V: how
     many bytes of text each token stands for (0 for special tokens). token_texts_V: the text of each token ("" for special
-    ones); with it, a mixture's entry has `components`, too.
+    ones); with it, a mixture's entry has `components`, too. With a shortlist `positions`, the joint, its terms, the weights
+    and the components are of the windows that it covers, and `shortlist` says how many it does.
     """
     model = model.to(device).eval()
     bytes_V = torch.as_tensor(token_bytes_V, dtype=torch.float64)
     rows: list[dict[str, Any]] = []
     weights_R = torch.zeros(model.rank, dtype=torch.float64)
-    entropy = 0.0
+    entropy, whole = 0.0, 0
     kept_PN: list[Tensor] = []
     components = Components(model, token_texts_V) if token_texts_V and model.rank > 1 else None
     for batch in batches:
@@ -52,8 +57,10 @@ def evaluate(
             token_P = future_TN[exists_T][:, 0]
             target_P = _gathered(model.target_log_probs(hidden_TD[exists_T.to(device)]), token_P.to(device))
             whole_T = successors_T >= model.horizon
+            covered_T = whole_T & _covered(model, future_TN.to(device)).cpu()
+            whole += int(whole_T.sum())
             terms_PN, log_weights_PR, log_posterior_PR = position_terms(
-                model, hidden_TD[whole_T.to(device)], future_TN[whole_T].to(device)
+                model, hidden_TD[covered_T.to(device)], future_TN[covered_T].to(device)
             )
             weights_PR = log_weights_PR.double().exp().cpu()
             weights_R += weights_PR.sum(dim=0)
@@ -62,18 +69,23 @@ def evaluate(
                 {
                     "source": int(batch["source_B"][index]) if "source_B" in batch else 0,
                     "terms": -terms_PN.double().sum(dim=0).cpu().numpy(),
-                    "positions": int(whole_T.sum()),
+                    "positions": int(covered_T.sum()),
                     "target": -float(target_P.double().sum()),
                     "bytes": float(bytes_V[token_P].sum()),
                 }
             )
             if components is not None:
-                components.add(log_posterior_PR, future_TN, whole_T, source_names[rows[-1]["source"]])
+                components.add(log_posterior_PR, future_TN, covered_T, source_names[rows[-1]["source"]])
             kept_PN.append(kept_shares(model, hidden_TD, future_TN.to(device), whole_T.to(device)))
     positions = sum(row["positions"] for row in rows)
-    if not positions:
+    if not whole:
         raise ConfigError(
             f"no test position has all {model.horizon} successors, the documents are too short; lower horizon={model.horizon}"
+        )
+    if not positions:
+        raise ConfigError(
+            f"the shortlist of {len(model.draft_ids) if model.draft_ids is not None else 0} tokens covers none of the {whole:,} "
+            "test windows; raise loss.shortlist"
         )
     mean_R = (weights_R / positions).clamp_min(1e-12)
     joint = [row["terms"].sum() for row in rows]
@@ -108,13 +120,20 @@ def evaluate(
             "dead": int((mean_R < 0.1 / model.rank).sum()),
             "mean": [float(value) for value in mean_R],
         },
-    } | ({"components": components.summary()} if components is not None else {})
+    } | ({"components": components.summary()} if components is not None else {}) | (
+        {"shortlist": {"tokens": len(model.draft_ids), "windows": positions / whole}} if model.draft_ids is not None else {}
+    )  # fmt: skip
+
+
+def _covered(model: LanguageModel, future_TN: Tensor) -> Tensor:
+    """(T,) bool: whether drafts can be made of all tokens that the mixture covers; a tied x_{t+1} is not one of them."""
+    return (model.places(future_TN[:, 1 if model.first_is_tied else 0 :]) >= 0).all(dim=-1)
 
 
 @torch.no_grad()
 def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Chain-rule log-probabilities (P, N), which sum to the joint's, the gate's log-weights (P, R), and the log-posterior
-    (P, R) over components once the window is known."""
+    (P, R) over components once the window is known. With a shortlist of the law restricted to it: it has the tokens."""
     if model.heads is None:
         certain_PR = torch.zeros(len(hidden_PD), 1, device=hidden_PD.device)
         first_P = _gathered(model.next_token_log_probs(hidden_PD), future_PN[:, 0])
@@ -123,14 +142,15 @@ def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -
     chunk = max(1, CHUNK_BYTES // (4 * model.horizon * model.rank * model.vocab_size))
     for start in range(0, max(1, len(hidden_PD)), chunk):
         part_PD, future_CN = hidden_PD[start : start + chunk], future_PN[start : start + chunk]
-        joint = model.joint(part_PD, future_CN[:, 0])
+        joint = model.listed_joint(part_PD, future_CN[:, 0])
+        places_CK = model.places(future_CN[:, model.horizon - joint.horizon :])
         gates.append(joint.log_weights_R)
-        posteriors.append(joint.posterior(future_CN[:, model.horizon - joint.horizon :]))
+        posteriors.append(joint.posterior(places_CK))
         if model.first_is_tied:
             first_C1 = _gathered(model.next_token_log_probs(part_PD), future_CN[:, 0]).unsqueeze(-1)
-            terms.append(torch.cat([first_C1, joint.chain(future_CN[:, 1:])], dim=-1))
+            terms.append(torch.cat([first_C1, joint.chain(places_CK)], dim=-1))
         else:
-            terms.append(joint.chain(future_CN))
+            terms.append(joint.chain(places_CK))
     return torch.cat(terms), torch.cat(gates), torch.cat(posteriors)
 
 
@@ -138,6 +158,9 @@ def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -
 def kept_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, whole_T: Tensor) -> Tensor:
     """(P, K) alpha = sum_v min(p, q) at every `STRIDE`-th whole position of a row, per draft: the chance that a draft drawn
     there is kept if all before it are the text's own. 1 - alpha is the total variation of target and draft law.
+
+    With a shortlist q is the law on the list, and p there is not renormalised: what it has elsewhere is lost. A token before
+    that is not on the list tells nothing of the component.
     """
     if model.heads is None:
         return hidden_TD.new_zeros(0, 0)
@@ -148,11 +171,13 @@ def kept_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, whol
     shares = [hidden_TD.new_zeros(0, model.heads.factors, dtype=torch.float32)]
     for t_C in t_P.split(chunk):
         future_CN = future_TN[t_C]
-        joint = model.joint(hidden_TD[t_C], future_CN[:, 0])
-        later_CN = future_CN[:, first:]
+        joint = model.listed_joint(hidden_TD[t_C], future_CN[:, 0])
+        places_CN = model.places(future_CN[:, first:])
         states_CN = t_C.unsqueeze(-1) + torch.arange(first, model.horizon, device=t_C.device)
         target_CNV = model.target_log_probs(hidden_TD[states_CN]).exp()
-        seen = Seen(later_CN, torch.ones_like(later_CN, dtype=torch.bool), target_CNV)
+        if model.draft_ids is not None:
+            target_CNV = target_CNV[..., model.draft_ids]
+        seen = Seen(places_CN.clamp(min=0), places_CN >= 0, target_CNV)
         shares.append(overlap(conditionals(joint.log_weights_R, joint.factors_NRV, seen), seen).float())
     return torch.cat(shares)
 

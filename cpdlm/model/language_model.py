@@ -151,6 +151,16 @@ class LanguageModel(nn.Module):
         assert self.heads is not None, "horizon 1 has no mixture"
         return self.heads.joint(self._seen(hidden, fixed), self.unembedding.weight)
 
+    def listed_joint(self, hidden: Tensor, fixed: Tensor | None = None) -> Joint:
+        """`joint` with each factor restricted to the shortlist, over its places; without a list the whole one."""
+        assert self.heads is not None, "horizon 1 has no mixture"
+        table_VD = self.unembedding.weight if self._draft_table_VD is None else self._draft_table_VD
+        return self.heads.joint(self._seen(hidden, fixed), table_VD)
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Where on the shortlist each id is, -1 for one that is not; without a list the ids themselves."""
+        return tokens if self._place_on_list_V is None else self._place_on_list_V[tokens]
+
     def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Joint:
         """The law of x_{t+2..t+N} given the fixed token x_{t+1}: what drafts are drawn from and scored by.
 
@@ -162,8 +172,7 @@ class LanguageModel(nn.Module):
         table_VD = self.unembedding.weight if self._draft_table_VD is None else self._draft_table_VD
         if self.first_is_tied:
             return self.heads.draft(seen_BD, table_VD)
-        first_B = fixed_B if self._place_on_list_V is None else self._place_on_list_V[fixed_B]
-        return self.heads.draft_given_first(seen_BD, table_VD, first_B)
+        return self.heads.draft_given_first(seen_BD, table_VD, self.places(fixed_B))
 
     def use_shortlist(self, ids: Tensor | None) -> None:
         """Draft from these tokens only, (V',) distinct ids (None: from all); the target keeps the whole vocabulary.

@@ -115,6 +115,11 @@ class Record:
         unembedding = rows * self.content["data"]["vocab_size"] * size.width if shared else 0
         return int(2 * (parts["heads"] + parts["gate"] + parts["anchor"] + unembedding))
 
+    def trained_bytes(self) -> int:
+        """Of what was trained, as it is stored: heads on a pretrained model in that model's precision, others in float32."""
+        narrow = self.config["model"].get("dtype", "float32") == "bfloat16"
+        return int(self.content["parameters"]["trained"]) * (2 if narrow else 4)
+
     def mode(self, name: str) -> dict[str, Any] | None:
         """The `greedy` or `sampling` part, None where this cell was not decoded so."""
         decoding = self.content["decoding"]
@@ -187,6 +192,7 @@ FIELDS: dict[str, Any] = {
             {"positions": [NUMBER], "joint_nll": [NUMBER], "first_token_nll": [NUMBER], "position_nll": Omissible([[NUMBER]]),
              "target_nll": Omissible([NUMBER]), "bytes": Omissible([NUMBER])}
         ),
+        "shortlist": Omissible({"tokens": int, "windows": NUMBER}),
         "weights": {"entropy_mean": NUMBER, "effective": NUMBER, "dead": int, "mean": [NUMBER]},
         "components": Omissible({
             "classes": [str], "class_share": [[NUMBER]], "certainty": NUMBER,
@@ -194,7 +200,7 @@ FIELDS: dict[str, Any] = {
             "examples": [{"source": str, "tokens": [str], "component": [int], "share": [NUMBER]}],
         }),
     },
-    "decoding": Maybe({"group": [str], "origin": Omissible({"commit": str, "dirty": bool, "hardware": {}}), "modes": {"greedy": Omissible(_MODE), "sampling": Omissible(_MODE)}}),
+    "decoding": Maybe({"group": [str], "rank_one": Omissible(Maybe(str)), "origin": Omissible({"commit": str, "dirty": bool, "hardware": {}}), "modes": {"greedy": Omissible(_MODE), "sampling": Omissible(_MODE)}}),
 }  # fmt: skip
 
 
@@ -404,7 +410,7 @@ def load_all(root: Path) -> tuple[list[Record], list[str]]:
 
 # What two comparable records may differ in: settings that change no result, and the dials that a family is laid out along.
 _FREE = (
-    *INCIDENTAL, "loss.chunk_mib", "evaluate.batch_rows", "train.validate_every", "train.validation_rows",
+    *INCIDENTAL, "loss.chunk_mib", "evaluate.batch_rows", "train.validation_rows",
     "rank", "seed", "anchor", "model.tie_first", "model.anchor_width", "model.map_hidden", "model.map_rank", "model.adapter_layers", "model.trunk",
 )  # fmt: skip
 _CONSEQUENCES = ("data.sha256", "data.vocab_size", "trunk")
@@ -469,9 +475,12 @@ def families(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
     records = list(records)
     found: dict[str, Family] = {}
     notes: list[str] = []
+    by_name, unlike = {str(record["name"]): record for record in records}, 0
     for record in records:
         if record.horizon == 1:
             continue
+        if not _is_like_for_like(record, by_name):
+            record, unlike = _without_rank_one(record), unlike + 1
         settings = _settings(record)
         family = found.setdefault(json.dumps(settings, sort_keys=True), Family(settings))
         cells = family.cells.setdefault((record.variant, record.rank), {})
@@ -488,7 +497,35 @@ def families(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
     _label(ordered)
     for family in ordered:
         notes += _mixture(family)
+    if unlike:
+        notes.append(
+            f"speed over rank 1 is not shown where it was taken over a rank-1 cell of another law or training (records: {unlike})"
+        )
     return ordered, notes + _targets(ordered)
+
+
+def _is_like_for_like(record: Record, by_name: dict[str, Record]) -> bool:
+    """Whether its speed over rank 1 was taken over a cell that differs from it in rank only.
+
+    Records say which (`decoding.rank_one`). Those made before they did had the first rank-1 cell of their group, whatever
+    its law and training were; where that cell's record is not here, it is not known.
+    """
+    decoding = record["decoding"] or {}
+    if "rank_one" in decoding or "group" not in decoding:
+        return True
+    for name in decoding["group"]:
+        other = by_name.get(name)
+        if other is None:
+            return False
+        if other.rank == 1 and other.horizon == record.horizon:
+            same = other.variant == record.variant and other.seed == record.seed
+            return same and _settings(other) == _settings(record)
+    return True
+
+
+def _without_rank_one(record: Record) -> Record:
+    modes = {name: mode | {"speedup_over_rank1": None} for name, mode in record["decoding"]["modes"].items()}
+    return Record(record.path, record.content | {"decoding": record["decoding"] | {"modes": modes}})
 
 
 def along(families: Iterable[Family], *free: str) -> list[list[Family]]:

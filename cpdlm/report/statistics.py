@@ -137,8 +137,9 @@ def _interval(pairs: Sequence[tuple[Sample, Sample | None]], level: float) -> In
 def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | None:
     """A record's sample of `joint_nll`, `first_token_nll`, `position_nll:K` (nats), `bits_per_byte` (of the target law),
     `joint_bits_per_byte` and `bytes_per_pass` (tokens counted as the bytes they have in the test split), `tokens_per_pass`,
-    `accepted:DEPTH` (share of the drafts reached), `effective` (components), `training:KEY`, or of the logarithm of `speedup`,
-    `speedup_over_rank1`, `speedup_over_trunk` or `plain_over_generate`; None where the record does not have it."""
+    `accepted:DEPTH` (share of the drafts reached), `kept:DEPTH` (sum min(p, q) on test text), `effective` (components),
+    `training:KEY`, or of the logarithm of `speedup`, `speedup_over_rank1`, `speedup_over_trunk` or `plain_over_generate`; None
+    where the record does not have it."""
     likelihood, decoded = record["likelihood"], record.mode(mode)
     if quantity in ("joint_nll", "first_token_nll"):
         rows = likelihood.get("per_row")
@@ -164,6 +165,10 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
     if quantity == "bytes_per_pass":
         size, rate = _bytes_per_token(record), measured(record, "tokens_per_pass", mode)
         return None if size is None or rate is None else rate.scaled(size)
+    if quantity.startswith("kept:"):
+        depth = int(quantity.partition(":")[2])
+        share = next((each for each in likelihood.get("kept_by_depth", ()) if each["depth"] == depth), None)
+        return None if share is None else Sample(mean=share["mean"], sem=share["sem"])
     if quantity == "effective":
         return Sample(mean=likelihood["weights"]["effective"])
     if quantity.startswith("training:"):

@@ -172,21 +172,26 @@ def retrofit_table(families: list[Family]) -> Table:
                 (
                     f"{family.settings['corpus']}, {family.size}, n={family.horizon}", _aim(family),
                     variant, str(rank), str(len(cells)), f"{record['training']['steps']:,}",
-                    f"{record['parameters']['trained']:,}", f"{trained / 60:.1f}",
-                    f"{record['training']['peak_memory_bytes'] / 2**30:.1f}", _kept(cells),
+                    f"{record['parameters']['trained']:,}", f"{record.trained_bytes() / 2**20:.1f}", f"{trained / 60:.1f}",
+                    f"{record['training']['peak_memory_bytes'] / 2**30:.1f}", _components(cells), _by_depth(cells, "kept"),
+                    *(_by_depth(cells, "accepted", mode) for mode in MODES),
                     *(_shown(over_seeds(cells, "tokens_per_pass", mode), 2) for mode in MODES),
                     *(_shown(over_seeds(cells, "speedup", mode), 2) for mode in MODES),
                     *(_shown(over_seeds(cells, "speedup_over_rank1", mode), 2) for mode in MODES),
                 )
             )  # fmt: skip
     header = (
-        "setting", "trained for", "law", "rank", "seeds", "steps", "trained parameters", "training (min)", "memory (GiB)",
-        "kept by depth", *(f"tokens per pass, {mode}" for mode in MODES), *(f"speed-up, {mode}" for mode in MODES),
+        "setting", "trained for", "law", "rank", "seeds", "steps", "trained parameters", "heads (MiB)", "training (min)", "memory (GiB)",
+        "components in use", "kept by depth", *(f"accepted by depth, {mode}" for mode in MODES), *(f"tokens per pass, {mode}" for mode in MODES), *(f"speed-up, {mode}" for mode in MODES),
         *(f"over rank 1, {mode}" for mode in MODES),
     )  # fmt: skip
     caption = "Heads on a pretrained, frozen model, which is the target. Kept by depth: mean over test text of sum min(p, q), the chance "
     caption += "that a sampled draft of x_{t+k} is kept if all before it are the text's own; 1 minus it is the total variation of target and draft law "
-    caption += "(whole vocabulary; depth 1 is the target itself where it is tied). "
+    caption += "(depth 1 is the target itself where it is tied). Accepted by depth: drafts kept in decoding, of those that were reached. "
+    caption += "Components in use: effective number on test text (exp of the entropy of the mean weights); dead: below a tenth of an equal "
+    caption += "share. Heads: bytes of all that is trained, as stored. " + _listed_tokens(
+        [r for f in shown for r in f.records()]
+    )
     return Table("retrofit", _caption(caption, shown, None), header, rows)
 
 
@@ -203,12 +208,40 @@ def _aim(family: Family) -> str:
     return ", ".join(words)
 
 
-def _kept(cells: Cells) -> str:
-    depths: dict[int, list[float]] = {}
-    for record in cells.values():
-        for entry in record["likelihood"].get("kept_by_depth", []):
-            depths.setdefault(entry["depth"], []).append(entry["mean"])
-    return ", ".join(f"{depth}: {sum(each) / len(each):.3f}" for depth, each in sorted(depths.items())) or "-"
+def _by_depth(cells: Cells, quantity: str, mode: str = "sampling") -> str:
+    depths = range(1, next(iter(cells.values())).horizon + 1)
+    found = {depth: over_seeds(cells, f"{quantity}:{depth}", mode) for depth in depths}
+    return ", ".join(f"{depth}: {value.mean:.3f}" for depth, value in found.items() if value is not None) or "-"
+
+
+def _components(cells: Cells) -> str:
+    """Means over seeds."""
+    weights = [record["likelihood"]["weights"] for record in cells.values()]
+    rank = len(weights[0]["mean"])
+    if rank == 1:
+        return "-"
+    effective, dead = (statistics.fmean(each[key] for each in weights) for key in ("effective", "dead"))
+    return f"{effective:.2f} of {rank}, {dead:g} dead"
+
+
+def _listed_tokens(records: list[Record]) -> str:
+    """Which law the kept shares and likelihoods of cells with a shortlist are of."""
+    listed = [record for record in records if record.config.get("loss", {}).get("shortlist", 0)]
+    new = [record["likelihood"]["shortlist"] for record in listed if "shortlist" in record["likelihood"]]
+    text = ""
+    if new:
+        covered = min(each["windows"] for each in new)
+        text = (
+            f"With a shortlist ({_listed({each['tokens'] for each in new})} tokens) kept shares are those of the drafts made from it, with what "
+            "the target has elsewhere counted as lost; the joint NLL is that of the same law, over the windows that the list covers "
+            f"({covered:.1%} of them at least)."
+        )
+    if len(new) < len(listed):
+        text += (
+            f"{' ' * bool(new)}{_plural(len(listed) - len(new), 'record')} of an older version: kept shares and joint NLL of the law over the whole "
+            "vocabulary, where training and drafts had a shortlist."
+        )
+    return text
 
 
 def equal_training_table(families: list[Family]) -> Table:

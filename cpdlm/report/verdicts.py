@@ -155,7 +155,7 @@ class Verdict:
 
     @property
     def verdict(self) -> str:
-        return self.word if self.word == HOLDS else f"{self.word}: {self.reason}"
+        return f"{self.word}: {self.reason}" if self.reason else self.word
 
     def measured(self) -> str:
         return "; ".join(number.text() for number in self.numbers) or "nothing"
@@ -168,7 +168,7 @@ def judge(families: list[Family]) -> list[Verdict]:
     found = []
     for claim in CLAIMS:
         if claim.test == "works":
-            usable = [f for f in families if f.is_pretrained and len(f.all_ranks()) > 1]
+            usable = [family for family in families if family.is_pretrained and not _is_screen(family)]
             rows = [_judge_retrofit(claim, family, variant) for family in usable for variant in family.variants()]
         elif claim.test == "balance":
             rows = _judge_balance(claim, trained)
@@ -181,7 +181,7 @@ def judge(families: list[Family]) -> list[Verdict]:
             whole = [family for family in usable if {1, claim.top} <= set(family.ranks())]
             rows = [row for family in whole or usable for row in _judge_ranks(claim, family, trained)]
         missing = {
-            "works": "no records of two or more ranks on a pretrained model",
+            "works": "no records of heads on a pretrained model",
             "balance": f"no records of rank {claim.top} with balance=none and with another",
             "everywhere": f"no records of ranks 1 and {claim.top} that differ in size, training length or text",
             "overhead": "no timing cells",
@@ -197,6 +197,11 @@ def judge(families: list[Family]) -> list[Verdict]:
 def _is_timing(family: Family) -> bool:
     """Cells trained alone for a few steps, to be timed: their likelihoods say nothing."""
     return all(record["claim"] == "C8" for record in family.records())
+
+
+def _is_screen(family: Family) -> bool:
+    """Cells of a short training each, by which the objective was chosen: they stand in the table of retrofits."""
+    return all(record["claim"] == "C6-screen" for record in family.records())
 
 
 def _on_gpu(family: Family) -> bool:
@@ -488,7 +493,7 @@ def _judge(claim: Claim, family: Family, families: list[Family]) -> Verdict:
 def _judge_retrofit(claim: Claim, family: Family, variant: str) -> Verdict:
     cells = {rank: family.cells[variant, rank] for rank in family.ranks(variant)}
     word, reason, numbers = _works(claim, cells)
-    beside = []
+    why, beside = _why(family.horizon, cells)
     for mode in ("sampling", "greedy"):
         for rank, by_seed in cells.items():
             for quantity, unit in (
@@ -500,10 +505,29 @@ def _judge_retrofit(claim: Claim, family: Family, variant: str) -> Verdict:
                 if value is not None:
                     beside.append(Number(f"{mode}, rank {rank}:", value, claim.digits, unit))
     seeds = {seed for by_seed in cells.values() for seed in by_seed}
+    reason = "; ".join(part for part in (reason, *why) if part)
     return Verdict(
         claim, f"{family.label}, {variant}, {len(seeds)} seed{'s' * (len(seeds) != 1)}", word, reason, numbers, beside,
         [record.path for record in family.records(variant)], len(seeds),
     )  # fmt: skip
+
+
+def _why(horizon: int, cells: dict[int, Cells]) -> tuple[list[str], list[Number]]:
+    """What lies behind tokens per pass: drafts kept by depth, and how many components make them; in words, and as numbers."""
+    words, numbers = [], []
+    for rank, by_seed in cells.items():
+        found = {depth: over_seeds(by_seed, f"kept:{depth}") for depth in range(1, horizon + 1)}
+        kept = {depth: share for depth, share in found.items() if share is not None}
+        numbers += [Number(f"rank {rank}, depth {depth}:", share, 3, "kept") for depth, share in kept.items()]
+        if kept and rank in (min(cells), max(cells)):
+            shares = ", ".join(f"{share.mean:.2f}" for share in kept.values())
+            words.append(f"rank {rank} keeps {shares} of its drafts at depths {', '.join(map(str, kept))}")
+        effective = over_seeds(by_seed, "effective")
+        if rank > 1 and effective is not None:
+            numbers.append(Number(f"rank {rank}:", effective, 2, "effective components"))
+            if effective.mean < rank / 2:
+                words.append(f"components collapsed ({effective.mean:.1f} of {rank} in use)")
+    return words, numbers
 
 
 def _works(claim: Claim, cells: dict[int, Cells]) -> tuple[str, str, list[Number]]:

@@ -15,7 +15,9 @@ from cpdlm.report.figures.style import (
     arms,
     grid,
     legend_below,
+    lines,
     pairs,
+    retrofits,
     widest,
     wrapped,
 )
@@ -33,18 +35,20 @@ _LINE, _LINES = 112, 4  # characters of a line, lines of a stretch
 def usage(families: list[Family]) -> Drawn | str:
     """Effective number of components over training, and the mean weight of each on test text."""
     name = "train/effective_components"
-    shown = [
-        f for f in widest(families) if any(name in note for r in f.records("untied") for note in r["training"]["curve"])
-    ]
+    asked = [(family, "untied") for family in widest([family for family in families if not family.is_pretrained])]
+    shown = []
+    for family, law in [*asked, *retrofits(families)]:
+        every = lines(family, law).items()
+        mixtures = {label: cells for label, cells in every if next(iter(cells.values())).rank > 1}
+        if any(name in note for cells in mixtures.values() for r in cells.values() for note in r["training"]["curve"]):
+            shown.append((family, law, mixtures))
     if not shown:
         return "no records of two or more components"
     figure, axes = pairs(len(shown))
-    for (left, right), family in zip(axes, shown, strict=True):
-        ranks = [rank for rank in family.ranks() if rank > 1]
-        for index, rank in enumerate(ranks, start=1):
-            cells = family.cells["untied", rank]
-            look = SERIES[index % len(SERIES)]
-            _over_steps(left, cells, name, look, f"rank {rank}")
+    for (left, right), (family, law, mixtures) in zip(axes, shown, strict=True):
+        for index, (label, cells) in enumerate(mixtures.items(), start=1):
+            rank, look = next(iter(cells.values())).rank, SERIES[index % len(SERIES)]
+            _over_steps(left, cells, name, look, label)
             left.axhline(rank, color=look[0], linewidth=0.6, linestyle=":")
             weights = [sorted(record["likelihood"]["weights"]["mean"], reverse=True) for record in cells.values()]
             values = [estimate([Sample(mean=seed[a] * rank) for seed in weights]) for a in range(rank)]
@@ -55,7 +59,7 @@ def usage(families: list[Family]) -> Drawn | str:
         left.set_ylim(bottom=1)
         left.set_xlabel("training steps")
         left.set_ylabel("effective components")
-        left.set_title(wrapped(family))
+        left.set_title(f"{wrapped(family)}\n{law}")
         right.axhline(1, color="0.5", linewidth=0.6, zorder=0)
         right.set_ylim(bottom=0)
         right.set_xlabel("component, by weight")
@@ -65,8 +69,8 @@ def usage(families: list[Family]) -> Drawn | str:
     return Drawn(
         figure,
         "Left: effective number of components (exp of the entropy of the batch-mean weights) over training; dotted: all equally used. "
-        "Right: mean weight of each component on test text, the largest first, over 1 / rank. Untied heads; mean and 95% t interval over seeds.",
-        [record for family in shown for record in family.records("untied") if record.rank > 1],
+        "Right: mean weight of each component on test text, the largest first, over 1 / rank. Mean and 95% t interval over seeds.",
+        [record for _, _, mixtures in shown for cells in mixtures.values() for record in cells.values()],
     )
 
 
@@ -200,17 +204,17 @@ def _one_per_rank(families: list[Family], has: Callable[[Record], bool]) -> list
 
 
 def _over_steps(axis: Axes, cells: Cells, name: str, look: tuple[str, str, str], label: str) -> None:
-    lines = [
+    curves = [
         [(note["step"], note[name]) for note in record["training"]["curve"] if name in note]
         for record in cells.values()
     ]
-    length = min(len(line) for line in lines)
+    length = min(len(curve) for curve in curves)
     if not length:
         return
-    steps = [step for step, _ in lines[0][:length]]
-    values: list[Interval] = [estimate([Sample(mean=line[k][1]) for line in lines]) for k in range(length)]
+    steps = [step for step, _ in curves[0][:length]]
+    values: list[Interval] = [estimate([Sample(mean=curve[k][1]) for curve in curves]) for k in range(length)]
     axis.plot(steps, [v.mean for v in values], color=look[0], linestyle=look[2], label=label)
-    if len(lines) > 1:
+    if len(curves) > 1:
         axis.fill_between(
             steps, [v.low for v in values], [v.high for v in values], color=look[0], alpha=0.15, linewidth=0
         )

@@ -120,6 +120,22 @@ def widest(families: Sequence[Family], law: str = "untied") -> list[Family]:
     return found[:PANELS]
 
 
+def retrofits(families: Sequence[Family]) -> list[tuple[Family, str]]:
+    """(family, law) of the cells on pretrained models, PANELS at most."""
+    theirs = [family for family in families if family.is_pretrained]
+    return [(family, law) for family in theirs for law in LAWS if lines(family, law)][:PANELS]
+
+
+def lines(family: Family, law: str) -> dict[str, Cells]:
+    """A line per rank of a law and of its variants: "rank 4", and "rank 1, mlp 1152"."""
+    return {
+        ", ".join([f"rank {rank}", *variant.split(", ")[1:]]): family.cells[variant, rank]
+        for variant in family.variants()
+        if variant.split(", ")[0] == law
+        for rank in family.ranks(variant)
+    }
+
+
 def errors(
     axis: Axes, x: Sequence[float], values: Sequence[Interval | None], look: tuple[str, str, str], label: str
 ) -> None:  # fmt: skip

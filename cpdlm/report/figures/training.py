@@ -21,8 +21,10 @@ from cpdlm.report.figures.style import (
     by_rank,
     grid,
     legend_below,
+    lines,
     pairs,
     rank_axis,
+    retrofits,
     widest,
     wrapped,
 )
@@ -36,24 +38,28 @@ Array = NDArray[np.float64]
 
 
 def decoding_over_training(families: list[Family]) -> Drawn | str:
-    """Tokens per pass on validation prompts against the step, by rank."""
+    """Tokens per pass on validation prompts against the step, by rank; on a pretrained model each law by itself."""
     names = {mode: f"validation/{mode}_tokens_per_pass" for mode in ("greedy", "sampling")}
-    shown = _curved(families, names["sampling"])
+    ours = _curved([family for family in families if not family.is_pretrained], names["sampling"])
+    shown = [(family, "untied", _untied(family)) for family in ours]
+    for family, law in retrofits(families):
+        curved = {label: cells for label, cells in lines(family, law).items() if _is_curved(cells, names["sampling"])}
+        shown += [(family, law, curved)] if curved else []
     if not shown:
-        return "no records with train.decode_prompts above 0"
+        return "no records with train.decode_prompts above 0 and two validations"
     figure, axes = pairs(len(shown), share_y=True)
-    for row, family in zip(axes, shown, strict=True):
+    for row, (family, law, cells) in zip(axes, shown, strict=True):
         for axis, (mode, name) in zip(row, names.items(), strict=True):
-            _curves(axis, family, name, lambda record: [float(note["step"]) for note in record["training"]["curve"]])
+            _curves(axis, cells, name, _steps)
             axis.set_xlabel("training steps")
-            axis.set_title(f"{wrapped(family)}\n{mode}" if mode == "greedy" else mode)
+            axis.set_title(f"{wrapped(family)}\n{law}, {mode}" if mode == "greedy" else mode)
         row[0].set_ylabel("tokens per trunk pass")
-    legend_below(figure, 4)
+    legend_below(figure, 3)
     return Drawn(
         figure,
-        "Tokens per trunk pass on a few validation prompts while training goes on, untied heads. Band: 95% t interval over seeds, where "
-        "there are several.",
-        [record for family in shown for record in family.records("untied")],
+        "Tokens per trunk pass on a few validation prompts while training goes on; on a pretrained model, cells validated at least twice. "
+        "Band: 95% t interval over seeds, where there are several.",
+        [record for _, _, cells in shown for by_seed in cells.values() for record in by_seed.values()],
     )
 
 
@@ -65,15 +71,14 @@ def equal_time(families: list[Family]) -> Drawn | str:
     figure, axes = pairs(len(shown), share_y=True, height=1.9)
     guessed, records = False, [record for family in shown for record in family.records("untied")]
     for (left, right), family in zip(axes, shown, strict=True):
-        _curves(
-            left, family, "validation/joint_nll", lambda r: [float(note["step"]) for note in r["training"]["curve"]]
-        )
-        ends = _curves(right, family, "validation/joint_nll", _clock)
+        _curves(left, _untied(family), "validation/joint_nll", _steps)
+        ends = _curves(right, _untied(family), "validation/joint_nll", _clock)
         longer = [
             f for g in along(families, "optim.steps", "optim.warmup") if family in g for f in g if f.ranks() == [1]
         ]
         for other in longer:
-            _curves(right, other, "validation/joint_nll", _clock, f", {other.settings['optim.steps']:,} steps", SKY)
+            word = f", {other.settings['optim.steps']:,} steps"
+            _curves(right, _untied(other, word), "validation/joint_nll", _clock, SKY)
             records += other.records("untied")
         left.set_xlabel("training steps")
         right.set_xlabel("seconds of training steps")
@@ -178,16 +183,26 @@ def balance(families: list[Family]) -> Drawn | str:
 def _curved(families: list[Family], name: str) -> list[Family]:
     """Comparisons of which two ranks at least have a curve of that name."""
 
-    def has(family: Family, rank: int) -> bool:
-        return any(len(_points(record, name)[0]) > 1 for record in family.cells["untied", rank].values())
+    return widest([f for f in families if len([c for c in _untied(f).values() if _is_curved(c, name)]) > 1])
 
-    return widest([f for f in families if len([rank for rank in f.ranks() if has(f, rank)]) > 1])
+
+def _is_curved(cells: Cells, name: str) -> bool:
+    """Whether some record has two points or more of that name."""
+    return any(len(_points(record, name)[0]) > 1 for record in cells.values())
+
+
+def _untied(family: Family, word: str = "") -> dict[str, Cells]:
+    return {f"rank {rank}{word}": family.cells["untied", rank] for rank in family.ranks()}
+
+
+def _steps(record: Record) -> list[float]:
+    return [float(note["step"]) for note in record["training"]["curve"]]
 
 
 def _points(record: Record, name: str, x: Sequence[float] | None = None) -> tuple[Array, Array]:
     """(x, value) at the entries of the curve that have it."""
     curve = record["training"]["curve"]
-    places = [float(note["step"]) for note in curve] if x is None else x
+    places = _steps(record) if x is None else x
     kept = [(place, note[name]) for place, note in zip(places, curve, strict=True) if name in note]
     return np.array([place for place, _ in kept]), np.array([value for _, value in kept], dtype=float)
 
@@ -202,28 +217,24 @@ def _clock(record: Record) -> list[float]:
 
 
 def _curves(
-    axis: Axes, family: Family, name: str, x: Callable[[Record], list[float]], word: str = "", color: str = ""
+    axis: Axes, shown: dict[str, Cells], name: str, x: Callable[[Record], list[float]], color: str = ""
 ) -> list[float]:
-    """A line per rank, the mean over seeds, with a band where there are several; returns where each ends. word, color: of
+    """A line per label, the mean over seeds, with a band where there are several; returns where each ends. color: of
     another training than the others'."""
     ends = []
-    for index, rank in enumerate(family.ranks()):
-        records = [
-            record for _, record in sorted(family.cells["untied", rank].items()) if len(_points(record, name)[0])
-        ]
+    for index, (label, cells) in enumerate(shown.items()):
+        records = [record for _, record in sorted(cells.items()) if len(_points(record, name)[0])]
         if not records:
             continue
         own, marker, style = SERIES[index % len(SERIES)]
         shade = color or own
-        lines = [_points(record, name, x(record)) for record in records]
-        length = min(len(values) for _, values in lines)
-        places = np.mean([at[:length] for at, _ in lines], axis=0)
-        values = [estimate([Sample(mean=line[k]) for _, line in lines]) for k in range(length)]
-        axis.plot(
-            places, [v.mean for v in values], color=shade, marker=marker, linestyle=style, label=f"rank {rank}{word}"
-        )
+        points = [_points(record, name, x(record)) for record in records]
+        length = min(len(values) for _, values in points)
+        places = np.mean([at[:length] for at, _ in points], axis=0)
+        values = [estimate([Sample(mean=each[k]) for _, each in points]) for k in range(length)]
+        axis.plot(places, [v.mean for v in values], color=shade, marker=marker, linestyle=style, label=label)
         ends.append(float(places[-1]))
-        if len(lines) > 1:
+        if len(points) > 1:
             axis.fill_between(
                 places, [v.low for v in values], [v.high for v in values], color=shade, alpha=0.15, linewidth=0
             )
