@@ -111,7 +111,7 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
     from cpdlm import hub, released
     from cpdlm.data.checkpoints import NAMED
     from cpdlm.data.tokenizer import HubTokenizer
-    from cpdlm.training.storage import CONFIG, RunError, load_model, read_config
+    from cpdlm.training.storage import CONFIG, RunError, load_model, read_config, run_shortlist
 
     tokenizer: Tokenizer
     if released.is_name(folder):
@@ -121,7 +121,7 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
         model, tokenizer = load_model(folder), hub.run_tokenizer(folder)
         eos = hub.end_tokens(read_config(folder), tokenizer)
         if shortlist:
-            model.use_shortlist(hub.run_shortlist(folder))
+            model.use_shortlist(run_shortlist(folder))
     elif (folder / "config.json").is_file():
         if not (folder / "tokenizer_config.json").is_file():
             raise RunError(

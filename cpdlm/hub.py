@@ -73,6 +73,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
+from cpdlm import released
 from cpdlm.config import Config, ConfigError
 from cpdlm.data.checkpoints import described
 from cpdlm.data.corpus import load_corpus
@@ -81,7 +82,7 @@ from cpdlm.decoding import Captures, Sampling, decode_batch
 from cpdlm.files import WriteError, write_bytes
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk
-from cpdlm.training.storage import CONFIG, RunError, load_model, read_config, trunk_eos, trunk_source
+from cpdlm.training.storage import CONFIG, RunError, load_model, read_config, run_shortlist, trunk_eos, trunk_source
 
 STOCK = "transformers.GenerationMixin.generate(model, ...)"
 
@@ -575,8 +576,6 @@ def export(run: Path, folder: Path) -> CpdlmForCausalLM:
     Raises RunError for a run that is not finished, whose tokenizer is gone or whose shortlist is not known, and for a folder
     that holds something else; ConfigError for a named model that cannot be had.
     """
-    from cpdlm import released  # which imports this module
-
     _check_folder(folder)
     tokenizer: Tokenizer
     if released.is_name(run):
@@ -638,20 +637,6 @@ def run_tokenizer(run: Path) -> Tokenizer:
         f"the tokenizer of {run} ({config.data.tokenizer}) lay in {tokens}, where no folder has the tokens of this run any "
         "more; run its command again, which makes them anew"
     )
-
-
-def run_shortlist(run: Path) -> Tensor | None:
-    """(V',) the tokens that a run drafts from, as it was measured; None for all. RunError where they are not known."""
-    size = read_config(run).decode.shortlist
-    if not size:
-        return None
-    ids = (_read_json(run / "decode.json") or {}).get("shortlist")
-    if ids is None or len(ids) != size:
-        raise RunError(
-            f"{run} drafts from a shortlist (decode.shortlist={size}) that is not in its decode.json; delete that file, if it is "
-            "there, and run its command again"
-        )
-    return torch.tensor(ids)
 
 
 def end_tokens(config: Config, tokenizer: Tokenizer) -> int | list[int]:

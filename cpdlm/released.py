@@ -23,9 +23,17 @@ from cpdlm.config import Config, ConfigError, from_dict, to_dict
 from cpdlm.data.checkpoints import NAMED
 from cpdlm.data.tokenizer import HubTokenizer, Tokenizer
 from cpdlm.files import WriteError, replaced
-from cpdlm.hub import run_shortlist
 from cpdlm.model.language_model import LanguageModel, build_language_model
-from cpdlm.training.storage import WEIGHTS, RunError, load_model, load_trunk, read_config, trunk_hash, trunk_source
+from cpdlm.training.storage import (
+    WEIGHTS,
+    RunError,
+    load_model,
+    load_trunk,
+    read_config,
+    run_shortlist,
+    trunk_hash,
+    trunk_source,
+)
 
 FOLDER = Path(__file__).parent / "released"
 SHORTLIST = "shortlist"

@@ -20,8 +20,8 @@ ORDER = [
     "decoding",
     "evaluation",
     "report",
-    "hub",
     "released",
+    "hub",
     "generate",
 ]  # each may import itself and those before
 MODULES = sorted(

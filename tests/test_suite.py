@@ -462,7 +462,7 @@ def test_drafts_from_a_shortlist_are_an_option_of_a_cell(
     assert run.main([*words, "decode.shortlist=20"]) == 0
     record = results.load(Path(capsys.readouterr().out.split("record: ")[1].strip()))
     assert 0.5 < record["decoding"]["shortlist_coverage"] < 1 and record.config["decode"]["shortlist"] == 20
-    ids = hub.run_shortlist(tmp_path / "runs" / "one")
+    ids = storage.run_shortlist(tmp_path / "runs" / "one")
     assert ids is not None and len(ids.unique()) == 20
     hub.export(tmp_path / "runs" / "one", tmp_path / "mine")
     assert "from the 20 most frequent tokens" in (tmp_path / "mine" / "README.md").read_text()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -264,3 +265,20 @@ def _shard_names(path: Path) -> set[str]:
         if (path / part.relative_path).stat().st_size < part.offset + part.length:
             raise EOFError(f"{part.relative_path} is cut off")
     return {name.removeprefix("state_dict.") for name in index.state_dict_metadata}
+
+
+def run_shortlist(run: Path) -> Tensor | None:
+    """(V',) the tokens that a run drafts from, as it was measured; None for all. RunError where they are not known."""
+    size = read_config(run).decode.shortlist
+    if not size:
+        return None
+    try:
+        ids = json.loads((run / "decode.json").read_bytes())["shortlist"]
+    except (OSError, ValueError, KeyError):
+        ids = None
+    if ids is None or len(ids) != size:
+        raise RunError(
+            f"{run} drafts from a shortlist (decode.shortlist={size}) that is not in its decode.json; delete that file, if it is "
+            "there, and run its command again"
+        )
+    return torch.tensor(ids)
