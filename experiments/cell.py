@@ -106,7 +106,8 @@ def train(config: Config, command: str) -> bool:
             f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
             f"{config.data.tokenizer} on corpus={config.corpus} one of {corpus.vocab_size}; use the trunk's own data settings"
         )
-    origin = _origin(folder, str(corpus.describe()["sha256"]))
+    trunk_sha256 = storage.trunk_hash(config) if trunk is not None else ""
+    origin = _origin(folder, str(corpus.describe()["sha256"]), trunk_sha256)
     torch.manual_seed(config.seed)
     model = build_language_model(config, corpus.vocab_size, trunk)
     text, written = _training_text(config, corpus, trunk)
@@ -314,18 +315,24 @@ def _frozen_trunk(config: Config) -> LanguageModel | None:
     return storage.load_model(folder)
 
 
-def _origin(folder: Path, data_sha256: str) -> dict[str, Any]:
+def _origin(folder: Path, data_sha256: str, trunk_sha256: str) -> dict[str, Any]:
     """Provenance of the run, which may have had several sessions: that of the first, `dirty` if any was or if the code
-    changed between them (`commits` then lists all). Raises RunError where the corpus is no longer the one it began with.
+    changed between them (`commits` then lists all). Raises RunError where the corpus or the trunk is no longer the one that
+    it began with: a checkpoint holds neither.
     """
     path = folder / SESSIONS
     found = _read(path) if path.is_file() else {"sessions": []}
     sessions = found["sessions"]
     _check_same_text(folder, found.get("data_sha256", data_sha256), data_sha256)
+    if (then := found.get("trunk_sha256", trunk_sha256)) != trunk_sha256:
+        raise storage.RunError(
+            f"{folder} was trained on other weights: its trunk has changed since (sha256 {then[:12]} then, {trunk_sha256[:12]} "
+            "now); restore it, give this run name=OTHER, or delete the folder"
+        )
     if not (folder / storage.TRAINED).is_file() or not sessions:
         sessions.append(results.provenance())
         if is_first_process():
-            write_json(path, {"sessions": sessions, "data_sha256": data_sha256})
+            write_json(path, {"sessions": sessions, "data_sha256": data_sha256, "trunk_sha256": trunk_sha256})
     commits = list(dict.fromkeys(session["commit"] for session in sessions))
     first: dict[str, Any] = sessions[0]
     dirty = any(session["dirty"] for session in sessions) or len(commits) > 1

@@ -435,6 +435,21 @@ def test_one_cell_from_the_command_line(corpus: Path, tmp_path: Path) -> None:
     assert f"{json.loads(path.read_text())['likelihood']['joint_nll']['mean']:.4f}" in done.stdout
 
 
+def test_a_trunk_that_changed_since_is_not_taken_for_the_old_one(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of heads leaves it out: resuming on another one would go unnoticed."""
+    words = [f"{key}={_word(value)}" for key, value in TINY.items()]
+    words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "--stage=train"]
+    trunk, heads = [*words, "preset=trunk", "name=trunk"], [*words, "name=heads", f"model.trunk={tmp_path}/runs/trunk"]
+    assert run.main(trunk) == 0 and run.main(heads) == 0
+    shutil.rmtree(tmp_path / "runs" / "trunk")
+    assert run.main([*trunk, "seed=1"]) == 0
+    (tmp_path / "runs" / "heads" / "train.json").unlink()
+    assert run.main(heads) == 2
+    assert "trained on other weights: its trunk has changed since" in capsys.readouterr().err
+
+
 def test_a_corpus_that_changed_since_is_not_taken_for_the_old_one(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
