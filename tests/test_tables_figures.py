@@ -180,6 +180,7 @@ def test_older_records_are_drawn_without_what_they_lack(tmp_path: Path) -> None:
     }
     equal_time = found["equal_time"]
     assert isinstance(equal_time, figures.Drawn) and "without a clock" in equal_time.caption
+    assert "one every 200 steps" in equal_time.caption
     assert [row[8] for row in tables.cost_table(families).rows] == ["-", "-"]
 
 

@@ -87,11 +87,12 @@ def equal_time(families: list[Family]) -> Drawn | str:
         right.set_title("equal wall-clock")
         right.axvline(min(ends), color="0.4", linewidth=0.8, linestyle=":")
         guessed |= any("clock" not in record["training"] for record in family.records("untied"))
+    every = sorted({record.config["train"]["validate_every"] for record in records})
     legend_below(figure, 4)
     return Drawn(
         figure,
-        "Validation joint NLL against steps, and against the time spent in them; untied heads. A point is a validation, of which the shorter "
-        "trainings have two: halfway, while the learning rate is still high, and at the end. Dotted: the cheapest rank's last point; at "
+        "Validation joint NLL against steps, and against the time spent in them; untied heads. A point is a validation, one every "
+        f"{' or '.join(map(str, every))} steps: a short training has two, the second at its end or before it. Dotted: the cheapest rank's last point; at "
         "equal wall-clock the others are read there (or rank 1 further on, where it was also trained for longer). Band: 95% t interval over seeds, where there are several."
         + (" Records without a clock have their steps spread evenly over their time." if guessed else ""),
         records,
