@@ -207,7 +207,9 @@ def test_speed_over_rank_1_of_another_law_is_not_shown() -> None:
     """Older records had the first rank-1 cell of their group for it; where that cell is not known, neither is the ratio."""
 
     def cell(rank: int, **settings: Any) -> dict[str, Any]:
-        content = made(rank, claim="C6", model__trunk="smollm2", model__family="pretrained", data__tokenizer="model", **settings)
+        content = made(
+            rank, claim="C6", model__trunk="smollm2", model__family="pretrained", data__tokenizer="model", **settings
+        )
         content["decoding"]["group"] = group
         for mode in content["decoding"]["modes"].values():
             mode["speedup_over_rank1"] = {"median": 1.1, "low": 1.0, "high": 1.2}

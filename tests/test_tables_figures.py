@@ -347,7 +347,9 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
 
 
 def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> None:
-    content = made(8, **PRETRAINED, model__tie_first=True, model__dtype="bfloat16", loss__objective="eq14", loss__shortlist=100)  # type: ignore[arg-type]
+    content = made(
+        8, **PRETRAINED, model__tie_first=True, model__dtype="bfloat16", loss__objective="eq14", loss__shortlist=100
+    )  # type: ignore[arg-type]
     content["likelihood"]["weights"] |= {"effective": 1.1823, "dead": 7}
     content["likelihood"]["kept_by_depth"] = [{"depth": depth, "mean": 0.6 / depth, "sem": 0.01} for depth in (2, 3, 4)]
 
@@ -356,7 +358,9 @@ def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> N
         return dict(zip(table.header, table.rows[0], strict=True)), table.caption
 
     found, caption = row()
-    assert found["components in use"] == "1.18 of 8, 7 dead" and found["kept by depth"] == "2: 0.300, 3: 0.200, 4: 0.150"
+    assert (
+        found["components in use"] == "1.18 of 8, 7 dead" and found["kept by depth"] == "2: 0.300, 3: 0.200, 4: 0.150"
+    )
     assert found["heads (MiB)"] == f"{2 * content['parameters']['trained'] / 2**20:.1f}"
     depths = content["decoding"]["modes"]["greedy"]["acceptance_by_depth"]
     assert found["accepted by depth, greedy"] == ", ".join(

@@ -329,7 +329,9 @@ def test_c6_says_why_from_kept_drafts_and_components_in_use() -> None:
     assert verdict.word == "holds" and verdict.reason.endswith("; components collapsed (1.2 of 8 in use)")
     beside = [number.text() for number in verdict.beside]
     assert "rank 8: 1.18 [1.18, 1.18] effective components" in beside
-    assert sum(text.endswith("kept") for text in beside) == 9 and any(text.startswith("rank 2, depth 3: 0.22") for text in beside)
+    assert sum(text.endswith("kept") for text in beside) == 9 and any(
+        text.startswith("rank 2, depth 3: 0.22") for text in beside
+    )
 
 
 def test_c6_counts_a_longer_cell_of_one_rank_and_not_the_screen() -> None:
