@@ -9,9 +9,9 @@ All methods of a corpus share one frozen trunk, hence one target, the prompts, t
 intervals are over seeds, draws and prompts. A strategy is chosen on prompts of the validation split and reported on those
 of the test split.
 
-decode_acceptance.json   tokens per pass of every strategy, agreement with the target per depth, temperatures and top-p; not timed
+decode_acceptance.json   tokens per pass of every strategy, over chain and rank 1, agreement with the target per depth, temperatures and top-p; not timed
 decode_strategies.json   speed of every strategy, greedy and sampling
-decode_baselines.json    plain decoding, generate, prompt lookup, assisted generation, sequential heads, ours; working memory
+decode_baselines.json    plain decoding, generate, prompt lookup, assisted generation, sequential heads, ours; memory
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from cpdlm.decoding.sequential import Sequential
 from cpdlm.evaluation import latency
 from cpdlm.evaluation.agreement import agreement
 from cpdlm.evaluation.drafting import acceptance
-from cpdlm.evaluation.memory import working_bytes
+from cpdlm.evaluation.memory import working_memory
 from cpdlm.evaluation.resampling import (
     Written,
     by_seed,
@@ -283,17 +283,27 @@ def _distinct(names: Sequence[str], heads: Heads) -> list[str]:
 
 
 def accepted(bench: Bench) -> list[dict[str, Any]]:
-    """Tokens per pass of every strategy on the test prompts, decoded in batches."""
+    """Tokens per pass of every strategy on the test prompts, decoded in batches, and what each gains over the chain of the same
+    heads and over rank 1 of the same law and seeds."""
     rows = []
     for mode, names in STRATEGIES.items():
+        of_rank1: dict[tuple[str, tuple[int, ...]], dict[str, Written]] = {}
         for heads in bench.heads:
             bench.say(f"acceptance, {bench.config.corpus}, {mode}, {heads.law}, rank {heads.rank}")
+            written: dict[str, Written] = {}
+            kin = (heads.law, tuple(heads.label["seeds"]))
+            if heads.rank == 1:
+                of_rank1[kin] = written
             for strategy in _distinct(names, heads):
-                rows.append(
-                    heads.label
-                    | {"mode": mode, "strategy": strategy}
-                    | _accepted(heads, SAMPLINGS[mode], strategy, bench)
-                )
+                counts, one = _accepted(heads, SAMPLINGS[mode], strategy, bench)
+                written[strategy] = one
+                row = heads.label | {"mode": mode, "strategy": strategy} | counts
+                if strategy != "chain":
+                    row["tokens_per_pass_over_chain"] = interval(more_per_pass, one, written["chain"], seed=bench.seed)
+                if heads.rank > 1 and kin in of_rank1:  # its window and path are its chain
+                    other = of_rank1[kin].get(strategy, of_rank1[kin]["chain"])
+                    row["tokens_per_pass_over_rank1"] = interval(more_per_pass, one, other, seed=bench.seed)
+                rows.append(row)
     return rows
 
 
@@ -334,12 +344,13 @@ def filters(bench: Bench) -> list[dict[str, Any]]:
                 rows.append(
                     heads.label
                     | {"temperature": sampling.temperature, "top_p": sampling.top_p, "strategy": strategy}
-                    | _accepted(heads, sampling, strategy, bench)
+                    | _accepted(heads, sampling, strategy, bench)[0]
                 )
     return rows
 
 
-def _accepted(heads: Heads, sampling: Sampling, strategy: str, bench: Bench) -> dict[str, Any]:
+def _accepted(heads: Heads, sampling: Sampling, strategy: str, bench: Bench) -> tuple[dict[str, Any], Written]:
+    """(a row's part of the record, what was counted per text)."""
     draws = 1 if sampling.greedy else bench.options.acceptance_draws  # another greedy draw is the same text
     texts = [_batch(run.model, sampling, strategy, draws, bench) for run in heads.runs]
     tokens, passes = (
@@ -348,7 +359,7 @@ def _accepted(heads: Heads, sampling: Sampling, strategy: str, bench: Bench) -> 
     )
     pooled = [[one for each in prompt for one in each] for prompt in zip(*texts, strict=True)]
     written = Written.of(tokens, passes, passes)  # no seconds: rows of a batch share them
-    return acceptance(pooled, heads.horizon, bench.seed) | _rate(written, bench.seed)
+    return acceptance(pooled, heads.horizon, bench.seed) | _rate(written, bench.seed), written
 
 
 def _batch(model: LanguageModel, sampling: Sampling, strategy: str, draws: int, bench: Bench) -> list[list[Decoded]]:
@@ -425,9 +436,15 @@ def baselines(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[dict[str,
                 texts |= acceptance(raced[method.name].decoded, method.horizon, bench.seed)
             entry["modes"][mode] = texts | _rate(one, bench.seed) | _speed(one, written[PLAIN], bench.seed) | {
                 "speedup_over_generate": interval(speedup, one, written["generate"], seed=bench.seed),
-                "working_memory_bytes": working_bytes(partial(method.racers[mode][0].run, prompt_T, bench.seed), prompt_T.device),
-            }  # fmt: skip
+            } | _memory(method.racers[mode][0], prompt_T, bench.seed)  # fmt: skip
     return entries
+
+
+def _memory(racer: Racer, prompt_T: Tensor, seed: int) -> dict[str, int]:
+    found = working_memory(partial(racer.run, prompt_T, seed), racer.model.trunk.body, prompt_T.device)
+    return {
+        "working_memory_bytes": found.whole, "later_memory_bytes": found.later, "between_memory_bytes": found.between
+    }  # fmt: skip
 
 
 def _methods(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[Method]:

@@ -498,22 +498,24 @@ def records(options: argparse.Namespace, arguments: list[str]) -> Iterator[dict[
 
 
 def targets(measured: list[dict[str, Any]], trunk_parameters: int) -> list[dict[str, Any]]:
-    """Every target at batch 1: {"what", "cell", "measured", "target", "holds"}. Launched kernels on a GPU have none."""
+    """Every target: {"what", "cell", "measured", "target", "holds"}; of batches above 1 the floor's. Launched kernels on a GPU
+    have none."""
     found = []
 
     def say(what: str, cell: str, value: float, target: float, holds: bool) -> None:
         found.append({"what": what, "cell": cell, "measured": value, "target": target, "holds": holds})
 
     accelerated = any(group.get("captured") for group in measured)
-    for group in (group for group in measured if group["batch"] == 1 and group.get("captured", False) == accelerated):
-        where = f"{group['dtype']} {group['mode']}"
+    for group in (group for group in measured if group.get("captured", False) == accelerated):
+        alone = group["batch"] == 1
+        where = f"{group['dtype']} {group['mode']}" + ("" if alone else f" batch {group['batch']}")
         if "plain_over_generate" in group:
             ratio = group["plain_over_generate"]["median"]
             say("plain over generate, at least", where, ratio, PLAIN_TARGET, ratio >= PLAIN_TARGET)
         for cell in group["cells"]:
             name = f"{where} r{cell['rank']} n{cell['horizon']} shortlist {cell['shortlist'] or 'none'}"
             least = TARGETS.get(cell["rank"])
-            if least is not None and cell["horizon"] == 4 and trunk_parameters >= LEAST_TRUNK:
+            if alone and least is not None and cell["horizon"] == 4 and trunk_parameters >= LEAST_TRUNK:
                 share = cell["share_of_limit"]["median"]
                 say("conversion over its limit, at least", name, share, least, share >= least)
             over = cell["pass_over_floor"]["median"]

@@ -277,6 +277,20 @@ def test_acceptance_is_over_seeds_draws_and_prompts(measured: tuple[Path, Path])
         rate = row["tokens_per_pass"]
         assert rate["mean"] == pytest.approx(row["tokens"] / row["passes"])
         assert rate["low"] <= rate["mean"] <= rate["high"] and len(row["by_seed"]) == len(row["seeds"])
+        others = {
+            "tokens_per_pass_over_chain": (row["rank"], ("chain",)),
+            "tokens_per_pass_over_rank1": (1, (row["strategy"], "chain")),
+        }
+        for key, (rank, strategies) in others.items():
+            kin = {
+                each["strategy"]: each for each in found["strategies"]
+                if each["rank"] == rank and all(each[name] == row[name] for name in ("corpus", "mode", "law", "seeds"))
+            }  # fmt: skip
+            other = next((kin[name] for name in strategies if name in kin), row)
+            assert (key in row) == (other is not row), "nothing is held against itself, nor against what is not there"
+            if key in row:
+                assert row[key]["mean"] == pytest.approx(rate["mean"] - other["tokens_per_pass"]["mean"])
+                assert row[key]["low"] <= row[key]["mean"] <= row[key]["high"]
     per_corpus = sum(2 if rank == 1 else 4 for _, rank, _ in LAWS) + sum(3 if rank == 1 else 5 for _, rank, _ in LAWS)
     assert len(found["strategies"]) == 2 * per_corpus
     settings_seen = {(row["temperature"], row["top_p"]) for row in found["filters"]}
@@ -305,7 +319,7 @@ def test_every_baseline_is_measured(measured: tuple[Path, Path]) -> None:
             one = entry["modes"][mode]
             assert one["tokens"] == 24 * seeds and one["passes"] <= 24 * seeds
             assert one["tokens_per_pass"]["mean"] == pytest.approx(24 * seeds / one["passes"])
-            assert one["working_memory_bytes"] > 0
+            assert one["working_memory_bytes"] >= one["later_memory_bytes"] > one["between_memory_bytes"] > 0
     assert methods["plain"]["modes"]["greedy"]["passes"] == methods["generate"]["modes"]["greedy"]["passes"] == 24
     # An assistant that is the target's equal is always right under greedy.
     assistant = next(entry for entry in methods.values() if entry["kind"] == "assistant")
@@ -365,6 +379,50 @@ def made_baselines() -> dict[str, Any]:
             for name, kind, law, rate, speed in shapes
         ],
     }  # fmt: skip
+
+
+def made_acceptance() -> dict[str, Any]:
+    """As recorded before differences were: rank 8 gains a tenth on every prompt, its tree a tenth more."""
+    passes = [40, 50, 60, 80, 90]
+    rates = {(1, "chain"): 1.0, (1, "tree"): 1.05, (8, "chain"): 1.1, (8, "tree"): 1.21, (8, "window"): 0.9}
+    rows = [
+        {
+            "mode": "greedy", "corpus": "code", "law": "untied", "rank": rank, "seeds": [0, 1], "strategy": strategy,
+            "tokens_per_pass": {"mean": 2.0 * rate, "low": 1.0, "high": 4.0},
+            "per_prompt": {"tokens": [128] * 5, "passes": [each / rate for each in passes]},
+        }
+        for (rank, strategy), rate in rates.items()
+    ]  # fmt: skip
+    return made_baselines() | {
+        "benchmark": "decoding acceptance", "strategies": rows, "settings": {"prompts": 5, "new_tokens": 64}
+    }  # fmt: skip
+
+
+def test_differences_of_acceptance_are_paired_over_prompts() -> None:
+    table = decoding.acceptance_table(made_acceptance())
+    shown = {(row[3], row[5]): row[6:] for row in table.rows}
+    assert shown["1", "chain"] == ("2.000 [1.000, 4.000]", "-", "-")
+    assert shown["8", "tree"][1].startswith("+0.220 [") and shown["8", "tree"][2].startswith("+0.320 ["), "tree against tree"
+    assert shown["8", "window"][2].startswith("-0.200 ["), "against the chain of rank 1, which is its window"
+    mean, low, high = (float(word.strip("[],")) for word in shown["8", "chain"][2].split())
+    assert 0 < low < mean < high < 0.3, "the prompts' own spread, 1.4 to 3.2 tokens per pass, cancels"
+    assert "paired over the same prompts, each with all its draws and seeds" in table.caption
+
+
+def test_differences_of_acceptance_come_from_the_record_where_it_has_them() -> None:
+    record = made_acceptance()
+    record["strategies"][3]["tokens_per_pass_over_chain"] = {"mean": 0.22, "low": -0.01, "high": 0.5}
+    table = decoding.acceptance_table(record)
+    assert [row[7] for row in table.rows] == ["-", "-", "-", "+0.220 [-0.010, +0.500]", "-"]
+    assert "paired over the same seeds, draws and prompts" in table.caption
+
+
+def test_memory_is_whole_later_and_between_where_the_record_has_them() -> None:
+    record = made_baselines()
+    record["methods"][0]["modes"]["greedy"] |= {"later_memory_bytes": 512_000, "between_memory_bytes": 2048}
+    table = decoding.methods_table(record)
+    column = table.header.index("memory, greedy (KiB)")
+    assert [row[column] for row in table.rows[:2]] == ["1,953 / 500 / 2", "1,953"]
 
 
 def test_tables_and_figure_of_a_measured_benchmark(measured: tuple[Path, Path], tmp_path: Path) -> None:

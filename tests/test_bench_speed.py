@@ -89,10 +89,15 @@ def test_intervals_and_targets() -> None:
 
     cells = [cell(1, 4, 0.93), cell(8, 4, 0.7), cell(8, 8, 0.7), cell(4, 4, 0.7)]
     group = {"dtype": "float32", "mode": "greedy", "batch": 1, "cells": cells}
-    found = bench_speed.targets([group, group | {"batch": 4}], bench_speed.LEAST_TRUNK)
+    slow = cell(8, 4, 0.7) | {"pass_over_floor": {"median": 1.2}}
+    found = bench_speed.targets([group, group | {"batch": 4, "cells": [cells[0], slow]}], bench_speed.LEAST_TRUNK)
     shares = [each for each in found if each["what"].startswith("conversion")]
     assert [(each["target"], each["holds"]) for each in shares] == [(0.92, True), (0.80, False)]
-    assert sum(each["what"].startswith("pass over floor") for each in found) == 4
+    floors = [each for each in found if each["what"].startswith("pass over floor")]
+    assert [each["holds"] for each in floors] == [True] * 5 + [False], "batches above 1 have a floor, too"
+    assert [each["cell"] for each in floors[3:]] == [
+        "float32 greedy r4 n4 shortlist none", "float32 greedy batch 4 r1 n4 shortlist none", "float32 greedy batch 4 r8 n4 shortlist none",
+    ]  # fmt: skip
     small = bench_speed.targets([group], bench_speed.LEAST_TRUNK - 1)
     assert not any(each["what"].startswith("conversion") for each in small), "the target names a trunk of 50M or more"
 

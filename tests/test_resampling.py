@@ -1,12 +1,10 @@
-"""Intervals over seeds, draws and prompts, against spreads known beforehand; working memory, against tensors of known size."""
+"""Intervals over seeds, draws and prompts, against spreads known beforehand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from cpdlm.evaluation.memory import working_bytes
 from cpdlm.evaluation.resampling import Written, by_seed, conversion, interval, more_per_pass, speedup, tokens_per_pass
 
 
@@ -54,15 +52,3 @@ def test_other_texts_are_refused() -> None:
         interval(more_per_pass, written(np.ones((2, 2, 3))), written(np.ones((3, 2, 3))))
     with pytest.raises(ValueError, match="not one"):
         Written.of([[[1]]], [[[1, 2]]], [[[1]]])
-
-
-def test_working_memory_is_what_is_alive_at_once() -> None:
-    before = torch.zeros(1000, 1000)
-
-    def work() -> None:
-        for _ in range(5):
-            torch.zeros(1000, 1000)  # one at a time
-        held = [torch.zeros(500, 1000) for _ in range(3)]
-        held.append(before + 1)
-
-    assert working_bytes(work, torch.device("cpu")) == pytest.approx(10e6, rel=0.01)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cpdlm.report import scaling
+from cpdlm.report.tables import write_made
 from experiments import bench_overhead
 
 HARDWARE = {"accelerator": "none", "processor": "P", "cores": 2, "threads": 2}
@@ -116,7 +117,7 @@ def test_tables_and_figure(tmp_path: Path) -> None:
     folder.mkdir()
     for name, record in records().items():
         (folder / f"{name}.json").write_text(json.dumps(record))
-    files, notes = scaling.write_tables(tmp_path, tmp_path / "tables")
+    files, notes = write_made(scaling.tables(tmp_path), tmp_path / "tables")
     assert not notes and len(files) == 3 * len(scaling.TABLES)
     large = (tmp_path / "tables/loss_large.md").read_text()
     assert "out of memory" in large and "0.0200" in large and "dense, 2 positions" in large
@@ -138,7 +139,7 @@ def test_tables_and_figure(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
     (tmp_path / "loss_large.md").write_text("old")
-    files, notes = scaling.write_tables(tmp_path, tmp_path)
+    files, notes = write_made(scaling.tables(tmp_path), tmp_path)
     assert not files and len(notes) == len(scaling.TABLES) and not (tmp_path / "loss_large.md").exists()
     assert "python experiments/bench_loss.py --large makes it" in notes[0]
     assert "bench_overhead.py time" in scaling.draw(tmp_path, tmp_path)[1].caption

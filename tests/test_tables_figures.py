@@ -88,6 +88,20 @@ def test_figures_fit_a_column_with_readable_text(records: Path) -> None:
                         )
 
 
+def test_a_panel_without_records_says_so_and_keeps_its_axis() -> None:
+    untied = [made(rank) for rank in (1, 8)]
+    anchored = [made(rank, anchor="token", corpus="text") for rank in (1, 8)]
+    made_of = [results.Record(f"{place}.json", content) for place, content in enumerate([*untied, *anchored])]
+    families, _ = results.families(made_of)
+    made_figure = figures.FIGURES["acceptance"].draw(families)
+    assert isinstance(made_figure, figures.Drawn)
+    panels = made_figure.figure.axes
+    empty = [panel for panel in panels if not panel.lines]
+    assert len(panels) == 8 and len(empty) == 4
+    assert all([text.get_text() for text in panel.texts] == ["not measured"] for panel in empty)
+    assert {panel.get_xlim() for panel in panels} == {panels[0].get_xlim()}
+
+
 def test_captions_state_the_conditions(drawn: tuple[Path, Report]) -> None:
     folder, _ = drawn
     for name in figures.FIGURES:

@@ -1,34 +1,105 @@
-"""Memory that a piece of work takes: what is alive at its worst moment beyond what was alive before it.
+"""Memory that decoding takes: what is alive at its worst moments beyond what was alive before it.
 
-Weights that are loaded already do not count; caches, scores and everything in between do. On the CPU this is PyTorch's
-allocator, told by the profiler, on CUDA its statistics: bytes of tensors, not of the process (no fragmentation, no Python).
+The pass over a long prompt takes more than anything behind it and is the same for every method. So the passes of the target
+are told apart by hooks, and what comes after the first of them is reported by itself. Weights that are loaded already do not
+count; caches, scores and everything in between do. On the CPU this is PyTorch's allocator, told by the profiler, on CUDA its
+statistics: bytes of tensors, not of the process (no fragmentation, no Python).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+
+_BEGINS, _ENDS = "a pass begins", "a pass ends"
 
 
-def working_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes alive at once during `work()`, less those alive at its beginning."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        work()
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. whole: most alive at once, less those alive before; later: the same, of what follows the target's first pass
+    alone; between: most alive between two passes, or after the last, less those alive at the end of the one before."""
+
+    whole: int
+    later: int
+    between: int
+
+
+@dataclass
+class _Stretch:
+    """Work up to, or in, or behind a pass. began, most: bytes alive at its beginning, and most alive in it."""
+
+    passing: bool
+    began: int
+    most: int
+
+
+def working_memory(work: Callable[[], Any], target: nn.Module, device: torch.device) -> Memory:
+    """What `work()` takes, whose passes are calls of `target`. Raises ValueError where it makes none."""
+    measure = _on_cuda if device.type == "cuda" else _on_cpu
+    stretches = measure(work, target, device)
+    after = stretches[2:]  # behind the first pass
+    if not after:
+        raise ValueError("the work makes no pass of the target; give the module whose calls are its passes")
+    return Memory(
+        max(each.most for each in stretches), max(each.most for each in after),
+        max(each.most - each.began for each in after if not each.passing),
+    )  # fmt: skip
+
+
+def _on_cpu(work: Callable[[], Any], target: nn.Module, device: torch.device) -> list[_Stretch]:
+    def mark(name: str) -> None:
+        with torch.profiler.record_function(name):
+            pass
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _with_hooks(work, target, mark)
     kineto: Any = profiler.profiler
-    changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in kineto.kineto_results.events() if event.name() == "[memory]"
-    )
-    alive = most = 0
-    for _, size in changes:
-        alive += size
-        most = max(most, alive)
-    return most
+    events = [
+        (event.start_ns(), event.nbytes(), event.name())
+        for event in kineto.kineto_results.events()
+        if event.name() in ("[memory]", _BEGINS, _ENDS)
+    ]
+    stretches, alive = [_Stretch(False, 0, 0)], 0
+    for _, size, name in sorted(events):
+        if name == "[memory]":
+            alive += size
+            stretches[-1].most = max(stretches[-1].most, alive)
+        else:
+            stretches.append(_Stretch(name == _BEGINS, alive, alive))
+    return stretches
+
+
+def _on_cuda(work: Callable[[], Any], target: nn.Module, device: torch.device) -> list[_Stretch]:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    stretches = [_Stretch(False, 0, 0)]
+    torch.cuda.reset_peak_memory_stats(device)
+
+    def close() -> None:
+        stretches[-1].most = torch.cuda.max_memory_allocated(device) - before
+
+    def mark(name: str) -> None:
+        close()
+        alive = torch.cuda.memory_allocated(device) - before
+        stretches.append(_Stretch(name == _BEGINS, alive, alive))
+        torch.cuda.reset_peak_memory_stats(device)
+
+    _with_hooks(work, target, mark)
+    close()
+    return stretches
+
+
+def _with_hooks(work: Callable[[], Any], target: nn.Module, mark: Callable[[str], None]) -> None:
+    hooks = [
+        target.register_forward_pre_hook(lambda *call: mark(_BEGINS)),
+        target.register_forward_hook(lambda *call: mark(_ENDS)),
+    ]
+    try:
+        work()
+    finally:
+        for hook in hooks:
+            hook.remove()

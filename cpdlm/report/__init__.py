@@ -26,7 +26,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     Tables need no matplotlib; without it the figures are left out with a note. Raises RecordError for a folder that
     is not there or a claims block that is torn, WriteError where `figures` cannot be written.
     """
-    from cpdlm.report import decoding, page, scaling, tables, verdicts
+    from cpdlm.report import decoding, page, scaling, speed, tables, verdicts
     from cpdlm.report import figures as drawing
     from cpdlm.report import results as store
 
@@ -38,13 +38,15 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     if readme is not None and readme.is_file() and not tables.update_readme(readme, families, found, notes):
         notes.append(f"{readme} has no {tables.BEGIN} line: its claims table was not updated")
     drawn, shown = drawing.draw_all(families, figures)
+    made: list[tables.Made] = []
     if (results / "benchmarks").is_dir():  # a sweep has none
+        made = [*decoding.tables(results), *speed.tables(results), *scaling.tables(results)]
+        written, left_out = tables.write_made(made, figures / "tables")
+        files, notes = [*files, *written], [*notes, *left_out]
         for benchmarks in (decoding, scaling):
-            made, left_out = benchmarks.write_tables(results, figures / "tables")
             picture, beside = benchmarks.draw(results, figures)
-            files, drawn, shown = [*files, *made], [*drawn, *picture], [*shown, beside]
-            notes += left_out
-    html = page.write(figures / "report.html", records, families, found, shown, notes)
+            drawn, shown = [*drawn, *picture], [*shown, beside]
+    html = page.write(figures / "report.html", records, families, found, shown, made, notes)
     notes += [f"figure {each.name} left out: {each.caption}" for each in shown if each.picture is None]
     hint = [drawing.ADDING] if any(each.picture is None for each in shown) else []
     return Report(tables.claims_text(found), found, [*files, *drawn, html], notes + hint)

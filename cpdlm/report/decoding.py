@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from cpdlm.report.figures import Shown, one
 from cpdlm.report.figures.style import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY
-from cpdlm.report.results import MODES
-from cpdlm.report.tables import Table, remove_table, write_table
+from cpdlm.report.results import MODES, machine_text
+from cpdlm.report.statistics import Sample, contrast
+from cpdlm.report.tables import Made, Table, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,22 +31,18 @@ COLOURS = {
     "plain": BLACK, "generate": BLACK, "lookup": ORANGE, "assistant": RED, "hydra": PURPLE, "untied": BLUE,
     "anchored": GREEN, "tied": SKY,
 }  # fmt: skip
+CHAIN, RANK1 = "tokens_per_pass_over_chain", "tokens_per_pass_over_rank1"  # keys of differences
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SPEEDS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 
 
-def write_tables(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
-    """Every table of the records under root/benchmarks as .md, .tex and .csv: (files, one line per table left out)."""
-    files: list[Path] = []
-    notes: list[str] = []
-    for name, (benchmark, make) in TABLES.items():
-        record = _read(root, benchmark)
-        if isinstance(record, str):
-            notes.append(f"table {name} left out: {record}")
-            remove_table(folder, name)
-            continue
-        files += write_table(make(record), folder)
-    return files, notes
+def tables(root: Path) -> list[Made]:
+    """Every table of the records under root/benchmarks."""
+    return [
+        Made(name, title_of(make), record if isinstance(record, str) else make(record))
+        for name, (benchmark, make) in TABLES.items()
+        for record in [_read(root, benchmark)]
+    ]
 
 
 def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
@@ -71,8 +68,7 @@ def methods_table(record: Benchmark) -> Table:
         rows.append(
             (
                 method["corpus"], method["name"], " / ".join(dict.fromkeys(method["strategy"][mode] for mode in MODES)),
-                f"{method['parameters_added']:,}", f"{method['weights_mib']:.1f}",
-                " / ".join(f"{mode['working_memory_bytes'] / 2**20:.1f}" for mode in modes),
+                f"{method['parameters_added']:,}", f"{method['weights_mib']:.1f}", *(_memory(mode) for mode in modes),
                 f"{method['training_seconds']:,.0f}", *(_interval(mode["tokens_per_pass"]) for mode in modes),
                 *(f"{mode['tokens_per_second']:,.0f}" for mode in modes),
                 *(_interval(mode["speedup"], 2) for mode in modes),
@@ -82,7 +78,7 @@ def methods_table(record: Benchmark) -> Table:
         )  # fmt: skip
     header = (
         "corpus", "method", "drafts, greedy / sampling", "added parameters", "added weights (MiB)",
-        "working memory (MiB), greedy / sampling", "training (s)", "tokens per pass, greedy", "tokens per pass, sampling",
+        "memory, greedy (KiB)", "memory, sampling (KiB)", "training (s)", "tokens per pass, greedy", "tokens per pass, sampling",
         "tokens/s, greedy", "tokens/s, sampling", "speed-up, greedy", "speed-up, sampling", "over generate, greedy",
         "over generate, sampling", "conversion, greedy", "conversion, sampling",
     )  # fmt: skip
@@ -90,8 +86,9 @@ def methods_table(record: Benchmark) -> Table:
         "Ways to draft for one target per corpus, side by side: the same weights, prompts, number of tokens and machine; all are lossless. "
         "Plain: our loop without drafts; generate and assisted generation: Hugging Face's; rank 1, untied: independent heads, as Medusa's; "
         "sequential heads: as Hydra's. Chosen: the strategy that was fastest on the validation prompts. Tokens per pass of the target, plain "
-        "decoding is 1.00. Speed-up: over plain; conversion: passes per second over plain's. Working memory: tensors alive at the worst moment "
-        f"of one text, all weights aside. Training: of what is added to the target, one seed. {_described(record)}"
+        "decoding is 1.00. Speed-up: over plain; conversion: passes per second over plain's. Memory: tensors alive at the worst moment of one text, "
+        "all weights aside / of what follows the pass over the prompt / between two passes of the target, beyond those alive at the end of the "
+        f"one before: verifying and drafting. Training: of what is added to the target, one seed. {_described(record)}"
     )
     return Table("decoding", caption, header, rows)
 
@@ -125,17 +122,31 @@ def strategies_table(record: Benchmark) -> Table:
 
 
 def acceptance_table(record: Benchmark) -> Table:
-    """Tokens per pass of every strategy."""
-    names = _in_order({row["strategy"] for row in record["strategies"]})
-    found: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in record["strategies"]:
-        key = (row["mode"], row["corpus"], row["law"], str(row["rank"]), _seeds(row))
-        found.setdefault(key, {})[row["strategy"]] = _interval(row["tokens_per_pass"])
-    rows = [(*key, *(by_name.get(name, "-") for name in names)) for key, by_name in found.items()]
-    header = ("mode", "corpus", "law", "rank", "seeds", *(f"tokens per pass, {name}" for name in names))
+    """Tokens per pass of every strategy, over the chain of the same heads and over rank 1 of the same law."""
+    found = {_place(row): row for row in record["strategies"]}
+    measured = any(CHAIN in row for row in record["strategies"])
+
+    def over(key: str, row: dict[str, Any], rank: int, *strategies: str) -> str:
+        if measured:
+            return _interval(row[key], 3, sign=True) if key in row else "-"
+        places = [(*_place(row)[:3], rank, strategy) for strategy in strategies]
+        other = next((found[place] for place in places if place in found), row)
+        return "-" if other is row else contrast([(_counts(row), _counts(other))]).text(3, sign=True)
+
+    rows: list[tuple[str, ...]] = [
+        (
+            row["mode"], row["corpus"], row["law"], str(row["rank"]), _seeds(row), row["strategy"],
+            _interval(row["tokens_per_pass"]), over(CHAIN, row, row["rank"], "chain"),
+            over(RANK1, row, 1, row["strategy"], "chain"),
+        )
+        for row in record["strategies"]
+    ]  # fmt: skip
+    header = ("mode", "corpus", "law", "rank", "seeds", "strategy", "tokens per pass", "over its chain", "over rank 1")
+    paired = "seeds, draws and prompts" if measured else "prompts, each with all its draws and seeds"
     caption = (
-        "Tokens per pass of the target under every strategy of drafting and verifying. Window and path of rank 1 are its chain. "
-        f"{_described(record)}"
+        "Tokens per pass of the target under every strategy of drafting and verifying; what it gains over the chain of the same heads, and "
+        "over the same strategy of rank 1 of the same law (window and path of rank 1 are its chain). Differences are paired over the same "
+        f"{paired}. {_described(record)}"
     )
     return Table("acceptance", caption, header, rows)
 
@@ -292,6 +303,15 @@ def _read(root: Path, benchmark: str) -> Benchmark | str:
     return record
 
 
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("mode", "corpus", "law", "rank", "strategy"))
+
+
+def _counts(row: dict[str, Any]) -> Sample:
+    """Of a record without differences: tokens and passes of each prompt."""
+    return Sample.ratio(row["per_prompt"]["tokens"], row["per_prompt"]["passes"])
+
+
 def _strategies(cell: dict[str, Any], mode: str) -> dict[str, Any]:
     return {name: entry for name, entry in cell["modes"][mode].items() if name != "chosen"}
 
@@ -309,14 +329,18 @@ def _interval(found: dict[str, float], digits: int = 3, sign: bool = False) -> s
     return f"{found['mean']:{plus}.{digits}f} [{found['low']:{plus}.{digits}f}, {found['high']:{plus}.{digits}f}]"
 
 
+def _memory(mode: dict[str, Any]) -> str:
+    """Three numbers; records of old have the first alone."""
+    keys = ("working_memory_bytes", "later_memory_bytes", "between_memory_bytes")
+    return " / ".join(f"{mode[key] / 2**10:,.0f}" for key in keys if key in mode)
+
+
 def _shares(shares: Sequence[float]) -> str:
     return " / ".join(f"{share:.3f}" for share in shares)
 
 
 def _described(record: Benchmark) -> str:
-    settings, hardware = record["settings"], record["hardware"]
-    machine = "" if hardware["accelerator"] == "none" else f"{hardware['accelerator']}, "
-    machine += f"{hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads"
+    settings = record["settings"]
     targets = "; ".join(
         f"{target['trunk']} ({target['corpus']}, {target['parameters'] / 1e6:.1f}M parameters, {target['steps']:,} steps, its heads "
         f"{target['head_steps']:,}, n={target['horizon']})"
@@ -326,5 +350,5 @@ def _described(record: Benchmark) -> str:
     prompts = f"{settings['prompts'] if untimed else settings['timed_prompts']} prompts per corpus"
     return (
         f"95% intervals over seeds of the heads, draws and prompts. Targets: {targets}. {prompts}, {settings['new_tokens']} new tokens "
-        + ("each." if untimed else f"each, batch 1; {machine}.")
+        + ("each." if untimed else f"each, batch 1; {machine_text(record['hardware'])}.")
     )

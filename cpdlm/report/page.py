@@ -19,7 +19,7 @@ from cpdlm.files import write_bytes
 from cpdlm.report.figures import ADDING, Shown, command
 from cpdlm.report.figures.style import COLUMN, DPI
 from cpdlm.report.results import Family, Record, hardware_text
-from cpdlm.report.tables import TABLES, braces, described
+from cpdlm.report.tables import TABLES, Made, braces, described, title_of
 from cpdlm.report.verdicts import FAILS, HOLDS, Verdict
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -28,13 +28,14 @@ _CLASSES = {HOLDS: "holds", FAILS: "fails"}
 
 
 def write(
-    path: Path, records: Sequence[Record], families: list[Family], verdicts: Sequence[Verdict], figures: Sequence[Shown], notes: Sequence[str]
+    path: Path, records: Sequence[Record], families: list[Family], verdicts: Sequence[Verdict], figures: Sequence[Shown],
+    benchmarks: Sequence[Made], notes: Sequence[str],
 ) -> Path:  # fmt: skip
     """Write the page to `path`, which is returned. Raises WriteError."""
     sections = {
         "claims": ("Claims", _claims(verdicts)),
         "figures": ("Figures", _figures(figures)),
-        "tables": ("Tables", _tables(families)),
+        "tables": ("Tables", _tables(families, benchmarks)),
         "records": ("Records", _records(records)),
         "notes": ("Notes", _notes(notes)),
     }
@@ -159,15 +160,14 @@ def _embedded(path: Path) -> tuple[str, int, int]:
     return base64.b64encode(memory.getvalue()).decode(), width, height
 
 
-def _tables(families: list[Family]) -> str:
-    parts = []
-    for make in TABLES:
-        table = make(families)
-        if table.rows:
-            title = (make.__doc__ or table.name).splitlines()[0].rstrip(".")
-            parts.append(
-                f'<details><summary>{_text(title)}</summary>\n<div class="scroll">{table.html()}</div></details>'
-            )
+def _tables(families: list[Family], benchmarks: Sequence[Made]) -> str:
+    entries = [(title_of(make), make(families)) for make in TABLES]
+    entries += [(each.title, each.table) for each in benchmarks if not isinstance(each.table, str)]
+    parts = [
+        f'<details id="table-{table.name}"><summary>{_text(title)}</summary>\n<div class="scroll">{table.html()}</div></details>'
+        for title, table in entries
+        if table.rows
+    ]
     lead = '<p class="soft">The same tables are Markdown, LaTeX and CSV under <code>tables/</code>.</p>'
     return "\n".join([lead, *parts])
 

@@ -644,7 +644,12 @@ def _targets(ordered: list[Family]) -> list[str]:
 
 def hardware_text(record: Record) -> str:
     """One line naming the hardware of a record: that of the decoding, which is timed, where it says its own."""
-    hardware = (record["decoding"] or {}).get("origin", record.content)["hardware"]
+    hardware: dict[str, Any] = (record["decoding"] or {}).get("origin", record.content)["hardware"]
+    return machine_text(hardware)
+
+
+def machine_text(hardware: dict[str, Any]) -> str:
+    """One line on `hardware` of a record."""
     gpu = "" if hardware["accelerator"] == "none" else f"{hardware['accelerator']}, "
     threads = f", {hardware['threads']} threads" if hardware["threads"] else ""
     return f"{gpu}{hardware['processor']}, {hardware['cores']} cores{threads}"

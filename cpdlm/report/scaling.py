@@ -16,7 +16,8 @@ import numpy as np
 
 from cpdlm.report.figures import Shown, one
 from cpdlm.report.figures.style import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY
-from cpdlm.report.tables import Table, remove_table, write_table
+from cpdlm.report.results import machine_text
+from cpdlm.report.tables import Made, Table, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,19 +36,14 @@ MAKERS = {
 }
 
 
-def write_tables(root: Path, folder: Path) -> tuple[list[Path], list[str]]:
-    """Every table of the records under root/benchmarks as .md, .tex and .csv: (files, one line per table left out)."""
-    files: list[Path] = []
-    notes: list[str] = []
+def tables(root: Path) -> list[Made]:
+    """Every table of the records under root/benchmarks."""
+    made = []
     for name, (wanted, make) in TABLES.items():
         records = [_read(root, each) for each in wanted]
         missing = [record for record in records if isinstance(record, str)]
-        if missing:
-            notes.append(f"table {name} left out: {missing[0]}")
-            remove_table(folder, name)
-            continue
-        files += write_table(make(name, *records), folder)
-    return files, notes
+        made.append(Made(name, title_of(make), missing[0] if missing else make(name, *records)))
+    return made
 
 
 def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
@@ -349,7 +345,4 @@ def _percent(value: float | None) -> str:
 
 
 def _described(record: Benchmark) -> str:
-    hardware = record["hardware"]
-    gpu = "" if hardware["accelerator"] == "none" else f"{hardware['accelerator']}, "
-    threads = f", {hardware['threads']} threads" if hardware["threads"] else ""  # a parent of fresh processes has none
-    return f"{gpu}{hardware['processor']}, {hardware['cores']} cores{threads}."
+    return f"{machine_text(record['hardware'])}."

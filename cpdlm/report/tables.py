@@ -9,7 +9,7 @@ import itertools
 import re
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,11 +86,37 @@ def write_tables(families: list[Family], verdicts: list[Verdict], notes: list[st
     files = []
     for table in made:
         if not table.rows:
-            for suffix in ("md", "tex", "csv"):
-                (folder / f"{table.name}.{suffix}").unlink(missing_ok=True)
+            _remove(folder, table.name)
             continue
         files += write_table(table, folder, notes if table.name == "claims" else ())
     return sorted(files)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A table of a benchmark's record, or why there is none."""
+
+    name: str
+    title: str
+    table: Table | str
+
+
+def write_made(made: Sequence[Made], folder: Path) -> tuple[list[Path], list[str]]:
+    """Every table as .md, .tex and .csv: (files, one line per table left out, whose files are removed)."""
+    files: list[Path] = []
+    notes: list[str] = []
+    for each in made:
+        if isinstance(each.table, str):
+            notes.append(f"table {each.name} left out: {each.table}")
+            _remove(folder, each.name)
+        else:
+            files += write_table(each.table, folder)
+    return files, notes
+
+
+def title_of(make: Callable[..., Table]) -> str:
+    """The first line of what a table's maker says that it is."""
+    return (make.__doc__ or make.__name__).splitlines()[0].rstrip(".")
 
 
 def write_table(table: Table, folder: Path, notes: Sequence[str] = ()) -> list[Path]:
@@ -104,7 +130,7 @@ def write_table(table: Table, folder: Path, notes: Sequence[str] = ()) -> list[P
     return files
 
 
-def remove_table(folder: Path, name: str) -> None:
+def _remove(folder: Path, name: str) -> None:
     """What `write_table` wrote: a table whose record is gone must not stay."""
     for suffix in ("md", "tex", "csv"):
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)

@@ -59,10 +59,11 @@ def acceptance(families: list[Family]) -> Drawn | str:
                 )  # fmt: skip
             axis.set_ylim(0, 1.04)
             axis.set_xticks(range(2, family.horizon + 1))
+            axis.set_xlim(1.75, family.horizon + 0.25)
             axis.set_xlabel("depth k of the draft $x_{t+k}$")
             axis.set_title(f"{wrapped(family)}\n{law}, {mode}" if not column else f"{law}, {mode}")
-            if not family.ranks(law):
-                axis.text(0.5, 0.5, "no records", transform=axis.transAxes, ha="center", color="0.4")
+            if not axis.has_data():
+                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.4")
         row[0].set_ylabel("accepted, if reached")
     legend_below(figure, 4)
     return Drawn(

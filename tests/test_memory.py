@@ -1,0 +1,65 @@
+"""Memory of decoding against tensors of known size: the whole, what follows the first pass, and what lies between passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cpdlm.decoding import Sampling, decode
+from cpdlm.evaluation.memory import working_memory
+from cpdlm.model.language_model import LanguageModel
+from experiments import bench_speed
+
+CPU = torch.device("cpu")
+MB = 250_000  # float32 numbers
+
+
+class Target(nn.Module):
+    """A pass that takes as many MB as it is told, and leaves one."""
+
+    def forward(self, megabytes: int) -> Tensor:
+        torch.zeros(megabytes * MB)
+        return torch.zeros(MB)
+
+
+def test_a_long_prompt_does_not_hide_what_drafting_takes() -> None:
+    target, before = Target(), torch.zeros(10 * MB)
+
+    def work() -> None:
+        kept = [target(20)]
+        for _ in range(3):
+            torch.zeros(3 * MB)  # a draft
+            kept.append(target(5))
+        kept.append(before[:MB] + 1)
+
+    found = working_memory(work, target, CPU)
+    assert (found.whole, found.later, found.between) == pytest.approx((20e6, 8e6, 3e6), rel=0.01)
+    assert found == working_memory(work, target, CPU), "the same every time"
+    assert not target._forward_hooks and not target._forward_pre_hooks
+
+
+def test_what_lies_behind_the_last_pass_counts() -> None:
+    target = Target()
+    found = working_memory(lambda: (target(2), torch.zeros(7 * MB)), target, CPU)
+    assert (found.whole, found.later, found.between) == pytest.approx((8e6, 8e6, 7e6), rel=0.01)
+
+
+def test_work_without_a_pass_is_refused() -> None:
+    with pytest.raises(ValueError, match="makes no pass of the target"):
+        working_memory(lambda: torch.zeros(3), Target(), CPU)
+
+
+def test_ranks_are_told_apart_though_the_prompts_pass_is_the_same() -> None:
+    trunk, cells = bench_speed.models(bench_speed.parse(["--quick"]), CPU, "float32")
+
+    def of(model: LanguageModel, draft: str) -> tuple[int, int]:
+        def work() -> None:
+            decode(model, torch.arange(16), 6, Sampling(0.0), draft=draft)
+
+        found = working_memory(work, model.trunk.body, CPU)
+        return found.whole, found.between
+
+    plain, one, two = of(trunk, "none"), *(of(cells[bench_speed.Cell(rank, 3, 0)], "chain") for rank in (1, 2))
+    assert plain[0] == one[0] == two[0]
+    assert plain[1] < one[1] < two[1]
