@@ -111,11 +111,12 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
     from cpdlm import hub, released
     from cpdlm.data.checkpoints import NAMED
     from cpdlm.data.tokenizer import HubTokenizer
+    from cpdlm.model.pretrained import multiplies_bfloat16
     from cpdlm.training.storage import CONFIG, RunError, load_model, read_config, run_shortlist
 
     tokenizer: Tokenizer
     if released.is_name(folder):
-        model, tokenizer = released.load(str(folder), shortlist)
+        model, tokenizer = released.load(str(folder), shortlist, "" if multiplies_bfloat16() else "float32")
         eos = hub.end_tokens(released.settings(str(folder)), tokenizer)
     elif (folder / CONFIG).is_file():
         model, tokenizer = load_model(folder), hub.run_tokenizer(folder)

@@ -64,14 +64,16 @@ def settings(name: str) -> Config:
     return _read(name)[1]
 
 
-def load(name: str, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer]:
-    """The named model with its released heads, and its tokenizer. shortlist: whether it drafts from the one it has.
+def load(name: str, shortlist: bool = True, dtype: str = "") -> tuple[LanguageModel, Tokenizer]:
+    """The named model with its released heads, and its tokenizer. shortlist: whether it drafts from the one it has. dtype: the
+    precision of the model (default: the one that its heads were trained on).
 
     RunError where no heads are released for it, their file is damaged, or they were trained on other weights; ConfigError
     where the model cannot be had.
     """
     path = FOLDER / f"{name}.safetensors"
     facts, config, tensors = _read(name)
+    config.model.dtype = dtype or config.model.dtype
     if trunk_hash(config) != facts["trunk_sha256"]:
         raise RunError(f"{path}: the heads were trained on other weights of {name} than those that are here")
     ids = tensors.pop(SHORTLIST, None)

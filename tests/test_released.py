@@ -84,6 +84,16 @@ def test_generate_takes_the_name(run: Path) -> None:
     assert out.getvalue() == tokenizer.decode(done.tokens) + "\n" and len(done.tokens) > 1
 
 
+def test_bfloat16_is_widened_where_it_would_be_emulated(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("dtype: float32", "dtype: bfloat16"))
+    released.release(run, "smollm2")
+    assert released.load("smollm2")[0].trunk.embedding.dtype == torch.bfloat16
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("cpdlm.model.pretrained.multiplies_bfloat16", lambda native=native: native)
+        assert generate.load(Path("smollm2"))[0].trunk.embedding.dtype == dtype
+
+
 def written(model: str | Path, *words: str) -> str:
     out = io.StringIO()
     generate.run(generate.parser().parse_args(["--model", str(model), "--max-new-tokens", "12", *words]), out)
