@@ -236,7 +236,7 @@ def test_speed_over_rank_1_of_another_law_is_not_shown() -> None:
     def shown(*contents: dict[str, Any]) -> tuple[dict[tuple[str, int], bool], list[str]]:
         found, notes = results.families(_records(*contents))
         ratios = {
-            cell: record.mode("sampling")["speedup_over_rank1"] is not None  # type: ignore[index]
+            cell: record.mode("sampling")["speedup_over_rank1"] is not None
             for family in found
             for cell, cells in family.cells.items()
             for record in cells.values()

@@ -388,7 +388,7 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
 def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> None:
     content = made(
         8, **PRETRAINED, model__tie_first=True, model__dtype="bfloat16", loss__objective="eq14", loss__shortlist=100
-    )  # type: ignore[arg-type]
+    )
     content["likelihood"]["weights"] |= {"effective": 1.1823, "dead": 7}
     content["likelihood"]["kept_by_depth"] = [{"depth": depth, "mean": 0.6 / depth, "sem": 0.01} for depth in (2, 3, 4)]
 
@@ -413,9 +413,9 @@ def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> N
 def test_curves_and_components_of_a_pretrained_model_are_drawn() -> None:
     """Decoding over training needs two validations; components in use need two components. A line per rank of each law."""
     cells = [
-        *(made(rank, **PRETRAINED, anchor="token") for rank in (1, 8)),  # type: ignore[arg-type]
-        made(1, **PRETRAINED, anchor="token", model__map_hidden=64),  # type: ignore[arg-type]
-        *(made(rank, **PRETRAINED, model__tie_first=True) for rank in (1, 4)),  # type: ignore[arg-type]
+        *(made(rank, **PRETRAINED, anchor="token") for rank in (1, 8)),
+        made(1, **PRETRAINED, anchor="token", model__map_hidden=64),
+        *(made(rank, **PRETRAINED, model__tie_first=True) for rank in (1, 4)),
     ]
 
     def drawn(name: str, contents: list[dict[str, Any]]) -> figures.Drawn | str:
