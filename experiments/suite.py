@@ -327,9 +327,9 @@ class Effort:
         } | self.more  # fmt: skip
 
 
-# On two cores decoding would take longer than training if every prompt were written twice.
+# On two cores decoding would take longer than training otherwise.
 CPU_SCREEN = Effort(30_000, 64, more={"decode.prompts": 8, "decode.repeats": 1})
-CPU_GRID = Effort(150_000, 64, more={"decode.repeats": 1})
+CPU_GRID = Effort(150_000, 64, more={"train.decode_prompts": 4, "decode.repeats": 1})
 _GPU = {"loss.chunk_mib": 256, "train.validation_rows": 16, "train.checkpoint_every": 1000, "evaluate.rows": 32}
 GPU_SCREEN = Effort(30_000, 128, label="screen", more=_GPU | {"train.validate_every": 78, "decode.repeats": 1})
 GPU_GRID = Effort(150_000, 256, more=_GPU | {"train.validate_every": 195})
