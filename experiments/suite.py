@@ -330,6 +330,7 @@ class Effort:
 # On two cores decoding would take longer than training otherwise.
 CPU_SCREEN = Effort(30_000, 64, more={"decode.prompts": 8, "decode.repeats": 1})
 CPU_GRID = Effort(150_000, 64, more={"train.decode_prompts": 4, "decode.repeats": 1})
+CPU_LONG = Effort(600_000, 256, label="long", more=CPU_GRID.more)
 _GPU = {"loss.chunk_mib": 256, "train.validation_rows": 16, "train.checkpoint_every": 1000, "evaluate.rows": 32}
 GPU_SCREEN = Effort(30_000, 128, label="screen", more=_GPU | {"train.validate_every": 78, "decode.repeats": 1})
 GPU_GRID = Effort(150_000, 256, more=_GPU | {"train.validate_every": 195})
@@ -387,7 +388,9 @@ def retrofit_screen() -> list[Cell]:
 
 
 def retrofit() -> list[Cell]:
-    return retrofit_ranks(CPU_GRID)
+    """The grid, and whether four times the training changes what rank is worth."""
+    longer = [retrofitted("code", rank, CPU_LONG, anchor="token", folder="C6-long") for rank in (1, 4)]
+    return [*retrofit_ranks(CPU_GRID), *longer]
 
 
 def retrofit_gpu() -> list[Cell]:
