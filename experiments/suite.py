@@ -328,7 +328,7 @@ class Effort:
 
 
 # On two cores decoding would take longer than training otherwise.
-CPU_SCREEN = Effort(30_000, 64, more={"decode.prompts": 8, "decode.repeats": 1})
+CPU_SCREEN = Effort(30_000, 64, more={"decode.repeats": 1})
 CPU_GRID = Effort(150_000, 64, more={"train.decode_prompts": 4, "decode.repeats": 1})
 CPU_LONG = Effort(600_000, 256, label="long", more=CPU_GRID.more)
 _GPU = {"loss.chunk_mib": 256, "train.validation_rows": 16, "train.checkpoint_every": 1000, "evaluate.rows": 32}
