@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def release(run: Path, name: str) -> Path:
     tensors = load_file(run / WEIGHTS)
     if shortlist is not None:
         tensors[SHORTLIST] = shortlist.to(torch.int32)
-    facts = {"config": to_dict(config), "vocab_size": model.vocab_size, "trunk_sha256": trunk_hash(config)}
+    elsewhere = replace(config, output=Config().output)  # where it was trained is nobody's business
+    facts = {"config": to_dict(elsewhere), "vocab_size": model.vocab_size, "trunk_sha256": trunk_hash(config)}
     with replaced(FOLDER / f"{name}.safetensors") as path:
         save_file(tensors, path, {key: json.dumps(value) for key, value in facts.items()})
     return FOLDER / f"{name}.safetensors"

@@ -48,6 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {
             "rank": 2, "horizon": 3, "anchor": "token", "data.context": 48, "decode.prompt_tokens": 4, "decode.new_tokens": 4,
             "decode.shortlist": 20, "model.trunk": "smollm2", "model.family": "pretrained", "data.tokenizer": "model",
+            "output": str(tmp_path / "elsewhere"),
         }
     )  # fmt: skip
     storage.open_run(folder, config)
@@ -63,6 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_released_heads_write_as_the_run_does(run: Path) -> None:
     path = released.release(run, "smollm2")
     assert path.parent == released.FOLDER and path.stat().st_size < 60_000, "heads alone"
+    assert b"elsewhere" not in path.read_bytes(), "nothing of the folder that it was trained in"
     model, _ = released.load("smollm2")
     assert model.draft_ids is not None and model.draft_ids.tolist() == list(range(3, 23))
     theirs = storage.load_model(run)

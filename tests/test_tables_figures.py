@@ -18,6 +18,8 @@ from made_records import made, suite, wider
 from cpdlm.config import parse
 from cpdlm.report import Report, figures, render, results, tables, verdicts
 from cpdlm.report.__main__ import main
+from cpdlm.report.figures.components import usage
+from cpdlm.report.figures.training import decoding_over_training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -385,11 +387,39 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_rank_looks_the_same_in_every_panel() -> None:
+    """Also where a panel has other ranks than the next; of pretrained models the longest trained come first."""
+    records = []
+    for anchor, ranks, steps in (("none", (1, 4), 50), ("token", (1, 2, 4, 8), 90), ("token", (1,), 20)):
+        for rank in ranks:
+            content = made(rank, **PRETRAINED, model__tie_first=True, anchor=anchor, optim__steps=steps)
+            content["training"]["curve"] = [
+                {"step": step, "train/effective_components": 1.0}
+                | {f"validation/{mode}_tokens_per_pass": 1.5 for mode in ("greedy", "sampling")}
+                for step in (1, 2)
+            ]
+            records.append(results.Record(f"C6/{anchor}-{rank}-{steps}.json", content))
+    families, _ = results.families(records)
+    for draw, most in ((usage, 2), (decoding_over_training, 3)):
+        drawn = draw(families)
+        assert not isinstance(drawn, str)
+        looks: dict[str, set[tuple[object, object]]] = {}
+        for axis in drawn.figure.axes:
+            for line in axis.get_lines():
+                if str(line.get_label()).startswith("rank"):
+                    looks.setdefault(str(line.get_label()), set()).add((line.get_color(), line.get_linestyle()))
+        assert set(looks) >= {"rank 2", "rank 4", "rank 8"} and all(len(each) == 1 for each in looks.values())
+        assert len({look for each in looks.values() for look in each}) == len(looks)
+        titles = [axis.get_title() for axis in drawn.figure.axes[::2]]
+        assert len(titles) == most and "anchored" in titles[0] and "tied" in titles[1]
+
+
 def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> None:
     content = made(
         8, **PRETRAINED, model__tie_first=True, model__dtype="bfloat16", loss__objective="eq14", loss__shortlist=100
     )
     content["likelihood"]["weights"] |= {"effective": 1.1823, "dead": 7}
+    content["training"]["tokens"], content["config"]["loss"]["joint_fraction"] = 8000, 0.125
     content["likelihood"]["kept_by_depth"] = [{"depth": depth, "mean": 0.6 / depth, "sem": 0.01} for depth in (2, 3, 4)]
 
     def row() -> tuple[dict[str, str], str]:
@@ -397,6 +427,7 @@ def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> N
         return dict(zip(table.header, table.rows[0], strict=True)), table.caption
 
     found, caption = row()
+    assert found["positions"] == "1,000"
     assert (
         found["components in use"] == "1.18 of 8, 7 dead" and found["kept by depth"] == "2: 0.300, 3: 0.200, 4: 0.150"
     )

@@ -470,7 +470,7 @@ class Family:
 
 
 def families(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
-    """(families, notes), the largest family first. Different data or settings are never mixed; the notes say what else
+    """(families, notes), the largest family first, of two alike the newer. Different data or settings are never mixed; the notes say what else
     differs within a family (commit, hardware, uncommitted changes), and which duplicates were left out."""
     records = list(records)
     found: dict[str, Family] = {}
@@ -493,7 +493,9 @@ def families(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
     trunks = [record for record in records if record.horizon == 1]
     for family in found.values():
         family.reference = _references(family, trunks)
-    ordered = sorted(found.values(), key=lambda f: (-len(f.records()), json.dumps(f.settings, sort_keys=True)))
+    ordered = sorted(found.values(), key=lambda f: json.dumps(f.settings, sort_keys=True))
+    ordered.sort(key=lambda f: max(str(record["started"]) for record in f.records()), reverse=True)
+    ordered.sort(key=lambda f: -len(f.records()))
     _label(ordered)
     for family in ordered:
         notes += _mixture(family)

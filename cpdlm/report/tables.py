@@ -197,7 +197,7 @@ def retrofit_table(families: list[Family]) -> Table:
             rows.append(
                 (
                     f"{family.settings['corpus']}, {family.size}, n={family.horizon}", _aim(family),
-                    variant, str(rank), str(len(cells)), f"{record['training']['steps']:,}",
+                    variant, str(rank), str(len(cells)), f"{record['training']['steps']:,}", f"{_positions(record):,}",
                     f"{record['parameters']['trained']:,}", f"{record.trained_bytes() / 2**20:.1f}", f"{trained / 60:.1f}",
                     f"{record['training']['peak_memory_bytes'] / 2**30:.1f}", _components(cells), _by_depth(cells, "kept"),
                     *(_by_depth(cells, "accepted", mode) for mode in MODES),
@@ -207,7 +207,7 @@ def retrofit_table(families: list[Family]) -> Table:
                 )
             )  # fmt: skip
     header = (
-        "setting", "trained for", "law", "rank", "seeds", "steps", "trained parameters", "heads (MiB)", "training (min)", "memory (GiB)",
+        "setting", "trained for", "law", "rank", "seeds", "steps", "positions", "trained parameters", "heads (MiB)", "training (min)", "memory (GiB)",
         "components in use", "kept by depth", *(f"accepted by depth, {mode}" for mode in MODES), *(f"tokens per pass, {mode}" for mode in MODES), *(f"speed-up, {mode}" for mode in MODES),
         *(f"over rank 1, {mode}" for mode in MODES),
     )  # fmt: skip
@@ -215,10 +215,15 @@ def retrofit_table(families: list[Family]) -> Table:
     caption += "that a sampled draft of x_{t+k} is kept if all before it are the text's own; 1 minus it is the total variation of target and draft law "
     caption += "(depth 1 is the target itself where it is tied). Accepted by depth: drafts kept in decoding, of those that were reached. "
     caption += "Components in use: effective number on test text (exp of the entropy of the mean weights); dead: below a tenth of an equal "
-    caption += "share. Heads: bytes of all that is trained, as stored. " + _listed_tokens(
-        [r for f in shown for r in f.records()]
+    caption += (
+        "share. Positions: those that trained the window, of all steps. Heads: bytes of all that is trained, as stored. "
+        + _listed_tokens([r for f in shown for r in f.records()])
     )
     return Table("retrofit", _caption(caption, shown, None), header, rows)
+
+
+def _positions(record: Record) -> int:
+    return round(record["training"]["tokens"] * record.config["loss"].get("joint_fraction", LossConfig.joint_fraction))
 
 
 def _aim(family: Family) -> str:

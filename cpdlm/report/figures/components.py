@@ -9,13 +9,13 @@ import numpy as np
 
 from cpdlm.report.figures.style import (
     COMPONENTS,
-    SERIES,
     WIDE,
     Drawn,
     arms,
     grid,
     legend_below,
     lines,
+    looks,
     pairs,
     retrofits,
     widest,
@@ -45,9 +45,10 @@ def usage(families: list[Family]) -> Drawn | str:
     if not shown:
         return "no records of two or more components"
     figure, axes = pairs(len(shown))
+    styles = looks(label for _, _, mixtures in shown for label in mixtures)
     for (left, right), (family, law, mixtures) in zip(axes, shown, strict=True):
         for index, (label, cells) in enumerate(mixtures.items(), start=1):
-            rank, look = next(iter(cells.values())).rank, SERIES[index % len(SERIES)]
+            rank, look = next(iter(cells.values())).rank, styles[label]
             _over_steps(left, cells, name, look, label)
             left.axhline(rank, color=look[0], linewidth=0.6, linestyle=":")
             weights = [sorted(record["likelihood"]["weights"]["mean"], reverse=True) for record in cells.values()]

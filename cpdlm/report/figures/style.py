@@ -7,7 +7,7 @@ hatch as well.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,8 +121,8 @@ def widest(families: Sequence[Family], law: str = "untied") -> list[Family]:
 
 
 def retrofits(families: Sequence[Family]) -> list[tuple[Family, str]]:
-    """(family, law) of the cells on pretrained models, PANELS at most."""
-    theirs = [family for family in families if family.is_pretrained]
+    """(family, law) of the cells on pretrained models, those of the longest training first, PANELS at most."""
+    theirs = sorted((f for f in families if f.is_pretrained), key=lambda family: -family.settings["optim.steps"])
     return [(family, law) for family in theirs for law in LAWS if lines(family, law)][:PANELS]
 
 
@@ -134,6 +134,12 @@ def lines(family: Family, law: str) -> dict[str, Cells]:
         if variant.split(", ")[0] == law
         for rank in family.ranks(variant)
     }
+
+
+def looks(shown: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and dashes by label, the same in every panel and figure for the ranks 1, 2, 4, 8; the others follow."""
+    labels = dict.fromkeys([*(f"rank {rank}" for rank in (1, 2, 4, 8)), *shown])
+    return {label: SERIES[index % len(SERIES)] for index, label in enumerate(labels)}
 
 
 def errors(

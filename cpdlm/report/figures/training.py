@@ -13,7 +13,6 @@ from cpdlm.report.figures.style import (
     BLACK,
     BLUE,
     RED,
-    SERIES,
     SKY,
     WIDE,
     Drawn,
@@ -22,6 +21,7 @@ from cpdlm.report.figures.style import (
     grid,
     legend_below,
     lines,
+    looks,
     pairs,
     rank_axis,
     retrofits,
@@ -48,9 +48,10 @@ def decoding_over_training(families: list[Family]) -> Drawn | str:
     if not shown:
         return "no records with train.decode_prompts above 0 and two validations"
     figure, axes = pairs(len(shown), share_y=True)
+    styles = looks(label for _, _, cells in shown for label in cells)
     for row, (family, law, cells) in zip(axes, shown, strict=True):
         for axis, (mode, name) in zip(row, names.items(), strict=True):
-            _curves(axis, cells, name, _steps)
+            _curves(axis, cells, name, _steps, styles=styles)
             axis.set_xlabel("training steps")
             axis.set_title(f"{wrapped(family)}\n{law}, {mode}" if mode == "greedy" else mode)
         row[0].set_ylabel("tokens per trunk pass")
@@ -218,16 +219,17 @@ def _clock(record: Record) -> list[float]:
 
 
 def _curves(
-    axis: Axes, shown: dict[str, Cells], name: str, x: Callable[[Record], list[float]], color: str = ""
-) -> list[float]:
+    axis: Axes, shown: dict[str, Cells], name: str, x: Callable[[Record], list[float]], color: str = "",
+    styles: dict[str, tuple[str, str, str]] | None = None,
+) -> list[float]:  # fmt: skip
     """A line per label, the mean over seeds, with a band where there are several; returns where each ends. color: of
-    another training than the others'."""
-    ends = []
-    for index, (label, cells) in enumerate(shown.items()):
+    another training than the others'. styles: of labels, where several panels have them."""
+    ends, styles = [], styles or looks(shown)
+    for label, cells in shown.items():
         records = [record for _, record in sorted(cells.items()) if len(_points(record, name)[0])]
         if not records:
             continue
-        own, marker, style = SERIES[index % len(SERIES)]
+        own, marker, style = styles[label]
         shade = color or own
         points = [_points(record, name, x(record)) for record in records]
         length = min(len(values) for _, values in points)
