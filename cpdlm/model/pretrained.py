@@ -108,13 +108,13 @@ def _number(text: Any, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-@torch.inference_mode()
 def multiplies_bfloat16() -> bool:
     """Whether this machine has instructions for it: a GPU, or a processor that oneDNN has kernels for. Elsewhere it is emulated,
     a pass over four tokens takes four times as long as one over one, and float32 is faster."""
     return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@torch.inference_mode()
 def _probe(model: LanguageModel, whole: PreTrainedModel, label: str) -> None:
     """Raise ConfigError unless the model is what decoding relies on.
 
