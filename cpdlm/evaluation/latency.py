@@ -5,7 +5,8 @@ the same weights, and the order of the contenders rotates from repeat to repeat,
 falls on all alike. Ratios are taken within a repeat; reported are their median and a
 bootstrap interval over prompts and repeats.
 Tokens are counted from the ids, passes by a hook on the trunk. All run for the same number of tokens (no end-of-sequence
-stop), with the same seed per (prompt, repeat). The time split comes from a separate repeat with synchronising timers.
+stop), with the same seed per (prompt, repeat). The time split comes from a separate repeat over a few prompts, with
+synchronising timers.
 
 Letters: P prompts, K repeats, S resamples, T position, D width.
 """
@@ -32,6 +33,7 @@ from cpdlm.model.language_model import LanguageModel
 
 REFERENCE = "(next-token model)"  # no run is called so
 PARTS = ("prefill", "draft", "trunk", "verify", "other")
+SPLIT_PROMPTS = 4  # of which the time split is taken: shares of a decoding do not need them all
 Generate = Callable[[Tensor, int, Sampling, int], list[int]]
 
 
@@ -226,7 +228,7 @@ def _mode(
         "conversion_limit": one / window,
         "t1_ms": one,
         "tn_ms": window,
-        "seconds_by_part": seconds_by_part(model, prompts_PT, new_tokens, sampling, seed, draft, nodes),
+        "seconds_by_part": seconds_by_part(model, prompts_PT[:SPLIT_PROMPTS], new_tokens, sampling, seed, draft, nodes),
         "repeat_seconds": {
             "plain": [sum(repeat) for repeat in plain.seconds],
             "speculative": [sum(repeat) for repeat in speculative.seconds],
@@ -253,7 +255,8 @@ def seconds_by_part(
 ) -> dict[str, float]:  # fmt: skip
     """Seconds of one repeat over all prompts, by part. Timers synchronise, so that the sum may exceed an untimed run.
 
-    trunk: hidden states. verify: the target's law (output layer; eq. 11 where that is the target) and the acceptance test.
+    trunk: hidden states. verify: the target's law (output layer; eq. 11 where that is the target) and the acceptance test. On
+    CUDA these are the parts of passes launched kernel by kernel, not of captured ones.
     """
     total = dict.fromkeys(PARTS, 0.0)
     for index, prompt_T in enumerate(prompts_PT):
