@@ -23,6 +23,15 @@ def test_attention_is_counted_on_the_cpu() -> None:
     assert count.total >= 6 * products
 
 
+def test_a_product_summed_in_another_type_is_counted() -> None:
+    """As the joint loss does on a GPU; shapes alone suffice."""
+    left, right = (torch.empty(*size, dtype=torch.bfloat16, device="meta") for size in ((5, 7), (7, 3)))
+    total = torch.empty(5, 3, device="meta")
+    with FlopCount() as count:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    assert count.total == 2 * 5 * 7 * 3
+
+
 def test_the_rate_is_that_of_a_matrix_product_and_leaves_the_generator_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()

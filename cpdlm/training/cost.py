@@ -33,7 +33,9 @@ class FlopCount(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=made)
+            # A product that is summed in another type has that type among its arguments; the formulas do not know of it.
+            operands = (each for each in args if not isinstance(each, torch.dtype))
+            self.total += formula(*operands, **(kwargs or {}), out_val=made)
         return made
 
 
