@@ -297,17 +297,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on one GPU: the 56.3M-parameter layout on an 8192-token vocabulary.
     "gpu-trunk": {
         "size": "56m", "data.tokenizer": "bpe:8192", "data.context": 512, "data.batch_rows": 64,
-        "train.precision": "bf16-mixed", "optim.steps": 1500, "optim.warmup": 150, "optim.lr": 1e-3,
+        "train.precision": "bf16-mixed", "loss.chunk_mib": 512, "optim.steps": 1500, "optim.warmup": 150, "optim.lr": 1e-3,
         "evaluate.rows": 400,
     },
     "gpu-heads": {
         "size": "56m", "data.tokenizer": "bpe:8192", "data.context": 512, "data.batch_rows": 64,
-        "train.precision": "bf16-mixed", "optim.steps": 500, "optim.warmup": 50, "optim.lr": 1e-3,
+        "train.precision": "bf16-mixed", "loss.chunk_mib": 512, "optim.steps": 500, "optim.warmup": 50, "optim.lr": 1e-3,
         "loss.joint_fraction": 0.25,
     },
     "gpu-scratch": {
         "size": "base", "data.tokenizer": "bpe:8192", "data.context": 512, "data.batch_rows": 64,
-        "train.precision": "bf16-mixed", "optim.steps": 500, "optim.warmup": 50, "optim.lr": 1e-3,
+        "train.precision": "bf16-mixed", "loss.chunk_mib": 512, "optim.steps": 500, "optim.warmup": 50, "optim.lr": 1e-3,
         "loss.joint_fraction": 0.25,
     },
     # Heads for a model that exists already (model=NAME): 96k positions of text, tied to its own next-token head.
