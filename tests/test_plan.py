@@ -22,7 +22,7 @@ VOCAB = 96
     [
         (["preset=paper"], 56.3e6, 16 * 8192 * 576),
         (["preset=pycodegpt"], 110e6, 16 * 768**2),
-        (["preset=llama8b", "devices=8"], 8.03e9 - 128256 * 4096, 24 * 4096**2),
+        (["preset=llama8b", "devices=8"], 8.03e9 - 128256 * 4096, 32 * 4096**2),
         (["preset=fineweb1b", "devices=8"], 1.04e9, 32 * 2048**2),
     ],
 )
