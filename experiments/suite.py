@@ -388,9 +388,10 @@ def retrofit_screen() -> list[Cell]:
 
 
 def retrofit() -> list[Cell]:
-    """The grid, and whether four times the training changes what rank is worth."""
+    """The grid; whether four times the training changes what rank is worth; text that the model wrote itself."""
     longer = [retrofitted("code", rank, CPU_LONG, anchor="token", folder="C6-long") for rank in (1, 4)]
-    return [*retrofit_ranks(CPU_GRID), *longer]
+    own = retrofitted("code", 1, CPU_GRID, anchor="token", folder="C6-greedy", data__text="greedy")
+    return [*retrofit_ranks(CPU_GRID), *longer, own]
 
 
 def retrofit_gpu() -> list[Cell]:
