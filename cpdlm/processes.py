@@ -1,4 +1,4 @@
-"""Which process of a distributed run this is: read from the environment that its launcher made, without torch.
+"""Which process of a distributed run this is: read from the environment that its launcher made, without torch; and how it ends.
 
 torchrun says RANK, SLURM's srun SLURM_PROCID, Lightning's own launcher NODE_RANK and LOCAL_RANK. A process that nobody
 launched is the first of one.
@@ -35,3 +35,12 @@ def is_torchrun() -> bool:
 def is_srun() -> bool:
     """As Lightning has it: an interactive SLURM shell does not count. torchrun may run inside of srun, and comes first."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def leave() -> None:
+    """Take down the process group where there is one, at the end of a run that went well. A process that ends with one is now and
+    then aborted by its threads ("terminate called without an active exception"), after all of its work is done."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -94,7 +94,7 @@ def _launch(config: configuration.Config, arguments: list[str]) -> int:
 def _run(config: configuration.Config, command: str, stage: str) -> int:
     # Slow imports come after the checks above.
     from cpdlm.files import WriteError
-    from cpdlm.processes import is_first_process
+    from cpdlm.processes import is_first_process, leave
     from cpdlm.report.results import RecordError
     from cpdlm.training.fit import Interrupted, ProcessLost
     from cpdlm.training.module import NonFiniteLoss
@@ -105,8 +105,11 @@ def _run(config: configuration.Config, command: str, stage: str) -> int:
     try:
         if is_first_process():  # holds the folder for all
             with exclusive(folder):
-                return cell.run(config, command, stage)
-        return cell.run(config, command, stage)
+                code = cell.run(config, command, stage)
+        else:
+            code = cell.run(config, command, stage)
+        leave()
+        return code
     except (configuration.ConfigError, RunError, RecordError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
