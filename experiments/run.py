@@ -108,7 +108,8 @@ def _run(config: configuration.Config, command: str, stage: str) -> int:
                 code = cell.run(config, command, stage)
         else:
             code = cell.run(config, command, stage)
-        leave()
+        if config.nodes * config.devices > 1:
+            leave(code)
         return code
     except (configuration.ConfigError, RunError, RecordError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
