@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpdlm.report.figures import Shown, one
-from cpdlm.report.figures.style import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY
+from cpdlm.report.figures.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, grid
 from cpdlm.report.results import machine_text
 from cpdlm.report.tables import Made, Table, title_of
 
@@ -284,31 +284,32 @@ _COLOURS = (BLACK, BLUE, SKY, GREEN, ORANGE, RED, PURPLE, "0.5", "0.7")
 
 def overhead(record: Benchmark) -> Figure:
     """Measured overhead against the bound by FLOPs, both in steps of the next-token model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     cells = [cell for cell in record["cells"] if cell.get("bound")]
-    recipes = list(dict.fromkeys(cell["recipe"] for cell in cells))
-    sizes = list(dict.fromkeys(cell["size"] for cell in cells))
-    figure = Figure(figsize=(COLUMN, 2.6 + 0.1 * len(recipes)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for recipe, colour in zip(recipes, _COLOURS, strict=False):
-        for size, marker in zip(sizes, "os^Dv", strict=False):
-            found = [cell for cell in cells if (cell["recipe"], cell["size"]) == (recipe, size)]
-            x, y = [1 + cell["bound"] for cell in found], [1 + cell["overhead"]["median"] for cell in found]
-            bars = [
-                [cell["overhead"]["median"] - cell["overhead"]["low"] for cell in found],
-                [cell["overhead"]["high"] - cell["overhead"]["median"] for cell in found],
-            ]
-            axis.errorbar(
-                x, y, bars, linestyle="none", color=colour, marker=marker, elinewidth=0.5, label=f"{recipe}, {size}"
-            )
+    colours = dict(zip(dict.fromkeys(cell["recipe"] for cell in cells), _COLOURS, strict=False))
+    markers = dict(zip(dict.fromkeys(cell["size"] for cell in cells), "os^Dv", strict=False))
+    figure, axes = grid(1, 1, height=3.6)
+    axis = axes[0, 0]
+    for cell in cells:
+        measured = cell["overhead"]
+        bars = [[measured["median"] - measured["low"]], [measured["high"] - measured["median"]]]
+        axis.errorbar(
+            1 + cell["bound"], 1 + measured["median"], bars, linestyle="none", color=colours[cell["recipe"]],
+            marker=markers[cell["size"]], elinewidth=0.5,
+        )  # fmt: skip
     ends = [min(axis.get_xlim()[0], axis.get_ylim()[0], 1), max(axis.get_xlim()[1], axis.get_ylim()[1])]
-    axis.plot(ends, ends, color="0.75", linewidth=0.6, zorder=0)
+    ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if ends[0] / 1.5 < tick < ends[1] * 1.5]
+    axis.plot([ticks[0], ticks[-1]], [ticks[0], ticks[-1]], color="0.75", linewidth=0.6, zorder=0)
+    for scale, show in ((axis.set_xscale, axis.set_xticks), (axis.set_yscale, axis.set_yticks)):
+        scale("log", base=2)
+        show(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_xlabel("step by FLOPs / next-token step")
     axis.set_ylabel("step measured / next-token step")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=1)
+    handles = [Line2D([], [], linestyle="none", marker="o", color=colour) for colour in colours.values()]
+    handles += [Line2D([], [], linestyle="none", marker=marker, color="0.4") for marker in markers.values()]
+    names = [*colours, *(f"size {size}" for size in markers)]
+    figure.legend(handles, names, loc="outside lower center", ncols=2, handlelength=1)
     return figure
 
 
