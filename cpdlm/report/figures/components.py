@@ -70,7 +70,8 @@ def usage(families: list[Family]) -> Drawn | str:
     return Drawn(
         figure,
         "Left: effective number of components (exp of the entropy of the batch-mean weights) over training; dotted: all equally used. "
-        "Right: mean weight of each component on test text, the largest first, over 1 / rank. Mean and 95% t interval over seeds.",
+        "Right: mean weight of each component on test text, the largest first, over 1 / rank. Mean and 95% t interval over seeds (left: where "
+        "there are three or more).",
         [record for _, _, mixtures in shown for cells in mixtures.values() for record in cells.values()],
     )
 
@@ -215,7 +216,7 @@ def _over_steps(axis: Axes, cells: Cells, name: str, look: tuple[str, str, str],
     steps = [step for step, _ in curves[0][:length]]
     values: list[Interval] = [estimate([Sample(mean=curve[k][1]) for curve in curves]) for k in range(length)]
     axis.plot(steps, [v.mean for v in values], color=look[0], linestyle=look[2], label=label)
-    if len(curves) > 1:
+    if len(curves) > 2:
         axis.fill_between(
             steps, [v.low for v in values], [v.high for v in values], color=look[0], alpha=0.15, linewidth=0
         )

@@ -59,7 +59,7 @@ def decoding_over_training(families: list[Family]) -> Drawn | str:
     return Drawn(
         figure,
         "Tokens per trunk pass on a few validation prompts while training goes on; on a pretrained model, cells validated at least twice. "
-        "Band: 95% t interval over seeds, where there are several.",
+        "Band: 95% t interval over seeds, where there are three or more.",
         [record for _, _, cells in shown for by_seed in cells.values() for record in by_seed.values()],
     )
 
@@ -94,7 +94,7 @@ def equal_time(families: list[Family]) -> Drawn | str:
         figure,
         "Validation joint NLL against steps, and against the time spent in them; untied heads. A point is a validation, one every "
         f"{' or '.join(map(str, every))} steps: a short training has two, the second at its end or before it. Dotted: the cheapest rank's last point; at "
-        "equal wall-clock the others are read there (or rank 1 further on, where it was also trained for longer). Band: 95% t interval over seeds, where there are several."
+        "equal wall-clock the others are read there (or rank 1 further on, where it was also trained for longer). Band: 95% t interval over seeds, where there are three or more."
         + (" Records without a clock have their steps spread evenly over their time." if guessed else ""),
         records,
     )
@@ -222,8 +222,8 @@ def _curves(
     axis: Axes, shown: dict[str, Cells], name: str, x: Callable[[Record], list[float]], color: str = "",
     styles: dict[str, tuple[str, str, str]] | None = None,
 ) -> list[float]:  # fmt: skip
-    """A line per label, the mean over seeds, with a band where there are several; returns where each ends. color: of
-    another training than the others'. styles: of labels, where several panels have them."""
+    """A line per label, the mean over seeds, with a band where there are three or more (of two it would hide all else); returns
+    where each ends. color: of another training than the others'. styles: of labels, where several panels have them."""
     ends, styles = [], styles or looks(shown)
     for label, cells in shown.items():
         records = [record for _, record in sorted(cells.items()) if len(_points(record, name)[0])]
@@ -237,7 +237,7 @@ def _curves(
         values = [estimate([Sample(mean=each[k]) for _, each in points]) for k in range(length)]
         axis.plot(places, [v.mean for v in values], color=shade, marker=marker, linestyle=style, label=label)
         ends.append(float(places[-1]))
-        if len(points) > 1:
+        if len(points) > 2:
             axis.fill_between(
                 places, [v.low for v in values], [v.high for v in values], color=shade, alpha=0.15, linewidth=0
             )
