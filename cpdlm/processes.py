@@ -43,8 +43,8 @@ def is_srun() -> bool:
 def leave(code: int) -> NoReturn:
     """End a process of a run of several, whose work is done, without taking its interpreter down piece by piece.
 
-    Threads of torch's process groups now and then abort it there ("terminate called without an active exception", one run in
-    eight with FSDP2 on gloo, torch 2.13, destroy_process_group or not), and the whole run then reports a lost process.
+    Threads of torch's process groups now and then abort it there ("terminate called without an active exception", 4 of 17
+    runs with FSDP2 on gloo, torch 2.13, destroy_process_group or not), and the whole run then reports a lost process.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
