@@ -19,6 +19,7 @@ from cpdlm.config import parse
 from cpdlm.report import Report, figures, render, results, tables, verdicts
 from cpdlm.report.__main__ import main
 from cpdlm.report.figures.components import usage
+from cpdlm.report.figures.style import retrofits
 from cpdlm.report.figures.training import decoding_over_training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -412,6 +413,19 @@ def test_a_rank_looks_the_same_in_every_panel() -> None:
         assert len({look for each in looks.values() for look in each}) == len(looks)
         titles = [axis.get_title() for axis in drawn.figure.axes[::2]]
         assert len(titles) == most and "anchored" in titles[0] and "tied" in titles[1]
+
+
+def test_the_retrofits_of_most_ranks_are_shown_first() -> None:
+    """A variant of a rank is no rank more; of as many the longest trained."""
+    records = [
+        results.Record(f"C6/{steps}-{rank}-{hidden}.json", made(
+            rank, **PRETRAINED, model__tie_first=True, anchor="token", optim__steps=steps, model__map_hidden=hidden
+        ))
+        for steps, dials in ((30, [(1, 0), (2, 0), (4, 0)]), (50, [(1, 0), (2, 0), (4, 0)]), (70, [(1, 0), (1, 64), (4, 0)]))
+        for rank, hidden in dials
+    ]  # fmt: skip
+    shown = retrofits(results.families(records)[0])
+    assert [family.settings["optim.steps"] for family, _ in shown] == [50, 30, 70]
 
 
 def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> None:

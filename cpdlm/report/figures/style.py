@@ -121,9 +121,10 @@ def widest(families: Sequence[Family], law: str = "untied") -> list[Family]:
 
 
 def retrofits(families: Sequence[Family]) -> list[tuple[Family, str]]:
-    """(family, law) of the cells on pretrained models, those of the longest training first, PANELS at most."""
+    """(family, law) of the cells on pretrained models, those of most ranks first, of these the longest trained, PANELS at most."""
     theirs = sorted((f for f in families if f.is_pretrained), key=lambda family: -family.settings["optim.steps"])
-    return [(family, law) for family in theirs for law in LAWS if lines(family, law)][:PANELS]
+    found = [(family, law) for family in theirs for law in LAWS if lines(family, law)]
+    return sorted(found, key=lambda each: -len({label.split(",")[0] for label in lines(*each)}))[:PANELS]
 
 
 def lines(family: Family, law: str) -> dict[str, Cells]:
