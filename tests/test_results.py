@@ -186,7 +186,7 @@ def test_mixed_commits_hardware_and_duplicates_are_said() -> None:
     assert "2 of 2 records come from uncommitted changes" in text
     _, notes = results.families(_records(made(1), made(8, origin=origin)))
     assert "records of 2 commits (0123456789, fedcba9876) are compared" in "\n".join(notes)
-    assert "records of 2 kinds of hardware are compared" in "\n".join(notes)
+    assert "records trained on 2 kinds of hardware are compared" in "\n".join(notes)
 
 
 def test_references_are_of_equal_training_or_the_common_target() -> None:

@@ -45,6 +45,12 @@ def test_claims_are_complete_and_in_order() -> None:
         ("C1", {"slope": -0.05}, "fails", "goes the other way"),
         ("C1", {"slope": 0.0, "noise": 0.0001}, "fails", "no difference larger than 0.01"),
         ("C1", {"slope": 0.0, "noise": 0.05}, "not measurable here", "undecided"),
+        (
+            "C1",
+            {"slope": 0.002, "noise": 0.0001},
+            "fails",
+            "no difference larger than 0.01",
+        ),  # surely down, by next to nothing
         ("C2", {"first": 0.0}, "holds", ""),
         ("C2", {"first": 0.05}, "fails", "rank 2, 4, 8 differs from rank 1 by more than 0.02 nats"),
         ("C2", {"first": 0.0, "noise": 0.05}, "not measurable here", "undecided"),
@@ -86,10 +92,25 @@ def test_without_rank_8_there_is_no_verdict() -> None:
 
 def test_without_records_every_claim_is_still_in_the_table() -> None:
     found = verdicts.judge([])
-    assert [verdict.claim.id for verdict in found] == ["C1", "C2", "C3", "C4", "C4", "C5", "C6", "C7", "C8", "C8"]
+    assert [verdict.claim.id for verdict in found] == [
+        "C1",
+        "C1",
+        "C2",
+        "C2",
+        "C3",
+        "C3",
+        "C4",
+        "C4",
+        "C5",
+        "C6",
+        "C7",
+        "C8",
+        "C8",
+    ]
     assert {verdict.word for verdict in found} == {"not measured here"}
     gpu = [verdict for verdict in found if verdict.setting == "one GPU"]
-    assert [verdict.claim.id for verdict in gpu] == ["C4", "C8"] and all("profile=gpu" in v.reason for v in gpu)
+    assert [verdict.claim.id for verdict in gpu] == ["C1", "C2", "C3", "C4", "C8"]
+    assert all(f"claim={v.claim.id} profile=gpu" in v.reason for v in gpu)
 
 
 def test_a_record_of_a_gpu_takes_the_place_of_the_line_that_asks_for_one() -> None:
@@ -98,7 +119,7 @@ def test_a_record_of_a_gpu_takes_the_place_of_the_line_that_asks_for_one() -> No
     contents = [made(rank, 0, **COMMON, origin=origin) for rank in (1, 8)]
     families, _ = results.families(results.Record(content["name"], content) for content in contents)
     found = [verdict for verdict in verdicts.judge(families) if verdict.setting == "one GPU"]
-    assert [verdict.claim.id for verdict in found] == ["C8"]
+    assert [verdict.claim.id for verdict in found] == ["C1", "C2", "C8"]  # of another target, and timing cells
 
 
 def test_a_rise_between_ranks_fails_c1_even_if_rank_8_is_lowest() -> None:
@@ -159,6 +180,12 @@ def test_cells_on_two_sets_of_weights_of_a_trunk_are_not_paired() -> None:
 # --- equal wall-clock, balance, sizes and lengths, overhead ----------------------------------------------------------
 
 
+def test_c2_needs_every_rank_beside_rank_1() -> None:
+    contents = [made(rank, seed, first=0.0) for rank, seed in ((1, 0), (2, 1), (8, 0))]
+    (verdict,) = judged("C2", *contents)
+    assert (verdict.word, verdict.reason) == ("not measurable here", "rank 2 shares no seed with rank 1")
+
+
 def equal_time(longer: float, **laws: Any) -> list[verdicts.Verdict]:
     """Ranks 1 and 8 at 500 steps; rank 1 again, with `longer` times the training time of rank 8, its loss by `laws`."""
     short = [made(rank, seed, slope=0.1) for rank in (1, 8) for seed in range(3)]
@@ -181,7 +208,15 @@ def test_equal_wall_clock_has_a_row_of_its_own() -> None:
 
 
 def test_a_cell_of_another_wall_clock_is_not_taken_for_equal() -> None:
-    assert len(equal_time(0.5)) == len(equal_time(2.0)) == 1
+    assert len(equal_time(0.95)) == len(equal_time(2.0)) == 1
+
+
+def test_times_of_different_machines_are_not_taken_for_equal() -> None:
+    origin = copy.deepcopy(ORIGIN)
+    origin["hardware"]["processor"] = "Another CPU"
+    verdict = equal_time(1.0, origin=origin)[1]
+    assert (verdict.word, verdict.numbers) == ("not measurable here", [])
+    assert "trained on 2 kinds of hardware" in verdict.reason
 
 
 def balanced(gains: dict[str, float], seeds: int = 3, spread: float = 0.001) -> verdicts.Verdict:
@@ -198,6 +233,7 @@ def balanced(gains: dict[str, float], seeds: int = 3, spread: float = 0.001) -> 
     [
         ({"switch": 0.05, "kl": -0.05}, 0.001, "holds", ""),
         ({"switch": -0.05, "kl": 0.0}, 0.001, "fails", "no balance lowers it"),
+        ({"switch": -0.05, "kl": 0.005}, 0.0001, "fails", "no balance lowers it"),  # surely, by next to nothing
         ({"switch": 0.0, "kl": 0.0}, 0.05, "not measurable here", "undecided"),
     ],
 )

@@ -18,7 +18,7 @@ from pathlib import Path
 from cpdlm.files import write_bytes
 from cpdlm.report.figures import ADDING, Shown, command
 from cpdlm.report.figures.style import COLUMN, DPI
-from cpdlm.report.results import Family, Record, hardware_text
+from cpdlm.report.results import Family, Record, decoding_hardware, training_hardware
 from cpdlm.report.tables import TABLES, Made, braces, described, title_of
 from cpdlm.report.verdicts import FAILS, HOLDS, Verdict
 
@@ -211,7 +211,7 @@ def _row(record: Record) -> dict[str, str]:
     dirty = " + changes" if record["dirty"] else ""
     return row | {
         "step (ms)": f"{training['step_ms_median']:.1f}", "memory (GiB)": f"{training['peak_memory_bytes'] / 2**30:.2f}",
-        "commit": f"{record['commit'][:10]}{dirty}", "hardware": hardware_text(record), "command": str(record["command"]),
+        "commit": f"{record['commit'][:10]}{dirty}", "trained on": training_hardware(record), "decoded on": decoding_hardware(record), "command": str(record["command"]),
     }  # fmt: skip
 
 

@@ -613,11 +613,12 @@ def _mixture(family: Family) -> list[str]:
     ]
     if dirty:
         notes.append(f"{family.label}: {len(dirty)} of {len(records)} records come from uncommitted changes")
-    machines = sorted({hardware_text(record) for record in records})
-    if len(machines) > 1:
-        notes.append(
-            f"{family.label}: records of {len(machines)} kinds of hardware are compared: {'; '.join(machines)}"
-        )
+    for what, machine in (("decoded", decoding_hardware), ("trained", training_hardware)):
+        machines = sorted({machine(record) for record in records})
+        if len(machines) > 1:
+            notes.append(
+                f"{family.label}: records {what} on {len(machines)} kinds of hardware are compared: {'; '.join(machines)}"
+            )
     trunks = {record.config["model"]["trunk"] for record in records}
     seeds = {record.seed for record in records}
     if family.target == "common" and len(seeds) > len(trunks):
@@ -644,17 +645,26 @@ def _targets(ordered: list[Family]) -> list[str]:
     ]
 
 
-def hardware_text(record: Record) -> str:
-    """One line naming the hardware of a record: that of the decoding, which is timed, where it says its own."""
-    hardware: dict[str, Any] = (record["decoding"] or {}).get("origin", record.content)["hardware"]
-    return machine_text(hardware)
+def training_hardware(record: Record) -> str:
+    """One line naming what a record was trained and evaluated on."""
+    return machine_text(record["hardware"])
+
+
+def decoding_hardware(record: Record) -> str:
+    """One line naming what a record was decoded on, alone: often with more threads than it was trained with."""
+    return machine_text((record["decoding"] or {}).get("origin", record.content)["hardware"])
 
 
 def machine_text(hardware: dict[str, Any]) -> str:
     """One line on `hardware` of a record."""
     gpu = "" if hardware["accelerator"] == "none" else f"{hardware['accelerator']}, "
-    threads = f", {hardware['threads']} threads" if hardware["threads"] else ""
-    return f"{gpu}{hardware['processor']}, {hardware['cores']} cores{threads}"
+    threads = f", {counted(hardware['threads'], 'thread')}" if hardware["threads"] else ""
+    return f"{gpu}{hardware['processor']}, {counted(hardware['cores'], 'core')}{threads}"
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 seed", "3 seeds"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def summary_table(record: Record) -> str:

@@ -16,18 +16,23 @@ from pathlib import Path
 from cpdlm.config import LossConfig
 from cpdlm.files import write_bytes
 from cpdlm.report.results import (
+    LAWS,
     MODES,
     Cells,
     Family,
     Record,
     RecordError,
-    hardware_text,
+    counted,
+    decoding_hardware,
+    training_hardware,
     trunk_records,
 )
-from cpdlm.report.statistics import Interval, difference, over_seeds
+from cpdlm.report.statistics import Interval, difference, over_seeds, shared_seeds
 from cpdlm.report.verdicts import Verdict, seeds_text
 
 Pattern = tuple[tuple[str, ...], ...]  # of each part of a path, the values that it takes
+
+_NARROW = 6  # columns of a table that LaTeX need not shrink
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 
@@ -47,19 +52,20 @@ class Table:
         return "\n".join(f"| {line} |" for line in lines) + f"\n\n{self.caption}\n"
 
     def latex(self) -> str:
-        """A booktabs table; long text wraps in the claims table."""
+        """A booktabs table, shrunk to the page where it is wide (graphicx); long text wraps in the claims table."""
         columns = (
             "p{0.06\\linewidth}" + "p{0.17\\linewidth}" * (len(self.header) - 1)
             if self.name == "claims"
             else "l" * len(self.header)
         )
+        fit = len(self.header) > _NARROW and self.name != "claims"
         body = [" & ".join(map(_escaped, row)) + r" \\" for row in self.rows]
         head = " & ".join(map(_escaped, self.header)) + r" \\"
         return "\n".join(
             [
                 r"\begin{table}[t]", r"\centering\footnotesize", rf"\caption{{{_escaped(self.caption)}}}",
-                rf"\label{{tab:{self.name}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body,
-                r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+                rf"\label{{tab:{self.name}}}", *[r"\resizebox{\linewidth}{!}{%"] * fit, rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+                head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}" + "}" * fit, r"\end{table}", "",
             ]
         )  # fmt: skip
 
@@ -162,6 +168,34 @@ def cells_table(families: list[Family]) -> Table:
     """The paper's law: untied cells."""
     rows = [_row(f, "untied", rank, None) for f in families for rank in f.ranks()]
     return Table("cells", _caption("Untied cells (the paper's law).", families, ("untied",)), _COLUMNS, rows)
+
+
+def paired_table(families: list[Family]) -> Table:
+    """Every rank against rank 1 of its law, paired: mean, interval and spread."""
+    quantities = (
+        ("joint_nll", "sampling", "joint NLL (nats)", 3), ("first_token_nll", "sampling", "first-token NLL (nats)", 3),
+        *(("tokens_per_pass", mode, f"tokens per pass, {mode}", 3) for mode in MODES),
+    )  # fmt: skip
+    rows, shown = [], [family for family in families if not family.is_timing]
+    for family, law in itertools.product(shown, LAWS):
+        one = family.cells.get((law, 1))
+        for rank in [rank for rank in family.ranks(law) if rank > 1] if one else []:
+            cells = family.cells[law, rank]
+            gaps = [difference(cells, one, quantity, mode) for quantity, mode, *_ in quantities] if one else []
+            speeds = [over_seeds(cells, "speedup_over_rank1", mode) for mode in MODES]
+            if any(gap is not None for gap in gaps):
+                values = [*(_spread(gap, 3, sign=True) for gap in gaps), *(_spread(speed, 2) for speed in speeds)]
+                rows.append((family.label, law, str(rank), str(len(shared_seeds(cells, one or {}))), *values))
+    header = (
+        "setting", "law", "rank", "seeds", *(f"{name}, minus rank 1" for _, _, name, _ in quantities),
+        *(f"speed over rank 1, {mode}" for mode in MODES),
+    )  # fmt: skip
+    caption = (
+        "Every rank against rank 1 of the same law, target and seed, on the same test rows or prompts: mean over seeds, 95% interval "
+        "(bootstrap over rows or prompts and t over seeds), +- standard deviation over seeds where there are several. "
+        + described([r for f in shown for law in LAWS if (law, 1) in f.cells for r in f.records(law)])
+    )
+    return Table("paired", caption, header, rows)
 
 
 def beyond_table(families: list[Family]) -> Table:
@@ -269,7 +303,7 @@ def _listed_tokens(records: list[Record]) -> str:
         )
     if len(new) < len(listed):
         text += (
-            f"{' ' * bool(new)}{_plural(len(listed) - len(new), 'record')} of an older version: kept shares and joint NLL of the law over the whole "
+            f"{' ' * bool(new)}{counted(len(listed) - len(new), 'record')} of an older version: kept shares and joint NLL of the law over the whole "
             "vocabulary, where training and drafts had a shortlist."
         )
     return text
@@ -386,14 +420,14 @@ def cost_table(families: list[Family]) -> Table:
         "Training cost, means over seeds (+- their standard deviation). Step: median; memory: of the process (of the GPU, where there "
         "is one). FLOPs: matrix products and attention, forward and backward, counted on the first step, 2 per multiply-add; achieved: those done per second "
         "over the rate of a large square matrix product on the same device, threads and precision. -: the record is older than the count. "
-        f"{described([record for family in families for record in family.records()])}"
+        f"{described([record for family in families for record in family.records()], decoded=False)}"
     )
     return Table("cost", caption, header, rows)
 
 
 # In the order of the report, after the claims.
 TABLES = (
-    cells_table, beyond_table, retrofit_table, equal_training_table, baselines_table, cost_table, trunks_table,
+    cells_table, paired_table, beyond_table, retrofit_table, equal_training_table, baselines_table, cost_table, trunks_table,
 )  # fmt: skip
 
 
@@ -438,21 +472,24 @@ def update_readme(path: Path, families: list[Family], verdicts: list[Verdict], n
     return True
 
 
-def described(records: Sequence[Record]) -> str:
-    """Sizes, seeds, steps, sequence length and hardware of some records, in one paragraph."""
+def described(records: Sequence[Record], decoded: bool = True) -> str:
+    """Sizes, seeds, steps, sequence length and hardware of some records, in one paragraph. decoded: what they wrote counts, too."""
     if not records:
         return "No records."
     sizes = sorted({f"{r.size} ({r['parameters']['trunk'] / 1e6:.1f}M trunk parameters)" for r in records})
     steps = _listed({r["training"]["steps"] for r in records})
     lengths = _listed({r.config["data"]["context"] for r in records})
-    hardware = sorted({hardware_text(r) for r in records})
-    text = f"{_plural(len(records), 'record')}; {', '.join(sizes)}; {seeds_text(list(records))}; {steps} steps; "
+    text = f"{counted(len(records), 'record')}; {', '.join(sizes)}; {seeds_text(list(records))}; {steps} steps; "
     text += f"rows of {lengths} tokens"
-    decoded = [mode for r in records for name in MODES if (mode := r.mode(name))]
-    if decoded:
-        spans = _listed({mode["new_tokens"] for mode in decoded})
-        text += f"; {_listed({mode['prompts'] for mode in decoded})} prompts, {spans} new tokens each, batch 1"
-    return f"{text}; {'; '.join(hardware)}."
+    trained = "; ".join(sorted({training_hardware(r) for r in records}))
+    wrote = [(r, mode) for r in records for name in MODES if decoded and (mode := r.mode(name))]
+    if not wrote:
+        return f"{text}; trained on {trained}."
+    prompts, spans = (_listed({mode[key] for _, mode in wrote}) for key in ("prompts", "new_tokens"))
+    given = _listed({r.config["decode"]["prompt_tokens"] for r, _ in wrote})
+    timed = "; ".join(sorted({decoding_hardware(r) for r, _ in wrote}))
+    where = f"trained and decoded on {trained}" if trained == timed else f"trained on {trained}; decoded on {timed}"
+    return f"{text}; {prompts} prompts of {given} tokens, {spans} new tokens each, batch 1; {where}."
 
 
 def braces(names: Sequence[str]) -> str:
@@ -523,6 +560,12 @@ def _shown(interval: Interval | None, digits: int = 3, bare: bool = False) -> st
     return f"{interval.mean:.{digits}f}" if bare else interval.text(digits)
 
 
+def _spread(interval: Interval | None, digits: int, sign: bool = False) -> str:
+    if interval is None:
+        return "-"
+    return interval.text(digits, sign) + (f" +- {interval.spread:.{digits}f}" if interval.seeds > 1 else "")
+
+
 def _signed(interval: Interval | None) -> str:
     return "-" if interval is None else interval.text(3, sign=True)
 
@@ -541,10 +584,6 @@ def _average(values: Sequence[float], digits: int) -> str:
 
 def _listed(values: set[int]) -> str:
     return ", ".join(f"{value:,}" for value in sorted(values))
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}{'s' * (count != 1)}"
 
 
 def _notes_markdown(notes: Sequence[str]) -> str:

@@ -14,16 +14,16 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from cpdlm.report.results import Cells, Family, Record
+from cpdlm.report.results import Cells, Family, Record, counted, training_hardware
 from cpdlm.report.statistics import Interval, Sample, contrast, difference, estimate, over_seeds, shared_seeds
 
 HOLDS, FAILS, UNMEASURED, NOT_MEASURED = "holds", "fails", "not measurable here", "not measured here"
 # What the families of a claim may differ in, with what follows from it (prefixes of settings).
 BALANCES = ("balance", "loss.balance_")
 TRUNKS = ("size", "corpus", "optim.steps", "optim.warmup", "trunk", "data.sha256", "data.vocab_size", "data.tokenizer")
-# The wall-clock of rank 1 trained for longer is taken for that of the top rank within this factor.
+# Rank 1 trained for longer counts as equal wall-clock where it had the top rank's time, and at most this factor more.
 EQUAL_TIME = 1.33
 SIZES_NEEDED, LENGTHS_NEEDED = 4, 3
 
@@ -57,9 +57,9 @@ CLAIMS: tuple[Claim, ...] = (
         question="Does the joint negative log-likelihood fall as the rank rises?",
         expected="joint NLL falls as the rank rises, at equal steps",
         statistic="held-out joint NLL, rank 8 minus rank 1, from scratch; paired over seeds and test rows",
-        rule="holds: 95% interval below 0 and no step from one rank to the next surely up; fails: 95% interval above 0 or "
-        "inside +-0.01 nats, or a step surely up",
-        quantity="joint_nll", unit="nats", target="own", test="falls", margin=0.01,
+        rule="holds: 95% interval below 0, not inside +-0.01 nats, and no step from one rank to the next surely up; fails: 95% "
+        "interval above 0 or inside +-0.01 nats, or a step surely up",
+        quantity="joint_nll", unit="nats", target="own", test="falls", margin=0.01, gpu=True,
     ),
     Claim(
         id="C2",
@@ -67,16 +67,16 @@ CLAIMS: tuple[Claim, ...] = (
         expected="first-token NLL does not depend on the rank",
         statistic="held-out first-token NLL (eq. 11), every rank minus rank 1, from scratch; paired over seeds and test rows",
         rule="equivalence test: holds: every 90% interval inside +-0.02 nats; fails: some 90% interval wholly outside",
-        quantity="first_token_nll", unit="nats", target="own", test="equal", margin=0.02,
+        quantity="first_token_nll", unit="nats", target="own", test="equal", margin=0.02, gpu=True,
     ),
     Claim(
         id="C3",
         question="Does draft acceptance rise with the rank?",
         expected="more tokens per trunk pass as the rank rises",
         statistic="tokens per pass when sampling, rank 8 minus rank 1, one common target; paired over seeds and prompts",
-        rule="holds: 95% interval above 0 and no step from one rank to the next surely down; fails: 95% interval below 0 or "
-        "inside +-0.02, or a step surely down",
-        quantity="tokens_per_pass", unit="tokens per pass", target="common", test="rises", margin=0.02,
+        rule="holds: 95% interval above 0, not inside +-0.02, and no step from one rank to the next surely down; fails: 95% interval "
+        "below 0 or inside +-0.02, or a step surely down",
+        quantity="tokens_per_pass", unit="tokens per pass", target="common", test="rises", margin=0.02, gpu=True,
     ),
     Claim(
         id="C4",
@@ -92,8 +92,8 @@ CLAIMS: tuple[Claim, ...] = (
         question="Does a balance loss help?",
         expected="balancing the components lowers the joint NLL",
         statistic="held-out joint NLL at rank 8, each balance minus none; paired over seeds and test rows",
-        rule="holds: for some balance the interval (95%, corrected for their number) is below 0; fails: each interval is above 0 or "
-        "inside +-0.01 nats",
+        rule="holds: for some balance the interval (95%, corrected for their number) is below 0 and not inside "
+        "+-0.01 nats; fails: each interval is above 0 or inside +-0.01 nats",
         quantity="joint_nll", unit="nats", target="any", test="balance", margin=0.01, seeds=3,
     ),
     Claim(
@@ -112,7 +112,7 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="tokens per pass when sampling, rank 4 minus rank 1, for every trunk size, training length, corpus and vocabulary; "
         "each on its own common target, paired over seeds and prompts",
         rule=f"at least {SIZES_NEEDED} sizes and {LENGTHS_NEEDED} training lengths; holds: every interval (95%, corrected for their "
-        "number) above 0; fails: some interval below 0 or inside +-0.02",
+        "number) above 0 and not inside +-0.02; fails: some interval below 0 or inside +-0.02",
         quantity="tokens_per_pass", unit="tokens per pass", target="common", test="everywhere", margin=0.02, top=4, seeds=3,
     ),
     Claim(
@@ -188,7 +188,7 @@ def judge(families: list[Family]) -> list[Verdict]:
             "overhead": "no timing cells",
         }.get(claim.test, f"no records of two or more ranks with {claim.target} target and anchor=none")
         found += rows or [Verdict(claim, "-", NOT_MEASURED, missing)]
-        about = trained if claim.test == "faster" else [family for family in ours if _is_timing(family)]
+        about = [family for family in ours if _is_timing(family)] if claim.test == "overhead" else trained
         if claim.gpu and not any(_on_gpu(family) for family in about if claim.target in ("timing", family.target)):
             reason = f"no records of a GPU; python experiments/sweep.py claim={claim.id} profile=gpu"
             found.append(Verdict(claim, "one GPU", NOT_MEASURED, reason))
@@ -218,10 +218,6 @@ def _alike(families: Iterable[Family], free: tuple[str, ...]) -> list[list[Famil
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
 def _judge_ranks(claim: Claim, family: Family, families: list[Family]) -> list[Verdict]:
     rows = [_judge(claim, family, families)]
     if claim.test in ("falls", "rises"):
@@ -239,17 +235,23 @@ def _judge_equal_time(claim: Claim, family: Family, families: list[Family]) -> l
         and other.settings["optim.steps"] > family.settings["optim.steps"]
         and _alike([family, other], ("optim.steps", "optim.warmup"))
     ]
-    if top is None or not longer:
+    if top is None:
         return []
     ratios = {index: _training_seconds(cells) / _training_seconds(top) for index, cells in enumerate(longer)}
-    nearest = min(ratios, key=lambda index: abs(math.log(ratios[index])))
-    if not 1 / EQUAL_TIME < ratios[nearest] < EQUAL_TIME:
+    equal = [index for index, ratio in ratios.items() if 1 <= ratio <= EQUAL_TIME]
+    if not equal:
         return []
+    nearest = min(equal, key=ratios.__getitem__)
     rank_one, ratio = longer[nearest], ratios[nearest]
+    machines = {training_hardware(record) for cells in (top, rank_one) for record in cells.values()}
     gap = difference(top, rank_one, claim.quantity)
     seeds = len(shared_seeds(top, rank_one))
-    setting = f"{family.label}, equal wall-clock, {_counted(seeds, 'seed')}"
+    setting = f"{family.label}, equal wall-clock, {counted(seeds, 'seed')}"
     paths = [record.path for cells in (rank_one, top) for _, record in sorted(cells.items())]
+    claim = replace(claim, expected=claim.expected.replace("at equal steps", "at equal wall-clock"))
+    if len(machines) > 1:
+        reason = f"trained on {len(machines)} kinds of hardware, so that their times cannot be compared"
+        return [Verdict(claim, setting, UNMEASURED, reason, records=paths)]
     if gap is None:
         return [Verdict(claim, setting, UNMEASURED, f"no seed with {claim.quantity} is shared", records=paths)]
     name = f"rank {claim.top} - rank 1 trained for {ratio:.2f} times its time:"
@@ -266,17 +268,22 @@ def _training_seconds(cells: Cells) -> float:
 def _signed(claim: Claim, gap: Interval) -> tuple[str, str]:
     """The word for one difference that should fall or rise."""
     wanted = -1 if claim.test == "falls" else 1
+    if _is_nothing(claim, gap):
+        return FAILS, f"no difference larger than {claim.margin:g} {claim.unit}"
     if _sign(gap) == wanted:
         return HOLDS, ""
     if _sign(gap) == -wanted:
         return FAILS, "the difference goes the other way"
-    if -claim.margin < gap.low and gap.high < claim.margin:
-        return FAILS, f"no difference larger than {claim.margin:g} {claim.unit}"
     return UNMEASURED, "undecided: the interval includes 0 and is too wide to say that there is no difference"
 
 
+def _is_nothing(claim: Claim, gap: Interval) -> bool:
+    """Surely inside the margin: counts as no difference, whatever its sign."""
+    return -claim.margin < gap.low and gap.high < claim.margin
+
+
 def _too_few(claim: Claim, seeds: int) -> str:
-    return f"{seeds} shared seed{'s' * (seeds != 1)}, the rule needs {claim.seeds}" if seeds < claim.seeds else ""
+    return f"{counted(seeds, 'shared seed')}, the rule needs {claim.seeds}" if seeds < claim.seeds else ""
 
 
 def _judge_balance(claim: Claim, families: list[Family]) -> list[Verdict]:
@@ -300,10 +307,10 @@ def _judge_balance(claim: Claim, families: list[Family]) -> list[Verdict]:
             Number(f"{name} - none ({100 * level:.1f}%):", gap, claim.digits, claim.unit, sign=True)
             for name, gap in gaps.items()
         ]
-        surely_not = [gap.low > 0 or (-claim.margin < gap.low and gap.high < claim.margin) for gap in gaps.values()]
+        surely_not = [gap.low > 0 or _is_nothing(claim, gap) for gap in gaps.values()]
         if few := _too_few(claim, len(shared) if gaps else 0):
             word, reason = UNMEASURED, few
-        elif any(gap.high < 0 for gap in gaps.values()):
+        elif any(gap.high < 0 and not _is_nothing(claim, gap) for gap in gaps.values()):
             word, reason = HOLDS, ""
         elif all(surely_not):
             word, reason = FAILS, f"no balance lowers it by more than {claim.margin:g} {claim.unit}"
@@ -315,7 +322,7 @@ def _judge_balance(claim: Claim, families: list[Family]) -> list[Verdict]:
         rows.append(
             Verdict(
                 claim,
-                f"{setting}, {_counted(len(shared), 'seed')}",
+                f"{setting}, {counted(len(shared), 'seed')}",
                 word,
                 reason,
                 numbers,
@@ -361,11 +368,11 @@ def _judge_everywhere(claim: Claim, families: list[Family]) -> list[Verdict]:
         ]
         sizes, lengths = ({family.settings[key] for family in group} for key in ("size", "optim.steps"))
         seeds = min(len(shared_seeds(top, one)) for _, top, one in cells)
-        flat = [name for name, gap in gaps.items() if -claim.margin < gap.low and gap.high < claim.margin]
-        down = [name for name, gap in gaps.items() if gap.high < 0]
+        flat = [name for name, gap in gaps.items() if _is_nothing(claim, gap)]
+        down = [name for name, gap in gaps.items() if gap.high < 0 and name not in flat]
         if len(sizes) < SIZES_NEEDED or len(lengths) < LENGTHS_NEEDED:
             word, reason = NOT_MEASURED, (
-                f"{_counted(len(sizes), 'trunk size')} and {_counted(len(lengths), 'training length')}, the rule needs "
+                f"{counted(len(sizes), 'trunk size')} and {counted(len(lengths), 'training length')}, the rule needs "
                 f"{SIZES_NEEDED} and {LENGTHS_NEEDED}"
             )  # fmt: skip
         elif few := _too_few(claim, seeds):
@@ -381,7 +388,7 @@ def _judge_everywhere(claim: Claim, families: list[Family]) -> list[Verdict]:
             )
         beside = [number for family, top, one in cells for number in _gains(claim, family, top, one)]
         records = [r.path for _, top, one in cells for each in (one, top) for _, r in sorted(each.items())]
-        setting = f"n={group[0].horizon}, common targets, {_counted(len(group), 'setting')}, {_counted(seeds, 'seed')}"
+        setting = f"n={group[0].horizon}, common targets, {counted(len(group), 'setting')}, {counted(seeds, 'seed')}"
         rows.append(Verdict(claim, setting, word, reason, numbers, beside, records, seeds))
     return rows
 
@@ -409,10 +416,12 @@ def _gains(claim: Claim, family: Family, top: Cells, one: Cells) -> list[Number]
 
 
 def _judge_overhead(claim: Claim, family: Family) -> Verdict:
-    """Training step and decoding pass of the top rank, over those of plain next-token models."""
+    """Training step of the top rank over that of a next-token model, and its pass over a plain one: with the same weights and law,
+    whose one position a model of rank r has r laws for; beside it, over a next-token model's pass."""
     plain = {record.seed: record for record in family.reference}
     steps = {rank: _step_ratio(family.cells["untied", rank], plain) for rank in family.ranks()}
-    passes = {rank: _pass_ratio(family.cells["untied", rank]) for rank in family.ranks()}
+    passes = {rank: _pass_ratio(family.cells["untied", rank], "speedup") for rank in family.ranks()}
+    over_next = {rank: _pass_ratio(family.cells["untied", rank], "speedup_over_trunk") for rank in family.ranks()}
     step, drafting = steps.get(claim.top), passes.get(claim.top)
     numbers = [
         Number(f"rank {claim.top}, {what}:", ratio, claim.digits, claim.unit)
@@ -424,6 +433,11 @@ def _judge_overhead(claim: Claim, family: Family) -> Verdict:
         for what, ratios in (("training step over next-token", steps), ("pass with draft over plain pass", passes))
         for rank, ratio in ratios.items()
         if ratio is not None and rank != claim.top
+    ]
+    beside += [
+        Number(f"rank {rank}, pass with draft over a next-token model's:", ratio, claim.digits, claim.unit)
+        for rank, ratio in over_next.items()
+        if ratio is not None
     ]
     limit, seeds = 1 + claim.margin, len(set(family.cells.get(("untied", claim.top), {})) & set(plain))
     if step is None or drafting is None:
@@ -439,7 +453,7 @@ def _judge_overhead(claim: Claim, family: Family) -> Verdict:
         word, reason = UNMEASURED, f"undecided: an interval crosses {limit:g}"
     hardware = "one GPU" if _on_gpu(family) else f"{family.records()[0]['hardware']['cores']} cores"
     return Verdict(
-        claim, f"{family.label}, {hardware}, {_counted(seeds, 'seed')}", word, reason, numbers, beside,
+        claim, f"{family.label}, {hardware}, {counted(seeds, 'seed')}", word, reason, numbers, beside,
         [record.path for record in family.records("untied")], seeds,
     )  # fmt: skip
 
@@ -454,13 +468,13 @@ def _step_ratio(cells: Cells, plain: Cells) -> Interval | None:
     return contrast(pairs).exp() if pairs else None
 
 
-def _pass_ratio(cells: Cells) -> Interval | None:
-    """Time of a speculative pass over that of a plain one: tokens per pass over speed-up, with the speed-up's interval."""
+def _pass_ratio(cells: Cells, speedup: str) -> Interval | None:
+    """Time of a speculative pass over that of a plain one: tokens per pass over `speedup`, with the speed-up's interval."""
     samples = []
     for _, record in sorted(cells.items()):
         mode = record.mode("sampling")
-        if mode is not None:
-            speed = Sample.log_ratio(**{key: mode["speedup"][key] for key in ("median", "low", "high")})
+        if mode is not None and mode.get(speedup):
+            speed = Sample.log_ratio(**{key: mode[speedup][key] for key in ("median", "low", "high")})
             samples.append(Sample(mean=math.log(mode["tokens_per_pass"]["mean"]) - speed.mean, sem=speed.sem))
     return estimate(samples).exp() if samples else None
 
@@ -486,7 +500,7 @@ def _judge(claim: Claim, family: Family, families: list[Family]) -> Verdict:
         if few := _too_few(claim, len(shared)):
             word, reason = UNMEASURED, few
     return Verdict(
-        claim, f"{family.label}, {len(shared)} seed{'s' * (len(shared) != 1)}", word, reason, numbers or means, _beside(claim, family, families, means if numbers else []),
+        claim, f"{family.label}, {counted(len(shared), 'seed')}", word, reason, numbers or means, _beside(claim, family, families, means if numbers else []),
         [record.path for record in family.records("untied")], len(shared),
     )  # fmt: skip
 
@@ -505,11 +519,13 @@ def _judge_retrofit(claim: Claim, family: Family, variant: str) -> Verdict:
                 value = over_seeds(by_seed, quantity, mode)
                 if value is not None:
                     beside.append(Number(f"{mode}, rank {rank}:", value, claim.digits, unit))
-    seeds = {seed for by_seed in cells.values() for seed in by_seed}
+    counts = [len(by_seed) for by_seed in cells.values()]
+    fewest, most = min(counts), max(counts)
+    seeds = counted(most, "seed") if fewest == most else f"{fewest} to {most} seeds by rank"
     reason = "; ".join(part for part in (reason, *why) if part)
     return Verdict(
-        claim, f"{family.label}, {variant}, {len(seeds)} seed{'s' * (len(seeds) != 1)}", word, reason, numbers, beside,
-        [record.path for record in family.records(variant)], len(seeds),
+        claim, f"{family.label}, {variant}, {seeds}", word, reason, numbers, beside,
+        [record.path for record in family.records(variant)], fewest,
     )  # fmt: skip
 
 
@@ -543,7 +559,8 @@ def _works(claim: Claim, cells: dict[int, Cells]) -> tuple[str, str, list[Number
     measured = {rank: interval for rank, interval in over_plain.items() if interval is not None}
     if not measured:
         return UNMEASURED, "no cell was decoded", []
-    best = max(measured, key=lambda rank: measured[rank].low)
+    faster = {rank: interval for rank, interval in measured.items() if interval.low > 1}
+    best = max(faster or measured, key=lambda rank: measured[rank].mean)
     percent = f"({100 * level:.1f}%)"
     numbers = [Number(f"rank {best} over plain {percent}:", measured[best], claim.digits, claim.unit)]
     beaten = {rank: over_seeds(cells[rank], "speedup_over_rank1", level=level) for rank in cells if rank > 1}
@@ -551,7 +568,7 @@ def _works(claim: Claim, cells: dict[int, Cells]) -> tuple[str, str, list[Number
     if known:
         rival = max(known, key=lambda rank: known[rank].mean)
         numbers.append(Number(f"rank {rival} over rank 1 {percent}:", known[rival], claim.digits, claim.unit))
-    if measured[best].low > 1:
+    if faster:
         return HOLDS, "", numbers
     if all(interval.high < 1 for interval in measured.values()):
         return FAILS, "every rank is slower than plain decoding", numbers
@@ -578,15 +595,15 @@ def _equal(claim: Claim, cells: dict[int, Cells]) -> tuple[str, str, list[Number
     """Two one-sided tests at 5% each, for every rank against rank 1; all must pass, so that no correction is due."""
     numbers, inside, outside = [], True, list[int]()
     for rank in sorted(cells):
-        gap = difference(cells[rank], cells[1], claim.quantity, level=0.9) if rank != 1 else None
-        if gap is None:
+        if rank == 1:
             continue
+        gap = difference(cells[rank], cells[1], claim.quantity, level=0.9)
+        if gap is None:
+            return UNMEASURED, f"rank {rank} shares no seed with rank 1", []
         numbers.append(Number(f"rank {rank} - rank 1 (90%):", gap, claim.digits, claim.unit, sign=True))
-        inside &= -claim.margin < gap.low and gap.high < claim.margin
+        inside &= _is_nothing(claim, gap)
         if gap.low > claim.margin or gap.high < -claim.margin:
             outside.append(rank)
-    if not numbers:
-        return UNMEASURED, "no seed is shared with rank 1", []
     if outside:
         return (
             FAILS,
@@ -659,4 +676,4 @@ def _sign(interval: Interval) -> int:
 def seeds_text(records: list[Record]) -> str:
     """ "3 seeds (0, 1, 2)", or "1 seed (0)"."""
     seeds = sorted({record.seed for record in records})
-    return f"{len(seeds)} seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))})"
+    return f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"

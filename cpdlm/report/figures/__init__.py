@@ -28,19 +28,19 @@ ADDING = (
 
 # In the order of the report.
 FIGURES: dict[str, Plot] = {
-    "main": Plot("Rank against likelihood, draft length and speed", "C4", speed.overview),
+    "main": Plot("Rank against likelihood, draft length and speed", "C4", speed.overview, decoded=True),
     "nll": Plot("Joint likelihood, and its terms", "C1", likelihood.nll),
     "first_token": Plot("The first token alone", "C2", likelihood.first_token),
-    "acceptance": Plot("Drafts accepted, by depth", "C3", drafts.acceptance),
-    "tokens_per_pass": Plot("Tokens per pass", "C3", drafts.tokens_per_pass),
-    "speedup": Plot("Speed-up over plain decoding", "C4", speed.speedup),
-    "time_split": Plot("Where the time goes", "C4", speed.time_split),
-    "heat": Plot("Rank against horizon", "C3", drafts.heat),
-    "by_size": Plot("Speed-up against model size", "C7", speed.by_size),
+    "acceptance": Plot("Drafts accepted, by depth", "C3", drafts.acceptance, decoded=True),
+    "tokens_per_pass": Plot("Tokens per pass", "C3", drafts.tokens_per_pass, decoded=True),
+    "speedup": Plot("Speed-up over plain decoding", "C4", speed.speedup, decoded=True),
+    "time_split": Plot("Where the time goes", "C4", speed.time_split, decoded=True),
+    "heat": Plot("Rank against horizon", "C3", drafts.heat, decoded=True),
+    "by_size": Plot("Speed-up against model size", "C7", speed.by_size, decoded=True),
     "over_training": Plot("Draft length over training", "C7", training.decoding_over_training),
     "equal_time": Plot("Equal steps against equal wall-clock", "C3", training.equal_time),
     "training_cost": Plot("What a rank costs in training", "C8", training.overhead, of_time=True),
-    "balance": Plot("The balance loss", "C5", training.balance),
+    "balance": Plot("The balance loss", "C5", training.balance, decoded=True),
     "usage": Plot("Components in use", "C5", components.usage),
     "gate": Plot("Weights of the components over training", "C5", components.gate),
     "specialities": Plot("What each component explains", "C5", components.specialities),
@@ -88,7 +88,7 @@ def draw_all(families: list[Family], folder: Path) -> tuple[list[Path], list[Sho
                 for suffix in ("pdf", "png", "md"):
                     (folder / f"{name}.{suffix}").unlink(missing_ok=True)
                 continue
-            caption = f"{drawn.caption} {described(drawn.records)}"
+            caption = f"{drawn.caption} {described(drawn.records, plot.decoded)}"
             files += save(drawn.figure, caption, folder, name)
             shown.append(Shown(name, plot.title, caption, folder / f"{name}.png"))
     return sorted(files), shown

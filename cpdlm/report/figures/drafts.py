@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +53,7 @@ def acceptance(families: list[Family]) -> Drawn | str:
             for index, rank in enumerate(ranks):
                 depths = range(2, family.horizon + 1)
                 cells = family.cells.get((law, rank), {})
-                values = [over_seeds(cells, f"accepted:{depth}", mode) for depth in depths]
+                values = [_as_share(over_seeds(cells, f"accepted:{depth}", mode)) for depth in depths]
                 shift = (index - len(ranks) / 2 + 0.5) * 0.09
                 errors(
                     axis, [depth + shift for depth in depths], values, SERIES[index % len(SERIES)], f"rank {rank}"
@@ -75,6 +76,11 @@ def acceptance(families: list[Family]) -> Drawn | str:
     )
 
 
+def _as_share(value: Interval | None) -> Interval | None:
+    """Its interval cut to what a share can be."""
+    return None if value is None else replace(value, low=max(value.low, 0.0), high=min(value.high, 1.0))
+
+
 def tokens_per_pass(families: list[Family]) -> Drawn | str:
     """Tokens per trunk pass against rank, greedy and sampling, by law."""
     shown = decoded(families)
@@ -92,7 +98,12 @@ def tokens_per_pass(families: list[Family]) -> Drawn | str:
         "Tokens per trunk pass against the rank (plain decoding: 1.00). Bars: 95% interval over prompts and seeds; prompts are shared, "
         "so that differences between ranks are surer than the bars suggest. Untied: the paper's law; tied: one next-token head; "
         "anchored: the drafts also see the fixed token. Dotted: rank 1 with perceptron maps that have the parameters of the highest rank.",
-        [record for family in shown for record in family.records()],
+        [
+            record
+            for family in shown
+            for law in LAWS
+            for record in (*family.records(law), *(_equal_size(family, law) or {}).values())
+        ],
     )
 
 

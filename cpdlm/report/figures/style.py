@@ -60,12 +60,14 @@ class Drawn:
 @dataclass(frozen=True)
 class Plot:
     """One figure of the report. draw: from families to a Drawn, or to the reason why there is none ("no ..."). claim: whose
-    cells it needs. of_time: it is about training time, so that the timing cells are for it, and for it alone."""
+    cells it needs. of_time: it is about training time, so that the timing cells are for it, and for it alone. decoded: it shows
+    what was measured in decoding, so that its caption states the prompts."""
 
     title: str
     claim: str
     draw: Callable[[list[Family]], Drawn | str]
     of_time: bool = False
+    decoded: bool = False
 
 
 def save(figure: Figure, caption: str, folder: Path, name: str) -> list[Path]:

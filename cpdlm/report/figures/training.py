@@ -56,11 +56,13 @@ def decoding_over_training(families: list[Family]) -> Drawn | str:
             axis.set_title(f"{wrapped(family)}\n{law}, {mode}" if mode == "greedy" else mode)
         row[0].set_ylabel("tokens per trunk pass")
     legend_below(figure, 3)
+    records = [record for _, _, cells in shown for by_seed in cells.values() for record in by_seed.values()]
+    prompts = sorted({record.config["train"]["decode_prompts"] for record in records} - {0})
     return Drawn(
         figure,
-        "Tokens per trunk pass on a few validation prompts while training goes on; on a pretrained model, cells validated at least twice. "
-        "Band: 95% t interval over seeds, where there are three or more.",
-        [record for _, _, cells in shown for by_seed in cells.values() for record in by_seed.values()],
+        f"Tokens per trunk pass on {' or '.join(map(str, prompts))} validation prompts while training goes on; on a pretrained model, cells "
+        "validated at least twice. Band: 95% t interval over seeds, where there are three or more.",
+        records,
     )
 
 
@@ -113,17 +115,17 @@ def overhead(families: list[Family]) -> Drawn | str:
     for (left, middle, right), family in zip(axes, shown, strict=True):
         ranks, base = family.ranks(), family.cells["untied", 1]
         cells = [family.cells["untied", rank] for rank in ranks]
-        by_rank(left, ranks, [_ratio(c, base, "step_ms_median") for c in cells], (BLUE, "o", "-"), "step time")
+        by_rank(left, ranks, [_ratio(c, base, "step_ms_median") for c in cells], (BLUE, "o", "-"), "measured")
         by_rank(left, ranks, [_ratio(c, base, "flops_per_token") for c in cells], (RED, "", "--"), "FLOPs (the bound)")
         left.axhline(1, color="black", linewidth=0.8)
-        left.set_ylabel("over rank 1 (x)")
+        left.set_ylabel("step time over rank 1 (x)")
         left.set_title(wrapped(family))
         fractions = [over_seeds(c, "training:matmul_fraction") for c in cells]
-        by_rank(middle, ranks, [_scaled(value, 100) for value in fractions], (BLUE, "o", "-"), "step time")
+        by_rank(middle, ranks, [_scaled(value, 100) for value in fractions], (BLUE, "o", "-"), "measured")
         middle.set_ylabel("matmul rate reached (%)")
         middle.set_ylim(bottom=0)
         memory = [over_seeds(c, "training:peak_memory_bytes") for c in cells]
-        by_rank(right, ranks, [_scaled(value, 2**-30) for value in memory], (BLUE, "o", "-"), "step time")
+        by_rank(right, ranks, [_scaled(value, 2**-30) for value in memory], (BLUE, "o", "-"), "measured")
         right.set_ylabel("peak memory (GiB)")
         right.set_ylim(bottom=0)
         for axis in (left, middle, right):
