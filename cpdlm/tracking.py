@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpdlm.config import Config, as_yaml, flat, flatten
+from cpdlm.config import Config, as_yaml, flat, flatten, to_dict
 from cpdlm.files import write_json
 from cpdlm.processes import is_first_process
 
@@ -213,8 +213,9 @@ def import_records(
     """Show committed records in a store: an experiment per claim (`claim_experiment`), in it a parent run per results folder
     and a child per record. Returns how many were new.
 
-    A record that is there already (by its sha256) is skipped, so that a second import adds nothing. The parent's note has
-    the command and the verdicts; the page and the pictures of `figures` are attached to it. artifacts: folder of the copies
+    A record that is there already (by its sha256) is skipped, so that a second import adds nothing. Where there is a new one, every
+    parent's note is renewed: the command, and each verdict that rests on the folder; the page and the pictures of `figures` are
+    attached. A claim that is answered from other claims' cells alone has a parent without children, which says whose. artifacts: folder of the copies
     (default: beside a SQLite store). Raises RuntimeError without mlflow or with a store that fails, RecordError where
     `results` is no folder.
     """
@@ -235,24 +236,36 @@ def import_records(
         known = _imported(_client(uri), prefix)
     except Exception as error:
         raise RuntimeError(f"the MLflow store {_shown(uri)} cannot be used: {_first_line(error)}") from error
-    new: dict[tuple[str, str], list[tuple[Record, str]]] = {}
+    folders: dict[str, list[Record]] = {}
+    digests = {}
     for record in records:
-        digest = hashlib.sha256((results / record.path).read_bytes()).hexdigest()
-        if digest not in known:
-            place = str(record["claim"]), Path(record.path).parent.as_posix()
-            new.setdefault(place, []).append((record, digest))
+        folders.setdefault(Path(record.path).parent.as_posix(), []).append(record)
+        digests[record.path] = hashlib.sha256((results / record.path).read_bytes()).hexdigest()
+    if all(digest in known for digest in digests.values()):
+        return 0
+    claims = {verdict.claim.id for verdict in verdicts if verdict.records}
+    borrowed = claims - {_claim_of(folder) for folder in folders}
     count = 0
-    for (claim, folder), mine in new.items():
-        name = claim_experiment(claim, prefix)
-        note = _note(claim, folder, sorted({str(record["profile"]) for record, _ in mine}), verdicts)
-        tags = {"import": f"{claim} {folder}", "kind": "sweep", "claim": claim, "mlflow.note.content": note}
-        parent = _parent(uri, name, f"records: {folder}", tags, artifacts, known)
+    for folder in (*folders, *sorted(borrowed)):
+        mine = folders.get(folder, [])
+        name = claim_experiment(_claim_of(folder), prefix)
+        note = _note(folder, sorted({str(record["profile"]) for record in mine}), verdicts)
+        tags = {"import": folder, "kind": "sweep", "claim": _claim_of(folder), "mlflow.note.content": note}
+        parent = _parent(uri, name, f"records: {folder}" if mine else f"verdicts: {folder}", tags, artifacts, known)
         for path in _pictures(figures):
             parent.artifact(path, "figures")
         parent.end()
-        for record, digest in mine:
-            count += _show(record, results / record.path, digest, uri, name, parent.run_id, artifacts)
+        for record in mine:
+            if (digest := digests[record.path]) not in known:
+                count += _show(record, results / record.path, digest, uri, name, parent.run_id, artifacts)
     return count
+
+
+def _claim_of(folder: str) -> str:
+    """The claim that a folder of results is about, else its own name: C6 for C6-long, beyond for beyond."""
+    name = Path(folder).name or "single"
+    found = re.match(r"C\d+(?=$|-)", name)
+    return found[0] if found else name
 
 
 def _imported(client: Any, prefix: str) -> dict[str, str]:
@@ -283,19 +296,32 @@ def _parent(
     return tracker
 
 
-def _note(claim: str, folder: str, profiles: list[str], verdicts: list[Verdict]) -> str:
-    """Markdown: what makes the records, and what they say of the claim."""
+def _note(folder: str, profiles: list[str], verdicts: list[Verdict]) -> str:
+    """Markdown: what makes the records of a folder, and the verdicts that rest on them; of a claim without a folder, its own."""
     from cpdlm.report.figures import command
 
-    mine = [verdict for verdict in verdicts if verdict.claim.id == claim]
-    made = command(claim) if mine else f"./reproduce.sh --profile {profiles[0]}"
-    lines = [
-        f"Records of `results/{folder}` (profile {', '.join(profiles)}). The command: `{made}`; each run names its own.",
-        "",
+    about = [verdict for verdict in verdicts if verdict.claim.id == _claim_of(folder)]
+    resting = [
+        verdict for verdict in verdicts if any(Path(path).parent.as_posix() == folder for path in verdict.records)
     ]
-    if mine:
-        lines += [f"**{claim}: {mine[0].claim.question}**", ""]
-    lines += [f"- {verdict.setting}: **{verdict.verdict}**. {verdict.measured()}" for verdict in mine]
+    if profiles:
+        made = next((verdict.claim.id for verdict in (*about, *resting)), "all")
+        lines = [
+            f"Records of `results/{folder}` ({', '.join(profiles)}). `{command(made)}` makes what is missing; each run names its own command."
+        ]
+    else:
+        resting = about
+        lenders = sorted({Path(path).parent.as_posix() for verdict in about for path in verdict.records})
+        lines = [
+            f"{folder} is answered from the cells of {', '.join(f'`{lender}`' for lender in lenders)}. `{command(folder)}` makes what is missing."
+        ]
+    for claim in dict.fromkeys(verdict.claim for verdict in resting):
+        lines += ["", f"**{claim.id}: {claim.question}**", ""]
+        lines += [
+            f"- {verdict.setting}: **{verdict.verdict}**. {verdict.measured()}"
+            for verdict in resting
+            if verdict.claim is claim
+        ]
     return "\n".join(lines)
 
 
@@ -310,9 +336,9 @@ def _show(
 ) -> bool:  # fmt: skip
     """A finished run for one record; False where the store did not take it."""
     content = record.content
-    tags = _tags(content["config"], record.target, content["commit"], content["command"])
+    tags = _tags(content["config"], record.variant, record.target, content["commit"], content["command"])
     started = int(datetime.datetime.fromisoformat(content["started"]).timestamp() * 1000)
-    tags |= {"record_sha256": digest, "mlflow.parentRunId": parent, "law": record.variant}
+    tags |= {"record_sha256": digest, "mlflow.parentRunId": parent}
     tracker = _create(uri, experiment, content["name"], tags, artifacts, started)
     tracker.params(flat(content["config"]))
     tracker.curve(content["training"]["curve"])
@@ -341,10 +367,11 @@ def _open(config: Config, command: str, folder: Path) -> Tracker:
     """The cell's run: the one it left behind, or a new one."""
     tracker = _continued(folder, tracking_uri(config))
     if not tracker.run_id:
-        from cpdlm.report.results import git_state
+        from cpdlm.report.results import git_state, variant_of
 
         commit, dirty = git_state()
-        tags = _tags({key: getattr(config, key) for key in _DIALS}, config.target, commit + "-dirty" * dirty, command)
+        settings = to_dict(config)
+        tags = _tags(settings, variant_of(settings), config.target, commit + "-dirty" * dirty, command)
         if config.tracking.parent:
             tags["mlflow.parentRunId"] = config.tracking.parent
         tracker = _create(tracking_uri(config), config.tracking.experiment, config.run_name, tags, Path(config.output))
@@ -357,9 +384,15 @@ def _open(config: Config, command: str, folder: Path) -> Tracker:
 _DIALS = ("rank", "horizon", "size", "corpus", "seed", "anchor")
 
 
-def _tags(dials: Mapping[str, Any], target: str, commit: str, command: str) -> dict[str, str]:
+def _tags(dials: Mapping[str, Any], law: str, target: str, commit: str, command: str) -> dict[str, str]:
     tags = {key: str(dials[key]) for key in _DIALS}
-    return tags | {"target": target, "commit": commit, "command": command, "mlflow.note.content": f"`{command}`"}
+    return tags | {
+        "law": law,
+        "target": target,
+        "commit": commit,
+        "command": command,
+        "mlflow.note.content": f"`{command}`",
+    }
 
 
 def _create(

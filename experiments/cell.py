@@ -254,12 +254,19 @@ def sweep(title: str, output: str, command: str, experiment: str) -> str:
 
 
 def log(
-    configs_and_records: list[tuple[Config, Path]], title: str, output: Path, figures: list[Path], experiment: str
+    configs_and_records: list[tuple[Config, Path]],
+    title: str,
+    output: Path,
+    command: str,
+    experiment: str,
+    text: str,
+    figures: list[Path],
 ) -> None:
-    """Add finished records to their MLflow runs, and the figures to the sweep's."""
+    """Add finished records to their MLflow runs; to the sweep's, the figures and a note with its command and what `text` says."""
     for config, path in configs_and_records:
         tracking.log_record(config, path)
-    parent = tracking.start_sweep(title, output, "", experiment=experiment)
+    parent = tracking.start_sweep(title, output, command, experiment=experiment)
+    parent.tags({"mlflow.note.content": f"`{command}`\n\n```\n{text.strip()}\n```"})
     for figure in figures:
         parent.artifact(figure, "figures")
     parent.end()

@@ -357,6 +357,6 @@ def _report(plan: Plan) -> str:
             path = one.write_record(config, command, folder, claim=cell.folder, profile=plan.title)
             written.append((config, path))
     text, figures = one.report(plan.shown or plan.results, plan.out, publish=plan.publish)
-    one.log(written, plan.title, plan.out, figures, plan.experiment)
+    one.log(written, plan.title, plan.out, plan.command, plan.experiment, text, figures)
     print(text, flush=True)
     return f"{len(written)} records written, {len(plan.finished)} were there, of {len(plan.cells)} under {plan.results}"

@@ -77,8 +77,8 @@ def test_the_cell_is_a_named_child_with_tags_params_and_note(store: dict[str, An
     assert run.info.run_name == "code-tiny-own-r2-n4-none-s0"
     tags = run.data.tags
     assert tags["mlflow.parentRunId"] == store["sweep"]
-    assert {key: tags[key] for key in ("rank", "horizon", "size", "corpus", "seed", "anchor", "target")} == {
-        "rank": "2", "horizon": "4", "size": "tiny", "corpus": "code", "seed": "0", "anchor": "none", "target": "own"
+    assert {key: tags[key] for key in ("rank", "horizon", "size", "corpus", "seed", "anchor", "law", "target")} == {
+        "rank": "2", "horizon": "4", "size": "tiny", "corpus": "code", "seed": "0", "anchor": "none", "law": "untied", "target": "own"
     }  # fmt: skip
     assert tags["command"] == "python experiments/run.py rank=2"
     assert "experiments/run.py" in tags["mlflow.note.content"]
@@ -127,12 +127,14 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert child.data.metrics["likelihood/joint_nll.mean"] > 0
     note = parent.data.tags["mlflow.note.content"]
     assert "experiments/sweep.py claim=C1" in note and "not measured here: no cell of rank 1" in note
+    assert "**C1: Does the joint" in note and "**C2: Is the first-token loss" in note  # both rest on these cells
     assert {entry.path for entry in client.list_artifacts(parent.info.run_id, "figures")} == {"figures/figure.png"}
     assert "joint negative log-likelihood" in experiment.tags["mlflow.note.content"]
     view = json.loads(experiment.tags[f"mlflow.sharedViewState.{tracking.VIEW}"])
     state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
     shown = {column.split("`")[1] for column in state["selectedColumns"]}
     assert shown <= set(child.data.tags) | set(child.data.metrics)
+    assert shown & {"corpus", "size", "law", "rank", "horizon", "seed"} <= set(client.get_run(store["first"]).data.tags)
     assert {chart["yaxis"]["key"] for chart in state["compareRunCharts"]} <= set(child.data.metrics)
 
 
@@ -148,6 +150,14 @@ class Broken:
             raise OSError("database is locked\nwith a long story")
 
         return fail
+
+
+def test_a_claim_answered_from_the_cells_of_another_has_a_note_that_says_so(store: dict[str, Any]) -> None:
+    client = store["client"]
+    (run,) = client.search_runs([client.get_experiment_by_name("imported C2").experiment_id])
+    note = run.data.tags["mlflow.note.content"]
+    assert run.info.run_name == "verdicts: C2" and "answered from the cells of `C1`" in note
+    assert "experiments/sweep.py claim=C2" in note and "**C2: " in note and "**C1: " not in note
 
 
 def test_a_store_that_dies_in_mid_run_warns_once_and_is_left_alone() -> None:

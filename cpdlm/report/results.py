@@ -17,7 +17,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,7 @@ class Record:
 
     @property
     def variant(self) -> str:
-        """One of LAWS, and the sizes that a cell has of its own ("untied, mlp 1024"): hidden units of perceptron maps, rank of
-        low-rank ones (low), hidden units of the anchor, layers with adapters.
-
-        untied: the paper's law; tied: one next-token head; anchored: tied, and the rest also sees x_{t+1}; blind: the
-        anchor's control, which sees h_t in its place.
-        """
-        model, anchor = self.config["model"], self.config["anchor"]
-        law = {"token": "anchored", "blind": "blind"}.get(anchor, "tied" if model["tie_first"] else "untied")
-        sizes = {"mlp": "map_hidden", "low": "map_rank", "anchor": "anchor_width", "adapters": "adapter_layers"}
-        return ", ".join([law, *(f"{name} {model[key]}" for name, key in sizes.items() if model.get(key, 0))])
+        return variant_of(self.config)
 
     def draft_flops(self) -> int | None:
         """Floating-point operations of one draft of all tokens: gate, anchor, maps and unembedding, at 2 per multiply-add.
@@ -467,6 +458,19 @@ class Family:
             for _, record in sorted(cells.items())
             if variant in (None, kind)
         ]
+
+
+def variant_of(config: Mapping[str, Any]) -> str:
+    """One of LAWS, and the sizes that a cell has of its own ("untied, mlp 1024"): hidden units of perceptron maps, rank of
+    low-rank ones (low), hidden units of the anchor, layers with adapters. config: settings as nested dicts.
+
+    untied: the paper's law; tied: one next-token head; anchored: tied, and the rest also sees x_{t+1}; blind: the
+    anchor's control, which sees h_t in its place.
+    """
+    model, anchor = config["model"], config["anchor"]
+    law = {"token": "anchored", "blind": "blind"}.get(anchor, "tied" if model["tie_first"] else "untied")
+    sizes = {"mlp": "map_hidden", "low": "map_rank", "anchor": "anchor_width", "adapters": "adapter_layers"}
+    return ", ".join([law, *(f"{name} {model[key]}" for name, key in sizes.items() if model.get(key, 0))])
 
 
 def families(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
