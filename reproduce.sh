@@ -17,8 +17,8 @@ Sets up an environment of its own (.venv, exact versions, no root), gets the dat
 the claims. Every stage skips what is complete, so the same command continues a run that was stopped.
 
   --profile NAME   smoke     everything once, too small to mean anything      2 cores, 3 min
-                   cpu       all claims on code, some on text                 2 cores, 40 min
-                   cpu-full  every claim, 3 seeds (experiments/README.md)     2 cores, 4 h
+                   cpu       C1 to C4 on code, two ranks on text              2 cores, 40 min
+                   cpu-full  every claim but C6, 3 seeds (experiments/README.md)  2 cores, 4 h
                    retrofit-screen  heads on a pretrained model: which objective   2 cores, 1 h
                    retrofit  the same: ranks, anchors, code and text          2 cores, 4 h
                    gpu       a 56.3M-parameter trunk                          one GPU
@@ -32,7 +32,7 @@ the claims. Every stage skips what is complete, so the same command continues a 
                    torch 2.13.0, transformers 5.23.0, lightning 2.6.6)
   --out DIR        folder of the runs (default: runs/PROFILE in this repository)
   --results DIR    folder of the records (default: OUT/results); with it figures and README are redrawn from there
-  --jobs N         cells trained at once (default: one per core, one on a GPU)
+  --jobs N         cells trained at once (default: one per core, 8 at most; one per GPU)
   --mix yes        add to records of other code or data, which is refused otherwise
   --help           this page
 HELP

@@ -54,6 +54,14 @@ def is_trained(config: Config) -> bool:
     return same and found["likelihood"].get("shortlist", {"tokens": 0})["tokens"] == config.loss.shortlist
 
 
+def trained_by(config: Config) -> dict[str, Any] | None:
+    """The origin (commit, dirty) of a cell that is trained and evaluated; None where it is not."""
+    if not is_trained(config):
+        return None
+    origin: dict[str, Any] = _read(run_folder(config) / EVALUATED)["origin"]
+    return origin
+
+
 def is_measured(configs: list[Config], reference: Config | None = None) -> bool:
     """True where each cell was measured as its config says, beside (at least) all the others and the reference."""
     names = {config.run_name for config in configs}

@@ -34,13 +34,14 @@ SECONDS_TO_SAVE = 60.0
 @dataclass(frozen=True)
 class Job:
     """argv: after the Python interpreter, from the repository's root. log: takes its output. needs: names of jobs before it.
-    alone: it is timed, so nothing may run beside it."""
+    alone: it is timed, so nothing may run beside it. logged: bytes of the log that earlier attempts left."""
 
     name: str
     argv: tuple[str, ...]
     log: Path
     needs: frozenset[str] = field(default_factory=frozenset)
     alone: bool = False
+    logged: int = 0
 
 
 class Launcher(Protocol):

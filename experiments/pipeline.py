@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from cpdlm.config import INCIDENTAL, Config, ConfigError, flat, to_dict
 from cpdlm.files import check_writable, write_json
-from cpdlm.report.results import Record, RecordError, git_state, load
+from cpdlm.report.results import Record, RecordError, counted, git_state, load
 from experiments.launchers import ROOT, Job, Launcher, Slurm, schedule
 from experiments.suite import Cell, complete, decode_groups, mates
 
@@ -123,7 +123,10 @@ def run(plan: Plan, launcher: Launcher) -> int:
 
 
 def mixed_code(plan: Plan) -> list[str]:
-    """One line per set of finished records of other code that pending cells would be compared with."""
+    """One line per set of finished records, and of trained cells without a record yet, of other code than this, that pending
+    cells would be compared with."""
+    from experiments import cell as one
+
     lines = []
     for cells in plan.comparisons or [plan.cells]:
         names = {cell.name for cell in cells}
@@ -133,6 +136,17 @@ def mixed_code(plan: Plan) -> list[str]:
         if old:
             commits = sorted({str(record["commit"])[:10] + "-dirty" * bool(record["dirty"]) for record in old})
             lines.append(f"{len(old)} records of other code ({', '.join(commits)}) under {plan.results}: {_some(old)}")
+        origins = {
+            cell.name: origin
+            for cell in plan.pending
+            if cell.name in names and (origin := one.trained_by(cell.config(str(plan.out)))) is not None
+        }
+        foreign = {name: origin for name, origin in origins.items() if not _same_code(origin)}
+        if foreign:
+            commits = sorted({str(origin["commit"])[:10] for origin in foreign.values()})
+            lines.append(
+                f"{counted(len(foreign), 'cell')} that other code ({', '.join(commits)}) trained under {plan.out}: {_some(list(foreign))}"
+            )
     return list(dict.fromkeys(lines))
 
 
@@ -142,7 +156,7 @@ def refuse_mixed_code(plan: Plan) -> None:
     if lines and not plan.mix:
         raise ConfigError(
             f"the missing cells would be compared with {'; and with '.join(lines)}. Type mix=yes to add to them (the report "
-            "names the commits), or results=OTHER to begin afresh"
+            "names the commits), or results=OTHER out=OTHER to begin afresh"
         )
 
 
@@ -203,12 +217,12 @@ def _unchanged_since(commit: str) -> bool:
     return asked.returncode == 0 if git_state()[0] != "unknown" else commit == git_state()[0]
 
 
-def _same_code(record: Record) -> bool:
-    return not record["dirty"] and _unchanged_since(str(record["commit"]))
+def _same_code(origin: Record | dict[str, Any]) -> bool:
+    return not origin["dirty"] and _unchanged_since(str(origin["commit"]))
 
 
-def _some(records: list[Record]) -> str:
-    names = [str(record["name"]) for record in records]
+def _some(found: Sequence[Record | str]) -> str:
+    names = [each if isinstance(each, str) else str(each["name"]) for each in found]
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
@@ -248,7 +262,8 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
         if not isinstance(launcher, Slurm):
             with exclusive(folder, patience=60):
                 pass
-        jobs.append(Job(cell.name, train_command(cell, plan, track), folder / "train.log", needs, cell.alone))
+        log = folder / "train.log"
+        jobs.append(Job(cell.name, train_command(cell, plan, track), log, needs, cell.alone, logged=_size(log)))
     done = {cell.name for cell in plan.needed} - set(by_name)
     complaints = [line for cell in plan.needed if cell.name in done and (line := _other_trunk(plan, cell))]
     if complaints:
@@ -266,7 +281,7 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
                 return not complaint
             note_failure(failure, job, code)
             failures.append(f"{job.name}: exit {code}; see {failure}")
-            tqdm.write(f"failed: {failures[-1]}{_last_lines(job.log)}", file=sys.stderr)
+            tqdm.write(f"failed: {failures[-1]}{_last_lines(job)}", file=sys.stderr)
             return False
 
         skipped = schedule(jobs, launcher, ended)
@@ -279,16 +294,15 @@ def train_command(cell: Cell, plan: Plan, track: list[str]) -> tuple[str, ...]:
 
 
 def note_failure(path: Path, job: Job, code: int) -> None:
-    """What a failed job leaves: its command, exit code and the traceback (else the last lines) of its log."""
-    text = job.log.read_text(errors="replace").replace("\r", "\n") if job.log.is_file() else ""
-    _, found, trace = text.rpartition("Traceback (most recent call last):")
+    """What a failed job leaves: its command, exit code and the traceback (else the last lines) of this attempt's log."""
+    _, found, trace = _said(job).partition("Traceback (most recent call last):")
     write_json(
         path,
         {
             "name": job.name,
             "command": " ".join(["python", *job.argv]),
             "exit": code,
-            "traceback": (found + trace).strip() if found else _last_lines(job.log, 20).strip(),
+            "traceback": (found + trace).strip() if found else _last_lines(job, 20).strip(),
             "log": job.log.name,
             "commit": git_state()[0],
             "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -296,11 +310,19 @@ def note_failure(path: Path, job: Job, code: int) -> None:
     )
 
 
-def _last_lines(log: Path, count: int = 5) -> str:
-    """The end of a failed cell's log, where its error is."""
-    if not log.is_file():
-        return ""
-    lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.is_file() else 0
+
+
+def _said(job: Job) -> str:
+    """What this attempt added to the job's log."""
+    added = job.log.read_bytes()[job.logged :] if job.log.is_file() else b""
+    return added.decode(errors="replace").replace("\r", "\n")
+
+
+def _last_lines(job: Job, count: int = 5) -> str:
+    """The end of what a failed job said, where its error is."""
+    lines = [line for line in _said(job).splitlines() if line.strip()]
     return "".join(f"\n    {line}" for line in lines[-count:])
 
 
@@ -329,7 +351,8 @@ def _decode(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
         reference = group.reference.words(out) if group.reference is not None else None
         path = plan.out / "groups" / f"{name}.json"
         write_json(path, {"cells": [cell.words(out) for cell in group.cells], "reference": reference})
-        jobs.append(Job(name, ("-m", "experiments.measure", str(path)), path.with_suffix(".log"), alone=True))
+        log = path.with_suffix(".log")
+        jobs.append(Job(name, ("-m", "experiments.measure", str(path)), log, alone=True, logged=_size(log)))
 
     def ended(job: Job, code: int) -> bool:
         print(f"      {job.name}: {'measured' if code == 0 else f'exit {code}'}", flush=True)
@@ -337,7 +360,7 @@ def _decode(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
         failure.unlink(missing_ok=True)
         if code:
             note_failure(failure, job, code)
-            failures.append(f"{job.name}: exit {code}; see {failure}{_last_lines(job.log)}")
+            failures.append(f"{job.name}: exit {code}; see {failure}{_last_lines(job)}")
         return code == 0
 
     before = len(failures)

@@ -32,10 +32,11 @@ WORDS = {
     "claim": "C1 ... C8, or all (C6 by its own id only); without it the cells of a profile",
     "profile": f"with a claim: {' | '.join(SCALES)} (default: cpu); else {' | '.join(PROFILES)} (default: cpu)",
     "out": "folder of the runs (default: runs/PROFILE, runs/claims or runs/claims-gpu)",
-    "results": "folder of the records (default: results with a claim, results/gpu on a GPU; else OUT/results)",
+    "results": "folder of the records (default: results with a claim, results/gpu on a GPU; else OUT/results); the figures and README "
+    "are redrawn from it, unless it is OUT/results",
     "only": f"comma list of stages: {', '.join(STAGES)} (default: all)",
     "data": "token bundle made by `./dev bundle`; nothing is downloaded",
-    "jobs": "cells trained at once on this machine (default: one per core, or per GPU)",
+    "jobs": "cells trained at once on this machine (default: one per core, 8 at most; one per GPU)",
     "launcher": "local | slurm (default: local)",
     "mix": "yes: add to records of other code or data, which is refused otherwise (default: no)",
     "slurm.KEY": "what sbatch is told: slurm.partition=NAME slurm.time=MINUTES slurm.gpus_per_node=1 ...",

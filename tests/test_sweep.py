@@ -125,6 +125,7 @@ def test_a_failing_cell_is_recorded_and_tried_again(
     monkeypatch.setattr(
         "experiments.cell.is_trained", lambda config: (tmp_path / "out" / config.run_name / "done").exists()
     )
+    monkeypatch.setattr("experiments.cell.trained_by", lambda config: None)
     monkeypatch.setattr("experiments.cell.sweep", lambda *given: "")
     mine = plan(tmp_path, cells, stages=("train",))
     assert pipeline.run(mine, Local(2)) == 1
@@ -150,6 +151,20 @@ def test_a_job_without_a_traceback_leaves_the_end_of_its_log(tmp_path: Path) -> 
     pipeline.note_failure(tmp_path / "failed.json", failing, codes["a"])
     noted = json.loads((tmp_path / "failed.json").read_text())
     assert noted["traceback"].splitlines()[-1].strip() == "error: the loss is nan at step 3"
+
+
+def test_what_an_earlier_attempt_said_is_not_filed_under_this_one(tmp_path: Path) -> None:
+    raising = "try:\n    raise KeyError('its cause')\nexcept KeyError:\n    raise RuntimeError('of the first attempt')"
+    first = job(tmp_path, "a", raising)
+    codes, _ = ran([first], Local(1))
+    pipeline.note_failure(tmp_path / "first.json", first, codes["a"])
+    noted = json.loads((tmp_path / "first.json").read_text())["traceback"]
+    assert "its cause" in noted and noted.endswith("RuntimeError: of the first attempt")
+    second = replace(job(tmp_path, "a", "import sys; sys.exit('error: no memory')"), logged=first.log.stat().st_size)
+    codes, _ = ran([second], Local(1))
+    pipeline.note_failure(tmp_path / "second.json", second, codes["a"])
+    noted = json.loads((tmp_path / "second.json").read_text())["traceback"]
+    assert "first attempt" not in noted and noted == "error: no memory"
 
 
 PATIENT = """
@@ -304,6 +319,28 @@ def test_records_of_other_code_are_not_added_to_without_a_word(tmp_path: Path) -
         subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *pipeline.CODE], cwd=ROOT, check=False).returncode == 0
     )
     assert bool(pipeline.mixed_code(small([old, new], tmp_path))) is not same
+
+
+def test_cells_that_other_code_trained_are_not_added_to_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no record yet: a sweep that was killed between training and report, and the code changed since."""
+    cells = [replace(scratch("code", rank), reference=None) for rank in (1, 8)]
+    commit, _ = results.git_state()
+    origins: dict[str, Any] = {cells[0].name: {"commit": "0" * 40, "dirty": False}}
+    monkeypatch.setattr("experiments.cell.trained_by", lambda config: origins.get(config.run_name))
+    mixed = small(cells, tmp_path)
+    with pytest.raises(
+        ConfigError, match=rf"1 cell that other code \(0000000000\) trained under .*{cells[0].name}.*mix=yes"
+    ):
+        pipeline.refuse_mixed_code(mixed)
+    pipeline.refuse_mixed_code(replace(mixed, mix=True))
+    pipeline.refuse_mixed_code(replace(mixed, comparisons=[[cells[1]]]))
+    origins[cells[0].name] = {"commit": commit, "dirty": False}
+    same = (
+        subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *pipeline.CODE], cwd=ROOT, check=False).returncode == 0
+    )
+    assert bool(pipeline.mixed_code(mixed)) is not same
 
 
 def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,7 +150,7 @@ def claims_table(verdicts: list[Verdict], short: bool = False) -> Table:
             "" if short or not v.beside else f". Beside: {'; '.join(n.text() for n in v.beside)}"
         )
         rows.append((v.claim.id, v.setting, v.claim.expected, measured, v.verdict, braces(v.records) or "none"))
-    caption = "Intervals are 95% unless marked, over test rows or prompts and over seeds. Verdicts are about the untied law (anchor=none). "
+    caption = "Intervals are 95% unless marked, over test rows or prompts and over seeds. Verdicts are about the untied law (anchor=none), C6 apart, where each law has a row. "
     caption += "Rules, fixed before any run: " + " ".join(
         f"{c.id}: {c.statistic}; {c.rule}." for c in dict.fromkeys(v.claim for v in verdicts)
     )
