@@ -7,14 +7,17 @@
     memory = a + b weights
 
 Least squares of relative errors, no coefficient below zero; `CostModel.text` shows each fit's error. Records of a GPU are
-fitted apart; until there are some, the rates of `ASSUMED` stand in, and the text says so. Letters: V vocabulary.
+fitted apart; until there are some, the rates of `ASSUMED` stand in, and the text says so. Heads on a pretrained model cost what
+the nearest records on that model took; without one there is no number. Letters: V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,7 +129,7 @@ def fit(features: Sequence[Sequence[float]], observed: Sequence[float]) -> Fit:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one cell. Seconds per stage, on as many threads as the records had; bytes of memory while it trains."""
+    """Of one cell. Seconds per stage, on as many threads as the records had; bytes of memory while it trains. nan: not known."""
 
     train: float
     decode: float
@@ -135,25 +138,27 @@ class Estimate:
 
 @dataclass(frozen=True)
 class CostModel:
-    """step, evaluate, decode, memory: fits by name. overhead: k above. device: what the records ran on."""
+    """step, evaluate, decode, memory: fits by name. overhead: k above. device: what the records ran on. retrofits: those on
+    pretrained models."""
 
     fits: dict[str, Fit]
     overhead: float
     device: str
+    retrofits: tuple[tuple[Record, Config], ...] = ()
 
     @classmethod
     def of(cls, records: Iterable[Record], scale: str = "cpu") -> CostModel:
-        """From the records of that kind of device; pretrained trunks are left out (another shape)."""
-        usable = [
+        """From the records of that kind of device; those on pretrained trunks, which have other shapes, are not fitted."""
+        every = [
             (record, from_dict(record.config))
             for record in records
-            if (record["hardware"]["accelerator"] != "none") == (scale == "gpu") and not record.is_pretrained
+            if (record["hardware"]["accelerator"] != "none") == (scale == "gpu")
         ]
-        usable = [(record, config) for record, config in usable if config.model.family in ("llama", "gpt2")]
+        retrofits = tuple((record, config) for record, config in every if config.is_pretrained)
+        usable = [(record, config) for record, config in every if config.model.family in ("llama", "gpt2")]
         if len(usable) < 8:
-            return (
-                cls({name: Fit(values) for name, values in ASSUMED.items()}, 1.2, scale) if scale == "gpu" else _none()
-            )
+            assumed = cls({name: Fit(values) for name, values in ASSUMED.items()}, 1.2, scale)
+            return replace(assumed if scale == "gpu" else _none(), retrofits=retrofits)
         decoded = [(record, config) for record, config in usable if record["decoding"] is not None]
         seen = {
             "step": ([_step(c) for _, c in usable], [r["training"]["step_ms_median"] / 1000 for r, _ in usable]),
@@ -168,15 +173,41 @@ class CostModel:
             r["seconds"]["train"] / (r["training"]["steps"] * r["training"]["step_ms_median"] / 1000) for r, _ in usable
         ]
         names = {r["hardware"]["processor"] for r, _ in usable}
-        return cls({k: fit(*v) for k, v in seen.items() if v[1]}, statistics.median(spent), ", ".join(sorted(names)))
+        fits = {name: fit(*values) for name, values in seen.items() if values[1]}
+        return cls(fits, statistics.median(spent), ", ".join(sorted(names)), retrofits)
 
     def estimate(self, cell: Cell, group: int = 1) -> Estimate:
         """group: how many cells are decoded beside it, itself among them."""
         config = cell.config("runs")
+        if config.is_pretrained:
+            return self._as_the_nearest(config)
         train = self.overhead * config.optim.steps * self.fits["step"](_step(config))
         decode = written_tokens(config) * self.fits["decode"](_decode(config, group)) if config.horizon > 1 else 0.0
         total = START_SECONDS + train + self.fits["evaluate"](_evaluate(config))
         return Estimate(total, decode, self.fits["memory"](_memory(config)))
+
+    def _as_the_nearest(self, config: Config) -> Estimate:
+        """Medians over the records on the same model that are nearest in precision, positions of a step and rank; nan without one."""
+
+        def distance(other: Config) -> tuple[bool, bool, float]:
+            return (
+                other.model.dtype != config.model.dtype, other.loss.joint_fraction != config.loss.joint_fraction,
+                abs(math.log2(other.rank / config.rank)),
+            )  # fmt: skip
+
+        name = Path(config.model.trunk).name
+        alike = [(record, other) for record, other in self.retrofits if Path(other.model.trunk).name == name]
+        nearest = min((distance(other) for _, other in alike), default=None)
+        alike = [(record, other) for record, other in alike if distance(other) == nearest]
+        decoded = [(record, other) for record, other in alike if record["decoding"] is not None]
+        if not decoded:
+            return Estimate(math.nan, math.nan, math.nan)
+        steps = [record["seconds"]["train"] / record["training"]["steps"] for record, _ in alike]
+        tokens = [record["seconds"]["decode"] / written_tokens(other) for record, other in decoded]
+        evaluated = [record["seconds"]["evaluate"] for record, _ in alike]
+        train = START_SECONDS + config.optim.steps * statistics.median(steps) + statistics.median(evaluated)
+        memory = statistics.median(record["training"]["peak_memory_bytes"] for record, _ in alike)
+        return Estimate(train, written_tokens(config) * statistics.median(tokens), memory)
 
     def text(self) -> str:
         """One line: what it rests on and how far off it is."""
@@ -222,7 +253,8 @@ def estimates(model: CostModel, cells: list[Cell]) -> dict[str, Estimate]:
 
 def wall_seconds(cells: list[Cell], costs: dict[str, Estimate], jobs: int, decoded: list[Cell] | None = None) -> float:
     """Wall-clock of training `cells`, `jobs` at once as the scheduler orders them, then of the timed ones and of decoding
-    (default: the same cells), alone."""
+    (default: the same cells), alone. What is not known counts as nothing."""
+    costs = {name: replace(each, train=_known(each.train), decode=_known(each.decode)) for name, each in costs.items()}
     alone = sum(costs[cell.name].train for cell in cells if cell.alone)
     decoding = sum(costs[cell.name].decode for cell in (cells if decoded is None else decoded))
     ends: dict[str, float] = {}
@@ -236,3 +268,7 @@ def wall_seconds(cells: list[Cell], costs: dict[str, Estimate], jobs: int, decod
         cell = waiting.pop(first)
         ends[cell.name] = free[slot] = began[first] + costs[cell.name].train
     return max(free) + alone + decoding
+
+
+def _known(seconds: float) -> float:
+    return 0.0 if math.isnan(seconds) else seconds

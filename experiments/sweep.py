@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import os
 import signal
 import sys
@@ -240,14 +241,16 @@ def forecast(plan: Plan, options: Options) -> str:
             state = "for its weights" if not trained else "finished"
         each = costs[cell.name]
         lines.append(
-            f"{cell.name:<56} {state:<22} {_time(0 if trained else each.train):>7} {_time(each.decode):>7} {each.memory / 2**20:>5.0f} MiB"
+            f"{cell.name:<56} {state:<22} {_time(0 if trained else each.train):>7} {_time(each.decode):>7} {_mebibytes(each.memory):>9}"
         )
     jobs = options.jobs or (1 if scale == "gpu" else min(8, len(os.sched_getaffinity(0))))
+    unknown = sum(math.isnan(costs[cell.name].train) for cell in to_train)
     left = cost.wall_seconds(to_train, costs, jobs, plan.pending)
     lines += [
         "",
         f"{len(plan.cells)} cells, {len({c.setting for c in plan.cells})} without counting seeds: {len(plan.finished)} finished, "
-        f"{len(plan.pending)} to finish, {len(to_train)} to train; about {_time(left)} with {jobs} at once",
+        f"{len(plan.pending)} to finish, {len(to_train)} to train; about {_time(left)} with {jobs} at once"
+        + (f" and {unknown} cells on a model of which there are no records" if unknown else ""),
         model.text(),
         *(f"mixed: {line}{'' if plan.mix else '; refused without mix=yes'}" for line in mixed_code(plan)),
     ]
@@ -259,7 +262,13 @@ def complete_once(plan: Plan) -> list[Cell]:
     return list({cell.name: cell for cell in (*plan.needed, *plan.cells)}.values())
 
 
+def _mebibytes(memory: float) -> str:
+    return "?" if math.isnan(memory) else f"{memory / 2**20:.0f} MiB"
+
+
 def _time(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "?"
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 

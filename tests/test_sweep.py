@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -474,6 +475,20 @@ def test_without_records_of_a_gpu_the_rates_are_assumed_and_it_says_so() -> None
     model = cost.CostModel.of([], "gpu")
     assert "no records of a gpu yet; assumed rates" in model.text()
     assert model.estimate(study("C3", "gpu")[0]).train > cost.START_SECONDS
+
+
+def test_heads_on_a_pretrained_model_cost_what_the_nearest_records_took() -> None:
+    records, _ = results.load_all(ROOT / "results")
+    cells = {cell.name: cell for cell in study("C6")}
+    model = cost.CostModel.of(records)
+    for name in ("code-smollm2-common-r8-n4-token-eq14-s0", "code-smollm2-common-r1-n4-none-tied-eq14-s0"):
+        (record,) = [each for each in records if each.path == f"C6/{name}.json"]
+        found = model.estimate(cells[name])
+        assert found.train == pytest.approx(record["seconds"]["train"] + cost.START_SECONDS, rel=0.3)
+        assert found.decode == pytest.approx(record["seconds"]["decode"], rel=0.5)
+    unknown = cost.CostModel.of([]).estimate(cells[name])
+    assert math.isnan(unknown.train) and math.isnan(unknown.decode) and math.isnan(unknown.memory)
+    assert cost.wall_seconds([cells[name]], {name: unknown}, 2) == 0
 
 
 def test_two_workers_halve_the_time_but_not_that_of_a_chain() -> None:

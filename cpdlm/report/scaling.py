@@ -52,7 +52,7 @@ def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
     return one(
         "overhead_sizes",
         _TITLE,
-        record if isinstance(record, str) else (record, f"{_CAPTION} {_described(record)}"),
+        record if isinstance(record, str) else (record, f"{_CAPTION} {_conditions(record)} {_described(record)}"),
         overhead,
         folder,
     )
@@ -343,6 +343,11 @@ def _over(values: Sequence[float], form: str) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:+.0%}"
+
+
+def _conditions(record: Benchmark) -> str:
+    made = record["settings"]
+    return f"Rank {made['rank']}, n={made['horizon']}, V={made['vocab']:,}, {made['steps']} steps in each of {made['repeats']} processes."
 
 
 def _described(record: Benchmark) -> str:
