@@ -138,6 +138,14 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert {chart["yaxis"]["key"] for chart in state["compareRunCharts"]} <= set(child.data.metrics)
 
 
+def test_a_claim_answered_from_the_cells_of_another_has_a_note_that_says_so(store: dict[str, Any]) -> None:
+    client = store["client"]
+    (run,) = client.search_runs([client.get_experiment_by_name("imported C2").experiment_id])
+    note = run.data.tags["mlflow.note.content"]
+    assert run.info.run_name == "verdicts: C2" and "answered from the cells of `C1`" in note
+    assert "experiments/sweep.py claim=C2" in note and "**C2: " in note and "**C1: " not in note
+
+
 class Broken:
     """A store that stopped answering."""
 
@@ -150,14 +158,6 @@ class Broken:
             raise OSError("database is locked\nwith a long story")
 
         return fail
-
-
-def test_a_claim_answered_from_the_cells_of_another_has_a_note_that_says_so(store: dict[str, Any]) -> None:
-    client = store["client"]
-    (run,) = client.search_runs([client.get_experiment_by_name("imported C2").experiment_id])
-    note = run.data.tags["mlflow.note.content"]
-    assert run.info.run_name == "verdicts: C2" and "answered from the cells of `C1`" in note
-    assert "experiments/sweep.py claim=C2" in note and "**C2: " in note and "**C1: " not in note
 
 
 def test_a_store_that_dies_in_mid_run_warns_once_and_is_left_alone() -> None:

@@ -144,7 +144,7 @@ def specialities(families: list[Family]) -> Drawn | str:
         figure,
         "What each component is responsible for: how much more often than on average the windows that it explains begin with a "
         "character of that kind (1: as often as all), by posterior weight over test windows; and the first tokens that tell it apart "
-        "most. One run per rank (the lowest seed), the two highest ranks; components are numbered as in the other figures.",
+        "most. One run per rank (the lowest seed), the highest ranks; components are numbered as in the other figures.",
         records,
     )
 
@@ -185,14 +185,15 @@ def windows(families: list[Family]) -> Drawn | str:
 def _one_per_rank(families: list[Family], has: Callable[[Record], bool]) -> list[Record]:
     """Mixtures that differ in their rank alone, the lowest seed of each of the four highest ranks, by rank.
 
-    Of the first comparison in which a record `has` what is shown: of those at the horizon of the base cell, then of those
-    with its way of balancing, the widest, then the one of the highest rank.
+    Of the first comparison in which a record `has` what is shown: of those at the horizon of the base cell, on trunks of ours, then
+    of those with its way of balancing, the widest, then the one of the highest rank.
     """
     first = widest(families)
     usual = first[0].settings["balance"] if first else None
 
-    def preference(family: Family) -> tuple[bool, bool, int]:
-        return family.horizon != HORIZON, family.settings["balance"] != usual, -max(family.ranks(), default=1)
+    def preference(family: Family) -> tuple[bool, bool, bool, int]:
+        other = family.horizon != HORIZON, family.is_pretrained, family.settings["balance"] != usual
+        return *other, -max(family.ranks(), default=1)
 
     rest = [family for family in families if not any(family is other for other in first)]
     for family in sorted([*first, *rest], key=preference):
