@@ -98,7 +98,7 @@ class Tracker:
         def log() -> None:
             from mlflow.entities import RunTag
 
-            self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:4900]) for key, value in values.items()])
+            self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:7900]) for key, value in values.items()])
 
         self.attempt(log)
 
@@ -320,7 +320,7 @@ def _note(folder: str, profiles: list[str], verdicts: list[Verdict]) -> str:
         lines += [
             f"- {verdict.setting}: **{verdict.verdict}**. {verdict.measured()}"
             for verdict in resting
-            if verdict.claim is claim
+            if verdict.claim == claim
         ]
     return "\n".join(lines)
 

@@ -270,11 +270,16 @@ def log(
     text: str,
     figures: list[Path],
 ) -> None:
-    """Add finished records to their MLflow runs; to the sweep's, the figures and a note with its command and what `text` says."""
+    """Add finished records to their MLflow runs; to the sweep's, what the report says (`text`) and the figures."""
     for config, path in configs_and_records:
         tracking.log_record(config, path)
     parent = tracking.start_sweep(title, output, command, experiment=experiment)
-    parent.tags({"mlflow.note.content": f"`{command}`\n\n```\n{text.strip()}\n```"})
+    parent.text(f"{text.strip()}\n", "claims.txt")
+    parent.tags(
+        {
+            "mlflow.note.content": f"`{command}`. The verdicts are under *Artifacts*, in `claims.txt`; the figures beside it."
+        }
+    )
     for figure in figures:
         parent.artifact(figure, "figures")
     parent.end()

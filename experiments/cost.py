@@ -187,11 +187,11 @@ class CostModel:
         return Estimate(total, decode, self.fits["memory"](_memory(config)))
 
     def _as_the_nearest(self, config: Config) -> Estimate:
-        """Medians over the records on the same model that are nearest in precision, positions of a step and rank; nan without one."""
+        """Medians over the records on the same model that are nearest in adapters, precision, share of positions and rank; nan without one."""
 
-        def distance(other: Config) -> tuple[bool, bool, float]:
+        def distance(other: Config) -> tuple[bool, bool, bool, float]:
             return (
-                other.model.dtype != config.model.dtype, other.loss.joint_fraction != config.loss.joint_fraction,
+                other.model.adapter_layers != config.model.adapter_layers, other.model.dtype != config.model.dtype, other.loss.joint_fraction != config.loss.joint_fraction,
                 abs(math.log2(other.rank / config.rank)),
             )  # fmt: skip
 
@@ -215,7 +215,10 @@ class CostModel:
             return f"cost model: no records of a {self.device} yet; assumed rates"
         errors = ", ".join(f"{name} {100 * each.error:.0f}%" for name, each in self.fits.items())
         count = self.fits["step"].records
-        return f"cost model: {count} records ({self.device}); median error of the fit: {errors}"
+        text = f"cost model: {count} records ({self.device}); median error of the fit: {errors}"
+        if self.retrofits:
+            text += f". Heads on a pretrained model: what the nearest of {len(self.retrofits)} records took"
+        return text
 
 
 def _none() -> CostModel:

@@ -127,6 +127,7 @@ def mixed_code(plan: Plan) -> list[str]:
     cells would be compared with."""
     from experiments import cell as one
 
+    origins = {cell.name: one.trained_by(cell.config(str(plan.out))) for cell in plan.pending}
     lines = []
     for cells in plan.comparisons or [plan.cells]:
         names = {cell.name for cell in cells}
@@ -136,14 +137,13 @@ def mixed_code(plan: Plan) -> list[str]:
         if old:
             commits = sorted({str(record["commit"])[:10] + "-dirty" * bool(record["dirty"]) for record in old})
             lines.append(f"{len(old)} records of other code ({', '.join(commits)}) under {plan.results}: {_some(old)}")
-        origins = {
-            cell.name: origin
-            for cell in plan.pending
-            if cell.name in names and (origin := one.trained_by(cell.config(str(plan.out)))) is not None
+        foreign = {
+            name: str(origin["commit"])
+            for name, origin in origins.items()
+            if name in names and origin is not None and not _goes_on(str(origin["commit"]))
         }
-        foreign = {name: origin for name, origin in origins.items() if not _same_code(origin)}
         if foreign:
-            commits = sorted({str(origin["commit"])[:10] for origin in foreign.values()})
+            commits = sorted({commit[:10] for commit in foreign.values()})
             lines.append(
                 f"{counted(len(foreign), 'cell')} that other code ({', '.join(commits)}) trained under {plan.out}: {_some(list(foreign))}"
             )
@@ -156,7 +156,7 @@ def refuse_mixed_code(plan: Plan) -> None:
     if lines and not plan.mix:
         raise ConfigError(
             f"the missing cells would be compared with {'; and with '.join(lines)}. Type mix=yes to add to them (the report "
-            "names the commits), or results=OTHER out=OTHER to begin afresh"
+            "names the commits), or out=OTHER results=OTHER/results to begin afresh"
         )
 
 
@@ -172,7 +172,7 @@ def refuse_mixed_data(plan: Plan, config: Config, sha256: str) -> None:
     if other and not plan.mix:
         raise ConfigError(
             f"{len(other)} records under {plan.results} are of other text than corpus={config.corpus} is now (sha256 "
-            f"{other[0]['data']['sha256'][:12]} then, {sha256[:12]} now): {_some(other)}. Restore it, type results=OTHER, or "
+            f"{other[0]['data']['sha256'][:12]} then, {sha256[:12]} now): {_some(other)}. Restore it, type out=OTHER results=OTHER/results, or "
             "mix=yes: the report never compares the two"
         )
 
@@ -203,7 +203,7 @@ def _other_trunk(plan: Plan, trunk: Cell) -> str:
         return ""
     return (
         f"{found}: the target would not be a common one. Type mix=yes to add cells on this one (the report says so and pairs no "
-        "cell on one with a cell on the other), or results=OTHER"
+        "cell on one with a cell on the other), or out=OTHER results=OTHER/results"
     )
 
 
@@ -219,6 +219,11 @@ def _unchanged_since(commit: str) -> bool:
 
 def _same_code(origin: Record | dict[str, Any]) -> bool:
     return not origin["dirty"] and _unchanged_since(str(origin["commit"]))
+
+
+def _goes_on(commit: str) -> bool:
+    """Whether cells that a sweep of that commit left are its own still: with uncommitted changes, too, which their records name."""
+    return commit == git_state()[0] or _unchanged_since(commit)
 
 
 def _some(found: Sequence[Record | str]) -> str:

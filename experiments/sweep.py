@@ -33,8 +33,8 @@ WORDS = {
     "claim": "C1 ... C8, or all (C6 by its own id only); without it the cells of a profile",
     "profile": f"with a claim: {' | '.join(SCALES)} (default: cpu); else {' | '.join(PROFILES)} (default: cpu)",
     "out": "folder of the runs (default: runs/PROFILE, runs/claims or runs/claims-gpu)",
-    "results": "folder of the records (default: results with a claim, results/gpu on a GPU; else OUT/results); the figures and README "
-    "are redrawn from it, unless it is OUT/results",
+    "results": "folder of the records (default: results with a claim, results/gpu on a GPU; else OUT/results); figures and README "
+    "are redrawn from it (of a folder in results: from all of that), unless it is OUT/results",
     "only": f"comma list of stages: {', '.join(STAGES)} (default: all)",
     "data": "token bundle made by `./dev bundle`; nothing is downloaded",
     "jobs": "cells trained at once on this machine (default: one per core, 8 at most; one per GPU)",
@@ -224,7 +224,7 @@ def forecast(plan: Plan, options: Options) -> str:
 
     roots = {path for path in (plan.results, ROOT / "results") if path.is_dir()}
     records = [record for root in roots for record in load_all(root)[0]]
-    scale = "gpu" if options.profile in ("gpu", "paper") else "cpu"
+    scale = "gpu" if options.profile in ("gpu", "retrofit-gpu", "paper") else "cpu"
     model = cost.CostModel.of({record["name"]: record for record in records}.values(), scale)
     costs = cost.estimates(model, plan.needed)
     lines = [f"{'cell':<56} {'state':<22} {'train':>7} {'decode':>7} {'memory':>9}"]
@@ -244,7 +244,7 @@ def forecast(plan: Plan, options: Options) -> str:
             f"{cell.name:<56} {state:<22} {_time(0 if trained else each.train):>7} {_time(each.decode):>7} {_mebibytes(each.memory):>9}"
         )
     jobs = options.jobs or (1 if scale == "gpu" else min(8, len(os.sched_getaffinity(0))))
-    unknown = sum(math.isnan(costs[cell.name].train) for cell in to_train)
+    unknown = sum(math.isnan(costs[cell.name].train) for cell in plan.pending)
     left = cost.wall_seconds(to_train, costs, jobs, plan.pending)
     lines += [
         "",

@@ -39,7 +39,7 @@ def drawn(records: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder, render(records, folder)
 
 
-TABLES = ("claims", "cells", "beyond", "references", "baselines", "cost", "trunks")
+TABLES = ("claims", "cells", "paired", "beyond", "references", "baselines", "cost", "trunks")
 
 
 def test_every_figure_and_table_is_there(drawn: tuple[Path, Report]) -> None:
@@ -265,6 +265,23 @@ def test_the_claims_table_has_expected_measured_verdict_and_record(drawn: tuple[
     assert "its own variation is not covered" in (folder / "tables" / "claims.md").read_text()
     for verdict in report.verdicts:
         assert verdict.setting.split(",")[0] in report.text
+
+
+def test_paired_differences_have_interval_and_spread(drawn: tuple[Path, Report]) -> None:
+    rows = list(csv.DictReader((drawn[0] / "tables" / "paired.csv").open()))
+    assert all(row["rank"] != "1" for row in rows) and {row["law"] for row in rows} >= {"untied", "anchored"}
+    row = next(
+        row
+        for row in rows
+        if (row["law"], row["rank"], row["setting"]) == ("untied", "8", "code, tiny, n=4, own target")
+    )
+    text = row["joint NLL (nats), minus rank 1"]
+    mean, low, high, spread = map(float, re.findall(r"[+-]?\d+\.\d+", text))
+    assert row["seeds"] == "2" and " +- " in text and low < mean < high < 0 < spread < high - low
+    # A wide table is shrunk to the page, a narrow one is not.
+    assert r"\resizebox{\linewidth}{!}{" in (drawn[0] / "tables" / "paired.tex").read_text()
+    narrow = tables.Table("narrow", "A caption.", ("a", "b"), [("1", "2")])
+    assert "resizebox" not in narrow.latex() and narrow.latex().count("{") == narrow.latex().count("}")
 
 
 def test_beyond_has_controls_and_added_parameters(drawn: tuple[Path, Report]) -> None:

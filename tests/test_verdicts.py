@@ -11,6 +11,7 @@ from made_records import ORIGIN, made, suite
 
 from cpdlm.report import results, statistics, verdicts
 from cpdlm.report.statistics import Sample, contrast, estimate
+from cpdlm.report.tables import claims_table
 
 COMMON = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"}
 
@@ -184,6 +185,11 @@ def test_c2_needs_every_rank_beside_rank_1() -> None:
     contents = [made(rank, seed, first=0.0) for rank, seed in ((1, 0), (2, 1), (8, 0))]
     (verdict,) = judged("C2", *contents)
     assert (verdict.word, verdict.reason) == ("not measurable here", "rank 2 shares no seed with rank 1")
+    assert [number.name for number in verdict.numbers] == ["rank 8 - rank 1 (90%):"]
+    # What fails at rank 8 does not need rank 2.
+    contents = [made(rank, seed, first=0.05) for rank, seed in ((1, 0), (2, 1), (8, 0))]
+    (verdict,) = judged("C2", *contents)
+    assert verdict.word == "fails" and verdict.reason.startswith("rank 8 differs")
 
 
 def equal_time(longer: float, **laws: Any) -> list[verdicts.Verdict]:
@@ -208,7 +214,13 @@ def test_equal_wall_clock_has_a_row_of_its_own() -> None:
 
 
 def test_a_cell_of_another_wall_clock_is_not_taken_for_equal() -> None:
-    assert len(equal_time(0.95)) == len(equal_time(2.0)) == 1
+    for longer in (0.95, 2.0):
+        verdict = equal_time(longer)[1]
+        assert (verdict.word, verdict.numbers) == ("not measurable here", [])
+        assert (
+            verdict.reason
+            == f"rank 1 was trained for {longer:.2f} times rank 8's time; between 1 and 1.33 counts as equal"
+        )
 
 
 def test_times_of_different_machines_are_not_taken_for_equal() -> None:
@@ -216,7 +228,15 @@ def test_times_of_different_machines_are_not_taken_for_equal() -> None:
     origin["hardware"]["processor"] = "Another CPU"
     verdict = equal_time(1.0, origin=origin)[1]
     assert (verdict.word, verdict.numbers) == ("not measurable here", [])
-    assert "trained on 2 kinds of hardware" in verdict.reason
+    assert "trained on different kinds of hardware" in verdict.reason
+
+
+def test_a_row_of_equal_wall_clock_belongs_to_its_claim() -> None:
+    rows = equal_time(1.0)
+    assert rows[0].claim is rows[1].claim and "at equal wall-clock" in rows[1].expected
+    table = claims_table(rows)
+    assert table.caption.count("C1:") == 1
+    assert [row[2] for row in table.rows] == [rows[0].claim.expected, rows[1].expected]
 
 
 def balanced(gains: dict[str, float], seeds: int = 3, spread: float = 0.001) -> verdicts.Verdict:

@@ -64,7 +64,7 @@ class Table:
         return "\n".join(
             [
                 r"\begin{table}[t]", r"\centering\footnotesize", rf"\caption{{{_escaped(self.caption)}}}",
-                rf"\label{{tab:{self.name}}}", *[r"\resizebox{\linewidth}{!}{%"] * fit, rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+                rf"\label{{tab:{self.name}}}", *[r"\resizebox{\linewidth}{!}{"] * fit, rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
                 head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}" + "}" * fit, r"\end{table}", "",
             ]
         )  # fmt: skip
@@ -149,9 +149,11 @@ def claims_table(verdicts: list[Verdict], short: bool = False) -> Table:
         measured = v.measured() + (
             "" if short or not v.beside else f". Beside: {'; '.join(n.text() for n in v.beside)}"
         )
-        rows.append((v.claim.id, v.setting, v.claim.expected, measured, v.verdict, braces(v.records) or "none"))
+        rows.append(
+            (v.claim.id, v.setting, v.expected or v.claim.expected, measured, v.verdict, braces(v.records) or "none")
+        )
     caption = "Intervals are 95% unless marked, over test rows or prompts and over seeds. Verdicts are about the untied law (anchor=none), C6 apart, where each law has a row. "
-    caption += "Rules, fixed before any run: " + " ".join(
+    caption += "Rules, fixed before the runs (results/LOG.md dates each change): " + " ".join(
         f"{c.id}: {c.statistic}; {c.rule}." for c in dict.fromkeys(v.claim for v in verdicts)
     )
     return Table("claims", caption, ("claim", "setting", "expected", "measured", "verdict", "record"), rows)
@@ -173,26 +175,27 @@ def cells_table(families: list[Family]) -> Table:
 def paired_table(families: list[Family]) -> Table:
     """Every rank against rank 1 of its law, paired: mean, interval and spread."""
     quantities = (
-        ("joint_nll", "sampling", "joint NLL (nats)", 3), ("first_token_nll", "sampling", "first-token NLL (nats)", 3),
-        *(("tokens_per_pass", mode, f"tokens per pass, {mode}", 3) for mode in MODES),
+        ("joint_nll", "sampling", "joint NLL (nats)"), ("first_token_nll", "sampling", "first-token NLL (nats)"),
+        *(("tokens_per_pass", mode, f"tokens per pass, {mode}") for mode in MODES),
     )  # fmt: skip
     rows, shown = [], [family for family in families if not family.is_timing]
     for family, law in itertools.product(shown, LAWS):
-        one = family.cells.get((law, 1))
-        for rank in [rank for rank in family.ranks(law) if rank > 1] if one else []:
+        one = family.cells.get((law, 1), {})
+        for rank in (rank for rank in family.ranks(law) if rank > 1):
             cells = family.cells[law, rank]
-            gaps = [difference(cells, one, quantity, mode) for quantity, mode, *_ in quantities] if one else []
+            gaps = [difference(cells, one, quantity, mode) for quantity, mode, _ in quantities]
             speeds = [over_seeds(cells, "speedup_over_rank1", mode) for mode in MODES]
             if any(gap is not None for gap in gaps):
                 values = [*(_spread(gap, 3, sign=True) for gap in gaps), *(_spread(speed, 2) for speed in speeds)]
-                rows.append((family.label, law, str(rank), str(len(shared_seeds(cells, one or {}))), *values))
+                rows.append((family.label, law, str(rank), str(len(shared_seeds(cells, one))), *values))
     header = (
-        "setting", "law", "rank", "seeds", *(f"{name}, minus rank 1" for _, _, name, _ in quantities),
+        "setting", "law", "rank", "seeds", *(f"{name}, minus rank 1" for *_, name in quantities),
         *(f"speed over rank 1, {mode}" for mode in MODES),
     )  # fmt: skip
     caption = (
         "Every rank against rank 1 of the same law, target and seed, on the same test rows or prompts: mean over seeds, 95% interval "
-        "(bootstrap over rows or prompts and t over seeds), +- standard deviation over seeds where there are several. "
+        "(bootstrap over rows or prompts and t over seeds), +- standard deviation over seeds where there are several. Speed: medians of "
+        "interleaved repeats in one process, with their own intervals, over all seeds. "
         + described([r for f in shown for law in LAWS if (law, 1) in f.cells for r in f.records(law)])
     )
     return Table("paired", caption, header, rows)

@@ -143,7 +143,8 @@ class Number:
 
 @dataclass(frozen=True)
 class Verdict:
-    """claim, setting (what its records share), word, reason. numbers decide; beside are reported next to them."""
+    """claim, setting (what its records share), word, reason. numbers decide; beside are reported next to them. expected: what the
+    paper says of it, where that is not what it says of the claim."""
 
     claim: Claim
     setting: str
@@ -153,6 +154,7 @@ class Verdict:
     beside: list[Number] = field(default_factory=list)
     records: list[str] = field(default_factory=list)
     seeds: int = 0
+    expected: str = ""
 
     @property
     def verdict(self) -> str:
@@ -226,7 +228,7 @@ def _judge_ranks(claim: Claim, family: Family, families: list[Family]) -> list[V
 
 
 def _judge_equal_time(claim: Claim, family: Family, families: list[Family]) -> list[Verdict]:
-    """The top rank against rank 1 trained for as long as the top rank took, where there is such a cell."""
+    """The top rank against rank 1 trained for as long as the top rank took or a little longer, where there is a longer cell."""
     top = family.cells.get(("untied", claim.top))
     longer = [
         other.cells["untied", 1]
@@ -235,29 +237,33 @@ def _judge_equal_time(claim: Claim, family: Family, families: list[Family]) -> l
         and other.settings["optim.steps"] > family.settings["optim.steps"]
         and _alike([family, other], ("optim.steps", "optim.warmup"))
     ]
-    if top is None:
+    if top is None or not longer:
         return []
-    ratios = {index: _training_seconds(cells) / _training_seconds(top) for index, cells in enumerate(longer)}
-    equal = [index for index, ratio in ratios.items() if 1 <= ratio <= EQUAL_TIME]
+    row = Verdict(
+        claim, f"{family.label}, equal wall-clock", UNMEASURED, "", expected=claim.expected.replace("at equal steps", "at equal wall-clock")
+    )  # fmt: skip
+    machines = {training_hardware(record) for record in top.values()}
+    longer = [cells for cells in longer if {training_hardware(record) for record in cells.values()} == machines]
+    if len(machines) > 1 or not longer:
+        return [replace(row, reason="trained on different kinds of hardware, so that their times cannot be compared")]
+    times = sorted(
+        ((_training_seconds(cells) / _training_seconds(top), cells) for cells in longer), key=lambda each: each[0]
+    )
+    equal = [each for each in times if 1 <= each[0] <= EQUAL_TIME]
     if not equal:
-        return []
-    nearest = min(equal, key=ratios.__getitem__)
-    rank_one, ratio = longer[nearest], ratios[nearest]
-    machines = {training_hardware(record) for cells in (top, rank_one) for record in cells.values()}
-    gap = difference(top, rank_one, claim.quantity)
+        found = ", ".join(f"{ratio:.2f}" for ratio, _ in times)
+        reason = f"rank 1 was trained for {found} times rank {claim.top}'s time; between 1 and {EQUAL_TIME:g} counts as equal"
+        return [replace(row, reason=reason)]
+    ratio, rank_one = equal[0]
     seeds = len(shared_seeds(top, rank_one))
-    setting = f"{family.label}, equal wall-clock, {counted(seeds, 'seed')}"
     paths = [record.path for cells in (rank_one, top) for _, record in sorted(cells.items())]
-    claim = replace(claim, expected=claim.expected.replace("at equal steps", "at equal wall-clock"))
-    if len(machines) > 1:
-        reason = f"trained on {len(machines)} kinds of hardware, so that their times cannot be compared"
-        return [Verdict(claim, setting, UNMEASURED, reason, records=paths)]
+    row = replace(row, setting=f"{row.setting}, {counted(seeds, 'seed')}", records=paths, seeds=seeds)
+    gap = difference(top, rank_one, claim.quantity)
     if gap is None:
-        return [Verdict(claim, setting, UNMEASURED, f"no seed with {claim.quantity} is shared", records=paths)]
+        return [replace(row, reason=f"no seed with {claim.quantity} is shared")]
     name = f"rank {claim.top} - rank 1 trained for {ratio:.2f} times its time:"
-    numbers = [Number(name, gap, claim.digits, claim.unit, sign=True)]
     word, reason = _signed(claim, gap)
-    return [Verdict(claim, setting, word, reason, numbers, [], paths, seeds)]
+    return [replace(row, word=word, reason=reason, numbers=[Number(name, gap, claim.digits, claim.unit, sign=True)])]
 
 
 def _training_seconds(cells: Cells) -> float:
@@ -593,23 +599,21 @@ def _trend(claim: Claim, cells: dict[int, Cells]) -> tuple[str, str, list[Number
 
 def _equal(claim: Claim, cells: dict[int, Cells]) -> tuple[str, str, list[Number]]:
     """Two one-sided tests at 5% each, for every rank against rank 1; all must pass, so that no correction is due."""
-    numbers, inside, outside = [], True, list[int]()
-    for rank in sorted(cells):
-        if rank == 1:
-            continue
+    numbers, inside, outside, alone = list[Number](), True, list[int](), list[int]()
+    for rank in (rank for rank in sorted(cells) if rank > 1):
         gap = difference(cells[rank], cells[1], claim.quantity, level=0.9)
         if gap is None:
-            return UNMEASURED, f"rank {rank} shares no seed with rank 1", []
+            alone.append(rank)
+            continue
         numbers.append(Number(f"rank {rank} - rank 1 (90%):", gap, claim.digits, claim.unit, sign=True))
         inside &= _is_nothing(claim, gap)
         if gap.low > claim.margin or gap.high < -claim.margin:
             outside.append(rank)
     if outside:
-        return (
-            FAILS,
-            f"rank {', '.join(map(str, outside))} differs from rank 1 by more than {claim.margin:g} {claim.unit}",
-            numbers,
-        )
+        ranks = ", ".join(map(str, outside))
+        return FAILS, f"rank {ranks} differs from rank 1 by more than {claim.margin:g} {claim.unit}", numbers
+    if alone:
+        return UNMEASURED, f"rank {', '.join(map(str, alone))} shares no seed with rank 1", numbers
     if inside:
         return HOLDS, "", numbers
     return UNMEASURED, f"undecided: an interval crosses the margin of {claim.margin:g} {claim.unit}", numbers

@@ -23,7 +23,7 @@ __all__ = ["ADDING", "FIGURES", "STYLE", "Drawn", "Plot", "Shown", "command", "d
 
 ADDING = (
     "where the records that are there are of other code (the committed ones are, once the code has changed), a sweep refuses to "
-    "add to them: end its command with mix=yes to add all the same, or with results=OTHER to begin afresh"
+    "add to them: end its command with mix=yes to add all the same, or with out=OTHER results=OTHER/results to begin afresh"
 )
 
 # In the order of the report.

@@ -57,7 +57,7 @@ def decoding_over_training(families: list[Family]) -> Drawn | str:
         row[0].set_ylabel("tokens per trunk pass")
     legend_below(figure, 3)
     records = [record for _, _, cells in shown for by_seed in cells.values() for record in by_seed.values()]
-    prompts = sorted({record.config["train"]["decode_prompts"] for record in records} - {0})
+    prompts = sorted({record.config["train"].get("decode_prompts", 0) for record in records} - {0})
     return Drawn(
         figure,
         f"Tokens per trunk pass on {' or '.join(map(str, prompts))} validation prompts while training goes on; on a pretrained model, cells "
