@@ -507,7 +507,7 @@ def families(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
         notes.append(
             f"speed over rank 1 is not shown where it was taken over a rank-1 cell of another law or training (records: {unlike})"
         )
-    return ordered, notes + _targets(ordered)
+    return ordered, notes + _one_trunk(ordered) + _targets(ordered)
 
 
 def _is_like_for_like(record: Record, by_name: dict[str, Record]) -> bool:
@@ -623,13 +623,21 @@ def _mixture(family: Family) -> list[str]:
             notes.append(
                 f"{family.label}: records {what} on {len(machines)} kinds of hardware are compared: {'; '.join(machines)}"
             )
-    trunks = {record.config["model"]["trunk"] for record in records}
-    seeds = {record.seed for record in records}
-    if family.target == "common" and len(seeds) > len(trunks):
-        notes.append(
-            f"{family.label}: {len(seeds)} seeds of the heads on {len(trunks)} frozen trunk: its own variation is not covered"
-        )
     return notes
+
+
+def _one_trunk(ordered: list[Family]) -> list[str]:
+    """A line on the comparisons whose seeds are of the heads alone."""
+    found = 0
+    for family in ordered:
+        trunks = {record.config["model"]["trunk"] for record in family.records()}
+        seeds = {record.seed for record in family.records()}
+        found += family.target == "common" and len(seeds) > len(trunks)
+    if not found:
+        return []
+    return [
+        f"{counted(found, 'comparison')} with several seeds of the heads on one frozen trunk: its own variation is not covered"
+    ]
 
 
 def _targets(ordered: list[Family]) -> list[str]:
