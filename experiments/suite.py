@@ -164,7 +164,7 @@ def cpu() -> list[Cell]:
 # --- the star on two cores: an arm per dial ---------------------------------------------------------------------------
 
 # Steps that rank 1 takes in the wall-clock of rank 8's 400 (heads) and 500 (from scratch), by the step times of the first
-# records: equal wall-clock beside equal steps. The verdict checks the times of the records that it compares.
+# records, the latter with a tenth to spare: equal wall-clock beside equal steps. The verdict checks the times of its records.
 HEADS_TIME_OF_RANK_8, SCRATCH_TIME_OF_RANK_8 = 1140, 1350
 BALANCES: dict[str, dict[str, Any]] = {
     "switch0.001": {"loss.balance_weight": 0.001}, "switch0.1": {"loss.balance_weight": 0.1}, "kl": {"balance": "kl"},
