@@ -56,7 +56,7 @@ def write(
 <body>
 <header>
 <h1>Rank-r joint heads: what the records say</h1>
-<p class="lead">Claims of arXiv 2410.17765, tested by rules that were fixed before any run. Everything here is a function of the
+<p class="lead">Claims of arXiv 2410.17765, tested by rules that were fixed before the runs (results/LOG.md dates each change). Everything here is a function of the
 records under <code>results/</code>, drawn by <code>./dev report</code>; each record names its command, commit, seed and hardware.</p>
 <p class="notes">{_text(described(records))}</p>
 </header>

@@ -1,4 +1,4 @@
-"""The paper's claims C1 to C8 as data: question, expected outcome, statistic and rule, fixed before any run.
+"""The paper's claims C1 to C8 as data: question, expected outcome, statistic and rule, fixed before the runs (results/LOG.md dates each change).
 
 A verdict is a function of the records alone. The word is `holds`, `fails`, `not measured here` (there are no cells, or they
 need a GPU), or `not measurable here` (too few seeds, or an interval that decides nothing); the last two say why. Verdicts
