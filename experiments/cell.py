@@ -54,12 +54,9 @@ def is_trained(config: Config) -> bool:
     return same and found["likelihood"].get("shortlist", {"tokens": 0})["tokens"] == config.loss.shortlist
 
 
-def trained_by(config: Config) -> dict[str, Any] | None:
-    """The origin (commit, dirty) of a cell that is trained and evaluated; None where it is not."""
-    if not is_trained(config):
-        return None
-    origin: dict[str, Any] = _read(run_folder(config) / EVALUATED)["origin"]
-    return origin
+def trained_by(config: Config) -> str:
+    """The commit that trained and evaluated the cell; "" where none has."""
+    return str(_read(run_folder(config) / EVALUATED)["origin"]["commit"]) if is_trained(config) else ""
 
 
 def is_measured(configs: list[Config], reference: Config | None = None) -> bool:

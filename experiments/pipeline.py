@@ -127,7 +127,7 @@ def mixed_code(plan: Plan) -> list[str]:
     cells would be compared with."""
     from experiments import cell as one
 
-    origins = {cell.name: one.trained_by(cell.config(str(plan.out))) for cell in plan.pending}
+    trained = {cell.name: one.trained_by(cell.config(str(plan.out))) for cell in plan.pending}
     lines = []
     for cells in plan.comparisons or [plan.cells]:
         names = {cell.name for cell in cells}
@@ -138,9 +138,7 @@ def mixed_code(plan: Plan) -> list[str]:
             commits = sorted({str(record["commit"])[:10] + "-dirty" * bool(record["dirty"]) for record in old})
             lines.append(f"{len(old)} records of other code ({', '.join(commits)}) under {plan.results}: {_some(old)}")
         foreign = {
-            name: str(origin["commit"])
-            for name, origin in origins.items()
-            if name in names and origin is not None and not _goes_on(str(origin["commit"]))
+            name: commit for name, commit in trained.items() if name in names and commit and not _goes_on(commit)
         }
         if foreign:
             commits = sorted({commit[:10] for commit in foreign.values()})
@@ -217,8 +215,8 @@ def _unchanged_since(commit: str) -> bool:
     return asked.returncode == 0 if git_state()[0] != "unknown" else commit == git_state()[0]
 
 
-def _same_code(origin: Record | dict[str, Any]) -> bool:
-    return not origin["dirty"] and _unchanged_since(str(origin["commit"]))
+def _same_code(record: Record) -> bool:
+    return not record["dirty"] and _unchanged_since(str(record["commit"]))
 
 
 def _goes_on(commit: str) -> bool:
