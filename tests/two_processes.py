@@ -23,6 +23,7 @@ import torch
 from cpdlm.config import resolve
 from cpdlm.files import WriteError
 from cpdlm.model.language_model import build_language_model
+from cpdlm.processes import leave
 from cpdlm.training.fit import ProcessLost, fit
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
 from cpdlm.training.storage import load_trunk
@@ -112,7 +113,7 @@ def main(path: str) -> None:
         train(Path(case["folder"]), case["overrides"], case["optimizer"], case["fault"])
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave(0)  # as `experiments/run.py` does, and for its reason
 
 
 if __name__ == "__main__":
