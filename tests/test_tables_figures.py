@@ -284,6 +284,12 @@ def test_paired_differences_have_interval_and_spread(drawn: tuple[Path, Report])
     assert "resizebox" not in narrow.latex() and narrow.latex().count("{") == narrow.latex().count("}")
 
 
+def test_beyond_needs_no_untied_cell() -> None:
+    contents = [made(rank, 0, claim="beyond", anchor="token") for rank in (1, 8)]
+    families, _ = results.families(results.Record(content["name"], content) for content in contents)
+    assert [row[1:3] for row in tables.beyond_table(families).rows] == [("anchored", "1"), ("anchored", "8")]
+
+
 def test_beyond_has_controls_and_added_parameters(drawn: tuple[Path, Report]) -> None:
     rows = list(csv.DictReader((drawn[0] / "tables" / "beyond.csv").open()))
     found = {

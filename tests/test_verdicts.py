@@ -185,11 +185,19 @@ def test_c2_needs_every_rank_beside_rank_1() -> None:
     contents = [made(rank, seed, first=0.0) for rank, seed in ((1, 0), (2, 1), (8, 0))]
     (verdict,) = judged("C2", *contents)
     assert (verdict.word, verdict.reason) == ("not measurable here", "rank 2 shares no seed with rank 1")
-    assert [number.name for number in verdict.numbers] == ["rank 8 - rank 1 (90%):"]
+    assert [number.name for number in verdict.numbers] == ["rank 8 - rank 1 (95.0%):"]
     # What fails at rank 8 does not need rank 2.
     contents = [made(rank, seed, first=0.05) for rank, seed in ((1, 0), (2, 1), (8, 0))]
     (verdict,) = judged("C2", *contents)
     assert verdict.word == "fails" and verdict.reason.startswith("rank 8 differs")
+
+
+@pytest.mark.parametrize("claim", ["C1", "C3"])
+def test_a_step_that_shares_no_seed_decides_nothing(claim: str) -> None:
+    common = COMMON if claim == "C3" else {}
+    contents = [made(rank, seed, **common) for rank, seed in ((1, 0), (2, 1), (8, 0))]
+    verdict = judged(claim, *contents)[0]
+    assert (verdict.word, verdict.reason) == ("not measurable here", "rank 2 shares no seed with rank 1")
 
 
 def equal_time(longer: float, **laws: Any) -> list[verdicts.Verdict]:
@@ -221,6 +229,18 @@ def test_a_cell_of_another_wall_clock_is_not_taken_for_equal() -> None:
             verdict.reason
             == f"rank 1 was trained for {longer:.2f} times rank 8's time; between 1 and 1.33 counts as equal"
         )
+
+
+def test_equal_wall_clock_is_that_of_the_shared_seeds() -> None:
+    """Seed 2 of rank 8, which was slow, has no partner."""
+    short = [made(rank, seed, slope=0.1) for rank in (1, 8) for seed in range(3)]
+    long = [made(1, seed, optim__steps=1000, name=f"long-s{seed}") for seed in range(2)]
+    for content in (*short, *long):
+        content["training"]["step_ms_median"] = {(8, 2): 400.0, (8, 0): 200.0, (8, 1): 200.0}.get(
+            (content["config"]["rank"], content["seed"]), 100.0
+        )
+    equal_clock = judged("C1", *short, *long)[1]
+    assert equal_clock.numbers[0].name == "rank 8 - rank 1 trained for 1.00 times its time:"
 
 
 def test_times_of_different_machines_are_not_taken_for_equal() -> None:
@@ -378,6 +398,13 @@ def test_c6_asks_whether_some_rank_beats_plain_decoding(speed: float, word: str,
     assert verdict.word == word and reason in verdict.reason
     assert [number.name for number in verdict.numbers][1].startswith("rank 4 over rank 1")
     assert verdict.setting.startswith("code, smollm2, n=4, common target") and ", tied, 2 seeds" in verdict.setting
+
+
+def test_c6_fails_only_where_every_rank_was_decoded() -> None:
+    contents = [made(rank, 0, **PRETRAINED, speed=0.4) for rank in (1, 4)]
+    assert judged("C6", *contents)[0].word == "fails"
+    contents[1]["decoding"] = None
+    assert judged("C6", *contents)[0].word == "not measurable here"
 
 
 def test_c6_judges_each_law_by_itself_and_is_no_matter_of_c3_and_c4() -> None:

@@ -440,6 +440,13 @@ class Family:
         """Cells trained alone for a few steps, to be timed (C8): their likelihoods and drafts say nothing."""
         return all(record["claim"] == "C8" for record in self.records())
 
+    @property
+    def balance(self) -> str:
+        """switch and kl with their strength, bias with its rate, none."""
+        name = str(self.settings["balance"])
+        key = {"switch": "loss.balance_weight", "kl": "loss.balance_weight", "bias": "loss.balance_rate"}.get(name)
+        return f"{name} {self.settings[key]:g}" if key else name
+
     def all_ranks(self) -> list[int]:
         return sorted({rank for _, rank in self.cells})
 
@@ -535,11 +542,11 @@ def _without_rank_one(record: Record) -> Record:
 
 
 def along(families: Iterable[Family], *free: str) -> list[list[Family]]:
-    """Groups of families that share all settings but `free` (prefixes of dotted names) and what follows from them, the
-    largest group first; a group has two families at least."""
+    """Groups of families that share all settings but `free` (prefixes of dotted names), the largest group first; a group has two
+    families at least."""
     groups: dict[str, list[Family]] = {}
     for family in families:
-        kept = {key: value for key, value in family.settings.items() if not key.startswith(free) and key != "trunk"}
+        kept = {key: value for key, value in family.settings.items() if not key.startswith(free)}
         groups.setdefault(json.dumps(kept, sort_keys=True), []).append(family)
     return sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
 

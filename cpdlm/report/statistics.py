@@ -1,9 +1,11 @@
 """Intervals over rows, prompts and seeds.
 
-Rows (or prompts) are resampled, the same draw for everything that is compared, since all cells see the same rows. Seeds
-are too few to resample (a bootstrap of three values is far too narrow), so that between-seed variation enters as a
-Student t draw with seeds - 1 degrees of freedom times the standard error over seeds. Without row variation the interval
-is exactly the t interval over seeds; with one seed it covers rows only, and says so by `seeds`.
+Rows (or prompts) are resampled, the same draw for everything that is compared and for every seed, since all cells see the
+same rows. A percentile interval over few prompts is too narrow: it is expanded as T. Hesterberg has it (What Teachers Should Know
+about the Bootstrap, 2015, section 5.3), by sqrt(n / (n - 1)) and the t quantile over the normal one. Seeds are too few to
+resample, so that between-seed variation enters as Student's t with seeds - 1 degrees of freedom times the standard error over seeds,
+added exactly to what the resamples say. Without row variation the interval is the t interval over seeds; with one seed it covers
+rows only, and says so by `seeds`.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import optimize, special
 
 from cpdlm.report.results import Cells, Record
 
 Array = NDArray[np.float64]
-RESAMPLES = 4000
-Z95 = 1.959964
+RESAMPLES = 20_000
 RATIOS = ("speedup", "speedup_over_rank1", "speedup_over_trunk", "plain_over_generate")
 
 
@@ -54,12 +56,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Sample:
-    """One cell's measurement: the ratio of two sums over units (rows, prompts), or a mean with a standard error."""
+    """One cell's measurement: the ratio of two sums over units (rows, prompts), or a mean with a standard error.
+
+    of: how many units a bootstrapped standard error came from; 0 where they are too many to matter."""
 
     top_U: Array | None = None
     bottom_U: Array | None = None
     mean: float = 0.0
     sem: float = 0.0
+    of: int = 0
 
     @classmethod
     def ratio(cls, top: Sequence[float] | Array, bottom: Sequence[float] | Array) -> Sample:
@@ -67,12 +72,13 @@ class Sample:
         top_U, bottom_U = np.asarray(top, dtype=float), np.asarray(bottom, dtype=float)
         if top_U.shape != bottom_U.shape or not len(top_U) or bottom_U.sum() <= 0:
             raise ValueError(f"a ratio of sums needs equally many units, found {top_U.shape} and {bottom_U.shape}")
-        return cls(top_U, bottom_U)
+        return cls(top_U, bottom_U, of=len(top_U))
 
     @classmethod
-    def log_ratio(cls, median: float, low: float, high: float) -> Sample:
-        """The logarithm of a ratio that was recorded with its 95 % interval."""
-        return cls(mean=math.log(median), sem=(math.log(high) - math.log(low)) / (2 * Z95))
+    def log_ratio(cls, ratio: dict[str, float], prompts: int) -> Sample:
+        """The logarithm of a ratio that was recorded with its 95 % bootstrap interval over so many prompts."""
+        spread = math.log(ratio["high"] / ratio["low"])
+        return cls(mean=math.log(ratio["median"]), sem=spread / (2 * _normal(0.95)), of=prompts)
 
     @property
     def point(self) -> float:
@@ -85,24 +91,41 @@ class Sample:
         return 0 if self.top_U is None else len(self.top_U)
 
     def scaled(self, by: float) -> Sample:
-        if self.top_U is None:
-            return Sample(mean=by * self.mean, sem=by * self.sem)
-        return Sample(by * self.top_U, self.bottom_U)
+        top_U = None if self.top_U is None else by * self.top_U
+        return Sample(top_U, self.bottom_U, by * self.mean, by * self.sem, self.of)
 
-    def draws(self, counts_BU: Array | None, generator: np.random.Generator) -> Array:
-        """Resampled values (B,): by the given counts of units, or around the mean."""
-        if self.top_U is None or self.bottom_U is None or counts_BU is None:
-            return self.point + self.sem * generator.standard_normal(RESAMPLES)
+    def errors(self, side: int) -> Array:
+        """Resampled values less `point` (B,): by counts of units, or normal. side: what is compared has errors of its own."""
+        if self.top_U is None or self.bottom_U is None:
+            return self.sem * _normals(side)
+        counts_BU = _counts(self.units)
         bottom_B = counts_BU @ self.bottom_U
-        return np.where(bottom_B > 0, (counts_BU @ self.top_U) / np.where(bottom_B > 0, bottom_B, 1.0), self.point)
+        values_B = np.where(bottom_B > 0, (counts_BU @ self.top_U) / np.where(bottom_B > 0, bottom_B, 1.0), self.point)
+        return values_B - self.point
 
 
 @functools.lru_cache(maxsize=8)
-def _counts(units: int) -> Array | None:
-    """How often each unit is drawn, (B, U): one draw for everything measured on as many units; None for none."""
-    if not units:
-        return None
+def _counts(units: int) -> Array:
+    """How often each unit is drawn, (B, U): one draw for everything measured on as many units."""
     return np.random.default_rng(units).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
+
+
+@functools.lru_cache(maxsize=2)
+def _normals(side: int) -> Array:
+    return np.random.default_rng(side).standard_normal(RESAMPLES)
+
+
+def _normal(level: float) -> float:
+    """The normal quantile of a two-sided interval."""
+    return float(special.ndtri((1 + level) / 2))
+
+
+def _expansion(units: int, level: float) -> float:
+    """By how much a percentile interval over so many units is too narrow."""
+    if not units:
+        return 1.0
+    units = max(units, 2)
+    return float(special.stdtrit(units - 1, (1 + level) / 2)) / _normal(level) * math.sqrt(units / (units - 1))
 
 
 def estimate(samples: Sequence[Sample], level: float = 0.95) -> Interval:
@@ -119,19 +142,32 @@ def _interval(pairs: Sequence[tuple[Sample, Sample | None]], level: float) -> In
     """Raises ValueError where there is nothing to estimate."""
     if not pairs:
         raise ValueError("no seeds to estimate from")
-    generator = np.random.default_rng(0)
-    points, draws = [], []
+    points, errors = [], []
     for first, second in pairs:
         points.append(first.point - (second.point if second is not None else 0.0))
-        drawn = first.draws(_counts(first.units), generator)
-        draws.append(drawn - second.draws(_counts(second.units), generator) if second is not None else drawn)
-    seeds = len(pairs)
-    mean, values_B = float(np.mean(points)), np.mean(draws, axis=0)
-    spread = float(np.std(points, ddof=1)) if seeds > 1 else 0.0
-    if seeds > 1:
-        values_B = values_B + generator.standard_t(seeds - 1, RESAMPLES) * spread / math.sqrt(seeds)
-    low, high = np.quantile(values_B, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, min(mean, float(low)), max(mean, float(high)), level, seeds, spread)
+        errors.append(first.errors(0) - second.errors(1) if second is not None else first.errors(0))
+    seeds, units = len(pairs), min((s.of for pair in pairs for s in pair if s is not None and s.of), default=0)
+    mean, spread = float(np.mean(points)), float(np.std(points, ddof=1)) if len(pairs) > 1 else 0.0
+    values_B = mean + _expansion(units, level) * np.mean(errors, axis=0)
+    low, high = (
+        _quantile(values_B, spread / math.sqrt(seeds), seeds - 1, q) for q in ((1 - level) / 2, (1 + level) / 2)
+    )
+    return Interval(mean, min(mean, low), max(mean, high), level, seeds, spread)
+
+
+def _quantile(values_B: Array, scale: float, freedom: int, q: float) -> float:
+    """Of one of the values, each as likely, plus `scale` times Student's t with `freedom` degrees of freedom."""
+    if not scale:
+        return float(np.quantile(values_B, q))
+    tail = scale * float(special.stdtrit(freedom, q))
+    low, high = float(values_B.min()) + tail, float(values_B.max()) + tail
+    if high - low < 1e-12 * max(abs(low), abs(high), scale):
+        return low
+    return float(
+        optimize.brentq(
+            lambda x: np.mean(special.stdtr(freedom, (x - values_B) / scale)) - q, low, high, xtol=1e-6 * scale
+        )
+    )
 
 
 def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | None:
@@ -182,7 +218,7 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         return _accepted(decoded, int(quantity.partition(":")[2]))
     if quantity in RATIOS:
         ratio = decoded.get(quantity)
-        return None if ratio is None else Sample.log_ratio(ratio["median"], ratio["low"], ratio["high"])
+        return None if ratio is None else Sample.log_ratio(ratio, decoded["prompts"])
     raise ValueError(f"unknown quantity {quantity!r}")
 
 

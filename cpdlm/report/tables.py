@@ -34,6 +34,10 @@ Pattern = tuple[tuple[str, ...], ...]  # of each part of a path, the values that
 
 _NARROW = 6  # columns of a table that LaTeX need not shrink
 
+INTERVALS = (
+    "Intervals are 95% unless marked, over test rows or prompts and over seeds (one seed: rows or prompts only)."
+)
+
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 
 
@@ -152,7 +156,7 @@ def claims_table(verdicts: list[Verdict], short: bool = False) -> Table:
         rows.append(
             (v.claim.id, v.setting, v.expected or v.claim.expected, measured, v.verdict, braces(v.records) or "none")
         )
-    caption = "Intervals are 95% unless marked, over test rows or prompts and over seeds. Verdicts are about the untied law (anchor=none), C6 apart, where each law has a row. "
+    caption = f"{INTERVALS} Verdicts are about the untied law (anchor=none), C6 apart, where each law has a row. "
     caption += "Rules, fixed before the runs (results/LOG.md dates each change): " + " ".join(
         f"{c.id}: {c.statistic}; {c.rule}." for c in dict.fromkeys(v.claim for v in verdicts)
     )
@@ -208,14 +212,14 @@ def beyond_table(families: list[Family]) -> Table:
         kinds = family.variants()
         if family.is_pretrained or kinds in ([], ["untied"]):
             continue
-        ranks = {rank for kind in kinds if kind != "untied" for rank in family.ranks(kind)} | {1, family.ranks()[-1]}
+        ranks = {rank for kind in kinds if kind != "untied" for rank in family.ranks(kind)} | {1, *family.ranks()[-1:]}
         for variant, rank in itertools.product(kinds, sorted(ranks)):
             if (variant, rank) in family.cells:
                 rows.append(_row(family, variant, rank, _added(family, variant, rank)))
     header = (*_COLUMNS[:5], "added parameters", *_COLUMNS[5:])
     caption = "Beyond the paper: tied and anchored cells, with the untied cells of the same rank, and rank-1 controls: blind (the "
     caption += "anchor's map fed h in place of the token's embedding: the parameters and FLOPs of anchored rank 1) and mlp (wider "
-    caption += "perceptron maps: the parameters of the highest rank, or its FLOPs per draft). "
+    caption += "perceptron maps: the parameters of the highest rank). "
     caption += "Added parameters: over the untied cell of the same rank."
     return Table("beyond", _caption(caption, families, None), header, rows)
 
@@ -468,9 +472,8 @@ def update_readme(path: Path, families: list[Family], verdicts: list[Verdict], n
         )
     used = {record for verdict in verdicts for record in verdict.records}
     block = claims_table(verdicts, short=True)
-    block = Table(
-        block.name, described([r for f in families for r in f.records() if r.path in used]), block.header, block.rows
-    )
+    caption = f"{INTERVALS} {described([r for f in families for r in f.records() if r.path in used])}"
+    block = Table(block.name, caption, block.header, block.rows)
     write_bytes(path, f"{before}{BEGIN}\n{block.markdown()}{_notes_markdown(notes)}{END}{after}".encode())
     return True
 

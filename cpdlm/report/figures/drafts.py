@@ -127,7 +127,7 @@ def heat(families: list[Family]) -> Drawn | str:
     return Drawn(
         figure,
         "Rank against horizon, untied heads: tokens per trunk pass (plain decoding: 1.00) and wall-clock speed-up over plain decoding with "
-        "the same weights. Under each mean its 95% interval over prompts or repeats and seeds. Hatched: no record.",
+        "the same weights. Under each mean its 95% interval over prompts, repeats and seeds (one seed: not over seeds). Hatched: no record.",
         [record for group in groups for family in group for record in family.records("untied")],
     )
 

@@ -46,7 +46,7 @@ def speedup(families: list[Family]) -> Drawn | str:
     return Drawn(
         figure,
         "Speed-up over plain decoding with the same weights, loop and prompts (solid line: 1). Dashed line: rank 1, untied. Bars: "
-        "95% interval over repeats and seeds.",
+        "95% interval over prompts, repeats and seeds (one seed: prompts and repeats only).",
         [record for family in shown for law in LAWS for record in family.records(law)],
     )
 
@@ -99,7 +99,7 @@ def by_size(families: list[Family]) -> Drawn | str:
     timed = [f for f in families if any(modes_of(f.cells["untied", rank], "sampling") for rank in f.ranks())]
     groups = [
         group
-        for group in along([f for f in timed if not f.is_pretrained], "size", "optim.")
+        for group in along([f for f in timed if not f.is_pretrained], "size", "trunk", "optim.")
         if len({f.size for f in group}) > 1
     ]
     if not groups:
@@ -164,7 +164,7 @@ def overview(families: list[Family]) -> Drawn | str:
         figure,
         "Left: held-out joint NLL against the rank (bars: 95% interval of the paired difference to the lowest rank). Middle: tokens per "
         "trunk pass when sampling; plain decoding is 1. Right: speed-up over plain decoding with the same weights. Bars: 95% intervals "
-        "over prompts or repeats and seeds. Untied: the paper's law; tied and anchored: ours. Dotted: rank 1 with perceptron maps that "
+        "over prompts, repeats and seeds. Untied: the paper's law; tied and anchored: ours. Dotted: rank 1 with perceptron maps that "
         "have the parameters of the highest rank.",
         [*likely.records("untied"), *(r for r in fast.records() if likely is not fast or r.variant != "untied")],
     )

@@ -269,14 +269,7 @@ def _balanced(families: list[Family]) -> tuple[str, int, dict[str, Cells]] | Non
             ways: dict[str, Cells] = {}
             for family in group:
                 if ("untied", rank) in family.cells:
-                    ways.setdefault(_way(family), family.cells["untied", rank])
+                    ways.setdefault(family.balance, family.cells["untied", rank])
             if "none" in ways and len(ways) > 1 and (best is None or len(ways) >= len(best[2])):
                 best = group[0].label, rank, ways
     return best
-
-
-def _way(family: Family) -> str:
-    kind = str(family.settings["balance"])
-    if kind == "none":
-        return kind
-    return f"{kind} {family.settings['loss.balance_rate' if kind == 'bias' else 'loss.balance_weight']:g}"
