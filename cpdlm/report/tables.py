@@ -198,7 +198,7 @@ def paired_table(families: list[Family]) -> Table:
     )  # fmt: skip
     caption = (
         "Every rank against rank 1 of the same law, target and seed, on the same test rows or prompts: mean over seeds, 95% interval "
-        "(bootstrap over rows or prompts and t over seeds), +- standard deviation over seeds where there are several. Speed: medians of "
+        "(bootstrap over rows or prompts, expanded where they are few, and t over seeds), +- standard deviation over seeds where there are several. Speed: medians of "
         "interleaved repeats in one process, with their own intervals, over all seeds. "
         + described([r for f in shown for law in LAWS if (law, 1) in f.cells for r in f.records(law)])
     )
