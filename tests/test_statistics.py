@@ -105,6 +105,13 @@ def test_an_interval_over_few_prompts_covers_the_truth_as_often_as_it_says(promp
     assert covered / 1000 == pytest.approx(0.95, abs=0.02)
 
 
+def test_one_prompt_says_nothing_about_others() -> None:
+    for sample in (Sample.ratio([3.0], [2.0]), Sample.log_ratio({"median": 1.5, "low": 1.4, "high": 1.6}, prompts=1)):
+        found = estimate([sample])
+        assert (found.low, found.high) == (-math.inf, math.inf) and found.exp().low == 0.0
+    assert Interval(1.5, -math.inf, math.inf, 0.95, 1).text() == "1.500 [-inf, inf]"
+
+
 def test_the_interval_of_a_recorded_ratio_is_expanded_as_well() -> None:
     ratio = {"median": 1.2, "low": 1.1, "high": 1.2**2 / 1.1}
     wide, narrow = (estimate([Sample.log_ratio(ratio, prompts)]) for prompts in (4, 100_000))

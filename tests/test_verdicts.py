@@ -198,6 +198,9 @@ def test_a_step_that_shares_no_seed_decides_nothing(claim: str) -> None:
     contents = [made(rank, seed, **common) for rank, seed in ((1, 0), (2, 1), (8, 0))]
     verdict = judged(claim, *contents)[0]
     assert (verdict.word, verdict.reason) == ("not measurable here", "rank 2 shares no seed with rank 1")
+    # What another step decides does not wait for it.
+    contents += [made(4, 0, **common | {"slope": 0.3, "pace": 0.3})]
+    assert judged(claim, *contents)[0].reason == "the step from rank 4 to rank 8 goes the other way"
 
 
 def equal_time(longer: float, **laws: Any) -> list[verdicts.Verdict]:
@@ -241,6 +244,9 @@ def test_equal_wall_clock_is_that_of_the_shared_seeds() -> None:
         )
     equal_clock = judged("C1", *short, *long)[1]
     assert equal_clock.numbers[0].name == "rank 8 - rank 1 trained for 1.00 times its time:"
+    assert len(equal_clock.records) == 4
+    short[-1]["hardware"] = short[-1]["hardware"] | {"processor": "Another CPU"}
+    assert judged("C1", *short, *long)[1].numbers == equal_clock.numbers
 
 
 def test_times_of_different_machines_are_not_taken_for_equal() -> None:
@@ -404,7 +410,9 @@ def test_c6_fails_only_where_every_rank_was_decoded() -> None:
     contents = [made(rank, 0, **PRETRAINED, speed=0.4) for rank in (1, 4)]
     assert judged("C6", *contents)[0].word == "fails"
     contents[1]["decoding"] = None
-    assert judged("C6", *contents)[0].word == "not measurable here"
+    verdict = judged("C6", *contents)[0]
+    assert verdict.word == "not measurable here"
+    assert verdict.reason.startswith("every other rank is slower than plain decoding, but rank 4 was not decoded")
 
 
 def test_c6_judges_each_law_by_itself_and_is_no_matter_of_c3_and_c4() -> None:

@@ -349,6 +349,7 @@ def _described(record: Benchmark) -> str:
     untimed = record["benchmark"] == "decoding acceptance"
     prompts = f"{settings['prompts'] if untimed else settings['timed_prompts']} prompts per corpus"
     return (
-        f"95% intervals over seeds of the heads, draws and prompts. Targets: {targets}. {prompts}, {settings['new_tokens']} new tokens "
+        "95% percentile bootstrap intervals over seeds of the heads, draws and prompts, as recorded: narrow, since there are few of each. "
+        f"Targets: {targets}. {prompts}, {settings['new_tokens']} new tokens "
         + ("each." if untimed else f"each, batch 1; {machine_text(record['hardware'])}.")
     )

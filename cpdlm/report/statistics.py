@@ -4,8 +4,9 @@ Rows (or prompts) are resampled, the same draw for everything that is compared a
 same rows. A percentile interval over few prompts is too narrow: it is expanded as T. Hesterberg has it (What Teachers Should Know
 about the Bootstrap, 2015, section 5.3), by sqrt(n / (n - 1)) and the t quantile over the normal one. Seeds are too few to
 resample, so that between-seed variation enters as Student's t with seeds - 1 degrees of freedom times the standard error over seeds,
-added exactly to what the resamples say. Without row variation the interval is the t interval over seeds; with one seed it covers
-rows only, and says so by `seeds`.
+added exactly to what the resamples say. Recorded intervals (of speed-ups: over prompts and repeats) are taken for errors that all seeds
+share, which for the repeats is on the wide side. Without row variation the interval is the t interval over seeds; with one seed it
+covers rows only, and says so by `seeds`; of one row or prompt it is infinite.
 """
 
 from __future__ import annotations
@@ -124,7 +125,6 @@ def _expansion(units: int, level: float) -> float:
     """By how much a percentile interval over so many units is too narrow."""
     if not units:
         return 1.0
-    units = max(units, 2)
     return float(special.stdtrit(units - 1, (1 + level) / 2)) / _normal(level) * math.sqrt(units / (units - 1))
 
 
@@ -146,8 +146,12 @@ def _interval(pairs: Sequence[tuple[Sample, Sample | None]], level: float) -> In
     for first, second in pairs:
         points.append(first.point - (second.point if second is not None else 0.0))
         errors.append(first.errors(0) - second.errors(1) if second is not None else first.errors(0))
-    seeds, units = len(pairs), min((s.of for pair in pairs for s in pair if s is not None and s.of), default=0)
-    mean, spread = float(np.mean(points)), float(np.std(points, ddof=1)) if len(pairs) > 1 else 0.0
+    seeds = len(pairs)
+    units = min((sample.of for pair in pairs for sample in pair if sample is not None and sample.of), default=0)
+    mean = float(np.mean(points))
+    spread = float(np.std(points, ddof=1)) if seeds > 1 else 0.0
+    if units == 1:
+        return Interval(mean, -math.inf, math.inf, level, seeds, spread)
     values_B = mean + _expansion(units, level) * np.mean(errors, axis=0)
     low, high = (
         _quantile(values_B, spread / math.sqrt(seeds), seeds - 1, q) for q in ((1 - level) / 2, (1 + level) / 2)

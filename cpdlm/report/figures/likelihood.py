@@ -23,7 +23,7 @@ from cpdlm.report.figures.style import (
 )
 from cpdlm.report.results import Family
 from cpdlm.report.statistics import Interval, difference, over_seeds
-from cpdlm.report.verdicts import CLAIMS
+from cpdlm.report.verdicts import CLAIMS, equal_level
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,15 +67,15 @@ def first_token(families: list[Family]) -> Drawn | str:
     figure, axes = grid(1, len(shown), width=COLUMN if len(shown) == 1 else WIDE, height=2.0)
     for axis, family in zip(axes[0], shown, strict=True):
         ranks, base = family.ranks(), family.cells["untied", 1]
-        start = _mean(over_seeds(base, "first_token_nll"))
+        start, level = _mean(over_seeds(base, "first_token_nll")), equal_level(len(ranks) - 1)
         axis.axhspan(
             start - margin, start + margin, color="0.9", linewidth=0, zorder=0, label=rf"margin of $\pm${margin:g} nats"
         )
         gaps = [
-            _shifted(difference(family.cells["untied", rank], base, "first_token_nll", level=0.9), start)
+            _shifted(difference(family.cells["untied", rank], base, "first_token_nll", level=level), start)
             for rank in ranks[1:]
         ]
-        by_rank(axis, ranks, [_certain(start, 0.9), *gaps], LAWS["untied"][:3], "rank r, eq. 11")
+        by_rank(axis, ranks, [_certain(start, level), *gaps], LAWS["untied"][:3], "rank r, eq. 11")
         if family.reference:
             plain = np.mean([r["likelihood"]["first_token_nll"]["mean"] for r in family.reference])
             axis.axhline(plain, color=RED, linestyle=":", linewidth=1.2, label="next-token model")
@@ -86,8 +86,8 @@ def first_token(families: list[Family]) -> Drawn | str:
     legend_below(figure, 2)
     return Drawn(
         figure,
-        "Held-out first-token NLL against the rank, trained from scratch. Bars: 90% interval of the difference to rank 1, paired "
-        f"over seeds and test rows; independence of the rank (C2) means that all lie within the grey band of {margin:g} nats. "
+        "Held-out first-token NLL against the rank, trained from scratch. Bars: interval of the difference to rank 1 (90%, corrected for the "
+        f"number of ranks), paired over seeds and test rows; independence of the rank (C2) means that all lie within the grey band of {margin:g} nats. "
         "Dotted: a pure next-token model of as many steps (over positions with one successor).",
         [record for family in shown for record in family.records("untied")],
     )
