@@ -219,6 +219,7 @@ def test_equal_wall_clock_has_a_row_of_its_own() -> None:
     assert equal_steps.word == equal_clock.word == "holds"
     assert equal_clock.setting.endswith("equal wall-clock, 3 seeds")
     assert equal_clock.numbers[0].name == "rank 8 - rank 1 trained for 1.00 times its time:"
+    assert [number.name for number in equal_clock.beside] == ["first token alone:"]
     assert len(equal_clock.records) == 6 and equal_clock.records[0] == "C1/long-s0.json"
     # Rank 1 gains more from the time than rank 8 from its rank.
     assert equal_time(1.0, first=0.0, slope=0.0, gain=2.0)[1].word == "fails"

@@ -249,7 +249,14 @@ def _judge_equal_time(claim: Claim, family: Family, families: list[Family]) -> l
         return [replace(row, reason=f"no seed with {claim.quantity} is shared")]
     name = f"rank {claim.top} - rank 1 trained for {ratio:.2f} times its time:"
     word, reason = _signed(claim, gap)
-    return [replace(row, word=word, reason=reason, numbers=[Number(name, gap, claim.digits, claim.unit, sign=True)])]
+    # Rank 1 has seen more data by then, which the first token shows.
+    beside = [
+        Number(f"{what}:", other, 3, "nats", sign=True)
+        for quantity, what in (("joint_nll", "joint"), ("first_token_nll", "first token alone"))
+        if quantity != claim.quantity and (other := difference(top, rank_one, quantity)) is not None
+    ]
+    numbers = [Number(name, gap, claim.digits, claim.unit, sign=True)]
+    return [replace(row, word=word, reason=reason, numbers=numbers, beside=beside)]
 
 
 def _shared(cells: Cells, other: Cells) -> list[Record]:
