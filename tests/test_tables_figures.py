@@ -83,7 +83,9 @@ def test_figures_fit_a_column_with_readable_text(records: Path) -> None:
                 assert edges.x0 <= box.x0 and box.x1 <= edges.x1, f"{name}: the legend is cut off"
             for axis in figure.axes:
                 assert axis.get_xlabel() or not axis.axison, f"{name}: an x axis has no label"
-                for text in (axis.title, axis._left_title, axis.yaxis.label):  # type: ignore[attr-defined]
+                low, high = sorted(axis.get_xlim())
+                ticks = [tick for tick in axis.get_xticklabels() if low <= tick.get_position()[0] <= high]
+                for text in (axis.title, axis._left_title, axis.yaxis.label, *ticks):  # type: ignore[attr-defined]
                     if text.get_text():
                         box = text.get_window_extent()
                         assert box.x0 >= edges.x0 - 1 and box.x1 <= edges.x1 + 1, (

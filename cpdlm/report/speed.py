@@ -64,7 +64,7 @@ def speed_table(records: dict[str, Benchmark]) -> Table:
         "t(1)/t(n), t(k) being the target's time for k tokens behind a cached text, output layer included; the floor of a pass: t(n) and the "
         "draft measured alone. Plain: decoding without drafts, what the speed-ups of its group are over; generate: Hugging Face's "
         "on the same weights. Shortlist: tokens that drafts are made of (-: all). ms/token: latency of a row; tokens/s: of all rows of a batch. "
-        f"Medians of the repeats, share of limit with its 95% interval. {' '.join(described)}"
+        f"Medians of the repeats, share of limit with its 95% percentile bootstrap interval over them, as recorded. {' '.join(described)}"
     )
     return Table("speed", caption, header, rows)
 

@@ -58,6 +58,8 @@ def time_split(families: list[Family]) -> Drawn | str:
     ]
     if not shown:
         return "no timed records of two or more ranks"
+    from matplotlib.ticker import MaxNLocator
+
     counts = [1 + len(family.ranks()) + len(family.ranks("anchored")) for family in shown]
     figure, axes = grid(len(shown), 1, ratios=[0.16 * count + 0.1 for count in counts])
     for (axis,), family in zip(axes, shown, strict=True):
@@ -83,6 +85,7 @@ def time_split(families: list[Family]) -> Drawn | str:
         axis.grid(False)
         axis.grid(True, axis="x")
         axis.set_xlabel("milliseconds per token")
+        axis.xaxis.set_major_locator(MaxNLocator(6, prune="upper"))  # a label at the edge would be cut off
         axis.set_title(wrapped(family))
     figure.set_size_inches(COLUMN, sum(0.16 * count + 0.85 for count in counts) + 0.4)
     legend_below(figure, 3)
