@@ -2,7 +2,7 @@
 
     python -m cpdlm.generate --model RUN --prompt 'def main(' --show
 
---model takes a run's folder, one that `python -m cpdlm.hub` wrote, or the name of a model for which heads come with this
+--model takes a run's folder, one that `python -m cpdlm.hf.hub` wrote, or the name of a model for which heads come with this
 package (smollm2; the model itself is fetched at its first use). What the model reads is the prompt as its tokenizer writes one, or,
 with --chat, as its chat template writes a user's turn. The text goes to standard output, everything else
 to standard error, so that the text can be piped. Slow imports come after the arguments are read.
@@ -108,11 +108,11 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
     """
     from safetensors import SafetensorError
 
-    from cpdlm import hub, released
-    from cpdlm.data.checkpoints import NAMED
+    from cpdlm.data.pretrained_files import NAMED
     from cpdlm.data.tokenizer import HubTokenizer
+    from cpdlm.hf import hub, released
     from cpdlm.model.pretrained import multiplies_bfloat16
-    from cpdlm.training.storage import CONFIG, RunError, load_model, read_config, run_shortlist
+    from cpdlm.training.checkpoints import CONFIG, RunError, load_model, read_config, run_shortlist
 
     tokenizer: Tokenizer
     if released.is_name(folder):
@@ -126,7 +126,7 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
     elif (folder / "config.json").is_file():
         if not (folder / "tokenizer_config.json").is_file():
             raise RunError(
-                f"{folder} has no tokenizer (tokenizer_config.json); export it again with python -m cpdlm.hub"
+                f"{folder} has no tokenizer (tokenizer_config.json); export it again with python -m cpdlm.hf.hub"
             )
         try:
             wrapped = hub.CpdlmForCausalLM.from_pretrained(folder)
@@ -235,7 +235,7 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     from transformers.utils.logging import disable_progress_bar
 
-    from cpdlm.training.storage import RunError
+    from cpdlm.training.checkpoints import RunError
 
     disable_progress_bar()
     if isinstance(sys.stdout, io.TextIOWrapper):

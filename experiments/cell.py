@@ -18,22 +18,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cpdlm import tracking
+from cpdlm.bench import latency
+from cpdlm.bench.acceptance import tokens_per_pass
 from cpdlm.config import Config, ConfigError, DecodeConfig, EvaluateConfig, but_rank
+from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import Corpus, load_corpus
-from cpdlm.data.datamodule import TokenDataModule
 from cpdlm.data.shortlist import Shortlist, frequent_tokens
 from cpdlm.decoding import Sampling
-from cpdlm.decoding.writing import written_text
-from cpdlm.evaluation import latency, likelihood
-from cpdlm.evaluation.drafting import tokens_per_pass
 from cpdlm.files import write_json
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.processes import is_first_process
-from cpdlm.report import render, results
-from cpdlm.training import storage
+from cpdlm.training import checkpoints
 from cpdlm.training.fit import fit
+from cpdlm.training.self_text import written_text
 from cpdlm.training.states import kept_states
+from experiments import results, tracking
+from experiments.measure import likelihood
+from experiments.report import render
 
 EVALUATED, MEASURED, SESSIONS = "evaluate.json", "decode.json", "sessions.json"
 
@@ -45,9 +46,9 @@ def run_folder(config: Config) -> Path:
 def is_trained(config: Config) -> bool:
     """True where the cell is trained and evaluated as its config says; raises RunError where another run has its name."""
     folder = run_folder(config)
-    if not all((folder / name).is_file() for name in (EVALUATED, storage.WEIGHTS, storage.TRAINED)):
+    if not all((folder / name).is_file() for name in (EVALUATED, checkpoints.WEIGHTS, checkpoints.TRAINED)):
         return False
-    storage.check_same_run(folder, config)
+    checkpoints.check_same_run(folder, config)
     found = _read(folder / EVALUATED)
     same = _same(found.get("settings"), config.evaluate) and found.get("weights") == _weights_hash(config)
     # Older versions evaluated over the whole vocabulary what was trained on a shortlist: that is done again.
@@ -96,22 +97,22 @@ def train(config: Config, command: str) -> bool:
     """Train to the end (resuming), then evaluate on the test split. False in a helper process."""
     folder = run_folder(config)
     if is_first_process():
-        storage.open_run(folder, config)
+        checkpoints.open_run(folder, config)
     trunk = _frozen_trunk(config)
     began = time.monotonic()
     corpus = load_corpus(config)
     data_seconds = time.monotonic() - began
     if config.is_pretrained and trunk is not None and trunk.vocab_size < corpus.vocab_size:
-        raise storage.RunError(
+        raise checkpoints.RunError(
             f"data.tokenizer={config.data.tokenizer} has {corpus.vocab_size} tokens, model={config.model.trunk} embeds "
             f"{trunk.vocab_size}: the tokenizer is another model's; type data.tokenizer=model, or give a folder with both"
         )
     if trunk is not None and not config.is_pretrained and trunk.vocab_size != corpus.vocab_size:
-        raise storage.RunError(
+        raise checkpoints.RunError(
             f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
             f"{config.data.tokenizer} on corpus={config.corpus} one of {corpus.vocab_size}; use the trunk's own data settings"
         )
-    trunk_sha256 = storage.trunk_hash(config) if trunk is not None else ""
+    trunk_sha256 = checkpoints.trunk_hash(config) if trunk is not None else ""
     origin = _origin(folder, str(corpus.describe()["sha256"]), trunk_sha256)
     torch.manual_seed(config.seed)
     model = build_language_model(config, corpus.vocab_size, trunk)
@@ -124,10 +125,10 @@ def train(config: Config, command: str) -> bool:
             f"loss.shortlist={config.loss.shortlist}: {listed.coverage:.2%} of the training text is on it", flush=True
         )
     with tracking.cell_run(config, command, folder) as tracker:
-        done = (folder / storage.TRAINED).is_file() and (folder / storage.WEIGHTS).is_file()
+        done = (folder / checkpoints.TRAINED).is_file() and (folder / checkpoints.WEIGHTS).is_file()
         # Adapters change the states of the draft at every step: the trunk runs, on the same tokens.
         if not done and config.data.states and not config.model.adapter_layers:
-            identity = {"text": written.get("sha256", corpus.describe()["sha256"]), "trunk": storage.trunk_hash(config)}
+            identity = {"text": written.get("sha256", corpus.describe()["sha256"]), "trunk": checkpoints.trunk_hash(config)}
             data.states = kept_states(
                 model, data.training_rows(), Path(config.data.cache), identity, config.data.states_gib, _device(), print
             )
@@ -136,7 +137,7 @@ def train(config: Config, command: str) -> bool:
         if not is_first_process():
             return False
         # The stored weights, whole and in their stored precision: what is evaluated is what is decoded with.
-        model = storage.load_model(folder)
+        model = checkpoints.load_model(folder)
         if listed is not None:
             model.use_shortlist(torch.from_numpy(listed.ids))
         began = time.monotonic()
@@ -156,7 +157,7 @@ def train(config: Config, command: str) -> bool:
                 "command": command,
                 "seconds": {
                     "data": data_seconds,
-                    "train": _read(folder / storage.TRAINED)["seconds"],  # over all sessions of a resumed run
+                    "train": _read(folder / checkpoints.TRAINED)["seconds"],  # over all sessions of a resumed run
                     "evaluate": time.monotonic() - began,
                 },
                 "origin": origin,
@@ -183,9 +184,9 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
     for config in configs:
         key = (config.model.trunk, config.model.dtype)
         if key not in trunks:
-            trunks[key] = storage.load_trunk(config)
-        models[config.run_name] = storage.load_model(run_folder(config), trunks[key]).to(_device())
-    trunk = storage.load_model(run_folder(reference)).to(_device()) if reference is not None else None
+            trunks[key] = checkpoints.load_trunk(config)
+        models[config.run_name] = checkpoints.load_model(run_folder(config), trunks[key]).to(_device())
+    trunk = checkpoints.load_model(run_folder(reference)).to(_device()) if reference is not None else None
     decode = first.decode
     rank_one = _rank_one(configs)
     shortlist = None
@@ -241,7 +242,7 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
         data=evaluated["data"],
         seconds=evaluated["seconds"] | {"decode": measured["seconds"] if measured else 0.0},
         parameters=evaluated["parameters"],
-        training=_read(own / storage.TRAINED),
+        training=_read(own / checkpoints.TRAINED),
         likelihood=evaluated["likelihood"],
         # Older versions kept less; what was not kept is left out, which the report can tell from null.
         decoding={key: measured[key] for key in kept if key in measured} if measured else None,
@@ -304,15 +305,15 @@ def _watch(config: Config, data: TokenDataModule) -> Callable[[LanguageModel], d
 def _frozen_trunk(config: Config) -> LanguageModel | None:
     """The model whose trunk a config names; raises RunError where the two do not fit, before any work."""
     if not config.model.trunk or config.is_pretrained:
-        return storage.load_trunk(config)
+        return checkpoints.load_trunk(config)
     folder = Path(config.model.trunk)
-    if not (folder / storage.CONFIG).is_file():
-        raise storage.RunError(
-            f"model.trunk={folder} is not a run folder: it has no {storage.CONFIG}; a pretrained model is given as model={folder}"
+    if not (folder / checkpoints.CONFIG).is_file():
+        raise checkpoints.RunError(
+            f"model.trunk={folder} is not a run folder: it has no {checkpoints.CONFIG}; a pretrained model is given as model={folder}"
         )
-    theirs = storage.read_config(folder)
+    theirs = checkpoints.read_config(folder)
     if theirs.horizon != 1:
-        raise storage.RunError(
+        raise checkpoints.RunError(
             f"model.trunk={folder} was trained with horizon={theirs.horizon}; a trunk is a plain next-token model: make one "
             f"with preset=trunk (or preset=cpu-trunk,trunk)"
         )
@@ -322,14 +323,14 @@ def _frozen_trunk(config: Config) -> LanguageModel | None:
         ("data.tokenizer", config.data.tokenizer, theirs.data.tokenizer),
     ):
         if mine != trunk:
-            raise storage.RunError(
+            raise checkpoints.RunError(
                 f"model.trunk={folder} has {key}={trunk}, this run {key}={mine}; write {key}={trunk}"
             )
     if theirs.data.context < config.data.context:
-        raise storage.RunError(
+        raise checkpoints.RunError(
             f"model.trunk={folder} has data.context={theirs.data.context}; lower data.context={config.data.context}"
         )
-    return storage.load_model(folder)
+    return checkpoints.load_model(folder)
 
 
 def _origin(folder: Path, data_sha256: str, trunk_sha256: str) -> dict[str, Any]:
@@ -342,11 +343,11 @@ def _origin(folder: Path, data_sha256: str, trunk_sha256: str) -> dict[str, Any]
     sessions = found["sessions"]
     _check_same_text(folder, found.get("data_sha256", data_sha256), data_sha256)
     if (then := found.get("trunk_sha256", trunk_sha256)) != trunk_sha256:
-        raise storage.RunError(
+        raise checkpoints.RunError(
             f"{folder} was trained on other weights: its trunk has changed since (sha256 {then[:12]} then, {trunk_sha256[:12]} "
             "now); restore it, give this run name=OTHER, or delete the folder"
         )
-    if not (folder / storage.TRAINED).is_file() or not sessions:
+    if not (folder / checkpoints.TRAINED).is_file() or not sessions:
         sessions.append(results.provenance())
         if is_first_process():
             write_json(path, {"sessions": sessions, "data_sha256": data_sha256, "trunk_sha256": trunk_sha256})
@@ -365,7 +366,7 @@ def _training_text(config: Config, corpus: Corpus, trunk: LanguageModel | None) 
     """(the corpus with the text that is trained on, where that came from): its own, or the frozen model's (`data.text`)."""
     if trunk is None or config.data.text == "corpus":
         return corpus, {}
-    identity = {"corpus": corpus.describe()["sha256"], "trunk": storage.trunk_hash(config)}
+    identity = {"corpus": corpus.describe()["sha256"], "trunk": checkpoints.trunk_hash(config)}
     split, written = written_text(
         trunk, corpus.train, config.data.text, config.data.states, config.data.context, corpus.tokenizer.eos,
         Path(config.data.cache), identity, _device(), print,
@@ -392,7 +393,7 @@ def _rank_one(configs: list[Config]) -> dict[str, str]:
 
 def _check_same_text(folder: Path, then: str, now: str) -> None:
     if then != now:
-        raise storage.RunError(
+        raise checkpoints.RunError(
             f"{folder} was trained on other text: the corpus has changed since (sha256 {then[:12]} then, {now[:12]} now); "
             "restore it, give this run name=OTHER, or delete the folder"
         )
@@ -400,18 +401,18 @@ def _check_same_text(folder: Path, then: str, now: str) -> None:
 
 def _weights_hash(config: Config) -> str:
     """sha256 of the finished weights, a frozen trunk's included: what evaluation and decoding were made with."""
-    own = run_folder(config) / storage.WEIGHTS
+    own = run_folder(config) / checkpoints.WEIGHTS
     content = own.read_bytes() if own.is_file() else b""
     if config.is_pretrained:
-        content += storage.trunk_hash(config).encode()
+        content += checkpoints.trunk_hash(config).encode()
     elif config.model.trunk:
-        theirs = Path(config.model.trunk) / storage.WEIGHTS
+        theirs = Path(config.model.trunk) / checkpoints.WEIGHTS
         content += theirs.read_bytes() if theirs.is_file() else b""
     return hashlib.sha256(content).hexdigest()
 
 
 def _trunk_hash(config: Config) -> dict[str, str]:
-    return {"trunk_sha256": storage.trunk_hash(config)} if config.model.trunk else {}
+    return {"trunk_sha256": checkpoints.trunk_hash(config)} if config.model.trunk else {}
 
 
 def _device() -> torch.device:
@@ -423,7 +424,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise storage.RunError(
+        raise checkpoints.RunError(
             f"{path} is damaged ({error}); delete it, and the same command makes it again"
         ) from error
     return content

@@ -20,16 +20,16 @@ from typing import Any
 
 from cpdlm.config import INCIDENTAL, Config, ConfigError, flat, to_dict
 from cpdlm.files import check_writable, write_json
-from cpdlm.report.results import Record, RecordError, counted, git_state, load
-from experiments.launchers import ROOT, Job, Launcher, Slurm, schedule
+from experiments.results import Record, RecordError, counted, git_state, load
+from experiments.scheduler import ROOT, Job, Launcher, Slurm, schedule
 from experiments.suite import Cell, complete, decode_groups, mates
 
 STAGES = ("data", "train", "decode", "report")
 FAILED = "failed.json"
 # What decides the numbers of a record: records of commits that differ elsewhere only are records of the same code.
 CODE = (
-    "cpdlm/config.py", "cpdlm/data", "cpdlm/model", "cpdlm/training", "cpdlm/decoding", "cpdlm/evaluation",
-    "experiments/cell.py",
+    "cpdlm/config.py", "cpdlm/data", "cpdlm/model", "cpdlm/training", "cpdlm/decoding", "cpdlm/bench",
+    "experiments/measure", "experiments/cell.py",
 )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def _data_settings(config: Config) -> dict[str, Any]:
 def _other_trunk(plan: Plan, trunk: Cell) -> str:
     """What to say where finished records rest on other weights of this trunk than these; "" where none does. With plan.mix it
     is no more than a warning."""
-    from cpdlm.training.storage import WEIGHTS, trunk_hash
+    from cpdlm.training.checkpoints import WEIGHTS, trunk_hash
 
     if not (plan.out / trunk.name / WEIGHTS).is_file():
         return ""
@@ -247,7 +247,7 @@ def _data(plan: Plan) -> str:
 
 
 def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
-    from cpdlm.training.storage import exclusive
+    from cpdlm.training.checkpoints import exclusive
     from experiments import cell as one
 
     pending = [cell for cell in plan.needed if not one.is_trained(cell.config(str(plan.out)))]
@@ -355,7 +355,7 @@ def _decode(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
         path = plan.out / "groups" / f"{name}.json"
         write_json(path, {"cells": [cell.words(out) for cell in group.cells], "reference": reference})
         log = path.with_suffix(".log")
-        jobs.append(Job(name, ("-m", "experiments.measure", str(path)), log, alone=True, logged=_size(log)))
+        jobs.append(Job(name, ("-m", "experiments.decode_group", str(path)), log, alone=True, logged=_size(log)))
 
     def ended(job: Job, code: int) -> bool:
         print(f"      {job.name}: {'measured' if code == 0 else f'exit {code}'}", flush=True)

@@ -12,7 +12,7 @@ import sys
 import uuid
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not experiments/, whose modules would hide others of the same name
 
 from cpdlm import config as configuration
 
@@ -95,11 +95,11 @@ def _run(config: configuration.Config, command: str, stage: str) -> int:
     # Slow imports come after the checks above.
     from cpdlm.files import WriteError
     from cpdlm.processes import is_first_process, leave
-    from cpdlm.report.results import RecordError
+    from cpdlm.training.checkpoints import RunError, exclusive
     from cpdlm.training.fit import Interrupted, ProcessLost
     from cpdlm.training.module import NonFiniteLoss
-    from cpdlm.training.storage import RunError, exclusive
     from experiments import cell
+    from experiments.results import RecordError
 
     folder = cell.run_folder(config)
     try:

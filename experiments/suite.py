@@ -3,7 +3,7 @@
 A cell is a set of overrides for `experiments/run.py` and the folder of its record; cells on a common target name the
 cell that trains their trunk. The claims are a star, not a product: one base cell (heads of rank 4, horizon 4, on one frozen
 code trunk) and arms along one or two dials from it. Every cell of a comparison has the same steps, rows and data order;
-only the dial under study differs. What a claim asks and how it is judged is in `cpdlm/report/verdicts.py`.
+only the dial under study differs. What a claim asks and how it is judged is in `experiments/claims/verdicts.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm.config import Config, but_rank, expand, flatten, resolve
-from cpdlm.report import verdicts
+from experiments.claims import verdicts
 
 RANKS = (1, 2, 4, 8)
 SEEDS = (0, 1, 2)

@@ -20,13 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not experiments/, whose modules would hide others of the same name
 
 from cpdlm.config import ConfigError
-from cpdlm.tracking import claim_experiment
-from experiments.launchers import ROOT, Launcher, Local, Slurm
 from experiments.pipeline import FAILED, STAGES, Plan, mixed_code, run
+from experiments.scheduler import ROOT, Launcher, Local, Slurm
 from experiments.suite import PROFILES, SCALES, STUDIES, Cell, study
+from experiments.tracking import claim_experiment
 
 PROGRAM = "python experiments/sweep.py"
 WORDS = {
@@ -84,8 +84,8 @@ def main(arguments: list[str]) -> int:
 def _run(plan: Plan, options: Options) -> int:
     # Slow imports come after the checks above.
     from cpdlm.files import WriteError
-    from cpdlm.report.results import RecordError
-    from cpdlm.training.storage import RunError, exclusive
+    from cpdlm.training.checkpoints import RunError, exclusive
+    from experiments.results import RecordError
 
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -218,9 +218,9 @@ def _gpus() -> list[str]:
 
 def forecast(plan: Plan, options: Options) -> str:
     """The table of --dry-run: every cell, its state, and what it will cost by a model fitted to the records."""
-    from cpdlm.report.results import load_all
     from experiments import cell as one
     from experiments import cost
+    from experiments.results import load_all
 
     roots = {path for path in (plan.results, ROOT / "results") if path.is_dir()}
     records = [record for root in roots for record in load_all(root)[0]]

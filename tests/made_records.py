@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpdlm.config import Config, resolve
-from cpdlm.report import results
+from experiments import results
 
 ORIGIN = {
     "commit": "0123456789abcdef", "dirty": False, "started": "2026-01-01T00:00:00+00:00",

@@ -1,6 +1,6 @@
 """Wrong decoders, kept so that the law tests can be tested, and two right but wasteful ones that must pass them.
 
-Each variant is a pair with the signatures of `chain.sampled_chain` and `acceptance.verify`; what its draft hands to its
+Each variant is a pair with the signatures of `chain.sampled_chain` and `accept.verify`; what its draft hands to its
 verify as `laws` is its own affair. Batched like the library, so that one call simulates every sample of a step.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpdlm.decoding import acceptance, chain
+from cpdlm.decoding import accept, chain
 from cpdlm.decoding.filtering import Sampling, draw, filtered
 from cpdlm.model.joint import Joint
 
@@ -49,7 +49,7 @@ def _after(target_BSV: Tensor, laws_BKV: Tensor, accepted_B: Tensor, uniforms_BS
     p = target_BSV.take_along_dim(accepted_B[:, None, None], dim=1).squeeze(1)
     q = laws_BKV.take_along_dim(accepted_B.clamp(max=drafts - 1)[:, None, None], dim=1).squeeze(1)
     from_p = from_p | (accepted_B == drafts)
-    return draw(torch.where(from_p.unsqueeze(-1), p, acceptance.residual(p, q)), uniforms_BS[:, -1])
+    return draw(torch.where(from_p.unsqueeze(-1), p, accept.residual(p, q)), uniforms_BS[:, -1])
 
 
 def draft_by_component(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor) -> tuple[Tensor, Any]:
@@ -62,7 +62,7 @@ def draft_by_component(joint: Joint, count: int, sampling: Sampling, uniforms_BS
 def verify_by_component(target_BSV: Tensor, laws: Any, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
     """(a): accepted by the drawn component's probability, corrected by the mixture's."""
     if laws is None:
-        return acceptance.verify(target_BSV, laws, tokens_BK, uniforms_BS)
+        return accept.verify(target_BSV, laws, tokens_BK, uniforms_BS)
     accepted_B = _accepted(target_BSV, laws[0], tokens_BK, uniforms_BS)
     return accepted_B, _after(
         target_BSV, laws[1], accepted_B, uniforms_BS, torch.zeros_like(accepted_B, dtype=torch.bool)
@@ -74,7 +74,7 @@ def verify_without_residual(
 ) -> tuple[Tensor, Tensor]:
     """(b): after a partial acceptance the corrected token is dropped and the position starts a fresh window."""
     if laws is None:
-        return acceptance.verify(target_BSV, laws, tokens_BK, uniforms_BS)
+        return accept.verify(target_BSV, laws, tokens_BK, uniforms_BS)
     accepted_B = _accepted(target_BSV, laws, tokens_BK, uniforms_BS)
     return accepted_B, _after(target_BSV, laws, accepted_B, uniforms_BS, accepted_B > 0)
 
@@ -91,7 +91,7 @@ def draft_filtered_components(
 def verify_from_target(target_BSV: Tensor, laws: Any, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
     """(d): the corrected token is drawn from p."""
     if laws is None:
-        return acceptance.verify(target_BSV, laws, tokens_BK, uniforms_BS)
+        return accept.verify(target_BSV, laws, tokens_BK, uniforms_BS)
     accepted_B = _accepted(target_BSV, laws, tokens_BK, uniforms_BS)
     return accepted_B, _after(target_BSV, laws, accepted_B, uniforms_BS, torch.ones_like(accepted_B, dtype=torch.bool))
 
@@ -113,14 +113,14 @@ def draft_filtered_throughout(
     return tokens_BK, _conditionals(other, tokens_BK).exp()
 
 
-EXACT = Variant(chain.sampled_chain, acceptance.verify)
+EXACT = Variant(chain.sampled_chain, accept.verify)
 FAULTS = {
     "a": Variant(draft_by_component, verify_by_component),
     "b": Variant(chain.sampled_chain, verify_without_residual),
-    "c": Variant(draft_filtered_components, acceptance.verify),
+    "c": Variant(draft_filtered_components, accept.verify),
     "d": Variant(chain.sampled_chain, verify_from_target),
 }
 WASTEFUL = {
-    "component throughout": Variant(draft_component_throughout, acceptance.verify),
-    "filtered components throughout": Variant(draft_filtered_throughout, acceptance.verify),
+    "component throughout": Variant(draft_component_throughout, accept.verify),
+    "filtered components throughout": Variant(draft_filtered_throughout, accept.verify),
 }

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpdlm.decoding.acceptance import residual, verify, verify_greedy
+from cpdlm.decoding.accept import residual, verify, verify_greedy
 from cpdlm.decoding.chain import greedy_chain, sampled_chain
 from cpdlm.decoding.filtering import Sampling, draw, filtered
 from cpdlm.model.joint import Joint

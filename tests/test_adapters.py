@@ -11,17 +11,16 @@ from test_pretrained import CONTEXT, SHAPES, V, saved, with_heads
 from test_suite import TINY, TINY_RETROFIT, small_pretrained
 from transformers import AutoModelForCausalLM
 
-from cpdlm import hub
+from cpdlm.bench.latency import measure
 from cpdlm.config import ConfigError, resolve
 from cpdlm.decoding import CapturedPasses, Captures, Sampling, decode, decode_batch
-from cpdlm.evaluation.latency import measure
+from cpdlm.hf import hub
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import load_pretrained
-from cpdlm.report import results
-from cpdlm.training import storage
-from cpdlm.training.storage import RunError
-from experiments import run
+from cpdlm.training import checkpoints
+from cpdlm.training.checkpoints import RunError
+from experiments import results, run
 from experiments.suite import _word
 
 pytest.importorskip("peft")
@@ -131,12 +130,12 @@ def test_only_adapters_and_heads_train_and_are_stored(folders: dict[str, Path], 
         }
     )  # fmt: skip
     model = adapted(folders["llama tied"])
-    storage.open_run(tmp_path, config)
-    storage.save_model(tmp_path, model, model.state_dict(), V)
+    checkpoints.open_run(tmp_path, config)
+    checkpoints.save_model(tmp_path, model, model.state_dict(), V)
     stored = load_file(tmp_path / "model.safetensors")
     assert {name.split(".")[0] for name in stored} == {"heads", "anchor", "draft_trunk"}
     assert all(is_adapter(name) for name in stored if name.startswith("draft_trunk."))
-    loaded = storage.load_model(tmp_path)
+    loaded = checkpoints.load_model(tmp_path)
     prompt_T = torch.tensor([5, 6, 7])
     assert decode(loaded, prompt_T, 24, Sampling(0.0)) == decode(model, prompt_T, 24, Sampling(0.0))
     with pytest.raises(RunError, match=r"model.adapter_layers\), which an exported folder cannot hold"):

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from cpdlm.baselines.hydra import HydraHeads, HydraModel
+from cpdlm.baselines.sequential import Sequential
 from cpdlm.config import Config, resolve
 from cpdlm.decoding import Sampling, decode, decode_batch
+from cpdlm.decoding.drafters import Uniforms
 from cpdlm.decoding.lookup import Lookup, decode_with_lookup
-from cpdlm.decoding.sequential import Sequential
-from cpdlm.decoding.strategies import Uniforms
-from cpdlm.evaluation.agreement import agreement
-from cpdlm.model.hydra import HydraHeads, HydraModel
 from cpdlm.model.language_model import build_language_model
-from cpdlm.report import decoding, render
-from cpdlm.training import storage
-from experiments import bench_decode
+from cpdlm.training import checkpoints
+from experiments.bench import decode as bench_decode
+from experiments.measure.agreement import agreement
+from experiments.report import decoding, render
 from tests import oracle
 from tests.made_records import ORIGIN
 from tests.toy import ToyModel
@@ -185,12 +185,12 @@ def settings(**more: Any) -> dict[str, Any]:
 
 
 def save(folder: Path, config: Config) -> None:
-    trunk = storage.load_model(Path(config.model.trunk)) if config.model.trunk else None
+    trunk = checkpoints.load_model(Path(config.model.trunk)) if config.model.trunk else None
     torch.manual_seed(config.rank + 10 * config.seed)
     model = build_language_model(config, 257, trunk)
-    storage.open_run(folder, config)
-    storage.save_model(folder, model, model.state_dict(), 257)
-    (folder / storage.TRAINED).write_text('{"seconds": 2.5}')
+    checkpoints.open_run(folder, config)
+    checkpoints.save_model(folder, model, model.state_dict(), 257)
+    (folder / checkpoints.TRAINED).write_text('{"seconds": 2.5}')
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def record(folder: Path, name: str) -> dict[str, Any]:
 def test_records_say_where_they_come_from(name: str, measured: tuple[Path, Path]) -> None:
     found = record(measured[1], decoding.RECORDS[name])
     assert found["benchmark"] == name and "schema" not in found
-    assert found["command"].startswith("python experiments/bench_decode.py --runs ")
+    assert found["command"].startswith("python experiments/decode.py --runs ")
     assert {"commit", "dirty", "hardware", "versions", "started"} <= set(found)
     assert found["settings"]["prompts"] == 3 and found["settings"]["seeds"] == [0, 1]
     assert [target["trunk"] for target in found["targets"]] == ["trunk-corpus", "trunk-other"]
@@ -335,8 +335,8 @@ def test_cells_that_do_not_go_together_are_refused(measured: tuple[Path, Path], 
         bench_decode.load_heads(measured[0], [], [0], ["poems"])
     with pytest.raises(SystemExit, match="not heads of one horizon"):
         bench_decode.load_heads(measured[0], ["trunk-corpus"], [0], [])
-    with pytest.raises(storage.RunError, match="make them with --train-hydra"):
-        trunk = storage.load_model(measured[0] / "trunk-corpus")
+    with pytest.raises(checkpoints.RunError, match="make them with --train-hydra"):
+        trunk = checkpoints.load_model(measured[0] / "trunk-corpus")
         bench_decode.load_hydra(tmp_path, trunk)
 
 
@@ -360,7 +360,7 @@ def made_baselines() -> dict[str, Any]:
         ("rank 8, untied, chosen", "heads", "untied", 2.4, 1.3), ("rank 8, anchored", "heads", "anchored", 2.1, 1.3),
     ]  # fmt: skip
     return ORIGIN | {
-        "benchmark": "decoding baselines", "command": "python experiments/bench_decode.py",
+        "benchmark": "decoding baselines", "command": "python experiments/decode.py",
         "settings": {"timed_prompts": 16, "new_tokens": 64},
         "targets": [
             {
@@ -442,7 +442,7 @@ def test_the_figure_is_readable_in_a_column_and_the_same_every_time(tmp_path: Pa
     import matplotlib
     from matplotlib.text import Text
 
-    from cpdlm.report.figures import STYLE
+    from experiments.report.figures import STYLE
 
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "decode_baselines.json").write_text(json.dumps(made_baselines()))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments import bench_loss
+from experiments.bench import loss
 
 TOY = ["--positions", "6", "--vocab", "40", "--width", "8", "--rank", "2", "--horizon", "3", "--repeats", "1", "--cpu"]
 
@@ -21,32 +21,32 @@ def row_nll(rows_MD: Tensor, table_VD: Tensor, tokens_M: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_a_fused_cross_entropy_per_row_gives_the_joint_loss(at_once: bool) -> None:
-    found = bench_loss.errors(
-        lambda case, positions: bench_loss.fused(case, positions, row_nll, at_once), torch.float64, torch.device("cpu")
+    found = loss.errors(
+        lambda case, positions: loss.fused(case, positions, row_nll, at_once), torch.float64, torch.device("cpu")
     )
     assert len(found) == 6 and max(found.values()) < 1e-12, found
 
 
 @pytest.mark.parametrize("side", ["bounded", "dense"])
 def test_our_sides_against_float64(side: str) -> None:
-    found = bench_loss.errors(bench_loss.make(side, 1), torch.float32, torch.device("cpu"))
+    found = loss.errors(loss.make(side, 1), torch.float32, torch.device("cpu"))
     assert max(found.values()) < 1e-5, found
-    found = bench_loss.errors(bench_loss.make(side, 1), torch.bfloat16, torch.device("cpu"))
+    found = loss.errors(loss.make(side, 1), torch.bfloat16, torch.device("cpu"))
     assert 1e-5 < max(found.values()) < 0.05, found
 
 
 def test_a_side_that_fails_is_recorded_beside_those_that_do_not() -> None:
-    options = bench_loss.parse([*TOY, "--large"])
-    found = bench_loss.in_fresh_process(["bounded", "liger"], options)
+    options = loss.parse([*TOY, "--large"])
+    found = loss.in_fresh_process(["bounded", "liger"], options)
     assert set(found["bounded"]) >= {"seconds", "peak_bytes", "loss", "errors", "products"}
     assert found["liger"].keys() == {"failed"} and "liger" in found["liger"]["failed"]
     options.seconds = 0.01
-    assert "not done" in bench_loss.in_fresh_process(["dense"], options)["dense"]["failed"]
+    assert "not done" in loss.in_fresh_process(["dense"], options)["dense"]["failed"]
 
 
 def test_growth_measures_every_dimension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = {"seconds": 1.0, "peak_bytes": 1}
-    monkeypatch.setattr(bench_loss, "in_fresh_process", lambda sides, options, **changes: {"bounded": cell})
-    record = bench_loss.growth(bench_loss.parse([*TOY, "--growth"]))
-    for name in bench_loss.DIMENSIONS:
+    monkeypatch.setattr(loss, "in_fresh_process", lambda sides, options, **changes: {"bounded": cell})
+    record = loss.growth(loss.parse([*TOY, "--growth"]))
+    for name in loss.DIMENSIONS:
         assert len({found[name] for found in record["cells"]}) >= 2, name

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cpdlm.training.plan import make_plan
-from experiments import bench_overhead
-from experiments.bench_overhead import PLAIN, RECIPES, WHOLE, configure
+from experiments.bench import overhead
+from experiments.bench.overhead import PLAIN, RECIPES, WHOLE, configure
 
 VOCAB = 64
 
@@ -25,7 +25,7 @@ def test_every_recipe_costs_less_than_the_whole_and_more_than_none() -> None:
 
 @pytest.mark.parametrize("recipe", ["tied, 1/16", "frozen, 1/4, shortlist"])
 def test_a_timed_cell(recipe: str) -> None:
-    found = bench_overhead.time_one("micro", recipe, VOCAB * 8, 2)
+    found = overhead.time_one("micro", recipe, VOCAB * 8, 2)
     assert found["step_ms"] > 0 and found["tokens"] == 512
     assert found["planned_bytes"] == sum(found["planned"].values()) > 0
     assert set(found["flops"]) == {"trunk", "next token", "window"}
@@ -44,8 +44,8 @@ def test_timed_cells_are_set_against_the_next_token_step(monkeypatch: pytest.Mon
             turn = (len(order) + 1) // 2
             self.stdout = answer % ((300 * turn + 10, turn, 4) if WHOLE in words else (100 * turn, 1, 1))
 
-    monkeypatch.setattr(bench_overhead.subprocess, "run", lambda words, **options: Done(words))
-    record = bench_overhead.timed(bench_overhead.parse(["time", "--sizes", "micro", "--recipes", PLAIN, WHOLE]))
+    monkeypatch.setattr(overhead.subprocess, "run", lambda words, **options: Done(words))
+    record = overhead.timed(overhead.parse(["time", "--sizes", "micro", "--recipes", PLAIN, WHOLE]))
     assert order == [PLAIN, WHOLE, WHOLE, PLAIN, PLAIN, WHOLE]
     plain, whole = record["cells"]
     assert plain["overhead"] == {"median": 0, "low": 0, "high": 0} and (plain["bound"], whole["bound"]) == (0, 3)
@@ -61,7 +61,7 @@ def test_the_gain_is_taken_over_seeds_of_the_heads_on_one_trunk(tmp_path: Path) 
     places = {"--corpus": "text", "--runs": "runs", "--cache": "cache"}
     words = [word for option, place in places.items() for word in (option, str(tmp_path / place))]
     words += ["--sizes", "micro", "--recipes", WHOLE, "tied, 1/16", "--steps", "2"]
-    record = bench_overhead.gained(bench_overhead.parse(["gain", *words]))
+    record = overhead.gained(overhead.parse(["gain", *words]))
     assert {folder.name for folder in (tmp_path / "runs").iterdir() if (folder / "evaluate.json").is_file()} == {
         "next-token", "whole-s0", "whole-s1", "tied-1of16-s0", "tied-1of16-s1"
     }  # fmt: skip

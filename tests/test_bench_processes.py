@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench_processes
+from experiments.bench import processes
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_every_contender_is_a_task_of_its_own() -> None:
-    options = bench_processes.parse(["--tokenizers", "bytes", "bpe:300", "--processes", "1", "4"])
-    tasks = bench_processes.tasks(options)
+    options = processes.parse(["--tokenizers", "bytes", "bpe:300", "--processes", "1", "4"])
+    tasks = processes.tasks(options)
     assert tasks["tokenise bpe:300 4"] == ["tokenise", "bpe:300", "4"] and "tokenise bytes threads" not in tasks
     assert tasks["train fsdp 4"] == ["train", "fsdp", "4"] and len(tasks) == 1 + 5 + 4
 
 
 def test_tokenising_is_timed_over_all_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one two three\n\n" * 2000)
-    options = bench_processes.parse(["--corpus", str(tmp_path / "text.txt"), "--cache", str(tmp_path)])
-    found = bench_processes.tokenise_once(options, "bpe:300", 1, tmp_path)
+    options = processes.parse(["--corpus", str(tmp_path / "text.txt"), "--cache", str(tmp_path)])
+    found = processes.tokenise_once(options, "bpe:300", 1, tmp_path)
     assert (
         found["bytes"] == 30_000 and found["seconds"] > 0 and len(list(tmp_path.glob("train-*.npz"))) == found["pieces"]
     )
@@ -44,7 +44,7 @@ def test_a_quick_run_leaves_a_whole_record(tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "p.json"),
     ]
-    command = [sys.executable, "experiments/bench_processes.py", *words]
+    command = [sys.executable, "experiments/processes.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "p.json").read_text())

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from cpdlm.decoding import Decoded, Sampling, chain, decode_batch, strategies
+from cpdlm.decoding import Decoded, Sampling, chain, decode_batch, drafters
 from cpdlm.model.language_model import LanguageModel
-from experiments import bench_speed
+from experiments.bench import speed
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,8 +29,8 @@ def finite(value: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    _, cells = bench_speed.models(bench_speed.parse(["--quick"]), torch.device("cpu"), "float32")
-    return cells[bench_speed.Cell(rank=2, horizon=3, shortlist=0)]
+    _, cells = speed.models(speed.parse(["--quick"]), torch.device("cpu"), "float32")
+    return cells[speed.Cell(rank=2, horizon=3, shortlist=0)]
 
 
 def write(model: LanguageModel, sampling: Sampling, rows: int = 1) -> list[Decoded]:
@@ -38,18 +38,18 @@ def write(model: LanguageModel, sampling: Sampling, rows: int = 1) -> list[Decod
     return decode_batch(model, [torch.tensor([1, row]) for row in range(rows)], 12, sampling, generators)
 
 
-@pytest.mark.parametrize("sampling", bench_speed.MODES.values(), ids=bench_speed.MODES)
+@pytest.mark.parametrize("sampling", speed.MODES.values(), ids=speed.MODES)
 def test_forced_acceptance_keeps_the_pattern(model: LanguageModel, sampling: Sampling) -> None:
-    with bench_speed.forced(3):
+    with speed.forced(3):
         one, two = write(model, sampling, rows=2)
     assert one.emitted == [1, 1, 2, 3, 1, 2, 2] and two.emitted[:6] == [1, 2, 3, 1, 2, 3]
     assert len(one.tokens) == len(two.tokens) == 12
 
 
 def test_nothing_is_forced_outside_the_block(model: LanguageModel) -> None:
-    greedy = bench_speed.MODES["greedy"]
+    greedy = speed.MODES["greedy"]
     before = write(model, greedy)[0].emitted
-    with bench_speed.forced(3):
+    with speed.forced(3):
         forced = write(model, greedy)[0].emitted
     assert write(model, greedy)[0].emitted == before != forced
 
@@ -71,16 +71,16 @@ def test_forcing_leaves_out_no_work(model: LanguageModel, monkeypatch: pytest.Mo
     counted(model, "hidden")
     counted(model, "target_log_probs")
     counted(chain, "sampled_chain")
-    counted(strategies, "verify")
-    with bench_speed.forced(3):
+    counted(drafters, "verify")
+    with speed.forced(3):
         passes = write(model, Sampling())[0].passes
     assert calls["hidden"] == calls["target_log_probs"] == calls["verify"] == passes == 7
     assert calls["draft_joint"] == calls["sampled_chain"] == passes - 1
 
 
 def test_intervals_and_targets() -> None:
-    assert bench_speed.interval([2.0] * 5) == {"median": 2.0, "low": 2.0, "high": 2.0}
-    spread = bench_speed.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert speed.interval([2.0] * 5) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    spread = speed.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert spread["low"] < spread["median"] == 3.0 < spread["high"]
 
     def cell(rank: int, horizon: int, share: float) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_intervals_and_targets() -> None:
     cells = [cell(1, 4, 0.93), cell(8, 4, 0.7), cell(8, 8, 0.7), cell(4, 4, 0.7)]
     group = {"dtype": "float32", "mode": "greedy", "batch": 1, "cells": cells}
     slow = cell(8, 4, 0.7) | {"pass_over_floor": {"median": 1.2}}
-    found = bench_speed.targets([group, group | {"batch": 4, "cells": [cells[0], slow]}], bench_speed.LEAST_TRUNK)
+    found = speed.targets([group, group | {"batch": 4, "cells": [cells[0], slow]}], speed.LEAST_TRUNK)
     shares = [each for each in found if each["what"].startswith("conversion")]
     assert [(each["target"], each["holds"]) for each in shares] == [(0.92, True), (0.80, False)]
     floors = [each for each in found if each["what"].startswith("pass over floor")]
@@ -98,12 +98,12 @@ def test_intervals_and_targets() -> None:
     assert [each["cell"] for each in floors[3:]] == [
         "float32 greedy r4 n4 shortlist none", "float32 greedy batch 4 r1 n4 shortlist none", "float32 greedy batch 4 r8 n4 shortlist none",
     ]  # fmt: skip
-    small = bench_speed.targets([group], bench_speed.LEAST_TRUNK - 1)
+    small = speed.targets([group], speed.LEAST_TRUNK - 1)
     assert not any(each["what"].startswith("conversion") for each in small), "the target names a trunk of 50M or more"
 
 
 def test_a_quick_run_writes_a_record(tmp_path: Path) -> None:
-    command = [sys.executable, "experiments/bench_speed.py", "--quick", "--cpu", "--threads", "1"]
+    command = [sys.executable, "experiments/speed.py", "--quick", "--cpu", "--threads", "1"]
     done = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "decode_speed.json").read_text())
@@ -124,15 +124,15 @@ def test_a_quick_run_writes_a_record(tmp_path: Path) -> None:
     assert "speed-up" in done.stdout and "generate" in done.stdout
 
 
-@pytest.mark.parametrize("mode", bench_speed.MODES)
+@pytest.mark.parametrize("mode", speed.MODES)
 def test_captured_passes_are_measured_alike(mode: str) -> None:
     """On the CPU the step is not a graph, the measuring is the same."""
-    options = bench_speed.parse(["--quick"])
-    trunk, cells = bench_speed.models(options, torch.device("cpu"), "float32")
-    planned = [group for group in bench_speed.groups(options, captures=True) if group.mode == mode]
+    options = speed.parse(["--quick"])
+    trunk, cells = speed.models(options, torch.device("cpu"), "float32")
+    planned = [group for group in speed.groups(options, captures=True) if group.mode == mode]
     assert [group.captured for group in planned] == [False, True, True, True]
     for group in planned[1::2]:
-        measured = bench_speed.measure(group, trunk, {cell: cells[cell] for cell in group.cells}, options)
+        measured = speed.measure(group, trunk, {cell: cells[cell] for cell in group.cells}, options)
         assert finite(measured) and measured["captured"]
         assert ("generate" in measured) == (group.batch == 1)
         for cell in measured["cells"]:
@@ -141,14 +141,14 @@ def test_captured_passes_are_measured_alike(mode: str) -> None:
 
 
 def test_the_compiled_baseline_is_measured_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = bench_speed.parse(["--quick"])
-    found = bench_speed.compiled_generate(options, torch.device("cpu"), "float32")
+    options = speed.parse(["--quick"])
+    found = speed.compiled_generate(options, torch.device("cpu"), "float32")
     assert found["plain_over_generate"]["median"] > 0 and "failure" not in found
 
     def broken(*arguments: Any) -> Any:
         raise RuntimeError("no compiler\nhere")
 
-    monkeypatch.setattr(bench_speed, "_theirs", broken)
+    monkeypatch.setattr(speed, "_theirs", broken)
     assert (
-        bench_speed.compiled_generate(options, torch.device("cpu"), "float32")["failure"] == "RuntimeError: no compiler"
+        speed.compiled_generate(options, torch.device("cpu"), "float32")["failure"] == "RuntimeError: no compiler"
     )

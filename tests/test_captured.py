@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cpdlm.config import resolve
 from cpdlm.decoding import CapturedPasses, Captures, Sampling, decode, decode_batch
-from cpdlm.decoding.strategies import STRATEGIES
-from cpdlm.hub import CpdlmForCausalLM
+from cpdlm.decoding.drafters import STRATEGIES
+from cpdlm.hf.hub import CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from tests import oracle
 from tests.test_strategies import FILTERS, LENGTH, PROMPTS, truth

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from cpdlm.config import Config, ConfigError, resolve
+from cpdlm.data.batches import Rows, TokenDataModule, TrainingOrder, training_rows
 from cpdlm.data.corpus import Corpus, TokenSplit
-from cpdlm.data.datamodule import Rows, TokenDataModule, TrainingOrder, training_rows
 from cpdlm.data.tokenizer import BytesTokenizer
 
 

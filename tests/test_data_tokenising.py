@@ -15,7 +15,7 @@ import pytest
 
 from cpdlm.config import Config, ConfigError, resolve
 from cpdlm.data import corpus as corpus_module
-from cpdlm.data import tokenising
+from cpdlm.data import tokens
 from cpdlm.data.corpus import load_corpus
 from cpdlm.data.pool import processes
 from tests.test_data_corpus import prose
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (tokenising, corpus_module):
+    for module in (tokens, corpus_module):
         monkeypatch.setattr(module, "PIECE_BYTES", 8000)
 
 
@@ -50,7 +50,7 @@ def test_pieces_and_processes_change_nothing(
     tokenizer: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     whole = load_corpus(config(tmp_path / "whole", folder, tokenizer), progress=False).describe()
-    for module in (tokenising, corpus_module):
+    for module in (tokens, corpus_module):
         monkeypatch.setattr(module, "PIECE_BYTES", 8000)
     for count in (1, 2) if tokenizer == "bpe:300" else (1,):
         place = tmp_path / str(count)
@@ -68,7 +68,7 @@ def test_a_killed_run_makes_only_the_pieces_that_are_missing(
 ) -> None:
     whole = load_corpus(config(tmp_path / "whole", folder, "bpe:300"), progress=False).describe()
     made: list[str] = []
-    original = tokenising.write_piece
+    original = tokens.write_piece
 
     def dying(tokenizer: Any, path: Path, texts: list[bytes]) -> None:
         if len(made) == 4:
@@ -77,12 +77,12 @@ def test_a_killed_run_makes_only_the_pieces_that_are_missing(
         original(tokenizer, path, texts)
         made.append(path.name)
 
-    monkeypatch.setattr(tokenising, "write_piece", dying)
+    monkeypatch.setattr(tokens, "write_piece", dying)
     chosen = config(tmp_path, folder, "bpe:300")
     with pytest.raises(Killed):
         load_corpus(chosen, progress=False)
     before, made[:] = list(made), []
-    monkeypatch.setattr(tokenising, "write_piece", lambda *a: (original(*a), made.append(a[1].name)))
+    monkeypatch.setattr(tokens, "write_piece", lambda *a: (original(*a), made.append(a[1].name)))
     monkeypatch.setattr(corpus_module, "build_tokenizer", lambda *a: pytest.fail("another tokenizer"))
     assert load_corpus(chosen, progress=False).describe() == whole
     assert len(before) == 4 and made and not set(before) & set(made)
@@ -100,9 +100,9 @@ def test_a_killed_process_of_the_pool_is_named() -> None:
 
 BUILD = """
 import sys
-import cpdlm.data.corpus as corpus, cpdlm.data.tokenising as tokenising
+import cpdlm.data.corpus as corpus, cpdlm.data.tokens as tokenising
 from cpdlm.config import resolve
-tokenising.PIECE_BYTES = corpus.PIECE_BYTES = 50_000
+tokens.PIECE_BYTES = corpus.PIECE_BYTES = 50_000
 if __name__ == "__main__":
     corpus.load_corpus(resolve(dict(word.split("=", 1) for word in sys.argv[1:])), progress=False)
 """

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cpdlm.config import resolve
-from cpdlm.training.storage import CHECKPOINT, TRAINED, WEIGHTS, RunError, check_checkpoint, consolidate, open_run
+from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, WEIGHTS, RunError, check_checkpoint, consolidate, open_run
 from tests import two_processes
 
 SEPARATE = {"model.head": "separate"}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import CHOICES, ConfigError, resolve
-from cpdlm.model.draft_loss import OBJECTIVES, Objective, Seen, Windows, overlap
 from cpdlm.model.heads import FactorHeads
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, States
+from cpdlm.model.losses.draft import OBJECTIVES, Objective, Seen, Windows, overlap
 from cpdlm.training import states
 from cpdlm.training.states import kept_states
 from tests.test_language_model import T, make, rows

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpdlm import generate, hub
+from cpdlm import generate
 from cpdlm.data.tokenizer import BytesTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.generate import GREEN, RESET, Incremental
-from cpdlm.training.storage import load_model
+from cpdlm.hf import hub
+from cpdlm.training.checkpoints import load_model
 from tests.test_hub import LISTED, bpe_run, listed_run, make_run
 
 ROOT = Path(__file__).parents[1]

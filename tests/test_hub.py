@@ -40,14 +40,14 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from cpdlm import hub
 from cpdlm.config import Config, resolve
 from cpdlm.data.corpus import load_corpus
-from cpdlm.decoding.text import Text
+from cpdlm.decoding.cache import Text
 from cpdlm.files import write_json
-from cpdlm.hub import CpdlmConfig, CpdlmForCausalLM
+from cpdlm.hf import hub
+from cpdlm.hf.hub import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
-from cpdlm.training import storage
+from cpdlm.training import checkpoints
 from tests import oracle
 from tests.test_speculative import real
 
@@ -596,12 +596,12 @@ def make_run(folder: Path, overrides: dict[str, Any], vocabulary: int = 257, mea
     """A run's folder with random weights, as training would have left it."""
     base = {"size": "micro", "rank": 2, "data.context": 64, "decode.prompt_tokens": 8, "decode.new_tokens": 8}
     config = resolve(base | {"output": str(folder.parent), "name": folder.name} | overrides)
-    trunk = storage.load_model(Path(config.model.trunk)) if config.model.trunk else None
+    trunk = checkpoints.load_model(Path(config.model.trunk)) if config.model.trunk else None
     torch.manual_seed(1)
     model = build_language_model(config, vocabulary, trunk).eval()
     folder.mkdir(parents=True)
-    storage.open_run(folder, config)
-    storage.save_model(folder, model, dict(model.state_dict()), vocabulary)
+    checkpoints.open_run(folder, config)
+    checkpoints.save_model(folder, model, dict(model.state_dict()), vocabulary)
     if measured:
         write_measurements(folder, config)
     return model

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, Lfm2Config, MambaConfig, Qwen2Config
 
+from cpdlm.bench.latency import hugging_face
 from cpdlm.config import ConfigError, resolve
 from cpdlm.decoding import Sampling, decode
-from cpdlm.evaluation.latency import hugging_face
 from cpdlm.model.language_model import LanguageModel, build_language_model
 
 V, T, N, R = 11, 8, 3, 2

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from cpdlm.bench import latency
+from cpdlm.bench.acceptance import acceptance, bootstrap_ratio
+from cpdlm.bench.latency import Timing, hugging_face, measure, pass_milliseconds
 from cpdlm.config import resolve
 from cpdlm.decoding import Decoded, Sampling, decode
-from cpdlm.evaluation import latency
-from cpdlm.evaluation.drafting import acceptance, bootstrap_ratio
-from cpdlm.evaluation.latency import Timing, hugging_face, measure, pass_milliseconds
 from cpdlm.model.language_model import LanguageModel, build_language_model
 
 BASE = {"size": "micro", "data.context": 64, "decode.prompt_tokens": 8, "decode.new_tokens": 8}

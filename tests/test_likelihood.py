@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from cpdlm.config import parse
-from cpdlm.evaluation import likelihood
-from cpdlm.evaluation.components import CLASSES
 from cpdlm.model.language_model import build_language_model
+from experiments.measure import likelihood
+from experiments.measure.components import CLASSES
 
 V = 11
 

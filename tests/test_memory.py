@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cpdlm.bench.memory import working_memory
 from cpdlm.decoding import Sampling, decode
-from cpdlm.evaluation.memory import working_memory
 from cpdlm.model.language_model import LanguageModel
-from experiments import bench_speed
+from experiments.bench import speed
 
 CPU = torch.device("cpu")
 MB = 250_000  # float32 numbers
@@ -51,7 +51,7 @@ def test_work_without_a_pass_is_refused() -> None:
 
 
 def test_ranks_are_told_apart_though_the_prompts_pass_is_the_same() -> None:
-    trunk, cells = bench_speed.models(bench_speed.parse(["--quick"]), CPU, "float32")
+    trunk, cells = speed.models(speed.parse(["--quick"]), CPU, "float32")
 
     def of(model: LanguageModel, draft: str) -> tuple[int, int]:
         def work() -> None:
@@ -60,6 +60,6 @@ def test_ranks_are_told_apart_though_the_prompts_pass_is_the_same() -> None:
         found = working_memory(work, model.trunk.body, CPU)
         return found.whole, found.between
 
-    plain, one, two = of(trunk, "none"), *(of(cells[bench_speed.Cell(rank, 3, 0)], "chain") for rank in (1, 2))
+    plain, one, two = of(trunk, "none"), *(of(cells[speed.Cell(rank, 3, 0)], "chain") for rank in (1, 2))
     assert plain[0] == one[0] == two[0]
     assert plain[1] < one[1] < two[1]

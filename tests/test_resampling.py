@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cpdlm.evaluation.resampling import Written, by_seed, conversion, interval, more_per_pass, speedup, tokens_per_pass
+from cpdlm.bench.intervals import Written, by_seed, conversion, interval, more_per_pass, speedup, tokens_per_pass
 
 
 def written(rate_HDP: np.ndarray, seconds: float = 1.0) -> Written:

@@ -15,7 +15,7 @@ import pytest
 from made_records import ORIGIN, made
 
 from cpdlm import files
-from cpdlm.report import results
+from experiments import results
 
 
 def test_a_record_survives_the_round_trip(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cpdlm.report import scaling
-from cpdlm.report.tables import write_made
-from experiments import bench_overhead
+from experiments.bench import overhead
+from experiments.report import scaling
+from experiments.report.tables import write_made
 
 HARDWARE = {"accelerator": "none", "processor": "P", "cores": 2, "threads": 2}
 BASE = {"positions": 64, "horizon": 4, "rank": 8, "vocab": 1024, "width": 32}
@@ -35,7 +35,7 @@ def records() -> dict[str, dict[str, Any]]:
             "flops": {"trunk": 1.0, "window": cost},
             "by_seed": (by_seed := [{"tokens_per_pass": rate, "joint_nll": 2.0} for rate in rates]),
         }
-        | bench_overhead.summed_up(by_seed)
+        | overhead.summed_up(by_seed)
         for recipe, cost, rates in (
             ("whole", 9.0, (2.0, 2.0)),
             ("1/4", 3.0, (1.96, 1.98)),
@@ -73,7 +73,7 @@ def records() -> dict[str, dict[str, Any]]:
         "joint-loss-growth-gpu": common | {"cells": cells()},
         "joint-loss-growth-cpu": common | {"cells": cells()},
         "training_overhead": common | {"cells": timed},
-        "training_recipes": common | {"cells": recipes} | bench_overhead.choose(recipes),
+        "training_recipes": common | {"cells": recipes} | overhead.choose(recipes),
     }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_a_choice_says_whether_every_seed_makes_it(
         {"recipe": recipe, "flops": {"trunk": cost}, "by_seed": [{"tokens_per_pass": rate} for rate in given]}
         for recipe, cost, given in (("whole", 9.0, [2.0] * len(rates)), ("1/4", 3.0, rates), ("tied", 1.0, cheap))
     ]
-    found = bench_overhead.choose(cells)
+    found = overhead.choose(cells)
     assert (found["chosen"], found["decided"]) == (chosen, decided)
 
 
@@ -141,5 +141,5 @@ def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
     (tmp_path / "loss_large.md").write_text("old")
     files, notes = write_made(scaling.tables(tmp_path), tmp_path)
     assert not files and len(notes) == len(scaling.TABLES) and not (tmp_path / "loss_large.md").exists()
-    assert "python experiments/bench_loss.py --large makes it" in notes[0]
-    assert "bench_overhead.py time" in scaling.draw(tmp_path, tmp_path)[1].caption
+    assert "python experiments/bench/loss.py --large makes it" in notes[0]
+    assert "bench/overhead.py time" in scaling.draw(tmp_path, tmp_path)[1].caption

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from made_records import made
 
-from cpdlm.report.results import Record
 from experiments import verify
+from experiments.results import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("reproduce.sh", "dev", ".ci/run", "requirements/environment.sh")

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from one_node_slurm import Unavailable, cluster
 
-from cpdlm.report import results
-from experiments import launchers
-from experiments.launchers import Job, Slurm
+from experiments import results, scheduler
+from experiments.scheduler import Job, Slurm
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +61,7 @@ def run(folder: Path, jobs: list[Job]) -> dict[str, int]:
         codes[job.name] = code
         return code == 0
 
-    launchers.schedule(jobs, Slurm(folder / "slurm", {"time": 10}, poll_seconds=0.5), ended)
+    scheduler.schedule(jobs, Slurm(folder / "slurm", {"time": 10}, poll_seconds=0.5), ended)
     return codes
 
 
@@ -97,7 +96,7 @@ from test_slurm import counting, run
 folder = Path({str(folder)!r})
 print(run(folder, [counting(folder, 'cell')]))
 """]  # fmt: skip
-    sweeping = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=launchers.ROOT)
+    sweeping = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=scheduler.ROOT)
     until = time.monotonic() + 60
     while not (folder / "cell/count").is_file() or int((folder / "cell/count").read_text() or 0) < 3:
         assert time.monotonic() < until
@@ -123,7 +122,7 @@ def test_a_killed_sweep_finds_its_job_again_and_a_cancelled_job_is_a_failure(slu
     cancelled = counting(folder, "cancelled")
     second.start([cancelled])
     subprocess.run(["scancel", next(iter(second._ids.values()))], check=True)
-    assert second.wait() == [(cancelled, launchers.GONE)]
+    assert second.wait() == [(cancelled, scheduler.GONE)]
 
 
 SWEEP = """
@@ -148,9 +147,9 @@ def test_a_real_sweep_trains_decodes_and_reports_through_the_cluster(slurm: Path
     for number in range(60):
         body = "\n".join(f"def function_{number}_{line}(x):\n    return x * {line}" for line in range(12))
         (folder / "text" / f"{number}.py").write_text(body)
-    script = SWEEP.format(root=str(launchers.ROOT), folder=str(folder))
+    script = SWEEP.format(root=str(scheduler.ROOT), folder=str(folder))
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=launchers.ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], cwd=scheduler.ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     records, damaged = results.load_all(folder / "out/results")

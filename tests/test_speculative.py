@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cpdlm.bench.latency import count_passes, hugging_face
 from cpdlm.config import resolve
-from cpdlm.decoding import Sampling, chain, decode, decode_batch, strategies
-from cpdlm.evaluation.latency import count_passes, hugging_face
+from cpdlm.decoding import Sampling, chain, decode, decode_batch, drafters
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from tests import oracle
 from tests.planted_faults import FAULTS, WASTEFUL, Variant
@@ -111,7 +111,7 @@ def test_the_procedure_is_exact_in_the_oracle(layout: str) -> None:
 
 def plant(monkeypatch: pytest.MonkeyPatch, variant: Variant) -> None:
     monkeypatch.setattr(chain, "sampled_chain", variant.draft)
-    monkeypatch.setattr(strategies, "verify", variant.verify)
+    monkeypatch.setattr(drafters, "verify", variant.verify)
 
 
 @pytest.mark.parametrize(

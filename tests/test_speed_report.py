@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cpdlm.report import render, speed
-from cpdlm.report.tables import write_made
+from experiments.report import render, speed
+from experiments.report.tables import write_made
 from tests.made_records import ORIGIN
 
 
@@ -113,7 +113,7 @@ def test_records_of_several_machines_stand_in_one_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [(None, "bench_speed.py makes it"), ("{", "is damaged"), ('{"benchmark": "another"}', "is not a record of")],
+    [(None, "bench/speed.py makes it"), ("{", "is damaged"), ('{"benchmark": "another"}', "is not a record of")],
 )
 def test_without_a_record_the_table_is_left_out_with_a_note(content: str | None, why: str, tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()

@@ -10,8 +10,8 @@ import pytest
 from made_records import made
 from scipy import stats
 
-from cpdlm.report.results import Record
-from cpdlm.report.statistics import Interval, Sample, difference, estimate, measured, over_seeds
+from experiments.results import Record
+from experiments.stats import Interval, Sample, difference, estimate, measured, over_seeds
 
 
 def record(content: dict[str, Any]) -> Record:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from functools import cache
+from functools import cache as memoised
 from typing import Any
 
 import pytest
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, MistralConfig
 
+from cpdlm.bench import latency
 from cpdlm.config import resolve
-from cpdlm.decoding import Sampling, acceptance, decode, decode_batch, strategies, text, tree
+from cpdlm.decoding import Sampling, accept, cache, decode, decode_batch, drafters, tree
+from cpdlm.decoding.drafters import STRATEGIES
 from cpdlm.decoding.filtering import draw
-from cpdlm.decoding.strategies import STRATEGIES
-from cpdlm.evaluation import latency
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.trunk import Trunk
@@ -35,7 +35,7 @@ DRAFTS = [name for name in STRATEGIES if name != "none"]
 FILTERS = {"plain": Sampling(), "all": Sampling(temperature=1.4, top_k=2, top_p=0.9)}
 
 
-@cache
+@memoised
 def toy(layout: str, horizon: int = 3) -> ToyModel:
     return ToyModel(layout, horizon=horizon, context=6)
 
@@ -100,8 +100,8 @@ def test_drafts_from_a_shortlist_keep_the_law(draft: str) -> None:
 def test_ids_of_the_shortlist_taken_for_those_of_the_vocabulary_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Laws that stay on the list while tokens are mapped: ratios of the wrong tokens."""
     monkeypatch.setattr(
-        strategies.Proposal, "on_vocabulary",
-        lambda self, ids, size: strategies.Proposal(
+        drafters.Proposal, "on_vocabulary",
+        lambda self, ids, size: drafters.Proposal(
             ids[self.tokens_BK], torch.nn.functional.pad(self.laws, (0, size - self.laws.shape[-1]))
         ),
     )  # fmt: skip
@@ -112,16 +112,16 @@ def test_ids_of_the_shortlist_taken_for_those_of_the_vocabulary_are_noticed(monk
 
 
 def test_dead_slots_that_are_seen_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def keep(self: text.Text, *arguments: Any, original: Any = text.Text.keep) -> None:
+    def keep(self: cache.Text, *arguments: Any, original: Any = cache.Text.keep) -> None:
         original(self, *arguments)
         self.live_BL = torch.ones_like(self.live_BL)
 
-    monkeypatch.setattr(text.Text, "keep", keep)
+    monkeypatch.setattr(cache.Text, "keep", keep)
     assert max(p_values(toy("common"), Sampling())) < oracle.FALSE_ALARM
 
 
 def test_a_cache_that_does_not_follow_the_path_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text.Text, "_move", lambda *_: None)
+    monkeypatch.setattr(cache.Text, "_move", lambda *_: None)
     assert min(p_values(toy("common"), Sampling(), draft="tree")) < oracle.FALSE_ALARM
 
 
@@ -145,7 +145,7 @@ def test_wrong_block_verification_is_noticed(fault: str, monkeypatch: pytest.Mon
     def wrong(
         target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        kept_B, _ = acceptance.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
+        kept_B, _ = accept.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
         drafts = tokens_BK.shape[1]
         if fault == "longest share":  # every prefix is kept with its share alone
             p_BK, q_BK = (
@@ -157,19 +157,19 @@ def test_wrong_block_verification_is_noticed(fault: str, monkeypatch: pytest.Mon
         p_BV = target_BSV.take_along_dim(stop_B11, dim=1).squeeze(1)
         q_BV = draft_BKV.take_along_dim(stop_B11.clamp(max=drafts - 1), dim=1).squeeze(1)
         # The tokenwise residual, as after a share of one.
-        rest_BV = p_BV if fault == "residual of the whole target" else acceptance.residual(p_BV, q_BV)
+        rest_BV = p_BV if fault == "residual of the whole target" else accept.residual(p_BV, q_BV)
         law_BV = torch.where((kept_B < drafts)[:, None], rest_BV, p_BV)
         return kept_B, draw(law_BV, uniforms_BS[:, drafts])
 
-    monkeypatch.setattr(strategies, "verify_block", wrong)
+    monkeypatch.setattr(drafters, "verify_block", wrong)
     assert min(p_values(toy("common", 4), Sampling(), draft="block")) < oracle.FALSE_ALARM
 
 
 def test_draws_shared_by_the_rows_of_a_batch_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row has its own generator: with one draw for all, a batch is a single sample."""
-    call = strategies.Uniforms.__call__
+    call = drafters.Uniforms.__call__
     monkeypatch.setattr(
-        strategies.Uniforms, "__call__", lambda self, count: call(self, count)[:1].expand(len(self.generators), -1)
+        drafters.Uniforms, "__call__", lambda self, count: call(self, count)[:1].expand(len(self.generators), -1)
     )
     assert max(p_values(toy("common"), Sampling())) < oracle.FALSE_ALARM
 
@@ -240,7 +240,7 @@ def test_block_verification_is_the_oracles(seed: int) -> None:
         def run(uniforms: Tensor, target: Tensor = target, laws: Tensor = laws_KV, draft: Any = draft) -> Any:
             rows = len(uniforms)
             tokens = torch.tensor(draft).expand(rows, -1)
-            return acceptance.verify_block(target.expand(rows, -1, -1), laws.expand(rows, -1, -1), tokens, uniforms)
+            return accept.verify_block(target.expand(rows, -1, -1), laws.expand(rows, -1, -1), tokens, uniforms)
 
         keeps, after = block_outcomes(p, q, draft)
         for k, h in enumerate(keeps):
@@ -261,7 +261,7 @@ def test_block_verification_is_the_oracles(seed: int) -> None:
                 assert (law - torch.tensor(after[kept])).abs().max() < 1.5e-3
 
 
-@pytest.mark.parametrize("verify", [acceptance.verify, acceptance.verify_block])
+@pytest.mark.parametrize("verify", [accept.verify, accept.verify_block])
 def test_a_broken_law_behind_a_good_draft_loses_nothing(verify: Any) -> None:
     """Law of the first token, q(x) P(kept | x) + P(none kept) residual(x), on a grid of draws: the target's, though q is
     far from it and the next draft's law is NaN."""
@@ -343,7 +343,7 @@ def test_the_tree_is_the_likeliest_prefixes(rank: int, nodes: int) -> None:
 def test_the_best_window_by_enumeration(shape: str, nodes: int) -> None:
     """A beam as wide as there are windows is exact."""
     law = joint(batch=3)
-    drafts = strategies.Certain(shape, Sampling(0.0), None, nodes).draft(law, 3).tokens_BK
+    drafts = drafters.Certain(shape, Sampling(0.0), None, nodes).draft(law, 3).tokens_BK
     for row in range(3):
         every = prefixes(law, row, 3)
         value = {
@@ -355,7 +355,7 @@ def test_the_best_window_by_enumeration(shape: str, nodes: int) -> None:
 # --- real models --------------------------------------------------------------------------------------------------
 
 
-@cache
+@memoised
 def real(family: str, anchor: str = "token", common: bool = True, rank: int = 3) -> LanguageModel:
     torch.manual_seed(0)
     base = {
@@ -408,14 +408,14 @@ def test_a_batch_is_its_rows_one_by_one(draft: str, family: str, common: bool) -
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_closing_up_dead_slots_changes_nothing(draft: str, use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, slots = real("gpt2"), []
-    monkeypatch.setattr(text, "WASTE", 0.0)
-    monkeypatch.setattr(text, "LEAST", 0)
+    monkeypatch.setattr(cache, "WASTE", 0.0)
+    monkeypatch.setattr(cache, "LEAST", 0)
 
-    def close_up(self: text.Text, original: Any = text.Text._close_up) -> None:
+    def close_up(self: cache.Text, original: Any = cache.Text._close_up) -> None:
         original(self)
         slots.append(self.slots - max(self.lengths))
 
-    monkeypatch.setattr(text.Text, "_close_up", close_up)
+    monkeypatch.setattr(cache.Text, "_close_up", close_up)
     together = decode_batch(model, RAGGED, 40, Sampling(0.0), draft=draft, use_cache=use_cache)
     assert len(slots) > 3 and not any(slots)
     for prompt, each in zip(RAGGED, together, strict=True):

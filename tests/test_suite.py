@@ -21,17 +21,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from cpdlm import hub
 from cpdlm.config import DecodeConfig, flatten, to_dict
 from cpdlm.data.corpus import write_bundle
 from cpdlm.data.shortlist import frequent_tokens
 from cpdlm.data.tokenizer import BpeTokenizer
+from cpdlm.hf import hub
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
-from cpdlm.report import results
-from cpdlm.training import storage
+from cpdlm.training import checkpoints
 from experiments import cell as one_cell
-from experiments import cost, launchers, measure, run, sweep
+from experiments import cost, decode_group, results, run, scheduler, sweep
 from experiments.suite import (
     PROFILES,
     SCALES,
@@ -233,16 +232,16 @@ class InProcess:
     """Runs jobs one after the other, in this process."""
 
     def __init__(self) -> None:
-        self.ended: list[tuple[launchers.Job, int]] = []
+        self.ended: list[tuple[scheduler.Job, int]] = []
 
-    def start(self, ready: list[launchers.Job]) -> list[launchers.Job]:
+    def start(self, ready: list[scheduler.Job]) -> list[scheduler.Job]:
         job = ready[0]
         script, *words = job.argv
-        code = run.main(words) if script == "experiments/run.py" else measure.main(words[1:])
+        code = run.main(words) if script == "experiments/run.py" else decode_group.main(words[1:])
         self.ended.append((job, code))
         return [job]
 
-    def wait(self) -> list[tuple[launchers.Job, int]]:
+    def wait(self) -> list[tuple[scheduler.Job, int]]:
         ended, self.ended = self.ended, []
         return ended
 
@@ -274,8 +273,8 @@ def test_retrofit_cells_of_a_comparison_differ_in_the_dials_only(profile: str) -
 
 def test_how_often_a_run_is_validated_is_no_part_of_what_it_is(tmp_path: Path) -> None:
     cell = heads(trunk("code", "cpu-trunk,trunk"), 4, "cpu-heads")
-    storage.open_run(tmp_path, cell.config("runs/x"))
-    storage.check_same_run(tmp_path, cell.varied("", train__validate_every=7).config("runs/x"))
+    checkpoints.open_run(tmp_path, cell.config("runs/x"))
+    checkpoints.check_same_run(tmp_path, cell.varied("", train__validate_every=7).config("runs/x"))
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +476,7 @@ def test_drafts_from_a_shortlist_are_an_option_of_a_cell(
     assert run.main([*words, "decode.shortlist=20"]) == 0
     record = results.load(Path(capsys.readouterr().out.split("record: ")[1].strip()))
     assert 0.5 < record["decoding"]["shortlist_coverage"] < 1 and record.config["decode"]["shortlist"] == 20
-    ids = storage.run_shortlist(tmp_path / "runs" / "one")
+    ids = checkpoints.run_shortlist(tmp_path / "runs" / "one")
     assert ids is not None and len(ids.unique()) == 20
     hub.export(tmp_path / "runs" / "one", tmp_path / "mine")
     assert "from the 20 most frequent tokens" in (tmp_path / "mine" / "README.md").read_text()

@@ -15,10 +15,9 @@ import pytest
 from made_records import made
 
 from cpdlm.config import ConfigError, to_dict
-from cpdlm.report import results
-from cpdlm.training import storage
-from experiments import cost, launchers, pipeline, sweep
-from experiments.launchers import Job, Local
+from cpdlm.training import checkpoints
+from experiments import cost, pipeline, results, scheduler, sweep
+from experiments.scheduler import Job, Local
 from experiments.suite import PROFILES, SCALES, STUDIES, Cell, heads, scratch, study, trunk
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,14 +27,14 @@ def job(tmp_path: Path, name: str, code: str, *needs: str, alone: bool = False) 
     return Job(name, ("-c", code), tmp_path / name / "train.log", frozenset(needs), alone)
 
 
-def ran(jobs: list[Job], launcher: launchers.Launcher) -> tuple[dict[str, int], list[str]]:
+def ran(jobs: list[Job], launcher: scheduler.Launcher) -> tuple[dict[str, int], list[str]]:
     codes: dict[str, int] = {}
 
     def ended(job: Job, code: int) -> bool:
         codes[job.name] = code
         return code == 0
 
-    return codes, [each.name for each in launchers.schedule(jobs, launcher, ended)]
+    return codes, [each.name for each in scheduler.schedule(jobs, launcher, ended)]
 
 
 # --- the scheduler, with jobs that only say when they ran -------------------------------------------------------------
@@ -195,7 +194,7 @@ def test_a_sweep_killed_by_kill_9_leaves_no_orphan(tmp_path: Path) -> None:
     """Its jobs are told to save and stop."""
     script = f"""
 from pathlib import Path
-from experiments.launchers import Job, Local, schedule
+from experiments.scheduler import Job, Local, schedule
 here = Path({str(tmp_path)!r})
 schedule([Job('a', ('-c', {PATIENT!r}, str(here)), here / 'log')], Local(1), lambda job, code: True)
 """
@@ -358,7 +357,7 @@ def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path, capsys
         path.write_text(json.dumps(content))
     mine = small(cells, tmp_path)
     (mine.out / code.name).mkdir(parents=True)
-    (mine.out / code.name / storage.WEIGHTS).write_bytes(b"other weights")
+    (mine.out / code.name / checkpoints.WEIGHTS).write_bytes(b"other weights")
     assert "other weights than those under 2 records" in pipeline._other_trunk(mine, code)
     assert not capsys.readouterr().err
     assert pipeline._other_trunk(replace(mine, mix=True), code) == ""
@@ -394,11 +393,11 @@ def test_a_mistake_exits_2_with_one_line(words: list[str], says: str, capsys: py
 def test_slurm_without_submitit_or_sbatch_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigError, match="pip install 'cpdlm\\[slurm\\]'"):
-        launchers.Slurm(tmp_path)
+        scheduler.Slurm(tmp_path)
     monkeypatch.setitem(sys.modules, "submitit", sys)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no sbatch"):
-        launchers.Slurm(tmp_path)
+        scheduler.Slurm(tmp_path)
 
 
 def test_a_claim_goes_to_the_committed_records_and_a_profile_to_its_own() -> None:

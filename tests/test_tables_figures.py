@@ -16,11 +16,13 @@ import pytest
 from made_records import made, suite, wider
 
 from cpdlm.config import parse
-from cpdlm.report import Report, figures, render, results, tables, verdicts
-from cpdlm.report.__main__ import main
-from cpdlm.report.figures.components import usage
-from cpdlm.report.figures.style import retrofits
-from cpdlm.report.figures.training import decoding_over_training
+from experiments import results
+from experiments.claims import verdicts
+from experiments.report import Report, figures, render, tables
+from experiments.report.__main__ import main
+from experiments.report.figures.components import usage
+from experiments.report.figures.style import retrofits
+from experiments.report.figures.training import decoding_over_training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,7 +157,7 @@ def test_two_records_drawn_by_two_processes_then_one(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "cpdlm.report",
+        "experiments.report",
         "--results",
         str(tmp_path / "results"),
         "--figures",

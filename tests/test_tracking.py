@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from made_records import made
 
-from cpdlm import tracking
 from cpdlm.config import Config, parse, resolve
-from cpdlm.report import results
+from experiments import results, tracking
 
 
 @pytest.fixture(autouse=True)
@@ -254,6 +253,6 @@ def test_import_errors_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_importing_this_module_imports_no_mlflow() -> None:
     import subprocess
 
-    code = "import sys, cpdlm.tracking; assert not {'mlflow', 'lightning', 'torch'} & set(sys.modules)"
+    code = "import sys, experiments.tracking; assert not {'mlflow', 'lightning', 'torch'} & set(sys.modules)"
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

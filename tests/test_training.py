@@ -24,11 +24,11 @@ from torch import Tensor
 from cpdlm.config import Config, OptimConfig, resolve
 from cpdlm.files import WriteError
 from cpdlm.model.language_model import LanguageModel, build_language_model
-from cpdlm.training import storage
+from cpdlm.training import checkpoints
+from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, WEIGHTS, RunError
 from cpdlm.training.fit import Interrupted, Journal, Summary, fit
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
 from cpdlm.training.schedule import learning_rate_factor
-from cpdlm.training.storage import CHECKPOINT, TRAINED, WEIGHTS, RunError
 from tests.ragged import VOCAB, RaggedData
 
 
@@ -63,8 +63,8 @@ def build(config: Config, trunk: LanguageModel | None = None) -> LanguageModel:
 
 def train(config: Config, folder: Path) -> tuple[Summary, dict[str, Tensor]]:
     folder.mkdir(parents=True, exist_ok=True)
-    storage.open_run(folder, config)
-    trunk = storage.load_model(Path(config.model.trunk)) if config.model.trunk else None
+    checkpoints.open_run(folder, config)
+    trunk = checkpoints.load_model(Path(config.model.trunk)) if config.model.trunk else None
     model = build(config, trunk)
     summary = fit(config, model, RaggedData(config), folder)
     assert summary is not None
@@ -190,7 +190,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
     matrices = sum(value.numel() for name, value in state.items() if value.ndim == 2 and "embed" not in name)
     assert summary.flops_per_token is not None and summary.flops_per_token > 6 * matrices
     assert summary.matmul_fraction is not None and 0 < summary.matmul_fraction < 1.5
-    for name, value in storage.load_model(tmp_path / "run").state_dict().items():
+    for name, value in checkpoints.load_model(tmp_path / "run").state_dict().items():
         assert torch.equal(value, state[name]), name
 
 
@@ -236,7 +236,7 @@ def test_heads_on_a_frozen_trunk_resume_from_a_checkpoint_without_it(
             kill_at(patch, 5)
             train(config, tmp_path / name)
     content = torch.load(tmp_path / "killed" / CHECKPOINT, weights_only=True)
-    model = build(config, storage.load_model(tmp_path / "trunk"))
+    model = build(config, checkpoints.load_model(tmp_path / "trunk"))
     trained = {f"model.{name}" for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert content["state_dict"].keys() == trained | {"model.heads.balance_bias_R"}
     # Checkpoints held the frozen weights, once.
@@ -291,7 +291,7 @@ def test_checkpoints_load_with_weights_only(tmp_path: Path, monkeypatch: pytest.
         train(settings(balance="bias"), tmp_path)
     content = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert content["global_step"] == 2 and "model.heads.balance_bias_R" in content["state_dict"]
-    storage.check_checkpoint(tmp_path / CHECKPOINT)
+    checkpoints.check_checkpoint(tmp_path / CHECKPOINT)
 
 
 def test_a_finished_run_of_the_same_seed_is_the_same(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(number: signal.Signa
     assert f"stopped at step {torch.load(tmp_path / CHECKPOINT, weights_only=True)['global_step']} of 100000" in out
     assert f"{tmp_path / CHECKPOINT} is saved. The same command continues from it" in out
     assert not (tmp_path / WEIGHTS).exists()
-    storage.check_checkpoint(tmp_path / CHECKPOINT)
+    checkpoints.check_checkpoint(tmp_path / CHECKPOINT)
 
 
 def test_a_second_signal_stops_at_once() -> None:
@@ -399,28 +399,28 @@ def test_a_checkpoint_that_other_processes_do_not_see_is_refused(here: bool, tmp
 
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    storage.open_run(tmp_path, settings())
-    storage.open_run(tmp_path, settings(**{"decode.prompts": 3, "evaluate.rows": 5, "name": "x"}))  # how it is watched
+    checkpoints.open_run(tmp_path, settings())
+    checkpoints.open_run(tmp_path, settings(**{"decode.prompts": 3, "evaluate.rows": 5, "name": "x"}))  # how it is watched
     for more in ({"rank": 4}, {"optim.lr": 1.0}, {"seed": 3}, {"corpus": "text"}):
         with pytest.raises(RunError, match="holds another run .*give this one name=OTHER .*or delete the folder"):
-            storage.open_run(tmp_path, settings(**more))
-    assert storage.read_config(tmp_path).rank == 2
+            checkpoints.open_run(tmp_path, settings(**more))
+    assert checkpoints.read_config(tmp_path).rank == 2
 
 
 def test_two_runs_at_once_in_one_folder(tmp_path: Path) -> None:
-    with storage.exclusive(tmp_path / "run"):
+    with checkpoints.exclusive(tmp_path / "run"):
         with (
             pytest.raises(RunError, match="another run is writing to .*name=OTHER"),
-            storage.exclusive(tmp_path / "run"),
+            checkpoints.exclusive(tmp_path / "run"),
         ):
             pass
-    with storage.exclusive(tmp_path / "run"):  # given back
+    with checkpoints.exclusive(tmp_path / "run"):  # given back
         pass
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot write to .*output=DIR"), storage.exclusive(tmp_path / "file" / "run"):
+    with pytest.raises(RunError, match="cannot write to .*output=DIR"), checkpoints.exclusive(tmp_path / "file" / "run"):
         pass
 
     def read_only(*_: Any, **__: Any) -> Any:
@@ -429,7 +429,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr("tempfile.mkstemp", read_only)
         with pytest.raises(WriteError, match="cannot write .*Read-only file system.*output=DIR"):
-            storage.open_run(tmp_path, settings())
+            checkpoints.open_run(tmp_path, settings())
 
 
 @pytest.mark.parametrize("where", ["replace", "write"])
@@ -457,14 +457,14 @@ def test_a_disk_that_really_fills_up_is_named(tmp_path: Path) -> None:
     """A limit on file size makes the writes themselves fail, also those inside libraries."""
     config, folder = settings(), tmp_path
     model = build(config)
-    storage.open_run(folder, config)
-    storage.save_model(folder, model, model.state_dict(), VOCAB)
+    checkpoints.open_run(folder, config)
+    checkpoints.save_model(folder, model, model.state_dict(), VOCAB)
     before = (folder / WEIGHTS).read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         with pytest.raises(WriteError, match=f"cannot write {folder / WEIGHTS}: .*free some space"):
-            storage.save_model(folder, model, model.state_dict(), VOCAB)
+            checkpoints.save_model(folder, model, model.state_dict(), VOCAB)
         with pytest.raises(WriteError, match=f"cannot write {folder / CHECKPOINT}: .*free some space"):
             fit(config, model, RaggedData(config), folder)
     finally:
@@ -484,9 +484,9 @@ def test_a_model_comes_back_as_it_was_saved(layout: str, family: str, tmp_path: 
     if layout == "bias":
         assert model.heads is not None
         model.heads.balance_bias_R += torch.tensor([0.5, -0.5])
-    storage.open_run(tmp_path, config)
-    storage.save_model(tmp_path, model, model.state_dict(), VOCAB)
-    again = storage.load_model(tmp_path)
+    checkpoints.open_run(tmp_path, config)
+    checkpoints.save_model(tmp_path, model, model.state_dict(), VOCAB)
+    again = checkpoints.load_model(tmp_path)
     assert not again.training and again.vocab_size == VOCAB
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
@@ -498,10 +498,10 @@ def test_a_model_comes_back_as_it_was_saved(layout: str, family: str, tmp_path: 
 def test_heads_on_a_frozen_trunk_come_back_without_a_copy_of_it(tie_embeddings: bool, tmp_path: Path) -> None:
     plain = settings(**LAYOUTS["plain"], **{"model.tie_embeddings": tie_embeddings, "optim.steps": 2})
     train(plain, tmp_path / "trunk")
-    trunk = storage.load_model(tmp_path / "trunk")
+    trunk = checkpoints.load_model(tmp_path / "trunk")
     config = settings(**{"model.trunk": str(tmp_path / "trunk"), "anchor": "token", "optim.steps": 3})
     _, state = train(config, tmp_path / "heads")
-    again = storage.load_model(tmp_path / "heads")
+    again = checkpoints.load_model(tmp_path / "heads")
     for name, value in state.items():
         assert torch.equal(again.state_dict()[name], value), name
     for name, value in trunk.state_dict().items():
@@ -514,39 +514,39 @@ def test_heads_on_a_frozen_trunk_come_back_without_a_copy_of_it(tie_embeddings: 
 def test_weights_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
     config = settings()
     with pytest.raises(RunError, match="is not a run folder: it has no config.yaml"):
-        storage.load_model(tmp_path)
-    storage.open_run(tmp_path, config)
+        checkpoints.load_model(tmp_path)
+    checkpoints.open_run(tmp_path, config)
     with pytest.raises(RunError, match="has no finished model .*run its command again"):
-        storage.load_model(tmp_path)
+        checkpoints.load_model(tmp_path)
     model = build(config)
-    storage.save_model(tmp_path, model, model.state_dict(), VOCAB)
+    checkpoints.save_model(tmp_path, model, model.state_dict(), VOCAB)
     whole = (tmp_path / WEIGHTS).read_bytes()
     for part in (whole[:-10], whole[:4], b""):
         (tmp_path / WEIGHTS).write_bytes(part)
         with pytest.raises(RunError, match="is truncated or not a safetensors file"):
-            storage.load_model(tmp_path)
+            checkpoints.load_model(tmp_path)
     other = build(settings(**LAYOUTS["separate"]))
-    storage.save_model(tmp_path, other, other.state_dict(), VOCAB)
+    checkpoints.save_model(tmp_path, other, other.state_dict(), VOCAB)
     with pytest.raises(RunError, match="does not fit its config: missing"):
-        storage.load_model(tmp_path)
+        checkpoints.load_model(tmp_path)
     deeper = build(settings(rank=4))
-    storage.save_model(tmp_path, deeper, deeper.state_dict(), VOCAB)
+    checkpoints.save_model(tmp_path, deeper, deeper.state_dict(), VOCAB)
     with pytest.raises(RunError, match="does not fit its config"):
-        storage.load_model(tmp_path)
+        checkpoints.load_model(tmp_path)
     untied = build(settings(**{"model.tie_embeddings": False}))
     state = {name: value for name, value in untied.state_dict().items() if name != "unembedding.weight"}
     (tmp_path / "untied").mkdir()
-    storage.open_run(tmp_path / "untied", settings(**{"model.tie_embeddings": False}))
-    storage.save_model(tmp_path / "untied", untied, state, VOCAB)
+    checkpoints.open_run(tmp_path / "untied", settings(**{"model.tie_embeddings": False}))
+    checkpoints.save_model(tmp_path / "untied", untied, state, VOCAB)
     with pytest.raises(RunError, match="missing .*unembedding"):
-        storage.load_model(tmp_path / "untied")
+        checkpoints.load_model(tmp_path / "untied")
 
 
 def test_a_config_that_cannot_be_read_says_so(tmp_path: Path) -> None:
     for text in ("rank: [", "colour: red", "- a\n- b", "rank: 0"):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(RunError, match="config.yaml cannot be read"):
-            storage.read_config(tmp_path)
+            checkpoints.read_config(tmp_path)
 
 
 def _run_until_stopped(folder: Path) -> int:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from made_records import ORIGIN, made, suite
 
-from cpdlm.report import results, statistics, verdicts
-from cpdlm.report.statistics import Sample, contrast, estimate
-from cpdlm.report.tables import claims_table
+from experiments import results, stats
+from experiments.claims import verdicts
+from experiments.report.tables import claims_table
+from experiments.stats import Sample, contrast, estimate
 
 COMMON = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"}
 
@@ -502,13 +503,13 @@ def test_coverage_with_three_seeds() -> None:
 
 def test_intervals_are_the_same_every_time() -> None:
     cells = {seed: results.Record("x", made(2, seed)) for seed in range(3)}
-    assert statistics.over_seeds(cells, "joint_nll") == statistics.over_seeds(cells, "joint_nll")
+    assert stats.over_seeds(cells, "joint_nll") == stats.over_seeds(cells, "joint_nll")
 
 
 def test_the_means_of_the_record_are_used_where_rows_are_missing() -> None:
     content = made(2)
     del content["likelihood"]["per_row"]
-    found = statistics.over_seeds({0: results.Record("x", results.validate(content))}, "joint_nll")
+    found = stats.over_seeds({0: results.Record("x", results.validate(content))}, "joint_nll")
     assert found is not None
     assert found.mean == content["likelihood"]["joint_nll"]["mean"]
     assert found.high - found.low == pytest.approx(2 * 1.96 * 0.05, rel=0.08)

@@ -10,9 +10,10 @@ import torch
 
 from cpdlm.config import ConfigError, resolve
 from cpdlm.data.corpus import TokenSplit
-from cpdlm.decoding import Sampling, decode, writing
-from cpdlm.decoding.writing import PROMPT, written_text
+from cpdlm.decoding import Sampling, decode
 from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.training import self_text
+from cpdlm.training.self_text import PROMPT, written_text
 
 V, EOS, CONTEXT = 40, 39, 48
 CPU = torch.device("cpu")
@@ -63,10 +64,10 @@ def test_documents_begin_with_prompts_and_go_on_as_decoding_does(
 def test_what_is_written_stays_and_a_killed_run_goes_on(
     model: LanguageModel, split: TokenSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "BATCH", 3)
+    monkeypatch.setattr(self_text, "BATCH", 3)
     whole, origin = written_text(model, split, "sampled", 400, CONTEXT, EOS, tmp_path / "a", {"trunk": "x"}, CPU)
     calls = 0
-    real = writing.decode_batch
+    real = self_text.decode_batch
 
     def counted(*arguments: object, **options: object) -> object:
         nonlocal calls
@@ -75,7 +76,7 @@ def test_what_is_written_stays_and_a_killed_run_goes_on(
             raise KeyboardInterrupt
         return real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writing, "decode_batch", counted)
+    monkeypatch.setattr(self_text, "decode_batch", counted)
     with pytest.raises(KeyboardInterrupt):
         written_text(model, split, "sampled", 400, CONTEXT, EOS, tmp_path / "b", {"trunk": "x"}, CPU)
     resumed, again = written_text(model, split, "sampled", 400, CONTEXT, EOS, tmp_path / "b", {"trunk": "x"}, CPU)

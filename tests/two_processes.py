@@ -24,9 +24,9 @@ from cpdlm.config import resolve
 from cpdlm.files import WriteError
 from cpdlm.model.language_model import build_language_model
 from cpdlm.processes import leave
+from cpdlm.training.checkpoints import load_trunk
 from cpdlm.training.fit import ProcessLost, fit
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
-from cpdlm.training.storage import load_trunk
 from tests.ragged import VOCAB, RaggedData
 
 BASE: dict[str, Any] = {

@@ -32,13 +32,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
-from cpdlm.data import sources, tokenising
-from cpdlm.data.checkpoints import PACKAGES, carried_package, checkpoint_folder, origin_hash
+from cpdlm.data import sources, tokens
 from cpdlm.data.duplicates import clusters
 from cpdlm.data.pool import process_count
+from cpdlm.data.pretrained_files import PACKAGES, carried_package, checkpoint_folder, origin_hash
 from cpdlm.data.texts import Chosen
-from cpdlm.data.tokenising import PIECE_BYTES
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer, tokenizer_hash
+from cpdlm.data.tokens import PIECE_BYTES
 from cpdlm.data.windows import mix, row_count
 from cpdlm.files import locked
 
@@ -281,15 +281,15 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, p
         # By source, so that rows of the evaluation splits are of one source wherever possible.
         chosen[name].sort(key=lambda i: documents.sources[i])
     tokenizer = _tokenizer(config, Chosen(documents.texts, chosen["train"]), pieces, progress)
-    planned = tokenising.plan(documents.texts, chosen, pieces)
+    planned = tokens.plan(documents.texts, chosen, pieces)
     every = [piece for part in planned.values() for piece in part]
     size = sum(piece.size for piece in every)
     with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=not progress) as bar:
-        tokenising.tokenise(documents.texts, every, tokenizer, process_count(config.data.processes), bar)
+        tokens.tokenise(documents.texts, every, tokenizer, process_count(config.data.processes), bar)
     for name, indices in chosen.items():
         (folder / name).mkdir()
         arrays: dict[str, NDArray[Any]] = {
-            "offsets": tokenising.join(planned[name], folder / name / "tokens.npy", tokenising.token_dtype(tokenizer)),
+            "offsets": tokens.join(planned[name], folder / name / "tokens.npy", tokens.token_dtype(tokenizer)),
             "source_ids": np.array([documents.sources[i] for i in indices], dtype=np.int32),
             "byte_lengths": np.array([len(documents.texts[i]) for i in indices], dtype=np.int64),
         }

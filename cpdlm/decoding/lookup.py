@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding.filtering import Sampling
+from cpdlm.decoding.loop import Decoded, decode
 from cpdlm.decoding.passes import DraftingModel
-from cpdlm.decoding.speculative import Decoded, decode
 from cpdlm.model.joint import Joint
 
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cpdlm.decoding.strategies import Proposal, Strategy, Uniforms, Verdict, nothing
-from cpdlm.decoding.text import Text
+from cpdlm.decoding.cache import Text
+from cpdlm.decoding.drafters import Proposal, Strategy, Uniforms, Verdict, nothing
 
 
 class DraftingModel(Protocol):

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpdlm.model.draft_loss import Objective, Windows, chunked_sum
 from cpdlm.model.joint import Joint, log_normalise
-from cpdlm.model.joint_loss import Features, joint_nll
+from cpdlm.model.losses.draft import Objective, Windows, chunked_sum
+from cpdlm.model.losses.joint_nll import Features, joint_nll
 
 
 class FactorHeads(nn.Module):

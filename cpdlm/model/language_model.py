@@ -25,10 +25,10 @@ from transformers.cache_utils import Cache
 
 from cpdlm.config import Config
 from cpdlm.model.adapters import DraftTrunk, TwoCaches, check_draft_trunk
-from cpdlm.model.draft_loss import Objective, Windows
 from cpdlm.model.heads import Anchor, FactorHeads, no_map
 from cpdlm.model.joint import Joint, log_normalise
-from cpdlm.model.joint_loss import joint_nll
+from cpdlm.model.losses.draft import Objective, Windows
+from cpdlm.model.losses.joint_nll import joint_nll
 from cpdlm.model.trunk import Trunk, build_body, new_cache
 
 

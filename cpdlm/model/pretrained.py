@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
 
 from cpdlm.config import ConfigError
-from cpdlm.data.checkpoints import free_memory
+from cpdlm.data.pretrained_files import free_memory
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, new_cache
 

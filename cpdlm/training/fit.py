@@ -30,10 +30,10 @@ from cpdlm.config import Config
 from cpdlm.files import errors_named, write_json
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.processes import is_srun, is_torchrun
-from cpdlm.training import storage
+from cpdlm.training import checkpoints
+from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, RunError
 from cpdlm.training.cost import FlopCount, matmul_rate
 from cpdlm.training.module import MultiTokenModule
-from cpdlm.training.storage import CHECKPOINT, TRAINED, RunError
 
 
 class Interrupted(RuntimeError):
@@ -97,9 +97,9 @@ class Journal(Callback):
                 "that all of them see with output=DIR"
             )
         if trainer.is_global_zero:
-            storage.remove_partial(self.folder)
+            checkpoints.remove_partial(self.folder)
             if checkpoint.is_dir() and self.config.parallel != "fsdp":
-                storage.consolidate(self.folder)
+                checkpoints.consolidate(self.folder)
         trainer.strategy.barrier()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -168,18 +168,18 @@ class Journal(Callback):
 
     def save(self, trainer: L.Trainer) -> None:
         """Every process calls; the first swaps the finished checkpoint in: a kill or a full disk in mid-write costs nothing."""
-        partial = storage.partial_checkpoint(self.folder)
+        partial = checkpoints.partial_checkpoint(self.folder)
         with errors_named(self.folder / CHECKPOINT):
             try:
                 trainer.save_checkpoint(partial)
                 if trainer.is_global_zero:
-                    storage.swap_in(partial, self.folder / CHECKPOINT)
+                    checkpoints.swap_in(partial, self.folder / CHECKPOINT)
             except CheckpointException as error:  # of every process, for the failure of one
                 reasons = "; ".join(f"process {rank}: {wrapped[0]}" for rank, wrapped in error.failures.items())
                 raise OSError(f"a part could not be written ({reasons})") from error
             finally:
                 if trainer.is_global_zero:
-                    storage.remove_partial(self.folder)
+                    checkpoints.remove_partial(self.folder)
         trainer.strategy.barrier()
 
     def finish(self) -> Summary:
@@ -254,7 +254,7 @@ def fit(
     trainer = build_trainer(config, [journal, ProgressBar(config.optim.steps, config.run_name)], logger)
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
-        storage.check_checkpoint(checkpoint, module.state_dict())
+        checkpoints.check_checkpoint(checkpoint, module.state_dict())
     with _signals_noted(journal), warnings.catch_warnings():
         # Lightning advises more loader workers and shorter logging intervals; rows are cut from memory-mapped arrays.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -285,10 +285,10 @@ def fit(
         return None
     # Heads on a pretrained trunk are stored as it is, and evaluated as they are stored.
     narrow = getattr(torch, config.model.dtype) if config.is_pretrained else None
-    storage.save_model(folder, model, state, model.vocab_size, narrow)
+    checkpoints.save_model(folder, model, state, model.vocab_size, narrow)
     summary = journal.finish()
     write_json(folder / TRAINED, asdict(summary))
-    storage.remove_checkpoint(folder)
+    checkpoints.remove_checkpoint(folder)
     return summary
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cpdlm.config import ConfigError
-from cpdlm.data.datamodule import Rows
+from cpdlm.data.batches import Rows
 from cpdlm.files import errors_named, locked, write_json
 from cpdlm.model.language_model import LanguageModel
 

@@ -1,0 +1,1 @@
+"""Methods of others that ours are compared with."""

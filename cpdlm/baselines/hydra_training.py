@@ -1,0 +1,101 @@
+"""Trains sequential heads (a baseline) on a frozen trunk, with the data order, steps and optimiser of a cell of ours.
+
+FOLDER/hydra.safetensors   the heads
+FOLDER/hydra.json          what they are and what they cost
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cpdlm.baselines.hydra import HydraHeads, HydraModel
+from cpdlm.config import Config
+from cpdlm.data.batches import TokenDataModule
+from cpdlm.files import replaced, write_json
+from cpdlm.model.language_model import LanguageModel
+from cpdlm.training.checkpoints import RunError
+from cpdlm.training.schedule import learning_rate_factor
+
+WEIGHTS, SUMMARY = "hydra.safetensors", "hydra.json"
+
+
+def train_hydra(
+    base: LanguageModel, config: Config, data: TokenDataModule, folder: Path, *, hidden_width: int = 0,
+    progress: Callable[[int, float], None] = lambda step, nll: None,
+) -> HydraModel:  # fmt: skip
+    """Train for config.optim.steps and write the folder. hidden_width: 0 for the trunk's width.
+
+    Freezes `base`. The loss is the mean of -log q(x_{t+2..t+N} | x_{t+1}) over the positions that train our heads' later factors.
+    """
+    torch.manual_seed(config.seed)
+    base.requires_grad_(False)
+    optim, device = config.optim, base.unembedding.weight.device
+    hidden_width = hidden_width or base.trunk.width
+    model = HydraModel(base, HydraHeads(base.trunk.width, config.horizon, hidden_width).to(device))
+    weights = list(model.heads.parameters())
+    groups = [
+        {"params": [each for each in weights if each.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [each for each in weights if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, optim))
+    curve: list[float] = []
+    began = time.monotonic()
+    for step, batch in enumerate(islice(data.train_dataloader(), optim.steps), start=1):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.no_grad():
+            hidden_BTD = base.hidden(batch["tokens_BT"], batch["position_ids_BT"])
+        picked_BT = batch["picked_BT"] & (batch["successors_BT"] > 0)
+        nll_P = model.nll(hidden_BTD[picked_BT], batch["future_BTN"][picked_BT], batch["successors_BT"][picked_BT])
+        loss = nll_P.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if optim.clip:
+            torch.nn.utils.clip_grad_norm_(weights, optim.clip)
+        optimizer.step()
+        schedule.step()
+        curve.append(loss.item())
+        progress(step, curve[-1])
+    seconds = time.monotonic() - began
+    model.heads.eval()
+    with replaced(folder / WEIGHTS) as path:
+        save_file(model.heads.state_dict(), path)
+    write_json(
+        folder / SUMMARY,
+        {
+            "horizon": config.horizon,
+            "hidden_width": hidden_width,
+            "trunk": Path(config.model.trunk).name,
+            "steps": optim.steps,
+            "batch_rows": config.data.batch_rows,
+            "context": config.data.context,
+            "seed": config.seed,
+            "seconds": seconds,
+            "parameters": sum(each.numel() for each in weights),
+            "last_nll": statistics.fmean(curve[-50:]),
+        },
+    )
+    return model
+
+
+def load_hydra(folder: Path, base: LanguageModel) -> tuple[HydraModel, dict[str, Any]]:
+    """The model and its summary; raises RunError for a folder without them or of another trunk."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_bytes())
+        heads = HydraHeads(base.trunk.width, summary["horizon"], summary["hidden_width"])
+        heads.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"{folder} holds no sequential heads for this trunk ({error}); make them with --train-hydra {folder}"
+        ) from error
+    return HydraModel(base, heads.to(base.unembedding.weight.device).eval()), summary

@@ -1,0 +1,1 @@
+"""What measures a decoder: timers, interleaved repeats, intervals."""

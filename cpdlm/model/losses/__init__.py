@@ -1,0 +1,1 @@
+"""Training objectives, in bounded memory."""

@@ -1,0 +1,284 @@
+"""A run's folder: who may write to it, its saved config, its finished weights.
+
+RUN/config.yaml         the resolved config
+RUN/last.ckpt           what a killed run resumes from, without what is frozen (Lightning; loads with weights_only); with
+                        train.sharded a link to a folder of torch.distributed.checkpoint
+RUN/model.safetensors   finished weights, without those of a frozen trunk
+RUN/train.json          the training part of the record; present once training is complete
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from yaml import YAMLError
+
+from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from_dict
+from cpdlm.data.pretrained_files import checkpoint_folder, content_hash
+from cpdlm.files import replaced, write_bytes
+from cpdlm.model.adapters import is_adapter
+from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.pretrained import eos_of, load_pretrained
+
+CONFIG, CHECKPOINT, WEIGHTS, TRAINED = "config.yaml", "last.ckpt", "model.safetensors", "train.json"
+
+# What may differ when a run resumes: the later stages look after their own settings.
+_FREE = (*INCIDENTAL, "decode.", "evaluate.")
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used; the message says what is there and what to type."""
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the folder while a run writes to it; raises RunError when another process still does after `patience` seconds."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the lock is given back
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}; give another folder with output=DIR") from error
+    until = time.monotonic() + patience
+    with handle:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= until:
+                    raise RunError(
+                        f"another run is writing to {folder}; wait for it, or give this one name=OTHER (a sweep: out=OTHER)"
+                    ) from error
+                time.sleep(0.1)
+        yield
+
+
+def open_run(folder: Path, config: Config) -> None:
+    """Save the config, after `check_same_run`."""
+    check_same_run(folder, config)
+    write_bytes(folder / CONFIG, as_yaml(config).encode())
+
+
+def check_same_run(folder: Path, config: Config) -> None:
+    """Raise RunError where the folder holds a run of other settings: nothing of it may be taken for this one."""
+    if not (folder / CONFIG).exists():
+        return
+    theirs = flatten(read_config(folder))
+    for key, value in flatten(config).items():
+        if not key.startswith(_FREE) and value != theirs[key]:
+            raise RunError(
+                f"{folder} holds another run ({key}: {theirs[key]!r} there, {value!r} now); give this one name=OTHER "
+                f"(a sweep: out=OTHER), or delete the folder"
+            )
+
+
+def read_config(folder: Path) -> Config:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(plain, dict)
+        return from_dict(plain)  # type: ignore[arg-type]
+    except (ConfigError, AssertionError, OSError, ValueError, YAMLError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def save_model(
+    folder: Path, model: LanguageModel, state: dict[str, Tensor], vocab_size: int, dtype: torch.dtype | None = None
+) -> None:  # fmt: skip
+    """Write finished weights. state: the model's full state dict, gathered if it was sharded. dtype: what numbers are rounded
+    to (default: what they are)."""
+    kept = {
+        name: tensor.to(dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in state.items()
+        if _is_stored(name, model)
+    }
+    with replaced(folder / WEIGHTS) as path:
+        try:
+            save_file(kept, path, metadata={"vocab_size": str(vocab_size)})
+        except SafetensorError as error:  # how it says that the disk is full
+            raise OSError(str(error)) from error
+
+
+def _is_stored(name: str, model: LanguageModel) -> bool:
+    """Whether a tensor of that name is the run's own: not a frozen trunk's, nor a second name of a tied one."""
+    if model.common_target and name.startswith(("trunk.", "unembedding.", "draft_trunk.")):
+        return is_adapter(name)
+    return not (name == "unembedding.weight" and model.embeddings_are_tied)
+
+
+def load_trunk(config: Config) -> LanguageModel | None:
+    """The model that model.trunk names, in evaluation mode: a finished run's or a pretrained one; None without a name.
+
+    Raises RunError for a run folder that cannot be used, ConfigError for a pretrained model that cannot.
+    """
+    if not config.model.trunk:
+        return None
+    if not config.is_pretrained:
+        return load_model(Path(config.model.trunk))
+    return load_pretrained(
+        trunk_source(config), getattr(torch, config.model.dtype), config.data.context, config.model.trunk
+    )
+
+
+def trunk_source(config: Config) -> str:
+    """Folder or hub name of a pretrained model.trunk. ConfigError where it cannot be had."""
+    return checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
+
+
+def trunk_eos(config: Config) -> int | list[int] | None:
+    """Where `generate` stops on a pretrained model.trunk; None for other trunks, and where nothing stops it."""
+    return eos_of(trunk_source(config)) if config.is_pretrained else None
+
+
+def trunk_hash(config: Config) -> str:
+    """sha256 that stands for the weights of model.trunk."""
+    if config.is_pretrained:
+        return content_hash(trunk_source(config))
+    return hashlib.sha256((Path(config.model.trunk) / WEIGHTS).read_bytes()).hexdigest()
+
+
+def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageModel:
+    """The finished model of a run folder, in evaluation mode; raises RunError for a truncated or foreign one.
+
+    trunk: what `load_trunk` gave for its config, where that is loaded already; it is shared, not copied.
+    """
+    config, path = read_config(folder), folder / WEIGHTS
+    if not path.is_file():
+        raise RunError(f"{folder} has no finished model ({WEIGHTS}); run its command again to finish it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            vocab_size = int((file.metadata() or {}).get("vocab_size", "0"))
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path} is truncated or not a safetensors file ({error}); delete it and run again") from error
+    trunk = trunk or load_trunk(config)
+    if trunk is not None and trunk.vocab_size != vocab_size:
+        raise RunError(f"{path} has vocabulary {vocab_size}, its trunk {config.model.trunk} has {trunk.vocab_size}")
+    model = build_language_model(config, vocab_size, trunk)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise RunError(f"{path} does not fit its config: {str(error).splitlines()[1].strip()}") from error
+    absent = [name for name in missing if _is_stored(name, model)]
+    if absent or unexpected:
+        raise RunError(
+            f"{path} does not fit its config: missing {absent[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
+        )
+    return model.eval()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+_META = "meta.pt"  # Lightning's: all of a sharded checkpoint but tensors
+
+
+def partial_checkpoint(folder: Path) -> Path:
+    """Where the next checkpoint is written, file or folder: one of two names, whichever last.ckpt does not point to."""
+    path = folder / CHECKPOINT
+    names = [f".{CHECKPOINT}.{letter}" for letter in "ab"]
+    return folder / names[path.is_symlink() and os.readlink(path) == names[0]]
+
+
+def swap_in(partial: Path, path: Path) -> None:
+    """Make the finished checkpoint `partial` the one at `path`, in one step, once it is on the disk."""
+    for file in [partial] if partial.is_file() else partial.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    if partial.is_dir():
+        link = path.with_name(f".{path.name}.link")
+        link.unlink(missing_ok=True)
+        link.symlink_to(partial.name)
+        partial = link
+    os.replace(partial, path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what is left of checkpoints that were never finished, or are not the last any more."""
+    path = folder / CHECKPOINT
+    kept = os.readlink(path) if path.is_symlink() else ""
+    for other in folder.glob(f".{CHECKPOINT}.*"):
+        if other.is_dir() and not other.is_symlink():
+            if other.name != kept:
+                shutil.rmtree(other, ignore_errors=True)
+        else:
+            other.unlink(missing_ok=True)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    remove_partial(folder)
+
+
+def consolidate(folder: Path) -> None:
+    """Turn the sharded checkpoint of a run into a single file, which every mode loads. Holds the whole of it in memory."""
+    path = folder / CHECKPOINT
+    with replaced(path) as temporary:
+        try:
+            dcp_to_torch_save(path, temporary)
+            parts = torch.load(temporary, weights_only=True)
+            content = torch.load(path / _META, weights_only=True) | {"state_dict": parts.pop("state_dict")}
+            torch.save(content | {"optimizer_states": [parts[name] for name in sorted(parts)]}, temporary)
+        except RuntimeError as error:  # how torch says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
+    remove_partial(folder)
+
+
+def check_checkpoint(path: Path, needed: Iterable[str] = ()) -> None:
+    """Raise RunError for a checkpoint that is truncated, is not ours, or lacks weights of the names that are needed."""
+    try:
+        whole = path / _META if path.is_dir() else path
+        content = torch.load(whole, map_location="cpu", weights_only=True, mmap=not path.is_dir())
+        foreign = not isinstance(content, dict) or "Journal" not in content.get("callbacks", {})
+        sharded = _shard_names(path) if path.is_dir() else set[str]()
+    except Exception as error:
+        raise RunError(
+            f"{path} is truncated or not a checkpoint ({type(error).__name__}); delete it to start again"
+        ) from error
+    if foreign:
+        raise RunError(f"{path} is not a checkpoint of this program; delete it to start again")
+    held = sharded or content["state_dict"]
+    if absent := [name for name in needed if name not in held]:
+        raise RunError(f"{path} does not fit this run: it lacks {absent[:3]}; delete it to start again")
+
+
+def _shard_names(path: Path) -> set[str]:
+    """Names of the weights in a sharded checkpoint; EOFError where a shard is shorter than the index says."""
+    index = FileSystemReader(path).read_metadata()
+    for part in index.storage_data.values():
+        if (path / part.relative_path).stat().st_size < part.offset + part.length:
+            raise EOFError(f"{part.relative_path} is cut off")
+    return {name.removeprefix("state_dict.") for name in index.state_dict_metadata}
+
+
+def run_shortlist(run: Path) -> Tensor | None:
+    """(V',) the tokens that a run drafts from, as it was measured; None for all. RunError where they are not known."""
+    size = read_config(run).decode.shortlist
+    if not size:
+        return None
+    try:
+        ids = json.loads((run / "decode.json").read_bytes())["shortlist"]
+    except (OSError, ValueError, KeyError):
+        ids = None
+    if ids is None or len(ids) != size:
+        raise RunError(
+            f"{run} drafts from a shortlist (decode.shortlist={size}) that is not in its decode.json; delete that file, if it is "
+            "there, and run its command again"
+        )
+    return torch.tensor(ids)

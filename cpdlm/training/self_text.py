@@ -1,0 +1,101 @@
+"""Training text that the frozen model writes itself: prompts of the corpus, continued by the target's own law.
+
+Heads that draft for a model meet its text when they are used, not the corpus. What is written is kept, a batch at a time, so
+that a killed run goes on and every cell that asks for the same text reads the same:
+
+FOLDER/origin.json     what it was written from and how: hashes of model and corpus, prompts, seed, sampling
+FOLDER/NNNNN.npz       tokens and document lengths of one batch
+
+Letters: P prompts of a batch, T tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cpdlm.config import ConfigError
+from cpdlm.data.batches import prompts
+from cpdlm.data.corpus import TokenSplit
+from cpdlm.decoding.filtering import Sampling
+from cpdlm.decoding.loop import decode_batch
+from cpdlm.files import errors_named, locked, replaced, write_json
+from cpdlm.model.language_model import LanguageModel
+
+ORIGIN = "origin.json"
+SAMPLINGS = {"greedy": Sampling(0.0), "sampled": Sampling()}  # of data.text
+PROMPT = 32  # tokens of the corpus that begin a document
+BATCH = 128  # documents written at once
+SEED = 0  # one text for all cells
+
+
+def written_text(
+    model: LanguageModel, split: TokenSplit, how: str, tokens: int, context: int, eos: int, cache: Path,
+    identity: dict[str, Any], device: torch.device, say: Callable[[str], None] = lambda line: None,
+) -> tuple[TokenSplit, dict[str, Any]]:  # fmt: skip
+    """At least `tokens` tokens in documents that begin as one of `split`, of `context` tokens or fewer if the model ends them before;
+    and the content of origin.json.
+
+    how: of `SAMPLINGS`. eos: ends a document. identity: what the text depends on besides, the hashes of model and corpus.
+    Raises ConfigError where the split has too few prompts, WriteError where the disk is full; what is done stays.
+    """
+    room = context - PROMPT
+    if room < 1:
+        raise ConfigError(f"data.text={how} begins documents with {PROMPT} tokens; raise data.context={context}")
+    plan = identity | {
+        "text": how, "tokens": tokens, "prompt_tokens": PROMPT, "most_new_tokens": room, "batch": BATCH, "seed": SEED,
+        "temperature": SAMPLINGS[how].temperature,
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache / "written" / key
+    with errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".lock"):  # another process that needs it waits here
+            if not (folder / ORIGIN).is_file():
+                say(f"the model writes {tokens:,} tokens of training text ({how}): {folder}")
+                _write(model, split, how, tokens, room, eos, folder, device)
+                write_json(folder / ORIGIN, plan)
+    parts = [np.load(path) for path in sorted(folder.glob("*.npz"))]
+    ids, lengths = (np.concatenate([part[name] for part in parts]) for name in ("tokens", "lengths"))
+    return TokenSplit(
+        ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), np.zeros(len(lengths), np.int32),
+        np.zeros(len(lengths), np.int64), ["the model itself"],
+    ), plan | {"sha256": hashlib.sha256(ids.tobytes() + lengths.tobytes()).hexdigest()}  # fmt: skip
+
+
+def _write(
+    model: LanguageModel, split: TokenSplit, how: str, tokens: int, room: int, eos: int, folder: Path, device: torch.device
+) -> None:  # fmt: skip
+    model = model.to(device).eval()
+    done = 0
+    with tqdm(total=tokens, desc=f"writing ({how})", unit="token") as bar:
+        for number, prompts_PT in enumerate(prompts(split, tokens // PROMPT, PROMPT).split(BATCH)):
+            path = folder / f"{number:05d}.npz"
+            if not path.is_file():
+                places = range(number * BATCH, number * BATCH + len(prompts_PT))
+                rows = decode_batch(
+                    model, list(prompts_PT.to(device)), room, SAMPLINGS[how],
+                    [torch.Generator().manual_seed(SEED + place) for place in places], eos=eos, draft="none",
+                )  # fmt: skip
+                documents = [[*prompt, *row.tokens] for prompt, row in zip(prompts_PT.tolist(), rows, strict=True)]
+                with replaced(path) as temporary, open(temporary, "wb") as file:
+                    np.savez(
+                        file, tokens=np.array([token for each in documents for token in each], split.tokens.dtype),
+                        lengths=np.array([len(each) for each in documents]),
+                    )  # fmt: skip
+            written = int(np.load(path)["lengths"].sum())
+            done += written
+            bar.update(written)
+            if done >= tokens:
+                return
+    raise ConfigError(
+        f"data.text={how}: the corpus has prompts for {done:,} tokens of the model's own text, data.states={tokens} are asked "
+        "for; lower it, or raise data.max_bytes if it is set"
+    )

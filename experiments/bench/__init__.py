@@ -1,0 +1,1 @@
+"""Benchmarks: each writes one record under `results/benchmarks`."""

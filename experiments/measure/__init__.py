@@ -1,0 +1,1 @@
+"""What a trained model is worth: likelihood, components, agreement with its target."""

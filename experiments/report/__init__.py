@@ -1,0 +1,53 @@
+"""From records to verdicts, tables and figures: everything printed as a result is a function of `results/` alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.claims.verdicts import Verdict
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `render` made. text: the claims table for a terminal. notes: what a reader must know, one line each."""
+
+    text: str
+    verdicts: list[Verdict]
+    files: list[Path]
+    notes: list[str] = field(default_factory=list)
+
+
+def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
+    """Redraw tables, figures and page of the records under `results` into `figures`; update `readme` where it is there.
+
+    Tables need no matplotlib; without it the figures are left out with a note. Raises RecordError for a folder that
+    is not there or a claims block that is torn, WriteError where `figures` cannot be written.
+    """
+    from experiments import results as store
+    from experiments.claims import verdicts
+    from experiments.report import decoding, page, scaling, speed, tables
+    from experiments.report import figures as drawing
+
+    records, damaged = store.load_all(results)
+    families, notes = store.families(records)
+    found = verdicts.judge(families)
+    notes = [*damaged, *notes]
+    files = tables.write_tables(families, found, notes, figures / "tables")
+    if readme is not None and readme.is_file() and not tables.update_readme(readme, families, found, notes):
+        notes.append(f"{readme} has no {tables.BEGIN} line: its claims table was not updated")
+    drawn, shown = drawing.draw_all(families, figures)
+    made: list[tables.Made] = []
+    if (results / "benchmarks").is_dir():  # a sweep has none
+        made = [*decoding.tables(results), *speed.tables(results), *scaling.tables(results)]
+        written, left_out = tables.write_made(made, figures / "tables")
+        files, notes = [*files, *written], [*notes, *left_out]
+        for benchmarks in (decoding, scaling):
+            picture, beside = benchmarks.draw(results, figures)
+            drawn, shown = [*drawn, *picture], [*shown, beside]
+    html = page.write(figures / "report.html", records, families, found, shown, made, notes)
+    notes += [f"figure {each.name} left out: {each.caption}" for each in shown if each.picture is None]
+    hint = [drawing.ADDING] if any(each.picture is None for each in shown) else []
+    return Report(tables.claims_text(found), found, [*files, *drawn, html], notes + hint)

@@ -1,0 +1,152 @@
+"""How much of the tokens per pass becomes time: one table of all records of `experiments/bench/speed.py`, whatever machine.
+
+Left out with a line that says so where there is no record. As elsewhere, the same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.report.tables import Made, Table, title_of
+from experiments.results import machine_text
+
+Benchmark = dict[str, Any]
+RECORDS = "decode_speed*.json"
+# column -> (key of a cell, digits)
+MEASURED = {
+    "tokens per pass": ("tokens_per_pass", 2), "t(1) (ms)": ("t1_ms", 2), "t(n) (ms)": ("tn_ms", 2),
+    "draft (ms)": ("draft_ms", 2), "floor (ms)": ("floor_ms", 2), "pass (ms)": ("pass_ms", 2),
+    "pass / floor": ("pass_over_floor", 3), "speed-up": ("speedup", 2), "conversion": ("conversion", 3),
+    "limit": ("limit", 3), "share of limit": ("share_of_limit", 3), "ms/token": ("token_ms", 2),
+    "tokens/s": ("tokens_per_second", 1),
+}  # fmt: skip
+
+
+def tables(root: Path) -> list[Made]:
+    """The table of the records under root/benchmarks."""
+    found: dict[str, Benchmark] = {}
+    for path in sorted((root / "benchmarks").glob(RECORDS), key=lambda path: path.stem):
+        record = _read(path)
+        if isinstance(record, str):
+            return [Made("speed", title_of(speed_table), record)]
+        found[path.stem] = record
+    missing = f"no record benchmarks/{RECORDS} (python experiments/bench/speed.py makes it)"
+    return [Made("speed", title_of(speed_table), speed_table(found) if found else missing)]
+
+
+def speed_table(records: dict[str, Benchmark]) -> Table:
+    """Conversion against its limit, passes against their floor, larger batches."""
+    machines = _machines(records)
+    captures = any(group.get("captured") for record in records.values() for group in record["groups"])
+    rows = []
+    for name, record in records.items():
+        for group in record["groups"]:
+            passes = "captured" if group.get("captured") else "launched"
+            start = (
+                *([machines[name]] if len(records) > 1 else []), *([passes] if captures else []), group["dtype"], group["mode"],
+                str(group["batch"]),
+            )  # fmt: skip
+            rows += [(*start, *row) for row in _group(group)]
+    described = [
+        (f"{machines[name]}: " if len(records) > 1 else "") + _described(record) for name, record in records.items()
+    ]
+    header = (
+        *(["machine"] if len(records) > 1 else []), *(["passes"] if captures else []), "dtype", "mode", "batch", "rank", "n",
+        "shortlist", *MEASURED,
+    )  # fmt: skip
+    caption = (
+        "How much of the tokens per pass becomes time. Weights are random and acceptance is forced: 0, 1, .. n-1 drafts are kept in turn, and "
+        "speed-ups are of this pattern alone; what carries over to trained heads is conversion = speed-up / tokens per pass. Its limit: "
+        "t(1)/t(n), t(k) being the target's time for k tokens behind a cached text, output layer included; the floor of a pass: t(n) and the "
+        "draft measured alone. Plain: decoding without drafts, what the speed-ups of its group are over; generate: Hugging Face's "
+        "on the same weights. Shortlist: tokens that drafts are made of (-: all). ms/token: latency of a row; tokens/s: of all rows of a batch. "
+        f"Medians of the repeats, share of limit with its 95% percentile bootstrap interval over them, as recorded. {' '.join(described)}"
+    )
+    return Table("speed", caption, header, rows)
+
+
+def _group(group: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Plain decoding and generate, then the cells."""
+    plain = group["plain"] | {"speedup": 1.0}
+    yield ("plain", "-", "-", *_values(plain))
+    if "generate" in group:
+        yield (
+            "generate",
+            "-",
+            "-",
+            *_values(group["generate"] | {"speedup": 1 / _middle(group["plain_over_generate"])}),
+        )
+    for cell in group["cells"]:
+        shortlist = f"{cell['shortlist']:,}" if cell["shortlist"] else "-"
+        yield (str(cell["rank"]), str(cell["horizon"]), shortlist, *_values(cell))
+
+
+def _values(cell: dict[str, Any]) -> Iterator[str]:
+    for key, digits in MEASURED.values():
+        if key not in cell:
+            yield "-"
+            continue
+        text = f"{_middle(cell[key]):,.{digits}f}"
+        yield text + (
+            f" [{cell[key]['low']:.{digits}f}, {cell[key]['high']:.{digits}f}]" if key == "share_of_limit" else ""
+        )
+
+
+def _middle(value: float | dict[str, float]) -> float:
+    return value["median"] if isinstance(value, dict) else value
+
+
+def _machines(records: dict[str, Benchmark]) -> dict[str, str]:
+    """record -> what tells its machine from the others': the accelerator or the processor, and the record's name where needed."""
+    hardware = {name: record["hardware"] for name, record in records.items()}
+    short = {
+        name: str(each["processor"] if each["accelerator"] == "none" else each["accelerator"])
+        for name, each in hardware.items()
+    }
+    alike = {label for label in short.values() if list(short.values()).count(label) > 1}
+    return {name: f"{label} ({name})" if label in alike else label for name, label in short.items()}
+
+
+def _described(record: Benchmark) -> str:
+    settings = record["settings"]
+    changes = " + changes" if record["dirty"] else ""
+    maps = f"maps of rank {settings['map_rank']}" if settings["map_rank"] else "full maps"
+    text = (
+        f"{machine_text(record['hardware'])}; commit {record['commit'][:10]}{changes}; trunk {settings['size']} "
+        f"({settings['trunk_parameters'] / 1e6:.1f}M parameters), V={settings['vocab']:,}, {maps}, prompts of "
+        f"{settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones ({settings['batch_tokens']} in batches), "
+        f"{settings['repeats']} repeats; {_held(record['targets'])}"
+    )
+    for each in record.get("compiled_generate", []):
+        against = (
+            f"is {_middle(each['plain_over_generate']):.2f} times as fast as"
+            if "failure" not in each
+            else f"could not be held against ({each['failure']})"
+        )
+        text += f"; captured plain decoding in {each['dtype']} {against} generate compiled with a static cache"
+    return f"{text}."
+
+
+def _held(targets: Sequence[dict[str, Any]]) -> str:
+    """How many targets hold, of all and of each kind."""
+    kinds = sorted(targets, key=lambda target: (target["what"], target["target"]))
+    parts = []
+    for (what, target), group in itertools.groupby(kinds, key=lambda target: (target["what"], target["target"])):
+        held = [each["holds"] for each in group]
+        parts.append(f"{what} {target:g}: {sum(held)} of {len(held)}")
+    return f"{sum(each['holds'] for each in targets)} of {len(targets)} targets hold ({'; '.join(parts)})"
+
+
+def _read(path: Path) -> Benchmark | str:
+    """The record, or why it is none."""
+    try:
+        record: Benchmark = json.loads(path.read_bytes())
+    except ValueError as error:
+        return f"benchmarks/{path.name} is damaged ({error}); make it again with experiments/bench/speed.py"
+    if not str(record.get("benchmark")).startswith("decoding speed"):
+        return f"benchmarks/{path.name} is not a record of experiments/bench/speed.py"
+    return record

@@ -1,0 +1,277 @@
+"""Intervals over rows, prompts and seeds.
+
+Rows (or prompts) are resampled, the same draw for everything that is compared and for every seed, since all cells see the
+same rows. A percentile interval over few prompts is too narrow: it is expanded as T. Hesterberg has it (What Teachers Should Know
+about the Bootstrap, 2015, section 5.3), by sqrt(n / (n - 1)) and the t quantile over the normal one. Seeds are too few to
+resample, so that between-seed variation enters as Student's t with seeds - 1 degrees of freedom times the standard error over seeds,
+added exactly to what the resamples say. Recorded intervals (of speed-ups: over prompts and repeats) are taken for errors that all seeds
+share, which for the repeats is on the wide side. Without row variation the interval is the t interval over seeds; with one seed it
+covers rows only, and says so by `seeds`; of one row or prompt it is infinite.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, special
+
+from experiments.results import Cells, Record
+
+Array = NDArray[np.float64]
+RESAMPLES = 20_000
+RATIOS = ("speedup", "speedup_over_rank1", "speedup_over_trunk", "plain_over_generate")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate, its interval at `level`, the spread (standard deviation) over seeds and how many seeds there are."""
+
+    mean: float
+    low: float
+    high: float
+    level: float
+    seeds: int
+    spread: float = 0.0
+
+    def exp(self) -> Interval:
+        """From logarithms to ratios."""
+        return Interval(
+            math.exp(self.mean),
+            math.exp(self.low),
+            math.exp(self.high),
+            self.level,
+            self.seeds,
+            self.spread * math.exp(self.mean),
+        )
+
+    def text(self, digits: int = 3, sign: bool = False) -> str:
+        plus = "+" if sign else ""
+        return f"{self.mean:{plus}.{digits}f} [{self.low:{plus}.{digits}f}, {self.high:{plus}.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One cell's measurement: the ratio of two sums over units (rows, prompts), or a mean with a standard error.
+
+    of: how many units a bootstrapped standard error came from; 0 where they are too many to matter."""
+
+    top_U: Array | None = None
+    bottom_U: Array | None = None
+    mean: float = 0.0
+    sem: float = 0.0
+    of: int = 0
+
+    @classmethod
+    def ratio(cls, top: Sequence[float] | Array, bottom: Sequence[float] | Array) -> Sample:
+        """sum(top) / sum(bottom) over units that can be resampled together. Raises ValueError on unequal lengths."""
+        top_U, bottom_U = np.asarray(top, dtype=float), np.asarray(bottom, dtype=float)
+        if top_U.shape != bottom_U.shape or not len(top_U) or bottom_U.sum() <= 0:
+            raise ValueError(f"a ratio of sums needs equally many units, found {top_U.shape} and {bottom_U.shape}")
+        return cls(top_U, bottom_U, of=len(top_U))
+
+    @classmethod
+    def log_ratio(cls, ratio: dict[str, float], prompts: int) -> Sample:
+        """The logarithm of a ratio that was recorded with its 95 % bootstrap interval over so many prompts."""
+        spread = math.log(ratio["high"] / ratio["low"])
+        return cls(mean=math.log(ratio["median"]), sem=spread / (2 * _normal(0.95)), of=prompts)
+
+    @property
+    def point(self) -> float:
+        if self.top_U is None or self.bottom_U is None:
+            return self.mean
+        return float(self.top_U.sum() / self.bottom_U.sum())
+
+    @property
+    def units(self) -> int:
+        return 0 if self.top_U is None else len(self.top_U)
+
+    def scaled(self, by: float) -> Sample:
+        top_U = None if self.top_U is None else by * self.top_U
+        return Sample(top_U, self.bottom_U, by * self.mean, by * self.sem, self.of)
+
+    def errors(self, side: int) -> Array:
+        """Resampled values less `point` (B,): by counts of units, or normal. side: what is compared has errors of its own."""
+        if self.top_U is None or self.bottom_U is None:
+            return self.sem * _normals(side)
+        counts_BU = _counts(self.units)
+        bottom_B = counts_BU @ self.bottom_U
+        values_B = np.where(bottom_B > 0, (counts_BU @ self.top_U) / np.where(bottom_B > 0, bottom_B, 1.0), self.point)
+        return values_B - self.point
+
+
+@functools.lru_cache(maxsize=8)
+def _counts(units: int) -> Array:
+    """How often each unit is drawn, (B, U): one draw for everything measured on as many units."""
+    return np.random.default_rng(units).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
+
+
+@functools.lru_cache(maxsize=2)
+def _normals(side: int) -> Array:
+    return np.random.default_rng(side).standard_normal(RESAMPLES)
+
+
+def _normal(level: float) -> float:
+    """The normal quantile of a two-sided interval."""
+    return float(special.ndtri((1 + level) / 2))
+
+
+def _expansion(units: int, level: float) -> float:
+    """By how much a percentile interval over so many units is too narrow."""
+    if not units:
+        return 1.0
+    return float(special.stdtrit(units - 1, (1 + level) / 2)) / _normal(level) * math.sqrt(units / (units - 1))
+
+
+def estimate(samples: Sequence[Sample], level: float = 0.95) -> Interval:
+    """Mean over seeds; samples: one per seed, on the same rows or prompts."""
+    return _interval([(sample, None) for sample in samples], level)
+
+
+def contrast(pairs: Sequence[tuple[Sample, Sample]], level: float = 0.95) -> Interval:
+    """Mean over seeds of first minus second; pairs: one per seed."""
+    return _interval(list(pairs), level)
+
+
+def _interval(pairs: Sequence[tuple[Sample, Sample | None]], level: float) -> Interval:
+    """Raises ValueError where there is nothing to estimate."""
+    if not pairs:
+        raise ValueError("no seeds to estimate from")
+    points, errors = [], []
+    for first, second in pairs:
+        points.append(first.point - (second.point if second is not None else 0.0))
+        errors.append(first.errors(0) - second.errors(1) if second is not None else first.errors(0))
+    seeds = len(pairs)
+    units = min((sample.of for pair in pairs for sample in pair if sample is not None and sample.of), default=0)
+    mean = float(np.mean(points))
+    spread = float(np.std(points, ddof=1)) if seeds > 1 else 0.0
+    if units == 1:
+        return Interval(mean, -math.inf, math.inf, level, seeds, spread)
+    values_B = mean + _expansion(units, level) * np.mean(errors, axis=0)
+    low, high = (
+        _quantile(values_B, spread / math.sqrt(seeds), seeds - 1, q) for q in ((1 - level) / 2, (1 + level) / 2)
+    )
+    return Interval(mean, min(mean, low), max(mean, high), level, seeds, spread)
+
+
+def _quantile(values_B: Array, scale: float, freedom: int, q: float) -> float:
+    """Of one of the values, each as likely, plus `scale` times Student's t with `freedom` degrees of freedom."""
+    if not scale:
+        return float(np.quantile(values_B, q))
+    tail = scale * float(special.stdtrit(freedom, q))
+    low, high = float(values_B.min()) + tail, float(values_B.max()) + tail
+    if high - low < 1e-12 * max(abs(low), abs(high), scale):
+        return low
+    return float(
+        optimize.brentq(
+            lambda x: np.mean(special.stdtr(freedom, (x - values_B) / scale)) - q, low, high, xtol=1e-6 * scale
+        )
+    )
+
+
+def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | None:
+    """A record's sample of `joint_nll`, `first_token_nll`, `position_nll:K` (nats), `bits_per_byte` (of the target law),
+    `joint_bits_per_byte` and `bytes_per_pass` (tokens counted as the bytes they have in the test split), `tokens_per_pass`,
+    `accepted:DEPTH` (share of the drafts reached), `kept:DEPTH` (sum min(p, q) on test text), `effective` (components),
+    `training:KEY`, or of the logarithm of `speedup`, `speedup_over_rank1`, `speedup_over_trunk` or `plain_over_generate`; None
+    where the record does not have it."""
+    likelihood, decoded = record["likelihood"], record.mode(mode)
+    if quantity in ("joint_nll", "first_token_nll"):
+        rows = likelihood.get("per_row")
+        if rows:
+            return Sample.ratio(rows[quantity], rows["positions"])
+        return Sample(mean=likelihood[quantity]["mean"], sem=likelihood[quantity]["sem"])
+    if quantity.startswith("position_nll:"):
+        index, rows = int(quantity.partition(":")[2]) - 1, likelihood.get("per_row", {})
+        if index == 0 and rows:
+            return Sample.ratio(rows["first_token_nll"], rows["positions"])
+        if "position_nll" in rows:
+            return Sample.ratio(rows["position_nll"][index], rows["positions"])
+        term = likelihood["position_nll"][index]
+        return Sample(mean=term["mean"], sem=term["sem"])
+    if quantity == "bits_per_byte":
+        rows = likelihood.get("per_row", {})
+        if sum(rows.get("bytes", ())):
+            return Sample.ratio(np.asarray(rows["target_nll"]) / math.log(2), rows["bytes"])
+        return None if likelihood[quantity] is None else Sample(mean=likelihood[quantity])
+    if quantity == "joint_bits_per_byte":
+        size, joint = _bytes_per_token(record), measured(record, "joint_nll")
+        return None if size is None or joint is None else joint.scaled(1 / (record.horizon * math.log(2) * size))
+    if quantity == "bytes_per_pass":
+        size, rate = _bytes_per_token(record), measured(record, "tokens_per_pass", mode)
+        return None if size is None or rate is None else rate.scaled(size)
+    if quantity.startswith("kept:"):
+        depth = int(quantity.partition(":")[2])
+        share = next((each for each in likelihood.get("kept_by_depth", ()) if each["depth"] == depth), None)
+        return None if share is None else Sample(mean=share["mean"], sem=share["sem"])
+    if quantity == "effective":
+        return Sample(mean=likelihood["weights"]["effective"])
+    if quantity.startswith("training:"):
+        value = record["training"].get(quantity.partition(":")[2])
+        return None if value is None else Sample(mean=value)
+    if decoded is None:
+        return None
+    if quantity == "tokens_per_pass":
+        return Sample.ratio(decoded["per_prompt"]["tokens"], decoded["per_prompt"]["passes"])
+    if quantity.startswith("accepted:"):
+        return _accepted(decoded, int(quantity.partition(":")[2]))
+    if quantity in RATIOS:
+        ratio = decoded.get(quantity)
+        return None if ratio is None else Sample.log_ratio(ratio, decoded["prompts"])
+    raise ValueError(f"unknown quantity {quantity!r}")
+
+
+def _bytes_per_token(record: Record) -> float | None:
+    """Over the test split, what separates documents included; None where the record does not count it."""
+    test = record["data"]["splits"].get("test")
+    return test["bytes"] / test["tokens"] if test else None
+
+
+def _accepted(decoded: dict[str, Any], depth: int) -> Sample | None:
+    """Prompts are resampled; a record without counts per prompt has the error of independent drafts, each repeat of a
+    prompt counted as the same text over again (which greedy repeats are)."""
+    counts = next((entry for entry in decoded["acceptance_by_depth"] if entry["depth"] == depth), None)
+    if counts is None or not counts["reached"]:
+        return None
+    by_prompt = decoded.get("drafts_per_prompt")
+    if by_prompt:
+        return Sample.ratio(by_prompt["accepted"][depth - 2], by_prompt["reached"][depth - 2])
+    share = counts["accepted"] / counts["reached"]
+    return Sample(mean=share, sem=math.sqrt(share * (1 - share) * decoded["repeats"] / counts["reached"]))
+
+
+def over_seeds(cells: Cells, quantity: str, mode: str = "sampling", level: float = 0.95) -> Interval | None:
+    """The estimate of one cell over its seeds (ratios for speed-ups); None where no record has it."""
+    samples = [
+        sample for _, record in sorted(cells.items()) if (sample := measured(record, quantity, mode)) is not None
+    ]
+    if not samples:
+        return None
+    found = estimate(samples, level)
+    return found.exp() if quantity in RATIOS else found
+
+
+def shared_seeds(cells: Cells, other: Cells) -> list[int]:
+    """The seeds at which two cells may be paired: both have them, and not on two sets of weights of a common trunk."""
+    return [
+        seed
+        for seed in sorted(set(cells) & set(other))
+        if len({record.trunk_sha256 for record in (cells[seed], other[seed])} - {""}) < 2
+    ]
+
+
+def difference(
+    cells: Cells, other: Cells, quantity: str, mode: str = "sampling", level: float = 0.95
+) -> Interval | None:
+    """First minus second, paired over `shared_seeds` and over rows or prompts; None where no seed has both."""
+    pairs = []
+    for seed in shared_seeds(cells, other):
+        first, second = measured(cells[seed], quantity, mode), measured(other[seed], quantity, mode)
+        if first is not None and second is not None:
+            pairs.append((first, second))
+    return contrast(pairs, level) if pairs else None
