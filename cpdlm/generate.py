@@ -195,9 +195,16 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     def write(draft: str, heard: Callable[[list[int]], None] | None = None) -> Decoded:
         generator = torch.Generator(device).manual_seed(options.seed)
         return decode(
-            model, torch.tensor(ids, device=device), new_tokens, sampling, generator, eos=eos, draft=draft,
-            on_tokens=heard, passes=captures[draft](1, len(ids) + new_tokens, sampling, draft),
-        )  # fmt: skip
+            model,
+            torch.tensor(ids, device=device),
+            new_tokens,
+            sampling,
+            generator,
+            eos=eos,
+            draft=draft,
+            on_tokens=heard,
+            passes=captures[draft](1, len(ids) + new_tokens, sampling, draft),
+        )
 
     write(options.draft, on_tokens)
     say(text.end(), drafted=False)

@@ -128,7 +128,10 @@ def train(config: Config, command: str) -> bool:
         done = (folder / checkpoints.TRAINED).is_file() and (folder / checkpoints.WEIGHTS).is_file()
         # Adapters change the states of the draft at every step: the trunk runs, on the same tokens.
         if not done and config.data.states and not config.model.adapter_layers:
-            identity = {"text": written.get("sha256", corpus.describe()["sha256"]), "trunk": checkpoints.trunk_hash(config)}
+            identity = {
+                "text": written.get("sha256", corpus.describe()["sha256"]),
+                "trunk": checkpoints.trunk_hash(config),
+            }
             data.states = kept_states(
                 model, data.training_rows(), Path(config.data.cache), identity, config.data.states_gib, _device(), print
             )
@@ -207,9 +210,19 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
                 bar.update(int(line.startswith(("repeat", "warm-up"))))
 
             modes[mode] = latency.measure(
-                models, prompts_PT, decode.new_tokens, sampling, rank_one=rank_one,
-                draft=decode.draft, nodes=decode.nodes, reference=trunk, repeats=decode.repeats, warmups=decode.warmups, seed=first.seed, progress=say,
-            )  # fmt: skip
+                models,
+                prompts_PT,
+                decode.new_tokens,
+                sampling,
+                rank_one=rank_one,
+                draft=decode.draft,
+                nodes=decode.nodes,
+                reference=trunk,
+                repeats=decode.repeats,
+                warmups=decode.warmups,
+                seed=first.seed,
+                progress=say,
+            )
     seconds = (time.monotonic() - began) / len(configs)
     for config in configs:
         name = config.run_name
@@ -368,9 +381,17 @@ def _training_text(config: Config, corpus: Corpus, trunk: LanguageModel | None) 
         return corpus, {}
     identity = {"corpus": corpus.describe()["sha256"], "trunk": checkpoints.trunk_hash(config)}
     split, written = written_text(
-        trunk, corpus.train, config.data.text, config.data.states, config.data.context, corpus.tokenizer.eos,
-        Path(config.data.cache), identity, _device(), print,
-    )  # fmt: skip
+        trunk,
+        corpus.train,
+        config.data.text,
+        config.data.states,
+        config.data.context,
+        corpus.tokenizer.eos,
+        Path(config.data.cache),
+        identity,
+        _device(),
+        print,
+    )
     return replace(corpus, train=split), written
 
 

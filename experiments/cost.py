@@ -30,9 +30,11 @@ from experiments.suite import Cell, decode_groups
 START_SECONDS = 12.0
 # A GPU of the H100 class on models this small, in cautious round numbers, until records replace them.
 ASSUMED = {
-    "step": (0.01, 1 / 150e12, 1 / 100e12), "evaluate": (2.0, 1 / 50e12), "decode": (0.006, 1e-14, 1e-14, 0.012),
+    "step": (0.01, 1 / 150e12, 1 / 100e12),
+    "evaluate": (2.0, 1 / 50e12),
+    "decode": (0.006, 1e-14, 1e-14, 0.012),
     "memory": (4e9, 20.0),
-}  # fmt: skip
+}
 Array = NDArray[np.float64]
 
 
@@ -191,9 +193,11 @@ class CostModel:
 
         def distance(other: Config) -> tuple[bool, bool, bool, float]:
             return (
-                other.model.adapter_layers != config.model.adapter_layers, other.model.dtype != config.model.dtype, other.loss.joint_fraction != config.loss.joint_fraction,
+                other.model.adapter_layers != config.model.adapter_layers,
+                other.model.dtype != config.model.dtype,
+                other.loss.joint_fraction != config.loss.joint_fraction,
                 abs(math.log2(other.rank / config.rank)),
-            )  # fmt: skip
+            )
 
         name = Path(config.model.trunk).name
         alike = [(record, other) for record, other in self.retrofits if Path(other.model.trunk).name == name]
@@ -223,7 +227,12 @@ class CostModel:
 
 def _none() -> CostModel:
     """No records at all: a slow core."""
-    slow = {"step": (0.05, 1 / 50e9, 1 / 50e9), "evaluate": (1.0, 1 / 50e9), "decode": (2e-3, 1 / 5e9, 1 / 5e9, 4e-3), "memory": (7e8, 16.0)}  # fmt: skip
+    slow = {
+        "step": (0.05, 1 / 50e9, 1 / 50e9),
+        "evaluate": (1.0, 1 / 50e9),
+        "decode": (2e-3, 1 / 5e9, 1 / 5e9, 4e-3),
+        "memory": (7e8, 16.0),
+    }
     return CostModel({name: Fit(values) for name, values in slow.items()}, 1.2, "CPU")
 
 

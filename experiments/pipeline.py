@@ -28,9 +28,15 @@ STAGES = ("data", "train", "decode", "report")
 FAILED = "failed.json"
 # What decides the numbers of a record: records of commits that differ elsewhere only are records of the same code.
 CODE = (
-    "cpdlm/config.py", "cpdlm/data", "cpdlm/model", "cpdlm/training", "cpdlm/decoding", "cpdlm/bench",
-    "experiments/measure", "experiments/cell.py",
-)  # fmt: skip
+    "cpdlm/config.py",
+    "cpdlm/data",
+    "cpdlm/model",
+    "cpdlm/training",
+    "cpdlm/decoding",
+    "cpdlm/bench",
+    "experiments/measure",
+    "experiments/cell.py",
+)
 
 
 @dataclass(frozen=True)

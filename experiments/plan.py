@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not experiments/, whose modules would hide others of the same name
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # not experiments/, whose modules would hide others of the same name
 
 from cpdlm import config as configuration
 

@@ -30,8 +30,17 @@ MODES = ("greedy", "sampling")
 LAWS = ("untied", "tied", "anchored", "blind")
 PARTS = ("prefill", "draft", "trunk", "verify", "other")
 PACKAGES = (
-    "torch", "lightning", "transformers", "torchmetrics", "numpy", "omegaconf", "datasets", "tokenizers", "mlflow", "matplotlib"
-)  # fmt: skip
+    "torch",
+    "lightning",
+    "transformers",
+    "torchmetrics",
+    "numpy",
+    "omegaconf",
+    "datasets",
+    "tokenizers",
+    "mlflow",
+    "matplotlib",
+)
 
 
 class RecordError(ValueError):
@@ -140,59 +149,122 @@ class Omissible:
 
 
 _MODE: dict[str, Any] = {
-    "temperature": NUMBER, "top_k": int, "top_p": NUMBER, "prompts": int, "new_tokens": int, "repeats": int,
-    "tokens": int, "passes": int, "tokens_per_pass": {"mean": NUMBER, "low": NUMBER, "high": NUMBER},
+    "temperature": NUMBER,
+    "top_k": int,
+    "top_p": NUMBER,
+    "prompts": int,
+    "new_tokens": int,
+    "repeats": int,
+    "tokens": int,
+    "passes": int,
+    "tokens_per_pass": {"mean": NUMBER, "low": NUMBER, "high": NUMBER},
     "emitted_histogram": [int],
     "acceptance_by_depth": [{"depth": int, "reached": int, "accepted": int}],
     "per_prompt": {"tokens": [NUMBER], "passes": [NUMBER]},
     "drafts_per_prompt": Omissible({"reached": [[int]], "accepted": [[int]]}),
     "tokens_per_second": {"plain": NUMBER, "speculative": NUMBER, "generate": Maybe(NUMBER)},
-    "speedup": _MEDIAN, "speedup_over_rank1": Maybe(_MEDIAN), "speedup_over_trunk": Omissible(Maybe(_MEDIAN)), "plain_over_generate": Maybe(_MEDIAN),
+    "speedup": _MEDIAN,
+    "speedup_over_rank1": Maybe(_MEDIAN),
+    "speedup_over_trunk": Omissible(Maybe(_MEDIAN)),
+    "plain_over_generate": Maybe(_MEDIAN),
     "other_than_generate": Omissible(Maybe({"prompts": int, "of": int, "first_token": Maybe(int)})),
-    "conversion": NUMBER, "conversion_limit": NUMBER, "t1_ms": NUMBER, "tn_ms": NUMBER,
+    "conversion": NUMBER,
+    "conversion_limit": NUMBER,
+    "t1_ms": NUMBER,
+    "tn_ms": NUMBER,
     "seconds_by_part": dict.fromkeys(PARTS, NUMBER),
     "repeat_seconds": {"plain": [NUMBER], "speculative": [NUMBER]},
-}  # fmt: skip
+}
 
 # Type of every field that is read here; other fields are kept as they are.
 FIELDS: dict[str, Any] = {
-    "schema": int, "name": str, "claim": str, "profile": str, "command": str,
+    "schema": int,
+    "name": str,
+    "claim": str,
+    "profile": str,
+    "command": str,
     "config": {
-        "rank": int, "horizon": int, "size": str, "corpus": str, "seed": int, "anchor": str,
-        "model": {"trunk": str, "tie_first": bool}, "optim": {"steps": int}, "data": {"tokenizer": str, "context": int},
+        "rank": int,
+        "horizon": int,
+        "size": str,
+        "corpus": str,
+        "seed": int,
+        "anchor": str,
+        "model": {"trunk": str, "tie_first": bool},
+        "optim": {"steps": int},
+        "data": {"tokenizer": str, "context": int},
     },
-    "commit": str, "dirty": bool, "seed": int, "started": str,
+    "commit": str,
+    "dirty": bool,
+    "seed": int,
+    "started": str,
     "hardware": {
-        "machine": str, "processor": str, "cores": int, "threads": Maybe(int), "memory_gib": Maybe(NUMBER), "accelerator": str,
+        "machine": str,
+        "processor": str,
+        "cores": int,
+        "threads": Maybe(int),
+        "memory_gib": Maybe(NUMBER),
+        "accelerator": str,
     },
     "versions": {"python": str},
     "data": {"corpus": str, "sha256": str, "tokenizer": str, "vocab_size": int, "splits": {}},
     "seconds": {},
     "parameters": {"trunk": int, "heads": int, "gate": int, "anchor": int, "total": int, "trained": int},
     "training": {
-        "steps": int, "tokens": int, "tokens_per_second": NUMBER, "step_ms_median": NUMBER, "peak_memory_bytes": int,
-        "curve": [{"step": NUMBER}], "resumed": int, "seconds": Omissible(NUMBER), "clock": Omissible([NUMBER]),
-        "flops_per_token": Omissible(Maybe(NUMBER)), "matmul_flops_per_second": Omissible(Maybe(NUMBER)),
+        "steps": int,
+        "tokens": int,
+        "tokens_per_second": NUMBER,
+        "step_ms_median": NUMBER,
+        "peak_memory_bytes": int,
+        "curve": [{"step": NUMBER}],
+        "resumed": int,
+        "seconds": Omissible(NUMBER),
+        "clock": Omissible([NUMBER]),
+        "flops_per_token": Omissible(Maybe(NUMBER)),
+        "matmul_flops_per_second": Omissible(Maybe(NUMBER)),
         "matmul_fraction": Omissible(Maybe(NUMBER)),
     },
     "likelihood": {
-        "split": str, "rows": int, "positions": int, "joint_nll": _MEAN, "position_nll": [_MEAN], "first_token_nll": _MEAN,
-        "bits_per_byte": Maybe(NUMBER), "per_source": {},
+        "split": str,
+        "rows": int,
+        "positions": int,
+        "joint_nll": _MEAN,
+        "position_nll": [_MEAN],
+        "first_token_nll": _MEAN,
+        "bits_per_byte": Maybe(NUMBER),
+        "per_source": {},
         "kept_by_depth": Omissible([{"depth": int, "mean": NUMBER, "sem": NUMBER}]),
         "per_row": Omissible(
-            {"positions": [NUMBER], "joint_nll": [NUMBER], "first_token_nll": [NUMBER], "position_nll": Omissible([[NUMBER]]),
-             "target_nll": Omissible([NUMBER]), "bytes": Omissible([NUMBER])}
+            {
+                "positions": [NUMBER],
+                "joint_nll": [NUMBER],
+                "first_token_nll": [NUMBER],
+                "position_nll": Omissible([[NUMBER]]),
+                "target_nll": Omissible([NUMBER]),
+                "bytes": Omissible([NUMBER]),
+            }
         ),
         "shortlist": Omissible({"tokens": int, "windows": NUMBER}),
         "weights": {"entropy_mean": NUMBER, "effective": NUMBER, "dead": int, "mean": [NUMBER]},
-        "components": Omissible({
-            "classes": [str], "class_share": [[NUMBER]], "certainty": NUMBER,
-            "top_tokens": [[{"token": str, "share": NUMBER, "lift": NUMBER}]],
-            "examples": [{"source": str, "tokens": [str], "component": [int], "share": [NUMBER]}],
-        }),
+        "components": Omissible(
+            {
+                "classes": [str],
+                "class_share": [[NUMBER]],
+                "certainty": NUMBER,
+                "top_tokens": [[{"token": str, "share": NUMBER, "lift": NUMBER}]],
+                "examples": [{"source": str, "tokens": [str], "component": [int], "share": [NUMBER]}],
+            }
+        ),
     },
-    "decoding": Maybe({"group": [str], "rank_one": Omissible(Maybe(str)), "origin": Omissible({"commit": str, "dirty": bool, "hardware": {}}), "modes": {"greedy": Omissible(_MODE), "sampling": Omissible(_MODE)}}),
-}  # fmt: skip
+    "decoding": Maybe(
+        {
+            "group": [str],
+            "rank_one": Omissible(Maybe(str)),
+            "origin": Omissible({"commit": str, "dirty": bool, "hardware": {}}),
+            "modes": {"greedy": Omissible(_MODE), "sampling": Omissible(_MODE)},
+        }
+    ),
+}
 
 
 def validate(content: Any, where: str = "record") -> dict[str, Any]:
@@ -268,18 +340,41 @@ def _shown(value: Any) -> str:
 
 
 def build(
-    config: Config, *, claim: str, profile: str, command: str, data: dict[str, Any], seconds: dict[str, float],
-    parameters: dict[str, int], training: dict[str, Any], likelihood: dict[str, Any], decoding: dict[str, Any] | None,
+    config: Config,
+    *,
+    claim: str,
+    profile: str,
+    command: str,
+    data: dict[str, Any],
+    seconds: dict[str, float],
+    parameters: dict[str, int],
+    training: dict[str, Any],
+    likelihood: dict[str, Any],
+    decoding: dict[str, Any] | None,
     origin: dict[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A validated record. origin: what `provenance` returned when the cell ran (default: taken now)."""
     origin = origin or provenance()
     content = {
-        "schema": SCHEMA, "name": config.run_name, "claim": claim, "profile": profile, "command": command,
-        "config": to_dict(config), "commit": origin["commit"], "dirty": origin["dirty"], "seed": config.seed,
-        "started": origin["started"], "hardware": origin["hardware"], "versions": origin["versions"], "data": data,
-        "seconds": seconds, "parameters": parameters, "training": training, "likelihood": likelihood, "decoding": decoding,
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "name": config.run_name,
+        "claim": claim,
+        "profile": profile,
+        "command": command,
+        "config": to_dict(config),
+        "commit": origin["commit"],
+        "dirty": origin["dirty"],
+        "seed": config.seed,
+        "started": origin["started"],
+        "hardware": origin["hardware"],
+        "versions": origin["versions"],
+        "data": data,
+        "seconds": seconds,
+        "parameters": parameters,
+        "training": training,
+        "likelihood": likelihood,
+        "decoding": decoding,
+    }
     return validate(content, f"record of {config.run_name}")
 
 
@@ -401,9 +496,20 @@ def load_all(root: Path) -> tuple[list[Record], list[str]]:
 
 # What two comparable records may differ in: settings that change no result, and the dials that a family is laid out along.
 _FREE = (
-    *INCIDENTAL, "loss.chunk_mib", "evaluate.batch_rows", "train.validation_rows",
-    "rank", "seed", "anchor", "model.tie_first", "model.anchor_width", "model.map_hidden", "model.map_rank", "model.adapter_layers", "model.trunk",
-)  # fmt: skip
+    *INCIDENTAL,
+    "loss.chunk_mib",
+    "evaluate.batch_rows",
+    "train.validation_rows",
+    "rank",
+    "seed",
+    "anchor",
+    "model.tie_first",
+    "model.anchor_width",
+    "model.map_hidden",
+    "model.map_rank",
+    "model.adapter_layers",
+    "model.trunk",
+)
 _CONSEQUENCES = ("data.sha256", "data.vocab_size", "trunk")
 Cells = dict[int, Record]  # seed -> record
 

@@ -12,7 +12,9 @@ import sys
 import uuid
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not experiments/, whose modules would hide others of the same name
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # not experiments/, whose modules would hide others of the same name
 
 from cpdlm import config as configuration
 
@@ -68,12 +70,18 @@ def _launch(config: configuration.Config, arguments: list[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
-    # fmt: off
+
     local = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=config.devices, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=uuid.uuid4().hex, max_restarts=0, shutdown_timeout=GRACE,
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.devices,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=uuid.uuid4().hex,
+        max_restarts=0,
+        shutdown_timeout=GRACE,
     )
-    # fmt: on
+
     try:
         elastic_launch(local, sys.executable)(__file__, *arguments)
     except SignalException:

@@ -145,10 +145,16 @@ class Local:
 
         with open(job.log, "ab") as log:
             child = subprocess.Popen(
-                [sys.executable, *job.argv], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [sys.executable, *job.argv],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 # A session of its own: Ctrl-C reaches the sweep, which then tells each child once.
-                start_new_session=True, preexec_fn=bind,
-            )  # fmt: skip
+                start_new_session=True,
+                preexec_fn=bind,
+            )
         self._running[child] = (job, slot)
 
 
@@ -171,9 +177,14 @@ class Worker:
         with open(self.job.log, "ab") as log:
             # The cluster's warning (SIGUSR2) is for submitit; whoever is not told of it dies of it.
             self.child = subprocess.Popen(
-                [sys.executable, *self.job.argv], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN) and None,
-            )  # fmt: skip
+                [sys.executable, *self.job.argv],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN) and None,
+            )
         while (code := self.child.poll()) is None:
             time.sleep(0.1)
         if code in (STOPPED, -signal.SIGTERM):

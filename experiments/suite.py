@@ -95,8 +95,17 @@ def trunk(corpus: str, preset: str, seed: int = 0) -> Cell:
     return Cell("trunks", {"preset": preset, "corpus": corpus} | ({"seed": seed} if seed else {}))
 
 
-def heads(target: Cell, rank: int, preset: str, *, horizon: int = 4, anchor: str = "none", tied: bool = False,
-          hidden: int = 0, seed: int = 0) -> Cell:  # fmt: skip
+def heads(
+    target: Cell,
+    rank: int,
+    preset: str,
+    *,
+    horizon: int = 4,
+    anchor: str = "none",
+    tied: bool = False,
+    hidden: int = 0,
+    seed: int = 0,
+) -> Cell:
     """Heads on a frozen trunk: every rank has the same target law. hidden: width of perceptron maps (0: linear maps)."""
     folder = "beyond" if anchor != "none" or tied or hidden else "C3" if horizon == 4 else "horizon"
     dials = _dials(target.overrides["corpus"], rank, preset, horizon, anchor, tied, seed)
@@ -124,9 +133,7 @@ def controls(target: Cell, preset: str, *, hidden: tuple[int, int], seed: int = 
     ]
 
 
-def _dials(
-    corpus: str, rank: int, preset: str, horizon: int, anchor: str, tied: bool, seed: int
-) -> dict[str, Any]:  # fmt: skip
+def _dials(corpus: str, rank: int, preset: str, horizon: int, anchor: str, tied: bool, seed: int) -> dict[str, Any]:
     """Only what differs from the defaults is typed."""
     overrides: dict[str, Any] = {} if preset == "none" else {"preset": preset}
     overrides |= {"corpus": corpus, "rank": rank, "horizon": horizon, "anchor": anchor, "seed": seed}
@@ -167,9 +174,12 @@ def cpu() -> list[Cell]:
 # records, the latter with a tenth to spare: equal wall-clock beside equal steps. The verdict checks the times of its records.
 HEADS_TIME_OF_RANK_8, SCRATCH_TIME_OF_RANK_8 = 1140, 1350
 BALANCES: dict[str, dict[str, Any]] = {
-    "switch0.001": {"loss.balance_weight": 0.001}, "switch0.1": {"loss.balance_weight": 0.1}, "kl": {"balance": "kl"},
-    "bias": {"balance": "bias"}, "unbalanced": {"balance": "none"},
-}  # fmt: skip
+    "switch0.001": {"loss.balance_weight": 0.001},
+    "switch0.1": {"loss.balance_weight": 0.1},
+    "kl": {"balance": "kl"},
+    "bias": {"balance": "bias"},
+    "unbalanced": {"balance": "none"},
+}
 
 
 def _code() -> Cell:
@@ -268,9 +278,14 @@ def vocabularies() -> list[Cell]:
 def timings() -> list[Cell]:
     """Cost of a training step from scratch and of a draft: few steps, each cell alone on all cores."""
     brief = {
-        "size": "small", "optim.steps": 40, "optim.warmup": 10, "train.validate_every": 40, "evaluate.rows": 8,
-        "decode.prompts": 8, "decode.new_tokens": 48,
-    }  # fmt: skip
+        "size": "small",
+        "optim.steps": 40,
+        "optim.warmup": 10,
+        "train.validate_every": 40,
+        "evaluate.rows": 8,
+        "decode.prompts": 8,
+        "decode.new_tokens": 48,
+    }
     return _timed("none", "trunk", brief, RANKS)
 
 
@@ -322,9 +337,11 @@ class Effort:
         steps = -(-self.positions // self.each)
         fraction = self.each / (self.rows * CONTEXT)
         return {
-            "data.batch_rows": self.rows, "loss.joint_fraction": fraction, "optim.steps": steps,
+            "data.batch_rows": self.rows,
+            "loss.joint_fraction": fraction,
+            "optim.steps": steps,
             "train.validate_every": max(1, steps // 6),
-        } | self.more  # fmt: skip
+        } | self.more
 
 
 # On two cores decoding would take longer than training otherwise.
@@ -339,17 +356,39 @@ GPU_LONG = Effort(
 )
 
 
-def retrofitted(corpus: str, rank: int, effort: Effort, *, anchor: str = "none", objective: str = CHOSEN, tied: bool = True,
-                hidden: int = 0, seed: int = 0, folder: str = "C6", **more: Any) -> Cell:  # fmt: skip
+def retrofitted(
+    corpus: str,
+    rank: int,
+    effort: Effort,
+    *,
+    anchor: str = "none",
+    objective: str = CHOSEN,
+    tied: bool = True,
+    hidden: int = 0,
+    seed: int = 0,
+    folder: str = "C6",
+    **more: Any,
+) -> Cell:
     """Heads on SmolLM2-135M-Instruct, tied to its own next-token head unless said otherwise. hidden: units of perceptron maps.
 
     more: further settings, a dot written as two underscores.
     """
     overrides = {
-        "preset": "retrofit", "model.trunk": "smollm2", "model.family": "pretrained", "model.dtype": "bfloat16",
-        "corpus": corpus, "data.max_bytes": 8_000_000, "rank": rank, "anchor": anchor, "loss.objective": objective,
-        "seed": seed, "train.decode_prompts": 16, "evaluate.rows": 4, "decode.prompts": 16, "decode.repeats": 2,
-    } | effort.settings()  # fmt: skip
+        "preset": "retrofit",
+        "model.trunk": "smollm2",
+        "model.family": "pretrained",
+        "model.dtype": "bfloat16",
+        "corpus": corpus,
+        "data.max_bytes": 8_000_000,
+        "rank": rank,
+        "anchor": anchor,
+        "loss.objective": objective,
+        "seed": seed,
+        "train.decode_prompts": 16,
+        "evaluate.rows": 4,
+        "decode.prompts": 16,
+        "decode.repeats": 2,
+    } | effort.settings()
     overrides |= {} if tied else {"model.tie_first": False}
     overrides |= {"model.map_hidden": hidden} if hidden else {}
     overrides |= {key.replace("__", "."): value for key, value in more.items()}
@@ -447,9 +486,15 @@ def gpu_from_scratch() -> list[Cell]:
 
 def gpu_timings() -> list[Cell]:
     brief = {
-        "size": "56m", "optim.steps": 40, "optim.warmup": 10, "train.validate_every": 40, "evaluate.rows": 8,
-        "decode.prompts": 4, "decode.repeats": 3, "decode.warmups": 1,
-    }  # fmt: skip
+        "size": "56m",
+        "optim.steps": 40,
+        "optim.warmup": 10,
+        "train.validate_every": 40,
+        "evaluate.rows": 8,
+        "decode.prompts": 4,
+        "decode.repeats": 3,
+        "decode.warmups": 1,
+    }
     return _timed("gpu-scratch", "gpu-scratch,trunk", brief, (8,))
 
 
@@ -521,9 +566,15 @@ def cpu_full() -> list[Cell]:
 
 
 PROFILES = {
-    "smoke": smoke, "cpu": cpu, "cpu-full": cpu_full, "retrofit-screen": retrofit_screen, "retrofit": retrofit, "gpu": gpu,
-    "retrofit-gpu": retrofit_gpu, "paper": paper,
-}  # fmt: skip
+    "smoke": smoke,
+    "cpu": cpu,
+    "cpu-full": cpu_full,
+    "retrofit-screen": retrofit_screen,
+    "retrofit": retrofit,
+    "gpu": gpu,
+    "retrofit-gpu": retrofit_gpu,
+    "paper": paper,
+}
 
 
 def group_key(cell: Cell, output: str) -> tuple[Any, ...]:
@@ -531,9 +582,16 @@ def group_key(cell: Cell, output: str) -> tuple[Any, ...]:
     pretrained model, which are many, by folder as well."""
     config = cell.config(output)
     return (
-        config.corpus, config.data.tokenizer, config.target, config.model.trunk, config.size, config.horizon, config.seed,
-        repr(config.decode), cell.folder if config.is_pretrained else "",
-    )  # fmt: skip
+        config.corpus,
+        config.data.tokenizer,
+        config.target,
+        config.model.trunk,
+        config.size,
+        config.horizon,
+        config.seed,
+        repr(config.decode),
+        cell.folder if config.is_pretrained else "",
+    )
 
 
 def mates(cell: Cell, cells: Iterable[Cell]) -> set[str]:

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not experiments/, whose modules would hide others of the same name
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # not experiments/, whose modules would hide others of the same name
 
 from cpdlm.config import ConfigError
 from experiments.pipeline import FAILED, STAGES, Plan, mixed_code, run
@@ -183,11 +185,18 @@ def plan_of(options: Options) -> Plan:
         cells = [with_settings(cell, {"data.bundle": options.data}) for cell in cells]
         comparisons = [[with_settings(c, {"data.bundle": options.data}) for c in each] for each in comparisons]
     return Plan(
-        title=options.claim or options.profile, cells=cells, out=out, results=results, command=options.command,
+        title=options.claim or options.profile,
+        cells=cells,
+        out=out,
+        results=results,
+        command=options.command,
         comparisons=[each for each in comparisons if each],
-        experiment=claim_experiment(options.claim) if options.claim not in ("", "all") else "cpdlm", stages=options.only, mix=options.mix,
-        shown=Path("results") if results.parts[:1] == ("results",) else results, publish=results != out / "results",
-    )  # fmt: skip
+        experiment=claim_experiment(options.claim) if options.claim not in ("", "all") else "cpdlm",
+        stages=options.only,
+        mix=options.mix,
+        shown=Path("results") if results.parts[:1] == ("results",) else results,
+        publish=results != out / "results",
+    )
 
 
 def with_settings(cell: Cell, settings: dict[str, str]) -> Cell:

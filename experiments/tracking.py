@@ -41,10 +41,13 @@ RUN_FILE, DATABASE, ARTIFACTS = "mlflow.json", "mlflow.db", "mlartifacts"
 VIEW = "cells"  # the saved view of an experiment: #/experiments/ID/runs?viewStateShareKey=cells
 PATIENCE = 3  # failures in a row after which a run stops trying
 ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
     # A server that is gone must cost seconds: the defaults retry for minutes.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_LOGGING_LEVEL": "ERROR",
-}  # fmt: skip
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+}
 
 
 class Tracker:
@@ -209,7 +212,7 @@ def claim_experiment(claim: str, prefix: str = "cpdlm") -> str:
 
 def import_records(
     results: Path, uri: str, prefix: str = "cpdlm", artifacts: Path | None = None, figures: Path | None = None
-) -> int:  # fmt: skip
+) -> int:
     """Show committed records in a store: an experiment per claim (`claim_experiment`), in it a parent run per results folder
     and a child per record. Returns how many were new.
 
@@ -287,7 +290,7 @@ def _imported(client: Any, prefix: str) -> dict[str, str]:
 
 def _parent(
     uri: str, experiment: str, name: str, tags: dict[str, str], artifacts: Path | None, known: Mapping[str, str]
-) -> Tracker:  # fmt: skip
+) -> Tracker:
     """The parent run of an import: the one that is there, its note renewed, or a new one."""
     if tags["import"] not in known:
         return _create(uri, experiment, name, tags, artifacts)
@@ -333,7 +336,7 @@ def _pictures(figures: Path | None) -> list[Path]:
 
 def _show(
     record: Record, path: Path, digest: str, uri: str, experiment: str, parent: str, artifacts: Path | None
-) -> bool:  # fmt: skip
+) -> bool:
     """A finished run for one record; False where the store did not take it."""
     content = record.content
     tags = _tags(content["config"], record.variant, record.target, content["commit"], content["command"])
@@ -350,9 +353,21 @@ def _show(
 def server_argv(output: Path, uri: str = "", port: int = 5000) -> list[str]:
     """The command of the dashboard on 127.0.0.1, for the store of `output` (or any other); see server_environment."""
     return [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri or default_uri(output),
-        "--artifacts-destination", str((output / ARTIFACTS).resolve()), "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri or default_uri(output),
+        "--artifacts-destination",
+        str((output / ARTIFACTS).resolve()),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
 
 
 def server_environment() -> dict[str, str]:
@@ -397,7 +412,7 @@ def _tags(dials: Mapping[str, Any], law: str, target: str, commit: str, command:
 
 def _create(
     uri: str, experiment: str, name: str, tags: Mapping[str, str], output: Path | None, started: int | None = None
-) -> Tracker:  # fmt: skip
+) -> Tracker:
     """A new run; off, with a warning, where the store cannot be used."""
     try:
         if output is not None:
@@ -471,9 +486,13 @@ def _experiment_tags(experiment: str) -> dict[str, str]:
 
 _COLUMNS = ("corpus", "size", "law", "rank", "horizon", "seed")
 _MEASURES = (
-    "likelihood/joint_nll.mean", "likelihood/first_token_nll.mean", "greedy/tokens_per_pass.mean", "sampling/tokens_per_pass.mean",
-    "greedy/speedup.median", "sampling/speedup.median",
-)  # fmt: skip
+    "likelihood/joint_nll.mean",
+    "likelihood/first_token_nll.mean",
+    "greedy/tokens_per_pass.mean",
+    "sampling/tokens_per_pass.mean",
+    "greedy/speedup.median",
+    "sampling/speedup.median",
+)
 
 
 def _view() -> str:
@@ -481,21 +500,42 @@ def _view() -> str:
     results, and a chart of each result against the rank. Other versions leave out what they do not know."""
     charts = [
         {
-            "uuid": f"chart-{place}", "type": "SCATTER", "deleted": False, "isGenerated": False, "runsCountToCompare": 100,
-            "metricSectionId": "claims", "xaxis": {"key": "rank", "type": "PARAM"}, "yaxis": {"key": key, "type": "METRIC"},
+            "uuid": f"chart-{place}",
+            "type": "SCATTER",
+            "deleted": False,
+            "isGenerated": False,
+            "runsCountToCompare": 100,
+            "metricSectionId": "claims",
+            "xaxis": {"key": "rank", "type": "PARAM"},
+            "yaxis": {"key": key, "type": "METRIC"},
         }
         for place, key in enumerate(_MEASURES)
-    ]  # fmt: skip
+    ]
     state = {
-        "searchFilter": "tags.rank LIKE '%'", "orderByKey": "tags.`rank`", "orderByAsc": True, "startTime": "ALL",
-        "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
+        "searchFilter": "tags.rank LIKE '%'",
+        "orderByKey": "tags.`rank`",
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
         "selectedColumns": [*(f"tags.`{key}`" for key in _COLUMNS), *(f"metrics.`{key}`" for key in _MEASURES)],
-        "columnOrder": [], "columnWidths": {}, "runsHiddenMode": "SHOWALL", "viewMaximized": False, "runListHidden": False,
-        "isAccordionReordered": True, "useGroupedValuesInCharts": True, "hideEmptyCharts": True, "groupBy": None,
-        "groupsExpanded": {}, "compareRunCharts": charts,
-        "compareRunSections": [{"uuid": "claims", "name": "Results against the rank", "display": True, "isReordered": True}],
+        "columnOrder": [],
+        "columnWidths": {},
+        "runsHiddenMode": "SHOWALL",
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": True,
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "compareRunCharts": charts,
+        "compareRunSections": [
+            {"uuid": "claims", "name": "Results against the rank", "display": True, "isReordered": True}
+        ],
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
-    }  # fmt: skip
+    }
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     return json.dumps({"name": VIEW, "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"})
 

@@ -6,9 +6,15 @@ import os
 
 # Before any library reads them; processes that tests start inherit them.
 os.environ |= {
-    "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true",
-    "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": os.environ.get("CPDLM_TEST_GPUS", ""), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
-}  # fmt: skip
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": os.environ.get("CPDLM_TEST_GPUS", ""),
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "Agg",
+}
 for name in ("MLFLOW_TRACKING_URI", "CPDLM_COMMIT"):
     os.environ.pop(name, None)
 

@@ -67,9 +67,15 @@ def rows(
 
 
 def loss(
-    kind: str, hidden_PD: Tensor, log_weights_PR: Tensor, future_PN: Tensor, count_P: Tensor, weight_P: Tensor,
-    maps: dict[str, Tensor], unembedding_VD: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kind: str,
+    hidden_PD: Tensor,
+    log_weights_PR: Tensor,
+    future_PN: Tensor,
+    count_P: Tensor,
+    weight_P: Tensor,
+    maps: dict[str, Tensor],
+    unembedding_VD: Tensor,
+) -> tuple[Tensor, Tensor]:
     """sum_p weight_p nll_p and each nll_p."""
     positions, rank = log_weights_PR.shape
     each = []

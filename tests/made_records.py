@@ -12,16 +12,35 @@ from cpdlm.config import Config, resolve
 from experiments import results
 
 ORIGIN = {
-    "commit": "0123456789abcdef", "dirty": False, "started": "2026-01-01T00:00:00+00:00",
-    "hardware": {"machine": "Linux x86_64", "processor": "Made-up CPU", "cores": 2, "threads": 2, "memory_gib": 8.0, "accelerator": "none"},
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "started": "2026-01-01T00:00:00+00:00",
+    "hardware": {
+        "machine": "Linux x86_64",
+        "processor": "Made-up CPU",
+        "cores": 2,
+        "threads": 2,
+        "memory_gib": 8.0,
+        "accelerator": "none",
+    },
     "versions": {"python": "3.11.9", "torch": "2.13.0"},
-}  # fmt: skip
+}
 
 
 def made(
-    rank: int = 1, seed: int = 0, *, claim: str = "C1", slope: float = 0.05, first: float = 0.0, pace: float = 0.06, speed: float = 1.0,
-    noise: float = 0.002, gain: float = 0.0, origin: dict[str, Any] | None = None, **overrides: Any,
-) -> dict[str, Any]:  # fmt: skip
+    rank: int = 1,
+    seed: int = 0,
+    *,
+    claim: str = "C1",
+    slope: float = 0.05,
+    first: float = 0.0,
+    pace: float = 0.06,
+    speed: float = 1.0,
+    noise: float = 0.002,
+    gain: float = 0.0,
+    origin: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
     """A record. slope: nats that the joint NLL falls per doubling of the rank; first: nats that the first-token NLL
     rises; pace: tokens per pass gained per doubling; speed: factor on the speed-up; noise: between seeds; gain: nats off the joint NLL.
     overrides: settings, with "." written as "__"."""
@@ -40,32 +59,63 @@ def made(
     terms[-1] -= gain
     joint = sum(terms)
     likelihood = {
-        "split": "test", "rows": 60, "positions": int(positions.sum()), "joint_nll": {"mean": joint, "sem": 0.05},
+        "split": "test",
+        "rows": 60,
+        "positions": int(positions.sum()),
+        "joint_nll": {"mean": joint, "sem": 0.05},
         "position_nll": [{"mean": term, "sem": 0.004 * (k + 1)} for k, term in enumerate(terms)],
-        "first_token_nll": {"mean": first_nll, "sem": 0.02}, "bits_per_byte": first_nll / math.log(2),
-        "per_source": {"package": {"joint_nll": joint, "bits_per_byte": first_nll / math.log(2), "positions": int(positions.sum())}},
+        "first_token_nll": {"mean": first_nll, "sem": 0.02},
+        "bits_per_byte": first_nll / math.log(2),
+        "per_source": {
+            "package": {"joint_nll": joint, "bits_per_byte": first_nll / math.log(2), "positions": int(positions.sum())}
+        },
         "per_row": {
             "positions": positions.tolist(),
             "joint_nll": ((joint + config.horizon * difficulty + own.normal(0, noise, 60)) * positions).tolist(),
             "first_token_nll": ((first_nll + difficulty + own.normal(0, noise, 60)) * positions).tolist(),
         },
-        "weights": {"entropy_mean": 0.8 * math.log(rank), "effective": 0.9 * rank, "dead": 0, "mean": [1 / rank] * rank},
-    } | ({"components": _components(rank)} if rank > 1 else {})  # fmt: skip
+        "weights": {
+            "entropy_mean": 0.8 * math.log(rank),
+            "effective": 0.9 * rank,
+            "dead": 0,
+            "mean": [1 / rank] * rank,
+        },
+    } | ({"components": _components(rank)} if rank > 1 else {})
     decoding = None
     if config.horizon > 1:
         modes = {mode: _mode(config, mode, octave, pace, speed, bonus, rows, own) for mode in results.MODES}
         decoding = {"group": [config.run_name], "modes": modes}
     heads, trunk = 128 * 128 * config.horizon * rank, 100_000 if config.size == "micro" else 800_000
     return results.build(
-        config, claim=claim, profile="test", command=f"python experiments/run.py rank={rank} seed={seed}",
-        data={"corpus": config.corpus, "sha256": "ab" * 32, "tokenizer": "bytes", "vocab_size": 257,
-              "splits": {"train": {"documents": 10, "bytes": 1000, "tokens": 1010}, "test": {"documents": 5, "bytes": 500, "tokens": 505}}},
+        config,
+        claim=claim,
+        profile="test",
+        command=f"python experiments/run.py rank={rank} seed={seed}",
+        data={
+            "corpus": config.corpus,
+            "sha256": "ab" * 32,
+            "tokenizer": "bytes",
+            "vocab_size": 257,
+            "splits": {
+                "train": {"documents": 10, "bytes": 1000, "tokens": 1010},
+                "test": {"documents": 5, "bytes": 500, "tokens": 505},
+            },
+        },
         seconds={"data": 1.0, "train": 60.0, "evaluate": 5.0, "decode": 20.0},
-        parameters={"trunk": trunk, "unembedding": 0, "heads": heads, "gate": 129 * rank, "anchor": 20_000 * (config.anchor == "token"),
-                    "total": trunk + heads + 129 * rank + 20_000 * (config.anchor == "token"), "trained": heads},
+        parameters={
+            "trunk": trunk,
+            "unembedding": 0,
+            "heads": heads,
+            "gate": 129 * rank,
+            "anchor": 20_000 * (config.anchor == "token"),
+            "total": trunk + heads + 129 * rank + 20_000 * (config.anchor == "token"),
+            "trained": heads,
+        },
         training=_training(config, octave, wobble),
-        likelihood=likelihood, decoding=decoding, origin=origin or copy.deepcopy(ORIGIN),
-    )  # fmt: skip
+        likelihood=likelihood,
+        decoding=decoding,
+        origin=origin or copy.deepcopy(ORIGIN),
+    )
 
 
 def _training(config: Config, octave: float, wobble: float) -> dict[str, Any]:
@@ -74,17 +124,35 @@ def _training(config: Config, octave: float, wobble: float) -> dict[str, Any]:
     steps = (100, 200, 400)
     seconds, flops = config.optim.steps * step_ms / 1000, 1e7 * 1.25**octave
     curve = [
-        {"step": step, "train/nll": 9 - step / 100, "validation/joint_nll": 9.5 - step / 100 - 0.1 * octave + wobble,
-         "validation/greedy_tokens_per_pass": 1.5 + step / 1000, "validation/sampling_tokens_per_pass": 1.4 + step / 1000 + 0.1 * octave}
-        | ({"train/effective_components": 0.9 * rank} | {f"train/weight_{a}": 1 / rank for a in range(1, rank + 1)} if rank > 1 else {})
+        {
+            "step": step,
+            "train/nll": 9 - step / 100,
+            "validation/joint_nll": 9.5 - step / 100 - 0.1 * octave + wobble,
+            "validation/greedy_tokens_per_pass": 1.5 + step / 1000,
+            "validation/sampling_tokens_per_pass": 1.4 + step / 1000 + 0.1 * octave,
+        }
+        | (
+            {"train/effective_components": 0.9 * rank} | {f"train/weight_{a}": 1 / rank for a in range(1, rank + 1)}
+            if rank > 1
+            else {}
+        )
         for step in steps
-    ]  # fmt: skip
+    ]
     rate = 819_200 / seconds
     return {
-        "steps": config.optim.steps, "tokens": 819_200, "seconds": seconds, "tokens_per_second": rate, "step_ms_median": step_ms,
-        "peak_memory_bytes": 600_000_000, "resumed": 0, "curve": curve, "clock": [step * step_ms / 1000 for step in steps],
-        "flops_per_token": flops, "matmul_flops_per_second": 5e11, "matmul_fraction": flops * rate / 5e11,
-    }  # fmt: skip
+        "steps": config.optim.steps,
+        "tokens": 819_200,
+        "seconds": seconds,
+        "tokens_per_second": rate,
+        "step_ms_median": step_ms,
+        "peak_memory_bytes": 600_000_000,
+        "resumed": 0,
+        "curve": curve,
+        "clock": [step * step_ms / 1000 for step in steps],
+        "flops_per_token": flops,
+        "matmul_flops_per_second": 5e11,
+        "matmul_fraction": flops * rate / 5e11,
+    }
 
 
 def _components(rank: int) -> dict[str, Any]:
@@ -94,11 +162,19 @@ def _components(rank: int) -> dict[str, Any]:
     total = sum(map(sum, weight))
     text = list("def f(x):\n\treturn x_1 + 2\n") * 4
     return {
-        "classes": classes, "class_share": [[value / total for value in row] for row in weight], "certainty": 0.8,
+        "classes": classes,
+        "class_share": [[value / total for value in row] for row in weight],
+        "certainty": 0.8,
         "top_tokens": [[{"token": token, "share": 0.2, "lift": 2.0} for token in "e \n"] for _ in range(rank)],
-        "examples": [{"source": "package", "tokens": text, "component": [k % rank for k in range(len(text))],
-                      "share": [0.5 + 0.1 * (k % 5) for k in range(len(text))]}],
-    }  # fmt: skip
+        "examples": [
+            {
+                "source": "package",
+                "tokens": text,
+                "component": [k % rank for k in range(len(text))],
+                "share": [0.5 + 0.1 * (k % 5) for k in range(len(text))],
+            }
+        ],
+    }
 
 
 def _mode(
@@ -122,34 +198,62 @@ def _mode(
             by_prompt[name].append([count // 16 + (place < count % 16) for place in range(16)])
         reached = accepted
     return {
-        "temperature": 0.0 if greedy else 1.0, "top_k": 0, "top_p": 1.0, "prompts": 16, "new_tokens": 96, "repeats": 5,
-        "tokens": int(tokens.sum()), "passes": int(passes.sum()),
+        "temperature": 0.0 if greedy else 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "prompts": 16,
+        "new_tokens": 96,
+        "repeats": 5,
+        "tokens": int(tokens.sum()),
+        "passes": int(passes.sum()),
         "tokens_per_pass": {"mean": rate, "low": rate - 0.05, "high": rate + 0.05},
-        "emitted_histogram": [int(passes.sum()), *[0] * (config.horizon - 1)], "acceptance_by_depth": depths,
-        "per_prompt": {"tokens": tokens.tolist(), "passes": passes.tolist()}, "drafts_per_prompt": by_prompt,
-        "tokens_per_second": {"plain": plain, "speculative": plain * gain, "generate": 95.0 if config.model.trunk else None},
+        "emitted_histogram": [int(passes.sum()), *[0] * (config.horizon - 1)],
+        "acceptance_by_depth": depths,
+        "per_prompt": {"tokens": tokens.tolist(), "passes": passes.tolist()},
+        "drafts_per_prompt": by_prompt,
+        "tokens_per_second": {
+            "plain": plain,
+            "speculative": plain * gain,
+            "generate": 95.0 if config.model.trunk else None,
+        },
         "speedup": {"median": gain, "low": gain * 0.98, "high": gain * 1.02},
-        "speedup_over_rank1": None if config.rank == 1 and not bonus
-        else {"median": speed * (1 + 0.02 * octave + bonus / 2), "low": speed * (1 + 0.02 * octave + bonus / 2) * 0.99, "high": speed * (1 + 0.02 * octave + bonus / 2) * 1.01},
-        "speedup_over_trunk": None if config.model.trunk else {"median": gain * 0.9, "low": gain * 0.88, "high": gain * 0.92},
-        "plain_over_generate": {"median": 1.05, "low": 1.0, "high": 1.1} if config.model.trunk else None, "conversion": gain / rate, "conversion_limit": limit, "t1_ms": 8.5, "tn_ms": 10.0,
+        "speedup_over_rank1": None
+        if config.rank == 1 and not bonus
+        else {
+            "median": speed * (1 + 0.02 * octave + bonus / 2),
+            "low": speed * (1 + 0.02 * octave + bonus / 2) * 0.99,
+            "high": speed * (1 + 0.02 * octave + bonus / 2) * 1.01,
+        },
+        "speedup_over_trunk": None
+        if config.model.trunk
+        else {"median": gain * 0.9, "low": gain * 0.88, "high": gain * 0.92},
+        "plain_over_generate": {"median": 1.05, "low": 1.0, "high": 1.1} if config.model.trunk else None,
+        "conversion": gain / rate,
+        "conversion_limit": limit,
+        "t1_ms": 8.5,
+        "tn_ms": 10.0,
         "seconds_by_part": {part: 10 * value for part, value in share.items()},
         "repeat_seconds": {"plain": [15.0] * 5, "speculative": [15.0 / gain] * 5},
-    }  # fmt: skip
+    }
 
 
 def suite(seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **laws: Any) -> list[dict[str, Any]]:
     """Records shaped like a full sweep: from scratch, heads on a common trunk on two corpora, beyond, trunks."""
     common = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"} | laws
     text = common | {"model__trunk": "runs/text-small-own-r1-n1-none-s0", "corpus": "text"}
-    made_of = [made(1, horizon=1, preset="trunk", claim="trunks"), made(1, horizon=1, size="small", claim="trunks"),
-               made(1, horizon=1, size="small", corpus="text", claim="trunks")]  # fmt: skip
+    made_of = [
+        made(1, horizon=1, preset="trunk", claim="trunks"),
+        made(1, horizon=1, size="small", claim="trunks"),
+        made(1, horizon=1, size="small", corpus="text", claim="trunks"),
+    ]
     for seed in range(seeds):
         for rank in ranks:
             made_of += [
-                made(rank, seed, **laws), made(rank, seed, **common), made(rank, seed, **text),
+                made(rank, seed, **laws),
+                made(rank, seed, **common),
+                made(rank, seed, **text),
                 made(rank, seed, **common | {"anchor": "token", "claim": "beyond"}),
-            ]  # fmt: skip
+            ]
     made_of += [made(rank, 0, **common | {"model__tie_first": True, "claim": "beyond"}) for rank in ranks]
     made_of += [made(4, 0, horizon=horizon, **common | {"claim": "horizon"}) for horizon in (2, 8)]
     return made_of

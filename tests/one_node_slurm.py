@@ -102,9 +102,15 @@ def _munged(folder: Path) -> subprocess.Popen[bytes]:
     for path in (own, own / "key"):
         os.chown(path, user.pw_uid, user.pw_gid)
     command = [
-        _path("munged"), "--foreground", "--force", f"--key-file={own}/key", f"--socket={folder}/munge.socket",
-        f"--pid-file={own}/pid", f"--log-file={own}/log", f"--seed-file={own}/seed",
-    ]  # fmt: skip
+        _path("munged"),
+        "--foreground",
+        "--force",
+        f"--key-file={own}/key",
+        f"--socket={folder}/munge.socket",
+        f"--pid-file={own}/pid",
+        f"--log-file={own}/log",
+        f"--seed-file={own}/seed",
+    ]
     # Its socket must lie where it may write.
     os.chown(folder, user.pw_uid, user.pw_gid)
     daemon = subprocess.Popen(command, user=user.pw_uid, group=user.pw_gid, extra_groups=[])

@@ -71,9 +71,14 @@ def autoregressive_law(target: Target, history: History, length: int, eos: int |
 
 
 def window_law(
-    procedure: str, target: Target, history: History, weights: Law, factors: list[list[Law]], drafts: int,
+    procedure: str,
+    target: Target,
+    history: History,
+    weights: Law,
+    factors: list[list[Law]],
+    drafts: int,
     keep: Callable[[Law], Law],
-) -> dict[History, float]:  # fmt: skip
+) -> dict[History, float]:
     """Law of what one pass emits: the drafts it keeps and the token after them. keep: the filter; target: filtered."""
     if procedure == "filtered components throughout":
         factors = [[keep(factor) for factor in position] for position in factors]
@@ -123,9 +128,15 @@ def window_law(
 
 
 def decoder_law(
-    procedure: str, target: Target, draft: Draft, prompt: History, length: int, horizon: int,
-    keep: Callable[[Law], Law], eos: int | None = None,
-) -> dict[History, float]:  # fmt: skip
+    procedure: str,
+    target: Target,
+    draft: Draft,
+    prompt: History,
+    length: int,
+    horizon: int,
+    keep: Callable[[Law], Law],
+    eos: int | None = None,
+) -> dict[History, float]:
     """Exact law of the sequences a whole decoder writes: prompt pass, windows, shortened last window, eos."""
     law: dict[History, float] = defaultdict(float)
 

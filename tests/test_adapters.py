@@ -77,9 +77,12 @@ def test_greedy_text_is_that_of_generate_and_caches_roll_back(name: str, folders
     prompts = [torch.randint(3, V, (length,), generator=torch.Generator().manual_seed(length)) for length in (3, 9, 6)]
     for prompt_T, row in zip(prompts, decode_batch(model, prompts, 24, Sampling(0.0)), strict=True):
         theirs = whole.generate(
-            prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), max_new_tokens=24, do_sample=False,
+            prompt_T[None],
+            attention_mask=torch.ones_like(prompt_T[None]),
+            max_new_tokens=24,
+            do_sample=False,
             eos_token_id=None,
-        )[0, len(prompt_T) :].tolist()  # fmt: skip
+        )[0, len(prompt_T) :].tolist()
         assert row.tokens == theirs
         for sampling in (Sampling(0.0), Sampling()):
             # The very drafts, too: a draft's state that a rollback spoilt would be another draft.
@@ -114,9 +117,14 @@ def test_only_adapters_and_heads_train_and_are_stored(folders: dict[str, Path], 
     )
     tokens_BT = torch.randint(0, V, (2, 12))
     terms = model(
-        tokens_BT, torch.arange(12).expand(2, 12), torch.randint(0, V, (2, 12, 4)), torch.full((2, 12), 4), torch.zeros(2, 12),
-        torch.ones(2, 12), aim=("eq14", 0.9, 1.0),
-    )  # fmt: skip
+        tokens_BT,
+        torch.arange(12).expand(2, 12),
+        torch.randint(0, V, (2, 12, 4)),
+        torch.full((2, 12), 4),
+        torch.zeros(2, 12),
+        torch.ones(2, 12),
+        aim=("eq14", 0.9, 1.0),
+    )
     terms.loss.backward()
     moving = {
         name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
@@ -124,11 +132,18 @@ def test_only_adapters_and_heads_train_and_are_stored(folders: dict[str, Path], 
     assert any(is_adapter(name) for name in moving) and moving <= trained
     config = resolve(
         {
-            "rank": 3, "horizon": 4, "anchor": "token", "data.context": CONTEXT, "decode.prompt_tokens": 4, "decode.new_tokens": 4,
-            "model.trunk": str(folders["llama tied"]), "model.family": "pretrained", "data.tokenizer": "model",
+            "rank": 3,
+            "horizon": 4,
+            "anchor": "token",
+            "data.context": CONTEXT,
+            "decode.prompt_tokens": 4,
+            "decode.new_tokens": 4,
+            "model.trunk": str(folders["llama tied"]),
+            "model.family": "pretrained",
+            "data.tokenizer": "model",
             "model.adapter_layers": 1,
         }
-    )  # fmt: skip
+    )
     model = adapted(folders["llama tied"])
     checkpoints.open_run(tmp_path, config)
     checkpoints.save_model(tmp_path, model, model.state_dict(), V)

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["config", "files", "processes", "data", "model", "decoding", "training", "baselines", "bench", "hf", "generate"]  # each may import itself and those before
+ORDER = [
+    "config",
+    "files",
+    "processes",
+    "data",
+    "model",
+    "decoding",
+    "training",
+    "baselines",
+    "bench",
+    "hf",
+    "generate",
+]  # each may import itself and those before
 MODULES = sorted(
     path for folder in ("cpdlm", "experiments", "tests", "paper_figures") for path in (ROOT / folder).rglob("*.py")
 )

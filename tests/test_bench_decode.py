@@ -179,9 +179,14 @@ LETTERS = "abcdefgh ().=\n"
 
 def settings(**more: Any) -> dict[str, Any]:
     return {
-        "size": "micro", "data.context": 48, "decode.prompt_tokens": 8, "decode.new_tokens": 8, "horizon": 3,
-        "optim.steps": 2, "optim.warmup": 1,
-    } | more  # fmt: skip
+        "size": "micro",
+        "data.context": 48,
+        "decode.prompt_tokens": 8,
+        "decode.new_tokens": 8,
+        "horizon": 3,
+        "optim.steps": 2,
+        "optim.warmup": 1,
+    } | more
 
 
 def save(folder: Path, config: Config) -> None:
@@ -235,7 +240,7 @@ def record(folder: Path, name: str) -> dict[str, Any]:
 def test_records_say_where_they_come_from(name: str, measured: tuple[Path, Path]) -> None:
     found = record(measured[1], decoding.RECORDS[name])
     assert found["benchmark"] == name and "schema" not in found
-    assert found["command"].startswith("python experiments/decode.py --runs ")
+    assert found["command"].startswith("python experiments/bench/decode.py --runs ")
     assert {"commit", "dirty", "hardware", "versions", "started"} <= set(found)
     assert found["settings"]["prompts"] == 3 and found["settings"]["seeds"] == [0, 1]
     assert [target["trunk"] for target in found["targets"]] == ["trunk-corpus", "trunk-other"]
@@ -283,9 +288,10 @@ def test_acceptance_is_over_seeds_draws_and_prompts(measured: tuple[Path, Path])
         }
         for key, (rank, strategies) in others.items():
             kin = {
-                each["strategy"]: each for each in found["strategies"]
+                each["strategy"]: each
+                for each in found["strategies"]
                 if each["rank"] == rank and all(each[name] == row[name] for name in ("corpus", "mode", "law", "seeds"))
-            }  # fmt: skip
+            }
             other = next((kin[name] for name in strategies if name in kin), row)
             assert (key in row) == (other is not row), "nothing is held against itself, nor against what is not there"
             if key in row:
@@ -310,8 +316,13 @@ def test_every_baseline_is_measured(measured: tuple[Path, Path]) -> None:
     methods = {entry["name"]: entry for entry in entries if entry["corpus"] == corpus}
     assert [entry["name"] for entry in entries if entry["corpus"] != corpus].count("plain") == 1
     assert {entry["kind"] for entry in methods.values()} == {
-        "plain", "generate", "lookup", "assistant", "hydra", "heads",
-    }  # fmt: skip
+        "plain",
+        "generate",
+        "lookup",
+        "assistant",
+        "hydra",
+        "heads",
+    }
     assert {"rank 1, untied", "rank 2, untied", "rank 2, anchored"} <= set(methods)
     for entry in methods.values():
         seeds = 2 if entry["kind"] == "hydra" else len(entry.get("seeds", [0]))
@@ -346,39 +357,58 @@ def test_cells_that_do_not_go_together_are_refused(measured: tuple[Path, Path], 
 def made_baselines() -> dict[str, Any]:
     def mode(rate: float, speed: float) -> dict[str, Any]:
         return {
-            "tokens_per_pass": {"mean": rate, "low": rate - 0.1, "high": rate + 0.1}, "tokens_per_second": 500 * speed,
+            "tokens_per_pass": {"mean": rate, "low": rate - 0.1, "high": rate + 0.1},
+            "tokens_per_second": 500 * speed,
             "speedup": {"mean": speed, "low": speed * 0.95, "high": speed * 1.05},
             "conversion": {"mean": speed / rate, "low": 0.9 * speed / rate, "high": 1.05 * speed / rate},
             "speedup_over_generate": {"mean": speed * 1.1, "low": speed, "high": speed * 1.2},
             "working_memory_bytes": 2_000_000,
-        }  # fmt: skip
+        }
 
     shapes = [
-        ("plain", "plain", None, 1.0, 1.0), ("generate", "generate", None, 1.0, 0.9), ("prompt lookup, n=4", "lookup", None, 1.4, 1.2),
-        ("assisted, micro draft model", "assistant", None, 2.5, 0.8), ("sequential heads, n=4", "hydra", None, 2.2, 1.4),
-        ("rank 1, untied", "heads", "untied", 1.7, 1.2), ("rank 8, untied", "heads", "untied", 2.0, 1.2),
-        ("rank 8, untied, chosen", "heads", "untied", 2.4, 1.3), ("rank 8, anchored", "heads", "anchored", 2.1, 1.3),
-    ]  # fmt: skip
+        ("plain", "plain", None, 1.0, 1.0),
+        ("generate", "generate", None, 1.0, 0.9),
+        ("prompt lookup, n=4", "lookup", None, 1.4, 1.2),
+        ("assisted, micro draft model", "assistant", None, 2.5, 0.8),
+        ("sequential heads, n=4", "hydra", None, 2.2, 1.4),
+        ("rank 1, untied", "heads", "untied", 1.7, 1.2),
+        ("rank 8, untied", "heads", "untied", 2.0, 1.2),
+        ("rank 8, untied, chosen", "heads", "untied", 2.4, 1.3),
+        ("rank 8, anchored", "heads", "anchored", 2.1, 1.3),
+    ]
     return ORIGIN | {
-        "benchmark": "decoding baselines", "command": "python experiments/decode.py",
+        "benchmark": "decoding baselines",
+        "command": "python experiments/bench/decode.py",
         "settings": {"timed_prompts": 16, "new_tokens": 64},
         "targets": [
             {
-                "trunk": f"{corpus}-small", "corpus": corpus, "size": "small", "horizon": 4, "parameters": 3_200_000,
-                "steps": 600, "head_steps": 200,
+                "trunk": f"{corpus}-small",
+                "corpus": corpus,
+                "size": "small",
+                "horizon": 4,
+                "parameters": 3_200_000,
+                "steps": 600,
+                "head_steps": 200,
             }
             for corpus in ("code", "text")
         ],
         "methods": [
             {
-                "corpus": corpus, "name": name, "kind": kind, "law": law, "horizon": 4, "strategy": {"greedy": "chain", "sampling": "block"},
-                "parameters_added": 100_000, "weights_mib": 0.4, "training_seconds": 30.0,
+                "corpus": corpus,
+                "name": name,
+                "kind": kind,
+                "law": law,
+                "horizon": 4,
+                "strategy": {"greedy": "chain", "sampling": "block"},
+                "parameters_added": 100_000,
+                "weights_mib": 0.4,
+                "training_seconds": 30.0,
                 "modes": {"greedy": mode(rate, speed), "sampling": mode(rate - 0.02, speed)},
             }
             for corpus in ("code", "text")
             for name, kind, law, rate, speed in shapes
         ],
-    }  # fmt: skip
+    }
 
 
 def made_acceptance() -> dict[str, Any]:
@@ -387,15 +417,22 @@ def made_acceptance() -> dict[str, Any]:
     rates = {(1, "chain"): 1.0, (1, "tree"): 1.05, (8, "chain"): 1.1, (8, "tree"): 1.21, (8, "window"): 0.9}
     rows = [
         {
-            "mode": "greedy", "corpus": "code", "law": "untied", "rank": rank, "seeds": [0, 1], "strategy": strategy,
+            "mode": "greedy",
+            "corpus": "code",
+            "law": "untied",
+            "rank": rank,
+            "seeds": [0, 1],
+            "strategy": strategy,
             "tokens_per_pass": {"mean": 2.0 * rate, "low": 1.0, "high": 4.0},
             "per_prompt": {"tokens": [128] * 5, "passes": [each / rate for each in passes]},
         }
         for (rank, strategy), rate in rates.items()
-    ]  # fmt: skip
+    ]
     return made_baselines() | {
-        "benchmark": "decoding acceptance", "strategies": rows, "settings": {"prompts": 5, "new_tokens": 64}
-    }  # fmt: skip
+        "benchmark": "decoding acceptance",
+        "strategies": rows,
+        "settings": {"prompts": 5, "new_tokens": 64},
+    }
 
 
 def test_differences_of_acceptance_are_paired_over_prompts() -> None:

@@ -63,8 +63,12 @@ def test_the_gain_is_taken_over_seeds_of_the_heads_on_one_trunk(tmp_path: Path) 
     words += ["--sizes", "micro", "--recipes", WHOLE, "tied, 1/16", "--steps", "2"]
     record = overhead.gained(overhead.parse(["gain", *words]))
     assert {folder.name for folder in (tmp_path / "runs").iterdir() if (folder / "evaluate.json").is_file()} == {
-        "next-token", "whole-s0", "whole-s1", "tied-1of16-s0", "tied-1of16-s1"
-    }  # fmt: skip
+        "next-token",
+        "whole-s0",
+        "whole-s1",
+        "tied-1of16-s0",
+        "tied-1of16-s1",
+    }
     for cell in record["cells"]:
         rate, (first, second) = cell["tokens_per_pass"], (found["tokens_per_pass"] for found in cell["by_seed"])
         assert first != second and rate["mean"] == pytest.approx((first + second) / 2)

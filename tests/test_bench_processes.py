@@ -44,7 +44,7 @@ def test_a_quick_run_leaves_a_whole_record(tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "p.json"),
     ]
-    command = [sys.executable, "experiments/processes.py", *words]
+    command = [sys.executable, "experiments/bench/processes.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "p.json").read_text())

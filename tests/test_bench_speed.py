@@ -96,14 +96,16 @@ def test_intervals_and_targets() -> None:
     floors = [each for each in found if each["what"].startswith("pass over floor")]
     assert [each["holds"] for each in floors] == [True] * 5 + [False], "batches above 1 have a floor, too"
     assert [each["cell"] for each in floors[3:]] == [
-        "float32 greedy r4 n4 shortlist none", "float32 greedy batch 4 r1 n4 shortlist none", "float32 greedy batch 4 r8 n4 shortlist none",
-    ]  # fmt: skip
+        "float32 greedy r4 n4 shortlist none",
+        "float32 greedy batch 4 r1 n4 shortlist none",
+        "float32 greedy batch 4 r8 n4 shortlist none",
+    ]
     small = speed.targets([group], speed.LEAST_TRUNK - 1)
     assert not any(each["what"].startswith("conversion") for each in small), "the target names a trunk of 50M or more"
 
 
 def test_a_quick_run_writes_a_record(tmp_path: Path) -> None:
-    command = [sys.executable, "experiments/speed.py", "--quick", "--cpu", "--threads", "1"]
+    command = [sys.executable, "experiments/bench/speed.py", "--quick", "--cpu", "--threads", "1"]
     done = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "decode_speed.json").read_text())
@@ -149,6 +151,4 @@ def test_the_compiled_baseline_is_measured_or_says_why_not(monkeypatch: pytest.M
         raise RuntimeError("no compiler\nhere")
 
     monkeypatch.setattr(speed, "_theirs", broken)
-    assert (
-        speed.compiled_generate(options, torch.device("cpu"), "float32")["failure"] == "RuntimeError: no compiler"
-    )
+    assert speed.compiled_generate(options, torch.device("cpu"), "float32")["failure"] == "RuntimeError: no compiler"

@@ -109,8 +109,12 @@ def test_narrow_precision_is_captured_too(draft: str, device: str) -> None:
 def real(device: str, family: str = "llama", shortlist: int = 0, dtype: torch.dtype = torch.float64) -> LanguageModel:
     torch.manual_seed(0)
     base: dict[str, Any] = {
-        "size": "micro", "model.family": family, "data.context": 96, "decode.prompt_tokens": 8, "decode.new_tokens": 32,
-    }  # fmt: skip
+        "size": "micro",
+        "model.family": family,
+        "data.context": 96,
+        "decode.prompt_tokens": 8,
+        "decode.new_tokens": 32,
+    }
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 61)
     heads = base | {"rank": 3, "horizon": 4, "model.trunk": "random", "anchor": "token"}
     model = build_language_model(resolve(heads), 61, trunk).to(device, dtype).eval()

@@ -56,19 +56,52 @@ BAD: list[tuple[str, str]] = [
     ("name=${", "name='${'"),
     ("name=???", "name='???'"),
     # ranges
-    *((f"{key}=0", f"{key}=0 is too small; the least is 1") for key in (
-        "rank", "horizon", "devices", "data.batch_rows", "loss.chunk_mib", "optim.steps", "train.accumulate",
-        "train.log_every", "train.validate_every", "train.validation_rows", "train.checkpoint_every", "evaluate.rows",
-        "evaluate.batch_rows", "decode.prompts", "decode.prompt_tokens", "decode.new_tokens", "decode.repeats",
-    )),
-    *((f"{key}=-1", f"{key}=-1 is too small; the least is 0") for key in (
-        "data.max_bytes", "data.workers", "model.map_rank", "model.anchor_width", "optim.warmup", "decode.top_k",
-        "decode.warmups", "seed",
-    )),
+    *(
+        (f"{key}=0", f"{key}=0 is too small; the least is 1")
+        for key in (
+            "rank",
+            "horizon",
+            "devices",
+            "data.batch_rows",
+            "loss.chunk_mib",
+            "optim.steps",
+            "train.accumulate",
+            "train.log_every",
+            "train.validate_every",
+            "train.validation_rows",
+            "train.checkpoint_every",
+            "evaluate.rows",
+            "evaluate.batch_rows",
+            "decode.prompts",
+            "decode.prompt_tokens",
+            "decode.new_tokens",
+            "decode.repeats",
+        )
+    ),
+    *(
+        (f"{key}=-1", f"{key}=-1 is too small; the least is 0")
+        for key in (
+            "data.max_bytes",
+            "data.workers",
+            "model.map_rank",
+            "model.anchor_width",
+            "optim.warmup",
+            "decode.top_k",
+            "decode.warmups",
+            "seed",
+        )
+    ),
     ("data.context=1", "data.context=1 is too small; the least is 2"),
-    *((f"{key}=-0.1", f"{key}=-0.1 must be a number of at least 0") for key in (
-        "model.noise", "loss.balance_weight", "loss.balance_rate", "optim.weight_decay", "optim.clip",
-    )),
+    *(
+        (f"{key}=-0.1", f"{key}=-0.1 must be a number of at least 0")
+        for key in (
+            "model.noise",
+            "loss.balance_weight",
+            "loss.balance_rate",
+            "optim.weight_decay",
+            "optim.clip",
+        )
+    ),
     ("optim.clip=nan", "optim.clip=nan must be a number of at least 0"),
     ("model.noise=inf", "model.noise=inf must be a number of at least 0"),
     ("loss.joint_fraction=0", "loss.joint_fraction=0.0 must lie in (0, 1]"),
@@ -85,24 +118,45 @@ BAD: list[tuple[str, str]] = [
     ("horizon=1 rank=1 anchor=token", "anchor=token needs horizon of at least 2 (horizon=1)"),
     ("horizon=1 rank=1 model.trunk=runs/t", "model.trunk=runs/t needs horizon of at least 2"),
     ("model.head=separate model.map_rank=4", "model.map_rank=4 needs model.head=shared"),
-    ("devices=3 data.batch_rows=8", "data.batch_rows=8 does not divide into devices=3 x train.accumulate=1; try data.batch_rows=9"),
-    ("nodes=2 devices=3 data.batch_rows=8", "does not divide into nodes=2 x devices=3 x train.accumulate=1; try data.batch_rows=6"),
+    (
+        "devices=3 data.batch_rows=8",
+        "data.batch_rows=8 does not divide into devices=3 x train.accumulate=1; try data.batch_rows=9",
+    ),
+    (
+        "nodes=2 devices=3 data.batch_rows=8",
+        "does not divide into nodes=2 x devices=3 x train.accumulate=1; try data.batch_rows=6",
+    ),
     ("train.sharded=true parallel=ddp", "train.sharded=true needs parallel=fsdp (parallel=ddp has the whole model"),
     ("model.trunk=runs/x train.recompute=true", "model.trunk=runs/x is frozen and keeps no activations"),
     ("devices=4 train.accumulate=4 data.batch_rows=8", "devices=4 x train.accumulate=4; try data.batch_rows=16"),
-    ("decode.new_tokens=250 decode.prompt_tokens=64 data.context=256", "decode.prompt_tokens=64 + decode.new_tokens=250 exceed data.context=256"),
-    ("data.tokenizer=word", "data.tokenizer='word': write bytes, bpe:SIZE with SIZE of at least 257, hf:NAME, or, with a pretrained trunk (model=NAME), model"),
+    (
+        "decode.new_tokens=250 decode.prompt_tokens=64 data.context=256",
+        "decode.prompt_tokens=64 + decode.new_tokens=250 exceed data.context=256",
+    ),
+    (
+        "data.tokenizer=word",
+        "data.tokenizer='word': write bytes, bpe:SIZE with SIZE of at least 257, hf:NAME, or, with a pretrained trunk (model=NAME), model",
+    ),
     ("data.tokenizer=model", "data.tokenizer='model': write bytes, bpe:SIZE"),
     ("data.text=greedy", "data.text=greedy is for heads on a frozen model: give model=NAME"),
-    ("data.text=greedy model.trunk=runs/t", "data.text=greedy needs data.states: how many tokens the model shall write"),
+    (
+        "data.text=greedy model.trunk=runs/t",
+        "data.text=greedy needs data.states: how many tokens the model shall write",
+    ),
     ("data.text=gredy", "did you mean data.text=greedy?"),
     ("model.adapter_layers=2", "model.adapter_layers=2 is for heads on a frozen model: give model=NAME"),
-    ("model.adapter_layers=2 model.trunk=runs/t parallel=fsdp", "model.adapter_layers=2 is not for parallel=fsdp; type parallel=auto"),
-    ("train.decode_prompts=99 decode.prompts=16", "train.decode_prompts=99 are more than decode.prompts=16; raise that"),
+    (
+        "model.adapter_layers=2 model.trunk=runs/t parallel=fsdp",
+        "model.adapter_layers=2 is not for parallel=fsdp; type parallel=auto",
+    ),
+    (
+        "train.decode_prompts=99 decode.prompts=16",
+        "train.decode_prompts=99 are more than decode.prompts=16; raise that",
+    ),
     ("data.tokenizer=bpe:100", "data.tokenizer='bpe:100'"),
     ("data.tokenizer=bpe:big", "data.tokenizer='bpe:big'"),
     ("data.tokenizer=hf:", "data.tokenizer='hf:'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("words,message", BAD, ids=[words for words, _ in BAD])
@@ -120,9 +174,10 @@ def test_the_row_counts_that_an_error_suggests_work() -> None:
 # What some choices are for.
 PRETRAINED = {"model.trunk": "a folder", "model.family": "pretrained", "data.tokenizer": "model"}
 CHOSEN_FOR = {
-    "loss.objective": {"model.trunk": "a folder"}, "model.dtype": PRETRAINED,
+    "loss.objective": {"model.trunk": "a folder"},
+    "model.dtype": PRETRAINED,
     "data.text": {"model.trunk": "a folder", "data.states": 512},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("key", list(CHOICES))
@@ -133,9 +188,16 @@ def test_every_choice_resolves(key: str) -> None:
 
 def test_values_are_read_as_their_type() -> None:
     config = parse(
-        ["optim.lr=3e-4", "data.max_bytes=1_000_000", "model.tie_first=true", "corpus=123", "name=a=b", "optim.clip=0",
-         "rank=+2"]
-    )  # fmt: skip
+        [
+            "optim.lr=3e-4",
+            "data.max_bytes=1_000_000",
+            "model.tie_first=true",
+            "corpus=123",
+            "name=a=b",
+            "optim.clip=0",
+            "rank=+2",
+        ]
+    )
     assert config.optim.lr == 3e-4 and config.data.max_bytes == 1_000_000 and config.model.tie_first is True
     assert config.corpus == "123" and config.name == "a=b" and config.rank == 2
     assert isinstance(config.optim.clip, float)
@@ -191,9 +253,18 @@ def test_a_foreign_config_is_refused() -> None:
 def test_names_tell_runs_apart() -> None:
     names = {
         parse(words.split()).run_name
-        for words in ("", "rank=2", "horizon=2", "anchor=token", "model.tie_first=true", "seed=1", "size=small",
-                      "corpus=text", "model.trunk=runs/t")
-    }  # fmt: skip
+        for words in (
+            "",
+            "rank=2",
+            "horizon=2",
+            "anchor=token",
+            "model.tie_first=true",
+            "seed=1",
+            "size=small",
+            "corpus=text",
+            "model.trunk=runs/t",
+        )
+    }
     assert len(names) == 9
     assert parse(["corpus=hf:a/b"]).run_name.startswith("hf-a-b-") and parse(["name=mine"]).run_name == "mine"
 

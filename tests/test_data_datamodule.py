@@ -36,9 +36,13 @@ def corpus() -> Corpus:
 
 def config(**changes: object) -> Config:
     settings: dict[str, object] = {
-        "data.context": 16, "data.batch_rows": 8, "horizon": 4, "decode.prompt_tokens": 8, "decode.new_tokens": 8,
+        "data.context": 16,
+        "data.batch_rows": 8,
+        "horizon": 4,
+        "decode.prompt_tokens": 8,
+        "decode.new_tokens": 8,
         "train.validation_rows": 21,
-    }  # fmt: skip
+    }
     return resolve({**settings, **{key.replace("__", "."): value for key, value in changes.items()}})
 
 
@@ -138,10 +142,14 @@ def test_batches_do_not_depend_on_loader_workers(corpus: Corpus) -> None:
     for one, two in zip(plain[2:], later, strict=True):
         assert all(torch.equal(one[key], two[key]) for key in one)
     assert {key: (tuple(value.shape), value.dtype) for key, value in plain[0].items()} == {
-        "tokens_BT": ((8, 16), torch.int64), "position_ids_BT": ((8, 16), torch.int64),
-        "future_BTN": ((8, 16, 4), torch.int64), "successors_BT": ((8, 16), torch.int64), "source_B": ((8,), torch.int64),
-        "picked_BT": ((8, 16), torch.bool), "step_counts": ((2,), torch.int64),
-    }  # fmt: skip
+        "tokens_BT": ((8, 16), torch.int64),
+        "position_ids_BT": ((8, 16), torch.int64),
+        "future_BTN": ((8, 16, 4), torch.int64),
+        "successors_BT": ((8, 16), torch.int64),
+        "source_B": ((8,), torch.int64),
+        "picked_BT": ((8, 16), torch.bool),
+        "step_counts": ((2,), torch.int64),
+    }
 
 
 class Recorder(L.LightningModule):
@@ -168,10 +176,18 @@ def test_the_trainer_resumes_with_the_next_rows(corpus: Corpus, tmp_path: Path, 
 
     def train(steps: int, checkpoint: Path | None = None) -> tuple[Recorder, L.Trainer]:
         trainer = L.Trainer(
-            max_steps=steps, accumulate_grad_batches=accumulate, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", use_distributed_sampler=False,
-            val_check_interval=3 * accumulate, check_val_every_n_epoch=None, num_sanity_val_steps=0,
-        )  # fmt: skip
+            max_steps=steps,
+            accumulate_grad_batches=accumulate,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+            use_distributed_sampler=False,
+            val_check_interval=3 * accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+        )
         module = Recorder()
         trainer.fit(module, TokenDataModule(chosen, corpus), ckpt_path=checkpoint, weights_only=True)
         return module, trainer

@@ -81,7 +81,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("kills", [[900], [150, 300, 350]])
 def test_a_killed_reader_goes_on_behind_its_last_note(
     kills: list[int], dataset: Path, story: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """kills: after how many documents of each session."""
     monkeypatch.setattr(streams, "NOTE_BYTES", 1000)
     stream, read = Stream(str(dataset), 10**6, tmp_path), 0

@@ -39,16 +39,23 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(tmp_path: Path, folder: Path, tokenizer: str, count: int = 1) -> Config:
-    return resolve({
-        "corpus": str(folder), "data.tokenizer": tokenizer, "data.processes": count, "data.cache": str(tmp_path / "cache"),
-        "data.context": 32, "decode.prompt_tokens": 8, "decode.new_tokens": 8,
-    })  # fmt: skip
+    return resolve(
+        {
+            "corpus": str(folder),
+            "data.tokenizer": tokenizer,
+            "data.processes": count,
+            "data.cache": str(tmp_path / "cache"),
+            "data.context": 32,
+            "decode.prompt_tokens": 8,
+            "decode.new_tokens": 8,
+        }
+    )
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_pieces_and_processes_change_nothing(
     tokenizer: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     whole = load_corpus(config(tmp_path / "whole", folder, tokenizer), progress=False).describe()
     for module in (tokens, corpus_module):
         monkeypatch.setattr(module, "PIECE_BYTES", 8000)

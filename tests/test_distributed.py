@@ -54,10 +54,18 @@ EVERY: list[Case] = [
 ] + [(parallel, {"model.family": "gpt2"}, "sgd") for parallel in ("ddp", "fsdp")]
 # "sharded": FSDP2, and a checkpoint that is a folder.
 CROSSINGS = [
-    ("auto", "ddp"), ("auto", "fsdp"), ("ddp", "auto"), ("ddp", "fsdp"), ("fsdp", "auto"), ("fsdp", "ddp"),
+    ("auto", "ddp"),
+    ("auto", "fsdp"),
+    ("ddp", "auto"),
+    ("ddp", "fsdp"),
+    ("fsdp", "auto"),
+    ("fsdp", "ddp"),
     ("fsdp", "fsdp"),
-    ("auto", "sharded"), ("sharded", "auto"), ("sharded", "ddp"), ("sharded", "sharded"),
-]  # fmt: skip
+    ("auto", "sharded"),
+    ("sharded", "auto"),
+    ("sharded", "ddp"),
+    ("sharded", "sharded"),
+]
 
 
 FROZEN = ["ddp", "fsdp", "sharded"]
@@ -76,11 +84,14 @@ def start(cases: list[dict[str, Any]], folder: Path, environments: list[dict[str
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.two_processes", str(folder / "cases.json")],
-            cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env=os.environ | common | each,
         )
         for each in environments
-    ]  # fmt: skip
+    ]
 
 
 def ranks(count: int) -> list[dict[str, str]]:
@@ -343,18 +354,26 @@ def test_a_lost_process_stops_the_others_and_the_run_resumes(name: str, default:
 # --- other numbers of processes, and several machines ------------------------------------------------------------------
 
 SLURM = {
-    "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "cpdlm", "SLURM_JOB_ID": "1",
-    "SLURM_LOCALID": "0", "SLURM_NODELIST": "127.0.0.1",
-}  # fmt: skip
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_NAME": "cpdlm",
+    "SLURM_JOB_ID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODELIST": "127.0.0.1",
+}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 # Two machines of one process each, as the launchers describe them.
 MACHINES: dict[str, list[dict[str, str]]] = {
     "SLURM": [SLURM | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)],
     "torchrun in SLURM": [
-        SLURM | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} | TORCHRUN | {"RANK": str(rank), "GROUP_RANK": str(rank)}
+        SLURM
+        | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}
+        | TORCHRUN
+        | {"RANK": str(rank), "GROUP_RANK": str(rank)}
         for rank in range(2)
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow

@@ -31,9 +31,12 @@ def case(kind: str = "full", seed: int = 0) -> tuple[FactorHeads, Tensor, Tensor
     counts_PN = torch.arange(N) < (torch.arange(P) % (N + 1)).unsqueeze(-1)
     target_PND = torch.randn(P, N, D, dtype=torch.float64)
     normaliser_PN = (target_PND @ table_VD.T).logsumexp(-1) + 0.3  # a part of the mass is off the list
-    return heads, table_VD, torch.randn(P, D, dtype=torch.float64).requires_grad_(), Windows(
-        torch.randint(0, V, (P, N)), told_PN, counts_PN, target_PND, normaliser_PN.float()
-    )  # fmt: skip
+    return (
+        heads,
+        table_VD,
+        torch.randn(P, D, dtype=torch.float64).requires_grad_(),
+        Windows(torch.randint(0, V, (P, N)), told_PN, counts_PN, target_PND, normaliser_PN.float()),
+    )
 
 
 def aim(name: str, alpha: float = 0.7, gamma: float = 0.9) -> Objective:
@@ -94,15 +97,20 @@ def test_the_joint_objective_is_the_bounded_joint_loss() -> None:
     heads, table_VD, hidden_PD, windows = case()
     weight_P, counts_PN = torch.randn(P, dtype=torch.float64), windows.counts_PN & windows.told_PN
     total, loss_P, _ = heads.draft_loss(
-        hidden_PD, windows._replace(counts_PN=torch.ones_like(counts_PN), told_PN=counts_PN), weight_P, table_VD,
-        aim("joint", gamma=1.0), 1000,
-    )  # fmt: skip
+        hidden_PD,
+        windows._replace(counts_PN=torch.ones_like(counts_PN), told_PN=counts_PN),
+        weight_P,
+        table_VD,
+        aim("joint", gamma=1.0),
+        1000,
+    )
     theirs, nll_P, _ = heads.nll(hidden_PD, windows.future_PN, counts_PN, weight_P, table_VD, N, 1000)
     torch.testing.assert_close(loss_P.double(), nll_P, rtol=1e-5, atol=1e-6)
     for ours, other in zip(
-        torch.autograd.grad(total, list(heads.parameters())), torch.autograd.grad(theirs, list(heads.parameters())),
+        torch.autograd.grad(total, list(heads.parameters())),
+        torch.autograd.grad(theirs, list(heads.parameters())),
         strict=True,
-    ):  # fmt: skip
+    ):
         torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-7)
 
 

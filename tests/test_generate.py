@@ -140,14 +140,23 @@ def test_pieces_joined_are_the_text(seed: int) -> None:
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "empty prompt": (["--prompt", ""], "the prompt is empty; give --prompt TEXT"),
-    "long prompt": (["--prompt", "x" * 64], "the prompt has 65 tokens with those that its tokenizer adds, the context of this model is 64; give at most 63"),
-    "no room": (["--prompt", "x" * 50, "--max-new-tokens", "20"], "leaves room for 13 in the context of 64; give --max-new-tokens 13"),
+    "long prompt": (
+        ["--prompt", "x" * 64],
+        "the prompt has 65 tokens with those that its tokenizer adds, the context of this model is 64; give at most 63",
+    ),
+    "no room": (
+        ["--prompt", "x" * 50, "--max-new-tokens", "20"],
+        "leaves room for 13 in the context of 64; give --max-new-tokens 13",
+    ),
     "temperature": (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be a finite number of at least 0"),
     "top_p": (["--prompt", "x", "--top-p", "0"], "top_p=0.0 must lie in (0, 1]"),
     "top_k": (["--prompt", "x", "--top-k", "-2"], "top_k=-2 must be a whole number of at least 0"),
-    "chat": (["--prompt", "x", "--chat"], "the tokenizer bytes has no chat template, which says how a user's turn is written; leave --chat out"),
+    "chat": (
+        ["--prompt", "x", "--chat"],
+        "the tokenizer bytes has no chat template, which says how a user's turn is written; leave --chat out",
+    ),
     "nothing": (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 writes nothing; give at least 1"),
-}  # fmt: skip
+}
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:

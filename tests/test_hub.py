@@ -248,11 +248,13 @@ def options(said: list[int]) -> dict[str, dict[str, Any]]:
         "own processor": {"max_new_tokens": 24, "logits_processor": LogitsProcessorList([Favour()])},
         "prefix_allowed_tokens_fn": {"max_new_tokens": 16, "prefix_allowed_tokens_fn": successors},
         "stopping_criteria": {
-            "max_new_tokens": 24, "stopping_criteria": StoppingCriteriaList([Multiple()]), "eos_token_id": 16
+            "max_new_tokens": 24,
+            "stopping_criteria": StoppingCriteriaList([Multiple()]),
+            "eos_token_id": 16,
         },
         "watermark": {"max_new_tokens": 24, "watermarking_config": {"bias": 2.0, "seeding_scheme": "lefthash"}},
         "use_cache": {"max_new_tokens": 24, "use_cache": False},
-    }  # fmt: skip
+    }
 
 
 OPTIONS = list(options(list(range(12))))
@@ -367,7 +369,7 @@ SAMPLED = {
         {"temperature": 0.8, "top_k": 2, "penalty": 1.6, "eos": 1},
         {"temperature": 0.8, "top_k": 2, "eos": 1},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SAMPLED)
@@ -379,9 +381,14 @@ def test_samples_have_the_law_that_the_options_say(name: str, draft: str) -> Non
     assert oracle.power(law(**wrong), truth, SAMPLES) >= 0.99
     torch.manual_seed(3)
     drawn = small().generate(
-        torch.tensor([PROMPT]), attention_mask=torch.ones(1, 2), do_sample=True, max_new_tokens=4, num_return_sequences=SAMPLES, draft=draft,
+        torch.tensor([PROMPT]),
+        attention_mask=torch.ones(1, 2),
+        do_sample=True,
+        max_new_tokens=4,
+        num_return_sequences=SAMPLES,
+        draft=draft,
         **({"pad_token_id": 0} | chosen),
-    )  # fmt: skip
+    )
     assert drawn.shape[0] == SAMPLES and (drawn[:, :2] == torch.tensor(PROMPT)).all()
     assert oracle.p_value(texts_of(drawn, chosen.get("eos_token_id")), truth) > oracle.FALSE_ALARM
 
@@ -396,10 +403,15 @@ def texts_of(drawn: Tensor, eos: int | None) -> Counter[oracle.History]:
 
 
 NARROW: dict[str, dict[str, Any]] = {
-    "top_k": {"top_k": 1}, "top_p": {"top_p": 1e-6}, "temperature": {"temperature": 1e-5}, "min_p": {"min_p": 0.999},
-    "typical_p": {"typical_p": 1e-6}, "epsilon_cutoff": {"epsilon_cutoff": 0.999},
-    "renormalize_logits": {"top_k": 1, "renormalize_logits": True}, "penalty": {"top_k": 1, "repetition_penalty": 1.6},
-}  # fmt: skip
+    "top_k": {"top_k": 1},
+    "top_p": {"top_p": 1e-6},
+    "temperature": {"temperature": 1e-5},
+    "min_p": {"min_p": 0.999},
+    "typical_p": {"typical_p": 1e-6},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.999},
+    "renormalize_logits": {"top_k": 1, "renormalize_logits": True},
+    "penalty": {"top_k": 1, "repetition_penalty": 1.6},
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -431,14 +443,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search is not for this loop"),
     "lookup": ({"prompt_lookup_num_tokens": 3}, "assisted generation is not for this loop"),
     "dola": ({"dola_layers": "low"}, "dola generation"),
-    "early exit": ({"assistant_early_exit": 1}, "assistant_early_exit is not needed, this model drafts for itself.*; leave it out"),
+    "early exit": (
+        {"assistant_early_exit": 1},
+        "assistant_early_exit is not needed, this model drafts for itself.*; leave it out",
+    ),
     "assistant": ({"assistant_model": object()}, "assistant_model is not needed, this model drafts for itself"),
-    "scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores=True: this loop returns `sequences`"),
+    "scores": (
+        {"return_dict_in_generate": True, "output_scores": True},
+        "output_scores=True: this loop returns `sequences`",
+    ),
     "guidance": ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor keeps a state"),
     "cache": ({"past_key_values": object()}, "past_key_values would have to hold.*pass the whole text"),
-    "static cache": ({"cache_implementation": "static"}, "cache_implementation='static' is not for this loop.*; leave it out$"),
+    "static cache": (
+        {"cache_implementation": "static"},
+        "cache_implementation='static' is not for this loop.*; leave it out$",
+    ),
     "paged": ({"cache_implementation": "paged"}, "cache_implementation='paged' is not for this loop.*; leave it out$"),
-    "embeddings": ({"inputs_embeds": torch.zeros(1, 2, 64)}, "inputs_embeds: this model reads token ids; pass input_ids"),
+    "embeddings": (
+        {"inputs_embeds": torch.zeros(1, 2, 64)},
+        "inputs_embeds: this model reads token ids; pass input_ids",
+    ),
     "positions": ({"position_ids": torch.tensor([[0, 1]])}, "position_ids is not for this loop"),
     "healing": ({"token_healing": True}, "token_healing=True is not for this loop"),
     "stop strings": ({"stop_strings": "x"}, "stop_strings need the tokenizer"),
@@ -450,7 +474,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": ({"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0, but is 0"),
     "misspelt": ({"max_new_token": 3}, "max_new_token"),
     "padding": ({"attention_mask": torch.tensor([[1, 0]])}, "a prompt ends in padding.*padding_side='left'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -609,17 +633,22 @@ def make_run(folder: Path, overrides: dict[str, Any], vocabulary: int = 257, mea
 
 def write_measurements(folder: Path, config: Config, sha256: str = "0") -> None:
     data = {
-        "corpus": config.corpus, "sha256": sha256, "splits": {"train": {"tokens": 12345}},
+        "corpus": config.corpus,
+        "sha256": sha256,
+        "splits": {"train": {"tokens": 12345}},
         "sources": [{"name": "sympy", "version": "1.14.0", "licence": "BSD-3-Clause"}],
-    }  # fmt: skip
+    }
     likelihood = {"bits_per_byte": 2.345}
     write_json(
         folder / "evaluate.json",
         {"command": "python experiments/run.py rank=2", "data": data, "likelihood": likelihood},
     )
     mode = {
-        "tokens_per_pass": {"mean": 1.77}, "speedup": {"median": 1.23, "low": 1.1, "high": 1.31}, "prompts": 4, "new_tokens": 8
-    }  # fmt: skip
+        "tokens_per_pass": {"mean": 1.77},
+        "speedup": {"median": 1.23, "low": 1.1, "high": 1.31},
+        "prompts": 4,
+        "new_tokens": 8,
+    }
     hardware = {"processor": "A Processor", "cores": 2, "accelerator": "none"}
     write_json(folder / "decode.json", {"modes": {"greedy": mode}, "origin": {"hardware": hardware}})
 
@@ -630,9 +659,18 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
     model = make_run(run, {"model.trunk": str(trunk)})
     assert hub.main([str(run), str(folder)]) == 0
     said = capsys.readouterr().out.split()
-    assert {Path(line).name for line in said} == {path.name for path in folder.iterdir()} >= {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"
-    }  # fmt: skip
+    assert (
+        {Path(line).name for line in said}
+        == {path.name for path in folder.iterdir()}
+        >= {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "README.md",
+        }
+    )
     for path in trunk.iterdir():
         path.unlink()
     loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -648,7 +686,17 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
     card = (folder / "README.md").read_text()
     front = {"library_name", "pipeline_tag", "tags"}
     assert (metadata_load(folder / "README.md") or {}).keys() == front, "nothing else is known"
-    for word in ("rank, horizon, anchor | 2, 4, none", "1.77", "1.23 [1.10, 1.31]", "sympy 1.14.0 (BSD-3-Clause)", "12,345", "2.345 bits", "python experiments/run.py rank=2", "A Processor", "frozen trunk"):  # fmt: skip
+    for word in (
+        "rank, horizon, anchor | 2, 4, none",
+        "1.77",
+        "1.23 [1.10, 1.31]",
+        "sympy 1.14.0 (BSD-3-Clause)",
+        "12,345",
+        "2.345 bits",
+        "python experiments/run.py rank=2",
+        "A Processor",
+        "frozen trunk",
+    ):
         assert word in card, word
     assert hub.main([str(run), str(folder)]) == 2, "the trunk is gone"
     assert "trunk" in capsys.readouterr().err

@@ -203,8 +203,11 @@ def test_scores_are_the_law_that_they_normalise_to(dtype: torch.dtype) -> None:
     lazy, whole = Joint(weights, scores, normalised=False), Joint.from_logits(weights, scores)
     tokens = torch.randint(0, 5, (2, 4), generator=generator)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    for mine, theirs in ((lazy, whole), (lazy.marginal(2), whole.marginal(2)),
-                         (lazy.condition(tokens[:, 0]), whole.condition(tokens[:, 0]))):  # fmt: skip
+    for mine, theirs in (
+        (lazy, whole),
+        (lazy.marginal(2), whole.marginal(2)),
+        (lazy.condition(tokens[:, 0]), whole.condition(tokens[:, 0])),
+    ):
         assert mine.factors_NRV.dtype == mine.log_factors_NRV.dtype == torch.promote_types(dtype, torch.float32)
         assert (mine.horizon, mine.rank, mine.vocab_size) == (theirs.horizon, theirs.rank, theirs.vocab_size)
         for of in ("log_weights_R", "weights_R", "log_factors_NRV", "factors_NRV"):

@@ -23,9 +23,15 @@ class Case:
     """Heads, inputs and an unembedding, with a fresh copy of every leaf for each side of the comparison."""
 
     def __init__(
-        self, kind: str, dtype: torch.dtype = torch.float64, rank: int = R, factors: int = N, positions: int = P,
-        hidden_scale: float = 1.0, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        kind: str,
+        dtype: torch.dtype = torch.float64,
+        rank: int = R,
+        factors: int = N,
+        positions: int = P,
+        hidden_scale: float = 1.0,
+        seed: int = 0,
+    ) -> None:
         torch.manual_seed(seed)
         self.kind, self.rank = kind, rank
         self.heads = FactorHeads(
@@ -72,9 +78,15 @@ class Case:
         gate = self.hidden.double() @ self.heads.gate.weight.double().T + self.heads.gate.bias.double()
         count = self.count if factors is None else self.count.clamp(max=factors)
         return oracle.loss(
-            self.kind, self.hidden.double(), gate.log_softmax(-1), self.future, count, self.weight, maps,
+            self.kind,
+            self.hidden.double(),
+            gate.log_softmax(-1),
+            self.future,
+            count,
+            self.weight,
+            maps,
             self.table.double(),
-        )  # fmt: skip
+        )
 
 
 def gradients(case: Case, loss: Callable[[], Tensor]) -> dict[str, Tensor]:

@@ -36,8 +36,15 @@ WITH_MIXTURE = [name for name in LAYOUTS if name != "plain"]
 
 def make(layout: str = "untied", family: str = "llama", seed: int = 0, **more: Any) -> LanguageModel:
     torch.manual_seed(seed)
-    base = {"size": "micro", "rank": R, "horizon": N, "model.family": family, "data.context": 16,
-            "decode.prompt_tokens": 4, "decode.new_tokens": 4}  # fmt: skip
+    base = {
+        "size": "micro",
+        "rank": R,
+        "horizon": N,
+        "model.family": family,
+        "data.context": 16,
+        "decode.prompt_tokens": 4,
+        "decode.new_tokens": 4,
+    }
     trunk = make("plain", family, seed) if layout.startswith("common") else None
     model = build_language_model(resolve(base | LAYOUTS[layout] | more), V, trunk).double()
     with torch.no_grad():
@@ -365,9 +372,18 @@ def test_weight_zero_everywhere_is_free_and_finite(layout: str) -> None:
 # --- any Hugging Face causal language model ---------------------------------------------------------------------------
 
 FOREIGN = {
-    "neox": GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64),
-    "qwen": Qwen2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, max_position_embeddings=64),
-}  # fmt: skip
+    "neox": GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64
+    ),
+    "qwen": Qwen2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -409,12 +425,16 @@ def test_a_config_that_is_none_is_named(tmp_path: Path) -> None:
     [
         MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4),
         Lfm2Config(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=32,
             layer_types=["conv", "full_attention"],
         ),
     ],
     ids=["mamba", "lfm2"],
-)  # fmt: skip
+)
 def test_a_state_that_cannot_be_rolled_back_is_refused(shape: Any, tmp_path: Path) -> None:
     shape.to_json_file(tmp_path / "shape.json", use_diff=False)
     with pytest.raises(

@@ -20,10 +20,32 @@ from cpdlm.model.language_model import LanguageModel, build_language_model
 BASE = {"size": "micro", "data.context": 64, "decode.prompt_tokens": 8, "decode.new_tokens": 8}
 PROMPTS = torch.randint(0, 17, (3, 6), generator=torch.Generator().manual_seed(0))
 MODE = {
-    "temperature", "top_k", "top_p", "prompts", "new_tokens", "repeats", "tokens", "passes", "tokens_per_pass",
-    "emitted_histogram", "acceptance_by_depth", "per_prompt", "drafts_per_prompt", "tokens_per_second", "speedup", "speedup_over_rank1",
-    "plain_over_generate", "other_than_generate", "speedup_over_trunk", "conversion", "conversion_limit", "t1_ms", "tn_ms", "seconds_by_part", "repeat_seconds",
-}  # fmt: skip
+    "temperature",
+    "top_k",
+    "top_p",
+    "prompts",
+    "new_tokens",
+    "repeats",
+    "tokens",
+    "passes",
+    "tokens_per_pass",
+    "emitted_histogram",
+    "acceptance_by_depth",
+    "per_prompt",
+    "drafts_per_prompt",
+    "tokens_per_second",
+    "speedup",
+    "speedup_over_rank1",
+    "plain_over_generate",
+    "other_than_generate",
+    "speedup_over_trunk",
+    "conversion",
+    "conversion_limit",
+    "t1_ms",
+    "tn_ms",
+    "seconds_by_part",
+    "repeat_seconds",
+}
 
 
 @cache
@@ -43,8 +65,16 @@ def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
     models = {"r1": cell(1), "r2": cell(2), "own": cell(2, common=False)}
     lines: list[str] = []
     modes = measure(
-        models, PROMPTS, 9, sampling, rank_one={"r2": "r1"}, reference=trunk().eval(), repeats=2, warmups=1, progress=lines.append,
-    )  # fmt: skip
+        models,
+        PROMPTS,
+        9,
+        sampling,
+        rank_one={"r2": "r1"},
+        reference=trunk().eval(),
+        repeats=2,
+        warmups=1,
+        progress=lines.append,
+    )
     assert list(modes) == list(models) and any("repeat 2/2" in line for line in lines)
     for mode in modes.values():
         assert set(mode) == MODE
@@ -155,8 +185,9 @@ def test_acceptance_counts() -> None:
     assert (counted["tokens"], counted["passes"]) == (8, 6)
     assert counted["emitted_histogram"] == [5, 0, 1]
     assert counted["acceptance_by_depth"] == [
-        {"depth": 2, "reached": 3, "accepted": 1}, {"depth": 3, "reached": 1, "accepted": 1}
-    ]  # fmt: skip
+        {"depth": 2, "reached": 3, "accepted": 1},
+        {"depth": 3, "reached": 1, "accepted": 1},
+    ]
     assert counted["per_prompt"] == {"tokens": [7, 1], "passes": [5, 1]}
     assert counted["drafts_per_prompt"] == {"reached": [[3, 0], [1, 0]], "accepted": [[1, 0], [1, 0]]}
     with pytest.raises(AssertionError, match="passes emitted 4 tokens, the text has 3"):

@@ -55,9 +55,16 @@ from cpdlm.model.pretrained import eos_of, load_pretrained
 
 V, CONTEXT = 67, 48
 SMALL: dict[str, Any] = {
-    "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
-    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-}  # fmt: skip
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
 SHAPES: dict[str, PreTrainedConfig] = {
     "llama tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),
@@ -102,8 +109,16 @@ def saved(shape: PreTrainedConfig, folder: Path, **changes: Any) -> Path:
 
 
 def with_heads(base: LanguageModel, **more: Any) -> LanguageModel:
-    settings = {"rank": 3, "horizon": 4, "data.context": CONTEXT, "decode.prompt_tokens": 4, "decode.new_tokens": 4,
-                "model.trunk": "x", "model.family": "pretrained", "data.tokenizer": "model"}  # fmt: skip
+    settings = {
+        "rank": 3,
+        "horizon": 4,
+        "data.context": CONTEXT,
+        "decode.prompt_tokens": 4,
+        "decode.new_tokens": 4,
+        "model.trunk": "x",
+        "model.family": "pretrained",
+        "data.tokenizer": "model",
+    }
     torch.manual_seed(1)
     return build_language_model(resolve(settings | more), V, base).eval()
 
@@ -144,9 +159,12 @@ def test_greedy_text_is_that_of_generate(name: str, folders: dict[str, Path]) ->
     assert shared is not None
     for prompt_T, row in zip(prompts, rows, strict=True):
         theirs = whole.generate(
-            prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), max_new_tokens=24, do_sample=False,
+            prompt_T[None],
+            attention_mask=torch.ones_like(prompt_T[None]),
+            max_new_tokens=24,
+            do_sample=False,
             eos_token_id=None,
-        )[0, len(prompt_T) :].tolist()  # fmt: skip
+        )[0, len(prompt_T) :].tolist()
         assert row.tokens == theirs == shared(prompt_T, 24, Sampling(0.0), 0)
         assert decode(model, prompt_T, 24, Sampling(0.0)).tokens == theirs
 
@@ -165,9 +183,12 @@ def test_it_decodes_as_far_as_the_model_goes_however_short_it_was_trained(name: 
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt_T = torch.tensor([5, 6, 7])
     theirs = whole.generate(
-        prompt_T[None], attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=61, do_sample=False,
+        prompt_T[None],
+        attention_mask=torch.ones(1, 3, dtype=torch.long),
+        max_new_tokens=61,
+        do_sample=False,
         eos_token_id=None,
-    )[0, 3:].tolist()  # fmt: skip
+    )[0, 3:].tolist()
     assert decode(model, prompt_T, 61, Sampling(0.0)).tokens == theirs
     with pytest.raises(ValueError, match="exceed the model's context of 64; pass max_new_tokens of at most 61"):
         decode(model, prompt_T, 62, Sampling(0.0))
@@ -231,9 +252,13 @@ def test_heads_are_wider_than_a_narrow_trunk(folders: dict[str, Path]) -> None:
     assert model.heads is not None and model.heads.gate.weight.dtype == torch.float32
     batch = {"tokens_BT": torch.randint(0, V, (2, 8)), "position_ids_BT": torch.arange(8).expand(2, 8)}
     terms = model(
-        **batch, future_BTN=torch.randint(0, V, (2, 8, 4)), successors_BT=torch.full((2, 8), 4),
-        first_weight_BT=torch.zeros(2, 8), rest_weight_BT=torch.ones(2, 8), aim=("blend", 0.9, 1.0),
-    )  # fmt: skip
+        **batch,
+        future_BTN=torch.randint(0, V, (2, 8, 4)),
+        successors_BT=torch.full((2, 8), 4),
+        first_weight_BT=torch.zeros(2, 8),
+        rest_weight_BT=torch.ones(2, 8),
+        aim=("blend", 0.9, 1.0),
+    )
     terms.loss.backward()
     assert all(each.grad is not None and each.grad.dtype == torch.float32 for each in model.heads.maps.values())
     out = decode(model, torch.tensor([3, 4]), 12, Sampling(0.9), torch.Generator().manual_seed(0))
@@ -577,15 +602,25 @@ def test_smollm2_is_a_language_model_and_decodes_as_generate_does() -> None:
         log_probs = base.target_log_probs(base.hidden(ids_T[None, :-1]))[0]
         perplexity = float(-log_probs.gather(-1, ids_T[1:, None]).mean()).__round__(3)
     assert 1.5 < perplexity < 3.2, f"{perplexity} nats per token"  # noise has 10.8
-    settings = {"rank": 2, "horizon": 3, "data.context": 256, "model.trunk": "x", "model.family": "pretrained", "data.tokenizer": "model"}  # fmt: skip
+    settings = {
+        "rank": 2,
+        "horizon": 3,
+        "data.context": 256,
+        "model.trunk": "x",
+        "model.family": "pretrained",
+        "data.tokenizer": "model",
+    }
     model = build_language_model(resolve(settings), base.vocab_size, base).eval()
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     for prompt in ("def main(", "The capital of France", "import numpy as np\n\n"):
         prompt_T = torch.tensor([tokenizer.bos, *tokenizer.encode([prompt])[0]])
         theirs = whole.generate(
-            prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), max_new_tokens=32, do_sample=False,
+            prompt_T[None],
+            attention_mask=torch.ones_like(prompt_T[None]),
+            max_new_tokens=32,
+            do_sample=False,
             eos_token_id=None,
-        )[0, len(prompt_T) :].tolist()  # fmt: skip
+        )[0, len(prompt_T) :].tolist()
         assert decode(model, prompt_T, 32, Sampling(0.0)).tokens == theirs, prompt
 
 

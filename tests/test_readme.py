@@ -70,21 +70,33 @@ def test_cells_of_the_readme_run(tmp_path: Path) -> None:
             *([] if any(w.startswith("corpus=") for w in given) else [f"corpus={corpus}", f"name={_name(given)}"]),
         ]
         done = subprocess.run(
-            [sys.executable, str(ROOT / script), *given, *extra], cwd=tmp_path, capture_output=True, text=True, check=False,
+            [sys.executable, str(ROOT / script), *given, *extra],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
     for line in (line for line in lines if "python -m cpdlm." in line):
         done = subprocess.run(
-            ["bash", "-c", line.replace("python -m", f"{shlex.quote(sys.executable)} -m")], cwd=tmp_path, capture_output=True,
-            text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+            ["bash", "-c", line.replace("python -m", f"{shlex.quote(sys.executable)} -m")],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == 0 and done.stdout, f"{line}\n{done.stderr[-2000:]}"
     for block in blocks("python"):
         done = subprocess.run(
-            [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False,
+            [sys.executable, "-c", block],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        )
         assert done.returncode == 0 and done.stdout.strip(), done.stderr[-2000:]
 
 

@@ -47,11 +47,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "run"
     config = resolve(
         {
-            "rank": 2, "horizon": 3, "anchor": "token", "data.context": 48, "decode.prompt_tokens": 4, "decode.new_tokens": 4,
-            "decode.shortlist": 20, "model.trunk": "smollm2", "model.family": "pretrained", "data.tokenizer": "model",
+            "rank": 2,
+            "horizon": 3,
+            "anchor": "token",
+            "data.context": 48,
+            "decode.prompt_tokens": 4,
+            "decode.new_tokens": 4,
+            "decode.shortlist": 20,
+            "model.trunk": "smollm2",
+            "model.family": "pretrained",
+            "data.tokenizer": "model",
             "output": str(tmp_path / "elsewhere"),
         }
-    )  # fmt: skip
+    )
     checkpoints.open_run(folder, config)
     trunk = checkpoints.load_trunk(config)
     assert trunk is not None
@@ -121,9 +129,12 @@ def test_the_name_becomes_a_folder_that_stands_alone(run: Path, tmp_path: Path) 
         for each in ("smollm2", folder):
             assert written(each, "--prompt", "bc", *words) == tokenizer.decode(new_T, skip_special_tokens=True) + "\n"
     assert metadata_load(folder / "README.md") == {
-        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "library_name": "transformers",
-        "pipeline_tag": "text-generation", "tags": ["cpdlm", "multi-token-prediction", "speculative-decoding"],
-    }  # fmt: skip
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["cpdlm", "multi-token-prediction", "speculative-decoding"],
+    }
     card = (folder / "README.md").read_text()
     for words in (
         "python -m cpdlm.hf.hub smollm2 fast",

@@ -43,12 +43,18 @@ def records() -> dict[str, dict[str, Any]]:
         )
     ]
     timed = [
-        {"size": size, "recipe": recipe, "peak_bytes": 2**20, "planned_bytes": 2**20, "bound": 1.0,
-         "step_ms": {"median": ms, "low": ms - 10, "high": ms + 10},
-         "overhead": {"median": ms / 100 - 1, "low": ms / 100 - 1.1, "high": ms / 100 - 0.9}}
+        {
+            "size": size,
+            "recipe": recipe,
+            "peak_bytes": 2**20,
+            "planned_bytes": 2**20,
+            "bound": 1.0,
+            "step_ms": {"median": ms, "low": ms - 10, "high": ms + 10},
+            "overhead": {"median": ms / 100 - 1, "low": ms / 100 - 1.1, "high": ms / 100 - 0.9},
+        }
         for size in ("tiny", "base")
         for recipe, ms in (("whole", 300.0), ("1/4", 150.0))
-    ]  # fmt: skip
+    ]
     common = {
         "hardware": HARDWARE,
         "dimensions": dimensions,
@@ -64,17 +70,27 @@ def records() -> dict[str, dict[str, Any]]:
         | {"sides": {"bounded": side | {"repeats": repeats}, "dense": side | {"repeats": repeats}}}
         | {f"{what}_ratio": {"measured": 0.1, "target": 1.1, "holds": True} for what in ("memory", "time")},
         "processes": common
-        | {"cells": {"compare": tokenised | {"repeats": repeats}, "tokenise bpe:300 1": tokenised | {"repeats": repeats},
-                     "tokenise bpe:300 threads": tokenised | {"repeats": halved}, "train ddp 1": stepped | {"repeats": repeats},
-                     "train ddp 2": stepped | {"repeats": halved}, "train fsdp 2": stepped | {"repeats": repeats}}},
+        | {
+            "cells": {
+                "compare": tokenised | {"repeats": repeats},
+                "tokenise bpe:300 1": tokenised | {"repeats": repeats},
+                "tokenise bpe:300 threads": tokenised | {"repeats": halved},
+                "train ddp 1": stepped | {"repeats": repeats},
+                "train ddp 2": stepped | {"repeats": halved},
+                "train fsdp 2": stepped | {"repeats": repeats},
+            }
+        },
         "joint-loss-large-gpu": common
-        | {"sides": {"bounded": side | {"chunks": {"8": side}}, "dense": {"failed": "out of memory"}}, "floor_seconds": 0.6}
+        | {
+            "sides": {"bounded": side | {"chunks": {"8": side}}, "dense": {"failed": "out of memory"}},
+            "floor_seconds": 0.6,
+        }
         | {"dense_at_few_positions": {"positions": 2} | side},
         "joint-loss-growth-gpu": common | {"cells": cells()},
         "joint-loss-growth-cpu": common | {"cells": cells()},
         "training_overhead": common | {"cells": timed},
         "training_recipes": common | {"cells": recipes} | overhead.choose(recipes),
-    }  # fmt: skip
+    }
 
 
 def test_the_fit_finds_what_the_times_were_made_from() -> None:

@@ -158,9 +158,19 @@ def test_mistakes_exit_2_before_any_work(words: tuple[str, ...], said: str, mach
 
 @pytest.mark.parametrize(
     ("version", "least", "enough"),
-    [("2.11.0", "2.11", True), ("2.9.1+cu130", "2.11", False), ("2.13.0+cpu", "2.11", True), ("3.0", "2.11", True), ("2.11.0a0+git1", "2.11", True),
-     ("5.9", "5.17", False), ("5.17.0.dev0", "5.17", True), ("3.11.7", "3.11", True), ("3.08", "3.11", False), ("5", "5.17", False)],
-)  # fmt: skip
+    [
+        ("2.11.0", "2.11", True),
+        ("2.9.1+cu130", "2.11", False),
+        ("2.13.0+cpu", "2.11", True),
+        ("3.0", "2.11", True),
+        ("2.11.0a0+git1", "2.11", True),
+        ("5.9", "5.17", False),
+        ("5.17.0.dev0", "5.17", True),
+        ("3.11.7", "3.11", True),
+        ("3.08", "3.11", False),
+        ("5", "5.17", False),
+    ],
+)
 def test_versions_are_compared_as_numbers(version: str, least: str, enough: bool) -> None:
     assert (bash(f"version_at_least {version} {least}").returncode == 0) is enough
 
@@ -358,11 +368,15 @@ sys.exit(int(os.environ.get("FAILS", "0")) if slow else 0)
 @pytest.mark.parametrize(
     ("listed", "fails", "last"),
     [
-        ("tests/test_a.py::tFalse\n", "0", r"ci: all passed \(set-up \d+ s, tests \d+ s, slow tests \d+ s, smoke \d+ s, skipped tests \d+ s\)"),
+        (
+            "tests/test_a.py::tFalse\n",
+            "0",
+            r"ci: all passed \(set-up \d+ s, tests \d+ s, slow tests \d+ s, smoke \d+ s, skipped tests \d+ s\)",
+        ),
         ("", "0", r"ci: failed: skipped tests \(exit 1\) .*"),
         ("tests/test_a.py::tFalse\n", "1", r"ci: failed: slow tests \(exit 1\) .*"),
     ],
-)  # fmt: skip
+)
 def test_ci_runs_everything_and_says_what_failed(listed: str, fails: str, last: str, machine: Machine) -> None:
     shutil.copy(ROOT / ".ci/skips.py", machine.tree / ".ci/skips.py")
     (machine.tree / "tests").mkdir()
@@ -432,11 +446,19 @@ REPORT = """<?xml version="1.0" encoding="utf-8"?><testsuites><testsuite name="p
 @pytest.mark.parametrize(
     ("listed", "code", "said"),
     [
-        ("# why\ntests/test_a.py::test_one[x-1] # no GPU\ntests/test_a.py::TestIt::test_two\n? tests/test_b.py\n? tests/test_c.py\n", 0, "skipped tests: 3"),
+        (
+            "# why\ntests/test_a.py::test_one[x-1] # no GPU\ntests/test_a.py::TestIt::test_two\n? tests/test_b.py\n? tests/test_c.py\n",
+            0,
+            "skipped tests: 3",
+        ),
         ("tests/test_a.py::test_one[x-1]\ntests/test_b.py\n", 1, "not in LIST: tests/test_a.py::TestIt::test_two"),
-        ("tests/test_a.py::test_one[x-1]\ntests/test_a.py::TestIt::test_two\ntests/test_b.py\ntests/test_a.py::test_ran\n", 1, "not skipped: tests/test_a.py::test_ran"),
+        (
+            "tests/test_a.py::test_one[x-1]\ntests/test_a.py::TestIt::test_two\ntests/test_b.py\ntests/test_a.py::test_ran\n",
+            1,
+            "not skipped: tests/test_a.py::test_ran",
+        ),
     ],
-)  # fmt: skip
+)
 def test_skips_are_compared(
     listed: str, code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -552,7 +574,9 @@ def test_verify_runs_a_record_again_at_its_commit(repository: Path, capfd: pytes
         ({"schema": 99}, 2, "schema is 99"),
     ],
 )
-def test_verify_says_what_cannot_be_repeated(changes: dict[str, Any], code: int, said: str, repository: Path, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_verify_says_what_cannot_be_repeated(
+    changes: dict[str, Any], code: int, said: str, repository: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert verify.main([str(save(repository, **changes))], repository) == code
     assert said in capfd.readouterr().err
 

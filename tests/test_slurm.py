@@ -88,14 +88,18 @@ def test_a_killed_job_is_requeued_and_continues_where_it_was(how: str, slurm: Pa
     """scontrol requeue kills it from outside; SIGUSR2 is the warning of a pre-emption or of the time limit."""
     folder = slurm / how
     job = counting(folder, "cell")
-    command = [sys.executable, "-c", f"""
+    command = [
+        sys.executable,
+        "-c",
+        f"""
 import sys, time
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from test_slurm import counting, run
 folder = Path({str(folder)!r})
 print(run(folder, [counting(folder, 'cell')]))
-"""]  # fmt: skip
+""",
+    ]
     sweeping = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=scheduler.ROOT)
     until = time.monotonic() + 60
     while not (folder / "cell/count").is_file() or int((folder / "cell/count").read_text() or 0) < 3:

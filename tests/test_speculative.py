@@ -250,8 +250,12 @@ def test_bad_input_is_refused_before_any_work(
 # --- real models: laws 11 and 12 ------------------------------------------------------------------------------------
 
 BASE = {
-    "size": "micro", "data.context": 64, "decode.prompt_tokens": 8, "decode.new_tokens": 8, "model.tie_embeddings": False
-}  # fmt: skip
+    "size": "micro",
+    "data.context": 64,
+    "decode.prompt_tokens": 8,
+    "decode.new_tokens": 8,
+    "model.tie_embeddings": False,
+}
 
 
 @cache
@@ -288,8 +292,14 @@ REAL = [
     (family, rank, anchor, tie, common)
     for family in ("llama", "gpt2")
     for rank in (1, 4)
-    for anchor, tie, common in (("none", False, False), ("none", True, False), ("token", False, False), ("none", False, True), ("token", False, True))
-]  # fmt: skip
+    for anchor, tie, common in (
+        ("none", False, False),
+        ("none", True, False),
+        ("token", False, False),
+        ("none", False, True),
+        ("token", False, True),
+    )
+]
 
 
 @pytest.mark.parametrize(("family", "rank", "anchor", "tie", "common"), REAL)

@@ -20,9 +20,19 @@ def near(value: float) -> dict[str, float]:
 
 def cell(rank: int, shortlist: int) -> dict[str, Any]:
     values = {
-        "t1_ms": 10.0, "tn_ms": 14.0, "draft_ms": 1.5, "floor_ms": 15.5, "pass_ms": 15.0 + rank, "pass_over_floor": 1.03, "speedup": 1.5,
-        "conversion": 0.625, "limit": 0.714, "share_of_limit": 0.875, "token_ms": 6.25, "tokens_per_second": 1160.0,
-    }  # fmt: skip
+        "t1_ms": 10.0,
+        "tn_ms": 14.0,
+        "draft_ms": 1.5,
+        "floor_ms": 15.5,
+        "pass_ms": 15.0 + rank,
+        "pass_over_floor": 1.03,
+        "speedup": 1.5,
+        "conversion": 0.625,
+        "limit": 0.714,
+        "share_of_limit": 0.875,
+        "token_ms": 6.25,
+        "tokens_per_second": 1160.0,
+    }
     shape = {"rank": rank, "horizon": 4, "shortlist": shortlist, "tokens_per_pass": 2.4, "ms_by_part": None}
     return shape | {key: near(value) for key, value in values.items()}
 
@@ -30,9 +40,13 @@ def cell(rank: int, shortlist: int) -> dict[str, Any]:
 def group(batch: int, **more: Any) -> dict[str, Any]:
     rate = {"token_ms": near(10.0), "tokens_per_second": near(100.0 * batch)}
     found = {
-        "dtype": "float32", "mode": "greedy", "batch": batch, "new_tokens": 64, "plain": rate | {"ms_by_part": None},
+        "dtype": "float32",
+        "mode": "greedy",
+        "batch": batch,
+        "new_tokens": 64,
+        "plain": rate | {"ms_by_part": None},
         "cells": [cell(1, 0), cell(8, 2048)],
-    }  # fmt: skip
+    }
     if batch == 1:
         found |= {"generate": rate, "plain_over_generate": near(1.25)}
     return found | more
@@ -42,13 +56,21 @@ def record(groups: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     targets = [
         {"what": what, "cell": "c", "measured": 1.0, "target": target, "holds": holds}
         for what, target, holds in (
-            ("pass over floor, at most", 1.05, True), ("pass over floor, at most", 1.05, False), ("plain over generate, at least", 0.95, True)
+            ("pass over floor, at most", 1.05, True),
+            ("pass over floor, at most", 1.05, False),
+            ("plain over generate, at least", 0.95, True),
         )
-    ]  # fmt: skip
+    ]
     settings = {
-        "size": "56m", "vocab": 8192, "map_rank": 64, "prompt_tokens": 8, "new_tokens": 64, "batch_tokens": 32, "repeats": 5,
+        "size": "56m",
+        "vocab": 8192,
+        "map_rank": 64,
+        "prompt_tokens": 8,
+        "new_tokens": 64,
+        "batch_tokens": 32,
+        "repeats": 5,
         "trunk_parameters": 56_324_160,
-    }  # fmt: skip
+    }
     shape = {
         "benchmark": "decoding speed, forced acceptance",
         "settings": settings,
@@ -74,8 +96,14 @@ def test_a_record_of_old_without_captured_passes(tmp_path: Path) -> None:
     rows = drawn(tmp_path)
     assert list(rows[0])[:6] == ["dtype", "mode", "batch", "rank", "n", "shortlist"], "no column that says nothing"
     assert [(row["batch"], row["rank"]) for row in rows] == [
-        ("1", "plain"), ("1", "generate"), ("1", "1"), ("1", "8"), ("16", "plain"), ("16", "1"), ("16", "8"),
-    ]  # fmt: skip
+        ("1", "plain"),
+        ("1", "generate"),
+        ("1", "1"),
+        ("1", "8"),
+        ("16", "plain"),
+        ("16", "1"),
+        ("16", "8"),
+    ]
     assert rows[1]["speed-up"] == "0.80" and rows[1]["limit"] == "-", "plain is 1.25 times as fast as generate"
     heads = rows[3]
     assert (heads["n"], heads["shortlist"], rows[2]["shortlist"]) == ("4", "2,048", "-")
@@ -96,16 +124,21 @@ def test_records_of_several_machines_stand_in_one_table(tmp_path: Path) -> None:
     compiled = {"dtype": "bfloat16", "failure": "RuntimeError: no compiler"}
     groups = [group(1, captured=False), group(1, captured=True)]
     save(
-        tmp_path, decode_speed=record([group(1)]), decode_speed_gpu=record(groups, compiled_generate=[compiled], **gpu),
-        decode_speed_later=record([group(1)]), other={"benchmark": "decoding speed"},
-    )  # fmt: skip
+        tmp_path,
+        decode_speed=record([group(1)]),
+        decode_speed_gpu=record(groups, compiled_generate=[compiled], **gpu),
+        decode_speed_later=record([group(1)]),
+        other={"benchmark": "decoding speed"},
+    )
     rows = drawn(tmp_path)
     assert list(rows[0])[:2] == ["machine", "passes"]
     found = dict.fromkeys((row["machine"], row["passes"]) for row in rows)
     assert list(found) == [
-        ("Made-up CPU (decode_speed)", "launched"), ("Made-up GPU", "launched"), ("Made-up GPU", "captured"),
+        ("Made-up CPU (decode_speed)", "launched"),
+        ("Made-up GPU", "launched"),
+        ("Made-up GPU", "captured"),
         ("Made-up CPU (decode_speed_later)", "launched"),
-    ]  # fmt: skip
+    ]
     caption = (tmp_path / "tables" / "speed.md").read_text()
     assert "Made-up GPU: Made-up GPU, Made-up CPU, 2 cores" in caption and "no compiler" in caption
     assert caption.count("targets hold") == 3

@@ -100,11 +100,12 @@ def test_drafts_from_a_shortlist_keep_the_law(draft: str) -> None:
 def test_ids_of_the_shortlist_taken_for_those_of_the_vocabulary_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Laws that stay on the list while tokens are mapped: ratios of the wrong tokens."""
     monkeypatch.setattr(
-        drafters.Proposal, "on_vocabulary",
+        drafters.Proposal,
+        "on_vocabulary",
         lambda self, ids, size: drafters.Proposal(
             ids[self.tokens_BK], torch.nn.functional.pad(self.laws, (0, size - self.laws.shape[-1]))
         ),
-    )  # fmt: skip
+    )
     assert min(p_values(Shortlisted(), Sampling())) < oracle.FALSE_ALARM
 
 
@@ -142,9 +143,7 @@ def test_a_tree_whose_branches_see_each_other_is_noticed(monkeypatch: pytest.Mon
 def test_wrong_block_verification_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right drafts and laws, and one step of algorithm 2 wrong."""
 
-    def wrong(
-        target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def wrong(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
         kept_B, _ = accept.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
         drafts = tokens_BK.shape[1]
         if fault == "longest share":  # every prefix is kept with its share alone
@@ -443,13 +442,30 @@ def test_a_binding_attention_window_is_exact_or_refused() -> None:
     """Layers count the window in slots, dead ones and other branches' included: one row with a chain has none of those."""
     torch.manual_seed(0)
     shape = MistralConfig(
-        vocab_size=17, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
-        max_position_embeddings=64, sliding_window=12,
-    )  # fmt: skip
-    model = LanguageModel(
-        Trunk(AutoModel.from_config(shape)), 17, rank=2, horizon=4, first_is_tied=True, anchored=False, common_target=True,
-        context=64, tie_embeddings=False,
-    ).double().eval()  # fmt: skip
+        vocab_size=17,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        sliding_window=12,
+    )
+    model = (
+        LanguageModel(
+            Trunk(AutoModel.from_config(shape)),
+            17,
+            rank=2,
+            horizon=4,
+            first_is_tied=True,
+            anchored=False,
+            common_target=True,
+            context=64,
+            tie_embeddings=False,
+        )
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -45,17 +45,29 @@ from experiments.suite import (
     mates,
     study,
     trunk,
-)  # fmt: skip
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Shrinks any cell to a fraction of a second of training on a folder of a few documents.
 TINY = {
-    "size": "micro", "data.tokenizer": "bytes", "data.context": 64, "data.batch_rows": 2, "optim.steps": 2,
-    "optim.warmup": 1, "train.precision": "32-true", "train.validate_every": 2, "train.validation_rows": 2,
-    "evaluate.rows": 4, "decode.prompts": 2, "decode.prompt_tokens": 8, "decode.new_tokens": 8, "decode.repeats": 2,
-    "decode.warmups": 1, "tracking.mlflow": False,
-}  # fmt: skip
+    "size": "micro",
+    "data.tokenizer": "bytes",
+    "data.context": 64,
+    "data.batch_rows": 2,
+    "optim.steps": 2,
+    "optim.warmup": 1,
+    "train.precision": "32-true",
+    "train.validate_every": 2,
+    "train.validation_rows": 2,
+    "evaluate.rows": 4,
+    "decode.prompts": 2,
+    "decode.prompt_tokens": 8,
+    "decode.new_tokens": 8,
+    "decode.repeats": 2,
+    "decode.warmups": 1,
+    "tracking.mlflow": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +115,17 @@ def test_cells_resolve_and_have_names_of_their_own(profile: str) -> None:
 
 # The dials that an arm of the star may move, from heads of rank 4, horizon 4, on one frozen code trunk.
 ARMS: dict[str, set[str]] = {
-    "ranks": {"rank"}, "corpora": {"rank", "corpus"}, "horizons": {"rank", "horizon"},
-    "anchors": {"rank", "anchor", "model.map_hidden"}, "heads_for_equal_time": {"rank", "optim.steps"},
-    "unembeddings": {"model.head"}, "balances": {"rank", "balance", "loss.balance_weight"}, "sizes": {"rank", "size"},
-    "lengths": {"rank", "optim.steps", "train.decode_prompts"}, "vocabularies": {"rank", "data.tokenizer"},
-}  # fmt: skip
+    "ranks": {"rank"},
+    "corpora": {"rank", "corpus"},
+    "horizons": {"rank", "horizon"},
+    "anchors": {"rank", "anchor", "model.map_hidden"},
+    "heads_for_equal_time": {"rank", "optim.steps"},
+    "unembeddings": {"model.head"},
+    "balances": {"rank", "balance", "loss.balance_weight"},
+    "sizes": {"rank", "size"},
+    "lengths": {"rank", "optim.steps", "train.decode_prompts"},
+    "vocabularies": {"rank", "data.tokenizer"},
+}
 
 
 def test_the_claims_are_a_star_around_one_cell() -> None:
@@ -173,8 +191,9 @@ def test_speed_over_rank_1_is_of_cells_that_differ_in_rank_only() -> None:
     cells += [heads(code, 4, "cpu-heads", hidden=288), heads(code, 1, "cpu-heads", hidden=1152)]
     (group,) = decode_groups(cells, "runs/x")
     assert one_cell._rank_one([cell.config("runs/x") for cell in group.cells]) == {
-        cells[1].name: cells[0].name, cells[3].name: cells[2].name
-    }  # fmt: skip
+        cells[1].name: cells[0].name,
+        cells[3].name: cells[2].name,
+    }
 
 
 def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against() -> None:
@@ -184,10 +203,16 @@ def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against
         config = cell.config("runs/x")
         with torch.device("meta"):
             heads = LanguageModel(
-                Trunk(build_body(config, 257)), 257, rank=config.rank, horizon=config.horizon,
-                first_is_tied=config.first_is_tied, anchored=config.anchor != "none", common_target=True,
-                context=config.data.context, map_hidden=config.model.map_hidden,
-            )  # fmt: skip
+                Trunk(build_body(config, 257)),
+                257,
+                rank=config.rank,
+                horizon=config.horizon,
+                first_is_tied=config.first_is_tied,
+                anchored=config.anchor != "none",
+                common_target=True,
+                context=config.data.context,
+                map_hidden=config.model.map_hidden,
+            )
             counts = heads.parameter_counts()
         content = {"config": to_dict(config), "parameters": counts, "data": {"vocab_size": 257}}
         flops = results.Record("x", content).draft_flops()
@@ -291,18 +316,30 @@ def small_pretrained(folder: Path, texts: list[Path]) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=128, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
     AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
     return folder
 
 
 # What shrinks a retrofit cell, beside TINY.
 TINY_RETROFIT = {
-    "data.tokenizer": "model", "data.states": 64 * 8, "loss.shortlist": 100, "decode.shortlist": 100,
-    "train.decode_prompts": 1, "loss.joint_fraction": 0.5, "decode.repeats": 1, "data.max_bytes": 0,
-}  # fmt: skip
+    "data.tokenizer": "model",
+    "data.states": 64 * 8,
+    "loss.shortlist": 100,
+    "decode.shortlist": 100,
+    "train.decode_prompts": 1,
+    "loss.joint_fraction": 0.5,
+    "decode.repeats": 1,
+    "data.max_bytes": 0,
+}
 
 
 def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
@@ -390,9 +427,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     assert "type data.tokenizer=model" in said
 
 
-def _run(
-    *words: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:  # fmt: skip
+def _run(*words: str, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "experiments" / "run.py"), *words]
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=variables, check=False)

@@ -397,11 +397,19 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
     """What a row was trained for, on which text, with which maps: no two cells of the grid share a row or lose one."""
     tied = PRETRAINED | {"model__tie_first": True, "loss__objective": "eq14"}
     cells = [
-        tied, tied | {"rank": 4}, PRETRAINED | {"loss__objective": "eq14"}, tied | {"anchor": "token"},
-        tied | {"anchor": "token", "model__anchor_width": 99}, tied | {"model__map_rank": 64}, tied | {"model__map_hidden": 32},
-        tied | {"loss__objective": "blend"}, tied | {"loss__alpha": 0.5}, tied | {"loss__gamma": 0.7},
-        tied | {"data__text": "greedy", "data__states": 512}, tied | {"optim__steps": 9},
-    ]  # fmt: skip
+        tied,
+        tied | {"rank": 4},
+        PRETRAINED | {"loss__objective": "eq14"},
+        tied | {"anchor": "token"},
+        tied | {"anchor": "token", "model__anchor_width": 99},
+        tied | {"model__map_rank": 64},
+        tied | {"model__map_hidden": 32},
+        tied | {"loss__objective": "blend"},
+        tied | {"loss__alpha": 0.5},
+        tied | {"loss__gamma": 0.7},
+        tied | {"data__text": "greedy", "data__states": 512},
+        tied | {"optim__steps": 9},
+    ]
     for number, cell in enumerate(cells):
         results.write(made(**cell) | {"name": f"cell-{number}"}, tmp_path / "C6")  # type: ignore[arg-type]
     families, notes = results.families(results.load_all(tmp_path)[0])
@@ -410,9 +418,16 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
     assert len({row[:6] for row in table.rows}) == len(cells)
     shown = {(row[1], row[2]) for row in table.rows}
     assert shown >= {
-        ("eq14", "untied"), ("eq14", "anchored"), ("eq14", "anchored, anchor 99"), ("eq14", "tied, low 64"), ("eq14", "tied, mlp 32"),
-        ("blend", "tied"), ("eq14, alpha 0.5", "tied"), ("eq14, gamma 0.7", "tied"), ("eq14, the model's own text (greedy)", "tied"),
-    }  # fmt: skip
+        ("eq14", "untied"),
+        ("eq14", "anchored"),
+        ("eq14", "anchored, anchor 99"),
+        ("eq14", "tied, low 64"),
+        ("eq14", "tied, mlp 32"),
+        ("blend", "tied"),
+        ("eq14, alpha 0.5", "tied"),
+        ("eq14, gamma 0.7", "tied"),
+        ("eq14, the model's own text (greedy)", "tied"),
+    }
 
 
 def test_a_rank_looks_the_same_in_every_panel() -> None:
@@ -445,12 +460,19 @@ def test_a_rank_looks_the_same_in_every_panel() -> None:
 def test_the_retrofits_of_most_ranks_are_shown_first() -> None:
     """A variant of a rank is no rank more; of as many the longest trained."""
     records = [
-        results.Record(f"C6/{steps}-{rank}-{hidden}.json", made(
-            rank, **PRETRAINED, model__tie_first=True, anchor="token", optim__steps=steps, model__map_hidden=hidden
-        ))
-        for steps, dials in ((30, [(1, 0), (2, 0), (4, 0)]), (50, [(1, 0), (2, 0), (4, 0)]), (70, [(1, 0), (1, 64), (4, 0)]))
+        results.Record(
+            f"C6/{steps}-{rank}-{hidden}.json",
+            made(
+                rank, **PRETRAINED, model__tie_first=True, anchor="token", optim__steps=steps, model__map_hidden=hidden
+            ),
+        )
+        for steps, dials in (
+            (30, [(1, 0), (2, 0), (4, 0)]),
+            (50, [(1, 0), (2, 0), (4, 0)]),
+            (70, [(1, 0), (1, 64), (4, 0)]),
+        )
         for rank, hidden in dials
-    ]  # fmt: skip
+    ]
     shown = retrofits(results.families(records)[0])
     assert [family.settings["optim.steps"] for family, _ in shown] == [50, 30, 70]
 

@@ -65,10 +65,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 for _ in range(2)
             ]
     return {
-        "client": client, "sweep": sweep.run_id, "first": first.run_id, "second": second.run_id, "killed": killed,
-        "running": running, "output": output, "imported": imported,
+        "client": client,
+        "sweep": sweep.run_id,
+        "first": first.run_id,
+        "second": second.run_id,
+        "killed": killed,
+        "running": running,
+        "output": output,
+        "imported": imported,
         "again": tracking.start_sweep("cpu", output, "./reproduce.sh").run_id,
-    }  # fmt: skip
+    }
 
 
 def test_the_cell_is_a_named_child_with_tags_params_and_note(store: dict[str, Any]) -> None:
@@ -77,8 +83,15 @@ def test_the_cell_is_a_named_child_with_tags_params_and_note(store: dict[str, An
     tags = run.data.tags
     assert tags["mlflow.parentRunId"] == store["sweep"]
     assert {key: tags[key] for key in ("rank", "horizon", "size", "corpus", "seed", "anchor", "law", "target")} == {
-        "rank": "2", "horizon": "4", "size": "tiny", "corpus": "code", "seed": "0", "anchor": "none", "law": "untied", "target": "own"
-    }  # fmt: skip
+        "rank": "2",
+        "horizon": "4",
+        "size": "tiny",
+        "corpus": "code",
+        "seed": "0",
+        "anchor": "none",
+        "law": "untied",
+        "target": "own",
+    }
     assert tags["command"] == "python experiments/run.py rank=2"
     assert "experiments/run.py" in tags["mlflow.note.content"]
     assert tags["commit"]
@@ -111,8 +124,10 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     experiment = client.get_experiment_by_name("imported C1")
     runs = client.search_runs([experiment.experiment_id])
     assert sorted(run.info.run_name for run in runs) == [
-        "code-tiny-own-r2-n4-none-s0", "code-tiny-own-r8-n4-none-s1", "records: C1"
-    ]  # fmt: skip
+        "code-tiny-own-r2-n4-none-s0",
+        "code-tiny-own-r8-n4-none-s1",
+        "records: C1",
+    ]
     parent = next(run for run in runs if run.info.run_name == "records: C1")
     child = next(run for run in runs if run.info.run_name == "code-tiny-own-r8-n4-none-s1")
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -120,8 +135,12 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert child.info.start_time == 1767225600000
     assert child.info.end_time - child.info.start_time == 86_000
     assert {key: child.data.tags[key] for key in ("rank", "law", "size", "corpus", "seed")} == {
-        "rank": "8", "law": "untied", "size": "tiny", "corpus": "code", "seed": "1"
-    }  # fmt: skip
+        "rank": "8",
+        "law": "untied",
+        "size": "tiny",
+        "corpus": "code",
+        "seed": "1",
+    }
     assert [point.step for point in client.get_metric_history(child.info.run_id, "train/nll")] == [100, 200, 400]
     assert child.data.metrics["likelihood/joint_nll.mean"] > 0
     note = parent.data.tags["mlflow.note.content"]

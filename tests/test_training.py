@@ -49,10 +49,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def settings(**more: Any) -> Config:
     base: dict[str, Any] = {
-        "size": "micro", "rank": 2, "horizon": 3, "data.context": 16, "decode.prompt_tokens": 4, "decode.new_tokens": 4,
-        "data.batch_rows": 4, "optim.steps": 6, "optim.warmup": 2, "optim.lr": 1e-2, "train.log_every": 1,
-        "train.validate_every": 3, "train.checkpoint_every": 2,
-    }  # fmt: skip
+        "size": "micro",
+        "rank": 2,
+        "horizon": 3,
+        "data.context": 16,
+        "decode.prompt_tokens": 4,
+        "decode.new_tokens": 4,
+        "data.batch_rows": 4,
+        "optim.steps": 6,
+        "optim.warmup": 2,
+        "optim.lr": 1e-2,
+        "train.log_every": 1,
+        "train.validate_every": 3,
+        "train.checkpoint_every": 2,
+    }
     return resolve(base | more)
 
 
@@ -255,10 +265,16 @@ def test_accumulated_micro_batches_train_as_the_whole_batch(layout: str, tmp_pat
     """Ragged rows: a mean of the micro-batches' means would differ. Float64, so that nothing hides in rounding."""
     states = []
     for accumulate in (1, 2, 4):
-        config = settings(**{
-            "balance": "none", "train.precision": "64-true", "data.batch_rows": 4, "train.accumulate": accumulate,
-            "model.tie_first": layout == "tied", "optim.steps": 3,
-        })  # fmt: skip
+        config = settings(
+            **{
+                "balance": "none",
+                "train.precision": "64-true",
+                "data.batch_rows": 4,
+                "train.accumulate": accumulate,
+                "model.tie_first": layout == "tied",
+                "optim.steps": 3,
+            }
+        )
         states.append(train(config, tmp_path / str(accumulate))[1])
     for state in states[1:]:
         for name, value in states[0].items():
@@ -302,7 +318,7 @@ def test_a_finished_run_of_the_same_seed_is_the_same(tmp_path: Path) -> None:
 
 def test_a_nan_loss_stops_with_step_and_batch_and_keeps_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     original = MultiTokenModule._terms
 
     def poisoned(self: MultiTokenModule, *arguments: Any) -> Any:
@@ -323,9 +339,12 @@ def test_a_nan_loss_stops_with_step_and_batch_and_keeps_the_checkpoint(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.test_training", str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "tests.test_training", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    )
     try:
         end = time.monotonic() + 300
         while not (tmp_path / CHECKPOINT).exists() and time.monotonic() < end and process.poll() is None:
@@ -400,7 +419,9 @@ def test_a_checkpoint_that_other_processes_do_not_see_is_refused(here: bool, tmp
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     checkpoints.open_run(tmp_path, settings())
-    checkpoints.open_run(tmp_path, settings(**{"decode.prompts": 3, "evaluate.rows": 5, "name": "x"}))  # how it is watched
+    checkpoints.open_run(
+        tmp_path, settings(**{"decode.prompts": 3, "evaluate.rows": 5, "name": "x"})
+    )  # how it is watched
     for more in ({"rank": 4}, {"optim.lr": 1.0}, {"seed": 3}, {"corpus": "text"}):
         with pytest.raises(RunError, match="holds another run .*give this one name=OTHER .*or delete the folder"):
             checkpoints.open_run(tmp_path, settings(**more))
@@ -420,7 +441,10 @@ def test_two_runs_at_once_in_one_folder(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot write to .*output=DIR"), checkpoints.exclusive(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(RunError, match="cannot write to .*output=DIR"),
+        checkpoints.exclusive(tmp_path / "file" / "run"),
+    ):
         pass
 
     def read_only(*_: Any, **__: Any) -> Any:

@@ -302,16 +302,32 @@ def test_c5_with_too_few_seeds_decides_nothing() -> None:
 
 def everywhere(paces: dict[tuple[str, int], float], seeds: int = 3) -> verdicts.Verdict:
     contents = [
-        made(rank, seed, claim="C7", size=size, optim__steps=steps, optim__warmup=5, model__trunk=f"runs/{size}-s0", pace=pace)
+        made(
+            rank,
+            seed,
+            claim="C7",
+            size=size,
+            optim__steps=steps,
+            optim__warmup=5,
+            model__trunk=f"runs/{size}-s0",
+            pace=pace,
+        )
         for (size, steps), pace in paces.items()
         for seed in range(seeds)
         for rank in (1, 4)
-    ]  # fmt: skip
+    ]
     (verdict,) = judged("C7", *contents)
     return verdict
 
 
-STAR = {("micro", 400): 0.08, ("tiny", 400): 0.08, ("small", 400): 0.08, ("base", 400): 0.08, ("small", 100): 0.08, ("small", 1600): 0.08}  # fmt: skip
+STAR = {
+    ("micro", 400): 0.08,
+    ("tiny", 400): 0.08,
+    ("small", 400): 0.08,
+    ("base", 400): 0.08,
+    ("small", 100): 0.08,
+    ("small", 1600): 0.08,
+}
 
 
 @pytest.mark.parametrize(
@@ -334,8 +350,13 @@ def test_c7_counts_in_bytes_beside_tokens() -> None:
     for size, steps in STAR:
         of = [text for text in beside if text.startswith(f"code {size} {steps} steps, rank ")]
         assert [" ".join(text.split("] ")[1].split()) for text in of] == [
-            "nats", "bits per byte of the joint", "bytes per pass", "x", "bytes per pass", "x"
-        ]  # fmt: skip
+            "nats",
+            "bits per byte of the joint",
+            "bytes per pass",
+            "x",
+            "bytes per pass",
+            "x",
+        ]
 
 
 def test_c7_says_which_sizes_and_lengths_are_missing() -> None:
@@ -385,8 +406,12 @@ def test_timing_cells_say_nothing_about_likelihoods() -> None:
 # --- heads on a pretrained model -------------------------------------------------------------------------------------
 
 PRETRAINED = {
-    "model__trunk": "smollm2", "model__family": "pretrained", "data__tokenizer": "model", "model__tie_first": True, "claim": "C6",
-}  # fmt: skip
+    "model__trunk": "smollm2",
+    "model__family": "pretrained",
+    "data__tokenizer": "model",
+    "model__tie_first": True,
+    "claim": "C6",
+}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,19 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     torch.manual_seed(0)
-    made = build_language_model(resolve({"size": "micro", "rank": 1, "horizon": 1, "data.context": CONTEXT, "decode.prompt_tokens": 8, "decode.new_tokens": 8}), V)  # fmt: skip
+    made = build_language_model(
+        resolve(
+            {
+                "size": "micro",
+                "rank": 1,
+                "horizon": 1,
+                "data.context": CONTEXT,
+                "decode.prompt_tokens": 8,
+                "decode.new_tokens": 8,
+            }
+        ),
+        V,
+    )
     with torch.no_grad():
         made.trunk.embedding.mul_(8)
     return made.eval()

@@ -35,9 +35,16 @@ class ToyCache:
 
 class ToyModel:
     def __init__(
-        self, layout: str = "common", rank: int = 3, horizon: int = 3, vocab_size: int = 3, context: int = 5,
-        seed: int = 9, sharpness: float = 1.5, target_sharpness: float = 0.7,
-    ) -> None:  # fmt: skip
+        self,
+        layout: str = "common",
+        rank: int = 3,
+        horizon: int = 3,
+        vocab_size: int = 3,
+        context: int = 5,
+        seed: int = 9,
+        sharpness: float = 1.5,
+        target_sharpness: float = 0.7,
+    ) -> None:
         # The defaults (a flat target, sharper drafts, this seed) were picked for the power of the law tests.
         self.layout, self.rank, self.horizon, self.vocab_size, self.context = layout, rank, horizon, vocab_size, context
         generator = torch.Generator().manual_seed(seed)
@@ -57,9 +64,12 @@ class ToyModel:
         return ToyCache()
 
     def hidden(
-        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: ToyCache | None = None,
+        self,
+        tokens_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        cache: ToyCache | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Each token extends the history of the last token that it sees; a wrong position makes it another history."""
         self.calls += 1
         cache = cache or ToyCache()

@@ -30,10 +30,22 @@ from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
 from tests.ragged import VOCAB, RaggedData
 
 BASE: dict[str, Any] = {
-    "size": "micro", "rank": 2, "horizon": 3, "data.context": 16, "decode.prompt_tokens": 4, "decode.new_tokens": 4,
-    "data.batch_rows": 4, "optim.steps": 3, "optim.warmup": 1, "optim.lr": 1e-2, "train.log_every": 1,
-    "train.validate_every": 2, "train.checkpoint_every": 1000, "loss.balance_weight": 1.0, "loss.balance_rate": 0.1,
-}  # fmt: skip
+    "size": "micro",
+    "rank": 2,
+    "horizon": 3,
+    "data.context": 16,
+    "decode.prompt_tokens": 4,
+    "decode.new_tokens": 4,
+    "data.batch_rows": 4,
+    "optim.steps": 3,
+    "optim.warmup": 1,
+    "optim.lr": 1e-2,
+    "train.log_every": 1,
+    "train.validate_every": 2,
+    "train.checkpoint_every": 1000,
+    "loss.balance_weight": 1.0,
+    "loss.balance_rate": 0.1,
+}
 SMALL_FILE = 50_000  # bytes that a file may have on a "full disk"
 
 
@@ -59,7 +71,7 @@ def strike(kind: str, module: MultiTokenModule) -> None:
 
 def train(
     folder: Path, overrides: dict[str, Any], optimizer: str = "adamw", fault: dict[str, Any] | None = None
-) -> None:  # fmt: skip
+) -> None:
     """One run in `folder`. Writes facts_RANK.json beside the weights."""
     config = resolve(BASE | overrides)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,9 +89,13 @@ def train(
             parameters = list(self.model.parameters())
             own = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
             facts.update(
-                world=self.trainer.world_size, rank=self.global_rank, sharded=hasattr(parameters[0], "to_local"),
-                own=sum(p.numel() for p in own), whole=sum(p.numel() for p in parameters), seen=[],
-            )  # fmt: skip
+                world=self.trainer.world_size,
+                rank=self.global_rank,
+                sharded=hasattr(parameters[0], "to_local"),
+                own=sum(p.numel() for p in own),
+                whole=sum(p.numel() for p in parameters),
+                seen=[],
+            )
         if fault and self.global_step == fault["step"] and fault.get("rank", self.global_rank) == self.global_rank:
             (folder / "struck").touch()
             strike(fault["kind"], self)

@@ -30,9 +30,14 @@ WEIGHTS, SUMMARY = "hydra.safetensors", "hydra.json"
 
 
 def train_hydra(
-    base: LanguageModel, config: Config, data: TokenDataModule, folder: Path, *, hidden_width: int = 0,
+    base: LanguageModel,
+    config: Config,
+    data: TokenDataModule,
+    folder: Path,
+    *,
+    hidden_width: int = 0,
     progress: Callable[[int, float], None] = lambda step, nll: None,
-) -> HydraModel:  # fmt: skip
+) -> HydraModel:
     """Train for config.optim.steps and write the folder. hidden_width: 0 for the trunk's width.
 
     Freezes `base`. The loss is the mean of -log q(x_{t+2..t+N} | x_{t+1}) over the positions that train our heads' later factors.

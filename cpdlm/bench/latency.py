@@ -91,8 +91,11 @@ def hugging_face(model: LanguageModel, static: bool = False) -> Generate | None:
         choice: dict[str, Any] = {"do_sample": False}
         if not sampling.greedy:
             choice = {
-                "do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p
-            }  # fmt: skip
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+            }
         if static:
             choice["cache_implementation"] = "static"
         settings = GenerationConfig(
@@ -189,20 +192,39 @@ def measure(
     for name, model in models.items():
         say(f"{name}: time split")
         modes[name] = _mode(
-            model, prompts_PT, new_tokens, sampling, repeats, seed, draft, nodes,
+            model,
+            prompts_PT,
+            new_tokens,
+            sampling,
+            repeats,
+            seed,
+            draft,
+            nodes,
             plain=timings["plain", shared[name]],
             speculative=timings["speculative", name],
             generate=timings.get(("generate", shared[name])),
             trunk=timings.get(("plain", REFERENCE)),
             rank_one=timings["speculative", base[name]] if name in base else None,
-        )  # fmt: skip
+        )
     return modes
 
 
 def _mode(
-    model: LanguageModel, prompts_PT: Tensor, new_tokens: int, sampling: Sampling, repeats: int, seed: int,
-    draft: str, nodes: int, *, plain: Timing, speculative: Timing, generate: Timing | None, trunk: Timing | None, rank_one: Timing | None,
-) -> dict[str, Any]:  # fmt: skip
+    model: LanguageModel,
+    prompts_PT: Tensor,
+    new_tokens: int,
+    sampling: Sampling,
+    repeats: int,
+    seed: int,
+    draft: str,
+    nodes: int,
+    *,
+    plain: Timing,
+    speculative: Timing,
+    generate: Timing | None,
+    trunk: Timing | None,
+    rank_one: Timing | None,
+) -> dict[str, Any]:
     statistics = acceptance(speculative.decoded, model.horizon, seed)
     speedup = rate_ratio(speculative, plain, seed)
     one, window = pass_milliseconds(model, prompts_PT, new_tokens)
@@ -250,9 +272,14 @@ def _differing(ours: Timing, theirs: Timing) -> dict[str, Any]:
 
 
 def seconds_by_part(
-    model: LanguageModel, prompts_PT: Tensor, new_tokens: int, sampling: Sampling, seed: int = 0, draft: str = "chain",
+    model: LanguageModel,
+    prompts_PT: Tensor,
+    new_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    draft: str = "chain",
     nodes: int = 8,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Seconds of one repeat over all prompts, by part. Timers synchronise, so that the sum may exceed an untimed run.
 
     trunk: hidden states. verify: the target's law (output layer; eq. 11 where that is the target) and the acceptance test. On
@@ -333,9 +360,13 @@ def target_calls(
 
 def interleaved(
     contenders: Mapping[tuple[str, str], Callable[[Tensor, int], Decoded | list[int]]],
-    models: Mapping[str, LanguageModel], prompts_PT: Tensor, repeats: int, warmups: int, seed: int,
+    models: Mapping[str, LanguageModel],
+    prompts_PT: Tensor,
+    repeats: int,
+    warmups: int,
+    seed: int,
     say: Callable[[str], None],
-) -> dict[tuple[str, str], Timing]:  # fmt: skip
+) -> dict[tuple[str, str], Timing]:
     """Timing of each contender, (kind, name), run prompt by prompt with the others; models[name] is whose passes are counted."""
     for warmup in range(warmups):
         say(f"warm-up {warmup + 1}/{warmups}")
@@ -399,9 +430,15 @@ class Ours:
         self.captured = self.captures(1, longest, self.sampling, self.draft, self.nodes)
         generator = torch.Generator(prompt_T.device).manual_seed(seed)
         return decode(
-            self.model, prompt_T, self.new_tokens, self.sampling, generator, draft=self.draft, nodes=self.nodes,
+            self.model,
+            prompt_T,
+            self.new_tokens,
+            self.sampling,
+            generator,
+            draft=self.draft,
+            nodes=self.nodes,
             passes=self.captured,
-        )  # fmt: skip
+        )
 
     def passes(self, hooked: int) -> int:
         """Passes of the last call, not counted by the loop: by the hook or, where they were replayed (one in vain), on the

@@ -45,9 +45,10 @@ def working_memory(work: Callable[[], Any], target: nn.Module, device: torch.dev
     if not after:
         raise ValueError("the work makes no pass of the target; give the module whose calls are its passes")
     return Memory(
-        max(each.most for each in stretches), max(each.most for each in after),
+        max(each.most for each in stretches),
+        max(each.most for each in after),
         max(each.most - each.began for each in after if not each.passing),
-    )  # fmt: skip
+    )
 
 
 def _on_cpu(work: Callable[[], Any], target: nn.Module, device: torch.device) -> list[_Stretch]:

@@ -114,9 +114,16 @@ class TrainingOrder(Sampler[Share]):
     """
 
     def __init__(
-        self, row_count: int, *, seed: int, batch_rows: int, accumulate: int = 1, rank: int = 0, world: int = 1,
+        self,
+        row_count: int,
+        *,
+        seed: int,
+        batch_rows: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
         start_step: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if batch_rows % (world * accumulate):
             raise ConfigError(
                 f"data.batch_rows={batch_rows} does not divide into {world} processes x train.accumulate={accumulate}; "
@@ -177,9 +184,14 @@ class TokenDataModule(L.LightningDataModule):
         rank, world, step = self._place()
         data, rows = self.config.data, self.training_rows()
         order = TrainingOrder(
-            rows.count, seed=self.config.seed, batch_rows=data.batch_rows, accumulate=self.config.train.accumulate,
-            rank=rank, world=world, start_step=step,
-        )  # fmt: skip
+            rows.count,
+            seed=self.config.seed,
+            batch_rows=data.batch_rows,
+            accumulate=self.config.train.accumulate,
+            rank=rank,
+            world=world,
+            start_step=step,
+        )
         training = TrainingRows(rows, self.config.seed, self.config.loss.joint_fraction, self.states)
         return self._loader(training, order)
 
@@ -231,7 +243,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def _loader(
         self, rows: Dataset[dict[str, Tensor]], order: Sampler[Any] | list[list[int]]
-    ) -> DataLoader[dict[str, Tensor]]:  # fmt: skip
+    ) -> DataLoader[dict[str, Tensor]]:
         workers = self.config.data.workers
         return DataLoader(rows, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 

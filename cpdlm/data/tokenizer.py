@@ -219,7 +219,7 @@ class SavedTokenizer:
 
     def __init__(
         self, name: str, vocab_size: int, bos: int, eos: int, folder: Path, token_bytes: NDArray[np.int64]
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self.vocab_size, self.bos, self.eos = name, vocab_size, bos, eos
         self._folder, self._token_bytes = folder, token_bytes
 
@@ -250,7 +250,7 @@ class SavedTokenizer:
 
 def build_tokenizer(
     name: str, train_documents: Sequence[bytes], progress: bool = True, source: str | None = None
-) -> Tokenizer:  # fmt: skip
+) -> Tokenizer:
     """The tokenizer of that name; a BPE is trained on the given documents. source: folder or hub name of a pretrained
     model whose own it is. Raises as the classes say."""
     kind, _, rest = name.partition(":")

@@ -53,9 +53,7 @@ def futures(tokens: NDArray[np.integer], starts_B: Ints, successors_BT: Ints, ho
     return np.where(steps_N <= successors_BT[..., None], future_BTN, 0)
 
 
-def batch(
-    tokens: NDArray[np.integer], offsets: Ints, rows_B: Ints, context: int, horizon: int
-) -> dict[str, Ints]:  # fmt: skip
+def batch(tokens: NDArray[np.integer], offsets: Ints, rows_B: Ints, context: int, horizon: int) -> dict[str, Ints]:
     """The arrays of one batch: tokens_BT, position_ids_BT, future_BTN, successors_BT (all int64)."""
     starts_B = row_starts(rows_B, context)
     successors_BT = successor_counts(offsets, starts_B, context, horizon)

@@ -147,9 +147,11 @@ class Block:
         if proposal.tokens_BK.shape[1] == 0:
             return self.chain.verify(target_BSV, proposal)
         kept_B, next_B = verify_block(
-            self.chain.target_law(target_BSV), proposal.laws, proposal.tokens_BK,
+            self.chain.target_law(target_BSV),
+            proposal.laws,
+            proposal.tokens_BK,
             self.chain.uniforms(target_BSV.shape[1]),
-        )  # fmt: skip
+        )
         return Verdict(kept_B, proposal.tokens_BK, next_B)
 
 
@@ -163,9 +165,13 @@ class Certain:
     """
 
     def __init__(
-        self, shape: str, sampling: Sampling, uniforms: Noise | None, nodes: int,
+        self,
+        shape: str,
+        sampling: Sampling,
+        uniforms: Noise | None,
+        nodes: int,
         target_law: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.shape, self.sampling, self.uniforms, self.nodes = shape, sampling, uniforms, nodes
         self.target_law = target_law or (lambda scores: filtered(scores, sampling))
 

@@ -83,9 +83,16 @@ class CapturedPasses:
 
     @torch.inference_mode()
     def __init__(
-        self, model: DraftingModel, rows: int, sampling: Sampling, *, slots: int, draft: str | Maker = "chain",
-        nodes: int = 8, device: torch.device | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: DraftingModel,
+        rows: int,
+        sampling: Sampling,
+        *,
+        slots: int,
+        draft: str | Maker = "chain",
+        nodes: int = 8,
+        device: torch.device | None = None,
+    ) -> None:
         self.model, self.rows, self.sampling, self.draft, self.nodes = model, rows, sampling, draft, nodes
         self.slots = slots
         self.device = device or next(model.parameters()).device  # type: ignore[attr-defined]

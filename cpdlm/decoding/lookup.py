@@ -82,9 +82,16 @@ class LookupModel:
 
 
 def decode_with_lookup(
-    model: DraftingModel, prompt_T: Tensor, max_new_tokens: int, sampling: Sampling,
-    generator: torch.Generator | None = None, *, horizon: int = 4, longest: int = 3, **options: Any,
-) -> Decoded:  # fmt: skip
+    model: DraftingModel,
+    prompt_T: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+    *,
+    horizon: int = 4,
+    longest: int = 3,
+    **options: Any,
+) -> Decoded:
     """`decode`, with drafts from the text so far. horizon: tokens of a window, the fixed one included. longest: n-gram."""
     lookup = Lookup(prompt_T.tolist(), longest)
     looking = LookupModel(model, lookup, horizon)

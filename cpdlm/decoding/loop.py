@@ -130,8 +130,15 @@ def decode_batch(
             return _processed(target_scores, target_BSV, proposal, rows, written, ends)
 
         made = GrowingPasses(
-            model, strategy, uniforms, len(prompts), device, use_cache, process if target_scores is not None else None, lap
-        )  # fmt: skip
+            model,
+            strategy,
+            uniforms,
+            len(prompts),
+            device,
+            use_cache,
+            process if target_scores is not None else None,
+            lap,
+        )
     lap("other")
     outcome, first = made.first(prompts), True
     while True:
@@ -148,9 +155,13 @@ def decode_batch(
             if following >= model.vocab_size:
                 raise ValueError(_broken(prompts[row], len(written[row].tokens) + keep, row, len(prompts)))
             new = _emit(
-                written[row], [*proposed[:keep], following], min(keep + 1, len(proposed)), max_new_tokens, ends,
+                written[row],
+                [*proposed[:keep], following],
+                min(keep + 1, len(proposed)),
+                max_new_tokens,
+                ends,
                 None if stop is None else partial(stop, row),
-            )  # fmt: skip
+            )
             if on_tokens is not None:
                 on_tokens(row, new.tokens)
             if new.last:
@@ -175,8 +186,13 @@ class _New:
 
 
 def _emit(
-    done: Decoded, new: list[int], tested: int, most: int, ends: frozenset[int], stop: Callable[[list[int]], bool] | None
-) -> _New:  # fmt: skip
+    done: Decoded,
+    new: list[int],
+    tested: int,
+    most: int,
+    ends: frozenset[int],
+    stop: Callable[[list[int]], bool] | None,
+) -> _New:
     """Append one pass's tokens to what a row has written, up to where it ends."""
     proposed, kept, last = tested, len(new) - 1, False
     for place in range(min(len(new), most - len(done.tokens))):
@@ -194,9 +210,13 @@ def _emit(
 
 
 def _processed(
-    target_scores: Callable[[int, list[int], Tensor], Tensor], target_BSV: Tensor, proposal: Proposal, rows: list[int],
-    written: list[Decoded], ends: frozenset[int],
-) -> Tensor:  # fmt: skip
+    target_scores: Callable[[int, list[int], Tensor], Tensor],
+    target_BSV: Tensor,
+    proposal: Proposal,
+    rows: list[int],
+    written: list[Decoded],
+    ends: frozenset[int],
+) -> Tensor:
     """The caller's scores at every token of the window, each given the tokens before it.
 
     Behind a draft that these scores rule out, or that ends the row, nothing is read; the caller is not asked about texts
@@ -233,9 +253,15 @@ def _broken(prompt_T: Tensor, written: int, row: int, rows: int) -> str:
 
 
 def _check_passes(
-    passes: CapturedPasses, model: DraftingModel, rows: int, sampling: Sampling, draft: str | Maker, nodes: int,
-    processed: bool, use_cache: bool,
-) -> None:  # fmt: skip
+    passes: CapturedPasses,
+    model: DraftingModel,
+    rows: int,
+    sampling: Sampling,
+    draft: str | Maker,
+    nodes: int,
+    processed: bool,
+    use_cache: bool,
+) -> None:
     if processed or not use_cache:
         raise ValueError("captured passes have neither target_scores nor use_cache=False; call without `passes`")
     asked = (model, rows, sampling, draft, nodes if draft in ("tree", "window", "path") else passes.nodes)
@@ -247,9 +273,12 @@ def _check_passes(
 
 
 def _check(
-    model: DraftingModel, prompts: Sequence[Tensor], max_new_tokens: int, sampling: Sampling,
+    model: DraftingModel,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    sampling: Sampling,
     generators: Sequence[torch.Generator] | None,
-) -> None:  # fmt: skip
+) -> None:
     if not prompts:
         raise ValueError("there is no prompt; pass at least one row of token ids")
     for prompt_T in prompts:

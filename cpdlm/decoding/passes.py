@@ -95,9 +95,16 @@ class GrowingPasses:
     runs_ahead = False
 
     def __init__(
-        self, model: DraftingModel, strategy: Strategy, uniforms: Uniforms | None, rows: int, device: torch.device,
-        use_cache: bool, process: Callable[[Tensor, Proposal], Tensor] | None, lap: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self,
+        model: DraftingModel,
+        strategy: Strategy,
+        uniforms: Uniforms | None,
+        rows: int,
+        device: torch.device,
+        use_cache: bool,
+        process: Callable[[Tensor, Proposal], Tensor] | None,
+        lap: Callable[[str], None],
+    ) -> None:
         self.model, self.strategy, self.uniforms, self.process, self.lap = model, strategy, uniforms, process, lap
         self.text = Text(model, rows, device, use_cache)
         self.prompted = False

@@ -96,11 +96,21 @@ _STATEFUL = (
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 # They read nothing but a row's text and scores, and need not see the whole batch for one row.
 _ROW_BLIND = (
-    *_WARPERS, ExponentialDecayLengthPenalty, ForcedEOSTokenLogitsProcessor, InfNanRemoveLogitsProcessor,
-    LogitNormalization, MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, MinPLogitsWarper,
-    NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor, SequenceBiasLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor, SuppressTokensLogitsProcessor, TypicalLogitsWarper,
-)  # fmt: skip
+    *_WARPERS,
+    ExponentialDecayLengthPenalty,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TypicalLogitsWarper,
+)
 
 
 class CpdlmConfig(PreTrainedConfig):
@@ -361,18 +371,27 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["stop_strings"] = None
 
         def loop(
-            model: CpdlmForCausalLM, input_ids: Tensor, logits_processor: LogitsProcessorList,
-            stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **prepared: Any,
-        ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
+            model: CpdlmForCausalLM,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: GenerationConfig,
+            **prepared: Any,
+        ) -> Tensor | GenerateDecoderOnlyOutput:
             mask_BT = prepared.get("attention_mask")  # absent where nothing is padding
             return model._speculate(
                 input_ids, mask_BT, logits_processor, stopping_criteria, generation_config, streamer, draft, nodes
             )
 
         ours: Tensor | GenerateDecoderOnlyOutput = stock.generate(
-            inputs, generation_config, logits_processor, stopping_criteria,
-            streamer=streamer, custom_generate=loop, **kwargs,
-        )  # fmt: skip
+            inputs,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            streamer=streamer,
+            custom_generate=loop,
+            **kwargs,
+        )
         return ours
 
     def init_continuous_batching(self, *arguments: Any, **options: Any) -> Any:
@@ -383,9 +402,16 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _speculate(
-        self, input_ids_BT: Tensor, mask_BT: Tensor | None, processors: Any, criteria: Any, options: GenerationConfig,
-        streamer: Any, draft: str, nodes: int,
-    ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
+        self,
+        input_ids_BT: Tensor,
+        mask_BT: Tensor | None,
+        processors: Any,
+        criteria: Any,
+        options: GenerationConfig,
+        streamer: Any,
+        draft: str,
+        nodes: int,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         """The loop itself, on what stock `generate` has prepared."""
         _check_options(options, processors)
         text_BT = input_ids_BT.to(self.device)

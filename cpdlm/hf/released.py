@@ -108,7 +108,9 @@ def _read(name: str) -> tuple[dict[str, Any], Config, dict[str, Tensor]]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cpdlm.hf.released", description="Put a run's heads into the package.")
+    parser = argparse.ArgumentParser(
+        prog="python -m cpdlm.hf.released", description="Put a run's heads into the package."
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished and measured run")
     parser.add_argument("name", metavar="NAME", choices=sorted(NAMED), help="the model: " + ", ".join(NAMED))
     options = parser.parse_args(arguments)

@@ -63,9 +63,12 @@ class DraftTrunk(nn.Module):
                 parameter.data = parameter.data.float()
 
     def forward(
-        self, middle_BTD: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None,
+        self,
+        middle_BTD: Tensor,
+        position_ids_BT: Tensor | None = None,
+        cache: Cache | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D); the rest as in `Trunk.forward`."""
         hidden_BTD: Tensor = self.trunk.embedded(middle_BTD, position_ids_BT, cache, mask)
         return hidden_BTD

@@ -33,9 +33,19 @@ class FactorHeads(nn.Module):
     balance_bias_R: Tensor | None
 
     def __init__(
-        self, width: int, vocab_size: int, rank: int, factors: int, *, separate: bool = False, map_rank: int = 0,
-        map_hidden: int = 0, noise: float = 0.2, bias_buffer: bool = False, logit_scale: float = 1.0,
-    ) -> None:  # fmt: skip
+        self,
+        width: int,
+        vocab_size: int,
+        rank: int,
+        factors: int,
+        *,
+        separate: bool = False,
+        map_rank: int = 0,
+        map_hidden: int = 0,
+        noise: float = 0.2,
+        bias_buffer: bool = False,
+        logit_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.rank, self.factors, self.width, self.logit_scale = rank, factors, width, logit_scale
         self.inner, self.is_mlp = map_rank or map_hidden, map_hidden > 0
@@ -97,9 +107,15 @@ class FactorHeads(nn.Module):
         return Joint(log_weights_BR, logits_BNRV[:, 1:], normalised=False)
 
     def nll(
-        self, hidden_PD: Tensor, future_PN: Tensor, exists_PN: Tensor, weight_P: Tensor, unembedding_VD: Tensor,
-        factors: int, chunk_bytes: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        hidden_PD: Tensor,
+        future_PN: Tensor,
+        exists_PN: Tensor,
+        weight_P: Tensor,
+        unembedding_VD: Tensor,
+        factors: int,
+        chunk_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Bounded-memory loss of the marginal over the first `factors` factors; those of tokens that do not exist are 1.
 
         Returns sum_p weight_p nll_p, nll_P (detached, nats) and log_weights_PR.
@@ -107,15 +123,27 @@ class FactorHeads(nn.Module):
         log_weights_PR = self.log_weights(hidden_PD)
         table = self._unembeddings(unembedding_VD, 0, factors)
         total, nll_P = joint_nll(
-            hidden_PD, log_weights_PR, future_PN[:, :factors], exists_PN[:, :factors], weight_P, table,
-            self._features(), tuple(self._map_parameters(0, factors)), chunk_bytes,
-        )  # fmt: skip
+            hidden_PD,
+            log_weights_PR,
+            future_PN[:, :factors],
+            exists_PN[:, :factors],
+            weight_P,
+            table,
+            self._features(),
+            tuple(self._map_parameters(0, factors)),
+            chunk_bytes,
+        )
         return total, nll_P, log_weights_PR
 
     def draft_loss(
-        self, hidden_PD: Tensor, windows: Windows, weight_P: Tensor, table_VD: Tensor, objective: Objective,
+        self,
+        hidden_PD: Tensor,
+        windows: Windows,
+        weight_P: Tensor,
+        table_VD: Tensor,
+        objective: Objective,
         chunk_bytes: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`nll` for any objective, with linear, low-rank or perceptron maps; table_VD carries no gradient.
 
         Returns sum_p weight_p loss_p, loss_P (detached) and log_weights_PR. The logits of a chunk take at most chunk_bytes;

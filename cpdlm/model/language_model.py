@@ -62,11 +62,31 @@ class LanguageModel(nn.Module):
     _place_on_list_V: Tensor | None
 
     def __init__(
-        self, trunk: Trunk, vocab_size: int, *, rank: int, horizon: int, first_is_tied: bool, anchored: bool,
-        blind: bool = False, common_target: bool, context: int, tie_embeddings: bool = True, separate: bool = False, map_rank: int = 0,
-        map_hidden: int = 0, noise: float = 0.2, anchor_width: int = 0, bias_buffer: bool = False, chunk_bytes: int = 32 * 2**20, logit_scale: float = 1.0,
-        logit_softcap: float = 0.0, anchor_normed: bool = False, adapter_layers: int = 0, adapter_rank: int = 8,
-    ) -> None:  # fmt: skip
+        self,
+        trunk: Trunk,
+        vocab_size: int,
+        *,
+        rank: int,
+        horizon: int,
+        first_is_tied: bool,
+        anchored: bool,
+        blind: bool = False,
+        common_target: bool,
+        context: int,
+        tie_embeddings: bool = True,
+        separate: bool = False,
+        map_rank: int = 0,
+        map_hidden: int = 0,
+        noise: float = 0.2,
+        anchor_width: int = 0,
+        bias_buffer: bool = False,
+        chunk_bytes: int = 32 * 2**20,
+        logit_scale: float = 1.0,
+        logit_softcap: float = 0.0,
+        anchor_normed: bool = False,
+        adapter_layers: int = 0,
+        adapter_rank: int = 8,
+    ) -> None:
         super().__init__()
         assert first_is_tied or not anchored, "an anchored law has a next-token head of its own"
         self.trunk = trunk
@@ -83,12 +103,20 @@ class LanguageModel(nn.Module):
         factors = horizon - 1 if first_is_tied else horizon
         self.heads = (
             FactorHeads(
-                width, vocab_size, rank, factors, separate=separate, map_rank=map_rank, map_hidden=map_hidden,
-                noise=noise, bias_buffer=bias_buffer, logit_scale=logit_scale,
+                width,
+                vocab_size,
+                rank,
+                factors,
+                separate=separate,
+                map_rank=map_rank,
+                map_hidden=map_hidden,
+                noise=noise,
+                bias_buffer=bias_buffer,
+                logit_scale=logit_scale,
             )
             if factors
             else None
-        )  # fmt: skip
+        )
         self.anchor = Anchor(width, anchor_width or width // 2, anchor_normed) if anchored else None
         self.blind = blind
         # What drafts cover (`use_shortlist`): ids (V',), their rows of the unembedding, and where on the list an id is.
@@ -123,7 +151,7 @@ class LanguageModel(nn.Module):
 
     def hidden(
         self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Hidden states (B, T, D); see `Trunk.forward`. With adapters the target's and the draft's, (B, T, 2D)."""
         if self.draft_trunk is None:
             hidden_BTD: Tensor = self.trunk(tokens_BT, position_ids_BT, cache, mask)
@@ -226,10 +254,16 @@ class LanguageModel(nn.Module):
     # --- training and evaluation --------------------------------------------------------------------------------
 
     def forward(
-        self, tokens_BT: Tensor, position_ids_BT: Tensor, future_BTN: Tensor, successors_BT: Tensor,
-        first_weight_BT: Tensor, rest_weight_BT: Tensor, states: States | None = None,
+        self,
+        tokens_BT: Tensor,
+        position_ids_BT: Tensor,
+        future_BTN: Tensor,
+        successors_BT: Tensor,
+        first_weight_BT: Tensor,
+        rest_weight_BT: Tensor,
+        states: States | None = None,
         aim: tuple[str, float, float] | None = None,
-    ) -> Terms:  # fmt: skip
+    ) -> Terms:
         """Weighted negative log-likelihoods; positions of weight 0 cost nothing.
 
         future_BTN: successors (0 where absent); successors_BT: how many exist. The rest term covers, untied, the
@@ -270,9 +304,14 @@ class LanguageModel(nn.Module):
         return Terms(first_loss + rest_loss, first_nll_P, rest_P, log_weights_PR)
 
     def _windows(
-        self, hidden_BTD: Tensor, states: States | None, picked_BT: Tensor, future_PN: Tensor, told_PN: Tensor,
+        self,
+        hidden_BTD: Tensor,
+        states: States | None,
+        picked_BT: Tensor,
+        future_PN: Tensor,
+        told_PN: Tensor,
         exists_PN: Tensor,
-    ) -> Windows:  # fmt: skip
+    ) -> Windows:
         """The target of x_{t+k} is read from h_{t+k-1}; behind the end of a row it is not known."""
         normaliser_BT = self.log_normaliser(hidden_BTD) if states is None else states.log_normaliser_BT
         row_P, t_P = picked_BT.nonzero(as_tuple=True)
@@ -318,14 +357,25 @@ class LanguageModel(nn.Module):
         if self.first_is_tied:
             certain_PR = hidden_PD.new_zeros(len(hidden_PD), 1)
             return joint_nll(
-                hidden_PD, certain_PR, token_P.unsqueeze(-1), torch.ones_like(token_P, dtype=torch.bool).unsqueeze(-1), weight_P,
-                self.unembedding.weight, no_map, chunk_bytes=self.chunk_bytes,
-            )  # fmt: skip
+                hidden_PD,
+                certain_PR,
+                token_P.unsqueeze(-1),
+                torch.ones_like(token_P, dtype=torch.bool).unsqueeze(-1),
+                weight_P,
+                self.unembedding.weight,
+                no_map,
+                chunk_bytes=self.chunk_bytes,
+            )
         assert self.heads is not None
         total, nll_P, _ = self.heads.nll(
-            self._for_heads(hidden_PD), token_P.unsqueeze(-1), torch.ones_like(token_P, dtype=torch.bool).unsqueeze(-1), weight_P, self.unembedding.weight, 1,
+            self._for_heads(hidden_PD),
+            token_P.unsqueeze(-1),
+            torch.ones_like(token_P, dtype=torch.bool).unsqueeze(-1),
+            weight_P,
+            self.unembedding.weight,
+            1,
             self.chunk_bytes,
-        )  # fmt: skip
+        )
         return total, nll_P
 
     @torch.no_grad()

@@ -88,9 +88,18 @@ def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
             f"({_first_line(error)}); it cannot be the trunk here"
         ) from error
     model = LanguageModel(
-        Trunk(body), unembedding.weight.shape[0], rank=1, horizon=1, first_is_tied=True, anchored=False, common_target=False,
-        context=context, tie_embeddings=tied, logit_scale=_scale(text), logit_softcap=_number(text, "final_logit_softcapping") or 0.0,
-    )  # fmt: skip
+        Trunk(body),
+        unembedding.weight.shape[0],
+        rank=1,
+        horizon=1,
+        first_is_tied=True,
+        anchored=False,
+        common_target=False,
+        context=context,
+        tie_embeddings=tied,
+        logit_scale=_scale(text),
+        logit_softcap=_number(text, "final_logit_softcapping") or 0.0,
+    )
     if not tied:
         model.unembedding.weight = unembedding.weight
     model = model.eval().requires_grad_(False)
@@ -151,7 +160,7 @@ def _probe(model: LanguageModel, whole: PreTrainedModel, label: str) -> None:
         "key-value cache": _cropped,
         "does not take masks and positions as they are, which rows of different lengths need; give another model": _masked,
         "lets the documents of a training row see each other; give another model": _packed,
-    }  # fmt: skip
+    }
     for fault, trial in trials.items():
         try:
             holds = _close(_logits(model, trial(model.trunk, tokens_BT, half)), theirs_BTV[:, half:], near)

@@ -57,9 +57,12 @@ class Trunk(nn.Module):
         return embedded
 
     def forward(
-        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None,
+        self,
+        tokens_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        cache: Cache | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Hidden states (B, T, D). With a cache, tokens_BT follow what it holds and are appended to it in place.
 
         mask: boolean, (B, L+T) which tokens count, those in the cache first, or (B, 1, T, L+T) which token sees which.
@@ -69,17 +72,24 @@ class Trunk(nn.Module):
         return hidden_BTD
 
     def with_middle(
-        self, tokens_BT: Tensor, last: int, position_ids_BT: Tensor | None = None, cache: Cache | None = None,
+        self,
+        tokens_BT: Tensor,
+        last: int,
+        position_ids_BT: Tensor | None = None,
+        cache: Cache | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """`forward`, and the states (B, T, D) that go into the last `last` layers."""
         done = self._run(position_ids_BT, cache, mask, input_ids=tokens_BT, output_hidden_states=True)
         return done.last_hidden_state, done.hidden_states[-1 - last]
 
     def embedded(
-        self, embedded_BTD: Tensor, position_ids_BT: Tensor | None = None, cache: Cache | None = None,
+        self,
+        embedded_BTD: Tensor,
+        position_ids_BT: Tensor | None = None,
+        cache: Cache | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """`forward` of what stands where the embedded tokens would."""
         hidden_BTD: Tensor = self._run(position_ids_BT, cache, mask, inputs_embeds=embedded_BTD).last_hidden_state
         return hidden_BTD

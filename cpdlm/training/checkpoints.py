@@ -101,7 +101,7 @@ def read_config(folder: Path) -> Config:
 
 def save_model(
     folder: Path, model: LanguageModel, state: dict[str, Tensor], vocab_size: int, dtype: torch.dtype | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Write finished weights. state: the model's full state dict, gathered if it was sharded. dtype: what numbers are rounded
     to (default: what they are)."""
     kept = {

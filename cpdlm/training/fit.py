@@ -125,7 +125,7 @@ class Journal(Callback):
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - self._began
@@ -210,13 +210,17 @@ class ProgressBar(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.bar = tqdm(
-                total=self.steps, initial=trainer.global_step, desc=self.label, unit="step", dynamic_ncols=True,
+                total=self.steps,
+                initial=trainer.global_step,
+                desc=self.label,
+                unit="step",
+                dynamic_ncols=True,
                 mininterval=1.0 if sys.stderr.isatty() else 20.0,
-            )  # fmt: skip
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         if self.bar is None:
             return
         rate = self.bar.format_dict["rate"] or 0.0
@@ -234,9 +238,13 @@ class ProgressBar(Callback):
 
 
 def fit(
-    config: Config, model: LanguageModel, data: L.LightningDataModule, folder: Path, logger: Logger | None = None,
+    config: Config,
+    model: LanguageModel,
+    data: L.LightningDataModule,
+    folder: Path,
+    logger: Logger | None = None,
     watch: Callable[[LanguageModel], dict[str, float]] | None = None,
-) -> Summary | None:  # fmt: skip
+) -> Summary | None:
     """Train to config.optim.steps, from RUN/last.ckpt where there is one; leave finished weights in `folder`.
 
     watch: what else to measure at each validation, by name (`MultiTokenModule`).

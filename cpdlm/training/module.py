@@ -30,7 +30,7 @@ class MultiTokenModule(L.LightningModule):
 
     def __init__(
         self, config: Config, model: LanguageModel, watch: Callable[[LanguageModel], dict[str, float]] | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.watch = watch
         self.config = config
@@ -172,12 +172,18 @@ class MultiTokenModule(L.LightningModule):
 
     def _terms(
         self, batch: Batch, first_BT: Tensor, rest_BT: Tensor, aim: tuple[str, float, float] | None = None
-    ) -> Terms:  # fmt: skip
+    ) -> Terms:
         states = States(batch["hidden_BTD"], batch["log_normaliser_BT"]) if "hidden_BTD" in batch else None
         terms: Terms = self.model(
-            batch["tokens_BT"], batch["position_ids_BT"], batch["future_BTN"], batch["successors_BT"], first_BT, rest_BT,
-            states, aim,
-        )  # fmt: skip
+            batch["tokens_BT"],
+            batch["position_ids_BT"],
+            batch["future_BTN"],
+            batch["successors_BT"],
+            first_BT,
+            rest_BT,
+            states,
+            aim,
+        )
         return terms
 
 

@@ -27,14 +27,25 @@ from cpdlm.model.trunk import Trunk
 # Shapes of the pretrained models that presets name, so that a plan needs no download.
 PUBLISHED: dict[str, Callable[[], PretrainedConfig]] = {
     "Daoguang/PyCodeGPT": lambda: GPTNeoConfig(
-        vocab_size=32000, hidden_size=768, num_layers=12, num_heads=12, max_position_embeddings=1024,
-        bos_token_id=None, eos_token_id=None, attention_types=[[["global", "local"], 6]],
+        vocab_size=32000,
+        hidden_size=768,
+        num_layers=12,
+        num_heads=12,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+        attention_types=[[["global", "local"], 6]],
     ),
     "meta-llama/Llama-3.1-8B": lambda: LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=131072,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -116,9 +127,16 @@ def _build(config: Config, vocab_size: int) -> LanguageModel:
     whole = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype))
     body, unembedding = getattr(whole, whole.base_model_prefix), whole.get_output_embeddings()
     plain = LanguageModel(
-        Trunk(body), unembedding.weight.shape[0], rank=1, horizon=1, first_is_tied=True, anchored=False, common_target=False,
-        context=config.data.context, tie_embeddings=shape.tie_word_embeddings,
-    )  # fmt: skip
+        Trunk(body),
+        unembedding.weight.shape[0],
+        rank=1,
+        horizon=1,
+        first_is_tied=True,
+        anchored=False,
+        common_target=False,
+        context=config.data.context,
+        tie_embeddings=shape.tie_word_embeddings,
+    )
     if not shape.tie_word_embeddings:
         plain.unembedding.weight = unembedding.weight
     return build_language_model(config, plain.vocab_size, plain)

@@ -37,9 +37,17 @@ SEED = 0  # one text for all cells
 
 
 def written_text(
-    model: LanguageModel, split: TokenSplit, how: str, tokens: int, context: int, eos: int, cache: Path,
-    identity: dict[str, Any], device: torch.device, say: Callable[[str], None] = lambda line: None,
-) -> tuple[TokenSplit, dict[str, Any]]:  # fmt: skip
+    model: LanguageModel,
+    split: TokenSplit,
+    how: str,
+    tokens: int,
+    context: int,
+    eos: int,
+    cache: Path,
+    identity: dict[str, Any],
+    device: torch.device,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[TokenSplit, dict[str, Any]]:
     """At least `tokens` tokens in documents that begin as one of `split`, of `context` tokens or fewer if the model ends them before;
     and the content of origin.json.
 
@@ -50,9 +58,14 @@ def written_text(
     if room < 1:
         raise ConfigError(f"data.text={how} begins documents with {PROMPT} tokens; raise data.context={context}")
     plan = identity | {
-        "text": how, "tokens": tokens, "prompt_tokens": PROMPT, "most_new_tokens": room, "batch": BATCH, "seed": SEED,
+        "text": how,
+        "tokens": tokens,
+        "prompt_tokens": PROMPT,
+        "most_new_tokens": room,
+        "batch": BATCH,
+        "seed": SEED,
         "temperature": SAMPLINGS[how].temperature,
-    }  # fmt: skip
+    }
     key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / "written" / key
     with errors_named(folder):
@@ -65,14 +78,24 @@ def written_text(
     parts = [np.load(path) for path in sorted(folder.glob("*.npz"))]
     ids, lengths = (np.concatenate([part[name] for part in parts]) for name in ("tokens", "lengths"))
     return TokenSplit(
-        ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), np.zeros(len(lengths), np.int32),
-        np.zeros(len(lengths), np.int64), ["the model itself"],
-    ), plan | {"sha256": hashlib.sha256(ids.tobytes() + lengths.tobytes()).hexdigest()}  # fmt: skip
+        ids,
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        np.zeros(len(lengths), np.int32),
+        np.zeros(len(lengths), np.int64),
+        ["the model itself"],
+    ), plan | {"sha256": hashlib.sha256(ids.tobytes() + lengths.tobytes()).hexdigest()}
 
 
 def _write(
-    model: LanguageModel, split: TokenSplit, how: str, tokens: int, room: int, eos: int, folder: Path, device: torch.device
-) -> None:  # fmt: skip
+    model: LanguageModel,
+    split: TokenSplit,
+    how: str,
+    tokens: int,
+    room: int,
+    eos: int,
+    folder: Path,
+    device: torch.device,
+) -> None:
     model = model.to(device).eval()
     done = 0
     with tqdm(total=tokens, desc=f"writing ({how})", unit="token") as bar:
@@ -81,15 +104,21 @@ def _write(
             if not path.is_file():
                 places = range(number * BATCH, number * BATCH + len(prompts_PT))
                 rows = decode_batch(
-                    model, list(prompts_PT.to(device)), room, SAMPLINGS[how],
-                    [torch.Generator().manual_seed(SEED + place) for place in places], eos=eos, draft="none",
-                )  # fmt: skip
+                    model,
+                    list(prompts_PT.to(device)),
+                    room,
+                    SAMPLINGS[how],
+                    [torch.Generator().manual_seed(SEED + place) for place in places],
+                    eos=eos,
+                    draft="none",
+                )
                 documents = [[*prompt, *row.tokens] for prompt, row in zip(prompts_PT.tolist(), rows, strict=True)]
                 with replaced(path) as temporary, open(temporary, "wb") as file:
                     np.savez(
-                        file, tokens=np.array([token for each in documents for token in each], split.tokens.dtype),
+                        file,
+                        tokens=np.array([token for each in documents for token in each], split.tokens.dtype),
                         lengths=np.array([len(each) for each in documents]),
-                    )  # fmt: skip
+                    )
             written = int(np.load(path)["lengths"].sum())
             done += written
             bar.update(written)

@@ -45,9 +45,14 @@ class StoredStates:
 
 
 def kept_states(
-    model: LanguageModel, rows: Rows, cache: Path, identity: dict[str, Any], limit_gib: float, device: torch.device,
+    model: LanguageModel,
+    rows: Rows,
+    cache: Path,
+    identity: dict[str, Any],
+    limit_gib: float,
+    device: torch.device,
     say: Callable[[str], None] = lambda line: None,
-) -> StoredStates:  # fmt: skip
+) -> StoredStates:
     """The states of `rows`, from the folder under `cache` that bears their identity; computed, or finished, where they are not.
 
     identity: what the states depend on besides the rows: the trunk's and the text's hashes. Raises ConfigError where they
@@ -55,8 +60,11 @@ def kept_states(
     """
     dtype, width = model.trunk.embedding.dtype, model.trunk.width
     plan = identity | {
-        "rows": rows.count, "context": rows.context, "width": width, "dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+        "rows": rows.count,
+        "context": rows.context,
+        "width": width,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     need = rows.count * rows.context * (width * dtype.itemsize + 4)
     label = f"hidden states of {rows.count * rows.context:,} tokens ({need / 2**30:.2f} GiB)"
     if need > limit_gib * 2**30:
@@ -74,9 +82,14 @@ def kept_states(
 
 
 def _complete(
-    model: LanguageModel, rows: Rows, folder: Path, plan: dict[str, Any], label: str, device: torch.device,
+    model: LanguageModel,
+    rows: Rows,
+    folder: Path,
+    plan: dict[str, Any],
+    label: str,
+    device: torch.device,
     say: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> None:
     done = _done(folder)
     if done == rows.count:
         return

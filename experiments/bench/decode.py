@@ -110,9 +110,13 @@ class Heads:
     def label(self) -> dict[str, Any]:
         config = self.runs[0].config
         return {
-            "corpus": config.corpus, "law": self.law, "rank": self.rank, "horizon": self.horizon,
-            "names": [run.name for run in self.runs], "seeds": [run.config.seed for run in self.runs],
-        }  # fmt: skip
+            "corpus": config.corpus,
+            "law": self.law,
+            "rank": self.rank,
+            "horizon": self.horizon,
+            "names": [run.name for run in self.runs],
+            "seeds": [run.config.seed for run in self.runs],
+        }
 
 
 @dataclass(frozen=True)
@@ -168,9 +172,14 @@ class Bench:
         """Side by side, `latency`'s protocol; one result per key, over its seeds."""
         each = {(key, f"{key} {place}"): racer for key, those in racers.items() for place, racer in enumerate(those)}
         timings = latency.interleaved(
-            {key: racer.run for key, racer in each.items()}, {name: racer.model for (_, name), racer in each.items()},
-            self.prompts[split][: self.options.timed_prompts], draws, self.options.warmups, self.seed, self.say,
-        )  # fmt: skip
+            {key: racer.run for key, racer in each.items()},
+            {name: racer.model for (_, name), racer in each.items()},
+            self.prompts[split][: self.options.timed_prompts],
+            draws,
+            self.options.warmups,
+            self.seed,
+            self.say,
+        )
         return {key: Raced([timings[found] for found in each if found[0] == key]) for key in racers}
 
 
@@ -187,9 +196,13 @@ class Raced:
             counted = [_by_draw([[one.passes for one in each] for each in timing.decoded]) for timing in self.timings]
         else:
             draws, prompts = len(tokens[0]), len(tokens[0][0])
-            counted = tokens if not passes else [
-                [[passes[latency.run_seed(seed, place, draw)] for place in range(prompts)] for draw in range(draws)]
-            ]  # fmt: skip
+            counted = (
+                tokens
+                if not passes
+                else [
+                    [[passes[latency.run_seed(seed, place, draw)] for place in range(prompts)] for draw in range(draws)]
+                ]
+            )
         return Written.of(tokens, counted, [timing.seconds for timing in self.timings])
 
     @property
@@ -372,10 +385,15 @@ def _batch(model: LanguageModel, sampling: Sampling, strategy: str, draws: int, 
         ]
         found.append(
             decode_batch(
-                model, list(prompts_PT), bench.new_tokens, sampling, generators, draft=strategy,
+                model,
+                list(prompts_PT),
+                bench.new_tokens,
+                sampling,
+                generators,
+                draft=strategy,
                 nodes=bench.options.nodes,
             )
-        )  # fmt: skip
+        )
     return [list(prompt) for prompt in zip(*found, strict=True)]
 
 
@@ -413,12 +431,19 @@ def baselines(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[dict[str,
     mib = bench.trunk.unembedding.weight.element_size() / 2**20
     entries: list[dict[str, Any]] = [
         {
-            "corpus": bench.config.corpus, "name": method.name, "kind": method.kind, "horizon": method.horizon,
-            "strategy": method.strategy, "parameters_added": method.parameters, "weights_mib": method.parameters * mib,
-            "training_seconds": method.training_seconds, "modes": {},
-        } | method.label
+            "corpus": bench.config.corpus,
+            "name": method.name,
+            "kind": method.kind,
+            "horizon": method.horizon,
+            "strategy": method.strategy,
+            "parameters_added": method.parameters,
+            "weights_mib": method.parameters * mib,
+            "training_seconds": method.training_seconds,
+            "modes": {},
+        }
+        | method.label
         for method in methods
-    ]  # fmt: skip
+    ]
     for mode in SAMPLINGS:
         bench.say(f"baselines, {bench.config.corpus}, {mode}")
         for method in methods:
@@ -434,17 +459,25 @@ def baselines(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[dict[str,
             texts = {"tokens": int(one.tokens_HDP.sum()), "passes": int(one.passes_HDP.sum())}
             if method.passes is None:
                 texts |= acceptance(raced[method.name].decoded, method.horizon, bench.seed)
-            entry["modes"][mode] = texts | _rate(one, bench.seed) | _speed(one, written[PLAIN], bench.seed) | {
-                "speedup_over_generate": interval(speedup, one, written["generate"], seed=bench.seed),
-            } | _memory(method.racers[mode][0], prompt_T, bench.seed)  # fmt: skip
+            entry["modes"][mode] = (
+                texts
+                | _rate(one, bench.seed)
+                | _speed(one, written[PLAIN], bench.seed)
+                | {
+                    "speedup_over_generate": interval(speedup, one, written["generate"], seed=bench.seed),
+                }
+                | _memory(method.racers[mode][0], prompt_T, bench.seed)
+            )
     return entries
 
 
 def _memory(racer: Racer, prompt_T: Tensor, seed: int) -> dict[str, int]:
     found = working_memory(partial(racer.run, prompt_T, seed), racer.model.trunk.body, prompt_T.device)
     return {
-        "working_memory_bytes": found.whole, "later_memory_bytes": found.later, "between_memory_bytes": found.between
-    }  # fmt: skip
+        "working_memory_bytes": found.whole,
+        "later_memory_bytes": found.later,
+        "between_memory_bytes": found.between,
+    }
 
 
 def _methods(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[Method]:
@@ -458,10 +491,13 @@ def _methods(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[Method]:
     for width in options.lookup_horizons:
         methods.append(
             Method(
-                f"prompt lookup, n={width}", "lookup", width, _modes(trunk, partial(_lookup, bench, width)),
+                f"prompt lookup, n={width}",
+                "lookup",
+                width,
+                _modes(trunk, partial(_lookup, bench, width)),
                 _same("lookup"),
             )
-        )  # fmt: skip
+        )
     for folder in options.assistant:
         if checkpoints.read_config(folder).corpus == bench.config.corpus:
             methods.append(_assistant(bench, folder))
@@ -473,13 +509,16 @@ def _methods(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[Method]:
             counts = heads.runs[0].model.parameter_counts()
             methods.append(
                 Method(
-                    f"rank {heads.rank}, {heads.law}" + ("" if strategy is chain else ", chosen"), "heads", horizon,
-                    {mode: bench.speculative(heads, SAMPLINGS[mode], strategy[mode]) for mode in SAMPLINGS}, strategy,
+                    f"rank {heads.rank}, {heads.law}" + ("" if strategy is chain else ", chosen"),
+                    "heads",
+                    horizon,
+                    {mode: bench.speculative(heads, SAMPLINGS[mode], strategy[mode]) for mode in SAMPLINGS},
+                    strategy,
                     parameters=counts["heads"] + counts["gate"] + counts["anchor"],
                     training_seconds=sum(run.seconds for run in heads.runs) / len(heads.runs),
                     label={"rank": heads.rank, "law": heads.law, "seeds": heads.label["seeds"]},
                 )
-            )  # fmt: skip
+            )
     return methods
 
 
@@ -499,9 +538,14 @@ def _lookup(bench: Bench, horizon: int, sampling: Sampling) -> Contender:
     def run(prompt_T: Tensor, seed: int) -> Decoded:
         generator = torch.Generator(prompt_T.device).manual_seed(seed)
         return decode_with_lookup(
-            bench.trunk, prompt_T, bench.new_tokens, sampling, generator, horizon=horizon,
+            bench.trunk,
+            prompt_T,
+            bench.new_tokens,
+            sampling,
+            generator,
+            horizon=horizon,
             longest=bench.options.lookup_longest,
-        )  # fmt: skip
+        )
 
     return run
 
@@ -515,10 +559,14 @@ def _hydra(bench: Bench, folder: Path) -> Method:
         for mode, sampling in SAMPLINGS.items()
     }
     return Method(
-        f"sequential heads, n={models[0].horizon}", "hydra", models[0].horizon, racers, _same("sequential"),
+        f"sequential heads, n={models[0].horizon}",
+        "hydra",
+        models[0].horizon,
+        racers,
+        _same("sequential"),
         parameters=loaded[0][1]["parameters"],
         training_seconds=sum(summary["seconds"] for _, summary in loaded) / len(loaded),
-    )  # fmt: skip
+    )
 
 
 def _sequential(model: HydraModel, bench: Bench, sampling: Sampling) -> Contender:
@@ -557,9 +605,11 @@ def _assistant(bench: Bench, folder: Path) -> Method:
             with latency.count_passes(trunk) as counter, torch.random.fork_rng(devices), torch.inference_mode():
                 torch.manual_seed(seed)
                 text_1T = target.generate(
-                    prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), generation_config=settings,
+                    prompt_T[None],
+                    attention_mask=torch.ones_like(prompt_T[None]),
+                    generation_config=settings,
                     assistant_model=assistant,
-                )  # fmt: skip
+                )
             passes[seed] = counter.count
             ids: list[int] = text_1T[0, len(prompt_T) :].tolist()
             return ids
@@ -568,10 +618,15 @@ def _assistant(bench: Bench, folder: Path) -> Method:
 
     summary = json.loads((folder / checkpoints.TRAINED).read_bytes())
     return Method(
-        f"assisted, {checkpoints.read_config(folder).size} draft model", "assistant",
-        bench.options.assistant_tokens + 1, _modes(trunk, make), _same("assistant"),
-        parameters=sum(each.numel() for each in model.parameters()), training_seconds=summary["seconds"], passes=passes,
-    )  # fmt: skip
+        f"assisted, {checkpoints.read_config(folder).size} draft model",
+        "assistant",
+        bench.options.assistant_tokens + 1,
+        _modes(trunk, make),
+        _same("assistant"),
+        parameters=sum(each.numel() for each in model.parameters()),
+        training_seconds=summary["seconds"],
+        passes=passes,
+    )
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -580,8 +635,12 @@ def _assistant(bench: Bench, folder: Path) -> Method:
 def load_heads(folder: Path, names: Sequence[str], seeds: Sequence[int], corpora: Sequence[str]) -> list[list[Heads]]:
     """Per corpus: the named runs; by default all heads of these seeds on the trunk and horizon that most of them share,
     controls (blind, mlp) left out. Sorted by law and rank. Raises SystemExit where they do not go together."""
-    folders = [folder / name for name in names] or sorted(path.parent for path in folder.glob(f"*/{checkpoints.CONFIG}"))
-    configs = {path: checkpoints.read_config(path) for path in folders if names or (path / checkpoints.WEIGHTS).is_file()}
+    folders = [folder / name for name in names] or sorted(
+        path.parent for path in folder.glob(f"*/{checkpoints.CONFIG}")
+    )
+    configs = {
+        path: checkpoints.read_config(path) for path in folders if names or (path / checkpoints.WEIGHTS).is_file()
+    }
     groups: dict[str, dict[tuple[str, int], list[Path]]] = {}
     for path, config in configs.items():
         wanted = config.seed in seeds and config.anchor != "blind" and not config.model.map_hidden
@@ -637,9 +696,20 @@ def head(benches: Sequence[Bench], benchmark: str, arguments: Sequence[str]) -> 
     """What every record begins with. timed: how many of the prompts each text was timed on; 0 where none was."""
     options = benches[0].options
     keys = (
-        "prompts", "timed_prompts", "prompt_tokens", "new_tokens", "nodes", "validation_draws", "draws", "acceptance_draws",
-        "baseline_draws", "warmups", "seeds", "assistant_tokens", "lookup_longest",
-    )  # fmt: skip
+        "prompts",
+        "timed_prompts",
+        "prompt_tokens",
+        "new_tokens",
+        "nodes",
+        "validation_draws",
+        "draws",
+        "acceptance_draws",
+        "baseline_draws",
+        "warmups",
+        "seeds",
+        "assistant_tokens",
+        "lookup_longest",
+    )
     return {
         "benchmark": benchmark,
         "command": shlex.join(["python", "experiments/bench/decode.py", *arguments]),
@@ -647,14 +717,17 @@ def head(benches: Sequence[Bench], benchmark: str, arguments: Sequence[str]) -> 
         "settings": {key: getattr(options, key) for key in keys},
         "targets": [
             {
-                "trunk": Path(bench.config.model.trunk).name, "corpus": bench.config.corpus, "size": bench.config.size,
-                "horizon": bench.config.horizon, "parameters": sum(each.numel() for each in bench.trunk.parameters()),
+                "trunk": Path(bench.config.model.trunk).name,
+                "corpus": bench.config.corpus,
+                "size": bench.config.size,
+                "horizon": bench.config.horizon,
+                "parameters": sum(each.numel() for each in bench.trunk.parameters()),
                 "steps": checkpoints.read_config(Path(bench.config.model.trunk)).optim.steps,
                 "head_steps": bench.config.optim.steps,
             }
             for bench in benches
         ],
-    }  # fmt: skip
+    }
 
 
 def _target(config: Config, device: torch.device) -> LanguageModel:

@@ -101,9 +101,14 @@ def bounded(case: Case, positions: int, chunk_mib: int) -> Tensor:
     future_PN = case.future_PN[:positions]
     weight_P = torch.full((positions,), 1 / positions, device=future_PN.device)
     return case.heads.nll(
-        case.hidden_PD[:positions], future_PN, torch.ones_like(future_PN, dtype=torch.bool), weight_P, case.table_VD,
-        case.horizon, chunk_mib * 2**20,
-    )[0]  # fmt: skip
+        case.hidden_PD[:positions],
+        future_PN,
+        torch.ones_like(future_PN, dtype=torch.bool),
+        weight_P,
+        case.table_VD,
+        case.horizon,
+        chunk_mib * 2**20,
+    )[0]
 
 
 def dense(case: Case, positions: int) -> Tensor:

@@ -92,9 +92,12 @@ def timed(options: argparse.Namespace) -> dict[str, Any]:
     for (size, recipe), found in runs.items():
         steps = [run["step_ms"] for run in found]
         cell = found[0] | {
-            "size": size, "recipe": recipe, "step_ms": _median(steps),
-            "peak_bytes": max(run["peak_bytes"] for run in found), "repeats": steps,
-        }  # fmt: skip
+            "size": size,
+            "recipe": recipe,
+            "step_ms": _median(steps),
+            "peak_bytes": max(run["peak_bytes"] for run in found),
+            "repeats": steps,
+        }
         plain = runs.get((size, PLAIN))
         if plain:
             turns = zip(steps, plain, strict=True)
@@ -175,10 +178,19 @@ def gained(options: argparse.Namespace) -> dict[str, Any]:
     from experiments import cell
 
     settings = {
-        "size": options.sizes[0], "corpus": options.corpus, "data.tokenizer": "bytes", "data.max_bytes": options.max_bytes,
-        "data.context": 128, "data.batch_rows": 8, "optim.steps": options.steps, "train.validate_every": options.steps,
-        "evaluate.rows": 64, "decode.prompt_tokens": 32, "output": str(options.runs), "data.cache": str(options.cache),
-    }  # fmt: skip
+        "size": options.sizes[0],
+        "corpus": options.corpus,
+        "data.tokenizer": "bytes",
+        "data.max_bytes": options.max_bytes,
+        "data.context": 128,
+        "data.batch_rows": 8,
+        "optim.steps": options.steps,
+        "train.validate_every": options.steps,
+        "evaluate.rows": 64,
+        "decode.prompt_tokens": 32,
+        "output": str(options.runs),
+        "data.cache": str(options.cache),
+    }
 
     def trained(recipe: str, **more: Any) -> Config:
         config = configure(recipe, options.vocab, **settings, **more)

@@ -67,24 +67,42 @@ def compare_once(options: argparse.Namespace) -> dict[str, float]:
 def train_once(options: argparse.Namespace, parallel: str, count: int, folder: Path) -> dict[str, float]:
     """The step times of a run with `count` processes."""
     words = [
-        f"corpus={options.corpus}", f"data.cache={options.cache}", f"data.max_bytes={options.train_bytes}",
-        f"data.context={options.context}", f"data.batch_rows={options.rows}", f"size={options.size}", f"optim.steps={options.steps}",
-        "optim.warmup=1", f"train.validate_every={options.steps}", f"train.validation_rows={max(options.processes)}",
-        "evaluate.rows=1", "decode.prompt_tokens=8", "decode.new_tokens=8", "tracking.mlflow=false",
-        f"parallel={parallel}", f"devices={count}", f"output={folder}", "name=run",
-    ]  # fmt: skip
+        f"corpus={options.corpus}",
+        f"data.cache={options.cache}",
+        f"data.max_bytes={options.train_bytes}",
+        f"data.context={options.context}",
+        f"data.batch_rows={options.rows}",
+        f"size={options.size}",
+        f"optim.steps={options.steps}",
+        "optim.warmup=1",
+        f"train.validate_every={options.steps}",
+        f"train.validation_rows={max(options.processes)}",
+        "evaluate.rows=1",
+        "decode.prompt_tokens=8",
+        "decode.new_tokens=8",
+        "tracking.mlflow=false",
+        f"parallel={parallel}",
+        f"devices={count}",
+        f"output={folder}",
+        "name=run",
+    ]
     threads = max(1, cores() // count)
     done = subprocess.run(
         [sys.executable, str(ROOT / "experiments" / "run.py"), *words, "--stage=train"],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise SystemExit(f"{parallel} with {count} processes ended with {done.returncode}\n{done.stderr[-2000:]}")
     trained = json.loads((folder / "run" / "train.json").read_text())
     return {
-        "step_ms": trained["step_ms_median"], "peak_memory_bytes": trained["peak_memory_bytes"],
-        "tokens_per_step": options.rows * options.context, "threads_each": threads,
-    }  # fmt: skip
+        "step_ms": trained["step_ms_median"],
+        "peak_memory_bytes": trained["peak_memory_bytes"],
+        "tokens_per_step": options.rows * options.context,
+        "threads_each": threads,
+    }
 
 
 def cores() -> int:

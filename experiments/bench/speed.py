@@ -124,8 +124,13 @@ class Run:
 
 
 def decoding(
-    model: LanguageModel, prompts_BT: Tensor, sampling: Sampling, draft: str, passes: CapturedPasses | None, new_tokens: int
-) -> Run:  # fmt: skip
+    model: LanguageModel,
+    prompts_BT: Tensor,
+    sampling: Sampling,
+    draft: str,
+    passes: CapturedPasses | None,
+    new_tokens: int,
+) -> Run:
     """One timed call of `decode_batch`, with forced acceptance where it drafts."""
     clock = Clock(prompts_BT.device)
     began = clock.now()
@@ -151,9 +156,14 @@ def split(
 
 
 def _decode(
-    model: LanguageModel, prompts_BT: Tensor, sampling: Sampling, draft: str, new_tokens: int, lap: Callable[[str], None],
+    model: LanguageModel,
+    prompts_BT: Tensor,
+    sampling: Sampling,
+    draft: str,
+    new_tokens: int,
+    lap: Callable[[str], None],
     passes: CapturedPasses | None,
-) -> list[Decoded]:  # fmt: skip
+) -> list[Decoded]:
     generators = [torch.Generator(prompts_BT.device).manual_seed(row) for row in range(len(prompts_BT))]
     with forced(model.horizon):
         return decode_batch(
@@ -288,9 +298,11 @@ def models(
     captures = device.type == "cuda"
     context = options.prompt_tokens + max(options.new_tokens, options.batch_tokens) + max(options.horizons)
     base: dict[str, Any] = {
-        "size": options.size, "data.context": context, "decode.prompt_tokens": options.prompt_tokens,
+        "size": options.size,
+        "data.context": context,
+        "decode.prompt_tokens": options.prompt_tokens,
         "decode.new_tokens": context - options.prompt_tokens,
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), options.vocab)
     trunk = trunk.to(device, getattr(torch, dtype)).eval()
@@ -366,15 +378,19 @@ def measure(
     split_of = partial(_split, prompts_BT, sampling, new_tokens) if not group.captured else lambda model, draft: None
     rates["plain"]["ms_by_part"] = split_of(trunk, "none")
     return {
-        "dtype": group.dtype, "mode": group.mode, "batch": group.batch, "new_tokens": new_tokens,
-        "captured": group.captured, **rates,
+        "dtype": group.dtype,
+        "mode": group.mode,
+        "batch": group.batch,
+        "new_tokens": new_tokens,
+        "captured": group.captured,
+        **rates,
         "cells": [
             asdict(cell)
             | _summary(runs["plain"], runs[cell], [one for one, _ in single["plain"]], single[cell], group.batch)
             | {"ms_by_part": split_of(cells[cell], "chain")}
             for cell in cells
         ],
-    }  # fmt: skip
+    }
 
 
 def _ratios(ours: Sequence[Run], theirs: Sequence[Run]) -> list[float]:
@@ -427,7 +443,7 @@ def _split(
 
 def _summary(
     plain: Sequence[Run], ours: Sequence[Run], ones: Sequence[float], windows: Sequence[tuple[float, float]], batch: int
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Of each repeat: our run, plain decoding's, t(1), and (t(N), draft)."""
     speedups = [p.token_seconds / o.token_seconds for p, o in zip(plain, ours, strict=True)]
     per_pass = [o.tokens / o.passes for o in ours]
@@ -469,8 +485,17 @@ def records(options: argparse.Namespace, arguments: list[str]) -> Iterator[dict[
         torch.set_num_threads(options.threads)
     began = time.monotonic()
     keys = (
-        "size", "vocab", "map_rank", "shortlist", "prompt_tokens", "new_tokens", "batch_tokens", "repeats", "warmups", "calls",
-    )  # fmt: skip
+        "size",
+        "vocab",
+        "map_rank",
+        "shortlist",
+        "prompt_tokens",
+        "new_tokens",
+        "batch_tokens",
+        "repeats",
+        "warmups",
+        "calls",
+    )
     record: dict[str, Any] = {
         "benchmark": "decoding speed, forced acceptance, common target, head=shared",
         "command": shlex.join(["python", "experiments/bench/speed.py", *arguments]),
@@ -478,7 +503,7 @@ def records(options: argparse.Namespace, arguments: list[str]) -> Iterator[dict[
         "settings": {key: getattr(options, key) for key in keys}
         | {"device": device.type, "kept": "0, 1, .. n-1 drafts in turn"},
         "groups": [],
-    }  # fmt: skip
+    }
     for dtype in options.dtypes:
         trunk, cells = models(options, device, dtype)
         trunk_parameters = trunk.parameter_counts()["trunk"]
@@ -524,11 +549,20 @@ def targets(measured: list[dict[str, Any]], trunk_parameters: int) -> list[dict[
 
 
 COLUMNS = {
-    "tok/pass": ("tokens_per_pass", 2), "t(1) ms": ("t1_ms", 2), "t(n) ms": ("tn_ms", 2), "draft ms": ("draft_ms", 2),
-    "floor ms": ("floor_ms", 2), "pass ms": ("pass_ms", 2), "pass/floor": ("pass_over_floor", 3), "speed-up": ("speedup", 2),
-    "conversion": ("conversion", 3), "limit": ("limit", 3), "of limit": ("share_of_limit", 3),
-    "ms/token": ("token_ms", 2), "tokens/s": ("tokens_per_second", 1),
-}  # fmt: skip
+    "tok/pass": ("tokens_per_pass", 2),
+    "t(1) ms": ("t1_ms", 2),
+    "t(n) ms": ("tn_ms", 2),
+    "draft ms": ("draft_ms", 2),
+    "floor ms": ("floor_ms", 2),
+    "pass ms": ("pass_ms", 2),
+    "pass/floor": ("pass_over_floor", 3),
+    "speed-up": ("speedup", 2),
+    "conversion": ("conversion", 3),
+    "limit": ("limit", 3),
+    "of limit": ("share_of_limit", 3),
+    "ms/token": ("token_ms", 2),
+    "tokens/s": ("tokens_per_second", 1),
+}
 
 
 def table(record: dict[str, Any]) -> str:

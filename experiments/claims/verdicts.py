@@ -58,7 +58,12 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="held-out joint NLL, rank 8 minus rank 1, from scratch; paired over seeds and test rows",
         rule="holds: 95% interval below 0, not inside +-0.01 nats, and no step from one rank to the next surely up; fails: 95% "
         "interval above 0 or inside +-0.01 nats, or a step surely up",
-        quantity="joint_nll", unit="nats", target="own", test="falls", margin=0.01, gpu=True,
+        quantity="joint_nll",
+        unit="nats",
+        target="own",
+        test="falls",
+        margin=0.01,
+        gpu=True,
     ),
     Claim(
         id="C2",
@@ -67,7 +72,12 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="held-out first-token NLL (eq. 11), every rank minus rank 1, from scratch; paired over seeds and test rows",
         rule="equivalence test: holds: every interval (90%, corrected for the number of ranks) inside +-0.02 nats; fails: some interval "
         "wholly outside",
-        quantity="first_token_nll", unit="nats", target="own", test="equal", margin=0.02, gpu=True,
+        quantity="first_token_nll",
+        unit="nats",
+        target="own",
+        test="equal",
+        margin=0.02,
+        gpu=True,
     ),
     Claim(
         id="C3",
@@ -76,7 +86,12 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="tokens per pass when sampling, rank 8 minus rank 1, one common target; paired over seeds and prompts",
         rule="holds: 95% interval above 0, not inside +-0.02, and no step from one rank to the next surely down; fails: 95% interval "
         "below 0 or inside +-0.02, or a step surely down",
-        quantity="tokens_per_pass", unit="tokens per pass", target="common", test="rises", margin=0.02, gpu=True,
+        quantity="tokens_per_pass",
+        unit="tokens per pass",
+        target="common",
+        test="rises",
+        margin=0.02,
+        gpu=True,
     ),
     Claim(
         id="C4",
@@ -85,7 +100,13 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="speed-up when sampling, over plain decoding and over rank 1, measured side by side on one common target",
         rule="holds: for some rank above 1 both intervals above 1 (95%, corrected for the number of ranks); fails: for every "
         "rank above 1 some interval below 1",
-        quantity="speedup", unit="x", target="common", test="faster", margin=0.0, digits=2, gpu=True,
+        quantity="speedup",
+        unit="x",
+        target="common",
+        test="faster",
+        margin=0.0,
+        digits=2,
+        gpu=True,
     ),
     Claim(
         id="C5",
@@ -94,7 +115,12 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="held-out joint NLL at rank 8, each balance minus none; paired over seeds and test rows",
         rule="holds: for some balance the interval (95%, corrected for their number) is below 0 and not inside "
         "+-0.01 nats; fails: each interval is above 0 or inside +-0.01 nats",
-        quantity="joint_nll", unit="nats", target="any", test="balance", margin=0.01, seeds=3,
+        quantity="joint_nll",
+        unit="nats",
+        target="any",
+        test="balance",
+        margin=0.01,
+        seeds=3,
     ),
     Claim(
         id="C6",
@@ -103,7 +129,12 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="speed-up when sampling, over plain decoding of the pretrained model, measured side by side; over rank 1 beside it",
         rule="holds: for some rank the interval over plain decoding is above 1 (95%, corrected for the number of ranks); fails: for "
         "every rank it is below 1",
-        quantity="speedup", unit="x", target="pretrained", test="works", margin=0.0, digits=2,
+        quantity="speedup",
+        unit="x",
+        target="pretrained",
+        test="works",
+        margin=0.0,
+        digits=2,
     ),
     Claim(
         id="C7",
@@ -113,7 +144,13 @@ CLAIMS: tuple[Claim, ...] = (
         "each on its own common target, paired over seeds and prompts",
         rule=f"at least {SIZES_NEEDED} sizes and {LENGTHS_NEEDED} training lengths; holds: every interval (95%, corrected for their "
         "number) above 0 and not inside +-0.02; fails: some interval below 0 or inside +-0.02",
-        quantity="tokens_per_pass", unit="tokens per pass", target="common", test="everywhere", margin=0.02, top=4, seeds=3,
+        quantity="tokens_per_pass",
+        unit="tokens per pass",
+        target="common",
+        test="everywhere",
+        margin=0.02,
+        top=4,
+        seeds=3,
     ),
     Claim(
         id="C8",
@@ -122,9 +159,16 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="rank 8 over plain, when sampling: time of a training step over that of the next-token model, each alone on the "
         "machine; time of a pass with its draft over that of a plain pass, side by side",
         rule="holds: both 95% intervals below 1.25; fails: one of them above 1.25",
-        quantity="overhead", unit="x", target="timing", test="overhead", margin=0.25, digits=2, seeds=3, gpu=True,
+        quantity="overhead",
+        unit="x",
+        target="timing",
+        test="overhead",
+        margin=0.25,
+        digits=2,
+        seeds=3,
+        gpu=True,
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -226,8 +270,12 @@ def _judge_equal_time(claim: Claim, family: Family, families: list[Family]) -> l
     if not longer:
         return []
     row = Verdict(
-        claim, f"{family.label}, equal wall-clock", UNMEASURED, "", expected=claim.expected.replace("at equal steps", "at equal wall-clock")
-    )  # fmt: skip
+        claim,
+        f"{family.label}, equal wall-clock",
+        UNMEASURED,
+        "",
+        expected=claim.expected.replace("at equal steps", "at equal wall-clock"),
+    )
     longer = [
         cells for cells in longer if len({training_hardware(r) for r in _shared(cells, top) + _shared(top, cells)}) == 1
     ]
@@ -369,10 +417,13 @@ def _judge_everywhere(claim: Claim, families: list[Family]) -> list[Verdict]:
         flat = [name for name, gap in gaps.items() if _is_nothing(claim, gap)]
         down = [name for name, gap in gaps.items() if gap.high < 0 and name not in flat]
         if len(sizes) < SIZES_NEEDED or len(lengths) < LENGTHS_NEEDED:
-            word, reason = NOT_MEASURED, (
-                f"{counted(len(sizes), 'trunk size')} and {counted(len(lengths), 'training length')}, the rule needs "
-                f"{SIZES_NEEDED} and {LENGTHS_NEEDED}"
-            )  # fmt: skip
+            word, reason = (
+                NOT_MEASURED,
+                (
+                    f"{counted(len(sizes), 'trunk size')} and {counted(len(lengths), 'training length')}, the rule needs "
+                    f"{SIZES_NEEDED} and {LENGTHS_NEEDED}"
+                ),
+            )
         elif few := _too_few(claim, seeds):
             word, reason = UNMEASURED, few
         elif down or flat:
@@ -451,9 +502,15 @@ def _judge_overhead(claim: Claim, family: Family) -> Verdict:
         word, reason = UNMEASURED, f"undecided: an interval crosses {limit:g}"
     hardware = "one GPU" if _on_gpu(family) else f"{family.records()[0]['hardware']['cores']} cores"
     return Verdict(
-        claim, f"{family.label}, {hardware}, {counted(seeds, 'seed')}", word, reason, numbers, beside,
-        [record.path for record in family.records("untied")], seeds,
-    )  # fmt: skip
+        claim,
+        f"{family.label}, {hardware}, {counted(seeds, 'seed')}",
+        word,
+        reason,
+        numbers,
+        beside,
+        [record.path for record in family.records("untied")],
+        seeds,
+    )
 
 
 def _step_ratio(cells: Cells, plain: Cells) -> Interval | None:
@@ -480,8 +537,11 @@ def _pass_ratio(cells: Cells, speedup: str) -> Interval | None:
 def _judge(claim: Claim, family: Family, families: list[Family]) -> Verdict:
     cells = {rank: family.cells["untied", rank] for rank in family.ranks()}
     tests: dict[str, Callable[[Claim, dict[int, Cells]], tuple[str, str, list[Number]]]] = {
-        "falls": _trend, "rises": _trend, "equal": _equal, "faster": _faster
-    }  # fmt: skip
+        "falls": _trend,
+        "rises": _trend,
+        "equal": _equal,
+        "faster": _faster,
+    }
     missing = [rank for rank in (1, claim.top) if rank not in cells]
     reported = [over_seeds(cells[rank], claim.quantity) for rank in sorted(cells)]
     means = [
@@ -498,9 +558,15 @@ def _judge(claim: Claim, family: Family, families: list[Family]) -> Verdict:
         if few := _too_few(claim, len(shared)):
             word, reason = UNMEASURED, few
     return Verdict(
-        claim, f"{family.label}, {counted(len(shared), 'seed')}", word, reason, numbers or means, _beside(claim, family, families, means if numbers else []),
-        [record.path for record in family.records("untied")], len(shared),
-    )  # fmt: skip
+        claim,
+        f"{family.label}, {counted(len(shared), 'seed')}",
+        word,
+        reason,
+        numbers or means,
+        _beside(claim, family, families, means if numbers else []),
+        [record.path for record in family.records("untied")],
+        len(shared),
+    )
 
 
 def _judge_retrofit(claim: Claim, family: Family, variant: str) -> Verdict:
@@ -522,9 +588,15 @@ def _judge_retrofit(claim: Claim, family: Family, variant: str) -> Verdict:
     seeds = counted(most, "seed") if fewest == most else f"{fewest} to {most} seeds by rank"
     reason = "; ".join(part for part in (reason, *why) if part)
     return Verdict(
-        claim, f"{family.label}, {variant}, {seeds}", word, reason, numbers, beside,
-        [record.path for record in family.records(variant)], fewest,
-    )  # fmt: skip
+        claim,
+        f"{family.label}, {variant}, {seeds}",
+        word,
+        reason,
+        numbers,
+        beside,
+        [record.path for record in family.records(variant)],
+        fewest,
+    )
 
 
 def _why(horizon: int, cells: dict[int, Cells]) -> tuple[list[str], list[Number]]:

@@ -22,9 +22,14 @@ def token_class(text: str) -> int:
     """Index into CLASSES, by the first character."""
     first = text[:1]
     tests = (
-        first.islower(), first.isupper(), first.isdigit(), first in (" ", "\t"), first in ("\n", "\r"),
-        bool(first) and first in "()[]{}<>\"'`", bool(first) and first != "\ufffd",
-    )  # fmt: skip
+        first.islower(),
+        first.isupper(),
+        first.isdigit(),
+        first in (" ", "\t"),
+        first in ("\n", "\r"),
+        bool(first) and first in "()[]{}<>\"'`",
+        bool(first) and first != "\ufffd",
+    )
     return next((place for place, fits in enumerate(tests) if fits), len(CLASSES) - 1)
 
 

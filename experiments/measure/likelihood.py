@@ -31,9 +31,13 @@ STRIDE = 8  # positions between those whose draft laws are held against the targ
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, batches: Iterable[dict[str, Tensor]], token_bytes_V: np.ndarray, source_names: list[str],
-    device: torch.device | str = "cpu", token_texts_V: Sequence[str] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    model: LanguageModel,
+    batches: Iterable[dict[str, Tensor]],
+    token_bytes_V: np.ndarray,
+    source_names: list[str],
+    device: torch.device | str = "cpu",
+    token_texts_V: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """The record's `likelihood` entry, in nats (and bits per byte).
 
     batches: as the data module's, one row per sequence, with `source_B` (index into source_names). token_bytes_V: how
@@ -93,36 +97,43 @@ def evaluate(
     for row in rows:
         if row["positions"]:
             by_source.setdefault(source_names[row["source"]], []).append(row)
-    return {
-        "split": "test",
-        "rows": len(rows),
-        "positions": positions,
-        "joint_nll": _ratio(joint, [row["positions"] for row in rows]),
-        "position_nll": [
-            _ratio([row["terms"][k] for row in rows], [row["positions"] for row in rows]) for k in range(model.horizon)
-        ],
-        "first_token_nll": _ratio([row["terms"][0] for row in rows], [row["positions"] for row in rows]),
-        "bits_per_byte": _bits_per_byte(rows),
-        "kept_by_depth": _by_depth(torch.cat(kept_PN), model),
-        "per_source": {name: _of_source(mine) for name, mine in by_source.items()},
-        # Row by row, so that two models can be compared on the same rows.
-        "per_row": {
-            "positions": [row["positions"] for row in rows],
-            "joint_nll": [round(float(value), 3) for value in joint],
-            "first_token_nll": [round(float(row["terms"][0]), 3) for row in rows],
-            "position_nll": [[round(float(row["terms"][k]), 3) for row in rows] for k in range(model.horizon)],
-            "target_nll": [round(row["target"], 3) for row in rows],
-            "bytes": [row["bytes"] for row in rows],
-        },
-        "weights": {
-            "entropy_mean": entropy / positions,
-            "effective": float(torch.exp(-(mean_R * mean_R.log()).sum())),
-            "dead": int((mean_R < 0.1 / model.rank).sum()),
-            "mean": [float(value) for value in mean_R],
-        },
-    } | ({"components": components.summary()} if components is not None else {}) | (
-        {"shortlist": {"tokens": len(model.draft_ids), "windows": positions / whole}} if model.draft_ids is not None else {}
-    )  # fmt: skip
+    return (
+        {
+            "split": "test",
+            "rows": len(rows),
+            "positions": positions,
+            "joint_nll": _ratio(joint, [row["positions"] for row in rows]),
+            "position_nll": [
+                _ratio([row["terms"][k] for row in rows], [row["positions"] for row in rows])
+                for k in range(model.horizon)
+            ],
+            "first_token_nll": _ratio([row["terms"][0] for row in rows], [row["positions"] for row in rows]),
+            "bits_per_byte": _bits_per_byte(rows),
+            "kept_by_depth": _by_depth(torch.cat(kept_PN), model),
+            "per_source": {name: _of_source(mine) for name, mine in by_source.items()},
+            # Row by row, so that two models can be compared on the same rows.
+            "per_row": {
+                "positions": [row["positions"] for row in rows],
+                "joint_nll": [round(float(value), 3) for value in joint],
+                "first_token_nll": [round(float(row["terms"][0]), 3) for row in rows],
+                "position_nll": [[round(float(row["terms"][k]), 3) for row in rows] for k in range(model.horizon)],
+                "target_nll": [round(row["target"], 3) for row in rows],
+                "bytes": [row["bytes"] for row in rows],
+            },
+            "weights": {
+                "entropy_mean": entropy / positions,
+                "effective": float(torch.exp(-(mean_R * mean_R.log()).sum())),
+                "dead": int((mean_R < 0.1 / model.rank).sum()),
+                "mean": [float(value) for value in mean_R],
+            },
+        }
+        | ({"components": components.summary()} if components is not None else {})
+        | (
+            {"shortlist": {"tokens": len(model.draft_ids), "windows": positions / whole}}
+            if model.draft_ids is not None
+            else {}
+        )
+    )
 
 
 def _covered(model: LanguageModel, future_TN: Tensor) -> Tensor:

@@ -28,9 +28,15 @@ RECORDS = {
     "decoding baselines": "decode_baselines.json",
 }
 COLOURS = {
-    "plain": BLACK, "generate": BLACK, "lookup": ORANGE, "assistant": RED, "hydra": PURPLE, "untied": BLUE,
-    "anchored": GREEN, "tied": SKY,
-}  # fmt: skip
+    "plain": BLACK,
+    "generate": BLACK,
+    "lookup": ORANGE,
+    "assistant": RED,
+    "hydra": PURPLE,
+    "untied": BLUE,
+    "anchored": GREEN,
+    "tied": SKY,
+}
 CHAIN, RANK1 = "tokens_per_pass_over_chain", "tokens_per_pass_over_rank1"  # keys of differences
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SPEEDS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
@@ -67,21 +73,40 @@ def methods_table(record: Benchmark) -> Table:
         modes = [method["modes"][mode] for mode in MODES]
         rows.append(
             (
-                method["corpus"], method["name"], " / ".join(dict.fromkeys(method["strategy"][mode] for mode in MODES)),
-                f"{method['parameters_added']:,}", f"{method['weights_mib']:.1f}", *(_memory(mode) for mode in modes),
-                f"{method['training_seconds']:,.0f}", *(_interval(mode["tokens_per_pass"]) for mode in modes),
+                method["corpus"],
+                method["name"],
+                " / ".join(dict.fromkeys(method["strategy"][mode] for mode in MODES)),
+                f"{method['parameters_added']:,}",
+                f"{method['weights_mib']:.1f}",
+                *(_memory(mode) for mode in modes),
+                f"{method['training_seconds']:,.0f}",
+                *(_interval(mode["tokens_per_pass"]) for mode in modes),
                 *(f"{mode['tokens_per_second']:,.0f}" for mode in modes),
                 *(_interval(mode["speedup"], 2) for mode in modes),
                 *(_interval(mode["speedup_over_generate"], 2) for mode in modes),
                 *(_interval(mode["conversion"], 2) for mode in modes),
             )
-        )  # fmt: skip
+        )
     header = (
-        "corpus", "method", "drafts, greedy / sampling", "added parameters", "added weights (MiB)",
-        "memory, greedy (KiB)", "memory, sampling (KiB)", "training (s)", "tokens per pass, greedy", "tokens per pass, sampling",
-        "tokens/s, greedy", "tokens/s, sampling", "speed-up, greedy", "speed-up, sampling", "over generate, greedy",
-        "over generate, sampling", "conversion, greedy", "conversion, sampling",
-    )  # fmt: skip
+        "corpus",
+        "method",
+        "drafts, greedy / sampling",
+        "added parameters",
+        "added weights (MiB)",
+        "memory, greedy (KiB)",
+        "memory, sampling (KiB)",
+        "training (s)",
+        "tokens per pass, greedy",
+        "tokens per pass, sampling",
+        "tokens/s, greedy",
+        "tokens/s, sampling",
+        "speed-up, greedy",
+        "speed-up, sampling",
+        "over generate, greedy",
+        "over generate, sampling",
+        "conversion, greedy",
+        "conversion, sampling",
+    )
     caption = (
         "Ways to draft for one target per corpus, side by side: the same weights, prompts, number of tokens and machine; all are lossless. "
         "Plain: our loop without drafts; generate and assisted generation: Hugging Face's; rank 1, untied: independent heads, as Medusa's; "
@@ -102,16 +127,30 @@ def strategies_table(record: Benchmark) -> Table:
         best = found[chosen]["test"]
         rows.append(
             (
-                mode, cell["corpus"], cell["law"], str(cell["rank"]), _seeds(cell),
-                *(_interval(found[name]["test"]["speedup"], 2) if name in found else "-" for name in names), chosen,
-                _interval(best["tokens_per_pass_over_chain"], 3, sign=True), _interval(best["speed_over_chain"], 2),
+                mode,
+                cell["corpus"],
+                cell["law"],
+                str(cell["rank"]),
+                _seeds(cell),
+                *(_interval(found[name]["test"]["speedup"], 2) if name in found else "-" for name in names),
+                chosen,
+                _interval(best["tokens_per_pass_over_chain"], 3, sign=True),
+                _interval(best["speed_over_chain"], 2),
                 _interval(best["conversion"], 2),
             )
-        )  # fmt: skip
+        )
     header = (
-        "mode", "corpus", "law", "rank", "seeds", *(f"speed-up, {name}" for name in names), "chosen",
-        "tokens per pass over chain", "speed over chain", "conversion",
-    )  # fmt: skip
+        "mode",
+        "corpus",
+        "law",
+        "rank",
+        "seeds",
+        *(f"speed-up, {name}" for name in names),
+        "chosen",
+        "tokens per pass over chain",
+        "speed over chain",
+        "conversion",
+    )
     suggested = ", ".join(f"{mode}: {record['suggested'][mode]}" for mode in MODES)
     caption = (
         "Strategies of drafting and verifying, on the test prompts: speed-up over plain decoding; chosen: the fastest on the validation "
@@ -135,12 +174,18 @@ def acceptance_table(record: Benchmark) -> Table:
 
     rows: list[tuple[str, ...]] = [
         (
-            row["mode"], row["corpus"], row["law"], str(row["rank"]), _seeds(row), row["strategy"],
-            _interval(row["tokens_per_pass"]), over(CHAIN, row, row["rank"], "chain"),
+            row["mode"],
+            row["corpus"],
+            row["law"],
+            str(row["rank"]),
+            _seeds(row),
+            row["strategy"],
+            _interval(row["tokens_per_pass"]),
+            over(CHAIN, row, row["rank"], "chain"),
             over(RANK1, row, 1, row["strategy"], "chain"),
         )
         for row in record["strategies"]
-    ]  # fmt: skip
+    ]
     header = ("mode", "corpus", "law", "rank", "seeds", "strategy", "tokens per pass", "over its chain", "over rank 1")
     paired = "seeds, draws and prompts" if measured else "prompts, each with all its draws and seeds"
     caption = (
@@ -159,16 +204,32 @@ def agreement_table(record: Benchmark) -> Table:
         changed = shares["changed"]
         rows.append(
             (
-                mode, cell["corpus"], cell["law"], str(cell["rank"]), _shares(shares["chain"]["right"]),
-                _shares(shares["told"]), _shares(shares["overlap"]),
+                mode,
+                cell["corpus"],
+                cell["law"],
+                str(cell["rank"]),
+                _shares(shares["chain"]["right"]),
+                _shares(shares["told"]),
+                _shares(shares["overlap"]),
                 *(f"{1 + sum(shares[name]['kept']):.3f}" for name in _SHAPES),
-                f"{changed['differs']:,} of {changed['reached']:,}", f"{changed['now right']:,}", f"{changed['was right']:,}",
+                f"{changed['differs']:,} of {changed['reached']:,}",
+                f"{changed['now right']:,}",
+                f"{changed['was right']:,}",
             )
-        )  # fmt: skip
+        )
     header = (
-        "text", "corpus", "law", "rank", "argmax right", "argmax right, given the true tokens", "overlap with the target",
-        *(f"tokens per pass, {name}" for name in _SHAPES), "argmax changed by conditioning", "then right", "right before",
-    )  # fmt: skip
+        "text",
+        "corpus",
+        "law",
+        "rank",
+        "argmax right",
+        "argmax right, given the true tokens",
+        "overlap with the target",
+        *(f"tokens per pass, {name}" for name in _SHAPES),
+        "argmax changed by conditioning",
+        "then right",
+        "right before",
+    )
     caption = (
         "Drafts against what the target wrote, at every position of its own text (greedy or sampled), by depth 2/3/..; tokens per pass as if a "
         "window began at each. Overlap: mean of sum min(p, q) given the true tokens, what sampling keeps. Marginals: the argmax of each "
@@ -261,12 +322,22 @@ def _looks(methods: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
 def _point(axis: Axes, mode: dict[str, Any], colour: str, marker: str, label: str) -> None:
     across, up = (
         [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
-         for found in (mode["tokens_per_pass"], mode["conversion"])
-    )  # fmt: skip
+        for found in (mode["tokens_per_pass"], mode["conversion"])
+    )
     axis.errorbar(
-        mode["tokens_per_pass"]["mean"], mode["conversion"]["mean"], up, across, color=colour, marker=marker,
-        linestyle="none", label=label, elinewidth=0.5, markeredgecolor="white", markeredgewidth=0.4, markersize=5,
-    )  # fmt: skip
+        mode["tokens_per_pass"]["mean"],
+        mode["conversion"]["mean"],
+        up,
+        across,
+        color=colour,
+        marker=marker,
+        linestyle="none",
+        label=label,
+        elinewidth=0.5,
+        markeredgecolor="white",
+        markeredgewidth=0.4,
+        markersize=5,
+    )
 
 
 def _isolines(axis: Axes, width: float, height: float) -> None:
@@ -277,9 +348,14 @@ def _isolines(axis: Axes, width: float, height: float) -> None:
         axis.plot(x, [speed / each for each in x], color="0.75", linewidth=0.6, zorder=0)
         if low < speed / width < height:
             axis.annotate(
-                f"{speed:g}x", (width, speed / width), xytext=(2, 0), textcoords="offset points", va="center", color="0.35",
+                f"{speed:g}x",
+                (width, speed / width),
+                xytext=(2, 0),
+                textcoords="offset points",
+                va="center",
+                color="0.35",
                 annotation_clip=False,
-            )  # fmt: skip
+            )
     axis.set_xlim(0.9, width)
     axis.set_ylim(low, height)
 

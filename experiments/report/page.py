@@ -28,9 +28,14 @@ _CLASSES = {HOLDS: "holds", FAILS: "fails"}
 
 
 def write(
-    path: Path, records: Sequence[Record], families: list[Family], verdicts: Sequence[Verdict], figures: Sequence[Shown],
-    benchmarks: Sequence[Made], notes: Sequence[str],
-) -> Path:  # fmt: skip
+    path: Path,
+    records: Sequence[Record],
+    families: list[Family],
+    verdicts: Sequence[Verdict],
+    figures: Sequence[Shown],
+    benchmarks: Sequence[Made],
+    notes: Sequence[str],
+) -> Path:
     """Write the page to `path`, which is returned. Raises WriteError."""
     sections = {
         "claims": ("Claims", _claims(verdicts)),
@@ -173,9 +178,20 @@ def _tables(families: list[Family], benchmarks: Sequence[Made]) -> str:
 
 
 _NUMBERS = (
-    "rank", "n", "seed", "steps", "joint NLL", "first-token NLL", "bits per byte", "tokens per pass, greedy", "tokens per pass, sampling",
-    "speed-up, greedy", "speed-up, sampling", "step (ms)", "memory (GiB)",
-)  # fmt: skip
+    "rank",
+    "n",
+    "seed",
+    "steps",
+    "joint NLL",
+    "first-token NLL",
+    "bits per byte",
+    "tokens per pass, greedy",
+    "tokens per pass, sampling",
+    "speed-up, greedy",
+    "speed-up, sampling",
+    "step (ms)",
+    "memory (GiB)",
+)
 
 
 def _records(records: Sequence[Record]) -> str:
@@ -198,21 +214,33 @@ def _row(record: Record) -> dict[str, str]:
     modes = {mode: record.mode(mode) for mode in ("greedy", "sampling")}
     bits = likelihood["bits_per_byte"]
     row = {
-        "record": record.path.removesuffix(".json"), "corpus": Path(str(config["corpus"])).name, "trunk": record.size, "target": record.target,
-        "law": record.variant, "rank": str(record.rank), "n": str(record.horizon), "seed": str(record.seed),
-        "balance": str(config.get("balance", "-")), "steps": str(training["steps"]),
-        "joint NLL": f"{likelihood['joint_nll']['mean']:.3f}", "first-token NLL": f"{likelihood['first_token_nll']['mean']:.3f}",
+        "record": record.path.removesuffix(".json"),
+        "corpus": Path(str(config["corpus"])).name,
+        "trunk": record.size,
+        "target": record.target,
+        "law": record.variant,
+        "rank": str(record.rank),
+        "n": str(record.horizon),
+        "seed": str(record.seed),
+        "balance": str(config.get("balance", "-")),
+        "steps": str(training["steps"]),
+        "joint NLL": f"{likelihood['joint_nll']['mean']:.3f}",
+        "first-token NLL": f"{likelihood['first_token_nll']['mean']:.3f}",
         "bits per byte": "-" if bits is None else f"{bits:.3f}",
-    }  # fmt: skip
+    }
     for mode, measured in modes.items():
         row[f"tokens per pass, {mode}"] = f"{measured['tokens_per_pass']['mean']:.2f}" if measured else "-"
     for mode, measured in modes.items():
         row[f"speed-up, {mode}"] = f"{measured['speedup']['median']:.2f}" if measured else "-"
     dirty = " + changes" if record["dirty"] else ""
     return row | {
-        "step (ms)": f"{training['step_ms_median']:.1f}", "memory (GiB)": f"{training['peak_memory_bytes'] / 2**30:.2f}",
-        "commit": f"{record['commit'][:10]}{dirty}", "trained on": training_hardware(record), "decoded on": decoding_hardware(record), "command": str(record["command"]),
-    }  # fmt: skip
+        "step (ms)": f"{training['step_ms_median']:.1f}",
+        "memory (GiB)": f"{training['peak_memory_bytes'] / 2**30:.2f}",
+        "commit": f"{record['commit'][:10]}{dirty}",
+        "trained on": training_hardware(record),
+        "decoded on": decoding_hardware(record),
+        "command": str(record["command"]),
+    }
 
 
 def _cell(name: str, value: str) -> str:

@@ -119,12 +119,14 @@ def growth_table(name: str, record: Benchmark) -> Table:
             continue
         rows.append(
             (
-                dimension, " / ".join(f"{cell[dimension]:,}" for cell in line),
+                dimension,
+                " / ".join(f"{cell[dimension]:,}" for cell in line),
                 " / ".join(f"{cell['seconds']:.3f}" for cell in line),
-                " / ".join(f"{fitted.seconds(cell):.3f}" for cell in line), f"{_exponent(line, dimension, 'seconds'):.2f}",
+                " / ".join(f"{fitted.seconds(cell):.3f}" for cell in line),
+                f"{_exponent(line, dimension, 'seconds'):.2f}",
                 " / ".join(f"{cell['peak_bytes'] / 2**20:,.0f}" for cell in line),
             )
-        )  # fmt: skip
+        )
     base = record["cells"][0]
     caption = (
         "The bounded loss with one dimension at a time a quarter, a half and the whole of the base ("
@@ -145,11 +147,19 @@ def overhead_table(name: str, record: Benchmark, recipes: Benchmark) -> Table:
         found = kept.get(cell["recipe"], {})
         rows.append(
             (
-                cell["size"], cell["recipe"], _ranged(cell["step_ms"], ",.0f"), _ranged(cell.get("overhead"), "+.0%"),
-                _percent(cell.get("bound")), f"{cell['peak_bytes'] / 2**20:,.0f}", f"{cell['planned_bytes'] / 2**20:,.0f}",
-                *(_ranged(found.get(key), form) for key, form in (("tokens_per_pass", ".2f"), ("kept", ".0%"), ("joint_nll", ".2f"))),
+                cell["size"],
+                cell["recipe"],
+                _ranged(cell["step_ms"], ",.0f"),
+                _ranged(cell.get("overhead"), "+.0%"),
+                _percent(cell.get("bound")),
+                f"{cell['peak_bytes'] / 2**20:,.0f}",
+                f"{cell['planned_bytes'] / 2**20:,.0f}",
+                *(
+                    _ranged(found.get(key), form)
+                    for key, form in (("tokens_per_pass", ".2f"), ("kept", ".0%"), ("joint_nll", ".2f"))
+                ),
             )
-        )  # fmt: skip
+        )
     settings, other = record["settings"], recipes["settings"]
     caption = (
         f"Training with rank {settings['rank']} and horizon {settings['horizon']} against next-token training of the same trunk, V="
@@ -160,9 +170,17 @@ def overhead_table(name: str, record: Benchmark, recipes: Benchmark) -> Table:
         f"{recipes['kept_target']:.0%} on average: {recipes['chosen']} ({_DECIDED[recipes['decided']]}). {_described(record)}"
     )
     header = (
-        "trunk", "recipe", "step (ms)", "overhead", "bound", "peak (MiB)", "planned (MiB)", "tokens per pass",
-        "gain kept", "joint NLL",
-    )  # fmt: skip
+        "trunk",
+        "recipe",
+        "step (ms)",
+        "overhead",
+        "bound",
+        "peak (MiB)",
+        "planned (MiB)",
+        "tokens per pass",
+        "gain kept",
+        "joint NLL",
+    )
     return Table(name, caption, header, rows)
 
 
@@ -295,9 +313,14 @@ def overhead(record: Benchmark) -> Figure:
         measured = cell["overhead"]
         bars = [[measured["median"] - measured["low"]], [measured["high"] - measured["median"]]]
         axis.errorbar(
-            1 + cell["bound"], 1 + measured["median"], bars, linestyle="none", color=colours[cell["recipe"]],
-            marker=markers[cell["size"]], elinewidth=0.5,
-        )  # fmt: skip
+            1 + cell["bound"],
+            1 + measured["median"],
+            bars,
+            linestyle="none",
+            color=colours[cell["recipe"]],
+            marker=markers[cell["size"]],
+            elinewidth=0.5,
+        )
     ends = [min(axis.get_xlim()[0], axis.get_ylim()[0], 1), max(axis.get_xlim()[1], axis.get_ylim()[1])]
     ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if ends[0] / 1.5 < tick < ends[1] * 1.5]
     axis.plot([ticks[0], ticks[-1]], [ticks[0], ticks[-1]], color="0.75", linewidth=0.6, zorder=0)

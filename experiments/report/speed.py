@@ -18,12 +18,20 @@ Benchmark = dict[str, Any]
 RECORDS = "decode_speed*.json"
 # column -> (key of a cell, digits)
 MEASURED = {
-    "tokens per pass": ("tokens_per_pass", 2), "t(1) (ms)": ("t1_ms", 2), "t(n) (ms)": ("tn_ms", 2),
-    "draft (ms)": ("draft_ms", 2), "floor (ms)": ("floor_ms", 2), "pass (ms)": ("pass_ms", 2),
-    "pass / floor": ("pass_over_floor", 3), "speed-up": ("speedup", 2), "conversion": ("conversion", 3),
-    "limit": ("limit", 3), "share of limit": ("share_of_limit", 3), "ms/token": ("token_ms", 2),
+    "tokens per pass": ("tokens_per_pass", 2),
+    "t(1) (ms)": ("t1_ms", 2),
+    "t(n) (ms)": ("tn_ms", 2),
+    "draft (ms)": ("draft_ms", 2),
+    "floor (ms)": ("floor_ms", 2),
+    "pass (ms)": ("pass_ms", 2),
+    "pass / floor": ("pass_over_floor", 3),
+    "speed-up": ("speedup", 2),
+    "conversion": ("conversion", 3),
+    "limit": ("limit", 3),
+    "share of limit": ("share_of_limit", 3),
+    "ms/token": ("token_ms", 2),
     "tokens/s": ("tokens_per_second", 1),
-}  # fmt: skip
+}
 
 
 def tables(root: Path) -> list[Made]:
@@ -47,17 +55,27 @@ def speed_table(records: dict[str, Benchmark]) -> Table:
         for group in record["groups"]:
             passes = "captured" if group.get("captured") else "launched"
             start = (
-                *([machines[name]] if len(records) > 1 else []), *([passes] if captures else []), group["dtype"], group["mode"],
+                *([machines[name]] if len(records) > 1 else []),
+                *([passes] if captures else []),
+                group["dtype"],
+                group["mode"],
                 str(group["batch"]),
-            )  # fmt: skip
+            )
             rows += [(*start, *row) for row in _group(group)]
     described = [
         (f"{machines[name]}: " if len(records) > 1 else "") + _described(record) for name, record in records.items()
     ]
     header = (
-        *(["machine"] if len(records) > 1 else []), *(["passes"] if captures else []), "dtype", "mode", "batch", "rank", "n",
-        "shortlist", *MEASURED,
-    )  # fmt: skip
+        *(["machine"] if len(records) > 1 else []),
+        *(["passes"] if captures else []),
+        "dtype",
+        "mode",
+        "batch",
+        "rank",
+        "n",
+        "shortlist",
+        *MEASURED,
+    )
     caption = (
         "How much of the tokens per pass becomes time. Weights are random and acceptance is forced: 0, 1, .. n-1 drafts are kept in turn, and "
         "speed-ups are of this pattern alone; what carries over to trained heads is conversion = speed-up / tokens per pass. Its limit: "

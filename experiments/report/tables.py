@@ -67,11 +67,22 @@ class Table:
         head = " & ".join(map(_escaped, self.header)) + r" \\"
         return "\n".join(
             [
-                r"\begin{table}[t]", r"\centering\footnotesize", rf"\caption{{{_escaped(self.caption)}}}",
-                rf"\label{{tab:{self.name}}}", *[r"\resizebox{\linewidth}{!}{"] * fit, rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
-                head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}" + "}" * fit, r"\end{table}", "",
+                r"\begin{table}[t]",
+                r"\centering\footnotesize",
+                rf"\caption{{{_escaped(self.caption)}}}",
+                rf"\label{{tab:{self.name}}}",
+                *[r"\resizebox{\linewidth}{!}{"] * fit,
+                rf"\begin{{tabular}}{{{columns}}}",
+                r"\toprule",
+                head,
+                r"\midrule",
+                *body,
+                r"\bottomrule",
+                r"\end{tabular}" + "}" * fit,
+                r"\end{table}",
+                "",
             ]
-        )  # fmt: skip
+        )
 
     def html(self) -> str:
         """A table element; the caption above it."""
@@ -133,8 +144,10 @@ def write_table(table: Table, folder: Path, notes: Sequence[str] = ()) -> list[P
     """NAME.md (followed by the notes), NAME.tex and NAME.csv."""
     files = []
     for suffix, text in (
-        ("md", table.markdown() + _notes_markdown(notes)), ("tex", table.latex()), ("csv", table.csv()),
-    ):  # fmt: skip
+        ("md", table.markdown() + _notes_markdown(notes)),
+        ("tex", table.latex()),
+        ("csv", table.csv()),
+    ):
         files.append(folder / f"{table.name}.{suffix}")
         write_bytes(files[-1], text.encode())
     return files
@@ -164,10 +177,22 @@ def claims_table(verdicts: list[Verdict], short: bool = False) -> Table:
 
 
 _COLUMNS = (
-    "setting", "law", "rank", "seeds", "trained parameters", "joint NLL (nats)", "first-token NLL (nats)", "bits per byte",
-    "tokens per pass, greedy", "tokens per pass, sampling", "speed-up, greedy", "speed-up, sampling",
-    "over rank 1, sampling", "conversion / limit", "MFLOPs per draft",
-)  # fmt: skip
+    "setting",
+    "law",
+    "rank",
+    "seeds",
+    "trained parameters",
+    "joint NLL (nats)",
+    "first-token NLL (nats)",
+    "bits per byte",
+    "tokens per pass, greedy",
+    "tokens per pass, sampling",
+    "speed-up, greedy",
+    "speed-up, sampling",
+    "over rank 1, sampling",
+    "conversion / limit",
+    "MFLOPs per draft",
+)
 
 
 def cells_table(families: list[Family]) -> Table:
@@ -179,9 +204,10 @@ def cells_table(families: list[Family]) -> Table:
 def paired_table(families: list[Family]) -> Table:
     """Every rank against rank 1 of its law, paired: mean, interval and spread."""
     quantities = (
-        ("joint_nll", "sampling", "joint NLL (nats)"), ("first_token_nll", "sampling", "first-token NLL (nats)"),
+        ("joint_nll", "sampling", "joint NLL (nats)"),
+        ("first_token_nll", "sampling", "first-token NLL (nats)"),
         *(("tokens_per_pass", mode, f"tokens per pass, {mode}") for mode in MODES),
-    )  # fmt: skip
+    )
     rows, shown = [], [family for family in families if not family.is_timing]
     for family, law in itertools.product(shown, LAWS):
         one = family.cells.get((law, 1), {})
@@ -193,9 +219,13 @@ def paired_table(families: list[Family]) -> Table:
                 values = [*(_spread(gap, 3, sign=True) for gap in gaps), *(_spread(speed, 2) for speed in speeds)]
                 rows.append((family.label, law, str(rank), str(len(shared_seeds(cells, one))), *values))
     header = (
-        "setting", "law", "rank", "seeds", *(f"{name}, minus rank 1" for *_, name in quantities),
+        "setting",
+        "law",
+        "rank",
+        "seeds",
+        *(f"{name}, minus rank 1" for *_, name in quantities),
         *(f"speed over rank 1, {mode}" for mode in MODES),
-    )  # fmt: skip
+    )
     caption = (
         "Every rank against rank 1 of the same law, target and seed, on the same test rows or prompts: mean over seeds, 95% interval "
         "(bootstrap over rows or prompts, expanded where they are few, and t over seeds), +- standard deviation over seeds where there are several. Speed: medians of "
@@ -237,21 +267,44 @@ def retrofit_table(families: list[Family]) -> Table:
             trained = sum(r["seconds"]["train"] for r in cells.values()) / len(cells)
             rows.append(
                 (
-                    f"{family.settings['corpus']}, {family.size}, n={family.horizon}", _aim(family),
-                    variant, str(rank), str(len(cells)), f"{record['training']['steps']:,}", f"{_positions(record):,}",
-                    f"{record['parameters']['trained']:,}", f"{record.trained_bytes() / 2**20:.1f}", f"{trained / 60:.1f}",
-                    f"{record['training']['peak_memory_bytes'] / 2**30:.1f}", _components(cells), _by_depth(cells, "kept"),
+                    f"{family.settings['corpus']}, {family.size}, n={family.horizon}",
+                    _aim(family),
+                    variant,
+                    str(rank),
+                    str(len(cells)),
+                    f"{record['training']['steps']:,}",
+                    f"{_positions(record):,}",
+                    f"{record['parameters']['trained']:,}",
+                    f"{record.trained_bytes() / 2**20:.1f}",
+                    f"{trained / 60:.1f}",
+                    f"{record['training']['peak_memory_bytes'] / 2**30:.1f}",
+                    _components(cells),
+                    _by_depth(cells, "kept"),
                     *(_by_depth(cells, "accepted", mode) for mode in MODES),
                     *(_shown(over_seeds(cells, "tokens_per_pass", mode), 2) for mode in MODES),
                     *(_shown(over_seeds(cells, "speedup", mode), 2) for mode in MODES),
                     *(_shown(over_seeds(cells, "speedup_over_rank1", mode), 2) for mode in MODES),
                 )
-            )  # fmt: skip
+            )
     header = (
-        "setting", "trained for", "law", "rank", "seeds", "steps", "positions", "trained parameters", "heads (MiB)", "training (min)", "memory (GiB)",
-        "components in use", "kept by depth", *(f"accepted by depth, {mode}" for mode in MODES), *(f"tokens per pass, {mode}" for mode in MODES), *(f"speed-up, {mode}" for mode in MODES),
+        "setting",
+        "trained for",
+        "law",
+        "rank",
+        "seeds",
+        "steps",
+        "positions",
+        "trained parameters",
+        "heads (MiB)",
+        "training (min)",
+        "memory (GiB)",
+        "components in use",
+        "kept by depth",
+        *(f"accepted by depth, {mode}" for mode in MODES),
+        *(f"tokens per pass, {mode}" for mode in MODES),
+        *(f"speed-up, {mode}" for mode in MODES),
         *(f"over rank 1, {mode}" for mode in MODES),
-    )  # fmt: skip
+    )
     caption = "Heads on a pretrained, frozen model, which is the target. Kept by depth: mean over test text of sum min(p, q), the chance "
     caption += "that a sampled draft of x_{t+k} is kept if all before it are the text's own; 1 minus it is the total variation of target and draft law "
     caption += "(depth 1 is the target itself where it is tied). Accepted by depth: drafts kept in decoding, of those that were reached. "
@@ -328,20 +381,34 @@ def equal_training_table(families: list[Family]) -> Table:
             if cells:
                 rows.append(
                     (
-                        family.label, variant, str(rank), str(len(set(cells) & set(plain))),
-                        _shown(over_seeds(cells, "first_token_nll")), _shown(over_seeds(plain, "first_token_nll")),
+                        family.label,
+                        variant,
+                        str(rank),
+                        str(len(set(cells) & set(plain))),
+                        _shown(over_seeds(cells, "first_token_nll")),
+                        _shown(over_seeds(plain, "first_token_nll")),
                         _signed(difference(cells, plain, "first_token_nll")),
                         _shown(over_seeds(cells, "bits_per_byte"), bare=True),
                         _shown(over_seeds(plain, "bits_per_byte"), bare=True),
                         *(_shown(over_seeds(cells, "speedup_over_trunk", mode), 2) for mode in MODES),
                         *(_shown(over_seeds(cells, "speedup", mode), 2) for mode in MODES),
                     )
-                )  # fmt: skip
+                )
     header = (
-        "setting", "law", "rank", "pairs of seeds", "first-token NLL (nats)", "next-token model's NLL (nats)", "difference",
-        "bits per byte", "next-token model's bits per byte", "speed-up over it, greedy", "speed-up over it, sampling", "over own plain, greedy",
+        "setting",
+        "law",
+        "rank",
+        "pairs of seeds",
+        "first-token NLL (nats)",
+        "next-token model's NLL (nats)",
+        "difference",
+        "bits per byte",
+        "next-token model's bits per byte",
+        "speed-up over it, greedy",
+        "speed-up over it, sampling",
+        "over own plain, greedy",
         "over own plain, sampling",
-    )  # fmt: skip
+    )
     caption = (
         "From-scratch cells beside a pure next-token model of equal training: the same trunk, steps, rows, data order and seed. "
         "First-token NLL: of the cells over positions with all n successors, of the next-token model over those with one. Speed-up over "
@@ -372,9 +439,15 @@ def baselines_table(families: list[Family]) -> Table:
             ratios = [_shown(over_seeds(cells, "plain_over_generate", mode), 2) for mode in MODES]
             rows.append((family.label, str(len(cells)), *rates, *ratios))
     header = (
-        "setting", "seeds", "plain, greedy (tokens/s)", "generate, greedy (tokens/s)", "plain, sampling (tokens/s)",
-        "generate, sampling (tokens/s)", "plain / generate, greedy", "plain / generate, sampling",
-    )  # fmt: skip
+        "setting",
+        "seeds",
+        "plain, greedy (tokens/s)",
+        "generate, greedy (tokens/s)",
+        "plain, sampling (tokens/s)",
+        "generate, sampling (tokens/s)",
+        "plain / generate, greedy",
+        "plain / generate, sampling",
+    )
     caption = (
         "The baseline: plain decoding with our loop, and Hugging Face generate on the same weights (shared, not copied), both with a "
         "cache, side by side. Own untied targets (eq. 11) have no counterpart in generate."
@@ -390,10 +463,16 @@ def trunks_table(families: list[Family]) -> Table:
         first, bits = likelihood["first_token_nll"], likelihood["bits_per_byte"]
         rows.append(
             (
-                str(record["name"]), str(config["corpus"]), str(config["size"]), f"{record['parameters']['total']:,}",
-                str(config["optim"]["steps"]), f"{first['mean']:.4f} (sem {first['sem']:.4f})", _dash(bits, 4), record.path,
+                str(record["name"]),
+                str(config["corpus"]),
+                str(config["size"]),
+                f"{record['parameters']['total']:,}",
+                str(config["optim"]["steps"]),
+                f"{first['mean']:.4f} (sem {first['sem']:.4f})",
+                _dash(bits, 4),
+                record.path,
             )
-        )  # fmt: skip
+        )
     header = ("trunk", "corpus", "size", "parameters", "steps", "first-token NLL (nats)", "bits per byte", "record")
     caption = "Next-token models: common targets of the heads, and references trained for as many steps as the from-scratch cells."
     return Table("trunks", caption, header, rows)
@@ -420,9 +499,18 @@ def cost_table(families: list[Family]) -> Table:
             )
             rows.append((family.label, variant, str(rank), str(len(cells)), *values))
     header = (
-        "setting", "law", "rank", "seeds", "step (ms)", "tokens/s", "peak memory (GiB)", "MFLOPs per token", "GFLOP/s done",
-        "GFLOP/s of a matrix product", "achieved (%)",
-    )  # fmt: skip
+        "setting",
+        "law",
+        "rank",
+        "seeds",
+        "step (ms)",
+        "tokens/s",
+        "peak memory (GiB)",
+        "MFLOPs per token",
+        "GFLOP/s done",
+        "GFLOP/s of a matrix product",
+        "achieved (%)",
+    )
     caption = (
         "Training cost, means over seeds (+- their standard deviation). Step: median; memory: of the process (of the GPU, where there "
         "is one). FLOPs: matrix products and attention, forward and backward, counted on the first step, 2 per multiply-add; achieved: those done per second "
@@ -434,8 +522,15 @@ def cost_table(families: list[Family]) -> Table:
 
 # In the order of the report, after the claims.
 TABLES = (
-    cells_table, paired_table, beyond_table, retrofit_table, equal_training_table, baselines_table, cost_table, trunks_table,
-)  # fmt: skip
+    cells_table,
+    paired_table,
+    beyond_table,
+    retrofit_table,
+    equal_training_table,
+    baselines_table,
+    cost_table,
+    trunks_table,
+)
 
 
 def claims_text(verdicts: list[Verdict], notes: Sequence[str] = (), width: int = 118) -> str:
@@ -518,12 +613,15 @@ def _row(family: Family, variant: str, rank: int, added: str | None) -> tuple[st
     cells = family.cells[variant, rank]
     record = next(iter(cells.values()))
     values = (
-        _shown(over_seeds(cells, "joint_nll")), _shown(over_seeds(cells, "first_token_nll")),
+        _shown(over_seeds(cells, "joint_nll")),
+        _shown(over_seeds(cells, "first_token_nll")),
         _shown(over_seeds(cells, "bits_per_byte"), bare=True),
         *(_shown(over_seeds(cells, "tokens_per_pass", mode)) for mode in MODES),
         *(_shown(over_seeds(cells, "speedup", mode), 2) for mode in MODES),
-        _shown(over_seeds(cells, "speedup_over_rank1"), 2), _conversion(cells), _megaflops(record),
-    )  # fmt: skip
+        _shown(over_seeds(cells, "speedup_over_rank1"), 2),
+        _conversion(cells),
+        _megaflops(record),
+    )
     start = (family.label, variant, str(rank), str(len(cells)), f"{record['parameters']['trained']:,}")
     return (*start, *((added,) if added is not None else ()), *values)
 

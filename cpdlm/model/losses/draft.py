@@ -131,7 +131,7 @@ OBJECTIVES: dict[str, Formula] = {
 
 def chunked_sum(
     loss: Callable[..., Tensor], inputs_P: Sequence[Tensor], parameters: Sequence[Tensor], weight_P: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """(sum_p weight_p loss_p, loss_P detached), for a loss of each position by itself, `chunk` positions at a time.
 
     loss(*inputs_C, *parameters) -> loss_C. As in `joint_loss`, gradients are formed in the forward pass, chunk by chunk,
@@ -146,7 +146,7 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, loss: Callable[..., Tensor], chunk: int, learns: bool, split: int, weight_P: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         inputs_P, parameters = tensors[:split], tensors[split:]
         needs = [learns and need for need in ctx.needs_input_grad[5:]]
         leaves = [each.detach().requires_grad_(need) for each, need in zip(parameters, needs[split:], strict=True)]

@@ -95,8 +95,12 @@ def draw_all(families: list[Family], folder: Path) -> tuple[list[Path], list[Sho
 
 
 def one(
-    name: str, title: str, given: tuple[dict[str, Any], str] | str, plot: Callable[[dict[str, Any]], Figure], folder: Path
-) -> tuple[list[Path], Shown]:  # fmt: skip
+    name: str,
+    title: str,
+    given: tuple[dict[str, Any], str] | str,
+    plot: Callable[[dict[str, Any]], Figure],
+    folder: Path,
+) -> tuple[list[Path], Shown]:
     """Draw the figure of a benchmark's record. given: the record and the caption, or why there is none."""
     try:
         import matplotlib

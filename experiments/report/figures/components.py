@@ -54,9 +54,17 @@ def usage(families: list[Family]) -> Drawn | str:
             weights = [sorted(record["likelihood"]["weights"]["mean"], reverse=True) for record in cells.values()]
             values = [estimate([Sample(mean=seed[a] * rank) for seed in weights]) for a in range(rank)]
             right.errorbar(
-                np.arange(1, rank + 1) + 0.08 * (index - 2), [v.mean for v in values], arms(values), color=look[0], marker=look[1],
-                linestyle=look[2], elinewidth=0.8, capsize=1.5, capthick=0.8, markeredgewidth=0,
-            )  # fmt: skip
+                np.arange(1, rank + 1) + 0.08 * (index - 2),
+                [v.mean for v in values],
+                arms(values),
+                color=look[0],
+                marker=look[1],
+                linestyle=look[2],
+                elinewidth=0.8,
+                capsize=1.5,
+                capthick=0.8,
+                markeredgewidth=0,
+            )
         left.set_ylim(bottom=1)
         left.set_xlabel("training steps")
         left.set_ylabel("effective components")
@@ -87,9 +95,13 @@ def gate(families: list[Family]) -> Drawn | str:
         steps = [note["step"] for note in curve]
         weights = np.array([[note[f"train/weight_{a}"] for note in curve] for a in range(1, record.rank + 1)])
         axis.stackplot(
-            steps, weights, colors=[COMPONENTS[a % len(COMPONENTS)] for a in range(record.rank)], edgecolor="white", linewidth=0.4,
+            steps,
+            weights,
+            colors=[COMPONENTS[a % len(COMPONENTS)] for a in range(record.rank)],
+            edgecolor="white",
+            linewidth=0.4,
             labels=[f"component {a}" for a in range(1, record.rank + 1)],
-        )  # fmt: skip
+        )
         axis.set_xlim(steps[0], steps[-1])
         axis.set_ylim(0, 1)
         axis.grid(False)

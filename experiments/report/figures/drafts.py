@@ -55,9 +55,7 @@ def acceptance(families: list[Family]) -> Drawn | str:
                 cells = family.cells.get((law, rank), {})
                 values = [_as_share(over_seeds(cells, f"accepted:{depth}", mode)) for depth in depths]
                 shift = (index - len(ranks) / 2 + 0.5) * 0.09
-                errors(
-                    axis, [depth + shift for depth in depths], values, SERIES[index % len(SERIES)], f"rank {rank}"
-                )  # fmt: skip
+                errors(axis, [depth + shift for depth in depths], values, SERIES[index % len(SERIES)], f"rank {rank}")
             axis.set_ylim(0, 1.04)
             axis.set_xticks(range(2, family.horizon + 1))
             axis.set_xlim(1.75, family.horizon + 0.25)
@@ -153,9 +151,14 @@ def _cells(axis: Axes, group: list[Family], quantity: str, mode: str) -> None:
     middle = (np.nanmin(means) + np.nanmax(means)) / 2
     for (y, x), value in values.items():
         axis.text(
-            x, y, f"{value.mean:.2f}\n[{value.low:.2f}, {value.high:.2f}]", ha="center", va="center", linespacing=1.1,
+            x,
+            y,
+            f"{value.mean:.2f}\n[{value.low:.2f}, {value.high:.2f}]",
+            ha="center",
+            va="center",
+            linespacing=1.1,
             color="white" if value.mean <= middle else "black",
-        )  # fmt: skip
+        )
     axis.set_xticks(range(len(horizons)), [str(horizon) for horizon in horizons])
     axis.set_yticks(range(len(ranks)), [str(rank) for rank in ranks])
     axis.set_xlabel("horizon n")

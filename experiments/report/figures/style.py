@@ -26,25 +26,67 @@ COLUMN, WIDE, ROW = 3.4, 7.0, 1.75  # inches
 DPI = 200  # of a PNG
 PANELS = 4  # comparisons that one figure shows; further ones are in the tables
 STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7, "xtick.labelsize": 7,
-    "ytick.labelsize": 7, "legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.2, "lines.markersize": 4, "hatch.linewidth": 0.5,
-    "legend.frameon": False, "legend.handlelength": 1.8, "pdf.fonttype": 42, "figure.dpi": 100, "savefig.dpi": DPI,
-    "axes.axisbelow": True, "grid.linewidth": 0.4, "grid.color": "0.88", "axes.grid": True, "axes.grid.axis": "y",
-    "axes.ymargin": 0.1, "svg.hashsalt": "cpdlm", "text.usetex": False, "figure.constrained_layout.h_pad": 0.05, "axes.titlelocation": "left",
-    "figure.constrained_layout.w_pad": 0.05, "image.cmap": "cividis",
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 7,
+    "axes.labelsize": 7,
+    "axes.titlesize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "hatch.linewidth": 0.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "pdf.fonttype": 42,
+    "figure.dpi": 100,
+    "savefig.dpi": DPI,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.4,
+    "grid.color": "0.88",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.ymargin": 0.1,
+    "svg.hashsalt": "cpdlm",
+    "text.usetex": False,
+    "figure.constrained_layout.h_pad": 0.05,
+    "axes.titlelocation": "left",
+    "figure.constrained_layout.w_pad": 0.05,
+    "image.cmap": "cividis",
+}
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, YELLOW = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442",
-)  # fmt: skip
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+    "#F0E442",
+)
 # Colour, marker and dashes of ranks, positions and the like, in their order.
 SERIES = (
-    (BLACK, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (BLUE, "D", "-"), (RED, "v", "--"), (PURPLE, "P", ":"), (SKY, "X", "-."),
-)  # fmt: skip
+    (BLACK, "o", "-"),
+    (ORANGE, "s", "--"),
+    (GREEN, "^", "-."),
+    (BLUE, "D", "-"),
+    (RED, "v", "--"),
+    (PURPLE, "P", ":"),
+    (SKY, "X", "-."),
+)
 LAWS = {"untied": (BLUE, "o", "-", ""), "tied": (ORANGE, "s", "--", "////"), "anchored": (GREEN, "^", "-.", "....")}
 FILLS = {
-    "prefill": (BLACK, ""), "draft": (ORANGE, "////"), "trunk": (BLUE, ""), "verify": (GREEN, "...."), "other": ("0.8", ""),
-}  # fmt: skip
+    "prefill": (BLACK, ""),
+    "draft": (ORANGE, "////"),
+    "trunk": (BLUE, ""),
+    "verify": (GREEN, "...."),
+    "other": ("0.8", ""),
+}
 COMPONENTS = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, YELLOW, "0.55")  # component a of a mixture
 
 
@@ -85,9 +127,14 @@ def save(figure: Figure, caption: str, folder: Path, name: str) -> list[Path]:
 
 
 def grid(
-    rows: int, columns: int, *, width: float = COLUMN, height: float = ROW, share_y: bool | str = False,
+    rows: int,
+    columns: int,
+    *,
+    width: float = COLUMN,
+    height: float = ROW,
+    share_y: bool | str = False,
     ratios: list[float] | None = None,
-) -> tuple[Figure, Any]:  # fmt: skip
+) -> tuple[Figure, Any]:
     """A figure without pyplot's global state, and its axes, always two-dimensional."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -147,21 +194,35 @@ def looks(shown: Iterable[str]) -> dict[str, tuple[str, str, str]]:
 
 def errors(
     axis: Axes, x: Sequence[float], values: Sequence[Interval | None], look: tuple[str, str, str], label: str
-) -> None:  # fmt: skip
+) -> None:
     """A line through points with interval arms; a missing value is left out."""
     kept = [(place, value) for place, value in zip(x, values, strict=True) if value is not None]
     if not kept:
         return
     color, marker, style = look
     axis.errorbar(
-        [place for place, _ in kept], [v.mean for _, v in kept], arms([v for _, v in kept]), color=color, marker=marker,
-        linestyle=style, label=label, elinewidth=0.8, capsize=1.5, capthick=0.8, markeredgewidth=0,
-    )  # fmt: skip
+        [place for place, _ in kept],
+        [v.mean for _, v in kept],
+        arms([v for _, v in kept]),
+        color=color,
+        marker=marker,
+        linestyle=style,
+        label=label,
+        elinewidth=0.8,
+        capsize=1.5,
+        capthick=0.8,
+        markeredgewidth=0,
+    )
 
 
 def by_rank(
-    axis: Axes, ranks: Sequence[int], values: Sequence[Interval | None], look: tuple[str, str, str], label: str, shift: float = 0.0
-) -> None:  # fmt: skip
+    axis: Axes,
+    ranks: Sequence[int],
+    values: Sequence[Interval | None],
+    look: tuple[str, str, str],
+    label: str,
+    shift: float = 0.0,
+) -> None:
     """`errors` against the rank on a log axis; `shift`, in doublings, keeps arms apart."""
     errors(axis, [rank * 2**shift for rank in ranks], values, look, label)
 

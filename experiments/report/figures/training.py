@@ -161,9 +161,15 @@ def balance(families: list[Family]) -> Drawn | str:
             if interval is None:
                 continue
             axis.errorbar(
-                interval.mean, place, xerr=arms([interval]), color=BLACK if way == "none" else BLUE, marker="o",
-                elinewidth=0.8, capsize=1.5, capthick=0.8,
-            )  # fmt: skip
+                interval.mean,
+                place,
+                xerr=arms([interval]),
+                color=BLACK if way == "none" else BLUE,
+                marker="o",
+                elinewidth=0.8,
+                capsize=1.5,
+                capthick=0.8,
+            )
         axis.set_yticks(range(len(order)), order if axis is axes[0, 0] else [""] * len(order))
         axis.set_ylim(len(order) - 0.5, -0.5)
         axis.grid(True, axis="x")
@@ -221,9 +227,13 @@ def _clock(record: Record) -> list[float]:
 
 
 def _curves(
-    axis: Axes, shown: dict[str, Cells], name: str, x: Callable[[Record], list[float]], color: str = "",
+    axis: Axes,
+    shown: dict[str, Cells],
+    name: str,
+    x: Callable[[Record], list[float]],
+    color: str = "",
     styles: dict[str, tuple[str, str, str]] | None = None,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """A line per label, the mean over seeds, with a band where there are three or more (of two it would hide all else); returns
     where each ends. color: of another training than the others'. styles: of labels, where several panels have them."""
     ends, styles = [], styles or looks(shown)
