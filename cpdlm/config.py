@@ -256,8 +256,8 @@ class Config:
         anchor = self.anchor + (f"{self.model.anchor_width}" if self.model.anchor_width else "")
         text = f"-{self.data.text}" if self.data.text != "corpus" else ""
         adapters = f"-lora{self.model.adapter_layers}" if self.model.adapter_layers else ""
-        law = f"{anchor}{tie}{hidden}{low}{adapters}{aim}{text}"
-        return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{law}-s{self.seed}"
+        distribution = f"{anchor}{tie}{hidden}{low}{adapters}{aim}{text}"
+        return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{distribution}-s{self.seed}"
 
 
 # Settings that say where, when or how a run is watched, not what it computes (prefixes of dotted names).

@@ -112,7 +112,7 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
     from cpdlm.data.tokenizer import HubTokenizer
     from cpdlm.hf import hub, released
     from cpdlm.model.pretrained import multiplies_bfloat16
-    from cpdlm.training.checkpoints import CONFIG, RunError, load_model, read_config, run_shortlist
+    from cpdlm.training.checkpoints import CONFIG, RunError, load_model, read_config, run_draft_vocabulary
 
     tokenizer: Tokenizer
     if released.is_name(folder):
@@ -122,7 +122,7 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
         model, tokenizer = load_model(folder), hub.run_tokenizer(folder)
         eos = hub.end_tokens(read_config(folder), tokenizer)
         if shortlist:
-            model.use_shortlist(run_shortlist(folder))
+            model.use_draft_vocabulary(run_draft_vocabulary(folder))
     elif (folder / "config.json").is_file():
         if not (folder / "tokenizer_config.json").is_file():
             raise RunError(
@@ -137,7 +137,7 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
         eos = wrapped.generation_config.eos_token_id
         eos = tokenizer.eos if eos is None else eos
         if not shortlist:
-            model.use_shortlist(None)
+            model.use_draft_vocabulary(None)
     else:
         raise RunError(
             f"{folder} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json) nor one of {', '.join(NAMED)}"
@@ -187,8 +187,8 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
         out.flush()
 
     def on_tokens(tokens: list[int]) -> None:
-        for place, token in enumerate(tokens):
-            say(text.push([token]), drafted=place < len(tokens) - 1)
+        for index, token in enumerate(tokens):
+            say(text.push([token]), drafted=index < len(tokens) - 1)
 
     captures = {draft: Captures(model) for draft in (options.draft, "none")}
 
@@ -203,7 +203,7 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
             eos=eos,
             draft=draft,
             on_tokens=heard,
-            passes=captures[draft](1, len(ids) + new_tokens, sampling, draft),
+            forwards=captures[draft](1, len(ids) + new_tokens, sampling, draft),
         )
 
     write(options.draft, on_tokens)
@@ -217,7 +217,7 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     ours, rate = max((mine for mine, _ in timed), key=lambda each: each[1])
     plain_rate = max(plain for _, (_, plain) in timed)
     print(
-        f"{len(ours.tokens)} tokens in {ours.passes} passes: {len(ours.tokens) / ours.passes:.2f} tokens per pass\n"
+        f"{len(ours.tokens)} tokens in {ours.forwards} passes: {len(ours.tokens) / ours.forwards:.2f} tokens per pass\n"
         f"{rate:.0f} tokens/s; plain decoding of the same prompt {plain_rate:.0f} tokens/s: {rate / plain_rate:.2f} x "
         f"(the fastest of {REPEATS} runs each, by turns, without printing)",
         file=sys.stderr,

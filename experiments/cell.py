@@ -19,11 +19,11 @@ import torch
 from tqdm import tqdm
 
 from cpdlm.bench import latency
-from cpdlm.bench.acceptance import tokens_per_pass
+from cpdlm.bench.acceptance import tokens_per_forward
 from cpdlm.config import Config, ConfigError, DecodeConfig, EvaluateConfig, but_rank
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import Corpus, load_corpus
-from cpdlm.data.shortlist import Shortlist, frequent_tokens
+from cpdlm.data.draft_vocabulary import DraftVocabulary, frequent_tokens
 from cpdlm.decoding import Sampling
 from cpdlm.files import write_json
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -120,7 +120,7 @@ def train(config: Config, command: str) -> bool:
     data = TokenDataModule(config, text)
     listed = _shortlist("loss.shortlist", config.loss.shortlist, text) if config.loss.shortlist else None
     if listed is not None:
-        model.use_shortlist(torch.from_numpy(listed.ids))
+        model.use_draft_vocabulary(torch.from_numpy(listed.ids))
         print(
             f"loss.shortlist={config.loss.shortlist}: {listed.coverage:.2%} of the training text is on it", flush=True
         )
@@ -142,7 +142,7 @@ def train(config: Config, command: str) -> bool:
         # The stored weights, whole and in their stored precision: what is evaluated is what is decoded with.
         model = checkpoints.load_model(folder)
         if listed is not None:
-            model.use_shortlist(torch.from_numpy(listed.ids))
+            model.use_draft_vocabulary(torch.from_numpy(listed.ids))
         began = time.monotonic()
         device = _device()
         texts_V = [corpus.tokenizer.decode([token]) for token in range(corpus.vocab_size)]
@@ -197,7 +197,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
         text, _ = _training_text(first, corpus, trunks[first.model.trunk, first.model.dtype])
         shortlist = _shortlist("decode.shortlist", decode.shortlist, text)
         for model in models.values():
-            model.use_shortlist(torch.from_numpy(shortlist.ids))
+            model.use_draft_vocabulary(torch.from_numpy(shortlist.ids))
     modes = {}
     for mode, sampling in {
         "greedy": Sampling(temperature=0),
@@ -312,7 +312,7 @@ def _watch(config: Config, data: TokenDataModule) -> Callable[[LanguageModel], d
     if not config.train.decode_prompts:
         return None
     prompts_PT = data.prompts("validation")[: config.train.decode_prompts].to(_device())
-    return lambda model: tokens_per_pass(model, prompts_PT, config.decode.new_tokens)
+    return lambda model: tokens_per_forward(model, prompts_PT, config.decode.new_tokens)
 
 
 def _frozen_trunk(config: Config) -> LanguageModel | None:
@@ -395,7 +395,7 @@ def _training_text(config: Config, corpus: Corpus, trunk: LanguageModel | None) 
     return replace(corpus, train=split), written
 
 
-def _shortlist(setting: str, size: int, text: Corpus) -> Shortlist:
+def _shortlist(setting: str, size: int, text: Corpus) -> DraftVocabulary:
     """text: what is trained on."""
     if size > text.vocab_size:
         raise ConfigError(f"{setting}={size}: the vocabulary has {text.vocab_size} tokens; give fewer, or 0")

@@ -559,7 +559,7 @@ class Family:
     def variants(self) -> list[str]:
         """The variants that it has, those of LAWS first."""
         found = {variant for variant, _ in self.cells}
-        return [law for law in LAWS if law in found] + sorted(found - set(LAWS))
+        return [distribution for distribution in LAWS if distribution in found] + sorted(found - set(LAWS))
 
     def ranks(self, variant: str = "untied") -> list[int]:
         return sorted(rank for kind, rank in self.cells if kind == variant)
@@ -581,9 +581,9 @@ def variant_of(config: Mapping[str, Any]) -> str:
     anchor's control, which sees h_t in its place.
     """
     model, anchor = config["model"], config["anchor"]
-    law = {"token": "anchored", "blind": "blind"}.get(anchor, "tied" if model["tie_first"] else "untied")
+    distribution = {"token": "anchored", "blind": "blind"}.get(anchor, "tied" if model["tie_first"] else "untied")
     sizes = {"mlp": "map_hidden", "low": "map_rank", "anchor": "anchor_width", "adapters": "adapter_layers"}
-    return ", ".join([law, *(f"{name} {model[key]}" for name, key in sizes.items() if model.get(key, 0))])
+    return ", ".join([distribution, *(f"{name} {model[key]}" for name, key in sizes.items() if model.get(key, 0))])
 
 
 def families(records: Iterable[Record]) -> tuple[list[Family], list[str]]:

@@ -399,10 +399,10 @@ def _open(config: Config, command: str, folder: Path) -> Tracker:
 _DIALS = ("rank", "horizon", "size", "corpus", "seed", "anchor")
 
 
-def _tags(dials: Mapping[str, Any], law: str, target: str, commit: str, command: str) -> dict[str, str]:
+def _tags(dials: Mapping[str, Any], distribution: str, target: str, commit: str, command: str) -> dict[str, str]:
     tags = {key: str(dials[key]) for key in _DIALS}
     return tags | {
-        "law": law,
+        "law": distribution,
         "target": target,
         "commit": commit,
         "command": command,
@@ -463,8 +463,8 @@ def _experiment(client: Any, name: str, output: Path | None) -> str:
     if found is None:
         local = output is not None and not client.tracking_uri.startswith(("http", "databricks"))
         try:
-            place = (output / ARTIFACTS).resolve().as_uri() if output and local else None
-            return str(client.create_experiment(name, place, _experiment_tags(name)))
+            index = (output / ARTIFACTS).resolve().as_uri() if output and local else None
+            return str(client.create_experiment(name, index, _experiment_tags(name)))
         except Exception:
             found = client.get_experiment_by_name(name)  # another process made it meanwhile
             if found is None:
@@ -500,7 +500,7 @@ def _view() -> str:
     results, and a chart of each result against the rank. Other versions leave out what they do not know."""
     charts = [
         {
-            "uuid": f"chart-{place}",
+            "uuid": f"chart-{index}",
             "type": "SCATTER",
             "deleted": False,
             "isGenerated": False,
@@ -509,7 +509,7 @@ def _view() -> str:
             "xaxis": {"key": "rank", "type": "PARAM"},
             "yaxis": {"key": key, "type": "METRIC"},
         }
-        for place, key in enumerate(_MEASURES)
+        for index, key in enumerate(_MEASURES)
     ]
     state = {
         "searchFilter": "tags.rank LIKE '%'",

@@ -192,16 +192,16 @@ def _trunk(record: Record, source: Path, tree: Path, output: Path, root: Path) -
 
 
 def _run(record: Record, words: list[str], tree: Path, output: Path, root: Path) -> None:
-    places = [f"output={output}", f"data.cache={root / '.cache' / 'cpdlm'}", "tracking.mlflow=false"]
+    indices = [f"output={output}", f"data.cache={root / '.cache' / 'cpdlm'}", "tracking.mlflow=false"]
     bundle = record.config.get("data", {}).get("bundle", "")
     if bundle:
-        places.append(f"data.bundle={root / bundle if (root / bundle).is_dir() else ''}")
+        indices.append(f"data.bundle={root / bundle if (root / bundle).is_dir() else ''}")
     threads = record["hardware"]["threads"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("CPDLM_", "MLFLOW_TRACKING"))}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     # Later words win, so the places replace those of the record.
-    done = subprocess.run([sys.executable, *words, *places], cwd=tree, env=environment, check=False)
+    done = subprocess.run([sys.executable, *words, *indices], cwd=tree, env=environment, check=False)
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode != 0:

@@ -41,8 +41,8 @@ def posterior(weights: list[float], factors: list[list[list[float]]], prefix: Wi
 
 def entropy(weights: list[float], factors: list[list[list[float]]]) -> float:
     vocab_size = len(factors[0][0])
-    law = [probability(weights, factors, window) for window in windows(vocab_size, len(factors))]
-    return -sum(p * math.log(p) for p in law if p > 0)
+    distribution = [probability(weights, factors, window) for window in windows(vocab_size, len(factors))]
+    return -sum(p * math.log(p) for p in distribution if p > 0)
 
 
 # --- the dense loss, one row at a time ------------------------------------------------------------------------

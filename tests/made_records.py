@@ -185,17 +185,17 @@ def _mode(
         config.horizon,
         1.7 + 0.08 * config.horizon + pace * octave * (0.4 if greedy else 1) + bonus + 0.01 * own.standard_normal(),
     )
-    passes = np.round(480 / rate * np.exp(rows.normal(0, 0.08, 16)))
+    forwards = np.round(480 / rate * np.exp(rows.normal(0, 0.08, 16)))
     tokens, limit = np.full(16, 480.0), 0.85
     gain = speed * rate * limit * 0.9 * (1 - 0.02 * octave)
     plain, share = 100.0, {"prefill": 0.03, "draft": 0.12 + 0.05 * octave, "trunk": 0.5, "verify": 0.15, "other": 0.08}
-    reached, depths = int(passes.sum()), []
+    reached, depths = int(forwards.sum()), []
     by_prompt: dict[str, list[list[int]]] = {"reached": [], "accepted": []}
     for depth in range(2, config.horizon + 1):
         accepted = int(reached * (0.62 - 0.05 * depth + 0.03 * octave * (depth > 2) + bonus / 2))
         depths.append({"depth": depth, "reached": reached, "accepted": accepted})
         for name, count in (("reached", reached), ("accepted", accepted)):
-            by_prompt[name].append([count // 16 + (place < count % 16) for place in range(16)])
+            by_prompt[name].append([count // 16 + (index < count % 16) for index in range(16)])
         reached = accepted
     return {
         "temperature": 0.0 if greedy else 1.0,
@@ -205,11 +205,11 @@ def _mode(
         "new_tokens": 96,
         "repeats": 5,
         "tokens": int(tokens.sum()),
-        "passes": int(passes.sum()),
+        "passes": int(forwards.sum()),
         "tokens_per_pass": {"mean": rate, "low": rate - 0.05, "high": rate + 0.05},
-        "emitted_histogram": [int(passes.sum()), *[0] * (config.horizon - 1)],
+        "emitted_histogram": [int(forwards.sum()), *[0] * (config.horizon - 1)],
         "acceptance_by_depth": depths,
-        "per_prompt": {"tokens": tokens.tolist(), "passes": passes.tolist()},
+        "per_prompt": {"tokens": tokens.tolist(), "passes": forwards.tolist()},
         "drafts_per_prompt": by_prompt,
         "tokens_per_second": {
             "plain": plain,
@@ -237,9 +237,9 @@ def _mode(
     }
 
 
-def suite(seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **laws: Any) -> list[dict[str, Any]]:
+def suite(seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **distributions: Any) -> list[dict[str, Any]]:
     """Records shaped like a full sweep: from scratch, heads on a common trunk on two corpora, beyond, trunks."""
-    common = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"} | laws
+    common = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"} | distributions
     text = common | {"model__trunk": "runs/text-small-own-r1-n1-none-s0", "corpus": "text"}
     made_of = [
         made(1, horizon=1, preset="trunk", claim="trunks"),
@@ -249,7 +249,7 @@ def suite(seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **laws: Any) ->
     for seed in range(seeds):
         for rank in ranks:
             made_of += [
-                made(rank, seed, **laws),
+                made(rank, seed, **distributions),
                 made(rank, seed, **common),
                 made(rank, seed, **text),
                 made(rank, seed, **common | {"anchor": "token", "claim": "beyond"}),

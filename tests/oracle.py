@@ -28,18 +28,20 @@ def normalise(weights: Law) -> Law:
     return [weight / total for weight in weights]
 
 
-def filter_law(law: Law, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Law:
+def filter_law(distribution: Law, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Law:
     """Temperature, then the k likeliest, then the smallest set of likeliest tokens with top_p of the mass."""
-    law = normalise([p ** (1 / temperature) for p in law])
-    order = sorted(range(len(law)), key=lambda token: -law[token])
+    distribution = normalise([p ** (1 / temperature) for p in distribution])
+    order = sorted(range(len(distribution)), key=lambda token: -distribution[token])
     if top_k:
-        law = normalise([law[token] if token in order[:top_k] else 0.0 for token in range(len(law))])
+        distribution = normalise(
+            [distribution[token] if token in order[:top_k] else 0.0 for token in range(len(distribution))]
+        )
     kept, mass = set(), 0.0
     for token in order:
         if mass < top_p:
             kept.add(token)
-        mass += law[token]
-    return normalise([law[token] if token in kept else 0.0 for token in range(len(law))])
+        mass += distribution[token]
+    return normalise([distribution[token] if token in kept else 0.0 for token in range(len(distribution))])
 
 
 def conditional(weights: Law, factors: list[list[Law]], prefix: History) -> Law:
@@ -59,12 +61,12 @@ def autoregressive_law(target: Target, history: History, length: int, eos: int |
     """Law of the next `length` tokens, or of those up to and with eos."""
     if length == 0:
         return {(): 1.0}
-    law: dict[History, float] = {}
+    distribution: dict[History, float] = {}
     for token, p in enumerate(target(history)):
         rest = {(): 1.0} if token == eos else autoregressive_law(target, (*history, token), length - 1, eos)
         for tail, q in rest.items():
-            law[(token, *tail)] = p * q
-    return law
+            distribution[(token, *tail)] = p * q
+    return distribution
 
 
 # --- procedures -----------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def window_law(
     by_component = procedure in ("a", "c", "component throughout")
     emitted: dict[History, float] = defaultdict(float)
 
-    def laws(component: int | None, prefix: History) -> tuple[Law, Law, Law]:
+    def distributions(component: int | None, prefix: History) -> tuple[Law, Law, Law]:
         """Draft law that tokens are drawn from, that the test divides by, and that the residual subtracts."""
         scored = keep(conditional(weights, factors, prefix))
         if component is None:
@@ -102,7 +104,7 @@ def window_law(
             for token, probability in enumerate(p):
                 emitted[(*prefix, token)] += mass * probability
             return
-        drawn, tested, subtracted = laws(component, prefix)
+        drawn, tested, subtracted = distributions(component, prefix)
         rejected = 0.0
         for token, q in enumerate(drawn):
             if q == 0:
@@ -138,17 +140,17 @@ def decoder_law(
     eos: int | None = None,
 ) -> dict[History, float]:
     """Exact law of the sequences a whole decoder writes: prompt pass, windows, shortened last window, eos."""
-    law: dict[History, float] = defaultdict(float)
+    distribution: dict[History, float] = defaultdict(float)
 
     def kept(history: History) -> Law:
         return keep(target(history))
 
     def go(written: History, mass: float) -> None:
         if len(written) >= length or (eos is not None and eos in written):
-            law[written] += mass
+            distribution[written] += mass
             return
-        before, fixed = prompt + written[:-1], written[-1]
-        weights, factors = draft(before, fixed)
+        before, pending = prompt + written[:-1], written[-1]
+        weights, factors = draft(before, pending)
         drafts = min(horizon - 1, length - len(written) - 1)
         for emitted, p in window_law(procedure, kept, prompt + written, weights, factors, drafts, keep).items():
             new = emitted[: emitted.index(eos) + 1] if eos in emitted else emitted
@@ -158,7 +160,7 @@ def decoder_law(
     for token, p in enumerate(kept(prompt)):
         if p > 0:
             go((token,), p)
-    return dict(law)
+    return dict(distribution)
 
 
 # --- goodness of fit ------------------------------------------------------------------------------------------
@@ -166,32 +168,32 @@ def decoder_law(
 FALSE_ALARM = 1e-4  # a lossless decoder fails one law test in ten thousand seeds; the seeds are fixed
 
 
-def pooled_cells(law: Mapping[History, float], samples: int) -> list[list[History]]:
+def pooled_cells(distribution: Mapping[History, float], samples: int) -> list[list[History]]:
     """Cells of the chi-square test: sequences expected fewer than 5 times share one cell."""
-    common = [[sequence] for sequence, p in sorted(law.items()) if p * samples >= 5]
-    rare = [sequence for sequence, p in sorted(law.items()) if 0 < p * samples < 5]
+    common = [[sequence] for sequence, p in sorted(distribution.items()) if p * samples >= 5]
+    rare = [sequence for sequence, p in sorted(distribution.items()) if 0 < p * samples < 5]
     return [*common, rare] if rare else common
 
 
-def p_value(counts: Mapping[History, int], law: Mapping[History, float]) -> float:
+def p_value(counts: Mapping[History, int], distribution: Mapping[History, float]) -> float:
     """Chi-square p-value of observed sequences against a law; 0 if one has probability zero."""
     samples = sum(counts.values())
-    if any(law.get(sequence, 0.0) <= 0 for sequence in counts):
+    if any(distribution.get(sequence, 0.0) <= 0 for sequence in counts):
         return 0.0
-    cells = pooled_cells(law, samples)
-    expected = [samples * sum(law[s] for s in cell) for cell in cells]
+    cells = pooled_cells(distribution, samples)
+    expected = [samples * sum(distribution[s] for s in cell) for cell in cells]
     observed = [sum(counts.get(s, 0) for s in cell) for cell in cells]
     statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
     return float(stats.chi2.sf(statistic, len(cells) - 1))
 
 
-def power(faulty: Mapping[History, float], law: Mapping[History, float], samples: int) -> float:
+def power(faulty: Mapping[History, float], distribution: Mapping[History, float], samples: int) -> float:
     """Probability that `p_value` < FALSE_ALARM for `samples` draws of the faulty law (noncentral chi-square)."""
-    outside = sum(p for sequence, p in faulty.items() if law.get(sequence, 0.0) <= 0)
-    cells = pooled_cells(law, samples)
+    outside = sum(p for sequence, p in faulty.items() if distribution.get(sequence, 0.0) <= 0)
+    cells = pooled_cells(distribution, samples)
     shift = 0.0
     for cell in cells:
-        expected = sum(law[s] for s in cell)
+        expected = sum(distribution[s] for s in cell)
         shift += (sum(faulty.get(s, 0.0) for s in cell) - expected) ** 2 / expected
     freedom = len(cells) - 1
     by_shift = float(stats.ncx2.sf(stats.chi2.isf(FALSE_ALARM, freedom), freedom, max(samples * shift, 1e-9)))
@@ -207,5 +209,5 @@ def windows(vocabulary: int, length: int) -> list[History]:
     return list(itertools.product(range(vocabulary), repeat=length))
 
 
-def entropy(law: Law) -> float:
-    return -sum(p * math.log(p) for p in law if p > 0)
+def entropy(distribution: Law) -> float:
+    return -sum(p * math.log(p) for p in distribution if p > 0)

@@ -30,24 +30,26 @@ def _drawn_component(joint: Joint, count: int, uniforms_BS: Tensor) -> Tensor:
 
 
 def _conditionals(joint: Joint, tokens_BK: Tensor) -> Tensor:
-    laws = []
+    distributions = []
     for k in range(tokens_BK.shape[1]):
-        laws.append(joint.first())
+        distributions.append(joint.first())
         joint = joint.condition(tokens_BK[:, k])
-    return torch.stack(laws, dim=1)
+    return torch.stack(distributions, dim=1)
 
 
-def _accepted(target_BSV: Tensor, laws_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> Tensor:
+def _accepted(target_BSV: Tensor, draft_probs_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> Tensor:
     index = tokens_BK.unsqueeze(-1)
-    p, q = target_BSV[:, :-1].gather(-1, index).squeeze(-1), laws_BKV.gather(-1, index).squeeze(-1)
+    p, q = target_BSV[:, :-1].gather(-1, index).squeeze(-1), draft_probs_BKV.gather(-1, index).squeeze(-1)
     return (uniforms_BS[:, :-1] * q < p).long().cumprod(dim=-1).sum(dim=-1)
 
 
-def _after(target_BSV: Tensor, laws_BKV: Tensor, accepted_B: Tensor, uniforms_BS: Tensor, from_p: Tensor) -> Tensor:
+def _after(
+    target_BSV: Tensor, draft_probs_BKV: Tensor, accepted_B: Tensor, uniforms_BS: Tensor, from_p: Tensor
+) -> Tensor:
     """Token after the kept drafts: from the residual, or from the target itself where from_p (B,) says so."""
-    drafts = laws_BKV.shape[1]
+    drafts = draft_probs_BKV.shape[1]
     p = target_BSV.take_along_dim(accepted_B[:, None, None], dim=1).squeeze(1)
-    q = laws_BKV.take_along_dim(accepted_B.clamp(max=drafts - 1)[:, None, None], dim=1).squeeze(1)
+    q = draft_probs_BKV.take_along_dim(accepted_B.clamp(max=drafts - 1)[:, None, None], dim=1).squeeze(1)
     from_p = from_p | (accepted_B == drafts)
     return draw(torch.where(from_p.unsqueeze(-1), p, accept.residual(p, q)), uniforms_BS[:, -1])
 
@@ -59,24 +61,26 @@ def draft_by_component(joint: Joint, count: int, sampling: Sampling, uniforms_BS
     return tokens_BK, (own_BKV, _conditionals(joint, tokens_BK).exp())
 
 
-def verify_by_component(target_BSV: Tensor, laws: Any, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
+def verify_by_component(
+    target_BSV: Tensor, distributions: Any, tokens_BK: Tensor, uniforms_BS: Tensor
+) -> tuple[Tensor, Tensor]:
     """(a): accepted by the drawn component's probability, corrected by the mixture's."""
-    if laws is None:
-        return accept.verify(target_BSV, laws, tokens_BK, uniforms_BS)
-    accepted_B = _accepted(target_BSV, laws[0], tokens_BK, uniforms_BS)
+    if distributions is None:
+        return accept.verify(target_BSV, distributions, tokens_BK, uniforms_BS)
+    accepted_B = _accepted(target_BSV, distributions[0], tokens_BK, uniforms_BS)
     return accepted_B, _after(
-        target_BSV, laws[1], accepted_B, uniforms_BS, torch.zeros_like(accepted_B, dtype=torch.bool)
+        target_BSV, distributions[1], accepted_B, uniforms_BS, torch.zeros_like(accepted_B, dtype=torch.bool)
     )
 
 
 def verify_without_residual(
-    target_BSV: Tensor, laws: Any, tokens_BK: Tensor, uniforms_BS: Tensor
+    target_BSV: Tensor, distributions: Any, tokens_BK: Tensor, uniforms_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(b): after a partial acceptance the corrected token is dropped and the position starts a fresh window."""
-    if laws is None:
-        return accept.verify(target_BSV, laws, tokens_BK, uniforms_BS)
-    accepted_B = _accepted(target_BSV, laws, tokens_BK, uniforms_BS)
-    return accepted_B, _after(target_BSV, laws, accepted_B, uniforms_BS, accepted_B > 0)
+    if distributions is None:
+        return accept.verify(target_BSV, distributions, tokens_BK, uniforms_BS)
+    accepted_B = _accepted(target_BSV, distributions, tokens_BK, uniforms_BS)
+    return accepted_B, _after(target_BSV, distributions, accepted_B, uniforms_BS, accepted_B > 0)
 
 
 def draft_filtered_components(
@@ -88,12 +92,16 @@ def draft_filtered_components(
     return tokens_BK, filtered(_conditionals(joint, tokens_BK), sampling)
 
 
-def verify_from_target(target_BSV: Tensor, laws: Any, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
+def verify_from_target(
+    target_BSV: Tensor, distributions: Any, tokens_BK: Tensor, uniforms_BS: Tensor
+) -> tuple[Tensor, Tensor]:
     """(d): the corrected token is drawn from p."""
-    if laws is None:
-        return accept.verify(target_BSV, laws, tokens_BK, uniforms_BS)
-    accepted_B = _accepted(target_BSV, laws, tokens_BK, uniforms_BS)
-    return accepted_B, _after(target_BSV, laws, accepted_B, uniforms_BS, torch.ones_like(accepted_B, dtype=torch.bool))
+    if distributions is None:
+        return accept.verify(target_BSV, distributions, tokens_BK, uniforms_BS)
+    accepted_B = _accepted(target_BSV, distributions, tokens_BK, uniforms_BS)
+    return accepted_B, _after(
+        target_BSV, distributions, accepted_B, uniforms_BS, torch.ones_like(accepted_B, dtype=torch.bool)
+    )
 
 
 def draft_component_throughout(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cpdlm.bench.latency import measure
 from cpdlm.config import ConfigError, resolve
-from cpdlm.decoding import CapturedPasses, Captures, Sampling, decode, decode_batch
+from cpdlm.decoding import CapturedForwards, Captures, Sampling, decode, decode_batch
 from cpdlm.hf import hub
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel
@@ -103,7 +103,7 @@ def test_captured_passes_are_not_for_adapters(folders: dict[str, Path]) -> None:
     model = adapted(folders["qwen2"])
     assert Captures(model, on="cpu")(1, 20, Sampling(0.0)) is None
     with pytest.raises(ValueError, match="adapters for the draft keep a second cache"):
-        CapturedPasses(model, 1, Sampling(0.0), slots=20)
+        CapturedForwards(model, 1, Sampling(0.0), slots=20)
 
 
 def test_only_adapters_and_heads_train_and_are_stored(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_only_adapters_and_heads_train_and_are_stored(folders: dict[str, Path], 
         torch.full((2, 12), 4),
         torch.zeros(2, 12),
         torch.ones(2, 12),
-        aim=("eq14", 0.9, 1.0),
+        objective=("eq14", 0.9, 1.0),
     )
     terms.loss.backward()
     moving = {

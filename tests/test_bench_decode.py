@@ -33,10 +33,10 @@ FILTERS = {"plain": Sampling(), "all": Sampling(temperature=1.4, top_k=2, top_p=
 
 
 def truth(model: ToyModel, sampling: Sampling) -> dict[oracle.History, float]:
-    def law(history: tuple[int, ...]) -> list[float]:
+    def distribution(history: tuple[int, ...]) -> list[float]:
         return oracle.filter_law(model.oracle_target(history), sampling.temperature, sampling.top_k, sampling.top_p)
 
-    return oracle.autoregressive_law(law, PROMPT, LENGTH)
+    return oracle.autoregressive_law(distribution, PROMPT, LENGTH)
 
 
 # --- prompt lookup -----------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def test_lookup_writes_the_greedy_text_and_saves_passes() -> None:
     plain = decode(model, prompt, 9, Sampling(0.0), draft="none")
     looked = decode_with_lookup(model, prompt, 9, Sampling(0.0), horizon=4)
     assert looked.tokens == plain.tokens
-    assert looked.passes < plain.passes
+    assert looked.forwards < plain.forwards
 
 
 @pytest.mark.parametrize("setting", list(FILTERS))
@@ -76,15 +76,15 @@ def test_lookup_writes_with_the_targets_law(setting: str) -> None:
 
 
 @dataclass
-class TableLaw:
+class TableDistribution:
     """Conditionals of a toy: the rows of a table, by the history with fixed token and drafts."""
 
     model: SequentialToy
     code_B: Tensor
-    fixed_B: Tensor
+    pending_B: Tensor
 
     def next(self, drafts_BJ: Tensor) -> Tensor:
-        code_B = self.model.extend(self.code_B, self.fixed_B)
+        code_B = self.model.extend(self.code_B, self.pending_B)
         for draft_B in drafts_BJ.unbind(dim=1):
             code_B = self.model.extend(code_B, draft_B)
         return self.model.table[code_B]
@@ -97,8 +97,8 @@ class SequentialToy(ToyModel):
         scores = torch.randn(self.codes, self.vocab_size, generator=generator, dtype=torch.float64) * 1.5
         self.table = scores.log_softmax(dim=-1)
 
-    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Any:
-        return TableLaw(self, hidden_BD[:, 0].long(), fixed_B)
+    def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Any:
+        return TableDistribution(self, hidden_BD[:, 0].long(), pending_B)
 
 
 @pytest.mark.parametrize("setting", list(FILTERS))
@@ -125,11 +125,11 @@ def hydra(vocab_size: int = 5) -> HydraModel:
 def test_sequential_heads_draw_from_the_conditionals_that_they_report() -> None:
     model, sampling = hydra(), Sampling(temperature=0.8)
     hidden_D = model.hidden(torch.tensor([[1, 2, 0]]))[0, -1]
-    law = model.draft_joint(hidden_D.expand(SAMPLES, -1), torch.full((SAMPLES,), 3))
+    distribution = model.draft_joint(hidden_D.expand(SAMPLES, -1), torch.full((SAMPLES,), 3))
     uniforms = Uniforms([torch.Generator().manual_seed(row) for row in range(SAMPLES)], hidden_D.device)
-    proposal = Sequential(sampling, uniforms).draft(law, 2)
+    proposal = Sequential(sampling, uniforms).draft(distribution, 2)
 
-    def told(*seen: int) -> list[float]:  # by hand: [h, E x, ..] through one head, then the unembedding
+    def in_vocabulary(*seen: int) -> list[float]:  # by hand: [h, E x, ..] through one head, then the unembedding
         head = len(seen) - 1
         inputs = torch.cat([hidden_D, *(model.base.trunk.embedding[token] for token in seen)])
         inner = model.heads.into[head](inputs)
@@ -137,20 +137,23 @@ def test_sequential_heads_draw_from_the_conditionals_that_they_report() -> None:
         scores = model.base.unembedding.weight.double() @ (hidden_D + moved).double()
         return oracle.filter_law(scores.softmax(dim=-1).tolist(), 0.8)
 
-    first = told(3)
-    windows = {(a, b): first[a] * p for a in range(5) for b, p in enumerate(told(3, a))}
+    first = in_vocabulary(3)
+    windows = {(a, b): first[a] * p for a in range(5) for b, p in enumerate(in_vocabulary(3, a))}
     assert oracle.p_value(Counter(tuple(row) for row in proposal.tokens_BK.tolist()), windows) > oracle.FALSE_ALARM
     for row in range(20):
         a = int(proposal.tokens_BK[row, 0])
-        assert proposal.laws[row].tolist() == [pytest.approx(first, abs=1e-5), pytest.approx(told(3, a), abs=1e-5)]
+        assert proposal.distributions[row].tolist() == [
+            pytest.approx(first, abs=1e-5),
+            pytest.approx(in_vocabulary(3, a), abs=1e-5),
+        ]
 
 
 @torch.inference_mode()
 def test_the_loss_of_sequential_heads_is_their_chain_rule() -> None:
     model = hydra()
     hidden_PD, future_PN = torch.randn(4, model.base.trunk.width), torch.randint(5, (4, 3))
-    first = model.log_law(hidden_PD, future_PN[:, :1]).gather(1, future_PN[:, 1:2])[:, 0]
-    second = model.log_law(hidden_PD, future_PN[:, :2]).gather(1, future_PN[:, 2:])[:, 0]
+    first = model.log_distribution(hidden_PD, future_PN[:, :1]).gather(1, future_PN[:, 1:2])[:, 0]
+    second = model.log_distribution(hidden_PD, future_PN[:, :2]).gather(1, future_PN[:, 2:])[:, 0]
     nll_P = model.nll(hidden_PD, future_PN, torch.tensor([3, 2, 1, 3]))
     expected = -torch.stack([(first + second)[0], first[1], first[1] * 0, (first + second)[3]])
     assert torch.allclose(nll_P, expected, atol=1e-6)
@@ -255,7 +258,7 @@ def test_every_strategy_is_measured_on_both_splits(measured: tuple[Path, Path]) 
     assert [(cell["law"], cell["rank"], cell["seeds"]) for cell in found["cells"]] == LAWS * 2
     assert len({cell["corpus"] for cell in found["cells"]}) == 2
     for cell in found["cells"]:
-        for mode, names in bench_decode.STRATEGIES.items():
+        for mode, names in bench_decode.DRAFTERS.items():
             entry = cell["modes"][mode]
             if cell["rank"] == 1:
                 names = tuple(name for name in names if name not in ("window", "path"))
@@ -397,7 +400,7 @@ def made_baselines() -> dict[str, Any]:
                 "corpus": corpus,
                 "name": name,
                 "kind": kind,
-                "law": law,
+                "law": distribution,
                 "horizon": 4,
                 "strategy": {"greedy": "chain", "sampling": "block"},
                 "parameters_added": 100_000,
@@ -406,14 +409,14 @@ def made_baselines() -> dict[str, Any]:
                 "modes": {"greedy": mode(rate, speed), "sampling": mode(rate - 0.02, speed)},
             }
             for corpus in ("code", "text")
-            for name, kind, law, rate, speed in shapes
+            for name, kind, distribution, rate, speed in shapes
         ],
     }
 
 
 def made_acceptance() -> dict[str, Any]:
     """As recorded before differences were: rank 8 gains a tenth on every prompt, its tree a tenth more."""
-    passes = [40, 50, 60, 80, 90]
+    forwards = [40, 50, 60, 80, 90]
     rates = {(1, "chain"): 1.0, (1, "tree"): 1.05, (8, "chain"): 1.1, (8, "tree"): 1.21, (8, "window"): 0.9}
     rows = [
         {
@@ -422,11 +425,11 @@ def made_acceptance() -> dict[str, Any]:
             "law": "untied",
             "rank": rank,
             "seeds": [0, 1],
-            "strategy": strategy,
+            "strategy": drafter,
             "tokens_per_pass": {"mean": 2.0 * rate, "low": 1.0, "high": 4.0},
-            "per_prompt": {"tokens": [128] * 5, "passes": [each / rate for each in passes]},
+            "per_prompt": {"tokens": [128] * 5, "passes": [each / rate for each in forwards]},
         }
-        for (rank, strategy), rate in rates.items()
+        for (rank, drafter), rate in rates.items()
     ]
     return made_baselines() | {
         "benchmark": "decoding acceptance",

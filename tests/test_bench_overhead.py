@@ -58,8 +58,8 @@ def test_the_gain_is_taken_over_seeds_of_the_heads_on_one_trunk(tmp_path: Path) 
     (tmp_path / "text").mkdir()
     for number in range(60):
         (tmp_path / "text" / f"{number}.txt").write_text("".join(f"{number} and {k * number}\n" for k in range(60)))
-    places = {"--corpus": "text", "--runs": "runs", "--cache": "cache"}
-    words = [word for option, place in places.items() for word in (option, str(tmp_path / place))]
+    indices = {"--corpus": "text", "--runs": "runs", "--cache": "cache"}
+    words = [word for option, index in indices.items() for word in (option, str(tmp_path / index))]
     words += ["--sizes", "micro", "--recipes", WHOLE, "tied, 1/16", "--steps", "2"]
     record = overhead.gained(overhead.parse(["gain", *words]))
     assert {folder.name for folder in (tmp_path / "runs").iterdir() if (folder / "evaluate.json").is_file()} == {

@@ -73,9 +73,9 @@ def test_forcing_leaves_out_no_work(model: LanguageModel, monkeypatch: pytest.Mo
     counted(chain, "sampled_chain")
     counted(drafters, "verify")
     with speed.forced(3):
-        passes = write(model, Sampling())[0].passes
-    assert calls["hidden"] == calls["target_log_probs"] == calls["verify"] == passes == 7
-    assert calls["draft_joint"] == calls["sampled_chain"] == passes - 1
+        forwards = write(model, Sampling())[0].forwards
+    assert calls["hidden"] == calls["target_log_probs"] == calls["verify"] == forwards == 7
+    assert calls["draft_joint"] == calls["sampled_chain"] == forwards - 1
 
 
 def test_intervals_and_targets() -> None:

@@ -89,13 +89,13 @@ def test_a_killed_reader_goes_on_behind_its_last_note(
     for kill in [*kills, 10**6]:
         session: list[int] = []
 
-        def told(size: int, session: list[int] = session, kill: int = kill) -> None:
+        def in_vocabulary(size: int, session: list[int] = session, kill: int = kill) -> None:
             session.append(size)
             if len(session) == kill:
                 raise Killed
 
         try:
-            read_shards(stream, streams._open(stream), wait=True, told=told)
+            read_shards(stream, streams._open(stream), wait=True, in_vocabulary=in_vocabulary)
         except Killed:
             assert len(session) == kill
         read += sum(session)
@@ -108,7 +108,7 @@ def test_shards_of_another_process_are_left_to_it(dataset: Path, tmp_path: Path)
     stream = Stream(str(dataset), 10**6, tmp_path)
     stream.shards.mkdir(parents=True)
     with locked(stream.shards / "1.lock"):
-        read_shards(stream, streams._open(stream), wait=False, told=lambda size: None)
+        read_shards(stream, streams._open(stream), wait=False, in_vocabulary=lambda size: None)
     assert sorted(path.name for path in stream.shards.glob("*.json")) == ["0.json", "2.json"]
 
 

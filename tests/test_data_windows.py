@@ -15,10 +15,10 @@ def slow_batch(documents: list[list[int]], rows: list[int], context: int, horizo
     for row in rows:
         tokens, ids, futures, counts, since, last = [], [], [], [], 0, None
         for t in range(row * context, (row + 1) * context):
-            token, document, place = stream[t]
+            token, document, index = stream[t]
             since = 0 if document != last else since + 1
             last = document
-            rest = documents[document][place + 1 : place + 1 + horizon]
+            rest = documents[document][index + 1 : index + 1 + horizon]
             tokens.append(token)
             ids.append(since)
             futures.append(rest + [0] * (horizon - len(rest)))

@@ -124,9 +124,9 @@ def entry(folder: Path, case: Case, fault: dict[str, Any] | None = None, devices
 
 def single(case: Case, folder: Path) -> Path:
     """The same run in one process, which keeps its activations."""
-    place = folder / f"single-{_name(case)}"
-    two_processes.train(place, case[1] | {"train.recompute": False}, case[2])
-    return place
+    index = folder / f"single-{_name(case)}"
+    two_processes.train(index, case[1] | {"train.recompute": False}, case[2])
+    return index
 
 
 DIE = {"kind": "die", "step": 3}
@@ -144,20 +144,20 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("default")
     work = [entry(folder / _name(case), case) for case in DEFAULT]
     for one, other in CROSSINGS:  # killed before step 4 of 5 in one mode, finished in the other
-        place = folder / f"{one} to {other}"
+        index = folder / f"{one} to {other}"
         if one == "auto":
-            two_processes.train(place, CROSSED, fault=DIE)
+            two_processes.train(index, CROSSED, fault=DIE)
         else:
-            work.append(entry(place, mode(one, CROSSED), DIE))
+            work.append(entry(index, mode(one, CROSSED), DIE))
         if other != "auto":
-            work.append(entry(place, mode(other, CROSSED)))
+            work.append(entry(index, mode(other, CROSSED)))
     # Heads on a frozen trunk: the optimiser has some of the parameters only.
     plain = CROSSED | {"horizon": 1, "rank": 1, "balance": "none", "optim.steps": 1}
     open_run(folder / "trunk", resolve(two_processes.BASE | plain))
     two_processes.train(folder / "trunk", plain)
     for name in FROZEN:
-        for place, faults in ((folder / f"frozen, {name}", (DIE, None)), (folder / f"frozen, {name}, left", (DIE,))):
-            work += [entry(place, mode(name, CROSSED | frozen(folder)), fault) for fault in faults]
+        for index, faults in ((folder / f"frozen, {name}", (DIE, None)), (folder / f"frozen, {name}, left", (DIE,))):
+            work += [entry(index, mode(name, CROSSED | frozen(folder)), fault) for fault in faults]
     # Faults that every process notices, so that the next case can follow.
     work.append(entry(folder / "slow", ("ddp", CROSSED, "adamw"), {"kind": "slow", "step": 2, "rank": 1}))
     work.append(entry(folder / "nan", ("ddp", CROSSED, "adamw"), {"kind": "nan", "step": 3, "rank": 1}))
@@ -229,13 +229,13 @@ def test_the_comparison_would_see_a_wrong_normalisation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pair", CROSSINGS, ids=lambda pair: f"{pair[0]} to {pair[1]}")
 def test_checkpoints_of_one_mode_load_in_the_other(pair: tuple[str, str], default: Path) -> None:
-    place = default / f"{pair[0]} to {pair[1]}"
+    index = default / f"{pair[0]} to {pair[1]}"
     if pair[1] == "auto":
-        check_checkpoint(place / CHECKPOINT)
-        two_processes.train(place, CROSSED)
-    summary = json.loads((place / TRAINED).read_text())
+        check_checkpoint(index / CHECKPOINT)
+        two_processes.train(index, CROSSED)
+    summary = json.loads((index / TRAINED).read_text())
     assert summary["resumed"] == 1 and summary["steps"] == 5
-    compare(load_file(place / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
+    compare(load_file(index / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
 
 
 @pytest.fixture(scope="module")
@@ -253,13 +253,13 @@ def test_heads_on_a_frozen_trunk_resume(name: str, default: Path, frozen_whole: 
 @pytest.mark.parametrize("name", FROZEN)
 def test_checkpoints_leave_a_frozen_trunk_out(name: str, default: Path, frozen_whole: dict[str, Tensor]) -> None:
     """One process takes over from two."""
-    place = default / f"frozen, {name}, left"
+    index = default / f"frozen, {name}, left"
     if name == "sharded":
-        consolidate(place)
-    held = torch.load(place / CHECKPOINT, weights_only=True)["state_dict"]
+        consolidate(index)
+    held = torch.load(index / CHECKPOINT, weights_only=True)["state_dict"]
     assert {key.removeprefix("model.") for key in held} == frozen_whole.keys()
-    two_processes.train(place, CROSSED | frozen(default))
-    compare(load_file(place / WEIGHTS), frozen_whole, 1e-8)
+    two_processes.train(index, CROSSED | frozen(default))
+    compare(load_file(index / WEIGHTS), frozen_whole, 1e-8)
 
 
 # --- what can go wrong ------------------------------------------------------------------------------------------------
@@ -281,15 +281,15 @@ def test_a_loss_that_is_nan_in_one_process_stops_all_with_the_same_words(default
 
 
 def test_a_full_disk_of_one_process_keeps_the_last_sharded_checkpoint(default: Path) -> None:
-    place = default / "disk"
+    index = default / "disk"
     for rank in range(2):
-        assert said(place, rank)["error"] == "WriteError"
-        assert "cannot write" in said(place, rank)["message"] and "process 1: " in said(place, rank)["message"]
-    assert [path.name for path in place.glob(".last.ckpt*")] == [os.readlink(place / CHECKPOINT)], "a torn one is left"
-    check_checkpoint(place / CHECKPOINT)
-    two_processes.train(place, CROSSED)  # one process takes over from two
-    compare(load_file(place / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
-    assert not list(place.glob("*last.ckpt*"))
+        assert said(index, rank)["error"] == "WriteError"
+        assert "cannot write" in said(index, rank)["message"] and "process 1: " in said(index, rank)["message"]
+    assert [path.name for path in index.glob(".last.ckpt*")] == [os.readlink(index / CHECKPOINT)], "a torn one is left"
+    check_checkpoint(index / CHECKPOINT)
+    two_processes.train(index, CROSSED)  # one process takes over from two
+    compare(load_file(index / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
+    assert not list(index.glob("*last.ckpt*"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "foreign"])
@@ -324,8 +324,8 @@ LOST: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 )
 def test_a_lost_process_stops_the_others_and_the_run_resumes(name: str, default: Path, tmp_path: Path) -> None:
     parallel, overrides, fault = LOST[name]
-    place = tmp_path / "run"
-    processes = start([entry(place, (parallel, CROSSED | overrides, "adamw"), fault | {"step": 3})], tmp_path, ranks(2))
+    index = tmp_path / "run"
+    processes = start([entry(index, (parallel, CROSSED | overrides, "adamw"), fault | {"step": 3})], tmp_path, ranks(2))
     other = processes[1 - fault["rank"]]
     try:
         output = other.communicate(timeout=240)[0]
@@ -336,19 +336,19 @@ def test_a_lost_process_stops_the_others_and_the_run_resumes(name: str, default:
     for process in processes:
         process.wait()
     assert other.returncode == 1, output[-1500:]
-    report = said(place, 1 - fault["rank"])
+    report = said(index, 1 - fault["rank"])
     assert report["error"] == "ProcessLost"
     assert f"process {1 - fault['rank']} of 2: another one stopped" in report["message"]
-    assert f"the same command continues from {place / CHECKPOINT}" in report["message"]
-    waited = report["time"] - (place / "struck").stat().st_mtime
+    assert f"the same command continues from {index / CHECKPOINT}" in report["message"]
+    waited = report["time"] - (index / "struck").stat().st_mtime
     assert waited < PATIENCE + overrides.get("train.timeout", 0), f"{waited:.1f} s"
     if fault["kind"] == "full disk":
-        assert said(place, 0)["error"] == "WriteError" and "free some space" in said(place, 0)["message"]
-    check_checkpoint(place / CHECKPOINT)
-    two_processes.train(place, CROSSED)
-    summary = json.loads((place / TRAINED).read_text())
+        assert said(index, 0)["error"] == "WriteError" and "free some space" in said(index, 0)["message"]
+    check_checkpoint(index / CHECKPOINT)
+    two_processes.train(index, CROSSED)
+    summary = json.loads((index / TRAINED).read_text())
     assert (summary["resumed"], summary["steps"]) == (1, 5)
-    compare(load_file(place / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
+    compare(load_file(index / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
 
 
 # --- other numbers of processes, and several machines ------------------------------------------------------------------
@@ -395,17 +395,17 @@ def test_four_processes_equal_one_and_take_over_from_two(default: Path, tmp_path
     later = [{"kind": "die", "step": step} for step in (1, 2, 3)]
     modes = {name: tmp_path / name for name in ("ddp", "fsdp", "sharded")}
     for fault, devices in zip(later, (2, 4, 2), strict=True):
-        work = [entry(place, mode(name, CROSSED), fault, devices) for name, place in modes.items()]
+        work = [entry(index, mode(name, CROSSED), fault, devices) for name, index in modes.items()]
         if devices == 4:
             work += [entry(tmp_path / f"{name} at once", mode(name, CROSSED), None, 4) for name in modes]
         launch(work, tmp_path, ranks(devices))
     whole = load_file(default / "whole" / WEIGHTS)
     curve = json.loads((default / "whole" / TRAINED).read_text())["curve"]
-    for name, place in modes.items():
-        two_processes.train(place, CROSSED)
-        summary = json.loads((place / TRAINED).read_text())
+    for name, index in modes.items():
+        two_processes.train(index, CROSSED)
+        summary = json.loads((index / TRAINED).read_text())
         assert summary["resumed"] == 3
         for mine, theirs in zip(summary["curve"], curve, strict=True):
             assert mine == pytest.approx(theirs, abs=1e-8), "a sample was lost or repeated"
-        compare(load_file(place / WEIGHTS), whole, 1e-8)
+        compare(load_file(index / WEIGHTS), whole, 1e-8)
         compare(load_file(tmp_path / f"{name} at once" / WEIGHTS), whole, 1e-8)

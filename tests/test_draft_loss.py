@@ -27,7 +27,7 @@ def case(kind: str = "full", seed: int = 0) -> tuple[FactorHeads, Tensor, Tensor
     heads = FactorHeads(D, V, R, N, noise=0.7, **KINDS[kind]).double()
     heads.gate.weight.data.normal_()
     table_VD = torch.randn(V, D, dtype=torch.float64)
-    told_PN = torch.rand(P, N) < 0.8
+    in_vocabulary_PN = torch.rand(P, N) < 0.8
     counts_PN = torch.arange(N) < (torch.arange(P) % (N + 1)).unsqueeze(-1)
     target_PND = torch.randn(P, N, D, dtype=torch.float64)
     normaliser_PN = (target_PND @ table_VD.T).logsumexp(-1) + 0.3  # a part of the mass is off the list
@@ -35,7 +35,7 @@ def case(kind: str = "full", seed: int = 0) -> tuple[FactorHeads, Tensor, Tensor
         heads,
         table_VD,
         torch.randn(P, D, dtype=torch.float64).requires_grad_(),
-        Windows(torch.randint(0, V, (P, N)), told_PN, counts_PN, target_PND, normaliser_PN.float()),
+        Windows(torch.randint(0, V, (P, N)), in_vocabulary_PN, counts_PN, target_PND, normaliser_PN.float()),
     )
 
 
@@ -54,8 +54,8 @@ def by_hand(name: str, heads: FactorHeads, hidden_PD: Tensor, table_VD: Tensor, 
             factors_RV = joint.log_factors_NRV[p, k].exp()
             draft_V = (prior if name == "eq14-marginal" else posterior) @ factors_RV
             target_V = torch.exp(table_VD @ windows.target_PND[p, k] - windows.log_normaliser_PN[p, k].double())
-            token, told = int(windows.future_PN[p, k]), bool(windows.told_PN[p, k])
-            surprise = -draft_V[token].log() if told else torch.zeros(())
+            token, in_vocabulary = int(windows.future_PN[p, k]), bool(windows.in_vocabulary_PN[p, k])
+            surprise = -draft_V[token].log() if in_vocabulary else torch.zeros(())
             kl = sum(target_V[v] * (target_V[v].log() - draft_V[v].log()) for v in range(V))
             kept = torch.stack([torch.minimum(target_V[v], draft_V[v]) for v in range(V)]).sum()
             share = math.exp(-3 * float(kept.detach()))
@@ -69,7 +69,7 @@ def by_hand(name: str, heads: FactorHeads, hidden_PD: Tensor, table_VD: Tensor, 
             }[name]
             if windows.counts_PN[p, k]:
                 total = total + 0.9**k * each
-            if told:
+            if in_vocabulary:
                 posterior = posterior * factors_RV[:, token]
                 posterior = posterior / posterior.sum()
         losses.append(total)
@@ -95,10 +95,10 @@ def test_each_objective_is_its_equation_with_its_gradient(name: str, kind: str) 
 
 def test_the_joint_objective_is_the_bounded_joint_loss() -> None:
     heads, table_VD, hidden_PD, windows = case()
-    weight_P, counts_PN = torch.randn(P, dtype=torch.float64), windows.counts_PN & windows.told_PN
+    weight_P, counts_PN = torch.randn(P, dtype=torch.float64), windows.counts_PN & windows.in_vocabulary_PN
     total, loss_P, _ = heads.draft_loss(
         hidden_PD,
-        windows._replace(counts_PN=torch.ones_like(counts_PN), told_PN=counts_PN),
+        windows._replace(counts_PN=torch.ones_like(counts_PN), in_vocabulary_PN=counts_PN),
         weight_P,
         table_VD,
         aim("joint", gamma=1.0),
@@ -116,9 +116,9 @@ def test_the_joint_objective_is_the_bounded_joint_loss() -> None:
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("joint", "eq14", "eq14-marginal")])
 def test_a_draft_that_is_the_target_has_nothing_to_lose(name: str) -> None:
-    law_V = torch.randn(V).softmax(-1)
-    factors_CNRV = law_V.expand(1, N, R, V)
-    seen = Seen(torch.zeros(1, N, dtype=torch.long), torch.ones(1, N, dtype=torch.bool), law_V.expand(1, N, V))
+    probs_V = torch.randn(V).softmax(-1)
+    factors_CNRV = probs_V.expand(1, N, R, V)
+    seen = Seen(torch.zeros(1, N, dtype=torch.long), torch.ones(1, N, dtype=torch.bool), probs_V.expand(1, N, V))
     loss_CN = OBJECTIVES[name](torch.full((1, R), 1 / R).log(), factors_CNRV, seen, 0.9)
     torch.testing.assert_close(loss_CN, torch.zeros(1, N), rtol=0, atol=1e-6)
     assert math.isclose(float(overlap(factors_CNRV[:, :, 0], seen)[0, 0]), 1, abs_tol=1e-6)
@@ -143,12 +143,12 @@ def acceptance_by_hand(model: LanguageModel, batch: dict[str, Tensor]) -> list[f
             joint = model.joint(hidden_BTD[b, t], future_N[0])
             total = 0.0
             for k in range(joint.horizon):
-                law_V = Joint(
+                probs_V = Joint(
                     joint.posterior(future_N[first : first + k]), joint.scores_NRV[k:], joint.normalised
                 ).first()
                 if t + first + k < T:
                     target_V = model.target_log_probs(hidden_BTD[b, t + first + k])
-                    total += 1 - float(torch.minimum(law_V.exp(), target_V.exp()).sum())
+                    total += 1 - float(torch.minimum(probs_V.exp(), target_V.exp()).sum())
             losses.append(total)
     return losses
 
@@ -190,7 +190,7 @@ def test_known_states_change_nothing() -> None:
 def test_on_a_shortlist_the_loss_is_that_of_the_tokens_on_it() -> None:
     model, batch = make("common", **{"model.tie_first": True}), rows()
     listed = torch.tensor([0, 2, 3, 5, 7, 10])
-    model.use_shortlist(listed)
+    model.use_draft_vocabulary(listed)
     weights = {"first_weight_BT": torch.zeros(2, T), "rest_weight_BT": torch.ones(2, T)}
     found = model(**batch, **weights).rest_nll_P
     hidden_BTD = model.hidden(batch["tokens_BT"], batch["position_ids_BT"])
@@ -239,9 +239,9 @@ def test_kept_states_are_the_trunks_bit_for_bit(dtype: torch.dtype, tmp_path: Pa
 
 
 def test_a_killed_run_goes_on_behind_its_last_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, passes = make("common"), []
+    model, forwards = make("common"), []
     counted = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *given: (passes.append(1), counted(*given))[1])
+    monkeypatch.setattr(model, "hidden", lambda *given: (forwards.append(1), counted(*given))[1])
     whole = stored(model, tmp_path / "whole")[list(range(21))]
     note, notes = states.write_json, []
 
@@ -254,13 +254,13 @@ def test_a_killed_run_goes_on_behind_its_last_rows(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         stored(model, tmp_path / "cut")
     monkeypatch.setattr(states, "write_json", note)
-    passes.clear()
+    forwards.clear()
     again = stored(model, tmp_path / "cut")[list(range(21))]
-    assert len(passes) == 2, "the first batch of three was done"
+    assert len(forwards) == 2, "the first batch of three was done"
     assert all(torch.equal(again[name], whole[name]) for name in whole)
-    passes.clear()
+    forwards.clear()
     stored(model, tmp_path / "cut")
-    assert not passes
+    assert not forwards
 
 
 def test_more_states_than_the_limit_are_refused_with_the_numbers(tmp_path: Path) -> None:

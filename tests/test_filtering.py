@@ -27,9 +27,9 @@ SETTINGS = [
 def test_filtered_is_the_oracles_law(setting: tuple[float, int, float]) -> None:
     generator = torch.Generator().manual_seed(0)
     log_probs = (2 * torch.randn(50, 5, generator=generator, dtype=torch.float64)).log_softmax(-1)
-    law = filtered(log_probs, Sampling(*setting))
+    distribution = filtered(log_probs, Sampling(*setting))
     expected = [oracle.filter_law(row, *setting) for row in log_probs.exp().tolist()]
-    torch.testing.assert_close(law, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(distribution, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -41,9 +41,9 @@ def test_filtered_is_what_transformers_does(setting: tuple[float, int, float]) -
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    law = filtered(scores.log_softmax(-1), Sampling(*setting))
-    assert ((law > 0) == (expected > -math.inf)).all()
-    torch.testing.assert_close(law, expected.softmax(-1))
+    distribution = filtered(scores.log_softmax(-1), Sampling(*setting))
+    assert ((distribution > 0) == (expected > -math.inf)).all()
+    torch.testing.assert_close(distribution, expected.softmax(-1))
 
 
 def test_a_tiny_temperature_is_the_argmax_and_half_precision_is_widened() -> None:
@@ -72,8 +72,8 @@ def test_draw_marks_what_is_no_law(row: list[float]) -> None:
 @pytest.mark.parametrize("setting", [Sampling(), Sampling(0.7), Sampling(1.0, 2), Sampling(1.0, 0, 0.5)])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_broken_row_stays_broken(setting: Sampling, value: float) -> None:
-    law = filtered(torch.full((1, 4), value), setting)
-    assert draw(law, torch.tensor([0.5], dtype=torch.float64)).item() == 4
+    distribution = filtered(torch.full((1, 4), value), setting)
+    assert draw(distribution, torch.tensor([0.5], dtype=torch.float64)).item() == 4
 
 
 @pytest.mark.parametrize(

@@ -97,12 +97,12 @@ def test_green_is_what_was_drafted_and_accepted(
     assert not controls, "a terminal would obey them"
     assert len(coloured.replace(GREEN, "").replace(RESET, "")) == len(plain)
     # Colours by the definition: all but the last token of a pass, a character being its last byte's.
-    expected = [place < count - 1 for count in done.emitted for place in range(count)]
+    expected = [index < count - 1 for count in done.emitted for index in range(count)]
     text = Incremental(BytesTokenizer().decode)
     pieces = [(text.push([token]), drafted) for token, drafted in zip(done.tokens, expected, strict=True)]
     assert len(re.findall(re.escape(GREEN), coloured)) == sum(drafted and piece != "" for piece, drafted in pieces) > 0
     assert (
-        f"{len(done.tokens)} tokens in {done.passes} passes: {len(done.tokens) / done.passes:.2f} tokens per pass"
+        f"{len(done.tokens)} tokens in {done.forwards} passes: {len(done.tokens) / done.forwards:.2f} tokens per pass"
         in error
     )
     assert re.search(
@@ -128,11 +128,11 @@ def test_pieces_joined_are_the_text(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     alphabet = [*"aé€😀".encode(), 0xFF, 0xC3, 0x80, 256, 65, 66]
     ids = [alphabet[each] for each in torch.randint(0, len(alphabet), (300,), generator=generator).tolist()]
-    text, pieces, place = Incremental(BytesTokenizer().decode), [], 0
-    while place < len(ids):
+    text, pieces, index = Incremental(BytesTokenizer().decode), [], 0
+    while index < len(ids):
         size = int(torch.randint(1, 5, (), generator=generator))
-        pieces.append(text.push(ids[place : place + size]))
-        place += size
+        pieces.append(text.push(ids[index : index + size]))
+        index += size
     assert "".join(pieces) + text.end() == BytesTokenizer().decode(ids)
 
 

@@ -49,7 +49,7 @@ from cpdlm.hf.hub import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training import checkpoints
 from tests import oracle
-from tests.test_speculative import real
+from tests.test_loop import real
 
 COMMON, TIED, OWN = (
     ("llama", 4, "token", False, True),
@@ -145,8 +145,8 @@ def test_a_saved_model_comes_back_bit_for_bit(overrides: dict[str, Any], tmp_pat
         assert torch.equal(loaded(ids).logits, wrap(model)(ids).logits)
         torch.testing.assert_close(loaded(ids).logits.log_softmax(-1), model.target_log_probs(hidden))
         if model.heads is not None:
-            fixed = torch.tensor([5])
-            ours, theirs = (each.draft_joint(hidden[:, -1], fixed) for each in (model, loaded.model))
+            pending = torch.tensor([5])
+            ours, theirs = (each.draft_joint(hidden[:, -1], pending) for each in (model, loaded.model))
             assert torch.equal(ours.log_factors_NRV, theirs.log_factors_NRV)
 
 
@@ -290,14 +290,14 @@ def test_options_do_something_and_drafts_are_kept() -> None:
         chosen = {"pad_token_id": 0} | options(said)[name]
         texts.add(tuple(stock("common", **batch(1), **chosen)[0].tolist()))
     assert len(texts) >= len(OPTIONS) - 4
-    passes = []
+    forwards = []
     model = wrapped("common").model
-    handle = model.trunk.body.register_forward_hook(lambda *arguments: passes.append(1))
+    handle = model.trunk.body.register_forward_hook(lambda *arguments: forwards.append(1))
     try:
         wrapped("common").generate(**batch(1), max_new_tokens=24)
     finally:
         handle.remove()
-    assert 1 < len(passes) < 24
+    assert 1 < len(forwards) < 24
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -347,7 +347,9 @@ def scores(history: oracle.History) -> tuple[float, ...]:
     return tuple(small()(torch.tensor([history])).logits[0, -1].detach().tolist())
 
 
-def law(penalty: float = 1.0, length: int = 4, eos: int | None = None, **keep: Any) -> dict[oracle.History, float]:
+def distribution(
+    penalty: float = 1.0, length: int = 4, eos: int | None = None, **keep: Any
+) -> dict[oracle.History, float]:
     """repetition_penalty by its definition (negative scores of what has been said are multiplied), then the filters."""
 
     def target(history: oracle.History) -> oracle.Law:
@@ -377,8 +379,8 @@ SAMPLED = {
 def test_samples_have_the_law_that_the_options_say(name: str, draft: str) -> None:
     """Power of .99 against the law without the option (plain: with a temperature that nobody asked for)."""
     chosen, right, wrong = SAMPLED[name]
-    truth = law(**right)
-    assert oracle.power(law(**wrong), truth, SAMPLES) >= 0.99
+    truth = distribution(**right)
+    assert oracle.power(distribution(**wrong), truth, SAMPLES) >= 0.99
     torch.manual_seed(3)
     drawn = small().generate(
         torch.tensor([PROMPT]),
@@ -739,7 +741,7 @@ def test_a_shortlist_goes_with_its_model(tmp_path: Path, monkeypatch: pytest.Mon
     loaded.save_pretrained(tmp_path / "again")
     wide = CpdlmForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float64)
     assert drafted(wide) <= set(LISTED) and wide.model._draft_table_VD.dtype == torch.float64
-    loaded.use_shortlist(None)
+    loaded.use_draft_vocabulary(None)
     assert drafted(loaded) - set(LISTED)
     loaded.save_pretrained(tmp_path / "without")
     assert drafted(CpdlmForCausalLM.from_pretrained(tmp_path / "without")) - set(LISTED)
@@ -883,15 +885,15 @@ def test_greedy_in_float32_on_a_hundred_prompts(tmp_path: Path) -> None:
     ours, theirs = wrap(model), plain(model)
     exact = copy.deepcopy(model).double()
     generator, differing = torch.Generator().manual_seed(2), 0
-    passes: list[int] = []
+    forwards: list[int] = []
     for start in range(10):
         lengths = [4 + (7 * (10 * start + row)) % 29 for row in range(10)]
-        places = torch.randint(200_000, len(text_T) - 64, (10,), generator=generator)
-        ids = torch.stack([text_T[place : place + max(lengths)] for place in places])
+        indices = torch.randint(200_000, len(text_T) - 64, (10,), generator=generator)
+        ids = torch.stack([text_T[place : place + max(lengths)] for place in indices])
         mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
         chosen = {"max_new_tokens": 64, "pad_token_id": 0}
         other = theirs.generate(ids, attention_mask=mask, **chosen)
-        handle = model.trunk.body.register_forward_hook(lambda *arguments: passes.append(1))
+        handle = model.trunk.body.register_forward_hook(lambda *arguments: forwards.append(1))
         one = ours.generate(ids, attention_mask=mask, **chosen)
         handle.remove()
         assert one.shape == other.shape == (10, max(lengths) + 64)
@@ -904,4 +906,4 @@ def test_greedy_in_float32_on_a_hundred_prompts(tmp_path: Path) -> None:
             best = exact.target_log_probs(exact.hidden(prefix[None]))[0, -1].topk(2).values
             assert float(best[0] - best[1]) < 1e-4, f"prompt {10 * start + row} differs at token {int(unequal[0])}"
     assert differing <= 1
-    assert len(passes) < 10 * 45, "even the slowest row of a batch keeps many drafts"
+    assert len(forwards) < 10 * 45, "even the slowest row of a batch keeps many drafts"

@@ -47,9 +47,9 @@ def close(ours: Tensor, theirs: Tensor | list[float], tolerance: float = 1e-12) 
 def test_log_prob_is_the_formula_and_sums_to_one(shape: tuple[int, int, int]) -> None:  # law 1
     joint = make(*shape)
     tokens = every_window(shape[2], shape[1])
-    law = spread(joint, len(tokens)).log_prob(tokens).exp()
-    close(law, [oracle.probability(*plain(joint), window) for window in oracle.windows(shape[2], shape[1])])
-    assert math.isclose(law.sum().item(), 1, abs_tol=1e-12)
+    distribution = spread(joint, len(tokens)).log_prob(tokens).exp()
+    close(distribution, [oracle.probability(*plain(joint), window) for window in oracle.windows(shape[2], shape[1])])
+    assert math.isclose(distribution.sum().item(), 1, abs_tol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -141,11 +141,11 @@ def test_permuting_components_changes_nothing() -> None:  # law 6
 def test_samples_follow_log_prob(shape: tuple[int, int, int]) -> None:  # law 7
     """Chi-square over all windows of 60 000 draws; the seed is fixed, a fresh one would fail with probability 1e-6."""
     joint, draws = make(*shape, seed=1), 60_000
-    law = [oracle.probability(*plain(joint), window) for window in oracle.windows(shape[2], shape[1])]
+    distribution = [oracle.probability(*plain(joint), window) for window in oracle.windows(shape[2], shape[1])]
     sampled = spread(joint, draws).sample(torch.Generator().manual_seed(3))
-    place = torch.tensor([shape[2] ** k for k in reversed(range(shape[1]))])
-    observed = torch.bincount((sampled * place).sum(-1), minlength=len(law)).tolist()
-    assert stats.chisquare(observed, [p * draws for p in law]).pvalue > 1e-6
+    index = torch.tensor([shape[2] ** k for k in reversed(range(shape[1]))])
+    observed = torch.bincount((sampled * index).sum(-1), minlength=len(distribution)).tolist()
+    assert stats.chisquare(observed, [p * draws for p in distribution]).pvalue > 1e-6
     # The test would see components drawn per token instead of once per window (for rank > 1: independent positions).
     if shape[0] > 1:
         weights, factors = plain(joint)

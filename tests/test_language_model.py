@@ -139,7 +139,7 @@ def test_target_and_draft_laws_of_each_layout(layout: str) -> None:
     softmax = (hidden_BTD @ model.unembedding.weight.T).log_softmax(-1)
     target, own = model.target_log_probs(hidden_BTD), model.next_token_log_probs(hidden_BTD)
     torch.testing.assert_close(target.exp().sum(-1), torch.ones(2, T, dtype=torch.float64))
-    if model.common_target or model.first_is_tied:
+    if model.frozen_target or model.first_is_tied:
         torch.testing.assert_close(target, softmax)
     if model.first_is_tied:  # q_1 = p_1, exactly
         assert torch.equal(own, target)
@@ -148,26 +148,26 @@ def test_target_and_draft_laws_of_each_layout(layout: str) -> None:
         assert (own - softmax).abs().max() > 1e-3, "eq. 11 is another law than the trunk's softmax"
     if layout == "plain":
         return
-    fixed_B = torch.tensor([1, 2])
-    draft = model.draft_joint(hidden_BTD[:, -1], fixed_B)
+    pending_B = torch.tensor([1, 2])
+    draft = model.draft_joint(hidden_BTD[:, -1], pending_B)
     assert (draft.horizon, draft.rank, draft.vocab_size) == (N - 1, R, V)
     if not model.first_is_tied:
         whole, rest = model.joint(hidden_BTD[:, -1]), torch.tensor([[3, 4], [5, 6]])
-        window = torch.cat([fixed_B[:, None], rest], -1)
+        window = torch.cat([pending_B[:, None], rest], -1)
         torch.testing.assert_close(draft.log_prob(rest), whole.log_prob(window) - whole.log_prob(window[:, :1]))
 
 
 @pytest.mark.parametrize("layout", [name for name in WITH_MIXTURE if name != "separate"])
 def test_a_shortlist_is_the_law_restricted_to_it(layout: str) -> None:
     """Every factor renormalised on the list, untied the first one, too; the target and the joint stay as they are."""
-    model, ids, fixed_B = make(layout), torch.tensor([7, 0, 4, 9]), torch.tensor([4, 3])  # 4 is on the list, 3 is not
+    model, ids, pending_B = make(layout), torch.tensor([7, 0, 4, 9]), torch.tensor([4, 3])  # 4 is on the list, 3 is not
     hidden_BD = model.hidden(rows()["tokens_BT"])[:, -1]
-    whole, target = model.joint(hidden_BD, fixed_B), model.target_log_probs(hidden_BD)
-    model.use_shortlist(ids)
+    whole, target = model.joint(hidden_BD, pending_B), model.target_log_probs(hidden_BD)
+    model.use_draft_vocabulary(ids)
     assert model.draft_ids is not None and torch.equal(model.draft_ids, ids)
     assert torch.equal(model.target_log_probs(hidden_BD), target)
-    assert torch.equal(model.joint(hidden_BD, fixed_B).log_factors_NRV, whole.log_factors_NRV)
-    draft, skip = model.draft_joint(hidden_BD, fixed_B), 0 if model.first_is_tied else 1
+    assert torch.equal(model.joint(hidden_BD, pending_B).log_factors_NRV, whole.log_factors_NRV)
+    draft, skip = model.draft_joint(hidden_BD, pending_B), 0 if model.first_is_tied else 1
     assert (draft.horizon, draft.rank, draft.vocab_size) == (N - 1, R, len(ids))
     restricted = whole.log_factors_NRV[..., ids].log_softmax(-1)
     torch.testing.assert_close(draft.log_factors_NRV, restricted[:, skip:])
@@ -176,23 +176,23 @@ def test_a_shortlist_is_the_law_restricted_to_it(layout: str) -> None:
         weights[0] = (weights[0] + restricted[0, 0, :, 2]).log_softmax(-1)
     torch.testing.assert_close(draft.log_weights_R, weights)
     assert set(model.state_dict()) == set(make(layout).state_dict()), "a list is no part of a checkpoint"
-    model.use_shortlist(None)
-    assert model.draft_ids is None and model.draft_joint(hidden_BD, fixed_B).vocab_size == V
+    model.use_draft_vocabulary(None)
+    assert model.draft_ids is None and model.draft_joint(hidden_BD, pending_B).vocab_size == V
 
 
 def test_a_shortlist_of_everything_is_the_whole_law() -> None:
-    model, fixed_B = make("untied"), torch.tensor([4, 3])
+    model, pending_B = make("untied"), torch.tensor([4, 3])
     hidden_BD = model.hidden(rows()["tokens_BT"])[:, -1]
-    whole, ids = model.draft_joint(hidden_BD, fixed_B), torch.randperm(V)
-    model.use_shortlist(ids)
-    draft = model.draft_joint(hidden_BD, fixed_B)
+    whole, ids = model.draft_joint(hidden_BD, pending_B), torch.randperm(V)
+    model.use_draft_vocabulary(ids)
+    draft = model.draft_joint(hidden_BD, pending_B)
     torch.testing.assert_close(draft.log_factors_NRV, whole.log_factors_NRV[..., ids])
     torch.testing.assert_close(draft.log_weights_R, whole.log_weights_R)
 
 
 def test_a_shortlist_moves_with_the_model() -> None:
     model = make("untied")
-    model.use_shortlist(torch.tensor([1, 2]))
+    model.use_draft_vocabulary(torch.tensor([1, 2]))
     model.bfloat16()
     draft = model.draft_joint(torch.randn(1, 64, dtype=torch.bfloat16), torch.tensor([1]))
     assert draft.scores_NRV.dtype == torch.bfloat16 and draft.log_factors_NRV.dtype == torch.float32
@@ -213,7 +213,7 @@ def test_a_shortlist_moves_with_the_model() -> None:
 )
 def test_what_is_no_shortlist_is_refused(layout: str, ids: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make(layout).use_shortlist(torch.tensor(ids))
+        make(layout).use_draft_vocabulary(torch.tensor(ids))
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -328,7 +328,7 @@ def test_parameter_counts_add_up(layout: str) -> None:
     assert counts["gate"] == (0 if layout == "plain" else R * width + (0 if layout == "bias" else R))
     assert counts["anchor"] == ((2 * width + 1) * 32 + 33 * width if model.anchor is not None else 0)
     assert counts["trained"] == counts["total"] - (
-        counts["trunk"] + counts["unembedding"] if model.common_target else 0
+        counts["trunk"] + counts["unembedding"] if model.frozen_target else 0
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from cpdlm.bench import latency
 from cpdlm.bench.acceptance import acceptance, bootstrap_ratio
-from cpdlm.bench.latency import Timing, hugging_face, measure, pass_milliseconds
+from cpdlm.bench.latency import Timing, forward_milliseconds, hugging_face, measure
 from cpdlm.config import resolve
 from cpdlm.decoding import Decoded, Sampling, decode
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -163,9 +163,9 @@ def test_generate_runs_on_the_same_weights(family: str) -> None:
 
 def test_one_token_and_a_window_are_timed_through_the_cache() -> None:
     model = cell(2, horizon=4)
-    one, window = pass_milliseconds(model, PROMPTS, 40, times=5)
+    one, window = forward_milliseconds(model, PROMPTS, 40, times=5)
     assert one > 0 and window > 0
-    assert pass_milliseconds(model, PROMPTS[:1, :2], 200, times=2)[0] > 0  # no further than the context
+    assert forward_milliseconds(model, PROMPTS[:1, :2], 200, times=2)[0] > 0  # no further than the context
 
 
 def test_the_clock_attributes_time_to_the_part_that_ended() -> None:
@@ -199,8 +199,8 @@ def test_the_bootstrap_covers_the_truth() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(100):
-        passes = rng.integers(20, 40, 40)
-        interval = bootstrap_ratio(rng.poisson(2.0 * passes), passes)
+        forwards = rng.integers(20, 40, 40)
+        interval = bootstrap_ratio(rng.poisson(2.0 * forwards), forwards)
         covered += interval["low"] <= 2.0 <= interval["high"]
     assert covered >= 88
 

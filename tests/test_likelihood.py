@@ -55,12 +55,12 @@ def test_reported_numbers_are_the_plain_averages(words: str) -> None:
                 if config.horizon == 1:
                     chain = [first]
                 elif model.first_is_tied:
-                    joint_law = model.joint(h_D, future_N[0])
-                    running = [float(joint_law.log_prob(future_N[1 : 1 + k])) for k in range(config.horizon)]
+                    joint_distribution = model.joint(h_D, future_N[0])
+                    running = [float(joint_distribution.log_prob(future_N[1 : 1 + k])) for k in range(config.horizon)]
                     chain = [first, *np.diff(running)]
                 else:
-                    law = model.joint(h_D)
-                    running = [float(law.log_prob(future_N[:k])) for k in range(config.horizon + 1)]
+                    distribution = model.joint(h_D)
+                    running = [float(distribution.log_prob(future_N[:k])) for k in range(config.horizon + 1)]
                     chain = list(np.diff(running))
                     assert chain[0] == pytest.approx(first)
                 terms -= np.asarray(chain)
@@ -86,7 +86,7 @@ def test_on_a_shortlist_all_is_of_the_restricted_law(words: str, monkeypatch: py
     config = parse(["size=micro", "rank=3", "horizon=3", "model.trunk=frozen", *words.split()])
     model = build_language_model(config, V, trunk).double().eval()
     listed = [0, 2, 3, 5, 6, 7, 8, 10]
-    model.use_shortlist(torch.tensor(listed))
+    model.use_draft_vocabulary(torch.tensor(listed))
     batch = _batch(4, 24, 3)
     report = likelihood.evaluate(model, [batch], np.arange(V), ["a", "b"])
     skip = 1 if model.first_is_tied else 0
@@ -98,21 +98,21 @@ def test_on_a_shortlist_all_is_of_the_restricted_law(words: str, monkeypatch: py
         whole += 1
         future, h_D = batch["future_BTN"][row, t].tolist(), hidden_BTD[row, t]
         with torch.no_grad():
-            law = model.joint(h_D, batch["future_BTN"][row, t, 0])
-        factors = law.log_factors_NRV.exp()[..., listed]
+            distribution = model.joint(h_D, batch["future_BTN"][row, t, 0])
+        factors = distribution.log_factors_NRV.exp()[..., listed]
         factors = factors / factors.sum(dim=-1, keepdim=True)
         equation = "r,rx,ry,rz->xyz" if not skip else "r,rx,ry->xy"
-        table = torch.einsum(equation, law.weights_R, *factors)  # of every window of listed tokens
+        table = torch.einsum(equation, distribution.weights_R, *factors)  # of every window of listed tokens
         assert table.sum().item() == pytest.approx(1)
-        places = [listed.index(token) if token in listed else None for token in future[skip:]]
-        if None not in places:
+        indices = [listed.index(token) if token in listed else None for token in future[skip:]]
+        if None not in indices:
             first = float(model.next_token_log_probs(h_D)[future[0]]) if skip else 0.0
-            nll.append(-first - math.log(float(table[tuple(places)])))
+            nll.append(-first - math.log(float(table[tuple(indices)])))
         if t + 2 < 24:
             shares = []
-            for k in range(len(places)):
+            for k in range(len(indices)):
                 given = table
-                for place in places[:k]:  # a token off the list tells nothing
+                for place in indices[:k]:  # a token off the list tells nothing
                     given = given.sum(dim=0) if place is None else given[place]
                 q_V = given.flatten(1).sum(dim=1) if given.dim() > 1 else given
                 p_V = model.target_log_probs(hidden_BTD[row, t + skip + k]).exp()[listed]
@@ -123,10 +123,10 @@ def test_on_a_shortlist_all_is_of_the_restricted_law(words: str, monkeypatch: py
     assert report["joint_nll"]["mean"] == pytest.approx(np.mean(nll))
     assert sum(term["mean"] for term in report["position_nll"]) == pytest.approx(np.mean(nll))
     assert [each["mean"] for each in report["kept_by_depth"]] == pytest.approx(list(np.mean(kept, axis=0)), rel=1e-5)
-    model.use_shortlist(torch.tensor([9]))
+    model.use_draft_vocabulary(torch.tensor([9]))
     with pytest.raises(ValueError, match=r"the shortlist of 1 tokens covers none of the \d+ test windows"):
         likelihood.evaluate(model, [_only(batch, 1)], np.arange(V), ["a", "b"])
-    model.use_shortlist(None)
+    model.use_draft_vocabulary(None)
     assert "shortlist" not in likelihood.evaluate(model, [batch], np.arange(V), ["a", "b"])
 
 
@@ -168,8 +168,8 @@ def test_components_are_weighed_by_their_posterior() -> None:
         hidden_BTD = model.hidden(batch["tokens_BT"])
         for row in range(3):
             for t in range(120 if row < 2 else 100):
-                law, window_N = model.joint(hidden_BTD[row, t]), batch["future_BTN"][row, t]
-                posterior_R = law.posterior(window_N).exp().numpy()
+                distribution, window_N = model.joint(hidden_BTD[row, t]), batch["future_BTN"][row, t]
+                posterior_R = distribution.posterior(window_N).exp().numpy()
                 share_RC[:, expected_class[int(window_N[0])]] += posterior_R
                 sure, count = sure + posterior_R.max(), count + 1
                 if row == 0 and t < 5:

@@ -44,7 +44,7 @@ def step(model: LanguageModel, config: Any) -> float:
     weight_BT = torch.full((rows, context), 1 / (rows * context))
     share = torch.zeros(rows * context)
     share[: round(config.loss.joint_fraction * rows * context)] = 1 / (rows * context)
-    alone = model.common_target and model.first_is_tied
+    alone = model.frozen_target and model.first_is_tied
     whole = not model.first_is_tied and config.loss.joint_fraction == 1
     first_BT = torch.zeros_like(weight_BT) if alone or whole else weight_BT
 

@@ -223,9 +223,9 @@ def test_where_the_config_names_no_context_the_rows_say_it(tmp_path: Path) -> No
 def test_documents_of_a_row_do_not_see_each_other(name: str, folders: dict[str, Path]) -> None:
     base = load_pretrained(str(folders[name]), torch.float32, CONTEXT)
     one_BT, two_BT = (torch.randint(3, V, (2, size), generator=torch.Generator().manual_seed(size)) for size in (7, 9))
-    places_BT = torch.cat([torch.arange(7), torch.arange(9)]).expand(2, 16)
+    indices_BT = torch.cat([torch.arange(7), torch.arange(9)]).expand(2, 16)
     with torch.inference_mode():
-        row_BTD = base.hidden(torch.cat([one_BT, two_BT], dim=1), places_BT)
+        row_BTD = base.hidden(torch.cat([one_BT, two_BT], dim=1), indices_BT)
         torch.testing.assert_close(row_BTD[:, :7], base.hidden(one_BT), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(row_BTD[:, 7:], base.hidden(two_BT), rtol=1e-4, atol=1e-4)
 
@@ -257,7 +257,7 @@ def test_heads_are_wider_than_a_narrow_trunk(folders: dict[str, Path]) -> None:
         successors_BT=torch.full((2, 8), 4),
         first_weight_BT=torch.zeros(2, 8),
         rest_weight_BT=torch.ones(2, 8),
-        aim=("blend", 0.9, 1.0),
+        objective=("blend", 0.9, 1.0),
     )
     terms.loss.backward()
     assert all(each.grad is not None and each.grad.dtype == torch.float32 for each in model.heads.maps.values())

@@ -77,7 +77,7 @@ def test_released_heads_write_as_the_run_does(run: Path) -> None:
     model, _ = released.load("smollm2")
     assert model.draft_ids is not None and model.draft_ids.tolist() == list(range(3, 23))
     theirs = checkpoints.load_model(run)
-    theirs.use_shortlist(torch.arange(3, 23))
+    theirs.use_draft_vocabulary(torch.arange(3, 23))
     prompt_T = torch.tensor([5, 6])
     assert model.context == 64, "the model's own, not that of the rows that the heads were trained on"
     ours, other = (decode(each, prompt_T, 62, Sampling(0.0)) for each in (model, theirs))

@@ -16,12 +16,12 @@ HARDWARE = {"accelerator": "none", "processor": "P", "cores": 2, "threads": 2}
 BASE = {"positions": 64, "horizon": 4, "rank": 8, "vocab": 1024, "width": 32}
 
 
-def cells(fixed: float = 0.5) -> list[dict[str, Any]]:
+def cells(pending: float = 0.5) -> list[dict[str, Any]]:
     sizes = [BASE] + [BASE | {name: BASE[name] // share} for name in BASE for share in (2, 4)]
     found = []
     for size in sizes:
         logits = size["positions"] * size["horizon"] * size["rank"] * size["vocab"]
-        seconds = 6 * logits * size["width"] / 1e9 + logits / 1e7 + fixed
+        seconds = 6 * logits * size["width"] / 1e9 + logits / 1e7 + pending
         found.append(size | {"seconds": seconds, "peak_bytes": 2**20})
     return found
 
@@ -95,10 +95,10 @@ def records() -> dict[str, dict[str, Any]]:
 
 def test_the_fit_finds_what_the_times_were_made_from() -> None:
     found = scaling.fit(cells())
-    assert (found.flops, found.logits, found.fixed) == pytest.approx((1e9, 1e7, 0.5))
+    assert (found.flops, found.logits, found.pending) == pytest.approx((1e9, 1e7, 0.5))
     assert found.deviation < 1e-6
-    without = scaling.fit(cells(fixed=-0.001))
-    assert without.fixed == 0 and 0 < without.deviation < 0.1, "no negative time"
+    without = scaling.fit(cells(pending=-0.001))
+    assert without.pending == 0 and 0 < without.deviation < 0.1, "no negative time"
 
 
 def test_the_recipe_of_fewest_flops_that_keeps_the_gain_is_chosen() -> None:

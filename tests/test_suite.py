@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from cpdlm.config import DecodeConfig, flatten, to_dict
 from cpdlm.data.corpus import write_bundle
-from cpdlm.data.shortlist import frequent_tokens
+from cpdlm.data.draft_vocabulary import frequent_tokens
 from cpdlm.data.tokenizer import BpeTokenizer
 from cpdlm.hf import hub
 from cpdlm.model.language_model import LanguageModel
@@ -209,7 +209,7 @@ def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against
                 horizon=config.horizon,
                 first_is_tied=config.first_is_tied,
                 anchored=config.anchor != "none",
-                common_target=True,
+                frozen_target=True,
                 context=config.data.context,
                 map_hidden=config.model.map_hidden,
             )
@@ -505,13 +505,13 @@ def test_a_corpus_that_changed_since_is_not_taken_for_the_old_one(
 def test_drafts_from_a_shortlist_are_an_option_of_a_cell(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Half of the bytes: still lossless (test_strategies), with its coverage in the record; too long a list is refused."""
+    """Half of the bytes: still lossless (test_drafters), with its coverage in the record; too long a list is refused."""
     words = [f"{key}={_word(value)}" for key, value in TINY.items()]
     words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2", "name=one"]
     assert run.main([*words, "decode.shortlist=20"]) == 0
     record = results.load(Path(capsys.readouterr().out.split("record: ")[1].strip()))
     assert 0.5 < record["decoding"]["shortlist_coverage"] < 1 and record.config["decode"]["shortlist"] == 20
-    ids = checkpoints.run_shortlist(tmp_path / "runs" / "one")
+    ids = checkpoints.run_draft_vocabulary(tmp_path / "runs" / "one")
     assert ids is not None and len(ids.unique()) == 20
     hub.export(tmp_path / "runs" / "one", tmp_path / "mine")
     assert "from the 20 most frequent tokens" in (tmp_path / "mine" / "README.md").read_text()

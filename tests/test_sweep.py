@@ -534,10 +534,10 @@ def test_the_page_names_every_arm_and_its_claims() -> None:
             arms.setdefault(arm.__name__, []).append(each.id)
     del arms["retrofit"]
     rows = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `")]
-    told = {name.strip(" `"): claims.strip() for names, _, claims in rows for name in names.split(",")}
+    in_vocabulary = {name.strip(" `"): claims.strip() for names, _, claims in rows for name in names.split(",")}
     for name, claims in arms.items():
-        assert set(claims) <= set(told[name].split(", ")), name
-    assert set(told) == set(arms)
+        assert set(claims) <= set(in_vocabulary[name].split(", ")), name
+    assert set(in_vocabulary) == set(arms)
     cells = study("all")
     assert f"{len({cell.setting for cell in cells})} settings" in PAGE
 

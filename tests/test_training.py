@@ -195,7 +195,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
     assert summary.tokens_per_second > 0 and summary.step_ms_median > 0 and summary.peak_memory_bytes > 0
     assert len(summary.clock) == len(summary.curve) and summary.clock == sorted(summary.clock)
     assert summary.clock[-1] == pytest.approx(summary.seconds, abs=1e-3)
-    assert sum(last[f"train/weight_{place}"] for place in range(1, config.rank + 1)) == pytest.approx(1, abs=1e-5)
+    assert sum(last[f"train/weight_{index}"] for index in range(1, config.rank + 1)) == pytest.approx(1, abs=1e-5)
     # Forward and backward of every weight that is a matrix, once each at the least.
     matrices = sum(value.numel() for name, value in state.items() if value.ndim == 2 and "embed" not in name)
     assert summary.flops_per_token is not None and summary.flops_per_token > 6 * matrices
@@ -283,7 +283,7 @@ def test_accumulated_micro_batches_train_as_the_whole_batch(layout: str, tmp_pat
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_recomputed_activations_change_nothing_but_the_passes(family: str, tmp_path: Path) -> None:
-    states, passes = [], []
+    states, forwards = [], []
     for recompute in (False, True):
         config = settings(
             **{"model.family": family, "train.recompute": recompute, "optim.steps": 2, "train.validate_every": 9}
@@ -295,8 +295,8 @@ def test_recomputed_activations_change_nothing_but_the_passes(family: str, tmp_p
         (tmp_path / str(recompute)).mkdir()
         fit(config, model, RaggedData(config), tmp_path / str(recompute))
         states.append(model.state_dict())
-        passes.append(count[0])
-    assert passes == [2, 4], "each block runs once more, in the backward pass"
+        forwards.append(count[0])
+    assert forwards == [2, 4], "each block runs once more, in the backward pass"
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
 
@@ -530,7 +530,7 @@ def test_heads_on_a_frozen_trunk_come_back_without_a_copy_of_it(tie_embeddings: 
         assert torch.equal(again.state_dict()[name], value), name
     for name, value in trunk.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), f"training the heads moved {name} of the frozen trunk"
-    assert again.common_target and again.embeddings_are_tied == tie_embeddings
+    assert again.frozen_target and again.embeddings_are_tied == tie_embeddings
     size = (tmp_path / "heads" / WEIGHTS).stat().st_size
     assert size < 4 * sum(p.numel() for p in again.parameters() if p.requires_grad) + 4096
 

@@ -81,8 +81,8 @@ class ToyModel:
             seen_BL = torch.ones(batch, slot, dtype=torch.bool)
             if mask is not None:
                 seen_BL = mask[:, 0, t, :slot] if mask.dim() == 4 else mask[:, :slot]
-            place_BL = torch.where(seen_BL, cache.values[:, 0, :, 0].expand(batch, -1), -1)
-            last_B = place_BL.max(dim=1) if slot else None
+            index_BL = torch.where(seen_BL, cache.values[:, 0, :, 0].expand(batch, -1), -1)
+            last_B = index_BL.max(dim=1) if slot else None
             code_B, highest_B = torch.zeros(batch, dtype=torch.long), torch.full((batch,), -1)
             if last_B is not None:
                 found_B = cache.keys[:, 0, :, 0].expand(batch, -1).gather(1, last_B.indices[:, None])[:, 0]
@@ -104,12 +104,12 @@ class ToyModel:
     def first(self, code: Tensor) -> Tensor:
         return torch.logsumexp(self.weights[code].unsqueeze(-1) + self.factors[code][..., 0, :, :], dim=-2)
 
-    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Joint:
+    def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Joint:
         code = hidden_BD[:, 0].long()
         if self.layout == "anchored":
-            code = self.extend(code, fixed_B)
+            code = self.extend(code, pending_B)
         joint = Joint(self.weights[code], self.factors[code])
-        return joint.condition(fixed_B) if self.layout == "untied" else joint
+        return joint.condition(pending_B) if self.layout == "untied" else joint
 
     def extend(self, code, token):  # type: ignore[no-untyped-def]
         """Code of a history with one more token; works on ints and tensors alike."""
@@ -130,10 +130,10 @@ class ToyModel:
         weights, factors = self.weights[code].exp().tolist(), self.factors[code].exp().tolist()
         return [sum(w * factors[0][a][v] for a, w in enumerate(weights)) for v in range(self.vocab_size)]
 
-    def oracle_draft(self, history: tuple[int, ...], fixed: int) -> tuple[list[float], list[list[list[float]]]]:
-        code = self.code_of((*history, fixed) if self.layout == "anchored" else history)
+    def oracle_draft(self, history: tuple[int, ...], pending: int) -> tuple[list[float], list[list[list[float]]]]:
+        code = self.code_of((*history, pending) if self.layout == "anchored" else history)
         weights, factors = self.weights[code].exp().tolist(), self.factors[code].exp().tolist()
         if self.layout != "untied":
             return weights, factors
-        posterior = [w * factors[0][a][fixed] for a, w in enumerate(weights)]
+        posterior = [w * factors[0][a][pending] for a, w in enumerate(weights)]
         return [w / sum(posterior) for w in posterior], factors[1:]

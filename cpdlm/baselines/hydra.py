@@ -38,16 +38,16 @@ class HydraHeads(nn.Module):
 
 
 @dataclass(frozen=True)
-class SequentialLaw:
+class SequentialDistribution:
     """The law of what follows the fixed token, one token at a time."""
 
     model: HydraModel
     hidden_BD: Tensor
-    fixed_B: Tensor
+    pending_B: Tensor
 
     def next(self, drafts_BJ: Tensor) -> Tensor:
         """Log law (B, V) of the draft behind these; J = 0 for the first."""
-        return self.model.log_law(self.hidden_BD, torch.cat([self.fixed_B[:, None], drafts_BJ], dim=1))
+        return self.model.log_distribution(self.hidden_BD, torch.cat([self.pending_B[:, None], drafts_BJ], dim=1))
 
 
 class HydraModel:
@@ -72,10 +72,10 @@ class HydraModel:
     def target_log_probs(self, hidden: Tensor) -> Tensor:
         return self.base.target_log_probs(hidden)
 
-    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> SequentialLaw:
-        return SequentialLaw(self, hidden_BD, fixed_B)
+    def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> SequentialDistribution:
+        return SequentialDistribution(self, hidden_BD, pending_B)
 
-    def log_law(self, hidden_PD: Tensor, tokens_PJ: Tensor) -> Tensor:
+    def log_distribution(self, hidden_PD: Tensor, tokens_PJ: Tensor) -> Tensor:
         """Log law (P, V) of the token behind tokens_PJ, the first of which follows the hidden state."""
         return log_normalise(self.base.unembedding(self.heads(hidden_PD, self.base.trunk.embed(tokens_PJ))))
 
@@ -83,7 +83,7 @@ class HydraModel:
         """-log q(x_{t+2..t+N} | x_{t+1}) per position (P,), nats; of the N successors count_P exist."""
         total_P = hidden_PD.new_zeros(len(hidden_PD))
         for seen in range(1, self.horizon):
-            log_law_PV = self.log_law(hidden_PD, future_PN[:, :seen])
-            surprise_P = -log_law_PV.gather(-1, future_PN[:, seen : seen + 1]).squeeze(-1)
+            log_probs_PV = self.log_distribution(hidden_PD, future_PN[:, :seen])
+            surprise_P = -log_probs_PV.gather(-1, future_PN[:, seen : seen + 1]).squeeze(-1)
             total_P = total_P + surprise_P.masked_fill(count_P <= seen, 0.0)
         return total_P

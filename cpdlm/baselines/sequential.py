@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpdlm.baselines.hydra import SequentialLaw
-from cpdlm.decoding.drafters import Ancestral, Greedy, Proposal, Strategy, Uniforms, Verdict
+from cpdlm.baselines.hydra import SequentialDistribution
+from cpdlm.decoding.drafters import Acceptance, Drafter, Greedy, Proposal, RejectionSampling, Uniforms
 from cpdlm.decoding.filtering import Sampling, draw, filtered
 
 
@@ -19,21 +19,21 @@ class Sequential:
 
     def __init__(self, sampling: Sampling, uniforms: Uniforms | None) -> None:
         self.sampling, self.uniforms = sampling, uniforms
-        self.chain: Strategy = Greedy() if uniforms is None else Ancestral(sampling, uniforms)
+        self.chain: Drafter = Greedy() if uniforms is None else RejectionSampling(sampling, uniforms)
 
-    def draft(self, joint: SequentialLaw, depth: int) -> Proposal:
-        tokens_BJ = joint.fixed_B[:, None][:, :0]
+    def draft(self, joint: SequentialDistribution, depth: int) -> Proposal:
+        tokens_BJ = joint.pending_B[:, None][:, :0]
         if self.uniforms is None:
             for _ in range(depth):
                 tokens_BJ = torch.cat([tokens_BJ, joint.next(tokens_BJ).argmax(dim=-1, keepdim=True)], dim=1)
             return Proposal(tokens_BJ)
-        laws, uniforms_BK = [], self.uniforms(depth)
+        distributions, uniforms_BK = [], self.uniforms(depth)
         for k in range(depth):
-            laws.append(filtered(joint.next(tokens_BJ), self.sampling))
+            distributions.append(filtered(joint.next(tokens_BJ), self.sampling))
             # A broken law (NaN) drafts the last token, which is then rejected.
-            token_B = draw(laws[-1], uniforms_BK[:, k]).clamp(max=laws[-1].shape[-1] - 1)
+            token_B = draw(distributions[-1], uniforms_BK[:, k]).clamp(max=distributions[-1].shape[-1] - 1)
             tokens_BJ = torch.cat([tokens_BJ, token_B[:, None]], dim=1)
-        return Proposal(tokens_BJ, torch.stack(laws, dim=1))
+        return Proposal(tokens_BJ, torch.stack(distributions, dim=1))
 
-    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Verdict:
+    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
         return self.chain.verify(target_BSV, proposal)

@@ -34,7 +34,7 @@ def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0
     """
     runs = [run for prompt in decoded for run in prompt]
     tokens = [sum(len(run.tokens) for run in prompt) for prompt in decoded]
-    passes = [sum(run.passes for run in prompt) for prompt in decoded]
+    forwards = [sum(run.forwards for run in prompt) for prompt in decoded]
     histogram = [0] * horizon
     for run in runs:
         assert sum(run.emitted) == len(run.tokens), (
@@ -44,8 +44,8 @@ def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0
             histogram[count - 1] += 1
     return {
         "tokens": sum(tokens),
-        "passes": sum(passes),
-        "tokens_per_pass": bootstrap_ratio(tokens, passes, seed),
+        "passes": sum(forwards),
+        "tokens_per_pass": bootstrap_ratio(tokens, forwards, seed),
         "emitted_histogram": histogram,
         "acceptance_by_depth": [
             {
@@ -55,7 +55,7 @@ def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0
             }
             for depth in range(2, horizon + 1)
         ],
-        "per_prompt": {"tokens": tokens, "passes": passes},
+        "per_prompt": {"tokens": tokens, "passes": forwards},
         "drafts_per_prompt": {
             key: [[sum(getattr(run, key)[k] for run in prompt) for prompt in decoded] for k in range(horizon - 1)]
             for key in ("reached", "accepted")
@@ -63,11 +63,13 @@ def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0
     }
 
 
-def tokens_per_pass(model: LanguageModel, prompts_PT: Tensor, new_tokens: int) -> dict[str, float]:
+def tokens_per_forward(model: LanguageModel, prompts_PT: Tensor, new_tokens: int) -> dict[str, float]:
     """{"greedy_tokens_per_pass", "sampling_tokens_per_pass"} on a few prompts, decoded as one batch: a point of a curve."""
     found = {}
     for name, sampling in {"greedy": Sampling(0.0), "sampling": Sampling()}.items():
-        generators = [torch.Generator().manual_seed(place) for place in range(len(prompts_PT))]
+        generators = [torch.Generator().manual_seed(index) for index in range(len(prompts_PT))]
         written = decode_batch(model, list(prompts_PT), new_tokens, sampling, generators)
-        found[f"{name}_tokens_per_pass"] = sum(len(run.tokens) for run in written) / sum(run.passes for run in written)
+        found[f"{name}_tokens_per_pass"] = sum(len(run.tokens) for run in written) / sum(
+            run.forwards for run in written
+        )
     return found

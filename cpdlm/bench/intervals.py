@@ -26,13 +26,13 @@ class Written:
     """What was counted per text. H is 1 for a method that has no heads: it is the same for all of them."""
 
     tokens_HDP: Array
-    passes_HDP: Array
+    forwards_HDP: Array
     seconds_HDP: Array
 
     @classmethod
-    def of(cls, tokens: Sequence[Any], passes: Sequence[Any], seconds: Sequence[Any]) -> Written:
+    def of(cls, tokens: Sequence[Any], forwards: Sequence[Any], seconds: Sequence[Any]) -> Written:
         """From nested lists [seed][draw][prompt]. Raises ValueError where their shapes differ."""
-        arrays = [np.asarray(each, dtype=np.float64) for each in (tokens, passes, seconds)]
+        arrays = [np.asarray(each, dtype=np.float64) for each in (tokens, forwards, seconds)]
         if len({each.shape for each in arrays}) != 1 or arrays[0].ndim != 3:
             raise ValueError(
                 f"tokens, passes and seconds have the shapes {[each.shape for each in arrays]}, not one (H, D, P)"
@@ -45,12 +45,12 @@ class Totals:
     """Sums over the texts of each resample, or over all texts."""
 
     tokens: Array
-    passes: Array
+    forwards: Array
     seconds: Array
 
 
-def tokens_per_pass(one: Totals) -> Array:
-    return one.tokens / one.passes
+def tokens_per_forward(one: Totals) -> Array:
+    return one.tokens / one.forwards
 
 
 def tokens_per_second(one: Totals) -> Array:
@@ -63,11 +63,11 @@ def speedup(one: Totals, other: Totals) -> Array:
 
 def conversion(one: Totals, plain: Totals) -> Array:
     """Share of the tokens per pass that became speed: passes per second over plain decoding's."""
-    return (one.passes / one.seconds) / tokens_per_second(plain)
+    return (one.forwards / one.seconds) / tokens_per_second(plain)
 
 
-def more_per_pass(one: Totals, other: Totals) -> Array:
-    return tokens_per_pass(one) - tokens_per_pass(other)
+def more_per_forward(one: Totals, other: Totals) -> Array:
+    return tokens_per_forward(one) - tokens_per_forward(other)
 
 
 def interval(statistic: Callable[..., Array], *written: Written, seed: int = 0) -> dict[str, float]:
@@ -90,7 +90,7 @@ def interval(statistic: Callable[..., Array], *written: Written, seed: int = 0) 
         return np.asarray(np.einsum("sh,sd,sp,hdp->s", own_SH, times_SD, times_SP, counts_HDP, optimize=True))
 
     def totals(add: Callable[[Array], Array]) -> list[Totals]:
-        return [Totals(add(each.tokens_HDP), add(each.passes_HDP), add(each.seconds_HDP)) for each in written]
+        return [Totals(add(each.tokens_HDP), add(each.forwards_HDP), add(each.seconds_HDP)) for each in written]
 
     low, high = np.percentile(statistic(*totals(resampled)), [2.5, 97.5])
     mean = statistic(*totals(lambda counts_HDP: np.asarray(counts_HDP.sum())))
@@ -99,5 +99,5 @@ def interval(statistic: Callable[..., Array], *written: Written, seed: int = 0) 
 
 def by_seed(statistic: Callable[[Totals], Array], written: Written) -> list[float]:
     """The statistic of each seed's heads."""
-    counts = (each.sum(axis=(1, 2)) for each in (written.tokens_HDP, written.passes_HDP, written.seconds_HDP))
+    counts = (each.sum(axis=(1, 2)) for each in (written.tokens_HDP, written.forwards_HDP, written.seconds_HDP))
     return [float(each) for each in statistic(Totals(*counts))]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cpdlm.bench.acceptance import RESAMPLES, acceptance
-from cpdlm.decoding import CapturedPasses, Captures, Decoded, Sampling, decode
+from cpdlm.decoding import CapturedForwards, Captures, Decoded, Sampling, decode
 from cpdlm.decoding.drafters import nothing
 from cpdlm.decoding.forwards import record
 from cpdlm.model.language_model import LanguageModel
@@ -48,7 +48,7 @@ class PassCounter:
 
 
 @contextmanager
-def count_passes(model: LanguageModel) -> Iterator[PassCounter]:
+def count_forwards(model: LanguageModel) -> Iterator[PassCounter]:
     """Counts passes by a forward hook on the trunk's body: a count that the decoding loop has no hand in."""
     counter = PassCounter()
     hook = model.trunk.body.register_forward_hook(counter)
@@ -83,7 +83,7 @@ def hugging_face(model: LanguageModel, static: bool = False) -> Generate | None:
     static: with its cache of fixed size, for which it compiles the model on CUDA. None where the target is not softmax(U h), so that no Hugging Face model has this law (own target, untied). The
     result is (prompt_T, new tokens, sampling, seed) -> ids; the global generator, which generate uses, is restored.
     """
-    if not (model.first_is_tied or model.common_target):
+    if not (model.first_is_tied or model.frozen_target):
         return None
     shell = as_hugging_face(model)
 
@@ -227,7 +227,7 @@ def _mode(
 ) -> dict[str, Any]:
     statistics = acceptance(speculative.decoded, model.horizon, seed)
     speedup = rate_ratio(speculative, plain, seed)
-    one, window = pass_milliseconds(model, prompts_PT, new_tokens)
+    one, window = forward_milliseconds(model, prompts_PT, new_tokens)
     return {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -267,8 +267,8 @@ def _differing(ours: Timing, theirs: Timing) -> dict[str, Any]:
         next((place for place, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), None)
         for mine, other in zip(ours.texts, theirs.texts, strict=True)
     ]
-    places = [place for place in first if place is not None]
-    return {"prompts": len(places), "of": len(first), "first_token": min(places, default=None)}
+    indices = [place for place in first if place is not None]
+    return {"prompts": len(indices), "of": len(first), "first_token": min(indices, default=None)}
 
 
 def seconds_by_part(
@@ -296,7 +296,7 @@ def seconds_by_part(
 
 
 @torch.inference_mode()
-def pass_milliseconds(
+def forward_milliseconds(
     model: LanguageModel, prompts_PT: Tensor, new_tokens: int, times: int = 30
 ) -> tuple[float, float]:
     """Median ms of the target (trunk through the cache, and output law) for 1 token and for `horizon` tokens.
@@ -330,14 +330,14 @@ def target_calls(
     """Per size: the target's law behind `text_BT` for so many tokens of window_BS; each call returns what undoes it."""
     if text_BT.device.type == "cuda":
         slots = text_BT.shape[1] + window_BS.shape[1]
-        passes = CapturedPasses(model, len(text_BT), Sampling(0.0), draft="none", slots=slots)
-        passes.first(list(text_BT))
+        forwards = CapturedForwards(model, len(text_BT), Sampling(0.0), draft="none", slots=slots)
+        forwards.first(list(text_BT))
 
         def replayed(size: int) -> Callable[[], Callable[[], None]]:
             part_BS = window_BS[:, :size].contiguous()
 
             def target() -> None:
-                model.target_log_probs(passes.run(part_BS, nothing(part_BS)))
+                model.target_log_probs(forwards.run(part_BS, nothing(part_BS)))
 
             replay = record(target, text_BT.device)
 
@@ -383,14 +383,14 @@ def interleaved(
         for index, prompt_T in enumerate(prompts_PT):
             turn = (repeat + index) % len(order)
             for key in order[turn:] + order[:turn]:
-                with count_passes(models[key[1]]) as passes:
+                with count_forwards(models[key[1]]) as forwards:
                     start = clock.now()
                     result = contenders[key](prompt_T, run_seed(seed, index, repeat))
                     timings[key].seconds[repeat].append(clock.now() - start)
                 if isinstance(result, Decoded):
                     contender = contenders[key]
-                    seen = contender.passes(passes.count) if isinstance(contender, Ours) else passes.count
-                    assert seen == result.passes, f"{key}: there were {seen} passes, the loop says {result.passes}"
+                    seen = contender.forwards(forwards.count) if isinstance(contender, Ours) else forwards.count
+                    assert seen == result.forwards, f"{key}: there were {seen} passes, the loop says {result.forwards}"
                     timings[key].decoded[index].append(result)
                 ids = result.tokens if isinstance(result, Decoded) else result
                 timings[key].tokens[repeat].append(len(ids))
@@ -409,7 +409,7 @@ def _shared_plain(models: Mapping[str, LanguageModel]) -> dict[str, str]:
 
 
 def _same_target(one: LanguageModel, other: LanguageModel) -> bool:
-    if not (one.common_target and other.common_target):
+    if not (one.frozen_target and other.frozen_target):
         return one is other
     weights, others = ([*model.trunk.body.state_dict().values(), model.unembedding.weight] for model in (one, other))
     return len(weights) == len(others) and all(
@@ -423,7 +423,7 @@ class Ours:
     def __init__(self, model: LanguageModel, new_tokens: int, sampling: Sampling, draft: str, nodes: int = 8) -> None:
         self.model, self.new_tokens, self.sampling, self.draft, self.nodes = model, new_tokens, sampling, draft, nodes
         self.captures = Captures(model)
-        self.captured: CapturedPasses | None = None
+        self.captured: CapturedForwards | None = None
 
     def __call__(self, prompt_T: Tensor, seed: int) -> Decoded:
         longest = len(prompt_T) + self.new_tokens
@@ -437,13 +437,13 @@ class Ours:
             generator,
             draft=self.draft,
             nodes=self.nodes,
-            passes=self.captured,
+            forwards=self.captured,
         )
 
-    def passes(self, hooked: int) -> int:
+    def forwards(self, hooked: int) -> int:
         """Passes of the last call, not counted by the loop: by the hook or, where they were replayed (one in vain), on the
         device."""
-        return hooked if self.captured is None else self.captured.passes_run - 1
+        return hooked if self.captured is None else self.captured.forwards_run - 1
 
 
 def _theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Callable[[Tensor, int], list[int]]:

@@ -38,13 +38,13 @@ class Rows(Dataset[dict[str, Tensor]]):
         if 0 < most < self.count:
             self.chosen, self.count = np.sort(windows.hash_order(self.count, _STATES)[:most]), most
 
-    def places(self, rows: list[int]) -> windows.Ints:
+    def indices(self, rows: list[int]) -> windows.Ints:
         """Which rows of the split these are."""
         rows_B = np.asarray(rows, dtype=np.int64)
         return rows_B if self.chosen is None else self.chosen[rows_B]
 
     def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
-        rows_B = self.places(rows)
+        rows_B = self.indices(rows)
         arrays = windows.batch(self.split.tokens, self.split.offsets, rows_B, self.context, self.horizon)
         arrays["source_B"] = windows.row_sources(self.split.offsets, self.split.source_ids, rows_B, self.context)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -83,7 +83,7 @@ class TrainingRows(Dataset[dict[str, Tensor]]):
 
     def _positions(self, rows: list[int], step: int) -> tuple[np.ndarray, np.ndarray]:
         context = self.rows.context
-        starts_B = windows.row_starts(self.rows.places(rows), context)
+        starts_B = windows.row_starts(self.rows.indices(rows), context)
         exists_BT = windows.successor_counts(self.rows.split.offsets, starts_B, context, 1) > 0
         return exists_BT, windows.picked(starts_B, context, self.fraction, _PICKS, self.seed, step)
 
@@ -162,8 +162,8 @@ def prompts(split: TokenSplit, wanted: int, length: int) -> Tensor:
             slot = int(windows.hash_order(int(slots[document]), _SLOTS, document)[turn])
             starts.append(int(split.offsets[document]) + shift + slot * length)
         turn += 1
-    places_PT = np.array(starts, dtype=np.int64)[:, None] + np.arange(length)
-    return torch.from_numpy(split.tokens[places_PT].astype(np.int64))
+    indices_PT = np.array(starts, dtype=np.int64)[:, None] + np.arange(length)
+    return torch.from_numpy(split.tokens[indices_PT].astype(np.int64))
 
 
 class TokenDataModule(L.LightningDataModule):

@@ -92,7 +92,7 @@ def fetch_stream(stream: Stream, count: int, progress: bool = True) -> dict[str,
             bar.update(sum(_note(stream, index).bytes for index in range(dataset.num_shards)))
             if min(count, dataset.num_shards) > 1:
                 _read_in_processes(stream, min(count, dataset.num_shards), bar)
-            read_shards(stream, dataset, wait=True, told=bar.update)  # what others are at, or have left behind
+            read_shards(stream, dataset, wait=True, in_vocabulary=bar.update)  # what others are at, or have left behind
         with locked(stream.folder / "lock"):
             return stream.meta() or _join(stream, dataset.num_shards)
     except ConfigError:
@@ -101,7 +101,7 @@ def fetch_stream(stream: Stream, count: int, progress: bool = True) -> dict[str,
         raise
 
 
-def read_shards(stream: Stream, dataset: Any, wait: bool, told: Callable[[int], Any]) -> None:
+def read_shards(stream: Stream, dataset: Any, wait: bool, in_vocabulary: Callable[[int], Any]) -> None:
     """Go through the shards in order until the limit, and read each that is neither whole nor, unless `wait`, another's."""
     before, first_open = 0, 0
     for index in range(dataset.num_shards):
@@ -112,7 +112,7 @@ def read_shards(stream: Stream, dataset: Any, wait: bool, told: Callable[[int], 
         try:
             with locked(stream.shards / f"{index}.lock", wait) as mine:
                 if mine and not _note(stream, index).whole:
-                    _read_shard(stream, index, dataset.shard(num_shards=dataset.num_shards, index=index), told)
+                    _read_shard(stream, index, dataset.shard(num_shards=dataset.num_shards, index=index), in_vocabulary)
         except FileNotFoundError:
             if (stream.folder / "meta.json").exists():  # another process has joined the shards: they are gone
                 return
@@ -156,7 +156,7 @@ def _no_preparation() -> None:
 
 
 def _work(stream: Stream) -> None:
-    read_shards(stream, _open(stream), wait=False, told=lambda size: None)
+    read_shards(stream, _open(stream), wait=False, in_vocabulary=lambda size: None)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _bytes_before(stream: Stream, index: int) -> int:
     return total
 
 
-def _read_shard(stream: Stream, index: int, shard: Any, told: Callable[[int], Any]) -> None:
+def _read_shard(stream: Stream, index: int, shard: Any, in_vocabulary: Callable[[int], Any]) -> None:
     note = _note(stream, index)
     if note.state is not None:
         shard.load_state_dict(note.state)
@@ -217,7 +217,7 @@ def _read_shard(stream: Stream, index: int, shard: Any, told: Callable[[int], An
                 text_file.write(text)
                 length_file.write(np.int64(len(text)).tobytes())
                 total, documents = total + len(text), documents + 1
-                told(len(text))
+                in_vocabulary(len(text))
                 if total >= stream.limit:
                     break
                 if total - note.bytes >= NOTE_BYTES:

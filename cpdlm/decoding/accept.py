@@ -45,8 +45,8 @@ def verify(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS
     target_BV = target_BSV.take_along_dim(stop_B11, dim=1).squeeze(1)
     draft_BV = draft_BKV.take_along_dim(stop_B11.clamp(max=drafts - 1), dim=1).squeeze(1)
     rejected_B1 = (accepted_B < drafts).unsqueeze(-1)
-    law_BV = torch.where(rejected_B1, residual(target_BV, draft_BV), target_BV)
-    return accepted_B, draw(law_BV, uniforms_BS[:, drafts])
+    probs_BV = torch.where(rejected_B1, residual(target_BV, draft_BV), target_BV)
+    return accepted_B, draw(probs_BV, uniforms_BS[:, drafts])
 
 
 def verify_greedy(target_BSV: Tensor, tokens_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,5 +100,5 @@ def verify_block(
     share_B1 = share_BS.gather(1, kept_B.unsqueeze(1))
     rest_BV = (share_B1 * target_BV - draft_BV).clamp(min=0)
     rest_BV = torch.where(rest_BV.sum(dim=-1, keepdim=True) > 0, rest_BV, target_BV)
-    law_BV = torch.where((kept_B < drafts).unsqueeze(-1), rest_BV, target_BV)
-    return kept_B, draw(law_BV, uniforms_BS[:, drafts])
+    probs_BV = torch.where((kept_B < drafts).unsqueeze(-1), rest_BV, target_BV)
+    return kept_B, draw(probs_BV, uniforms_BS[:, drafts])

@@ -79,8 +79,8 @@ class Text:
         self._cut(size - 1 - most)
         self.lengths = [length + 1 + count for length, count in zip(self.lengths, kept, strict=True)]
         if self.ragged and most:
-            kept_B1 = torch.tensor(kept, device=self.device).unsqueeze(1)
-            self.live_BL[:, start:] = torch.arange(most, device=self.device) < kept_B1
+            accepted_B1 = torch.tensor(kept, device=self.device).unsqueeze(1)
+            self.live_BL[:, start:] = torch.arange(most, device=self.device) < accepted_B1
         dead = self.slots - max(self.lengths)
         if dead > max(LEAST, WASTE * self.slots):
             self._close_up()
@@ -103,12 +103,12 @@ class Text:
         if not self.ragged and seen_BSS is None:  # positions and mask are what the model takes by itself
             alone_1TD: Tensor = self.model.hidden(window_BS, cache=self.cache)
             return alone_1TD
-        before_BL, places_BL = self.live_BL, self.positions_BL
+        before_BL, indices_BL = self.live_BL, self.positions_BL
         if not self.ragged:
             before_BL = live_BS.new_ones(1, self.slots)
-            places_BL = torch.arange(self.slots, device=self.device).unsqueeze(0)
+            indices_BL = torch.arange(self.slots, device=self.device).unsqueeze(0)
         if self.cache is None:
-            positions_BS = torch.cat([places_BL, positions_BS], dim=1)
+            positions_BS = torch.cat([indices_BL, positions_BS], dim=1)
         mask = torch.cat([before_BL, live_BS], dim=1)
         if seen_BSS is not None:
             mask = self._tree_mask(before_BL, seen_BSS, whole=self.cache is None)

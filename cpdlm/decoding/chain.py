@@ -39,21 +39,23 @@ def sampled_chain(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Ten
     """
     joint = joint.marginal(count)
     if joint.rank == 1:
-        laws_BKV = joint.factors_NRV[:, :, 0] if sampling.plain else filtered(joint.scores_NRV[:, :, 0], sampling)
-        return _draw_draft(laws_BKV, uniforms_BS[:, :count]), laws_BKV
+        draft_probs_BKV = (
+            joint.factors_NRV[:, :, 0] if sampling.plain else filtered(joint.scores_NRV[:, :, 0], sampling)
+        )
+        return _draw_draft(draft_probs_BKV, uniforms_BS[:, :count]), draft_probs_BKV
     if sampling.plain:
         return _component_first(joint, count, uniforms_BS)
     weights_B1R, factors_BKRV = joint.weights_R.unsqueeze(1), joint.factors_NRV
     tokens: list[Tensor] = []
-    laws: list[Tensor] = []
+    distributions: list[Tensor] = []
     for k in range(count):
-        law_B1V = filtered((weights_B1R @ factors_BKRV[:, k]).log(), sampling)
-        token_B1 = _draw_draft(law_B1V, uniforms_BS[:, k : k + 1])
+        probs_B1V = filtered((weights_B1R @ factors_BKRV[:, k]).log(), sampling)
+        token_B1 = _draw_draft(probs_B1V, uniforms_BS[:, k : k + 1])
         tokens.append(token_B1)
-        laws.append(law_B1V)
+        distributions.append(probs_B1V)
         if k + 1 < count:
             weights_B1R = _posterior(weights_B1R, factors_BKRV[:, k], token_B1.unsqueeze(-1))
-    return torch.cat(tokens, dim=1), torch.cat(laws, dim=1)
+    return torch.cat(tokens, dim=1), torch.cat(distributions, dim=1)
 
 
 def _component_first(joint: Joint, count: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:

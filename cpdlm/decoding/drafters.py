@@ -34,37 +34,39 @@ class Proposal:
     """
 
     tokens_BK: Tensor
-    laws: Any = None
+    distributions: Any = None
     parents_BK: Tensor | None = None
     depth_BS: Tensor | None = None
     seen_BSS: Tensor | None = None
 
     def on_vocabulary(self, draft_ids: Tensor, vocab_size: int) -> Proposal:
         """The same drafts, made on a shortlist of the vocabulary, by their ids in the whole: draft_ids (V',)."""
-        laws = self.laws
-        if isinstance(laws, Tensor):
-            laws = laws.new_zeros(*laws.shape[:-1], vocab_size).index_copy(-1, draft_ids, laws)
-        return replace(self, tokens_BK=draft_ids[self.tokens_BK], laws=laws)
+        distributions = self.distributions
+        if isinstance(distributions, Tensor):
+            distributions = distributions.new_zeros(*distributions.shape[:-1], vocab_size).index_copy(
+                -1, draft_ids, distributions
+            )
+        return replace(self, tokens_BK=draft_ids[self.tokens_BK], distributions=distributions)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Acceptance:
     """kept_B: how many drafts are kept. tokens_BJ: they, in order (what lies behind kept_B is not read). next_B: the token
     after them; V marks a target that is no law. path_BJ: for a tree, the window positions of tokens_BJ; None for a chain."""
 
-    kept_B: Tensor
+    accepted_B: Tensor
     tokens_BJ: Tensor
     next_B: Tensor
     path_BJ: Tensor | None = None
 
 
-class Strategy(Protocol):
+class Drafter(Protocol):
     def draft(self, joint: Any, depth: int) -> Proposal:
         """Drafts at most `depth` tokens deep. joint: the law of what follows the fixed token, batch (B,), `depth` factors or
         more."""
         ...
 
-    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Verdict:
+    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
         """target_BSV: log-probabilities (or scores that rank and normalise alike) behind each token of the window."""
         ...
 
@@ -87,7 +89,7 @@ class Uniforms:
 
 
 Noise = Callable[[int], Tensor]  # count -> (B, count) numbers in [0, 1), float64, independent of each other
-Maker = Callable[[Sampling, Noise | None], Strategy]
+Maker = Callable[[Sampling, Noise | None], Drafter]
 
 
 def nothing(window_BS: Tensor) -> Proposal:
@@ -101,34 +103,37 @@ class Greedy:
     def draft(self, joint: Joint, depth: int) -> Proposal:
         return Proposal(chain.greedy_chain(joint, depth))
 
-    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Verdict:
-        kept_B, next_B = verify_greedy(target_BSV, proposal.tokens_BK)
-        return Verdict(kept_B, proposal.tokens_BK, next_B)
+    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
+        accepted_B, next_B = verify_greedy(target_BSV, proposal.tokens_BK)
+        return Acceptance(accepted_B, proposal.tokens_BK, next_B)
 
 
-class Ancestral:
+class RejectionSampling:
     """Chain drawn from the filtered conditionals, kept token by token so that the filtered target's law is unchanged.
 
     target_law: target scores -> probabilities; the sampling's own filter unless the caller has another.
     """
 
     def __init__(
-        self, sampling: Sampling, uniforms: Noise, target_law: Callable[[Tensor], Tensor] | None = None
+        self, sampling: Sampling, uniforms: Noise, target_distribution: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.sampling, self.uniforms = sampling, uniforms
-        self.target_law = target_law or (lambda scores: filtered(scores, sampling))
+        self.target_distribution = target_distribution or (lambda scores: filtered(scores, sampling))
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
         return Proposal(*chain.sampled_chain(joint, depth, self.sampling, self.uniforms(depth + 1)))
 
-    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Verdict:
-        kept_B, next_B = verify(
-            self.target_law(target_BSV), proposal.laws, proposal.tokens_BK, self.uniforms(target_BSV.shape[1])
+    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
+        accepted_B, next_B = verify(
+            self.target_distribution(target_BSV),
+            proposal.distributions,
+            proposal.tokens_BK,
+            self.uniforms(target_BSV.shape[1]),
         )
-        return Verdict(kept_B, proposal.tokens_BK, next_B)
+        return Acceptance(accepted_B, proposal.tokens_BK, next_B)
 
 
-class Block:
+class BlockVerification:
     """Drafts as `Ancestral`'s, verified as a block (Sun et al., arXiv 2403.10444, algorithm 2): never fewer are kept.
 
     Ancestral keeps a prefix only if each of its tokens passes by itself; here a prefix is kept if it passes as a whole, so
@@ -136,26 +141,26 @@ class Block:
     """
 
     def __init__(
-        self, sampling: Sampling, uniforms: Noise, target_law: Callable[[Tensor], Tensor] | None = None
+        self, sampling: Sampling, uniforms: Noise, target_distribution: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        self.chain = Ancestral(sampling, uniforms, target_law)
+        self.chain = RejectionSampling(sampling, uniforms, target_distribution)
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
         return self.chain.draft(joint, depth)
 
-    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Verdict:
+    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
         if proposal.tokens_BK.shape[1] == 0:
             return self.chain.verify(target_BSV, proposal)
-        kept_B, next_B = verify_block(
-            self.chain.target_law(target_BSV),
-            proposal.laws,
+        accepted_B, next_B = verify_block(
+            self.chain.target_distribution(target_BSV),
+            proposal.distributions,
             proposal.tokens_BK,
             self.chain.uniforms(target_BSV.shape[1]),
         )
-        return Verdict(kept_B, proposal.tokens_BK, next_B)
+        return Acceptance(accepted_B, proposal.tokens_BK, next_B)
 
 
-class Certain:
+class DeterministicDraft:
     """Drafts that are a function of the joint alone: no draft law, no acceptance ratio.
 
     The target's choice is drawn (or, under greedy, taken) behind every token of the window; drafts are kept while they are
@@ -170,10 +175,10 @@ class Certain:
         sampling: Sampling,
         uniforms: Noise | None,
         nodes: int,
-        target_law: Callable[[Tensor], Tensor] | None = None,
+        target_distribution: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.shape, self.sampling, self.uniforms, self.nodes = shape, sampling, uniforms, nodes
-        self.target_law = target_law or (lambda scores: filtered(scores, sampling))
+        self.target_distribution = target_distribution or (lambda scores: filtered(scores, sampling))
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
         if self.shape == "tree":
@@ -184,22 +189,24 @@ class Certain:
         best_B11 = score_BM.argmax(dim=-1)[:, None, None]
         return Proposal(tokens_BMD.take_along_dim(best_B11, dim=1).squeeze(1))
 
-    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Verdict:
+    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
         next_BS = self._choices(target_BSV)
         if proposal.parents_BK is not None:
-            kept_B, path_BJ, next_B = tree.walk(proposal.tokens_BK, proposal.parents_BK, next_BS, proposal.laws)
+            accepted_B, path_BJ, next_B = tree.walk(
+                proposal.tokens_BK, proposal.parents_BK, next_BS, proposal.distributions
+            )
             tokens_BJ = proposal.tokens_BK.gather(1, (path_BJ - 1).clamp(min=0))
-            return Verdict(kept_B, tokens_BJ, next_B, path_BJ)
+            return Acceptance(accepted_B, tokens_BJ, next_B, path_BJ)
         right_BK = next_BS[:, :-1] == proposal.tokens_BK
-        kept_B = right_BK.long().cumprod(dim=1).sum(dim=1)
-        return Verdict(kept_B, proposal.tokens_BK, next_BS.gather(1, kept_B.unsqueeze(1)).squeeze(1))
+        accepted_B = right_BK.long().cumprod(dim=1).sum(dim=1)
+        return Acceptance(accepted_B, proposal.tokens_BK, next_BS.gather(1, accepted_B.unsqueeze(1)).squeeze(1))
 
     def _choices(self, target_BSV: Tensor) -> Tensor:
         """(B, S) the target's choice behind each token; V where it is no law."""
         if self.uniforms is None:
             value_BS, best_BS = target_BSV.max(dim=-1)
             return best_BS.masked_fill(~(value_BS > -math.inf), target_BSV.shape[-1])
-        return draw(self.target_law(target_BSV), self.uniforms(target_BSV.shape[1]))
+        return draw(self.target_distribution(target_BSV), self.uniforms(target_BSV.shape[1]))
 
 
 def _most(vocab_size: int, depth: int) -> int:
@@ -208,7 +215,7 @@ def _most(vocab_size: int, depth: int) -> int:
 
 
 # What `draft=` takes, and what it does under greedy and under sampling.
-STRATEGIES = {
+DRAFTERS = {
     "none": "plain decoding",
     "chain": "argmaxes of the conditionals; sampled from the conditionals, kept token by token",
     "block": "the chain, kept as a block (the same as chain under greedy)",
@@ -218,9 +225,9 @@ STRATEGIES = {
 }
 
 
-def make_strategy(
+def make_drafter(
     name: str | Maker, sampling: Sampling, uniforms: Noise | None, nodes: int = 8, processed: bool = False
-) -> Strategy:
+) -> Drafter:
     """The strategy of that name for this sampling; raises ValueError on an unknown one.
 
     name: or what makes a strategy that is none of these, for a model whose draft law is no `Joint`. uniforms: None under
@@ -229,16 +236,16 @@ def make_strategy(
     """
     if callable(name):
         return name(sampling, uniforms)
-    if name not in STRATEGIES:
-        raise ValueError(f"draft={name!r} is not one of {', '.join(STRATEGIES)}")
+    if name not in DRAFTERS:
+        raise ValueError(f"draft={name!r} is not one of {', '.join(DRAFTERS)}")
     if nodes < 1:
         raise ValueError(f"nodes={nodes} drafts nothing; pass at least 1")
-    target_law = _normalised if processed else None
+    target_distribution = _normalised if processed else None
     if name in ("tree", "window", "path"):
-        return Certain(name, sampling, uniforms, nodes, target_law)
+        return DeterministicDraft(name, sampling, uniforms, nodes, target_distribution)
     if uniforms is None:
         return Greedy()
-    return (Block if name == "block" else Ancestral)(sampling, uniforms, target_law)
+    return (BlockVerification if name == "block" else RejectionSampling)(sampling, uniforms, target_distribution)
 
 
 def _normalised(scores: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cpdlm.decoding.drafters import Maker, Proposal, Uniforms, make_strategy, nothing
+from cpdlm.decoding.drafters import Maker, Proposal, Uniforms, make_drafter, nothing
 from cpdlm.decoding.filtering import Sampling
-from cpdlm.decoding.passes import DraftingModel, Outcome, last_kept, packed, propose
+from cpdlm.decoding.step import DraftingModel, Outcome, last_accepted, packed, propose
 
 # Attention with a mask of any form. cuDNN's is left out: it makes plans on the host at run time.
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -37,9 +37,9 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, slots: int, place: Place) -> None:
+    def __init__(self, slots: int, index: Place) -> None:
         super().__init__()
-        self.slots, self.place = slots, place
+        self.slots, self.index = slots, index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (
@@ -52,7 +52,7 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         for held, new in ((self.keys, key_states), (self.values, value_states)):
-            held.scatter_(2, self.place.slots_BS[:, None, :, None].expand_as(new), new)
+            held.scatter_(2, self.index.slots_BS[:, None, :, None].expand_as(new), new)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -71,7 +71,7 @@ class Place:
     slots_BS: Tensor
 
 
-class CapturedPasses:
+class CapturedForwards:
     """`passes.Passes` with fixed shapes, for texts of at most `slots` tokens, prompt included.
 
     Made for one model, number of rows, sampling and way of drafting; reusable for any number of texts. On CUDA, making it takes
@@ -111,7 +111,7 @@ class CapturedPasses:
         self.uniforms: Uniforms | None = None
         self._depth = 0 if draft == "none" else model.horizon - 1
         self._noise = None if sampling.greedy else _Noise(rows, self.device)
-        self._strategy = make_strategy(draft, sampling, self._noise, nodes)
+        self._strategy = make_drafter(draft, sampling, self._noise, nodes)
         self._place = Place()
         # Two windows more than texts need: the pass that is in vain, and rows that are done, write there.
         self._size = -(-(self.slots + 2 * (nodes + model.horizon)) // 64) * 64
@@ -129,7 +129,7 @@ class CapturedPasses:
         self._replay = record(self._step, self.device)
 
     @property
-    def passes_run(self) -> int:
+    def forwards_run(self) -> int:
         """Passes since the last `first`, counted on the device; waits for it."""
         return int(self._passes)
 
@@ -166,11 +166,11 @@ class CapturedPasses:
         """
         lengths = [len(prompt) for prompt in prompts]
         window_BT = torch.nn.utils.rnn.pad_sequence([prompt.long() for prompt in prompts], batch_first=True)
-        places_BT = torch.arange(window_BT.shape[1], device=self.device).expand_as(window_BT)
-        mask = (self._slots_L <= places_BT.unsqueeze(-1)).unsqueeze(1)
-        self._place.slots_BS = places_BT
+        indices_BT = torch.arange(window_BT.shape[1], device=self.device).expand_as(window_BT)
+        mask = (self._slots_L <= indices_BT.unsqueeze(-1)).unsqueeze(1)
+        self._place.slots_BS = indices_BT
         with sdpa_kernel(KERNELS):
-            hidden_BTD = self.model.hidden(window_BT, places_BT, self.cache, mask)
+            hidden_BTD = self.model.hidden(window_BT, indices_BT, self.cache, mask)
         lengths_B = torch.tensor(lengths, device=self.device)
         return hidden_BTD[self._rows_B, lengths_B - 1], lengths_B
 
@@ -182,8 +182,8 @@ class CapturedPasses:
         verdict = self._strategy.verify(self.model.target_log_probs(hidden_BSD), proposal)
         if verdict.path_BJ is not None:
             self._move(verdict.path_BJ)
-        self._lengths_B.add_(verdict.kept_B).add_(1).clamp_(max=self._size - window_BS.shape[1])
-        self._hidden_BD.copy_(hidden_BSD[self._rows_B, last_kept(verdict)])
+        self._lengths_B.add_(verdict.accepted_B).add_(1).clamp_(max=self._size - window_BS.shape[1])
+        self._hidden_BD.copy_(hidden_BSD[self._rows_B, last_accepted(verdict)])
         torch.clamp(verdict.next_B, max=self.model.vocab_size - 1, out=self._next_B)
         self._passes.add_(1)
         self._out_BX = packed(verdict, self._out_BX)
@@ -200,16 +200,16 @@ class CapturedPasses:
         """Hidden states (B, S, D) of a window behind the text, which stays as long as it is."""
         steps_BS = self._slots_L[: window_BS.shape[1]].expand_as(window_BS)
         slots_BS = self._place.slots_BS = self._lengths_B[:, None] + steps_BS
-        places_BS = slots_BS if proposal.depth_BS is None else self._lengths_B[:, None] + proposal.depth_BS
-        positions_BS = places_BS.clamp(max=self.model.context - 1)
+        indices_BS = slots_BS if proposal.depth_BS is None else self._lengths_B[:, None] + proposal.depth_BS
+        positions_BS = indices_BS.clamp(max=self.model.context - 1)
         behind_BL = self._slots_L - self._lengths_B[:, None]  # 0 at the fixed token's slot
         if proposal.seen_BSS is None:
             seen_BSL = behind_BL[:, None] <= steps_BS[:, :, None]
         else:
             size = window_BS.shape[1]
-            place_BSL = behind_BL.clamp(0, size - 1)[:, None].expand(-1, size, -1)
+            index_BSL = behind_BL.clamp(0, size - 1)[:, None].expand(-1, size, -1)
             inside_BSL = ((behind_BL >= 0) & (behind_BL < size))[:, None]
-            seen_BSL = (behind_BL < 0)[:, None] | (inside_BSL & proposal.seen_BSS.gather(2, place_BSL))
+            seen_BSL = (behind_BL < 0)[:, None] | (inside_BSL & proposal.seen_BSS.gather(2, index_BSL))
         with sdpa_kernel(KERNELS):
             return self.model.hidden(window_BS, positions_BS, self.cache, seen_BSL.unsqueeze(1))
 
@@ -237,7 +237,7 @@ class Captures:
     def __init__(self, model: Any, on: str = "cuda") -> None:
         self.model, self.on = model, on
         self.kind: tuple[Any, ...] = ()
-        self.passes: CapturedPasses | None = None
+        self.forwards: CapturedForwards | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy captures for itself."""
@@ -245,7 +245,7 @@ class Captures:
 
     def __call__(
         self, rows: int, longest: int, sampling: Sampling, draft: str = "chain", nodes: int = 8
-    ) -> CapturedPasses | None:
+    ) -> CapturedForwards | None:
         """Passes for texts of at most `longest` tokens, prompt included; None where growing passes are to be used, or where the
         texts exceed the context, which the loop refuses."""
         weights = [*self.model.parameters(), *self.model.buffers()]
@@ -254,12 +254,12 @@ class Captures:
         if weights[0].device.type != self.on or most < longest or self.model.draft_trunk is not None:
             return None
         kind = (rows, sampling, draft, nodes, *((each.data_ptr(), each.shape, each.dtype) for each in weights))
-        if self.passes is None or self.kind != kind or self.passes.slots < longest:
+        if self.forwards is None or self.kind != kind or self.forwards.slots < longest:
             slots = min(-(-longest // self.STEP) * self.STEP, most)
-            self.passes = None  # the old ones' memory first
-            self.passes = CapturedPasses(self.model, rows, sampling, draft=draft, nodes=nodes, slots=slots)
+            self.forwards = None  # the old ones' memory first
+            self.forwards = CapturedForwards(self.model, rows, sampling, draft=draft, nodes=nodes, slots=slots)
             self.kind = kind
-        return self.passes
+        return self.forwards
 
 
 class _Noise:
@@ -267,25 +267,25 @@ class _Noise:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows, self.device = rows, device
-        self.places: list[Tensor] = []
+        self.indices: list[Tensor] = []
         self.turn = 0
         self.direct: Uniforms | None = None  # where the numbers come from outside of a replayed pass
 
     def __call__(self, count: int) -> Tensor:
         if self.direct is not None:
             return self.direct(count)
-        if self.turn == len(self.places):
-            self.places.append(torch.zeros(self.rows, count, dtype=torch.float64, device=self.device))
+        if self.turn == len(self.indices):
+            self.indices.append(torch.zeros(self.rows, count, dtype=torch.float64, device=self.device))
         self.turn += 1
-        return self.places[self.turn - 1]
+        return self.indices[self.turn - 1]
 
     def rewind(self) -> None:
         self.turn = 0
 
     def fill(self, uniforms: Uniforms) -> None:
         """The numbers of the next pass, drawn in the order in which it takes them."""
-        for place in self.places:
-            place.copy_(uniforms(place.shape[1]))
+        for index in self.indices:
+            index.copy_(uniforms(index.shape[1]))
 
 
 def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding.filtering import Sampling
+from cpdlm.decoding.forwards import DraftingModel
 from cpdlm.decoding.loop import Decoded, decode
-from cpdlm.decoding.passes import DraftingModel
 from cpdlm.model.joint import Joint
 
 
@@ -33,9 +33,9 @@ class Lookup:
 
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            place = len(self.text)
-            for size in range(1, min(self.longest, place) + 1):
-                self.continued[tuple(self.text[place - size :])] = place
+            index = len(self.text)
+            for size in range(1, min(self.longest, index) + 1):
+                self.continued[tuple(self.text[index - size :])] = index
             self.text.append(token)
 
     def draft(self, count: int) -> list[int]:
@@ -46,7 +46,7 @@ class Lookup:
         end = len(self.text)
         sizes = range(min(self.longest, end), 0, -1)
         found = (self.continued.get(tuple(self.text[end - size :])) for size in sizes)
-        source = next((place for place in found if place is not None), end - 1)
+        source = next((index for index in found if index is not None), end - 1)
         period = end - source
         return [self.text[source + k % period] for k in range(count)]
 
@@ -73,7 +73,7 @@ class LookupModel:
     def target_log_probs(self, hidden: Tensor) -> Tensor:
         return self.base.target_log_probs(hidden)
 
-    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Joint:
+    def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Joint:
         """All on one window. The fixed token is the last of the lookup's text."""
         tokens_K = torch.tensor(self.lookup.draft(self.horizon - 1), device=hidden_BD.device)
         certain_KV = torch.full((len(tokens_K), self.vocab_size), -math.inf, device=hidden_BD.device)

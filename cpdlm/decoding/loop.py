@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpdlm.decoding.drafters import Maker, Proposal, Uniforms, make_strategy
+from cpdlm.decoding.drafters import Maker, Proposal, Uniforms, make_drafter
 from cpdlm.decoding.filtering import Sampling
-from cpdlm.decoding.forwards import CapturedPasses
-from cpdlm.decoding.passes import DraftingModel, GrowingPasses, Passes
+from cpdlm.decoding.forwards import CapturedForwards
+from cpdlm.decoding.step import DraftingModel, Forwards, GrowingForwards
 
 PLAIN = Sampling()
 
@@ -48,7 +48,7 @@ class Decoded:
     accepted: list[int] = field(default_factory=list)
 
     @property
-    def passes(self) -> int:
+    def forwards(self) -> int:
         return len(self.emitted)
 
 
@@ -84,7 +84,7 @@ def decode_batch(
     stop: Callable[[int, list[int]], bool] | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     clock: Callable[[str], None] | None = None,
-    passes: CapturedPasses | None = None,
+    forwards: CapturedForwards | None = None,
 ) -> list[Decoded]:
     """Writes max_new_tokens tokens after each prompt, or fewer if eos comes first (eos is kept), with the target's law.
 
@@ -104,7 +104,7 @@ def decode_batch(
     """
     _check(model, prompts, max_new_tokens, sampling, generators)
     prompts = [prompt_T.long() for prompt_T in prompts]
-    device, lap = prompts[0].device, clock or _no_clock
+    device, timer = prompts[0].device, clock or _no_clock
     ends = frozenset([eos] if isinstance(eos, int) else eos or [])
     depths = model.horizon - 1
     deepest = 0 if draft == "none" else depths
@@ -112,43 +112,43 @@ def decode_batch(
     rows = list(range(len(prompts)))  # rows of the passes
     done = set[int]()  # those of them that are written to their end
     uniforms = Uniforms(generators, device) if generators and not sampling.greedy else None
-    if passes is not None:
-        _check_passes(passes, model, len(prompts), sampling, draft, nodes, target_scores is not None, use_cache)
+    if forwards is not None:
+        _check_forwards(forwards, model, len(prompts), sampling, draft, nodes, target_scores is not None, use_cache)
         longest = max(len(prompt_T) for prompt_T in prompts)
-        if longest + max_new_tokens > passes.slots:
+        if longest + max_new_tokens > forwards.slots:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {passes.slots} slots of the captured "
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {forwards.slots} slots of the captured "
                 f"passes; make them with slots={longest + max_new_tokens} or more"
             )
-        passes.uniforms = uniforms
-        made: Passes = passes
+        forwards.uniforms = uniforms
+        made: Forwards = forwards
     else:
-        strategy = make_strategy(draft, sampling, uniforms, nodes, processed=target_scores is not None)
+        drafter = make_drafter(draft, sampling, uniforms, nodes, processed=target_scores is not None)
 
         def process(target_BSV: Tensor, proposal: Proposal) -> Tensor:
             assert target_scores is not None
             return _processed(target_scores, target_BSV, proposal, rows, written, ends)
 
-        made = GrowingPasses(
+        made = GrowingForwards(
             model,
-            strategy,
+            drafter,
             uniforms,
             len(prompts),
             device,
             use_cache,
             process if target_scores is not None else None,
-            lap,
+            timer,
         )
-    lap("other")
+    timer("other")
     outcome, first = made.first(prompts), True
     while True:
         # Passes that do not wait for the host are one ahead of it; the last one is then in vain.
         ahead = made.next([], [], deepest) if made.runs_ahead else None
         host = outcome.read()
-        lap("prefill" if first else "verify")
+        timer("prefill" if first else "verify")
         first = False
         kept, going = [], []
-        for place, (row, (keep, *proposed, following)) in enumerate(zip(rows, host, strict=True)):
+        for index, (row, (keep, *proposed, following)) in enumerate(zip(rows, host, strict=True)):
             kept.append(keep)
             if row in done:
                 continue
@@ -167,14 +167,14 @@ def decode_batch(
             if new.last:
                 done.add(row)
             else:
-                going.append(place)
+                going.append(index)
         if not going:
-            lap("other")
+            timer("other")
             return written
         if ahead is not None:
             outcome = ahead
             continue
-        rows = [rows[place] for place in going]
+        rows = [rows[index] for index in going]
         depth = min(deepest, max(max_new_tokens - len(written[row].tokens) for row in rows) - 1)
         outcome = made.next(kept, going, depth)
 
@@ -195,11 +195,11 @@ def _emit(
 ) -> _New:
     """Append one pass's tokens to what a row has written, up to where it ends."""
     proposed, kept, last = tested, len(new) - 1, False
-    for place in range(min(len(new), most - len(done.tokens))):
-        done.tokens.append(new[place])
-        last = new[place] in ends or len(done.tokens) == most or (stop is not None and stop(done.tokens))
+    for index in range(min(len(new), most - len(done.tokens))):
+        done.tokens.append(new[index])
+        last = new[index] in ends or len(done.tokens) == most or (stop is not None and stop(done.tokens))
         if last:
-            new = new[: place + 1]
+            new = new[: index + 1]
             break
     done.emitted.append(len(new))
     # A draft behind the end was neither reached nor accepted.
@@ -252,8 +252,8 @@ def _broken(prompt_T: Tensor, written: int, row: int, rows: int) -> str:
     )
 
 
-def _check_passes(
-    passes: CapturedPasses,
+def _check_forwards(
+    forwards: CapturedForwards,
     model: DraftingModel,
     rows: int,
     sampling: Sampling,
@@ -264,8 +264,8 @@ def _check_passes(
 ) -> None:
     if processed or not use_cache:
         raise ValueError("captured passes have neither target_scores nor use_cache=False; call without `passes`")
-    asked = (model, rows, sampling, draft, nodes if draft in ("tree", "window", "path") else passes.nodes)
-    made = (passes.model, passes.rows, passes.sampling, passes.draft, passes.nodes)
+    asked = (model, rows, sampling, draft, nodes if draft in ("tree", "window", "path") else forwards.nodes)
+    made = (forwards.model, forwards.rows, forwards.sampling, forwards.draft, forwards.nodes)
     for what, ours, theirs in zip(("model", "rows", "sampling", "draft", "nodes"), made, asked, strict=True):
         if ours is not theirs and (what == "model" or ours != theirs):
             shown = "" if what == "model" else f" {ours!r}, not {theirs!r}"

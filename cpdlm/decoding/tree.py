@@ -33,14 +33,14 @@ class Beam:
     def windows(self) -> tuple[Tensor, Tensor]:
         """The M whole windows: tokens_BMD, and the log-probability of each of their prefixes, log_probs_BMD."""
         depths = self.tokens_BDM.shape[1]
-        place_BM = torch.arange(self.tokens_BDM.shape[2], device=self.tokens_BDM.device).expand_as(
+        index_BM = torch.arange(self.tokens_BDM.shape[2], device=self.tokens_BDM.device).expand_as(
             self.tokens_BDM[:, 0]
         )
         tokens, log_probs = [], []
         for level in reversed(range(depths)):
-            tokens.append(self.tokens_BDM[:, level].gather(1, place_BM))
-            log_probs.append(self.log_probs_BDM[:, level].gather(1, place_BM))
-            place_BM = self.parents_BDM[:, level].gather(1, place_BM)
+            tokens.append(self.tokens_BDM[:, level].gather(1, index_BM))
+            log_probs.append(self.log_probs_BDM[:, level].gather(1, index_BM))
+            index_BM = self.parents_BDM[:, level].gather(1, index_BM)
         return torch.stack(tokens[::-1], dim=2), torch.stack(log_probs[::-1], dim=2)
 
 
@@ -57,9 +57,9 @@ def beam(joint: Joint, depth: int, width: int) -> Beam:
         # No prefix has more than `width` extensions among the `width` likeliest: first each one's, then all together.
         top_BMC, token_BMC = probs_BMV.topk(offspring, dim=-1)
         flat_BE = top_BMC.flatten(1)
-        prob_BM, place_BM = flat_BE.topk(min(width, flat_BE.shape[1]), dim=-1)
-        token_BM = token_BMC.flatten(1).gather(1, place_BM)
-        parent_BM = place_BM // offspring
+        prob_BM, index_BM = flat_BE.topk(min(width, flat_BE.shape[1]), dim=-1)
+        token_BM = token_BMC.flatten(1).gather(1, index_BM)
+        parent_BM = index_BM // offspring
         rank = weights_BMR.shape[-1]
         chosen_BRM = factors_BDRV[:, level].gather(2, token_BM.unsqueeze(1).expand(-1, rank, -1))
         weights_BMR = weights_BMR.gather(1, parent_BM.unsqueeze(-1).expand(-1, -1, rank)) * chosen_BRM.transpose(1, 2)
@@ -92,8 +92,8 @@ def grow(joint: Joint, depth: int, nodes: int) -> Tree:
     level_BM = chosen_BM // nodes
     above_BM = (level_BM - 1) * nodes + found.parents_BDM.flatten(1).gather(1, chosen_BM)
     order_BM = torch.arange(1, nodes + 1, device=device).expand(batch, -1)
-    place_BE = torch.zeros(batch, depth * nodes, dtype=torch.long, device=device).scatter(1, chosen_BM, order_BM)
-    parents_BM = torch.where(level_BM > 0, place_BE.gather(1, above_BM.clamp(min=0)), 0)
+    index_BE = torch.zeros(batch, depth * nodes, dtype=torch.long, device=device).scatter(1, chosen_BM, order_BM)
+    parents_BM = torch.where(level_BM > 0, index_BE.gather(1, above_BM.clamp(min=0)), 0)
     size = nodes + 1
     up_BSS = torch.zeros(batch, size, size, device=device)
     up_BSS[:, 1:].scatter_(2, parents_BM.unsqueeze(-1), 1.0)
@@ -115,13 +115,13 @@ def walk(tokens_BM: Tensor, parents_BM: Tensor, next_BS: Tensor, deepest: int) -
     batch, nodes = tokens_BM.shape
     at_B = torch.zeros(batch, dtype=torch.long, device=next_BS.device)
     going_B = torch.ones(batch, dtype=torch.bool, device=next_BS.device)
-    kept_B, path = torch.zeros_like(at_B), []
+    accepted_B, path = torch.zeros_like(at_B), []
     for _ in range(min(deepest, nodes)):
         wanted_B1 = next_BS.gather(1, at_B.unsqueeze(1))
         match_BM = (parents_BM == at_B.unsqueeze(1)) & (tokens_BM == wanted_B1) & going_B.unsqueeze(1)
         going_B = match_BM.any(dim=1)
         at_B = torch.where(going_B, match_BM.long().argmax(dim=1) + 1, at_B)
-        kept_B = kept_B + going_B
+        accepted_B = accepted_B + going_B
         path.append(at_B)
     path_BJ = torch.stack(path, dim=1) if path else at_B.new_zeros(batch, 0)
-    return kept_B, path_BJ, next_BS.gather(1, at_B.unsqueeze(1)).squeeze(1)
+    return accepted_B, path_BJ, next_BS.gather(1, at_B.unsqueeze(1)).squeeze(1)

@@ -82,7 +82,15 @@ from cpdlm.files import WriteError, write_bytes
 from cpdlm.hf import released
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk
-from cpdlm.training.checkpoints import CONFIG, RunError, load_model, read_config, run_shortlist, trunk_eos, trunk_source
+from cpdlm.training.checkpoints import (
+    CONFIG,
+    RunError,
+    load_model,
+    read_config,
+    run_draft_vocabulary,
+    trunk_eos,
+    trunk_source,
+)
 
 STOCK = "transformers.GenerationMixin.generate(model, ...)"
 
@@ -131,7 +139,7 @@ class CpdlmConfig(PreTrainedConfig):
     first_is_tied: bool = True
     anchored: bool = False
     blind: bool = False
-    common_target: bool = False
+    frozen_target: bool = False
     separate: bool = False
     map_rank: int = 0
     map_hidden: int = 0
@@ -165,7 +173,7 @@ class CpdlmConfig(PreTrainedConfig):
             first_is_tied=model.first_is_tied,
             anchored=anchor is not None,
             blind=model.blind,
-            common_target=model.common_target,
+            frozen_target=model.frozen_target,
             separate=heads is not None and heads.separate,
             map_rank=0 if is_mlp else inner,
             map_hidden=inner if is_mlp else 0,
@@ -191,7 +199,7 @@ class CpdlmConfig(PreTrainedConfig):
             first_is_tied=self.first_is_tied,
             anchored=self.anchored,
             blind=self.blind,
-            common_target=self.common_target,
+            frozen_target=self.frozen_target,
             context=self.max_position_embeddings,
             tie_embeddings=self.tie_word_embeddings,
             separate=self.separate,
@@ -253,16 +261,16 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{model.name_or_path} is not whole: its weights lack {missing[:3] or 'nothing'} and have "
                 f"{unexpected[:3] or 'nothing'} too many; export it again with python -m cpdlm.hf.hub"
             )
-        if model.model.common_target:  # loading makes new parameters, which are not frozen
+        if model.model.frozen_target:  # loading makes new parameters, which are not frozen
             model.model.trunk.requires_grad_(False)
             model.model.unembedding.requires_grad_(False)
         if model.config.draft_ids is not None:  # a list is rows of the weights, which there were none of before
-            model.model.use_shortlist(torch.tensor(model.config.draft_ids))
+            model.model.use_draft_vocabulary(torch.tensor(model.config.draft_ids))
         return (model, info) if output_loading_info else model
 
-    def use_shortlist(self, ids: Tensor | None) -> None:
+    def use_draft_vocabulary(self, ids: Tensor | None) -> None:
         """Draft from these tokens only, or from all (None), and save it so; see `LanguageModel.use_shortlist`."""
-        self.model.use_shortlist(ids)
+        self.model.use_draft_vocabulary(ids)
         self.config.draft_ids = ids.tolist() if ids is not None else None
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -276,7 +284,7 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
         """(..., D) -> (..., V) whose softmax is the target law: the unembedding's logits where the target is its softmax, so
         that processors which are not blind to a constant (repetition_penalty) do here what they do to the trunk; else log p.
         """
-        if self.model.first_is_tied or self.model.common_target:
+        if self.model.first_is_tied or self.model.frozen_target:
             return self.model.target_logits(hidden, self.model.unembedding.weight)
         return self.model.next_token_log_probs(hidden)
 
@@ -453,9 +461,9 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
         if not sampling.greedy:
             seeds = torch.randint(2**63 - 1, (rows,)).tolist()
             generators = [torch.Generator(text_BT.device).manual_seed(seed) for seed in seeds]
-        passes = None
+        forwards = None
         if exactly and options.use_cache is not False:
-            passes = self._captures(rows, longest + most, sampling, draft, nodes)
+            forwards = self._captures(rows, longest + most, sampling, draft, nodes)
         done = decode_batch(
             self.model if exactly else _WithScores(self),
             [text_T[whole_T != 0] for text_T, whole_T in zip(text_BT, whole_BT, strict=True)],
@@ -469,7 +477,7 @@ class CpdlmForCausalLM(PreTrainedModel, GenerationMixin):
             target_scores=None if exactly else processed,
             stop=stop if others else None,
             on_tokens=stream.put if stream is not None else None,
-            passes=passes,
+            forwards=forwards,
         )
         if stream is not None:
             stream.end(pad)
@@ -537,10 +545,10 @@ def _check_options(options: GenerationConfig, processors: LogitsProcessorList) -
 def _sampling(options: GenerationConfig, processors: LogitsProcessorList) -> tuple[Sampling, bool]:
     """How drafts are drawn, and whether that is exactly what the processors do to the target as well."""
     found = [each for each in processors if type(each) in _WARPERS]
-    places = [_WARPERS.index(type(each)) for each in found]
+    indices = [_WARPERS.index(type(each)) for each in found]
     exactly = (
         len(found) == len(processors)
-        and places == sorted(set(places))
+        and indices == sorted(set(indices))
         and all(getattr(each, "filter_value", -math.inf) == -math.inf for each in found)
         and all(getattr(each, "min_tokens_to_keep", 1) == 1 for each in found)
     )
@@ -614,7 +622,7 @@ def export(run: Path, folder: Path) -> CpdlmForCausalLM:
                 f"{run} drafts with adapters in the trunk (model.adapter_layers), which an exported folder cannot hold"
             )
         model, tokenizer = load_model(run), run_tokenizer(run)
-        model.use_shortlist(run_shortlist(run))
+        model.use_draft_vocabulary(run_draft_vocabulary(run))
     check_vocabulary(run, model, tokenizer)
     wrapped = CpdlmForCausalLM.from_language_model(model, tokenizer.bos, end_tokens(config, tokenizer))
     try:
@@ -674,7 +682,7 @@ def end_tokens(config: Config, tokenizer: Tokenizer) -> int | list[int]:
 def check_vocabulary(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Raise RunError where ids of the one are not ids of the other."""
     # Pretrained models have more embeddings than tokens: padding of the table.
-    padded = model.common_target and _kind(tokenizer) in ("hf", "model")
+    padded = model.frozen_target and _kind(tokenizer) in ("hf", "model")
     if tokenizer.vocab_size > model.vocab_size or (tokenizer.vocab_size < model.vocab_size and not padded):
         raise RunError(
             f"{folder}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the weights {model.vocab_size}; "
@@ -728,7 +736,7 @@ def card(run: Path, config: Config, model: LanguageModel, name: str) -> str:
     data = (evaluated or {}).get("data", {})
     target = (
         "the frozen trunk's own next-token law, which the heads accelerate"
-        if model.common_target
+        if model.frozen_target
         else "the model's own next-token law"
     )
     million = sum(each.numel() for each in model.parameters()) / 1e6

@@ -31,7 +31,7 @@ from cpdlm.training.checkpoints import (
     load_model,
     load_trunk,
     read_config,
-    run_shortlist,
+    run_draft_vocabulary,
     trunk_hash,
     trunk_source,
 )
@@ -45,7 +45,7 @@ def release(run: Path, name: str) -> Path:
     config = read_config(run)
     if not config.is_pretrained or config.model.trunk != name:
         raise RunError(f"{run} has model.trunk={config.model.trunk or 'none'}, not {name}; give a run of heads on it")
-    model, shortlist = load_model(run), run_shortlist(run)
+    model, shortlist = load_model(run), run_draft_vocabulary(run)
     tensors = load_file(run / WEIGHTS)
     if shortlist is not None:
         tensors[SHORTLIST] = shortlist.to(torch.int32)
@@ -85,7 +85,7 @@ def load(name: str, shortlist: bool = True, dtype: str = "") -> tuple[LanguageMo
     if lacking or unexpected:
         raise RunError(f"{path} does not fit its settings: missing {lacking[:3]}, unexpected {unexpected[:3]}")
     if shortlist and ids is not None:
-        model.use_shortlist(ids.long())
+        model.use_draft_vocabulary(ids.long())
     return model.eval(), HubTokenizer("model", trunk_source(config))
 
 

@@ -53,8 +53,8 @@ class DraftTrunk(nn.Module):
                 f"model.adapter_layers={layers}: the layers of {kind} have no linear maps to adapt; type 0"
             )
         for module in last.modules():
-            if isinstance(place := vars(module).get("layer_idx"), int):
-                vars(module)["layer_idx"] = place - len(every) + layers
+            if isinstance(index := vars(module).get("layer_idx"), int):
+                vars(module)["layer_idx"] = index - len(every) + layers
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(linear)), last)
         self.trunk = Trunk(_shortened(trunk.body, name, last))
         for path, parameter in self.named_parameters():

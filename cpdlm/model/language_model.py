@@ -59,7 +59,7 @@ class States:
 class LanguageModel(nn.Module):
     draft_ids: Tensor | None
     _draft_table_VD: Tensor | None
-    _place_on_list_V: Tensor | None
+    _draft_index_V: Tensor | None
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class LanguageModel(nn.Module):
         first_is_tied: bool,
         anchored: bool,
         blind: bool = False,
-        common_target: bool,
+        frozen_target: bool,
         context: int,
         tie_embeddings: bool = True,
         separate: bool = False,
@@ -91,12 +91,12 @@ class LanguageModel(nn.Module):
         assert first_is_tied or not anchored, "an anchored law has a next-token head of its own"
         self.trunk = trunk
         self.rank, self.horizon, self.vocab_size, self.context = rank, horizon, vocab_size, context
-        self.first_is_tied, self.common_target, self.chunk_bytes = first_is_tied, common_target, chunk_bytes
+        self.first_is_tied, self.frozen_target, self.chunk_bytes = first_is_tied, frozen_target, chunk_bytes
         self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
         width = trunk.width
         self.unembedding = nn.Linear(width, vocab_size, bias=False)
         # Separate heads without a next-token head use no shared unembedding: then it is the embedding, not dead weight.
-        if tie_embeddings or (separate and not first_is_tied and not common_target):
+        if tie_embeddings or (separate and not first_is_tied and not frozen_target):
             self.unembedding.weight = trunk.embedding
         else:
             nn.init.normal_(self.unembedding.weight, std=0.02)
@@ -122,12 +122,12 @@ class LanguageModel(nn.Module):
         # What drafts cover (`use_shortlist`): ids (V',), their rows of the unembedding, and where on the list an id is.
         for buffer in ("draft_ids", "_draft_table_VD", "_place_on_list_V"):
             self.register_buffer(buffer, None, persistent=False)
-        if common_target:
+        if frozen_target:
             self.trunk.requires_grad_(False)
             self.unembedding.requires_grad_(False)
         self.draft_trunk: DraftTrunk | None = None
         if adapter_layers:
-            assert common_target, "only a frozen trunk has adapters for the draft"
+            assert frozen_target, "only a frozen trunk has adapters for the draft"
             self.draft_trunk = DraftTrunk(trunk, adapter_layers, adapter_rank)
             check_draft_trunk(trunk, self.draft_trunk)
 
@@ -140,7 +140,7 @@ class LanguageModel(nn.Module):
     def train(self, mode: bool = True) -> LanguageModel:
         """A frozen trunk stays as it is in evaluation: pretrained ones may have dropout, and the target must not."""
         super().train(mode)
-        if self.common_target:
+        if self.frozen_target:
             self.trunk.eval()
         if self.draft_trunk is not None:
             self.draft_trunk.eval()
@@ -172,44 +172,44 @@ class LanguageModel(nn.Module):
 
     def target_log_probs(self, hidden: Tensor) -> Tensor:
         """Log law (..., V) of x_{t+1} that decoding preserves: the frozen trunk's own, or the model's own."""
-        return self._trunk_log_probs(hidden) if self.common_target else self.next_token_log_probs(hidden)
+        return self._trunk_log_probs(hidden) if self.frozen_target else self.next_token_log_probs(hidden)
 
-    def joint(self, hidden: Tensor, fixed: Tensor | None = None) -> Joint:
+    def joint(self, hidden: Tensor, pending: Tensor | None = None) -> Joint:
         """The mixture at each position (...): over N tokens untied, over x_{t+2..t+N} given fixed = x_{t+1} (...) tied."""
         assert self.heads is not None, "horizon 1 has no mixture"
-        return self.heads.joint(self._seen(hidden, fixed), self.unembedding.weight)
+        return self.heads.joint(self._seen(hidden, pending), self.unembedding.weight)
 
-    def listed_joint(self, hidden: Tensor, fixed: Tensor | None = None) -> Joint:
+    def draft_vocabulary_joint(self, hidden: Tensor, pending: Tensor | None = None) -> Joint:
         """`joint` with each factor restricted to the shortlist, over its places; without a list the whole one."""
         assert self.heads is not None, "horizon 1 has no mixture"
         table_VD = self.unembedding.weight if self._draft_table_VD is None else self._draft_table_VD
-        return self.heads.joint(self._seen(hidden, fixed), table_VD)
+        return self.heads.joint(self._seen(hidden, pending), table_VD)
 
-    def places(self, tokens: Tensor) -> Tensor:
+    def indices(self, tokens: Tensor) -> Tensor:
         """Where on the shortlist each id is, -1 for one that is not; without a list the ids themselves."""
-        return tokens if self._place_on_list_V is None else self._place_on_list_V[tokens]
+        return tokens if self._draft_index_V is None else self._draft_index_V[tokens]
 
-    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Joint:
+    def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Joint:
         """The law of x_{t+2..t+N} given the fixed token x_{t+1}: what drafts are drawn from and scored by.
 
         With a shortlist, over the list's places: place v is token draft_ids[v]. Each factor is the whole one restricted
         to the list; where x_{t+1} is not on it, the components keep their prior weights.
         """
         assert self.heads is not None, "horizon 1 has no mixture"
-        seen_BD = self._seen(hidden_BD, fixed_B)
+        seen_BD = self._seen(hidden_BD, pending_B)
         table_VD = self.unembedding.weight if self._draft_table_VD is None else self._draft_table_VD
         if self.first_is_tied:
             return self.heads.draft(seen_BD, table_VD)
-        return self.heads.draft_given_first(seen_BD, table_VD, self.places(fixed_B))
+        return self.heads.draft_given_first(seen_BD, table_VD, self.indices(pending_B))
 
-    def use_shortlist(self, ids: Tensor | None) -> None:
+    def use_draft_vocabulary(self, ids: Tensor | None) -> None:
         """Draft from these tokens only, (V',) distinct ids (None: from all); the target keeps the whole vocabulary.
 
         The draft's unembedding then costs V'/V of the whole. Its rows are copied: call this again after the weights
         change. Raises ValueError where the model has no rows to choose from or `ids` is no list of tokens.
         """
         if ids is None:
-            self.draft_ids = self._draft_table_VD = self._place_on_list_V = None
+            self.draft_ids = self._draft_table_VD = self._draft_index_V = None
             return
         if self.heads is None:
             raise ValueError("horizon 1 drafts nothing; a shortlist needs horizon 2 or more")
@@ -230,20 +230,20 @@ class LanguageModel(nn.Module):
         weight = self.unembedding.weight
         self.draft_ids = ids.to(weight.device, torch.int64)
         self._draft_table_VD = weight.detach()[self.draft_ids]
-        place_V = torch.full((self.vocab_size,), -1, device=weight.device)
-        place_V[self.draft_ids] = torch.arange(len(ids), device=weight.device)
-        self._place_on_list_V = place_V
+        index_V = torch.full((self.vocab_size,), -1, device=weight.device)
+        index_V[self.draft_ids] = torch.arange(len(ids), device=weight.device)
+        self._draft_index_V = index_V
 
     def _trunk_log_probs(self, hidden: Tensor) -> Tensor:
         return log_normalise(self.target_logits(hidden, self.unembedding.weight))
 
-    def _seen(self, hidden: Tensor, fixed: Tensor | None) -> Tensor:
+    def _seen(self, hidden: Tensor, pending: Tensor | None) -> Tensor:
         """What gate and factors see. No token beyond x_{t+1} enters."""
         hidden = self._for_heads(hidden)
         if self.anchor is None:
             return hidden
-        assert fixed is not None, "an anchored law needs the fixed token"
-        anchored: Tensor = self.anchor(hidden, hidden if self.blind else self.trunk.embed(fixed).to(hidden.dtype))
+        assert pending is not None, "an anchored law needs the fixed token"
+        anchored: Tensor = self.anchor(hidden, hidden if self.blind else self.trunk.embed(pending).to(hidden.dtype))
         return anchored
 
     def _for_heads(self, hidden: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ class LanguageModel(nn.Module):
         first_weight_BT: Tensor,
         rest_weight_BT: Tensor,
         states: States | None = None,
-        aim: tuple[str, float, float] | None = None,
+        objective: tuple[str, float, float] | None = None,
     ) -> Terms:
         """Weighted negative log-likelihoods; positions of weight 0 cost nothing.
 
@@ -274,7 +274,7 @@ class LanguageModel(nn.Module):
         if states is not None:
             hidden_BTD = states.hidden_BTD
         else:
-            learns = not self.common_target or self.draft_trunk is not None
+            learns = not self.frozen_target or self.draft_trunk is not None
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
                 hidden_BTD = self.hidden(tokens_BT, position_ids_BT)
         first_loss, first_nll_P = self._first_nll(hidden_BTD, future_BTN, first_weight_BT)
@@ -288,18 +288,24 @@ class LanguageModel(nn.Module):
         seen_PD = self._seen(hidden_PD, future_PN[:, 0])
         if self.first_is_tied:
             future_PN, exists_PN = future_PN[:, 1:], exists_PN[:, 1:]
-        table_VD, told_PN = self.unembedding.weight, torch.ones_like(exists_PN)
-        if self._draft_table_VD is not None and self._place_on_list_V is not None:
-            table_VD, future_PN = self._draft_table_VD, self._place_on_list_V[future_PN]
-            told_PN, future_PN = future_PN >= 0, future_PN.clamp(min=0)
-        if aim is None:
+        table_VD, in_vocabulary_PN = self.unembedding.weight, torch.ones_like(exists_PN)
+        if self._draft_table_VD is not None and self._draft_index_V is not None:
+            table_VD, future_PN = self._draft_table_VD, self._draft_index_V[future_PN]
+            in_vocabulary_PN, future_PN = future_PN >= 0, future_PN.clamp(min=0)
+        if objective is None:
             rest_loss, rest_nll_P, log_weights_PR = self.heads.nll(
-                seen_PD, future_PN, exists_PN & told_PN, weight_P, table_VD, self.heads.factors, self.chunk_bytes
+                seen_PD,
+                future_PN,
+                exists_PN & in_vocabulary_PN,
+                weight_P,
+                table_VD,
+                self.heads.factors,
+                self.chunk_bytes,
             )
             return Terms(first_loss + rest_loss, first_nll_P, rest_nll_P, log_weights_PR)
-        windows = self._windows(hidden_BTD, states, picked_BT, future_PN, told_PN, exists_PN)
+        windows = self._windows(hidden_BTD, states, picked_BT, future_PN, in_vocabulary_PN, exists_PN)
         rest_loss, rest_P, log_weights_PR = self.heads.draft_loss(
-            seen_PD, windows, weight_P, table_VD, Objective(*aim, self.target_logits), self.chunk_bytes
+            seen_PD, windows, weight_P, table_VD, Objective(*objective, self.target_logits), self.chunk_bytes
         )
         return Terms(first_loss + rest_loss, first_nll_P, rest_P, log_weights_PR)
 
@@ -309,7 +315,7 @@ class LanguageModel(nn.Module):
         states: States | None,
         picked_BT: Tensor,
         future_PN: Tensor,
-        told_PN: Tensor,
+        in_vocabulary_PN: Tensor,
         exists_PN: Tensor,
     ) -> Windows:
         """The target of x_{t+k} is read from h_{t+k-1}; behind the end of a row it is not known."""
@@ -320,7 +326,7 @@ class LanguageModel(nn.Module):
         t_PN = t_PN.clamp(max=hidden_BTD.shape[1] - 1)
         return Windows(
             future_PN,
-            told_PN,
+            in_vocabulary_PN,
             exists_PN & known_PN,
             hidden_BTD.detach()[row_P[:, None], t_PN],
             normaliser_BT[row_P[:, None], t_PN],
@@ -352,7 +358,7 @@ class LanguageModel(nn.Module):
     def _first_nll(self, hidden_BTD: Tensor, future_BTN: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
         picked_BT = weight_BT != 0
         hidden_PD, token_P, weight_P = hidden_BTD[picked_BT], future_BTN[picked_BT][:, 0], weight_BT[picked_BT]
-        if self.first_is_tied and self.common_target:
+        if self.first_is_tied and self.frozen_target:
             return self._frozen_first_nll(hidden_PD, token_P, weight_P)
         if self.first_is_tied:
             certain_PR = hidden_PD.new_zeros(len(hidden_PD), 1)
@@ -429,7 +435,7 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         first_is_tied=config.first_is_tied,
         anchored=config.anchor != "none",
         blind=config.anchor == "blind",
-        common_target=trunk is not None,
+        frozen_target=trunk is not None,
         context=trunk.context if trunk is not None and config.is_pretrained else config.data.context,
         tie_embeddings=trunk.embeddings_are_tied if trunk is not None else config.model.tie_embeddings,
         separate=config.model.head == "separate",

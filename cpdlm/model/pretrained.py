@@ -94,7 +94,7 @@ def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
         horizon=1,
         first_is_tied=True,
         anchored=False,
-        common_target=False,
+        frozen_target=False,
         context=context,
         tie_embeddings=tied,
         logit_scale=_scale(text),
@@ -183,19 +183,19 @@ def _cropped(trunk: Trunk, tokens_BT: Tensor, half: int) -> Tensor:
 
 def _masked(trunk: Trunk, tokens_BT: Tensor, half: int) -> Tensor:
     """The same behind a cache that holds two dead slots, in a batch's terms."""
-    cache, places_BT = new_cache(), torch.arange(tokens_BT.shape[1]).unsqueeze(0)
+    cache, indices_BT = new_cache(), torch.arange(tokens_BT.shape[1]).unsqueeze(0)
     live_BL = torch.ones(1, tokens_BT.shape[1] + 2, dtype=torch.bool)
-    trunk(tokens_BT[:, :half], places_BT[:, :half], cache, live_BL[:, :half])
-    trunk(tokens_BT[:, [3, 1]], places_BT[:, half : half + 2], cache, live_BL[:, : half + 2])
+    trunk(tokens_BT[:, :half], indices_BT[:, :half], cache, live_BL[:, :half])
+    trunk(tokens_BT[:, [3, 1]], indices_BT[:, half : half + 2], cache, live_BL[:, : half + 2])
     live_BL[:, half : half + 2] = False
-    hidden_BSD: Tensor = trunk(tokens_BT[:, half:], places_BT[:, half:], cache, live_BL)
+    hidden_BSD: Tensor = trunk(tokens_BT[:, half:], indices_BT[:, half:], cache, live_BL)
     return hidden_BSD
 
 
 def _packed(trunk: Trunk, tokens_BT: Tensor, half: int) -> Tensor:
     """The same in a row that begins with another document of three tokens."""
-    places_BT = torch.cat([torch.arange(3), torch.arange(tokens_BT.shape[1])]).unsqueeze(0)
-    hidden_BTD: Tensor = trunk(torch.cat([tokens_BT[:, [3, 1, 2]], tokens_BT], dim=1), places_BT)
+    indices_BT = torch.cat([torch.arange(3), torch.arange(tokens_BT.shape[1])]).unsqueeze(0)
+    hidden_BTD: Tensor = trunk(torch.cat([tokens_BT[:, [3, 1, 2]], tokens_BT], dim=1), indices_BT)
     return hidden_BTD[:, 3 + half :]
 
 

@@ -118,7 +118,7 @@ def save_model(
 
 def _is_stored(name: str, model: LanguageModel) -> bool:
     """Whether a tensor of that name is the run's own: not a frozen trunk's, nor a second name of a tied one."""
-    if model.common_target and name.startswith(("trunk.", "unembedding.", "draft_trunk.")):
+    if model.frozen_target and name.startswith(("trunk.", "unembedding.", "draft_trunk.")):
         return is_adapter(name)
     return not (name == "unembedding.weight" and model.embeddings_are_tied)
 
@@ -267,7 +267,7 @@ def _shard_names(path: Path) -> set[str]:
     return {name.removeprefix("state_dict.") for name in index.state_dict_metadata}
 
 
-def run_shortlist(run: Path) -> Tensor | None:
+def run_draft_vocabulary(run: Path) -> Tensor | None:
     """(V',) the tokens that a run drafts from, as it was measured; None for all. RunError where they are not known."""
     size = read_config(run).decode.shortlist
     if not size:

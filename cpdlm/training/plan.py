@@ -84,10 +84,10 @@ def make_plan(config: Config, vocab_size: int = 0, compiled: bool = True) -> Pla
     with FakeTensorMode(allow_non_fake_inputs=True), _new_tensors_in(own):
         model = _build(config, vocab_size)
         kept, layer_bytes, trunk_flops = _run_trunk(model, config, rows)
-    trains_trunk = not model.common_target
+    trains_trunk = not model.frozen_target
     tokens = config.optim.steps * config.data.batch_rows * config.data.context
-    passes = 3.0 if trains_trunk else min(1.0, config.data.states / tokens) if config.data.states else 1.0
-    flops = {"trunk": trunk_flops * passes, **loss_flops(model, config)}
+    forwards = 3.0 if trains_trunk else min(1.0, config.data.states / tokens) if config.data.states else 1.0
+    flops = {"trunk": trunk_flops * forwards, **loss_flops(model, config)}
     layers = len(model.trunk.layers())
     one_layer = kept // layers
     memory = _weights(model, config) | {
@@ -133,7 +133,7 @@ def _build(config: Config, vocab_size: int) -> LanguageModel:
         horizon=1,
         first_is_tied=True,
         anchored=False,
-        common_target=False,
+        frozen_target=False,
         context=config.data.context,
         tie_embeddings=shape.tie_word_embeddings,
     )
@@ -172,7 +172,7 @@ def _run_trunk(model: LanguageModel, config: Config, rows: int) -> tuple[int, in
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16-mixed")
     with FlopCounterMode(display=False, custom_mapping=attention) as counter, saved_tensors_hooks(keep, _same), mixed:
         hidden_BTD = model.hidden(tokens_BT)
-    model.trunk.requires_grad_(not model.common_target)
+    model.trunk.requires_grad_(not model.frozen_target)
     layer_bytes = hidden_BTD.numel() * hidden_BTD.element_size()
     return sum(kept.values()), layer_bytes, counter.get_total_flops() / tokens_BT.numel()
 
@@ -193,24 +193,24 @@ def loss_flops(model: LanguageModel, config: Config) -> dict[str, float]:
     positions train the window; at a frozen trunk it has none but for heads that own their first factor.
     """
     vocab, width, rank = model.vocab_size, model.trunk.width, model.rank
-    table_times = 2 if model.common_target and not _separate(model) else 3
+    table_times = 2 if model.frozen_target and not _separate(model) else 3
     if model.heads is None:
         return {"next token": table_times * 2.0 * vocab * width}
     own_first = not model.first_is_tied
     share = config.loss.joint_fraction
-    factors, place = model.heads.factors, config.loss.shortlist or vocab
+    factors, index = model.heads.factors, config.loss.shortlist or vocab
     row_map = 0.0 if _separate(model) else 2.0 * width * width
     if model.heads.inner:
         row_map = 4.0 * width * model.heads.inner
-    row = table_times * 2.0 * place * width + 3 * row_map
+    row = table_times * 2.0 * index * width + 3 * row_map
     first = 0.0
     # Where the target is frozen and the window's loss is not the joint's own, x_{t+1} has no term of its own.
-    alone = model.common_target and (config.loss.shortlist > 0 or config.loss.objective != "joint")
+    alone = model.frozen_target and (config.loss.shortlist > 0 or config.loss.objective != "joint")
     if own_first and share < 1 and not alone:
         first = rank * row
-    elif not own_first and not model.common_target:
+    elif not own_first and not model.frozen_target:
         first = table_times * 2.0 * vocab * width
-    target = 2.0 * place * width * factors if config.loss.objective != "joint" else 0.0
+    target = 2.0 * index * width * factors if config.loss.objective != "joint" else 0.0
     return {"next token": first, "window": share * (factors * rank * row + target)}
 
 
@@ -256,7 +256,7 @@ def _loss_memory(model: LanguageModel, config: Config, rows: int, compiled: bool
         return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     has_next_token = loss_flops(model, config)["next token"] > 0
-    table_bytes = 0 if model.common_target or _separate(model) else size([table])
+    table_bytes = 0 if model.frozen_target or _separate(model) else size([table])
     most, sums = 0.0, 0
     if has_next_token:
         most = chunk(positions, 1 if model.first_is_tied else model.rank, model.vocab_size)

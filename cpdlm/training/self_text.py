@@ -102,13 +102,13 @@ def _write(
         for number, prompts_PT in enumerate(prompts(split, tokens // PROMPT, PROMPT).split(BATCH)):
             path = folder / f"{number:05d}.npz"
             if not path.is_file():
-                places = range(number * BATCH, number * BATCH + len(prompts_PT))
+                indices = range(number * BATCH, number * BATCH + len(prompts_PT))
                 rows = decode_batch(
                     model,
                     list(prompts_PT.to(device)),
                     room,
                     SAMPLINGS[how],
-                    [torch.Generator().manual_seed(SEED + place) for place in places],
+                    [torch.Generator().manual_seed(SEED + index) for index in indices],
                     eos=eos,
                     draft="none",
                 )

@@ -43,9 +43,9 @@ from cpdlm.bench.intervals import (
     by_seed,
     conversion,
     interval,
-    more_per_pass,
+    more_per_forward,
     speedup,
-    tokens_per_pass,
+    tokens_per_forward,
     tokens_per_second,
 )
 from cpdlm.bench.memory import working_memory
@@ -61,7 +61,7 @@ from experiments import results
 from experiments.measure.agreement import agreement
 
 ROOT = Path(__file__).resolve().parents[2]
-STRATEGIES = {"greedy": ("chain", "tree", "window", "path"), "sampling": ("chain", "block", "tree", "window", "path")}
+DRAFTERS = {"greedy": ("chain", "tree", "window", "path"), "sampling": ("chain", "block", "tree", "window", "path")}
 SAMPLINGS = {"greedy": Sampling(0.0), "sampling": Sampling()}
 TEMPERATURES, TOP_P = (0.5, 0.8, 1.0, 1.2), (0.8, 0.95, 1.0)  # temperature 0 has no top-p
 LAWS = ("untied", "anchored", "tied")
@@ -82,7 +82,7 @@ class Run:
         return self.config.run_name
 
     @property
-    def law(self) -> str:
+    def distribution(self) -> str:
         if self.config.anchor != "none":
             return "anchored" if self.config.anchor == "token" else self.config.anchor
         return "tied" if self.config.model.tie_first else "untied"
@@ -99,8 +99,8 @@ class Heads:
         return self.runs[0].config.rank
 
     @property
-    def law(self) -> str:
-        return self.runs[0].law
+    def distribution(self) -> str:
+        return self.runs[0].distribution
 
     @property
     def horizon(self) -> int:
@@ -111,7 +111,7 @@ class Heads:
         config = self.runs[0].config
         return {
             "corpus": config.corpus,
-            "law": self.law,
+            "law": self.distribution,
             "rank": self.rank,
             "horizon": self.horizon,
             "names": [run.name for run in self.runs],
@@ -153,11 +153,11 @@ class Bench:
         """Of draws and resamples."""
         return int(self.options.seeds[0])
 
-    def ours(self, model: LanguageModel, sampling: Sampling, strategy: str) -> Contender:
+    def ours(self, model: LanguageModel, sampling: Sampling, drafter: str) -> Contender:
         def run(prompt_T: Tensor, seed: int) -> Decoded:
             generator = torch.Generator(prompt_T.device).manual_seed(seed)
             return decode(
-                model, prompt_T, self.new_tokens, sampling, generator, draft=strategy, nodes=self.options.nodes
+                model, prompt_T, self.new_tokens, sampling, generator, draft=drafter, nodes=self.options.nodes
             )
 
         return run
@@ -165,8 +165,8 @@ class Bench:
     def plain(self, sampling: Sampling) -> Racers:
         return [Racer(self.trunk, self.ours(self.trunk, sampling, "none"))]
 
-    def speculative(self, heads: Heads, sampling: Sampling, strategy: str) -> Racers:
-        return [Racer(run.model, self.ours(run.model, sampling, strategy)) for run in heads.runs]
+    def speculative(self, heads: Heads, sampling: Sampling, drafter: str) -> Racers:
+        return [Racer(run.model, self.ours(run.model, sampling, drafter)) for run in heads.runs]
 
     def race(self, racers: dict[str, Racers], split: str, draws: int) -> dict[str, Raced]:
         """Side by side, `latency`'s protocol; one result per key, over its seeds."""
@@ -189,18 +189,21 @@ class Raced:
 
     timings: list[latency.Timing]
 
-    def written(self, passes: dict[int, int] | None = None, seed: int = 0) -> Written:
+    def written(self, forwards: dict[int, int] | None = None, seed: int = 0) -> Written:
         """passes: by seed of the text, of a method whose results do not tell them; empty where each token is one pass."""
         tokens = [timing.tokens for timing in self.timings]
-        if passes is None:
-            counted = [_by_draw([[one.passes for one in each] for each in timing.decoded]) for timing in self.timings]
+        if forwards is None:
+            counted = [_by_draw([[one.forwards for one in each] for each in timing.decoded]) for timing in self.timings]
         else:
             draws, prompts = len(tokens[0]), len(tokens[0][0])
             counted = (
                 tokens
-                if not passes
+                if not forwards
                 else [
-                    [[passes[latency.run_seed(seed, place, draw)] for place in range(prompts)] for draw in range(draws)]
+                    [
+                        [forwards[latency.run_seed(seed, place, draw)] for place in range(prompts)]
+                        for draw in range(draws)
+                    ]
                 ]
             )
         return Written.of(tokens, counted, [timing.seconds for timing in self.timings])
@@ -219,8 +222,8 @@ def _by_draw(by_prompt: list[list[int]]) -> list[list[int]]:
 
 def _rate(written: Written, seed: int) -> dict[str, Any]:
     return {
-        "tokens_per_pass": interval(tokens_per_pass, written, seed=seed),
-        "by_seed": by_seed(tokens_per_pass, written),
+        "tokens_per_pass": interval(tokens_per_forward, written, seed=seed),
+        "by_seed": by_seed(tokens_per_forward, written),
     }
 
 
@@ -237,13 +240,13 @@ def _speed(written: Written, plain: Written, seed: int) -> dict[str, Any]:
 
 def strategies(bench: Bench) -> list[dict[str, Any]]:
     """Per heads and mode, each strategy on both splits and the one chosen."""
-    found: list[dict[str, Any]] = [heads.label | {"modes": {mode: {} for mode in STRATEGIES}} for heads in bench.heads]
-    for mode, names in STRATEGIES.items():
+    found: list[dict[str, Any]] = [heads.label | {"modes": {mode: {} for mode in DRAFTERS}} for heads in bench.heads]
+    for mode, names in DRAFTERS.items():
         sampling = SAMPLINGS[mode]
         racers = {PLAIN: bench.plain(sampling)} | {
-            f"{place} {strategy}": bench.speculative(heads, sampling, strategy)
+            f"{place} {drafter}": bench.speculative(heads, sampling, drafter)
             for place, heads in enumerate(bench.heads)
-            for strategy in _distinct(names, heads)
+            for drafter in _distinct(names, heads)
         }
         for split, draws in (("validation", bench.options.validation_draws), ("test", bench.options.draws)):
             bench.say(f"strategies, {bench.config.corpus}, {mode}, {split}")
@@ -251,34 +254,34 @@ def strategies(bench: Bench) -> list[dict[str, Any]]:
             written = {key: each.written() for key, each in raced.items()}
             for place, heads in enumerate(bench.heads):
                 chain = written[f"{place} chain"]
-                for strategy in _distinct(names, heads):
-                    key = f"{place} {strategy}"
+                for drafter in _distinct(names, heads):
+                    key = f"{place} {drafter}"
                     one = written[key]
-                    found[place]["modes"][mode].setdefault(strategy, {})[split] = (
+                    found[place]["modes"][mode].setdefault(drafter, {})[split] = (
                         acceptance(raced[key].decoded, heads.horizon, bench.seed)
                         | _rate(one, bench.seed)
                         | _speed(one, written[PLAIN], bench.seed)
                         | {
-                            "tokens_per_pass_over_chain": interval(more_per_pass, one, chain, seed=bench.seed),
+                            "tokens_per_pass_over_chain": interval(more_per_forward, one, chain, seed=bench.seed),
                             "speed_over_chain": interval(speedup, one, chain, seed=bench.seed),
                         }
                     )
         for entry in found:
             speeds = _validation_speeds(entry, mode)
-            entry["modes"][mode]["chosen"] = max(speeds, key=lambda strategy: speeds[strategy])
+            entry["modes"][mode]["chosen"] = max(speeds, key=lambda drafter: speeds[drafter])
     return found
 
 
 def suggested(cells: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Per mode: the strategy that was fastest on the validation prompts over all heads (geometric mean, over the chain)."""
     best = {}
-    for mode in STRATEGIES:
+    for mode in DRAFTERS:
         gains: dict[str, float] = {}
         for entry in cells:
             speeds = _validation_speeds(entry, mode)
-            for strategy, speed in speeds.items():
-                gains[strategy] = gains.get(strategy, 0.0) + math.log(speed / speeds["chain"])
-        best[mode] = max(gains, key=lambda strategy: gains[strategy])
+            for drafter, speed in speeds.items():
+                gains[drafter] = gains.get(drafter, 0.0) + math.log(speed / speeds["chain"])
+        best[mode] = max(gains, key=lambda drafter: gains[drafter])
     return best
 
 
@@ -299,23 +302,25 @@ def accepted(bench: Bench) -> list[dict[str, Any]]:
     """Tokens per pass of every strategy on the test prompts, decoded in batches, and what each gains over the chain of the same
     heads and over rank 1 of the same law and seeds."""
     rows = []
-    for mode, names in STRATEGIES.items():
+    for mode, names in DRAFTERS.items():
         of_rank1: dict[tuple[str, tuple[int, ...]], dict[str, Written]] = {}
         for heads in bench.heads:
-            bench.say(f"acceptance, {bench.config.corpus}, {mode}, {heads.law}, rank {heads.rank}")
+            bench.say(f"acceptance, {bench.config.corpus}, {mode}, {heads.distribution}, rank {heads.rank}")
             written: dict[str, Written] = {}
-            kin = (heads.law, tuple(heads.label["seeds"]))
+            kin = (heads.distribution, tuple(heads.label["seeds"]))
             if heads.rank == 1:
                 of_rank1[kin] = written
-            for strategy in _distinct(names, heads):
-                counts, one = _accepted(heads, SAMPLINGS[mode], strategy, bench)
-                written[strategy] = one
-                row = heads.label | {"mode": mode, "strategy": strategy} | counts
-                if strategy != "chain":
-                    row["tokens_per_pass_over_chain"] = interval(more_per_pass, one, written["chain"], seed=bench.seed)
+            for drafter in _distinct(names, heads):
+                counts, one = _accepted(heads, SAMPLINGS[mode], drafter, bench)
+                written[drafter] = one
+                row = heads.label | {"mode": mode, "strategy": drafter} | counts
+                if drafter != "chain":
+                    row["tokens_per_pass_over_chain"] = interval(
+                        more_per_forward, one, written["chain"], seed=bench.seed
+                    )
                 if heads.rank > 1 and kin in of_rank1:  # its window and path are its chain
-                    other = of_rank1[kin].get(strategy, of_rank1[kin]["chain"])
-                    row["tokens_per_pass_over_rank1"] = interval(more_per_pass, one, other, seed=bench.seed)
+                    other = of_rank1[kin].get(drafter, of_rank1[kin]["chain"])
+                    row["tokens_per_pass_over_rank1"] = interval(more_per_forward, one, other, seed=bench.seed)
                 rows.append(row)
     return rows
 
@@ -330,7 +335,7 @@ def agreements(bench: Bench) -> list[dict[str, Any]]:
             [prompts_PT, torch.tensor([one.tokens for one in written], device=prompts_PT.device)], dim=1
         )
         for entry, heads in zip(found, bench.heads, strict=True):
-            bench.say(f"agreement, {bench.config.corpus}, {mode}, {heads.law}, rank {heads.rank}")
+            bench.say(f"agreement, {bench.config.corpus}, {mode}, {heads.distribution}, rank {heads.rank}")
             entry["modes"][mode] = _pooled(
                 [agreement(run.model, texts_PT, prompts_PT.shape[1], bench.options.nodes) for run in heads.runs]
             )
@@ -351,31 +356,31 @@ def filters(bench: Bench) -> list[dict[str, Any]]:
     settings = [Sampling(0.0), *(Sampling(temperature, 0, p) for temperature in TEMPERATURES for p in TOP_P)]
     rows = []
     for heads in _ends(bench.heads):
-        bench.say(f"filters, {bench.config.corpus}, {heads.law}, rank {heads.rank}")
+        bench.say(f"filters, {bench.config.corpus}, {heads.distribution}, rank {heads.rank}")
         for sampling in settings:
-            for strategy in ("chain", "tree"):
+            for drafter in ("chain", "tree"):
                 rows.append(
                     heads.label
-                    | {"temperature": sampling.temperature, "top_p": sampling.top_p, "strategy": strategy}
-                    | _accepted(heads, sampling, strategy, bench)[0]
+                    | {"temperature": sampling.temperature, "top_p": sampling.top_p, "strategy": drafter}
+                    | _accepted(heads, sampling, drafter, bench)[0]
                 )
     return rows
 
 
-def _accepted(heads: Heads, sampling: Sampling, strategy: str, bench: Bench) -> tuple[dict[str, Any], Written]:
+def _accepted(heads: Heads, sampling: Sampling, drafter: str, bench: Bench) -> tuple[dict[str, Any], Written]:
     """(a row's part of the record, what was counted per text)."""
     draws = 1 if sampling.greedy else bench.options.acceptance_draws  # another greedy draw is the same text
-    texts = [_batch(run.model, sampling, strategy, draws, bench) for run in heads.runs]
-    tokens, passes = (
+    texts = [_batch(run.model, sampling, drafter, draws, bench) for run in heads.runs]
+    tokens, forwards = (
         [_by_draw([[count(one) for one in prompt] for prompt in of_seed]) for of_seed in texts]
-        for count in (lambda one: len(one.tokens), lambda one: one.passes)
+        for count in (lambda one: len(one.tokens), lambda one: one.forwards)
     )
     pooled = [[one for each in prompt for one in each] for prompt in zip(*texts, strict=True)]
-    written = Written.of(tokens, passes, passes)  # no seconds: rows of a batch share them
+    written = Written.of(tokens, forwards, forwards)  # no seconds: rows of a batch share them
     return acceptance(pooled, heads.horizon, bench.seed) | _rate(written, bench.seed), written
 
 
-def _batch(model: LanguageModel, sampling: Sampling, strategy: str, draws: int, bench: Bench) -> list[list[Decoded]]:
+def _batch(model: LanguageModel, sampling: Sampling, drafter: str, draws: int, bench: Bench) -> list[list[Decoded]]:
     """Per test prompt, its draws."""
     prompts_PT, found = bench.prompts["test"], []
     for draw in range(draws):
@@ -390,7 +395,7 @@ def _batch(model: LanguageModel, sampling: Sampling, strategy: str, draws: int, 
                 bench.new_tokens,
                 sampling,
                 generators,
-                draft=strategy,
+                draft=drafter,
                 nodes=bench.options.nodes,
             )
         )
@@ -400,8 +405,8 @@ def _batch(model: LanguageModel, sampling: Sampling, strategy: str, draws: int, 
 def _ends(heads: Sequence[Heads]) -> list[Heads]:
     """Untied and anchored: the lowest and the highest rank."""
     ends: list[Heads] = []
-    for law in ("untied", "anchored"):
-        ranked = sorted((each for each in heads if each.law == law), key=lambda each: each.rank)
+    for distribution in ("untied", "anchored"):
+        ranked = sorted((each for each in heads if each.distribution == distribution), key=lambda each: each.rank)
         ends += [ranked[0], ranked[-1]][: len(ranked)]
     return ends
 
@@ -418,11 +423,11 @@ class Method:
     kind: str  # plain | generate | lookup | assistant | hydra | heads
     horizon: int
     racers: dict[str, Racers]
-    strategy: dict[str, str]
+    drafter: dict[str, str]
     parameters: int = 0
     training_seconds: float = 0.0
     label: dict[str, Any] = field(default_factory=dict)
-    passes: dict[int, int] | None = None
+    forwards: dict[int, int] | None = None
 
 
 def baselines(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
@@ -435,7 +440,7 @@ def baselines(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[dict[str,
             "name": method.name,
             "kind": method.kind,
             "horizon": method.horizon,
-            "strategy": method.strategy,
+            "strategy": method.drafter,
             "parameters_added": method.parameters,
             "weights_mib": method.parameters * mib,
             "training_seconds": method.training_seconds,
@@ -447,17 +452,17 @@ def baselines(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[dict[str,
     for mode in SAMPLINGS:
         bench.say(f"baselines, {bench.config.corpus}, {mode}")
         for method in methods:
-            if method.passes:
-                method.passes.clear()
+            if method.forwards:
+                method.forwards.clear()
         raced = bench.race(
             {method.name: method.racers[mode] for method in methods}, "test", bench.options.baseline_draws
         )
-        written = {method.name: raced[method.name].written(method.passes, bench.seed) for method in methods}
+        written = {method.name: raced[method.name].written(method.forwards, bench.seed) for method in methods}
         prompt_T = bench.prompts["test"][0]
         for entry, method in zip(entries, methods, strict=True):
             one = written[method.name]
-            texts = {"tokens": int(one.tokens_HDP.sum()), "passes": int(one.passes_HDP.sum())}
-            if method.passes is None:
+            texts = {"tokens": int(one.tokens_HDP.sum()), "passes": int(one.forwards_HDP.sum())}
+            if method.forwards is None:
                 texts |= acceptance(raced[method.name].decoded, method.horizon, bench.seed)
             entry["modes"][mode] = (
                 texts
@@ -486,7 +491,7 @@ def _methods(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[Method]:
     assert generate is not None, "the trunk is a next-token model"
     methods = [
         Method(PLAIN, PLAIN, 1, {mode: bench.plain(sampling) for mode, sampling in SAMPLINGS.items()}, _same("none")),
-        Method("generate", "generate", 1, _modes(trunk, partial(_theirs, generate, bench)), _same("none"), passes={}),
+        Method("generate", "generate", 1, _modes(trunk, partial(_theirs, generate, bench)), _same("none"), forwards={}),
     ]
     for width in options.lookup_horizons:
         methods.append(
@@ -505,18 +510,18 @@ def _methods(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[Method]:
         methods.append(_hydra(bench, options.hydra))
     for heads in _ends(bench.heads):
         chain, picked = _same("chain"), chosen[heads.runs[0].name]
-        for strategy in [chain] if picked == chain else [chain, picked]:
+        for drafter in [chain] if picked == chain else [chain, picked]:
             counts = heads.runs[0].model.parameter_counts()
             methods.append(
                 Method(
-                    f"rank {heads.rank}, {heads.law}" + ("" if strategy is chain else ", chosen"),
+                    f"rank {heads.rank}, {heads.distribution}" + ("" if drafter is chain else ", chosen"),
                     "heads",
                     horizon,
-                    {mode: bench.speculative(heads, SAMPLINGS[mode], strategy[mode]) for mode in SAMPLINGS},
-                    strategy,
+                    {mode: bench.speculative(heads, SAMPLINGS[mode], drafter[mode]) for mode in SAMPLINGS},
+                    drafter,
                     parameters=counts["heads"] + counts["gate"] + counts["anchor"],
                     training_seconds=sum(run.seconds for run in heads.runs) / len(heads.runs),
-                    label={"rank": heads.rank, "law": heads.law, "seeds": heads.label["seeds"]},
+                    label={"rank": heads.rank, "law": heads.distribution, "seeds": heads.label["seeds"]},
                 )
             )
     return methods
@@ -526,8 +531,8 @@ def _modes(trunk: LanguageModel, make: Callable[[Sampling], Contender]) -> dict[
     return {mode: [Racer(trunk, make(sampling))] for mode, sampling in SAMPLINGS.items()}
 
 
-def _same(strategy: str) -> dict[str, str]:
-    return dict.fromkeys(SAMPLINGS, strategy)
+def _same(drafter: str) -> dict[str, str]:
+    return dict.fromkeys(SAMPLINGS, drafter)
 
 
 def _theirs(generate: latency.Generate, bench: Bench, sampling: Sampling) -> Contender:
@@ -592,7 +597,7 @@ def _assistant(bench: Bench, folder: Path) -> Method:
     target, assistant = latency.as_hugging_face(trunk), latency.as_hugging_face(model)
     assistant.generation_config.num_assistant_tokens = bench.options.assistant_tokens
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
-    passes: dict[int, int] = {}
+    forwards: dict[int, int] = {}
 
     def make(sampling: Sampling) -> Contender:
         choice: dict[str, Any] = {"do_sample": False}
@@ -602,7 +607,7 @@ def _assistant(bench: Bench, folder: Path) -> Method:
 
         def run(prompt_T: Tensor, seed: int) -> list[int]:
             devices = [prompt_T.device] if prompt_T.device.type == "cuda" else []
-            with latency.count_passes(trunk) as counter, torch.random.fork_rng(devices), torch.inference_mode():
+            with latency.count_forwards(trunk) as counter, torch.random.fork_rng(devices), torch.inference_mode():
                 torch.manual_seed(seed)
                 text_1T = target.generate(
                     prompt_T[None],
@@ -610,7 +615,7 @@ def _assistant(bench: Bench, folder: Path) -> Method:
                     generation_config=settings,
                     assistant_model=assistant,
                 )
-            passes[seed] = counter.count
+            forwards[seed] = counter.count
             ids: list[int] = text_1T[0, len(prompt_T) :].tolist()
             return ids
 
@@ -625,7 +630,7 @@ def _assistant(bench: Bench, folder: Path) -> Method:
         _same("assistant"),
         parameters=sum(each.numel() for each in model.parameters()),
         training_seconds=summary["seconds"],
-        passes=passes,
+        forwards=forwards,
     )
 
 
@@ -665,8 +670,11 @@ def _families(folders: Sequence[Path], configs: dict[Path, Config]) -> list[Head
         seconds = float(json.loads((path / checkpoints.TRAINED).read_bytes())["seconds"])
         run = Run(configs[path], checkpoints.load_model(path), seconds)
         families.setdefault(replace(run.config, seed=0, name="").run_name, []).append(run)
-    laws = {law: place for place, law in enumerate(LAWS)}
-    return sorted(map(Heads, families.values()), key=lambda each: (laws.get(each.law, len(laws)), each.rank))
+    distributions = {distribution: place for place, distribution in enumerate(LAWS)}
+    return sorted(
+        map(Heads, families.values()),
+        key=lambda each: (distributions.get(each.distribution, len(distributions)), each.rank),
+    )
 
 
 def load_benches(options: argparse.Namespace, say: Callable[[str], None]) -> list[Bench]:

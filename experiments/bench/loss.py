@@ -172,7 +172,7 @@ def measure(loss: Callable[[Case, int], Tensor], case: Case, repeats: int) -> di
     """
     device = case.hidden_PD.device
 
-    def one_pass(positions: int) -> float:
+    def one_forward(positions: int) -> float:
         for leaf in case.leaves().values():
             leaf.grad = None
         value = loss(case, positions)
@@ -181,14 +181,14 @@ def measure(loss: Callable[[Case, int], Tensor], case: Case, repeats: int) -> di
             raise RuntimeError(f"the loss is {value.item()}")
         return value.item()
 
-    one_pass(case.positions if device.type == "cuda" else 1)
+    one_forward(case.positions if device.type == "cuda" else 1)
     runs = []
     for _ in range(repeats):
         for leaf in case.leaves().values():
             leaf.grad = None
         before = _reset_peak(device)
         began, began_cpu = time.perf_counter(), time.process_time()
-        value = one_pass(case.positions)
+        value = one_forward(case.positions)
         peak = _peak(device)  # waits for the GPU
         runs.append(
             {
@@ -323,10 +323,14 @@ def in_fresh_process(sides: Sequence[str], options: argparse.Namespace, **change
         reached = {line.pop("side"): line for line in lines}
         found = {side: reached.get(side) or {"failed": why or _reason(err.read())} for side in sides}
     for side, each in found.items():
-        told = each.get("failed") or (
+        in_vocabulary = each.get("failed") or (
             f"{each['seconds']:8.3f} s {each['cpu_seconds']:8.2f} s CPU {each['peak_bytes'] / 2**20:9.0f} MiB"
         )
-        print(f"{side:<28} {' '.join(f'{k}={v}' for k, v in changes.items()):<16} {told}", file=sys.stderr, flush=True)
+        print(
+            f"{side:<28} {' '.join(f'{k}={v}' for k, v in changes.items()):<16} {in_vocabulary}",
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 

@@ -80,11 +80,11 @@ def timed(options: argparse.Namespace) -> dict[str, Any]:
             )
             if done.returncode:
                 raise SystemExit(f"{size}, {recipe}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-            told = json.loads(done.stdout.splitlines()[-1])
-            runs[size, recipe].append(told)
+            in_vocabulary = json.loads(done.stdout.splitlines()[-1])
+            runs[size, recipe].append(in_vocabulary)
             print(
-                f"{size:<6} {recipe:<24} {told['step_ms']:9.0f} ms {told['peak_bytes'] / 2**20:7.0f} MiB, planned "
-                f"{told['planned_bytes'] / 2**20:7.0f}",
+                f"{size:<6} {recipe:<24} {in_vocabulary['step_ms']:9.0f} ms {in_vocabulary['peak_bytes'] / 2**20:7.0f} MiB, planned "
+                f"{in_vocabulary['planned_bytes'] / 2**20:7.0f}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -139,7 +139,7 @@ def time_one(size: str, recipe: str, vocab: int, steps: int) -> dict[str, Any]:
     weights = 0 if trunk is None else sum(p.numel() * p.element_size() for p in trunk.parameters())
     model = build_language_model(config, vocab, trunk)
     if config.loss.shortlist:
-        model.use_shortlist(torch.arange(config.loss.shortlist))
+        model.use_draft_vocabulary(torch.arange(config.loss.shortlist))
     with tempfile.TemporaryDirectory() as folder:
         summary = fit(config, model, data, Path(folder))
     assert summary is not None

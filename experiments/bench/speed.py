@@ -43,8 +43,8 @@ from torch import Tensor
 
 from cpdlm.bench.latency import Clock, Generate, hugging_face
 from cpdlm.config import SIZES, resolve
-from cpdlm.decoding import CapturedPasses, Decoded, Sampling, decode_batch, forwards, loop
-from cpdlm.decoding.drafters import Proposal, Strategy, Uniforms, Verdict, make_strategy, nothing
+from cpdlm.decoding import CapturedForwards, Decoded, Sampling, decode_batch, forwards, loop
+from cpdlm.decoding.drafters import Acceptance, Drafter, Proposal, Uniforms, make_drafter, nothing
 from cpdlm.files import write_json
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -71,24 +71,24 @@ class Cell:
 class Forced:
     """A strategy that does all of another's work and then keeps 0, 1, .. N-1 drafts in turn, rows out of step."""
 
-    def __init__(self, strategy: Strategy, horizon: int) -> None:
-        self.strategy, self.horizon = strategy, horizon
+    def __init__(self, drafter: Drafter, horizon: int) -> None:
+        self.drafter, self.horizon = drafter, horizon
         self.passes: Tensor | None = None  # on the device: a captured pass counts itself
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
-        return self.strategy.draft(joint, depth)
+        return self.drafter.draft(joint, depth)
 
-    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Verdict:
-        verdict = self.strategy.verify(target_BSV, proposal)
+    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
+        acceptance = self.drafter.verify(target_BSV, proposal)
         drafts = proposal.tokens_BK.shape[1]
         if not drafts:
-            return verdict
-        turn_B = torch.arange(len(verdict.kept_B), device=verdict.kept_B.device)
+            return acceptance
+        turn_B = torch.arange(len(acceptance.accepted_B), device=acceptance.accepted_B.device)
         if self.passes is None:
             self.passes = torch.zeros_like(turn_B[:1])
         turn_B = turn_B + self.passes
         self.passes.add_(1)
-        return replace(verdict, kept_B=(turn_B % self.horizon).clamp(max=drafts))
+        return replace(acceptance, accepted_B=(turn_B % self.horizon).clamp(max=drafts))
 
 
 @contextmanager
@@ -96,9 +96,9 @@ def forced(horizon: int) -> Iterator[None]:
     """Decoding in this block keeps what the pattern says."""
 
     def make(*arguments: Any, **options: Any) -> Forced:
-        return Forced(make_strategy(*arguments, **options), horizon)
+        return Forced(make_drafter(*arguments, **options), horizon)
 
-    with mock.patch.object(loop, "make_strategy", make), mock.patch.object(forwards, "make_strategy", make):
+    with mock.patch.object(loop, "make_drafter", make), mock.patch.object(forwards, "make_drafter", make):
         yield
 
 
@@ -115,7 +115,7 @@ class Run:
     passes: float
 
     @property
-    def pass_seconds(self) -> float:
+    def forward_seconds(self) -> float:
         return (self.seconds - self.prefill) / (self.passes - 1)
 
     @property
@@ -128,7 +128,7 @@ def decoding(
     prompts_BT: Tensor,
     sampling: Sampling,
     draft: str,
-    passes: CapturedPasses | None,
+    passes: CapturedForwards | None,
     new_tokens: int,
 ) -> Run:
     """One timed call of `decode_batch`, with forced acceptance where it drafts."""
@@ -136,13 +136,13 @@ def decoding(
     began = clock.now()
     prefill: list[float] = []
 
-    def lap(part: str) -> None:
+    def timer(part: str) -> None:
         if part == "prefill":
             prefill.append(clock.now() - began)
 
-    written = _decode(model, prompts_BT, sampling, draft, new_tokens, lap, passes)
+    written = _decode(model, prompts_BT, sampling, draft, new_tokens, timer, passes)
     seconds = clock.now() - began
-    tokens, passed = (float(np.mean(each)) for each in ([len(w.tokens) for w in written], [w.passes for w in written]))
+    tokens, passed = (float(np.mean(each)) for each in ([len(w.tokens) for w in written], [w.forwards for w in written]))
     return Run(seconds, prefill[0], tokens, passed)
 
 
@@ -161,13 +161,13 @@ def _decode(
     sampling: Sampling,
     draft: str,
     new_tokens: int,
-    lap: Callable[[str], None],
-    passes: CapturedPasses | None,
+    timer: Callable[[str], None],
+    passes: CapturedForwards | None,
 ) -> list[Decoded]:
     generators = [torch.Generator(prompts_BT.device).manual_seed(row) for row in range(len(prompts_BT))]
     with forced(model.horizon):
         return decode_batch(
-            model, list(prompts_BT), new_tokens, sampling, generators, draft=draft, clock=lap, passes=passes
+            model, list(prompts_BT), new_tokens, sampling, generators, draft=draft, clock=timer, forwards=passes
         )
 
 
@@ -207,8 +207,8 @@ class Parts:
         return self.trunk.target_log_probs(self.trunk.hidden(self.window_BS[:, :size], cache=self.cache))
 
     def _draft(self, model: LanguageModel) -> Proposal:
-        strategy = make_strategy("chain", self.sampling, self.uniforms)
-        proposal = strategy.draft(model.draft_joint(self.hidden_BD, self.window_BS[:, 0]), model.horizon - 1)
+        drafter = make_drafter("chain", self.sampling, self.uniforms)
+        proposal = drafter.draft(model.draft_joint(self.hidden_BD, self.window_BS[:, 0]), model.horizon - 1)
         return proposal if model.draft_ids is None else proposal.on_vocabulary(model.draft_ids, model.vocab_size)
 
 
@@ -220,10 +220,10 @@ class CapturedParts:
     def __init__(self, text_BT: Tensor, longest: int, sampling: Sampling) -> None:
         self.texts, self.window_BS, self.sampling = list(text_BT[:, :-longest]), text_BT[:, -longest:], sampling
         self.clock = Clock(text_BT.device)
-        self.graphs: dict[CapturedPasses, tuple[Callable[[], None], Callable[[], None]]] = {}
+        self.graphs: dict[CapturedForwards, tuple[Callable[[], None], Callable[[], None]]] = {}
 
     @torch.inference_mode()
-    def seconds(self, passes: CapturedPasses, calls: int) -> tuple[float, float]:
+    def seconds(self, passes: CapturedForwards, calls: int) -> tuple[float, float]:
         """(t(N), draft), medians over `calls`; of plain decoding's passes (t(1), 0)."""
         drafts = passes.draft != "none"
         generators = [torch.Generator(passes.device).manual_seed(row) for row in range(passes.rows)]
@@ -314,7 +314,7 @@ def models(
         torch.nn.init.normal_(model.heads.gate.weight, std=0.2)
         model = model.to(device, getattr(torch, dtype)).eval()
         if cell.shortlist:
-            model.use_shortlist(torch.randperm(options.vocab, device=device)[: cell.shortlist])
+            model.use_draft_vocabulary(torch.randperm(options.vocab, device=device)[: cell.shortlist])
         cells[cell] = model
     return trunk, cells
 
@@ -332,11 +332,11 @@ def measure(
     subjects: dict[str | Cell, LanguageModel] = {"plain": trunk}
     subjects.update(cells.items())
     drafts: dict[str | Cell, str] = {key: "none" if key == "plain" else "chain" for key in subjects}
-    passes: dict[str | Cell, CapturedPasses] = {}
+    passes: dict[str | Cell, CapturedForwards] = {}
     if group.captured:
         for key, model in subjects.items():
             with forced(model.horizon):
-                passes[key] = CapturedPasses(
+                passes[key] = CapturedForwards(
                     model, group.batch, sampling, draft=drafts[key], slots=text_BT.shape[1] + new_tokens
                 )
     captured_parts = CapturedParts(text_BT, max(group.horizons), sampling)
@@ -407,7 +407,7 @@ def compiled_generate(options: argparse.Namespace, device: torch.device, dtype: 
     trunk, _ = models(options, device, dtype)
     random = torch.Generator().manual_seed(1)
     prompt_T = torch.randint(options.vocab, (options.prompt_tokens,), generator=random).to(device)
-    passes = CapturedPasses(trunk, 1, MODES["greedy"], draft="none", slots=options.prompt_tokens + options.new_tokens)
+    passes = CapturedForwards(trunk, 1, MODES["greedy"], draft="none", slots=options.prompt_tokens + options.new_tokens)
     generate = hugging_face(trunk, static=True)
     assert generate is not None, "the trunk is a next-token model"
     runs: dict[str, list[Run]] = {"plain": [], "generate": []}
@@ -446,12 +446,12 @@ def _summary(
 ) -> dict[str, Any]:
     """Of each repeat: our run, plain decoding's, t(1), and (t(N), draft)."""
     speedups = [p.token_seconds / o.token_seconds for p, o in zip(plain, ours, strict=True)]
-    per_pass = [o.tokens / o.passes for o in ours]
-    conversions = [speedup / each for speedup, each in zip(speedups, per_pass, strict=True)]
+    per_forward = [o.tokens / o.passes for o in ours]
+    conversions = [speedup / each for speedup, each in zip(speedups, per_forward, strict=True)]
     limits = [one / window for one, (window, _) in zip(ones, windows, strict=True)]
     floors = [window + draft for window, draft in windows]
     return {
-        "tokens_per_pass": float(np.mean(per_pass)),
+        "tokens_per_pass": float(np.mean(per_forward)),
         "speedup": interval(speedups),
         "conversion": interval(conversions),
         "limit": interval(limits),
@@ -460,8 +460,8 @@ def _summary(
         "tn_ms": interval([window * 1e3 for window, _ in windows]),
         "draft_ms": interval([draft * 1e3 for _, draft in windows]),
         "floor_ms": interval([floor * 1e3 for floor in floors]),
-        "pass_ms": interval([o.pass_seconds * 1e3 for o in ours]),
-        "pass_over_floor": interval([o.pass_seconds / floor for o, floor in zip(ours, floors, strict=True)]),
+        "pass_ms": interval([o.forward_seconds * 1e3 for o in ours]),
+        "pass_over_floor": interval([o.forward_seconds / floor for o, floor in zip(ours, floors, strict=True)]),
         "token_ms": interval([o.token_seconds * 1e3 for o in ours]),
         "tokens_per_second": interval([batch / o.token_seconds for o in ours]),
     }

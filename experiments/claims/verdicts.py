@@ -469,9 +469,9 @@ def _judge_overhead(claim: Claim, family: Family) -> Verdict:
     whose one position a model of rank r has r laws for; beside it, over a next-token model's pass."""
     plain = {record.seed: record for record in family.reference}
     steps = {rank: _step_ratio(family.cells["untied", rank], plain) for rank in family.ranks()}
-    passes = {rank: _pass_ratio(family.cells["untied", rank], "speedup") for rank in family.ranks()}
-    over_next = {rank: _pass_ratio(family.cells["untied", rank], "speedup_over_trunk") for rank in family.ranks()}
-    step, drafting = steps.get(claim.top), passes.get(claim.top)
+    forwards = {rank: _forward_ratio(family.cells["untied", rank], "speedup") for rank in family.ranks()}
+    over_next = {rank: _forward_ratio(family.cells["untied", rank], "speedup_over_trunk") for rank in family.ranks()}
+    step, drafting = steps.get(claim.top), forwards.get(claim.top)
     numbers = [
         Number(f"rank {claim.top}, {what}:", ratio, claim.digits, claim.unit)
         for what, ratio in (("training step over next-token", step), ("pass with draft over plain pass", drafting))
@@ -479,7 +479,7 @@ def _judge_overhead(claim: Claim, family: Family) -> Verdict:
     ]
     beside = [
         Number(f"rank {rank}, {what}:", ratio, claim.digits, claim.unit)
-        for what, ratios in (("training step over next-token", steps), ("pass with draft over plain pass", passes))
+        for what, ratios in (("training step over next-token", steps), ("pass with draft over plain pass", forwards))
         for rank, ratio in ratios.items()
         if ratio is not None and rank != claim.top
     ]
@@ -523,7 +523,7 @@ def _step_ratio(cells: Cells, plain: Cells) -> Interval | None:
     return contrast(pairs).exp() if pairs else None
 
 
-def _pass_ratio(cells: Cells, speedup: str) -> Interval | None:
+def _forward_ratio(cells: Cells, speedup: str) -> Interval | None:
     """Time of a speculative pass over that of a plain one: tokens per pass over `speedup`, with the speed-up's interval."""
     samples = []
     for _, record in sorted(cells.items()):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cpdlm.decoding import Sampling
 from cpdlm.decoding.chain import greedy_chain
-from cpdlm.decoding.drafters import Certain
+from cpdlm.decoding.drafters import DeterministicDraft
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel
 
@@ -53,32 +53,32 @@ def agreement(model: LanguageModel, texts_PT: Tensor, prompt_tokens: int, nodes:
 def _counts(model: LanguageModel, text_T: Tensor, prompt_tokens: int, nodes: int) -> tuple[dict[str, Tensor], int]:
     drafts = model.horizon - 1
     hidden_TD = model.hidden(text_T[None])[0]
-    places_Q = torch.arange(prompt_tokens - 1, len(text_T) - model.horizon, device=text_T.device)
-    future_QK = torch.stack([text_T[places_Q + 2 + k] for k in range(drafts)], dim=1)
-    joint = model.draft_joint(hidden_TD[places_Q], text_T[places_Q + 1])
+    indices_Q = torch.arange(prompt_tokens - 1, len(text_T) - model.horizon, device=text_T.device)
+    future_QK = torch.stack([text_T[indices_Q + 2 + k] for k in range(drafts)], dim=1)
+    joint = model.draft_joint(hidden_TD[indices_Q], text_T[indices_Q + 1])
     greedy = Sampling(0.0)
     chosen = {
         "chain": greedy_chain(joint, drafts),
         "marginals": _marginals(joint).argmax(dim=-1),
-        "window": Certain("window", greedy, None, nodes).draft(joint, drafts).tokens_BK,
-        "path": Certain("path", greedy, None, nodes).draft(joint, drafts).tokens_BK,
+        "window": DeterministicDraft("window", greedy, None, nodes).draft(joint, drafts).tokens_BK,
+        "path": DeterministicDraft("path", greedy, None, nodes).draft(joint, drafts).tokens_BK,
     }
     counts: dict[str, Tensor] = {}
     for name, tokens_QK in chosen.items():
         right_QK = tokens_QK == future_QK
         counts[f"{name} right"] = right_QK.double().sum(dim=0)
         counts[f"{name} kept"] = right_QK.double().cumprod(dim=1).sum(dim=0)
-    laws_QKV = _told(joint, future_QK)
-    target_QKV = torch.stack([model.target_log_probs(hidden_TD[places_Q + 1 + k]) for k in range(drafts)], dim=1).exp()
-    counts["told"] = (laws_QKV.argmax(dim=-1) == future_QK).double().sum(dim=0)
-    counts["overlap"] = torch.minimum(laws_QKV, target_QKV).sum(dim=-1).double().sum(dim=0)
+    probs_QKV = _in_vocabulary(joint, future_QK)
+    target_QKV = torch.stack([model.target_log_probs(hidden_TD[indices_Q + 1 + k]) for k in range(drafts)], dim=1).exp()
+    counts["told"] = (probs_QKV.argmax(dim=-1) == future_QK).double().sum(dim=0)
+    counts["overlap"] = torch.minimum(probs_QKV, target_QKV).sum(dim=-1).double().sum(dim=0)
     before_QK = torch.nn.functional.pad((chosen["chain"] == future_QK).long().cumprod(dim=1), (1, -1), value=1).bool()
     differs_QK = before_QK & (chosen["chain"] != chosen["marginals"])
     counts["changed reached"] = before_QK[:, 1:].double().sum(dim=0)
     counts["changed differs"] = differs_QK.double().sum(dim=0)
     counts["changed now right"] = (differs_QK & (chosen["chain"] == future_QK)).double().sum(dim=0)
     counts["changed was right"] = (differs_QK & (chosen["marginals"] == future_QK)).double().sum(dim=0)
-    return counts, len(places_Q)
+    return counts, len(indices_Q)
 
 
 def _marginals(joint: Joint) -> Tensor:
@@ -86,10 +86,10 @@ def _marginals(joint: Joint) -> Tensor:
     return (joint.log_weights_R.exp()[:, None, None] @ joint.log_factors_NRV.exp()).squeeze(-2)
 
 
-def _told(joint: Joint, future_QK: Tensor) -> Tensor:
+def _in_vocabulary(joint: Joint, future_QK: Tensor) -> Tensor:
     """(Q, K, V): the law of each position given the true tokens before it."""
-    laws = []
+    distributions = []
     for k in range(future_QK.shape[1]):
         weights_QR = joint.posterior(future_QK[:, :k]).exp()
-        laws.append((weights_QR[:, None] @ joint.log_factors_NRV[:, k].exp()).squeeze(1))
-    return torch.stack(laws, dim=1)
+        distributions.append((weights_QR[:, None] @ joint.log_factors_NRV[:, k].exp()).squeeze(1))
+    return torch.stack(distributions, dim=1)

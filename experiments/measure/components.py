@@ -30,7 +30,7 @@ def token_class(text: str) -> int:
         bool(first) and first in "()[]{}<>\"'`",
         bool(first) and first != "\ufffd",
     )
-    return next((place for place, fits in enumerate(tests) if fits), len(CLASSES) - 1)
+    return next((index for index, fits in enumerate(tests) if fits), len(CLASSES) - 1)
 
 
 class Components:

@@ -138,7 +138,7 @@ def evaluate(
 
 def _covered(model: LanguageModel, future_TN: Tensor) -> Tensor:
     """(T,) bool: whether drafts can be made of all tokens that the mixture covers; a tied x_{t+1} is not one of them."""
-    return (model.places(future_TN[:, 1 if model.first_is_tied else 0 :]) >= 0).all(dim=-1)
+    return (model.indices(future_TN[:, 1 if model.first_is_tied else 0 :]) >= 0).all(dim=-1)
 
 
 @torch.no_grad()
@@ -153,15 +153,15 @@ def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -
     chunk = max(1, CHUNK_BYTES // (4 * model.horizon * model.rank * model.vocab_size))
     for start in range(0, max(1, len(hidden_PD)), chunk):
         part_PD, future_CN = hidden_PD[start : start + chunk], future_PN[start : start + chunk]
-        joint = model.listed_joint(part_PD, future_CN[:, 0])
-        places_CK = model.places(future_CN[:, model.horizon - joint.horizon :])
+        joint = model.draft_vocabulary_joint(part_PD, future_CN[:, 0])
+        indices_CK = model.indices(future_CN[:, model.horizon - joint.horizon :])
         gates.append(joint.log_weights_R)
-        posteriors.append(joint.posterior(places_CK))
+        posteriors.append(joint.posterior(indices_CK))
         if model.first_is_tied:
             first_C1 = _gathered(model.next_token_log_probs(part_PD), future_CN[:, 0]).unsqueeze(-1)
-            terms.append(torch.cat([first_C1, joint.chain(places_CK)], dim=-1))
+            terms.append(torch.cat([first_C1, joint.chain(indices_CK)], dim=-1))
         else:
-            terms.append(joint.chain(places_CK))
+            terms.append(joint.chain(indices_CK))
     return torch.cat(terms), torch.cat(gates), torch.cat(posteriors)
 
 
@@ -182,13 +182,13 @@ def kept_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, whol
     shares = [hidden_TD.new_zeros(0, model.heads.factors, dtype=torch.float32)]
     for t_C in t_P.split(chunk):
         future_CN = future_TN[t_C]
-        joint = model.listed_joint(hidden_TD[t_C], future_CN[:, 0])
-        places_CN = model.places(future_CN[:, first:])
+        joint = model.draft_vocabulary_joint(hidden_TD[t_C], future_CN[:, 0])
+        indices_CN = model.indices(future_CN[:, first:])
         states_CN = t_C.unsqueeze(-1) + torch.arange(first, model.horizon, device=t_C.device)
         target_CNV = model.target_log_probs(hidden_TD[states_CN]).exp()
         if model.draft_ids is not None:
             target_CNV = target_CNV[..., model.draft_ids]
-        seen = Seen(places_CN.clamp(min=0), places_CN >= 0, target_CNV)
+        seen = Seen(indices_CN.clamp(min=0), indices_CN >= 0, target_CNV)
         shares.append(overlap(conditionals(joint.log_weights_R, joint.factors_NRV, seen), seen).float())
     return torch.cat(shares)
 

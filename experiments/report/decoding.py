@@ -168,8 +168,8 @@ def acceptance_table(record: Benchmark) -> Table:
     def over(key: str, row: dict[str, Any], rank: int, *strategies: str) -> str:
         if measured:
             return _interval(row[key], 3, sign=True) if key in row else "-"
-        places = [(*_place(row)[:3], rank, strategy) for strategy in strategies]
-        other = next((found[place] for place in places if place in found), row)
+        indices = [(*_place(row)[:3], rank, drafter) for drafter in strategies]
+        other = next((found[index] for index in indices if index in found), row)
         return "-" if other is row else contrast([(_counts(row), _counts(other))]).text(3, sign=True)
 
     rows: list[tuple[str, ...]] = [
@@ -247,8 +247,8 @@ def filters_table(record: Benchmark) -> Table:
         key = (row["corpus"], row["law"], row["rank"], row["strategy"], row["temperature"])
         found.setdefault(key, {})[row["top_p"]] = _interval(row["tokens_per_pass"])
     rows = [
-        (corpus, law, str(rank), strategy, f"{temperature:g}", *(by_top.get(top, "-") for top in tops))
-        for (corpus, law, rank, strategy, temperature), by_top in found.items()
+        (corpus, distribution, str(rank), drafter, f"{temperature:g}", *(by_top.get(top, "-") for top in tops))
+        for (corpus, distribution, rank, drafter, temperature), by_top in found.items()
     ]
     header = ("corpus", "law", "rank", "strategy", "temperature", *(f"tokens per pass, top-p {top:g}" for top in tops))
     caption = f"Tokens per pass under filters; temperature 0 is greedy. {_described(record)}"

@@ -132,7 +132,7 @@ def growth_table(name: str, record: Benchmark) -> Table:
         "The bounded loss with one dimension at a time a quarter, a half and the whole of the base ("
         + ", ".join(f"{key} {base[key]:,}" for key in DIMENSIONS)
         + f"; {record['dimensions']['dtype']}). Exponent: slope of log seconds against log size. Fitted to all cells: seconds = products / "
-        f"{fitted.flops:.3g} FLOP/s + logits / {fitted.logits:.3g} per s + {fitted.fixed:.3g} s, off by at most "
+        f"{fitted.flops:.3g} FLOP/s + logits / {fitted.logits:.3g} per s + {fitted.pending:.3g} s, off by at most "
         f"{fitted.deviation:.0%}. Memory: beside weights, inputs and one gradient of each. {_described(record)}"
     )
     header = ("dimension", "size", "seconds", "fitted", "exponent", "memory (MiB)")
@@ -266,7 +266,7 @@ class Fitted:
         return _inverse(self.weights[1])
 
     @property
-    def fixed(self) -> float:
+    def pending(self) -> float:
         return float(self.weights[2])
 
 

@@ -53,10 +53,10 @@ def speed_table(records: dict[str, Benchmark]) -> Table:
     rows = []
     for name, record in records.items():
         for group in record["groups"]:
-            passes = "captured" if group.get("captured") else "launched"
+            forwards = "captured" if group.get("captured") else "launched"
             start = (
                 *([machines[name]] if len(records) > 1 else []),
-                *([passes] if captures else []),
+                *([forwards] if captures else []),
                 group["dtype"],
                 group["mode"],
                 str(group["batch"]),

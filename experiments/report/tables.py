@@ -209,15 +209,15 @@ def paired_table(families: list[Family]) -> Table:
         *(("tokens_per_pass", mode, f"tokens per pass, {mode}") for mode in MODES),
     )
     rows, shown = [], [family for family in families if not family.is_timing]
-    for family, law in itertools.product(shown, LAWS):
-        one = family.cells.get((law, 1), {})
-        for rank in (rank for rank in family.ranks(law) if rank > 1):
-            cells = family.cells[law, rank]
+    for family, distribution in itertools.product(shown, LAWS):
+        one = family.cells.get((distribution, 1), {})
+        for rank in (rank for rank in family.ranks(distribution) if rank > 1):
+            cells = family.cells[distribution, rank]
             gaps = [difference(cells, one, quantity, mode) for quantity, mode, _ in quantities]
             speeds = [over_seeds(cells, "speedup_over_rank1", mode) for mode in MODES]
             if any(gap is not None for gap in gaps):
                 values = [*(_spread(gap, 3, sign=True) for gap in gaps), *(_spread(speed, 2) for speed in speeds)]
-                rows.append((family.label, law, str(rank), str(len(shared_seeds(cells, one))), *values))
+                rows.append((family.label, distribution, str(rank), str(len(shared_seeds(cells, one))), *values))
     header = (
         "setting",
         "law",
@@ -230,7 +230,9 @@ def paired_table(families: list[Family]) -> Table:
         "Every rank against rank 1 of the same law, target and seed, on the same test rows or prompts: mean over seeds, 95% interval "
         "(bootstrap over rows or prompts, expanded where they are few, and t over seeds), +- standard deviation over seeds where there are several. Speed: medians of "
         "interleaved repeats in one process, with their own intervals, over all seeds. "
-        + described([r for f in shown for law in LAWS if (law, 1) in f.cells for r in f.records(law)])
+        + described(
+            [r for f in shown for distribution in LAWS if (distribution, 1) in f.cells for r in f.records(distribution)]
+        )
     )
     return Table("paired", caption, header, rows)
 
@@ -597,10 +599,10 @@ def braces(names: Sequence[str]) -> str:
     """Paths in shell notation, a/x{1,2}-s{0,1}.json: as few patterns as merging one varying part after the other leaves."""
     end = ("",)  # so that no name is the beginning of another
     patterns: set[Pattern] = {(*((part,) for part in re.findall(r"\d+|[/-]|[^\d/-]+", name)), end) for name in names}
-    for place in reversed(range(max(map(len, patterns), default=0))):
+    for index in reversed(range(max(map(len, patterns), default=0))):
         alike: dict[tuple[Pattern, Pattern], set[str]] = {}
         for pattern in patterns:
-            alike.setdefault((pattern[:place], pattern[place + 1 :]), set()).update(*pattern[place : place + 1])
+            alike.setdefault((pattern[:index], pattern[index + 1 :]), set()).update(*pattern[index : index + 1])
         patterns = {
             before + ((tuple(sorted(parts, key=lambda part: (len(part), part))),) if parts else ()) + after
             for (before, after), parts in alike.items()

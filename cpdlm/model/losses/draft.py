@@ -41,7 +41,7 @@ class Windows(NamedTuple):
     """
 
     future_PN: Tensor
-    told_PN: Tensor
+    in_vocabulary_PN: Tensor
     counts_PN: Tensor
     target_PND: Tensor
     log_normaliser_PN: Tensor
@@ -51,7 +51,7 @@ class Seen(NamedTuple):
     """One chunk of `Windows` as the objectives see it: target_CNV are p_1..p_N, probabilities in float32."""
 
     future_CN: Tensor
-    told_CN: Tensor
+    in_vocabulary_CN: Tensor
     target_CNV: Tensor
 
 
@@ -60,9 +60,9 @@ Formula = Callable[[Tensor, Tensor, Seen, float], Tensor]
 
 def conditionals(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen) -> Tensor:
     """q_k (C, N, V): each position's law given the window's true tokens before it, a mixture with posterior weights."""
-    told_CNR = factors_CNRV.take_along_dim(seen.future_CN[:, :, None, None], dim=-1).squeeze(-1)
-    told_CNR = told_CNR.clamp_min(TINY).log().masked_fill(~seen.told_CN.unsqueeze(-1), 0.0)
-    before_CNR = torch.nn.functional.pad(told_CNR[:, :-1].cumsum(dim=1), (0, 0, 1, 0))
+    in_vocabulary_CNR = factors_CNRV.take_along_dim(seen.future_CN[:, :, None, None], dim=-1).squeeze(-1)
+    in_vocabulary_CNR = in_vocabulary_CNR.clamp_min(TINY).log().masked_fill(~seen.in_vocabulary_CN.unsqueeze(-1), 0.0)
+    before_CNR = torch.nn.functional.pad(in_vocabulary_CNR[:, :-1].cumsum(dim=1), (0, 0, 1, 0))
     weights_CN1R = (log_weights_CR.unsqueeze(1) + before_CNR).softmax(dim=-1).unsqueeze(2)
     return (weights_CN1R @ factors_CNRV).squeeze(2)
 
@@ -75,7 +75,7 @@ def marginals(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen) -> Tenso
 def cross_entropy(draft_CNV: Tensor, seen: Seen) -> Tensor:
     """-log q_k(x_k) (C, N); 0 where x_k is off the list."""
     chosen_CN = draft_CNV.take_along_dim(seen.future_CN.unsqueeze(-1), dim=-1).squeeze(-1)
-    return -chosen_CN.clamp_min(TINY).log() * seen.told_CN
+    return -chosen_CN.clamp_min(TINY).log() * seen.in_vocabulary_CN
 
 
 def divergence(draft_CNV: Tensor, seen: Seen) -> Tensor:
@@ -165,8 +165,8 @@ class _ChunkedSum(torch.autograd.Function):
             if not wanted:
                 continue
             found = iter(torch.autograd.grad(sum_C, wanted))
-            for place, grad in enumerate(grads):
-                if grad is not None and place < split:
+            for index, grad in enumerate(grads):
+                if grad is not None and index < split:
                     grad[part] = next(found)
                 elif grad is not None:
                     grad += next(found)
@@ -199,7 +199,7 @@ class Objective:
         with torch.no_grad():
             logits_CNV = self.target_logits(windows.target_PND, table_VD)
             target_CNV = (logits_CNV.float() - windows.log_normaliser_PN.unsqueeze(-1)).exp()
-        seen = Seen(windows.future_PN, windows.told_PN, target_CNV)
+        seen = Seen(windows.future_PN, windows.in_vocabulary_PN, target_CNV)
         each_CN = OBJECTIVES[self.name](log_weights_CR, normalise(logits_CNRV), seen, self.alpha)
         discount_N = self.gamma ** torch.arange(each_CN.shape[1], device=each_CN.device, dtype=each_CN.dtype)
         return (each_CN.masked_fill(~windows.counts_PN, 0.0) * discount_N).sum(dim=1)

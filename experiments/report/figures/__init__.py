@@ -32,7 +32,7 @@ FIGURES: dict[str, Plot] = {
     "nll": Plot("Joint likelihood, and its terms", "C1", likelihood.nll),
     "first_token": Plot("The first token alone", "C2", likelihood.first_token),
     "acceptance": Plot("Drafts accepted, by depth", "C3", drafts.acceptance, decoded=True),
-    "tokens_per_pass": Plot("Tokens per pass", "C3", drafts.tokens_per_pass, decoded=True),
+    "tokens_per_pass": Plot("Tokens per pass", "C3", drafts.tokens_per_forward, decoded=True),
     "speedup": Plot("Speed-up over plain decoding", "C4", speed.speedup, decoded=True),
     "time_split": Plot("Where the time goes", "C4", speed.time_split, decoded=True),
     "heat": Plot("Rank against horizon", "C3", drafts.heat, decoded=True),

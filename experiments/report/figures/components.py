@@ -37,16 +37,16 @@ def usage(families: list[Family]) -> Drawn | str:
     name = "train/effective_components"
     asked = [(family, "untied") for family in widest([family for family in families if not family.is_pretrained])]
     shown = []
-    for family, law in [*asked, *retrofits(families)]:
-        every = lines(family, law).items()
+    for family, distribution in [*asked, *retrofits(families)]:
+        every = lines(family, distribution).items()
         mixtures = {label: cells for label, cells in every if next(iter(cells.values())).rank > 1}
         if any(name in note for cells in mixtures.values() for r in cells.values() for note in r["training"]["curve"]):
-            shown.append((family, law, mixtures))
+            shown.append((family, distribution, mixtures))
     if not shown:
         return "no records of two or more components"
     figure, axes = pairs(len(shown))
     styles = looks(label for _, _, mixtures in shown for label in mixtures)
-    for (left, right), (family, law, mixtures) in zip(axes, shown, strict=True):
+    for (left, right), (family, distribution, mixtures) in zip(axes, shown, strict=True):
         for index, (label, cells) in enumerate(mixtures.items(), start=1):
             rank, look = next(iter(cells.values())).rank, styles[label]
             _over_steps(left, cells, name, look, label)
@@ -68,7 +68,7 @@ def usage(families: list[Family]) -> Drawn | str:
         left.set_ylim(bottom=1)
         left.set_xlabel("training steps")
         left.set_ylabel("effective components")
-        left.set_title(f"{wrapped(family)}\n{law}")
+        left.set_title(f"{wrapped(family)}\n{distribution}")
         right.axhline(1, color="0.5", linewidth=0.6, zorder=0)
         right.set_ylim(bottom=0)
         right.set_xlabel("component, by weight")

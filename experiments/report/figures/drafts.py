@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def decoded(families: list[Family]) -> list[Family]:
     """Those worth a panel whose cells were decoded: of any law, with two ranks at least."""
-    found = list({id(family): family for law in LAWS for family in widest(families, law)}.values())
+    found = list({id(family): family for distribution in LAWS for family in widest(families, distribution)}.values())
     return [family for family in found if any(record.mode("sampling") for record in family.records())][:PANELS]
 
 
@@ -41,18 +41,18 @@ def acceptance(families: list[Family]) -> Drawn | str:
     shown = [family for family in decoded(families) if family.horizon > 2]
     if not shown:
         return "no decoding records of two or more ranks"
-    laws = [
-        law for law in ("untied", "anchored") if any(family.ranks(law) for family in shown)
+    distributions = [
+        distribution for distribution in ("untied", "anchored") if any(family.ranks(distribution) for family in shown)
     ]  # one pair of columns each
-    figure, axes = grid(len(shown), 2 * len(laws), width=WIDE, share_y="row")
+    figure, axes = grid(len(shown), 2 * len(distributions), width=WIDE, share_y="row")
     # One look per rank in every panel, whichever ranks a panel has.
-    ranks = sorted({rank for family in shown for law in laws for rank in family.ranks(law)})
+    ranks = sorted({rank for family in shown for distribution in distributions for rank in family.ranks(distribution)})
     for row, family in zip(axes, shown, strict=True):
         for column, axis in enumerate(row):
-            law, mode = laws[column // 2], MODES[column % 2]
+            distribution, mode = distributions[column // 2], MODES[column % 2]
             for index, rank in enumerate(ranks):
                 depths = range(2, family.horizon + 1)
-                cells = family.cells.get((law, rank), {})
+                cells = family.cells.get((distribution, rank), {})
                 values = [_as_share(over_seeds(cells, f"accepted:{depth}", mode)) for depth in depths]
                 shift = (index - len(ranks) / 2 + 0.5) * 0.09
                 errors(axis, [depth + shift for depth in depths], values, SERIES[index % len(SERIES)], f"rank {rank}")
@@ -60,7 +60,7 @@ def acceptance(families: list[Family]) -> Drawn | str:
             axis.set_xticks(range(2, family.horizon + 1))
             axis.set_xlim(1.75, family.horizon + 0.25)
             axis.set_xlabel("depth k of the draft $x_{t+k}$")
-            axis.set_title(f"{wrapped(family)}\n{law}, {mode}" if not column else f"{law}, {mode}")
+            axis.set_title(f"{wrapped(family)}\n{distribution}, {mode}" if not column else f"{distribution}, {mode}")
             if not axis.has_data():
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.4")
         row[0].set_ylabel("accepted, if reached")
@@ -70,7 +70,7 @@ def acceptance(families: list[Family]) -> Drawn | str:
         "Share of drafts accepted at each depth, among those whose depth was reached. Depth 2 is the first draft: the fixed token is "
         "not one. Bars: 95% interval over prompts and seeds (independent drafts, where a record has no counts per prompt). Untied: the "
         "paper's law; anchored: the drafts also see the fixed token.",
-        [record for family in shown for law in laws for record in family.records(law)],
+        [record for family in shown for distribution in distributions for record in family.records(distribution)],
     )
 
 
@@ -79,7 +79,7 @@ def _as_share(value: Interval | None) -> Interval | None:
     return None if value is None else replace(value, low=max(value.low, 0.0), high=min(value.high, 1.0))
 
 
-def tokens_per_pass(families: list[Family]) -> Drawn | str:
+def tokens_per_forward(families: list[Family]) -> Drawn | str:
     """Tokens per trunk pass against rank, greedy and sampling, by law."""
     shown = decoded(families)
     if not shown:
@@ -99,8 +99,8 @@ def tokens_per_pass(families: list[Family]) -> Drawn | str:
         [
             record
             for family in shown
-            for law in LAWS
-            for record in (*family.records(law), *(_equal_size(family, law) or {}).values())
+            for distribution in LAWS
+            for record in (*family.records(distribution), *(_equal_size(family, distribution) or {}).values())
         ],
     )
 
@@ -169,28 +169,32 @@ def _cells(axis: Axes, group: list[Family], quantity: str, mode: str) -> None:
 
 def by_law(axis: Axes, family: Family, quantity: str, mode: str) -> None:
     """A line per law against the rank, and rank 1 of equal size."""
-    for index, (law, (color, marker, style, _)) in enumerate(LAWS.items()):
-        ranks = family.ranks(law)
-        values = [over_seeds(family.cells[law, rank], quantity, mode) for rank in ranks]
-        by_rank(axis, ranks, values, (color, marker, style), law, shift=(index - 1) * 0.06)
-        control = _equal_size(family, law)
+    for index, (distribution, (color, marker, style, _)) in enumerate(LAWS.items()):
+        ranks = family.ranks(distribution)
+        values = [over_seeds(family.cells[distribution, rank], quantity, mode) for rank in ranks]
+        by_rank(axis, ranks, values, (color, marker, style), distribution, shift=(index - 1) * 0.06)
+        control = _equal_size(family, distribution)
         value = over_seeds(control, quantity, mode) if control else None
         if value is not None:
-            axis.axhline(value.mean, color=color, linestyle=":", linewidth=1.0, label=f"{law}, rank 1 of equal size")
-    rank_axis(axis, sorted({rank for law in LAWS for rank in family.ranks(law)}))
+            axis.axhline(
+                value.mean, color=color, linestyle=":", linewidth=1.0, label=f"{distribution}, rank 1 of equal size"
+            )
+    rank_axis(axis, sorted({rank for distribution in LAWS for rank in family.ranks(distribution)}))
 
 
-def _equal_size(family: Family, law: str) -> Cells | None:
+def _equal_size(family: Family, distribution: str) -> Cells | None:
     """The rank-1 control with about as many parameters as the highest rank of a law has."""
-    if not family.ranks(law):
+    if not family.ranks(distribution):
         return None
 
     def trained(cells: Cells) -> int:
         return int(next(iter(cells.values()))["parameters"]["trained"])
 
-    wanted = trained(family.cells[law, family.ranks(law)[-1]])
+    wanted = trained(family.cells[distribution, family.ranks(distribution)[-1]])
     wide = [
-        cells for (kind, rank), cells in sorted(family.cells.items()) if rank == 1 and kind.startswith(f"{law}, mlp")
+        cells
+        for (kind, rank), cells in sorted(family.cells.items())
+        if rank == 1 and kind.startswith(f"{distribution}, mlp")
     ]
     near = [cells for cells in wide if abs(trained(cells) / wanted - 1) < 0.05]
     return near[0] if near else None

@@ -47,7 +47,7 @@ def speedup(families: list[Family]) -> Drawn | str:
         figure,
         "Speed-up over plain decoding with the same weights, loop and prompts (solid line: 1). Dashed line: rank 1, untied. Bars: "
         "95% interval over prompts, repeats and seeds (one seed: prompts and repeats only).",
-        [record for family in shown for law in LAWS for record in family.records(law)],
+        [record for family in shown for distribution in LAWS for record in family.records(distribution)],
     )
 
 
@@ -64,11 +64,13 @@ def time_split(families: list[Family]) -> Drawn | str:
     figure, axes = grid(len(shown), 1, ratios=[0.16 * count + 0.1 for count in counts])
     for (axis,), family in zip(axes, shown, strict=True):
         bars: list[tuple[str, dict[str, float]]] = []
-        for law in ("untied", "anchored"):
-            for rank in family.ranks(law):
-                modes = modes_of(family.cells[law, rank], "sampling")
+        for distribution in ("untied", "anchored"):
+            for rank in family.ranks(distribution):
+                modes = modes_of(family.cells[distribution, rank], "sampling")
                 if modes:
-                    bars.append((f"rank {rank}" + (", anchored" if law == "anchored" else ""), _milliseconds(modes)))
+                    bars.append(
+                        (f"rank {rank}" + (", anchored" if distribution == "anchored" else ""), _milliseconds(modes))
+                    )
         plain = [
             1000 / m["tokens_per_second"]["plain"]
             for rank in family.ranks()
@@ -93,7 +95,12 @@ def time_split(families: list[Family]) -> Drawn | str:
         figure,
         "Time per token when sampling: plain decoding, and speculative decoding split by timers in a repeat of its own (scaled to the "
         "median untimed rate). trunk: hidden states; verify: the target's law at all n positions and the acceptance test.",
-        [record for family in shown for law in ("untied", "anchored") for record in family.records(law)],
+        [
+            record
+            for family in shown
+            for distribution in ("untied", "anchored")
+            for record in family.records(distribution)
+        ],
     )
 
 
@@ -174,17 +181,30 @@ def overview(families: list[Family]) -> Drawn | str:
 
 
 def _bars(axis: Axes, family: Family, mode: str) -> None:
-    laws = [law for law in LAWS if family.ranks(law)]
-    ranks = sorted({rank for law in laws for rank in family.ranks(law)})
-    width = 0.8 / len(laws)
-    for index, law in enumerate(laws):
-        color, _, _, hatch = LAWS[law]
+    distributions = [distribution for distribution in LAWS if family.ranks(distribution)]
+    ranks = sorted({rank for distribution in distributions for rank in family.ranks(distribution)})
+    width = 0.8 / len(distributions)
+    for index, distribution in enumerate(distributions):
+        color, _, _, hatch = LAWS[distribution]
         for place, rank in enumerate(ranks):
-            value = over_seeds(family.cells[law, rank], "speedup", mode) if (law, rank) in family.cells else None
+            value = (
+                over_seeds(family.cells[distribution, rank], "speedup", mode)
+                if (distribution, rank) in family.cells
+                else None
+            )
             if value is None:
                 continue
-            x = place + (index - (len(laws) - 1) / 2) * width
-            axis.bar(x, value.mean, width * 0.92, color=color, hatch=hatch, edgecolor="white", linewidth=0.4, label=law)
+            x = place + (index - (len(distributions) - 1) / 2) * width
+            axis.bar(
+                x,
+                value.mean,
+                width * 0.92,
+                color=color,
+                hatch=hatch,
+                edgecolor="white",
+                linewidth=0.4,
+                label=distribution,
+            )
             axis.errorbar(x, value.mean, arms([value]), color="black", elinewidth=0.8, capsize=1.5, capthick=0.8)
     axis.axhline(1, color="black", linewidth=0.8)
     first = over_seeds(family.cells["untied", 1], "speedup", mode) if ("untied", 1) in family.cells else None

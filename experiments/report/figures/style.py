@@ -158,12 +158,12 @@ def pairs(count: int, *, height: float = ROW, share_y: bool = False) -> tuple[Fi
     return figure, found
 
 
-def widest(families: Sequence[Family], law: str = "untied") -> list[Family]:
+def widest(families: Sequence[Family], distribution: str = "untied") -> list[Family]:
     """The comparisons of a law worth a panel: those of three ranks or more (two, where none has more), PANELS at most. Of
     those that differ in the horizon alone, the largest: the others are in the heat maps."""
-    several = [family for family in families if len(family.ranks(law)) > 1]
+    several = [family for family in families if len(family.ranks(distribution)) > 1]
     found: list[Family] = []
-    for family in [family for family in several if len(family.ranks(law)) > 2] or several:
+    for family in [family for family in several if len(family.ranks(distribution)) > 2] or several:
         if not any(along([family, other], "horizon") for other in found):
             found.append(family)
     return found[:PANELS]
@@ -172,16 +172,16 @@ def widest(families: Sequence[Family], law: str = "untied") -> list[Family]:
 def retrofits(families: Sequence[Family]) -> list[tuple[Family, str]]:
     """(family, law) of the cells on pretrained models, those of most ranks first, of these the longest trained, PANELS at most."""
     theirs = sorted((f for f in families if f.is_pretrained), key=lambda family: -family.settings["optim.steps"])
-    found = [(family, law) for family in theirs for law in LAWS if lines(family, law)]
+    found = [(family, distribution) for family in theirs for distribution in LAWS if lines(family, distribution)]
     return sorted(found, key=lambda each: -len({label.split(",")[0] for label in lines(*each)}))[:PANELS]
 
 
-def lines(family: Family, law: str) -> dict[str, Cells]:
+def lines(family: Family, distribution: str) -> dict[str, Cells]:
     """A line per rank of a law and of its variants: "rank 4", and "rank 1, mlp 1152"."""
     return {
         ", ".join([f"rank {rank}", *variant.split(", ")[1:]]): family.cells[variant, rank]
         for variant in family.variants()
-        if variant.split(", ")[0] == law
+        if variant.split(", ")[0] == distribution
         for rank in family.ranks(variant)
     }
 

@@ -42,18 +42,20 @@ def decoding_over_training(families: list[Family]) -> Drawn | str:
     names = {mode: f"validation/{mode}_tokens_per_pass" for mode in ("greedy", "sampling")}
     ours = _curved([family for family in families if not family.is_pretrained], names["sampling"])
     shown = [(family, "untied", _untied(family)) for family in ours]
-    for family, law in retrofits(families):
-        curved = {label: cells for label, cells in lines(family, law).items() if _is_curved(cells, names["sampling"])}
-        shown += [(family, law, curved)] if curved else []
+    for family, distribution in retrofits(families):
+        curved = {
+            label: cells for label, cells in lines(family, distribution).items() if _is_curved(cells, names["sampling"])
+        }
+        shown += [(family, distribution, curved)] if curved else []
     if not shown:
         return "no records with train.decode_prompts above 0 and two validations"
     figure, axes = pairs(len(shown), share_y=True)
     styles = looks(label for _, _, cells in shown for label in cells)
-    for row, (family, law, cells) in zip(axes, shown, strict=True):
+    for row, (family, distribution, cells) in zip(axes, shown, strict=True):
         for axis, (mode, name) in zip(row, names.items(), strict=True):
             _curves(axis, cells, name, _steps, styles=styles)
             axis.set_xlabel("training steps")
-            axis.set_title(f"{wrapped(family)}\n{law}, {mode}" if mode == "greedy" else mode)
+            axis.set_title(f"{wrapped(family)}\n{distribution}, {mode}" if mode == "greedy" else mode)
         row[0].set_ylabel("tokens per trunk pass")
     legend_below(figure, 3)
     records = [record for _, _, cells in shown for by_seed in cells.values() for record in by_seed.values()]
@@ -156,13 +158,13 @@ def balance(families: list[Family]) -> Drawn | str:
         ("tokens per pass, sampling", lambda cells: over_seeds(cells, "tokens_per_pass", "sampling")),
     )
     for axis, (quantity, value) in zip(axes[0], panels, strict=True):
-        for place, way in enumerate(order):
+        for index, way in enumerate(order):
             interval = value(ways[way])
             if interval is None:
                 continue
             axis.errorbar(
                 interval.mean,
-                place,
+                index,
                 xerr=arms([interval]),
                 color=BLACK if way == "none" else BLUE,
                 marker="o",
@@ -212,9 +214,9 @@ def _steps(record: Record) -> list[float]:
 def _points(record: Record, name: str, x: Sequence[float] | None = None) -> tuple[Array, Array]:
     """(x, value) at the entries of the curve that have it."""
     curve = record["training"]["curve"]
-    places = _steps(record) if x is None else x
-    kept = [(place, note[name]) for place, note in zip(places, curve, strict=True) if name in note]
-    return np.array([place for place, _ in kept]), np.array([value for _, value in kept], dtype=float)
+    indices = _steps(record) if x is None else x
+    kept = [(index, note[name]) for index, note in zip(indices, curve, strict=True) if name in note]
+    return np.array([index for index, _ in kept]), np.array([value for _, value in kept], dtype=float)
 
 
 def _clock(record: Record) -> list[float]:
@@ -245,13 +247,13 @@ def _curves(
         shade = color or own
         points = [_points(record, name, x(record)) for record in records]
         length = min(len(values) for _, values in points)
-        places = np.mean([at[:length] for at, _ in points], axis=0)
+        indices = np.mean([at[:length] for at, _ in points], axis=0)
         values = [estimate([Sample(mean=each[k]) for _, each in points]) for k in range(length)]
-        axis.plot(places, [v.mean for v in values], color=shade, marker=marker, linestyle=style, label=label)
-        ends.append(float(places[-1]))
+        axis.plot(indices, [v.mean for v in values], color=shade, marker=marker, linestyle=style, label=label)
+        ends.append(float(indices[-1]))
         if len(points) > 2:
             axis.fill_between(
-                places, [v.low for v in values], [v.high for v in values], color=shade, alpha=0.15, linewidth=0
+                indices, [v.low for v in values], [v.high for v in values], color=shade, alpha=0.15, linewidth=0
             )
     return ends
 

@@ -60,9 +60,9 @@ def test_pieces_and_processes_change_nothing(
     for module in (tokens, corpus_module):
         monkeypatch.setattr(module, "PIECE_BYTES", 8000)
     for count in (1, 2) if tokenizer == "bpe:300" else (1,):
-        place = tmp_path / str(count)
-        assert load_corpus(config(place, folder, tokenizer, count), progress=False).describe() == whole
-        assert len([p for p in (place / "cache" / "tokens").iterdir() if p.is_dir()]) == 1, "pieces are left behind"
+        index = tmp_path / str(count)
+        assert load_corpus(config(index, folder, tokenizer, count), progress=False).describe() == whole
+        assert len([p for p in (index / "cache" / "tokens").iterdir() if p.is_dir()]) == 1, "pieces are left behind"
 
 
 class Killed(BaseException):

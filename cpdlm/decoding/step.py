@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding.cache import Text
-from cpdlm.decoding.drafters import Proposal, Strategy, Uniforms, Verdict, nothing
+from cpdlm.decoding.drafters import Acceptance, Drafter, Proposal, Uniforms, nothing
 
 
 class DraftingModel(Protocol):
@@ -35,7 +35,7 @@ class DraftingModel(Protocol):
 
     def target_log_probs(self, hidden: Tensor) -> Tensor: ...
 
-    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Any:
+    def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Any:
         """The `Joint` of what follows the fixed token, or what the strategy given as `draft` takes in its place."""
         ...
 
@@ -49,7 +49,7 @@ class Outcome(Protocol):
         ...
 
 
-class Passes(Protocol):
+class Forwards(Protocol):
     """runs_ahead: the next pass does not wait for the host, and rows that are done stay (their outcomes are not to be read)."""
 
     runs_ahead: bool
@@ -63,29 +63,31 @@ class Passes(Protocol):
         ...
 
 
-def packed(verdict: Verdict, out_BX: Tensor | None = None) -> Tensor:
+def packed(acceptance: Acceptance, out_BX: Tensor | None = None) -> Tensor:
     """(B, J+2): kept, tokens, next; into `out_BX` where it is given."""
-    return torch.cat([verdict.kept_B[:, None], verdict.tokens_BJ, verdict.next_B[:, None]], dim=1, out=out_BX)
+    return torch.cat(
+        [acceptance.accepted_B[:, None], acceptance.tokens_BJ, acceptance.next_B[:, None]], dim=1, out=out_BX
+    )
 
 
-def last_kept(verdict: Verdict) -> Tensor:
+def last_accepted(acceptance: Acceptance) -> Tensor:
     """(B,) window position of the last kept token: the fixed one (0) where no draft was kept."""
-    if verdict.path_BJ is None:
-        return verdict.kept_B
-    if verdict.path_BJ.shape[1] == 0:
-        return torch.zeros_like(verdict.kept_B)
-    last_B = verdict.path_BJ.gather(1, (verdict.kept_B - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
-    return torch.where(verdict.kept_B > 0, last_B, 0)
+    if acceptance.path_BJ is None:
+        return acceptance.accepted_B
+    if acceptance.path_BJ.shape[1] == 0:
+        return torch.zeros_like(acceptance.accepted_B)
+    last_B = acceptance.path_BJ.gather(1, (acceptance.accepted_B - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+    return torch.where(acceptance.accepted_B > 0, last_B, 0)
 
 
-def propose(model: DraftingModel, strategy: Strategy, hidden_BD: Tensor, fixed_B: Tensor, depth: int) -> Proposal:
+def propose(model: DraftingModel, drafter: Drafter, hidden_BD: Tensor, pending_B: Tensor, depth: int) -> Proposal:
     """Drafts behind the fixed token, as ids of the whole vocabulary."""
-    proposal = strategy.draft(model.draft_joint(hidden_BD, fixed_B), depth)
+    proposal = drafter.draft(model.draft_joint(hidden_BD, pending_B), depth)
     draft_ids: Tensor | None = getattr(model, "draft_ids", None)
     return proposal if draft_ids is None else proposal.on_vocabulary(draft_ids, model.vocab_size)
 
 
-class GrowingPasses:
+class GrowingForwards:
     """Passes through a cache that grows; shapes follow the texts.
 
     process: what changes the target's scores (B, S, V) given the proposal, or None. lap is called at the end of each stretch
@@ -97,15 +99,15 @@ class GrowingPasses:
     def __init__(
         self,
         model: DraftingModel,
-        strategy: Strategy,
+        drafter: Drafter,
         uniforms: Uniforms | None,
         rows: int,
         device: torch.device,
         use_cache: bool,
         process: Callable[[Tensor, Proposal], Tensor] | None,
-        lap: Callable[[str], None],
+        timer: Callable[[str], None],
     ) -> None:
-        self.model, self.strategy, self.uniforms, self.process, self.lap = model, strategy, uniforms, process, lap
+        self.model, self.drafter, self.uniforms, self.process, self.timer = model, drafter, uniforms, process, timer
         self.text = Text(model, rows, device, use_cache)
         self.prompted = False
 
@@ -115,37 +117,37 @@ class GrowingPasses:
         return self._verify(nothing(self.window_BS))
 
     def next(self, kept: Sequence[int], going: Sequence[int], depth: int) -> Outcome:
-        verdict, rows = self.verdict, len(kept)
+        acceptance, rows = self.acceptance, len(kept)
         if self.prompted:
-            self.text.keep(self.window_BS.shape[1], kept, verdict.path_BJ)
+            self.text.keep(self.window_BS.shape[1], kept, acceptance.path_BJ)
         self.prompted = True
-        if rows == 1 and verdict.path_BJ is None:
+        if rows == 1 and acceptance.path_BJ is None:
             hidden_BD = self.hidden_BSD[:, kept[0]]
         else:
-            hidden_BD = self.hidden_BSD[torch.arange(rows, device=self.hidden_BSD.device), last_kept(verdict)]
-        next_B = verdict.next_B
+            hidden_BD = self.hidden_BSD[torch.arange(rows, device=self.hidden_BSD.device), last_accepted(acceptance)]
+        next_B = acceptance.next_B
         if len(going) < rows:
             self.text.select(going)
             hidden_BD, next_B = hidden_BD[going], next_B[going]
             if self.uniforms is not None:
                 self.uniforms.select(going)
-        self.lap("other")
+        self.timer("other")
         self.window_BS = next_B[:, None]
         proposal = nothing(self.window_BS)
         if depth > 0:
-            proposal = propose(self.model, self.strategy, hidden_BD, next_B, depth)
+            proposal = propose(self.model, self.drafter, hidden_BD, next_B, depth)
             self.window_BS = torch.cat([self.window_BS, proposal.tokens_BK], dim=1)
-            self.lap("draft")
+            self.timer("draft")
         self.hidden_BSD = self.text.run(self.window_BS, proposal.depth_BS, proposal.seen_BSS)
-        self.lap("trunk")
+        self.timer("trunk")
         return self._verify(proposal)
 
     def _verify(self, proposal: Proposal) -> Outcome:
         target_BSV = self.model.target_log_probs(self.hidden_BSD)
         if self.process is not None:
             target_BSV = self.process(target_BSV, proposal)
-        self.verdict = self.strategy.verify(target_BSV, proposal)
-        return _Made(packed(self.verdict))
+        self.acceptance = self.drafter.verify(target_BSV, proposal)
+        return _Made(packed(self.acceptance))
 
 
 class _Made:

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Shortlist:
+class DraftVocabulary:
     """ids: (V',) int64, ascending. coverage: share of the counted tokens that are on the list."""
 
     ids: NDArray[np.int64]
     coverage: float
 
 
-def frequent_tokens(tokens: NDArray[np.integer], vocab_size: int, size: int) -> Shortlist:
+def frequent_tokens(tokens: NDArray[np.integer], vocab_size: int, size: int) -> DraftVocabulary:
     """The `size` most frequent of the ids in `tokens` (any shape); of equally frequent ones the lower id goes first.
 
     Raises ValueError on a size that is no part of the vocabulary, on no tokens, and on ids outside the vocabulary.
@@ -38,4 +38,4 @@ def frequent_tokens(tokens: NDArray[np.integer], vocab_size: int, size: int) -> 
         raise ValueError(f"token ids run from {least} to {most}, the vocabulary is 0..{vocab_size - 1}")
     counts_V = np.bincount(tokens.ravel(), minlength=vocab_size)
     ids = np.sort(np.argsort(-counts_V, kind="stable")[:size]).astype(np.int64)
-    return Shortlist(ids, float(counts_V[ids].sum() / tokens.size))
+    return DraftVocabulary(ids, float(counts_V[ids].sum() / tokens.size))

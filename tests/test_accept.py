@@ -52,38 +52,38 @@ class Step:
 
     def rows(self, tokens_BK: Tensor, sampling: Sampling) -> Tensor:
         """The filtered target after each prefix of the drafts: (B, K+1, V)."""
-        code, laws = torch.zeros(len(tokens_BK), dtype=torch.long), []
+        code, distributions = torch.zeros(len(tokens_BK), dtype=torch.long), []
         for k in range(DRAFTS + 1):
-            laws.append(filtered(self.target[k], sampling)[code])
+            distributions.append(filtered(self.target[k], sampling)[code])
             if k < DRAFTS:
                 code = code * VOCABULARY + tokens_BK[:, k]
-        return torch.stack(laws, dim=1)
+        return torch.stack(distributions, dim=1)
 
     def oracle_target(self, sampling: Sampling) -> oracle.Target:
-        def law(prefix: oracle.History) -> oracle.Law:
+        def distribution(prefix: oracle.History) -> oracle.Law:
             code = 0
             for token in prefix:
                 code = code * VOCABULARY + token
             return keep(sampling)(self.target[len(prefix)][code].exp().tolist())
 
-        return law
+        return distribution
 
     def oracle_joint(self) -> tuple[oracle.Law, list[list[oracle.Law]]]:
         return self.joint.log_weights_R[0].exp().tolist(), self.joint.log_factors_NRV[0].exp().tolist()
 
 
 def keep(sampling: Sampling):  # type: ignore[no-untyped-def]
-    return lambda law: oracle.filter_law(law, sampling.temperature, sampling.top_k, sampling.top_p)
+    return lambda distribution: oracle.filter_law(distribution, sampling.temperature, sampling.top_k, sampling.top_p)
 
 
 def exact_law(procedure: str, step: Step, sampling: Sampling) -> dict[oracle.History, float]:
     """The oracle's law of a window of K+1 tokens: what the procedure emits, completed from the target."""
     target = step.oracle_target(sampling)
-    law: dict[oracle.History, float] = defaultdict(float)
+    distribution: dict[oracle.History, float] = defaultdict(float)
     for emitted, p in oracle.window_law(procedure, target, (), *step.oracle_joint(), DRAFTS, keep(sampling)).items():
         for tail, q in oracle.autoregressive_law(target, emitted, DRAFTS + 1 - len(emitted)).items():
-            law[emitted + tail] += p * q
-    return law
+            distribution[emitted + tail] += p * q
+    return distribution
 
 
 def simulate(variant: Variant, step: Step, sampling: Sampling, seed: int = 0) -> tuple[Counter[oracle.History], float]:
@@ -93,9 +93,9 @@ def simulate(variant: Variant, step: Step, sampling: Sampling, seed: int = 0) ->
     def uniforms(*shape: int) -> Tensor:
         return torch.rand(*shape, dtype=torch.float64, generator=generator)
 
-    tokens_BK, laws = variant.draft(step.batch(SAMPLES), DRAFTS, sampling, uniforms(SAMPLES, DRAFTS + 1))
+    tokens_BK, distributions = variant.draft(step.batch(SAMPLES), DRAFTS, sampling, uniforms(SAMPLES, DRAFTS + 1))
     rows = step.rows(tokens_BK, sampling)
-    accepted_B, next_B = variant.verify(rows, laws, tokens_BK, uniforms(SAMPLES, DRAFTS + 1))
+    accepted_B, next_B = variant.verify(rows, distributions, tokens_BK, uniforms(SAMPLES, DRAFTS + 1))
     written = torch.empty(SAMPLES, 0, dtype=torch.long)
     code = torch.zeros(SAMPLES, dtype=torch.long)
     for k in range(DRAFTS + 1):
@@ -122,21 +122,23 @@ def test_the_emitted_law_is_the_target_by_enumeration(rank: int, setting: str) -
     """Every window of drafts, with the library's laws and residual, summed: equal to the target to 1e-12."""
     step, sampling = Step(rank), SETTINGS[setting]
     uniforms = torch.rand(20_000, DRAFTS + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens_BK, laws_BKV = sampled_chain(step.batch(20_000), DRAFTS, sampling, uniforms)
-    laws = {tuple(window): law for window, law in zip(tokens_BK.tolist(), laws_BKV, strict=True)}
+    tokens_BK, draft_probs_BKV = sampled_chain(step.batch(20_000), DRAFTS, sampling, uniforms)
+    distributions = {
+        tuple(window): distribution for window, distribution in zip(tokens_BK.tolist(), draft_probs_BKV, strict=True)
+    }
     weights, factors = step.oracle_joint()
     target = step.oracle_target(sampling)
     emitted: dict[oracle.History, float] = defaultdict(float)
     covered = 0.0
-    for window, law_KV in laws.items():
+    for window, probs_KV in distributions.items():
         expected = [keep(sampling)(oracle.conditional(weights, factors, window[:k])) for k in range(DRAFTS)]
-        torch.testing.assert_close(law_KV, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
-        mass = math.prod(law_KV[k, token].item() for k, token in enumerate(window))
+        torch.testing.assert_close(probs_KV, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+        mass = math.prod(probs_KV[k, token].item() for k, token in enumerate(window))
         covered += mass
         for k, token in enumerate(window):
             p = torch.tensor(target(window[:k]), dtype=torch.float64)
-            accept = min(1.0, (p[token] / law_KV[k, token]).item())
-            corrected = residual(p, law_KV[k])
+            accept = min(1.0, (p[token] / probs_KV[k, token]).item())
+            corrected = residual(p, probs_KV[k])
             for other in range(VOCABULARY):
                 emitted[(*window[:k], other)] += mass * (1 - accept) * (corrected[other] / corrected.sum()).item()
             mass *= accept
@@ -154,15 +156,15 @@ def test_the_emitted_law_is_the_target_by_enumeration(rank: int, setting: str) -
 def test_verify_accepts_exactly_below_the_ratio(rank: int) -> None:
     step, sampling = Step(rank), Sampling()
     uniforms = torch.rand(64, DRAFTS + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens_BK, laws_BKV = sampled_chain(step.batch(64), DRAFTS, sampling, uniforms)
+    tokens_BK, draft_probs_BKV = sampled_chain(step.batch(64), DRAFTS, sampling, uniforms)
     rows = step.rows(tokens_BK, sampling)
     for k in range(DRAFTS):
         index = tokens_BK[:, k : k + 1]
-        ratio = (rows[:, k].gather(1, index) / laws_BKV[:, k].gather(1, index))[:, 0]
+        ratio = (rows[:, k].gather(1, index) / draft_probs_BKV[:, k].gather(1, index))[:, 0]
         for factor, kept in ((1 - 1e-9, True), (1 + 1e-9, False)):
             tests = torch.zeros(64, DRAFTS + 1, dtype=torch.float64)
             tests[:, k] = ratio * factor
-            accepted_B, _ = verify(rows, laws_BKV, tokens_BK, tests)
+            accepted_B, _ = verify(rows, draft_probs_BKV, tokens_BK, tests)
             assert ((accepted_B > k) == kept).all()
 
 
@@ -200,8 +202,8 @@ def test_greedy_follows_the_argmax(rank: int) -> None:
         drafts = tuple(greedy_chain(step.joint, DRAFTS)[0].tolist())
         weights, factors = step.oracle_joint()
         for k, token in enumerate(drafts):
-            law = oracle.conditional(weights, factors, drafts[:k])
-            assert token == max(range(VOCABULARY), key=law.__getitem__)
+            distribution = oracle.conditional(weights, factors, drafts[:k])
+            assert token == max(range(VOCABULARY), key=distribution.__getitem__)
         target, written = step.oracle_target(Sampling()), ()
         while len(written) <= DRAFTS:
             best = max(range(VOCABULARY), key=target(written).__getitem__)

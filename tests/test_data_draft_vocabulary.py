@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cpdlm.data.shortlist import frequent_tokens
+from cpdlm.data.draft_vocabulary import frequent_tokens
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 12])

@@ -21,7 +21,7 @@ from transformers import AutoModel, MistralConfig
 from cpdlm.bench import latency
 from cpdlm.config import resolve
 from cpdlm.decoding import Sampling, accept, cache, decode, decode_batch, drafters, tree
-from cpdlm.decoding.drafters import STRATEGIES
+from cpdlm.decoding.drafters import DRAFTERS
 from cpdlm.decoding.filtering import draw
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -31,7 +31,7 @@ from tests.toy import ToyModel
 
 SAMPLES, LENGTH = 4000, 4
 PROMPTS = ((1,), (2, 0))  # of two lengths, alternating through the batch
-DRAFTS = [name for name in STRATEGIES if name != "none"]
+DRAFTS = [name for name in DRAFTERS if name != "none"]
 FILTERS = {"plain": Sampling(), "all": Sampling(temperature=1.4, top_k=2, top_p=0.9)}
 
 
@@ -41,10 +41,10 @@ def toy(layout: str, horizon: int = 3) -> ToyModel:
 
 
 def truth(model: ToyModel, sampling: Sampling, prompt: tuple[int, ...], eos: int | None) -> dict[oracle.History, float]:
-    def law(history: tuple[int, ...]) -> list[float]:
+    def distribution(history: tuple[int, ...]) -> list[float]:
         return oracle.filter_law(model.oracle_target(history), sampling.temperature, sampling.top_k, sampling.top_p)
 
-    return oracle.autoregressive_law(law, prompt, LENGTH, eos)
+    return oracle.autoregressive_law(distribution, prompt, LENGTH, eos)
 
 
 def counted(model: Any, sampling: Sampling, seed: int = 0, **options: Any) -> list[Counter[oracle.History]]:
@@ -52,7 +52,7 @@ def counted(model: Any, sampling: Sampling, seed: int = 0, **options: Any) -> li
     prompts = [torch.tensor(PROMPTS[row % 2]) for row in range(2 * SAMPLES)]
     generators = [torch.Generator().manual_seed(seed * 10**6 + row) for row in range(2 * SAMPLES)]
     done = decode_batch(model, prompts, LENGTH, sampling, generators, **options)
-    return [Counter(tuple(each.tokens) for each in done[place::2]) for place in (0, 1)]
+    return [Counter(tuple(each.tokens) for each in done[index::2]) for index in (0, 1)]
 
 
 def p_values(model: Any, sampling: Sampling, **options: Any) -> list[float]:
@@ -70,7 +70,7 @@ def p_values(model: Any, sampling: Sampling, **options: Any) -> list[float]:
     [("common", {}), ("untied", {"eos": 1}), ("anchored", {"use_cache": False}), ("tied", {"nodes": 2})],
     ids=["common", "untied, eos", "anchored, no cache", "tied, two nodes"],
 )
-@pytest.mark.parametrize("draft", list(STRATEGIES))
+@pytest.mark.parametrize("draft", list(DRAFTERS))
 def test_every_strategy_writes_with_the_targets_law(
     draft: str, layout: str, options: dict[str, Any], setting: str
 ) -> None:
@@ -84,9 +84,9 @@ class Shortlisted(ToyModel):
         super().__init__("anchored", context=6)
         self.draft_ids = torch.tensor([2, 0])
 
-    def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Joint:
-        law = super().draft_joint(hidden_BD, fixed_B)
-        return Joint(law.log_weights_R, law.log_factors_NRV[..., self.draft_ids].log_softmax(dim=-1))
+    def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Joint:
+        distribution = super().draft_joint(hidden_BD, pending_B)
+        return Joint(distribution.log_weights_R, distribution.log_factors_NRV[..., self.draft_ids].log_softmax(dim=-1))
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -103,7 +103,7 @@ def test_ids_of_the_shortlist_taken_for_those_of_the_vocabulary_are_noticed(monk
         drafters.Proposal,
         "on_vocabulary",
         lambda self, ids, size: drafters.Proposal(
-            ids[self.tokens_BK], torch.nn.functional.pad(self.laws, (0, size - self.laws.shape[-1]))
+            ids[self.tokens_BK], torch.nn.functional.pad(self.distributions, (0, size - self.distributions.shape[-1]))
         ),
     )
     assert min(p_values(Shortlisted(), Sampling())) < oracle.FALSE_ALARM
@@ -144,21 +144,22 @@ def test_wrong_block_verification_is_noticed(fault: str, monkeypatch: pytest.Mon
     """Right drafts and laws, and one step of algorithm 2 wrong."""
 
     def wrong(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
-        kept_B, _ = accept.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
+        accepted_B, _ = accept.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
         drafts = tokens_BK.shape[1]
         if fault == "longest share":  # every prefix is kept with its share alone
             p_BK, q_BK = (
-                law[:, :drafts].gather(-1, tokens_BK[..., None]).squeeze(-1) for law in (target_BSV, draft_BKV)
+                distribution[:, :drafts].gather(-1, tokens_BK[..., None]).squeeze(-1)
+                for distribution in (target_BSV, draft_BKV)
             )
             share_BK = (p_BK / q_BK).cumprod(dim=1).clamp(max=1)
-            kept_B = ((uniforms_BS[:, :drafts] < share_BK) * torch.arange(1, drafts + 1)).amax(dim=1)
-        stop_B11 = kept_B[:, None, None]
+            accepted_B = ((uniforms_BS[:, :drafts] < share_BK) * torch.arange(1, drafts + 1)).amax(dim=1)
+        stop_B11 = accepted_B[:, None, None]
         p_BV = target_BSV.take_along_dim(stop_B11, dim=1).squeeze(1)
         q_BV = draft_BKV.take_along_dim(stop_B11.clamp(max=drafts - 1), dim=1).squeeze(1)
         # The tokenwise residual, as after a share of one.
         rest_BV = p_BV if fault == "residual of the whole target" else accept.residual(p_BV, q_BV)
-        law_BV = torch.where((kept_B < drafts)[:, None], rest_BV, p_BV)
-        return kept_B, draw(law_BV, uniforms_BS[:, drafts])
+        probs_BV = torch.where((accepted_B < drafts)[:, None], rest_BV, p_BV)
+        return accepted_B, draw(probs_BV, uniforms_BS[:, drafts])
 
     monkeypatch.setattr(drafters, "verify_block", wrong)
     assert min(p_values(toy("common", 4), Sampling(), draft="block")) < oracle.FALSE_ALARM
@@ -196,32 +197,32 @@ def block_outcomes(p: Tables, q: Tables, draft: tuple[int, ...]) -> tuple[list[f
     for k in range(1, K2 + 1):
         left = sum(max(0.0, shares[k] * a - b) for a, b in zip(p[draft[:k]], q[draft[:k]], strict=True))
         keeps.append(shares[k] if k == K2 else left / (left + 1 - shares[k]) if left + 1 - shares[k] > 0 else 1.0)
-    laws = []
+    distributions = []
     for k in range(K2 + 1):
-        law = p[draft[:k]]
+        distribution = p[draft[:k]]
         if k < K2:
-            rest = [max(0.0, shares[k] * a - b) for a, b in zip(law, q[draft[:k]], strict=True)]
-            law = [r / sum(rest) for r in rest] if sum(rest) > 0 else law
-        laws.append(law)
-    return keeps, laws
+            rest = [max(0.0, shares[k] * a - b) for a, b in zip(distribution, q[draft[:k]], strict=True)]
+            distribution = [r / sum(rest) for r in rest] if sum(rest) > 0 else distribution
+        distributions.append(distribution)
+    return keeps, distributions
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_block_verification_is_exact_in_the_oracle(seed: int) -> None:
     """Over all drafts and outcomes: what is emitted, continued from p, has p's law."""
     p, q = made_laws(seed, 1.0), made_laws(seed + 10, 2.0)
-    law: dict[tuple[int, ...], float] = {}
+    distribution: dict[tuple[int, ...], float] = {}
     for draft in itertools.product(range(V3), repeat=K2):
         mass = math.prod(q[draft[:k]][draft[k]] for k in range(K2))
-        keeps, laws = block_outcomes(p, q, draft)
+        keeps, distributions = block_outcomes(p, q, draft)
         for kept in range(K2 + 1):
             chance = mass * (keeps[kept - 1] if kept else 1.0) * math.prod(1 - h for h in keeps[kept:])
             for token in range(V3):
                 text = (*draft[:kept], token)
-                law[text] = law.get(text, 0.0) + chance * laws[kept][token]
+                distribution[text] = distribution.get(text, 0.0) + chance * distributions[kept][token]
     for window in itertools.product(range(V3), repeat=K2 + 1):
         found = sum(
-            law.get(window[:n], 0.0) * math.prod(p[window[:k]][window[k]] for k in range(n, K2 + 1))
+            distribution.get(window[:n], 0.0) * math.prod(p[window[:k]][window[k]] for k in range(n, K2 + 1))
             for n in range(1, K2 + 2)
         )
         assert found == pytest.approx(math.prod(p[window[:k]][window[k]] for k in range(K2 + 1)), abs=1e-12)
@@ -234,12 +235,14 @@ def test_block_verification_is_the_oracles(seed: int) -> None:
     grid = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     for draft in itertools.product(range(V3), repeat=K2):
         target = torch.tensor([p[draft[:k]] for k in range(K2 + 1)], dtype=torch.float64)
-        laws_KV = torch.tensor([q[draft[:k]] for k in range(K2)], dtype=torch.float64)
+        probs_KV = torch.tensor([q[draft[:k]] for k in range(K2)], dtype=torch.float64)
 
-        def run(uniforms: Tensor, target: Tensor = target, laws: Tensor = laws_KV, draft: Any = draft) -> Any:
+        def run(uniforms: Tensor, target: Tensor = target, distributions: Tensor = probs_KV, draft: Any = draft) -> Any:
             rows = len(uniforms)
             tokens = torch.tensor(draft).expand(rows, -1)
-            return accept.verify_block(target.expand(rows, -1, -1), laws.expand(rows, -1, -1), tokens, uniforms)
+            return accept.verify_block(
+                target.expand(rows, -1, -1), distributions.expand(rows, -1, -1), tokens, uniforms
+            )
 
         keeps, after = block_outcomes(p, q, draft)
         for k, h in enumerate(keeps):
@@ -247,7 +250,7 @@ def test_block_verification_is_the_oracles(seed: int) -> None:
                 if 0 < h + shift < 1:
                     uniforms = torch.full((1, K2 + 1), 1 - 1e-15, dtype=torch.float64)
                     uniforms[0, k] = h + shift
-                    if all(keep < 1 for place, keep in enumerate(keeps) if place != k):
+                    if all(keep < 1 for index, keep in enumerate(keeps) if index != k):
                         assert run(uniforms)[0].item() == kept
         for kept in range(K2 + 1):
             uniforms = torch.full((2000, K2 + 1), 1 - 1e-15, dtype=torch.float64)
@@ -256,8 +259,8 @@ def test_block_verification_is_the_oracles(seed: int) -> None:
                 uniforms[:, kept - 1] = 0
             found, tokens = run(uniforms)
             if (found == kept).all():
-                law = torch.bincount(tokens, minlength=V3) / 2000
-                assert (law - torch.tensor(after[kept])).abs().max() < 1.5e-3
+                distribution = torch.bincount(tokens, minlength=V3) / 2000
+                assert (distribution - torch.tensor(after[kept])).abs().max() < 1.5e-3
 
 
 @pytest.mark.parametrize("verify", [accept.verify, accept.verify_block])
@@ -267,20 +270,20 @@ def test_a_broken_law_behind_a_good_draft_loses_nothing(verify: Any) -> None:
     p, q = [0.7, 0.2, 0.1], [0.1, 0.3, 0.6]
     grid = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
     uniforms_BS = torch.cartesian_prod(grid, grid[:1], grid)
-    rows, law = len(uniforms_BS), torch.zeros(V3, dtype=torch.float64)
+    rows, distribution = len(uniforms_BS), torch.zeros(V3, dtype=torch.float64)
     target_BSV = torch.tensor(p, dtype=torch.float64).expand(rows, 3, V3)
     good_B1V = torch.tensor(q, dtype=torch.float64).expand(rows, 1, V3)
     for first in range(V3):
-        kept_B, next_B = verify(
+        accepted_B, next_B = verify(
             target_BSV,
             torch.cat([good_B1V, torch.full_like(good_B1V, math.nan)], dim=1),
             torch.tensor([first, V3 - 1]).expand(rows, -1),
             uniforms_BS,
         )
-        assert (kept_B < 2).all()
-        written_B = torch.where(kept_B > 0, first, next_B)
-        law += q[first] * torch.bincount(written_B, minlength=V3) / rows
-    torch.testing.assert_close(law, torch.tensor(p, dtype=torch.float64), atol=5e-3, rtol=0)
+        assert (accepted_B < 2).all()
+        written_B = torch.where(accepted_B > 0, first, next_B)
+        distribution += q[first] * torch.bincount(written_B, minlength=V3) / rows
+    torch.testing.assert_close(distribution, torch.tensor(p, dtype=torch.float64), atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -292,7 +295,7 @@ def test_blocks_keep_at_least_as_many(rank: int) -> None:
         done = decode_batch(
             model, prompts, 8, Sampling(), [torch.Generator().manual_seed(s) for s in range(2000)], draft=draft
         )
-        kept[draft] = sum(len(each.tokens) for each in done) / sum(each.passes for each in done)
+        kept[draft] = sum(len(each.tokens) for each in done) / sum(each.forwards for each in done)
     assert kept["block"] > kept["chain"] > 1
 
 
@@ -307,21 +310,21 @@ def joint(rank: int = 3, factors: int = 3, vocab: int = 4, batch: int = 2, seed:
     )
 
 
-def prefixes(law: Joint, row: int, depth: int) -> dict[tuple[int, ...], float]:
+def prefixes(distribution: Joint, row: int, depth: int) -> dict[tuple[int, ...], float]:
     """Every prefix of one row with its probability, by the joint's own log_prob."""
     found = {}
     for length in range(1, depth + 1):
-        for window in torch.cartesian_prod(*[torch.arange(law.vocab_size)] * length).view(-1, length):
-            batch = window.expand(law.log_weights_R.shape[0], -1)
-            found[tuple(window.tolist())] = float(law.log_prob(batch)[row].exp())
+        for window in torch.cartesian_prod(*[torch.arange(distribution.vocab_size)] * length).view(-1, length):
+            batch = window.expand(distribution.log_weights_R.shape[0], -1)
+            found[tuple(window.tolist())] = float(distribution.log_prob(batch)[row].exp())
     return found
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 5, 11, 30])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_tree_is_the_likeliest_prefixes(rank: int, nodes: int) -> None:
-    law = joint(rank)
-    grown = tree.grow(law, 3, nodes)
+    distribution = joint(rank)
+    grown = tree.grow(distribution, 3, nodes)
     for row in range(2):
         paths = []
         for node in range(nodes):
@@ -329,11 +332,11 @@ def test_the_tree_is_the_likeliest_prefixes(rank: int, nodes: int) -> None:
             assert parent <= node, "parents come first"
             paths.append((*(paths[parent - 1] if parent else ()), int(grown.tokens_BM[row, node])))
             assert grown.depth_BS[row, node + 1] == len(paths[-1])
-            seen = {place for place in range(nodes + 1) if grown.seen_BSS[row, node + 1, place]}
+            seen = {index for index in range(nodes + 1) if grown.seen_BSS[row, node + 1, index]}
             ancestors = {0, node + 1} | {i + 1 for i, path in enumerate(paths) if path == paths[-1][: len(path)]}
             assert seen == ancestors
         assert len(set(paths)) == nodes
-        every = prefixes(law, row, 3)
+        every = prefixes(distribution, row, 3)
         wanted = sum(sorted(every.values(), reverse=True)[:nodes])
         assert sum(every[path] for path in paths) == pytest.approx(wanted)
 
@@ -341,10 +344,10 @@ def test_the_tree_is_the_likeliest_prefixes(rank: int, nodes: int) -> None:
 @pytest.mark.parametrize(("shape", "nodes"), [("window", 64), ("path", 64)])
 def test_the_best_window_by_enumeration(shape: str, nodes: int) -> None:
     """A beam as wide as there are windows is exact."""
-    law = joint(batch=3)
-    drafts = drafters.Certain(shape, Sampling(0.0), None, nodes).draft(law, 3).tokens_BK
+    distribution = joint(batch=3)
+    drafts = drafters.DeterministicDraft(shape, Sampling(0.0), None, nodes).draft(distribution, 3).tokens_BK
     for row in range(3):
-        every = prefixes(law, row, 3)
+        every = prefixes(distribution, row, 3)
         value = {
             w: every[w] if shape == "window" else sum(every[w[:k]] for k in (1, 2, 3)) for w in every if len(w) == 3
         }
@@ -459,7 +462,7 @@ def test_a_binding_attention_window_is_exact_or_refused() -> None:
             horizon=4,
             first_is_tied=True,
             anchored=False,
-            common_target=True,
+            frozen_target=True,
             context=64,
             tie_embeddings=False,
         )
@@ -502,13 +505,13 @@ def test_scores_changed_by_the_caller_are_the_target() -> None:
 
     model, prompt = toy("anchored"), PROMPTS[0]
 
-    def law(history: tuple[int, ...]) -> list[float]:
+    def distribution(history: tuple[int, ...]) -> list[float]:
         probs = model.oracle_target(history)
         banned = history[-1] if len(history) > len(prompt) else None
         left = [0.0 if v == banned else p for v, p in enumerate(probs)]
         return [p / sum(left) for p in left]
 
-    right = oracle.autoregressive_law(law, prompt, LENGTH)
+    right = oracle.autoregressive_law(distribution, prompt, LENGTH)
     plain = decode(model, torch.tensor(prompt), LENGTH, Sampling(0.0), draft="none", target_scores=changed).tokens
     assert all(a != b for a, b in itertools.pairwise(plain))
     for draft in DRAFTS:

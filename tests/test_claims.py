@@ -24,9 +24,9 @@ def judged(claim: str, *contents: dict[str, Any]) -> list[verdicts.Verdict]:
     return [verdict for verdict in found if verdict.setting != "one GPU"]
 
 
-def sweep(claim: str, seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **laws: Any) -> verdicts.Verdict:
+def sweep(claim: str, seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **distributions: Any) -> verdicts.Verdict:
     common = COMMON if claim in ("C3", "C4") else {}
-    (verdict,) = judged(claim, *(made(rank, seed, **common | laws) for rank in ranks for seed in range(seeds)))
+    (verdict,) = judged(claim, *(made(rank, seed, **common | distributions) for rank in ranks for seed in range(seeds)))
     return verdict
 
 
@@ -63,8 +63,8 @@ def test_claims_are_complete_and_in_order() -> None:
         ("C4", {"speed": 0.95}, "not measurable here", "undecided"),
     ],
 )
-def test_the_word_follows_the_truth(claim: str, laws: dict[str, Any], word: str, reason: str) -> None:
-    verdict = sweep(claim, **laws)
+def test_the_word_follows_the_truth(claim: str, distributions: dict[str, Any], word: str, reason: str) -> None:
+    verdict = sweep(claim, **distributions)
     assert verdict.word == word
     assert reason in verdict.reason
     assert verdict.numbers
@@ -204,10 +204,10 @@ def test_a_step_that_shares_no_seed_decides_nothing(claim: str) -> None:
     assert judged(claim, *contents)[0].reason == "the step from rank 4 to rank 8 goes the other way"
 
 
-def equal_time(longer: float, **laws: Any) -> list[verdicts.Verdict]:
+def equal_time(longer: float, **distributions: Any) -> list[verdicts.Verdict]:
     """Ranks 1 and 8 at 500 steps; rank 1 again, with `longer` times the training time of rank 8, its loss by `laws`."""
     short = [made(rank, seed, slope=0.1) for rank in (1, 8) for seed in range(3)]
-    long = [made(1, seed, **laws, optim__steps=1000, name=f"long-s{seed}") for seed in range(3)]
+    long = [made(1, seed, **distributions, optim__steps=1000, name=f"long-s{seed}") for seed in range(3)]
     for content in short:
         content["training"]["step_ms_median"] = 100.0 if content["config"]["rank"] == 1 else 200.0
     for content in long:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpdlm.bench.latency import count_passes, hugging_face
+from cpdlm.bench.latency import count_forwards, hugging_face
 from cpdlm.config import resolve
 from cpdlm.decoding import Sampling, chain, decode, decode_batch, drafters
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -42,7 +42,7 @@ def toy(layout: str) -> ToyModel:
 
 
 def keep(sampling: Sampling):  # type: ignore[no-untyped-def]
-    return lambda law: oracle.filter_law(law, sampling.temperature, sampling.top_k, sampling.top_p)
+    return lambda distribution: oracle.filter_law(distribution, sampling.temperature, sampling.top_k, sampling.top_p)
 
 
 def truth(model: ToyModel, sampling: Sampling, eos: int | None = None) -> dict[oracle.History, float]:
@@ -97,8 +97,8 @@ def test_every_path_has_the_power_to_reject_every_fault(layout: str, setting: st
 @pytest.mark.parametrize(("layout", "setting", "options"), PATHS)
 def test_the_decoder_writes_with_the_targets_law(layout: str, setting: str, options: dict[str, Any]) -> None:
     model, sampling = toy(layout), FILTERS[setting]
-    law = truth(model, sampling, options.get("eos"))
-    assert oracle.p_value(sequences(model, sampling, **options), law) > oracle.FALSE_ALARM
+    distribution = truth(model, sampling, options.get("eos"))
+    assert oracle.p_value(sequences(model, sampling, **options), distribution) > oracle.FALSE_ALARM
 
 
 @pytest.mark.parametrize("layout", ["common", "untied", "tied", "anchored"])
@@ -159,10 +159,11 @@ def test_length_passes_and_depths_add_up(sampling: Sampling, draft: bool) -> Non
         done = decode(model, torch.tensor([0]), length, sampling, generator, draft=draft, on_tokens=pieces.append)
         assert len(done.tokens) == length == sum(done.emitted)
         assert (
-            done.passes == model.calls == len(pieces) and [token for piece in pieces for token in piece] == done.tokens
+            done.forwards == model.calls == len(pieces)
+            and [token for piece in pieces for token in piece] == done.tokens
         )
         assert done.emitted[0] == 1 and max(done.emitted) <= (4 if draft else 1)
-        assert sum(done.accepted) == length - done.passes  # each pass emits one token beside its drafts
+        assert sum(done.accepted) == length - done.forwards  # each pass emits one token beside its drafts
         assert all(a <= r for a, r in zip(done.accepted, done.reached, strict=True))
         assert all(done.reached[k + 1] <= done.accepted[k] for k in range(2))
 
@@ -174,10 +175,10 @@ def perfect(model: ToyModel) -> ToyModel:
         horizon, vocab_size, context = model.horizon, model.vocab_size, model.context
         new_cache, hidden, target_log_probs = model.new_cache, model.hidden, model.target_log_probs
 
-        def draft_joint(self, hidden_BD: Tensor, fixed_B: Tensor) -> Any:
+        def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Any:
             from cpdlm.model.joint import Joint
 
-            code, token = int(hidden_BD[0, 0]), int(fixed_B)
+            code, token = int(hidden_BD[0, 0]), int(pending_B)
             rows = []
             for _ in range(self.horizon - 1):
                 code = model.extend(code, token)
@@ -309,11 +310,11 @@ def test_greedy_is_plain_greedy_is_transformers(family: str, rank: int, anchor: 
     assert (generate is None) == (not (tie or common or anchor == "token"))
     for seed in range(2):
         prompt = torch.randint(0, 17, (6,), generator=torch.Generator().manual_seed(seed))
-        with count_passes(model) as passes:
+        with count_forwards(model) as forwards:
             done = decode(model, prompt, 40, Sampling(0.0))
-        assert passes.count == done.passes
+        assert forwards.count == done.forwards
         plain = decode(model, prompt, 40, Sampling(0.0), draft="none")
-        assert plain.passes == 40 and done.tokens == plain.tokens and len(set(plain.tokens)) > 3
+        assert plain.forwards == 40 and done.tokens == plain.tokens and len(set(plain.tokens)) > 3
         assert decode(model, prompt, 40, Sampling(0.0), use_cache=False).tokens == plain.tokens
         if generate is not None:
             assert generate(prompt, 40, Sampling(0.0), 0) == plain.tokens
@@ -371,8 +372,8 @@ def test_a_real_model_keeps_its_law() -> None:
     def target(history: oracle.History) -> list[float]:
         return model.target_log_probs(state(history))[0].detach().exp().tolist()
 
-    def draft(history: oracle.History, fixed: int) -> tuple[oracle.Law, list[list[oracle.Law]]]:
-        joint = model.draft_joint(state(history), torch.tensor([fixed]))
+    def draft(history: oracle.History, pending: int) -> tuple[oracle.Law, list[list[oracle.Law]]]:
+        joint = model.draft_joint(state(history), torch.tensor([pending]))
         return joint.log_weights_R[0].detach().exp().tolist(), joint.log_factors_NRV[0].detach().exp().tolist()
 
     right = oracle.autoregressive_law(target, prompt, 4)

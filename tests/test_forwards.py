@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import resolve
-from cpdlm.decoding import CapturedPasses, Captures, Sampling, decode, decode_batch
-from cpdlm.decoding.drafters import STRATEGIES
+from cpdlm.decoding import CapturedForwards, Captures, Sampling, decode, decode_batch
+from cpdlm.decoding.drafters import DRAFTERS
 from cpdlm.hf.hub import CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from tests import oracle
-from tests.test_strategies import FILTERS, LENGTH, PROMPTS, truth
+from tests.test_drafters import FILTERS, LENGTH, PROMPTS, truth
 from tests.toy import ToyModel
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -37,10 +37,10 @@ class SlotToy(ToyModel):
         assert position_ids_BT is not None and mask is not None
         nowhere_B1T1 = torch.full_like(tokens_BT, -1)[:, None, :, None]
         keys, values = (each[:, 0, :, 0] for each in cache.update(nowhere_B1T1, nowhere_B1T1, 0))
-        place_BT = cache.layers[0].place.slots_BS
+        index_BT = cache.layers[0].place.slots_BS
         codes = []
         for t in range(tokens_BT.shape[1]):
-            seen_BL = mask[:, 0, t].expand(len(tokens_BT), -1).scatter(1, place_BT[:, t : t + 1], False)
+            seen_BL = mask[:, 0, t].expand(len(tokens_BT), -1).scatter(1, index_BT[:, t : t + 1], False)
             highest_B, slot_B = torch.where(seen_BL, values, -1).max(dim=1)
             code_B = torch.where(highest_B >= 0, keys.gather(1, slot_B[:, None])[:, 0], 0)
             position_B = position_ids_BT[:, t]
@@ -48,7 +48,7 @@ class SlotToy(ToyModel):
             new_B = self.extend(code_B, tokens_BT[:, t])
             new_B = torch.where(right_B | (position_B >= self.context - 1), new_B, self.extend(new_B, 0))
             for held, new in ((keys, new_B), (values, position_B)):
-                held.scatter_(1, place_BT[:, t : t + 1], new[:, None])
+                held.scatter_(1, index_BT[:, t : t + 1], new[:, None])
             codes.append(new_B)
         return torch.stack(codes, dim=1)[..., None].double()
 
@@ -61,35 +61,37 @@ def toy(layout: str) -> SlotToy:
 def p_values(layout: str, sampling: Sampling, draft: str, nodes: int = 8, eos: int | None = None) -> list[float]:
     model, prompts = toy(layout), [torch.tensor(PROMPTS[row % 2]) for row in range(2 * SAMPLES)]
     generators = [torch.Generator().manual_seed(row) for row in range(2 * SAMPLES)]
-    passes = CapturedPasses(
+    forwards = CapturedForwards(
         model, len(prompts), sampling, slots=model.context, draft=draft, nodes=nodes, device=torch.device("cpu")
     )
-    done = decode_batch(model, prompts, LENGTH, sampling, generators, draft=draft, nodes=nodes, eos=eos, passes=passes)
+    done = decode_batch(
+        model, prompts, LENGTH, sampling, generators, draft=draft, nodes=nodes, eos=eos, forwards=forwards
+    )
     counts = [Counter(tuple(each.tokens) for each in done[place::2]) for place in (0, 1)]
     return [oracle.p_value(c, truth(model, sampling, prompt, eos)) for c, prompt in zip(counts, PROMPTS, strict=True)]
 
 
 @pytest.mark.parametrize("setting", list(FILTERS))
 @pytest.mark.parametrize(("layout", "eos"), [("common", None), ("untied", 1), ("anchored", None)])
-@pytest.mark.parametrize("draft", list(STRATEGIES))
+@pytest.mark.parametrize("draft", list(DRAFTERS))
 def test_captured_passes_write_with_the_targets_law(draft: str, layout: str, eos: int | None, setting: str) -> None:
     assert min(p_values(layout, FILTERS[setting], draft, nodes=4, eos=eos)) > oracle.FALSE_ALARM / 2
 
 
 def test_rejected_drafts_that_count_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = CapturedPasses._step
+    step = CapturedForwards._step
 
-    def longer(self: CapturedPasses) -> None:
+    def longer(self: CapturedForwards) -> None:
         before_B = self._lengths_B.clone()
         step(self)
         self._lengths_B.copy_(before_B + self.model.horizon)
 
-    monkeypatch.setattr(CapturedPasses, "_step", longer)
+    monkeypatch.setattr(CapturedForwards, "_step", longer)
     assert max(p_values("common", Sampling(), "chain")) < oracle.FALSE_ALARM
 
 
 def test_a_tree_whose_path_is_not_moved_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CapturedPasses, "_move", lambda self, path_BJ: None)
+    monkeypatch.setattr(CapturedForwards, "_move", lambda self, path_BJ: None)
     assert max(p_values("common", Sampling(), "tree", nodes=8)) < oracle.FALSE_ALARM
 
 
@@ -119,7 +121,7 @@ def real(device: str, family: str = "llama", shortlist: int = 0, dtype: torch.dt
     heads = base | {"rank": 3, "horizon": 4, "model.trunk": "random", "anchor": "token"}
     model = build_language_model(resolve(heads), 61, trunk).to(device, dtype).eval()
     if shortlist:
-        model.use_shortlist(torch.arange(0, 61, 3)[:shortlist].to(device))
+        model.use_draft_vocabulary(torch.arange(0, 61, 3)[:shortlist].to(device))
     return model
 
 
@@ -128,8 +130,8 @@ def texts(model: LanguageModel, sampling: Sampling, draft: str, captures: bool, 
     random = torch.Generator().manual_seed(5)
     prompts = [torch.randint(61, (length,), generator=random).to(device) for length in (8, 3, 5)[:rows]]
     generators = None if sampling.greedy else [torch.Generator(device).manual_seed(row) for row in range(rows)]
-    passes = CapturedPasses(model, rows, sampling, draft=draft, slots=64) if captures else None
-    return decode_batch(model, prompts, 48, sampling, generators, draft=draft, passes=passes, **options)
+    forwards = CapturedForwards(model, rows, sampling, draft=draft, slots=64) if captures else None
+    return decode_batch(model, prompts, 48, sampling, generators, draft=draft, forwards=forwards, **options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -154,14 +156,14 @@ def test_the_same_random_numbers_write_the_same_text(draft: str, device: str) ->
 
 def test_passes_are_counted_and_can_be_used_again() -> None:
     model = real("cpu")
-    passes = CapturedPasses(model, 1, Sampling(0.0), slots=64)
+    forwards = CapturedForwards(model, 1, Sampling(0.0), slots=64)
     prompt = torch.tensor([1, 2, 3])
-    first = decode(model, prompt, 24, Sampling(0.0), passes=passes)
-    assert passes.passes_run == first.passes + 1  # the last was under way when the host saw the end
-    assert decode(model, torch.tensor([9] * 30), 24, Sampling(0.0), passes=passes).tokens != first.tokens
-    again = decode(model, prompt, 24, Sampling(0.0), passes=passes)
+    first = decode(model, prompt, 24, Sampling(0.0), forwards=forwards)
+    assert forwards.forwards_run == first.forwards + 1  # the last was under way when the host saw the end
+    assert decode(model, torch.tensor([9] * 30), 24, Sampling(0.0), forwards=forwards).tokens != first.tokens
+    again = decode(model, prompt, 24, Sampling(0.0), forwards=forwards)
     assert again == first
-    stopped = decode(model, prompt, 24, Sampling(0.0), passes=passes, eos=first.tokens[10])
+    stopped = decode(model, prompt, 24, Sampling(0.0), forwards=forwards, eos=first.tokens[10])
     assert stopped.tokens == first.tokens[: first.tokens.index(first.tokens[10]) + 1]
 
 
@@ -177,27 +179,27 @@ def test_passes_are_counted_and_can_be_used_again() -> None:
 )
 def test_passes_of_another_kind_are_refused(options: dict[str, Any], message: str) -> None:
     model = real("cpu")
-    passes = CapturedPasses(model, 1, Sampling(0.0), slots=64)
+    forwards = CapturedForwards(model, 1, Sampling(0.0), slots=64)
     given: dict[str, Any] = {"model": model, "max_new_tokens": 8, "sampling": Sampling(0.0)} | options
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match=message):
-        decode(prompt_T=torch.tensor([1, 2, 3]), generator=generator, passes=passes, **given)
+        decode(prompt_T=torch.tensor([1, 2, 3]), generator=generator, forwards=forwards, **given)
 
 
 def test_a_broken_target_is_named_by_captured_passes() -> None:
     model = real("cpu")
-    passes = CapturedPasses(model, 1, Sampling(0.0), slots=64)
+    forwards = CapturedForwards(model, 1, Sampling(0.0), slots=64)
     weight = model.trunk.body.layers[0].self_attn.v_proj.weight
     before = weight.clone()
     with torch.no_grad():
         weight.fill_(float("nan"))
     try:
         with pytest.raises(ValueError, match="the target law of token 3 .* is NaN"):
-            decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), passes=passes)
+            decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), forwards=forwards)
     finally:
         with torch.no_grad():
             weight.copy_(before)
-    mended = decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), passes=passes)
+    mended = decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), forwards=forwards)
     assert mended.tokens == decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0)).tokens
 
 
@@ -214,7 +216,7 @@ def test_nothing_is_captured_for_texts_beyond_the_context() -> None:
     model._captures.on = "cpu"
     with pytest.raises(ValueError, match="exceed the model's context of 96; pass max_new_tokens of at most 93"):
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=10_000, pad_token_id=0)
-    assert model._captures.passes is None
+    assert model._captures.forwards is None
 
 
 def test_captures_are_kept_for_the_next_text_of_the_same_kind() -> None:
@@ -226,13 +228,13 @@ def test_captures_are_kept_for_the_next_text_of_the_same_kind() -> None:
     assert captures(1, 60, Sampling(0.0)) is first
     assert captures(2, 40, Sampling(0.0)) is not first
     again = captures(1, 40, Sampling(0.0))
-    model.use_shortlist(torch.arange(0, 61, 2))
+    model.use_draft_vocabulary(torch.arange(0, 61, 2))
     shorter = captures(1, 40, Sampling(0.0))
     assert again is not None and shorter is not None and shorter is not again
     other = copy.deepcopy(captures)
-    assert other.passes is None and other.model is not model
+    assert other.forwards is None and other.model is not model
     prompt = torch.tensor([1, 2, 3])
-    texts = [decode(model, prompt, 20, Sampling(0.0), passes=each).tokens for each in (shorter, None)]
+    texts = [decode(model, prompt, 20, Sampling(0.0), forwards=each).tokens for each in (shorter, None)]
     assert texts[0] == texts[1]
 
 
@@ -243,8 +245,8 @@ def test_generate_of_the_library_takes_captured_passes() -> None:
     growing = model.generate(ids, **options)
     model._captures.on = "cpu"
     assert torch.equal(model.generate(ids, **options), growing)
-    passes = model._captures.passes
-    assert passes is not None and passes.passes_run > 1
+    forwards = model._captures.forwards
+    assert forwards is not None and forwards.forwards_run > 1
     model.generate(ids, repetition_penalty=1.3, **options)
     model.generate(ids, do_sample=True, temperature=0.7, **options)
-    assert model._captures.passes is not None and model._captures.passes.sampling == Sampling(0.7, 50)
+    assert model._captures.forwards is not None and model._captures.forwards.sampling == Sampling(0.7, 50)

@@ -279,7 +279,7 @@ def test_too_few_prompts(corpus: Corpus) -> None:
 def test_training_sees_only_the_rows_whose_states_are_kept(corpus: Corpus) -> None:
     some = TokenDataModule(config(**{"data.states": 5 * 16 + 7, "model.trunk": "x"}), corpus).training_rows()
     every = TokenDataModule(config(), corpus).training_rows()
-    places = some.places(list(range(5))).tolist()
-    assert some.count == 5 and len(set(places)) == 5 and max(places) > 5
+    indices = some.indices(list(range(5))).tolist()
+    assert some.count == 5 and len(set(indices)) == 5 and max(indices) > 5
     for name, tensor in some[[1, 4]].items():
-        assert torch.equal(tensor, every[[places[1], places[4]]][name]), name
+        assert torch.equal(tensor, every[[indices[1], indices[4]]][name]), name
