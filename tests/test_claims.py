@@ -41,7 +41,7 @@ def test_claims_are_complete_and_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("claim", "laws", "word", "reason"),
+    ("claim", "distributions", "word", "reason"),
     [
         ("C1", {"slope": 0.05}, "holds", ""),
         ("C1", {"slope": -0.05}, "fails", "goes the other way"),
