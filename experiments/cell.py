@@ -32,8 +32,10 @@ from cpdlm.training import checkpoints
 from cpdlm.training.fit import fit
 from cpdlm.training.self_text import written_text
 from cpdlm.training.states import kept_states
-from experiments import results, tracking
+from experiments import tracking
 from experiments.measure import likelihood
+from experiments.provenance import provenance
+from experiments.records import build, load, summary_table, write
 from experiments.report import render
 
 EVALUATED, MEASURED, SESSIONS = "evaluate.json", "decode.json", "sessions.json"
@@ -88,7 +90,7 @@ def run(config: Config, command: str, stage: str) -> int:
             measure([config])
         path = write_record(config, command, run_folder(config), claim="single", profile="single")
         tracking.log_record(config, path)
-        print(results.summary_table(results.load(path)))
+        print(summary_table(load(path)))
         print(f"record: {path}")
     return 0
 
@@ -236,7 +238,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
             "shortlist_coverage": shortlist.coverage if shortlist is not None else None,
             "modes": {mode: cells[name] for mode, cells in modes.items()},
             "seconds": seconds,
-            "origin": results.provenance(),
+            "origin": provenance(),
         }
         write_json(run_folder(config) / MEASURED, content)
 
@@ -247,7 +249,7 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
     evaluated = _read(own / EVALUATED)
     measured = _read(own / MEASURED) if config.horizon > 1 and is_measured([config]) else None
     kept = ("group", "rank_one", "reference", "shortlist_coverage", "modes")
-    record = results.build(
+    record = build(
         config,
         claim=claim,
         profile=profile,
@@ -264,7 +266,7 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
     # Decoding is timed alone, later: it says its own commit and threads.
     if measured:
         record["decoding"]["origin"] = measured["origin"]
-    return results.write(record, folder)
+    return write(record, folder)
 
 
 def sweep(title: str, output: str, command: str, experiment: str) -> str:
@@ -361,7 +363,7 @@ def _origin(folder: Path, data_sha256: str, trunk_sha256: str) -> dict[str, Any]
             "now); restore it, give this run name=OTHER, or delete the folder"
         )
     if not (folder / checkpoints.TRAINED).is_file() or not sessions:
-        sessions.append(results.provenance())
+        sessions.append(provenance())
         if is_first_process():
             write_json(path, {"sessions": sessions, "data_sha256": data_sha256, "trunk_sha256": trunk_sha256})
     commits = list(dict.fromkeys(session["commit"] for session in sessions))

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpdlm.config import SIZES, Config, from_dict
-from experiments.results import Record
+from experiments.records import Record
 from experiments.suite import Cell, decode_groups
 
 # Seconds that a process takes before its first step: imports, tokens, model, evaluation's start.

@@ -20,7 +20,8 @@ from typing import Any
 
 from cpdlm.config import INCIDENTAL, Config, ConfigError, flat, to_dict
 from cpdlm.files import check_writable, write_json
-from experiments.results import Record, RecordError, counted, git_state, load
+from experiments.provenance import git_state
+from experiments.records import Record, RecordError, counted, load
 from experiments.scheduler import ROOT, Job, Launcher, Slurm, schedule
 from experiments.suite import Cell, complete, decode_groups, mates
 

@@ -107,7 +107,7 @@ def _run(config: configuration.Config, command: str, stage: str) -> int:
     from cpdlm.training.fit import Interrupted, ProcessLost
     from cpdlm.training.module import NonFiniteLoss
     from experiments import cell
-    from experiments.results import RecordError
+    from experiments.records import RecordError
 
     folder = cell.run_folder(config)
     try:

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special
 
-from experiments.results import Cells, Record
+from experiments.families import Cells
+from experiments.records import Record
 
 Array = NDArray[np.float64]
 RESAMPLES = 20_000

@@ -87,7 +87,7 @@ def _run(plan: Plan, options: Options) -> int:
     # Slow imports come after the checks above.
     from cpdlm.files import WriteError
     from cpdlm.training.checkpoints import RunError, exclusive
-    from experiments.results import RecordError
+    from experiments.records import RecordError
 
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -229,7 +229,7 @@ def forecast(plan: Plan, options: Options) -> str:
     """The table of --dry-run: every cell, its state, and what it will cost by a model fitted to the records."""
     from experiments import cell as one
     from experiments import cost
-    from experiments.results import load_all
+    from experiments.records import load_all
 
     roots = {path for path in (plan.results, ROOT / "results") if path.is_dir()}
     records = [record for root in roots for record in load_all(root)[0]]

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
 
     from experiments.claims.verdicts import Verdict
-    from experiments.results import Record
+    from experiments.records import Record
 
 RUN_FILE, DATABASE, ARTIFACTS = "mlflow.json", "mlflow.db", "mlartifacts"
 VIEW = "cells"  # the saved view of an experiment: #/experiments/ID/runs?viewStateShareKey=cells
@@ -225,12 +225,13 @@ def import_records(
     if not _installed():
         raise RuntimeError("mlflow is not installed; pip install mlflow")
     from experiments.claims.verdicts import judge
-    from experiments.results import families, load_all
+    from experiments.families import families_of
+    from experiments.records import load_all
 
     records, damaged = load_all(results)
     for line in damaged:
         _warn(line)
-    verdicts = judge(families(records)[0])
+    verdicts = judge(families_of(records)[0])
     if artifacts is None and uri.startswith("sqlite:///"):
         artifacts = Path(uri.removeprefix("sqlite:///")).parent
     try:
@@ -382,7 +383,8 @@ def _open(config: Config, command: str, folder: Path) -> Tracker:
     """The cell's run: the one it left behind, or a new one."""
     tracker = _continued(folder, tracking_uri(config))
     if not tracker.run_id:
-        from experiments.results import git_state, variant_of
+        from experiments.provenance import git_state
+        from experiments.records import variant_of
 
         commit, dirty = git_state()
         settings = to_dict(config)
@@ -642,7 +644,7 @@ def main(arguments: list[str]) -> int:
     uri = options.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if options.command == "ui":
         os.execvpe(sys.executable, server_argv(options.output, uri, options.port), server_environment())
-    from experiments.results import RecordError
+    from experiments.records import RecordError
 
     try:
         where = uri or default_uri(Path("runs"))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm.config import INCIDENTAL, flat
-from experiments.results import MODES, Record, RecordError, load
+from experiments.records import MODES, Record, RecordError, load
 
 ROOT = Path(__file__).resolve().parent.parent
 # Same machine, same versions, same number of threads give the same bits; another processor rounds differently.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpdlm.config import Config, resolve
-from experiments import results
+from experiments.records import MODES, build
 
 ORIGIN = {
     "commit": "0123456789abcdef",
@@ -83,10 +83,10 @@ def made(
     } | ({"components": _components(rank)} if rank > 1 else {})
     decoding = None
     if config.horizon > 1:
-        modes = {mode: _mode(config, mode, octave, pace, speed, bonus, rows, own) for mode in results.MODES}
+        modes = {mode: _mode(config, mode, octave, pace, speed, bonus, rows, own) for mode in MODES}
         decoding = {"group": [config.run_name], "modes": modes}
     heads, trunk = 128 * 128 * config.horizon * rank, 100_000 if config.size == "micro" else 800_000
-    return results.build(
+    return build(
         config,
         claim=claim,
         profile="test",

@@ -20,7 +20,8 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import load_pretrained
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import RunError
-from experiments import results, run
+from experiments import run
+from experiments.records import load
 from experiments.suite import _word
 
 pytest.importorskip("peft")
@@ -177,7 +178,7 @@ def test_a_cell_with_adapters_runs_to_a_valid_record(tmp_path: Path) -> None:
         f"data.cache={tmp_path}/cache",
     ]
     assert run.main(words) == 0
-    record = results.load(tmp_path / "runs" / "one" / "one.json")
+    record = load(tmp_path / "runs" / "one" / "one.json")
     assert record.variant == "anchored, adapters 1" and record["parameters"]["adapters"] > 0
     assert record["training"]["curve"][-1]["validation/greedy_tokens_per_pass"] >= 1
     assert record["decoding"]["modes"]["greedy"]["tokens"] == 2 * 8

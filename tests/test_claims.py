@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from made_records import ORIGIN, made, suite
 
-from experiments import results, stats
+from experiments import stats
 from experiments.claims import verdicts
+from experiments.families import families_of
+from experiments.records import Record, validate
 from experiments.report.tables import claims_table
 from experiments.stats import Sample, contrast, estimate
 
@@ -18,8 +20,8 @@ COMMON = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", 
 
 
 def judged(claim: str, *contents: dict[str, Any]) -> list[verdicts.Verdict]:
-    records = [results.Record(f"{content['claim']}/{content['name']}.json", content) for content in contents]
-    families, _ = results.families(records)
+    records = [Record(f"{content['claim']}/{content['name']}.json", content) for content in contents]
+    families, _ = families_of(records)
     found = [verdict for verdict in verdicts.judge(families) if verdict.claim.id == claim]
     return [verdict for verdict in found if verdict.setting != "one GPU"]
 
@@ -119,7 +121,7 @@ def test_a_record_of_a_gpu_takes_the_place_of_the_line_that_asks_for_one() -> No
     origin = copy.deepcopy(ORIGIN)
     origin["hardware"]["accelerator"] = "A GPU"
     contents = [made(rank, 0, **COMMON, origin=origin) for rank in (1, 8)]
-    families, _ = results.families(results.Record(content["name"], content) for content in contents)
+    families, _ = families_of(Record(content["name"], content) for content in contents)
     found = [verdict for verdict in verdicts.judge(families) if verdict.setting == "one GPU"]
     assert [verdict.claim.id for verdict in found] == ["C1", "C2", "C8"]  # of another target, and timing cells
 
@@ -527,14 +529,14 @@ def test_coverage_with_three_seeds() -> None:
 
 
 def test_intervals_are_the_same_every_time() -> None:
-    cells = {seed: results.Record("x", made(2, seed)) for seed in range(3)}
+    cells = {seed: Record("x", made(2, seed)) for seed in range(3)}
     assert stats.over_seeds(cells, "joint_nll") == stats.over_seeds(cells, "joint_nll")
 
 
 def test_the_means_of_the_record_are_used_where_rows_are_missing() -> None:
     content = made(2)
     del content["likelihood"]["per_row"]
-    found = stats.over_seeds({0: results.Record("x", results.validate(content))}, "joint_nll")
+    found = stats.over_seeds({0: Record("x", validate(content))}, "joint_nll")
     assert found is not None
     assert found.mean == content["likelihood"]["joint_nll"]["mean"]
     assert found.high - found.low == pytest.approx(2 * 1.96 * 0.05, rel=0.08)

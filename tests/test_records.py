@@ -15,18 +15,20 @@ import pytest
 from made_records import ORIGIN, made
 
 from cpdlm import files
-from experiments import results
+from experiments.families import along, families_of
+from experiments.provenance import git_state, provenance
+from experiments.records import Record, RecordError, load, load_all, summary_table, validate, write
 
 
 def test_a_record_survives_the_round_trip(tmp_path: Path) -> None:
     content = made(4)
-    path = results.write(content, tmp_path / "C1")
+    path = write(content, tmp_path / "C1")
     assert path == tmp_path / "C1" / "code-tiny-own-r4-n4-none-s0.json"
-    record = results.load(path, tmp_path)
+    record = load(path, tmp_path)
     assert record.content == content
     assert (record.path, record.rank, record.seed, record.horizon) == ("C1/code-tiny-own-r4-n4-none-s0.json", 4, 0, 4)
     assert (record.target, record.variant) == ("own", "untied")
-    assert "tokens per pass" in results.summary_table(record)
+    assert "tokens per pass" in summary_table(record)
 
 
 @pytest.mark.parametrize(
@@ -51,43 +53,43 @@ def test_a_wrong_field_is_named(field: str, value: Any, said: str) -> None:
     for part in parents:
         place = place[part]
     place[last] = value
-    with pytest.raises(results.RecordError, match=f"here.json: .*{said}"):
-        results.validate(content, "here.json")
+    with pytest.raises(RecordError, match=f"here.json: .*{said}"):
+        validate(content, "here.json")
 
 
 @pytest.mark.parametrize("field", ["hardware", "likelihood", "decoding", "parameters"])
 def test_a_missing_field_is_named(field: str) -> None:
     content = made(2)
     del content[field]
-    with pytest.raises(results.RecordError, match=f"{field} is missing; the record has claim, "):
-        results.validate(content)
+    with pytest.raises(RecordError, match=f"{field} is missing; the record has claim, "):
+        validate(content)
 
 
 def test_a_null_is_taken_only_where_the_schema_says_so() -> None:
-    assert results.validate(made(1, horizon=1))["decoding"] is None
+    assert validate(made(1, horizon=1))["decoding"] is None
     content = made(1)
     content["decoding"]["modes"]["greedy"]["speedup"] = None
-    with pytest.raises(results.RecordError, match="decoding.modes.greedy.speedup must be an object"):
-        results.validate(content)
+    with pytest.raises(RecordError, match="decoding.modes.greedy.speedup must be an object"):
+        validate(content)
 
 
 def test_damaged_files_are_named_and_the_others_load(tmp_path: Path) -> None:
-    good = results.write(made(1), tmp_path / "C1")
+    good = write(made(1), tmp_path / "C1")
     (tmp_path / "C1" / "torn.json").write_bytes(good.read_bytes()[:200])
     (tmp_path / "C1" / "binary.json").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / ".hidden.json").write_text("not mine")
     (tmp_path / "joint_loss.json").write_text('{"benchmark": "joint loss"}')
-    records, damaged = results.load_all(tmp_path)
+    records, damaged = load_all(tmp_path)
     assert [record.path for record in records] == ["C1/code-tiny-own-r1-n4-none-s0.json"]
     assert len(damaged) == 3
     assert all(name in " ".join(damaged) for name in ("torn.json", "binary.json", "list.json"))
-    with pytest.raises(results.RecordError, match="not a folder of records"):
-        results.load_all(tmp_path / "nowhere")
+    with pytest.raises(RecordError, match="not a folder of records"):
+        load_all(tmp_path / "nowhere")
 
 
 def test_a_full_disk_leaves_the_old_record_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = results.write(made(1), tmp_path)
+    path = write(made(1), tmp_path)
     before = path.read_bytes()
 
     def full(descriptor: int) -> None:
@@ -95,7 +97,7 @@ def test_a_full_disk_leaves_the_old_record_and_says_what_to_do(tmp_path: Path, m
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(files.WriteError, match=f"cannot write {path}: No space left on device; make it writable, free"):
-        results.write(made(1, noise=0.5), tmp_path)
+        write(made(1, noise=0.5), tmp_path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name], "a temporary file was left behind"
 
@@ -103,7 +105,7 @@ def test_a_full_disk_leaves_the_old_record_and_says_what_to_do(tmp_path: Path, m
 def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for action in (
-        lambda: results.write(made(1), tmp_path / "file"),
+        lambda: write(made(1), tmp_path / "file"),
         lambda: files.check_writable(tmp_path / "file" / "sub"),
     ):
         with pytest.raises(OSError, match="file") as caught:
@@ -120,41 +122,41 @@ def _git(folder: Path, *arguments: str) -> None:
 
 def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CPDLM_COMMIT", raising=False)
-    assert results.git_state(tmp_path) == ("unknown", False)
+    assert git_state(tmp_path) == ("unknown", False)
     _git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("1")
     _git(tmp_path, "add", ".")
     _git(tmp_path, "commit", "-qm", "x")
-    commit, dirty = results.git_state(tmp_path)
+    commit, dirty = git_state(tmp_path)
     assert len(commit) == 40
     assert not dirty
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "new.json").write_text("{}")
-    assert results.git_state(tmp_path) == (commit, False), "what a sweep writes is not a change of the code"
+    assert git_state(tmp_path) == (commit, False), "what a sweep writes is not a change of the code"
     (tmp_path / "new.py").write_text("2")
-    assert results.git_state(tmp_path) == (commit, True)
+    assert git_state(tmp_path) == (commit, True)
     (tmp_path / "copied").mkdir()
-    assert results.git_state(tmp_path / "copied") == ("unknown", False), "another project's repository is not ours"
+    assert git_state(tmp_path / "copied") == ("unknown", False), "another project's repository is not ours"
     monkeypatch.setenv("CPDLM_COMMIT", "abc-dirty")
-    assert results.git_state(tmp_path) == ("abc", True)
+    assert git_state(tmp_path) == ("abc", True)
 
 
 def test_provenance_names_no_host() -> None:
-    origin = results.provenance()
+    origin = provenance()
     assert set(origin) == {"commit", "dirty", "hardware", "versions", "started"}
     assert origin["versions"]["omegaconf"]
     node = os.uname().nodename
     assert node not in json.dumps(origin["hardware"]).replace("localhost", "") or len(node) < 4
 
 
-def _records(*contents: dict[str, Any]) -> list[results.Record]:
-    return [results.Record(f"{index}/{content['name']}.json", content) for index, content in enumerate(contents)]
+def _records(*contents: dict[str, Any]) -> list[Record]:
+    return [Record(f"{index}/{content['name']}.json", content) for index, content in enumerate(contents)]
 
 
 def test_families_keep_other_data_and_settings_apart() -> None:
     other = made(2)
     other["data"]["sha256"] = "cd" * 32
-    found, notes = results.families(_records(made(1), made(8), other, made(4, optim__steps=99)))
+    found, notes = families_of(_records(made(1), made(8), other, made(4, optim__steps=99)))
     assert sorted(family.ranks() for family in found) == [[1, 8], [2], [4]]
     assert len({family.label for family in found}) == 3
     assert any("optim.steps=99" in family.label for family in found)
@@ -163,7 +165,7 @@ def test_families_keep_other_data_and_settings_apart() -> None:
 
 
 def test_incidental_settings_do_not_split_a_family() -> None:
-    found, _ = results.families(
+    found, _ = families_of(
         _records(made(1), made(2, output="elsewhere", data__workers=3, tracking__uri="sqlite:///x", seed=5))
     )
     assert [family.ranks() for family in found] == [[1, 2]]
@@ -176,7 +178,7 @@ def test_mixed_commits_hardware_and_duplicates_are_said() -> None:
         "started": "2026-02-01T00:00:00+00:00",
     }
     origin["hardware"] = ORIGIN["hardware"] | {"processor": "Another CPU"}  # type: ignore[operator]
-    found, notes = results.families(_records(made(1), made(8, origin=origin), made(1, origin=origin)))
+    found, notes = families_of(_records(made(1), made(8, origin=origin), made(1, origin=origin)))
     text = "\n".join(notes)
     assert (
         "0/code-tiny-own-r1-n4-none-s0.json left out: 2/code-tiny-own-r1-n4-none-s0.json is the same cell and newer"
@@ -184,7 +186,7 @@ def test_mixed_commits_hardware_and_duplicates_are_said() -> None:
     )
     assert found[0].cells["untied", 1][0].path.startswith("2/")
     assert "2 of 2 records come from uncommitted changes" in text
-    _, notes = results.families(_records(made(1), made(8, origin=origin)))
+    _, notes = families_of(_records(made(1), made(8, origin=origin)))
     assert "records of 2 commits (0123456789, fedcba9876) are compared" in "\n".join(notes)
     assert "records trained on 2 kinds of hardware are compared" in "\n".join(notes)
 
@@ -198,7 +200,7 @@ def test_references_are_of_equal_training_or_the_common_target() -> None:
         made(1),
         made(1, **common),
     ]
-    found, _ = results.families(_records(*contents))
+    found, _ = families_of(_records(*contents))
     named = {family.target: [record.path for record in family.reference] for family in found}
     assert named == {"own": ["0/code-tiny-own-r1-n1-none-s0.json"], "common": ["2/code-small-own-r1-n1-none-s0.json"]}
 
@@ -209,7 +211,7 @@ def test_a_common_trunk_of_two_sets_of_weights_is_said() -> None:
     for content, digit in zip(contents, "112", strict=True):
         content["data"]["trunk_sha256"] = digit * 64
     contents[2]["config"]["model"]["trunk"] = "elsewhere/code-small-own-r1-n1-none-s0"
-    (note,) = results.families(_records(*contents))[1]
+    (note,) = families_of(_records(*contents))[1]
     assert note.startswith(
         "code-small-own-r1-n1-none-s0 has 2 sets of weights (sha256 1111111111 under 2 records, sha256 22"
     )
@@ -218,7 +220,7 @@ def test_a_common_trunk_of_two_sets_of_weights_is_said() -> None:
     del contents[1]["data"]["trunk_sha256"]
     contents.append(made(1, **common))
     contents[3]["data"] |= {"sha256": "cd" * 32, "trunk_sha256": "3" * 64}
-    assert not [note for note in results.families(_records(*contents))[1] if "sets of weights" in note]
+    assert not [note for note in families_of(_records(*contents))[1] if "sets of weights" in note]
 
 
 def test_speed_over_rank_1_of_another_law_is_not_shown() -> None:
@@ -234,7 +236,7 @@ def test_speed_over_rank_1_of_another_law_is_not_shown() -> None:
         return content
 
     def shown(*contents: dict[str, Any]) -> tuple[dict[tuple[str, int], bool], list[str]]:
-        found, notes = results.families(_records(*contents))
+        found, notes = families_of(_records(*contents))
         ratios = {
             cell: record.mode("sampling")["speedup_over_rank1"] is not None
             for family in found
@@ -263,10 +265,10 @@ def test_speed_over_rank_1_of_another_law_is_not_shown() -> None:
 def test_families_along_one_setting() -> None:
     """Of the base, the horizon and the balance each make a group; what differs in both is in neither."""
     made_of = [made(4), made(4, 1), made(4, horizon=8), made(4, balance="none"), made(4, horizon=2, balance="none")]
-    families, _ = results.families([results.Record(f"{place}.json", content) for place, content in enumerate(made_of)])
+    families, _ = families_of([Record(f"{place}.json", content) for place, content in enumerate(made_of)])
 
     def groups(*free: str) -> list[set[tuple[int, str]]]:
-        found = results.along(families, *free)
+        found = along(families, *free)
         return [{(family.horizon, family.settings["balance"]) for family in group} for group in found]
 
     assert sorted(map(sorted, groups("horizon"))) == [[(2, "none"), (4, "none")], [(4, "switch"), (8, "switch")]]

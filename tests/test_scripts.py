@@ -18,7 +18,7 @@ import pytest
 from made_records import made
 
 from experiments import verify
-from experiments.results import Record
+from experiments.records import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("reproduce.sh", "dev", ".ci/run", "requirements/environment.sh")

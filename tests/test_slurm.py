@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from one_node_slurm import Unavailable, cluster
 
-from experiments import results, scheduler
+from experiments import scheduler
+from experiments.records import load_all
 from experiments.scheduler import Job, Slurm
 
 pytestmark = pytest.mark.slow
@@ -156,6 +157,6 @@ def test_a_real_sweep_trains_decodes_and_reports_through_the_cluster(slurm: Path
         [sys.executable, "-c", script], cwd=scheduler.ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    records, damaged = results.load_all(folder / "out/results")
+    records, damaged = load_all(folder / "out/results")
     assert {record["name"] for record in records} == {"plain", "heads"} and not damaged
     assert all(record["training"]["steps"] == 2 for record in records)

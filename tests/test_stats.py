@@ -10,7 +10,7 @@ import pytest
 from made_records import made
 from scipy import stats
 
-from experiments.results import Record
+from experiments.records import Record
 from experiments.stats import Interval, Sample, difference, estimate, measured, over_seeds
 
 

@@ -30,7 +30,8 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.training import checkpoints
 from experiments import cell as one_cell
-from experiments import cost, decode_group, results, run, scheduler, sweep
+from experiments import cost, decode_group, run, scheduler, sweep
+from experiments.records import Record, load, load_all
 from experiments.suite import (
     PROFILES,
     SCALES,
@@ -163,7 +164,7 @@ def test_the_axes_of_the_star_are_whole() -> None:
 def test_the_star_fits_its_budget(scale: str, jobs: int, hours: float) -> None:
     cells = study("all", scale)
     assert len({cell.setting for cell in cells}) <= 60
-    model = cost.CostModel.of(results.load_all(ROOT / "results")[0], scale)
+    model = cost.CostModel.of(load_all(ROOT / "results")[0], scale)
     assert cost.wall_seconds(cells, cost.estimates(model, cells), jobs) / 3600 <= hours
 
 
@@ -215,7 +216,7 @@ def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against
             )
             counts = heads.parameter_counts()
         content = {"config": to_dict(config), "parameters": counts, "data": {"vocab_size": 257}}
-        flops = results.Record("x", content).draft_flops()
+        flops = Record("x", content).draft_flops()
         assert flops is not None
         return counts["trained"], flops
 
@@ -242,7 +243,7 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
     monkeypatch.setattr(sweep, "Local", lambda slots, devices: InProcess())
     arguments = ["profile=smoke", f"out={tmp_path / 'out'}"]
     assert sweep.main(arguments) == 0
-    records, damaged = results.load_all(tmp_path / "out" / "results")
+    records, damaged = load_all(tmp_path / "out" / "results")
     assert not damaged and len(records) == len(cells)
     for record in records:
         assert record["training"]["steps"] == 2
@@ -375,7 +376,7 @@ def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
     monkeypatch.setattr(sweep, "Local", lambda slots, devices: InProcess())
     assert sweep.main(["profile=smoke", f"out={tmp_path / 'out'}", f"data={tmp_path / 'bundle'}"]) == 0
     said = capsys.readouterr().out
-    records, damaged = results.load_all(tmp_path / "out" / "results")
+    records, damaged = load_all(tmp_path / "out" / "results")
     assert not damaged and len(records) == len(cells)
     # What a list covers is said of the text that is trained on.
     covered = {
@@ -462,7 +463,7 @@ def test_one_cell_from_the_command_line(corpus: Path, tmp_path: Path) -> None:
     done = _run(*words, "rank=2", f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs")
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.split("record: ")[1].strip())
-    record = results.load(path)
+    record = load(path)
     assert record["command"].startswith("python experiments/run.py ") and record["config"]["rank"] == 2
     assert "tokens per pass" in done.stdout
     # The record is plain JSON, and the table says what the record says.
@@ -509,7 +510,7 @@ def test_drafts_from_a_shortlist_are_an_option_of_a_cell(
     words = [f"{key}={_word(value)}" for key, value in TINY.items()]
     words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2", "name=one"]
     assert run.main([*words, "decode.shortlist=20"]) == 0
-    record = results.load(Path(capsys.readouterr().out.split("record: ")[1].strip()))
+    record = load(Path(capsys.readouterr().out.split("record: ")[1].strip()))
     assert 0.5 < record["decoding"]["shortlist_coverage"] < 1 and record.config["decode"]["shortlist"] == 20
     ids = checkpoints.run_draft_vocabulary(tmp_path / "runs" / "one")
     assert ids is not None and len(ids.unique()) == 20
@@ -533,10 +534,10 @@ def test_one_cell_on_two_processes(parallel: str, corpus: Path, tmp_path: Path) 
     words = _words(corpus, tmp_path)
     done = _run(*words, f"parallel={parallel}", "devices=2")
     assert done.returncode == 0, done.stderr
-    both = results.load(Path(done.stdout.split("record: ")[1].strip()))
+    both = load(Path(done.stdout.split("record: ")[1].strip()))
     done = _run(*words, "name=alone")
     assert done.returncode == 0, done.stderr
-    alone = results.load(Path(done.stdout.split("record: ")[1].strip()))
+    alone = load(Path(done.stdout.split("record: ")[1].strip()))
     assert both["likelihood"]["joint_nll"]["mean"] == pytest.approx(alone["likelihood"]["joint_nll"]["mean"], abs=1e-3)
 
 
@@ -595,9 +596,9 @@ def test_a_killed_process_stops_the_command_which_then_goes_on_with_another_numb
 
     done = _run(*words)
     assert done.returncode == 0, done.stderr
-    resumed = results.load(Path(done.stdout.split("record: ")[1].strip()))
+    resumed = load(Path(done.stdout.split("record: ")[1].strip()))
     done = _run(*words, "name=alone")
-    alone = results.load(Path(done.stdout.split("record: ")[1].strip()))
+    alone = load(Path(done.stdout.split("record: ")[1].strip()))
     assert resumed["training"]["resumed"] == 2 and resumed["training"]["steps"] == 150
     for mine, theirs in zip(resumed["training"]["curve"], alone["training"]["curve"], strict=True):
         assert mine == pytest.approx(theirs, abs=2e-3), "a sample was lost or repeated"

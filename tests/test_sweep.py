@@ -16,7 +16,9 @@ from made_records import made
 
 from cpdlm.config import ConfigError, to_dict
 from cpdlm.training import checkpoints
-from experiments import cost, pipeline, results, scheduler, sweep
+from experiments import cost, pipeline, scheduler, sweep
+from experiments.provenance import git_state
+from experiments.records import load_all, write
 from experiments.scheduler import Job, Local
 from experiments.suite import PROFILES, SCALES, STUDIES, Cell, heads, scratch, study, trunk
 
@@ -241,7 +243,7 @@ def test_a_real_sweep_killed_by_kill_9_continues(tmp_path: Path) -> None:
     first.wait()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (record,) = results.load_all(tmp_path / "out/results")[0]
+    (record,) = load_all(tmp_path / "out/results")[0]
     assert record["training"]["resumed"] >= 1 and record["training"]["steps"] == 600 and record["decoding"]
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "skipped: all 1 cells are complete" in again.stdout
@@ -258,7 +260,7 @@ def committed(folder: Path, cells: list[Cell], **changes: Any) -> None:
         content |= {"config": to_dict(config), "name": cell.name} | changes
         if content["decoding"]:
             content["decoding"]["group"] = [each.name for each in cells]
-        results.write(content, folder / cell.folder)
+        write(content, folder / cell.folder)
 
 
 def small(cells: list[Cell], folder: Path) -> pipeline.Plan:
@@ -312,7 +314,7 @@ def test_records_of_other_code_are_not_added_to_without_a_word(tmp_path: Path) -
     pipeline.refuse_mixed_code(replace(mixed, comparisons=[[old], [new]]))
     pipeline.refuse_mixed_code(small([old], tmp_path))
     # The same code, or a commit since which nothing that decides numbers has changed.
-    commit, _ = results.git_state()
+    commit, _ = git_state()
     content["commit"] = commit
     (tmp_path / "results/C1" / f"{old.name}.json").write_text(json.dumps(content))
     same = (
@@ -326,7 +328,7 @@ def test_cells_that_other_code_trained_are_not_added_to_without_a_word(
 ) -> None:
     """They have no record yet: a sweep that was killed between training and report, and the code changed since."""
     cells = [replace(scratch("code", rank), reference=None) for rank in (1, 8)]
-    commit, _ = results.git_state()
+    commit, _ = git_state()
     commits = {cells[0].name: "0" * 40}
     monkeypatch.setattr("experiments.cell.trained_by", lambda config: commits.get(config.run_name, ""))
     mixed = small(cells, tmp_path)
@@ -444,7 +446,7 @@ def test_the_fit_finds_the_coefficients_of_exact_data() -> None:
 
 
 def test_estimates_of_the_committed_records_are_near_what_they_took() -> None:
-    records, _ = results.load_all(ROOT / "results")
+    records, _ = load_all(ROOT / "results")
     model = cost.CostModel.of(records)
     by_name = {cell.name: cell for cell in study("C3") if cell.name.endswith("-s0")}
     assert all(fit.error < 0.25 for fit in model.fits.values())
@@ -474,7 +476,7 @@ def test_without_records_of_a_gpu_the_rates_are_assumed_and_it_says_so() -> None
 
 
 def test_heads_on_a_pretrained_model_cost_what_the_nearest_records_took() -> None:
-    records, _ = results.load_all(ROOT / "results")
+    records, _ = load_all(ROOT / "results")
     cells = {cell.name: cell for cell in study("C6")}
     model = cost.CostModel.of(records)
     for name in ("code-smollm2-common-r8-n4-token-eq14-s0", "code-smollm2-common-r1-n4-none-tied-eq14-s0"):
@@ -507,7 +509,7 @@ def test_the_page_says_what_the_suite_says() -> None:
     rows = [
         [part.strip() for part in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| C")
     ]
-    records = results.load_all(ROOT / "results")[0]
+    records = load_all(ROOT / "results")[0]
     expected = [(each, scale) for each in STUDIES for scale in SCALES if getattr(each, scale)]
     assert len(rows) == len(expected)
     for (each, scale), (claim, question, command, hours, folders) in zip(expected, rows, strict=True):

@@ -16,8 +16,9 @@ import pytest
 from made_records import made, suite, wider
 
 from cpdlm.config import parse
-from experiments import results
 from experiments.claims import verdicts
+from experiments.families import families_of
+from experiments.records import Record, RecordError, load_all, write
 from experiments.report import Report, figures, render, tables
 from experiments.report.__main__ import main
 from experiments.report.figures.components import usage
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("results")
     for content in [*suite(seeds=2), *wider(seeds=2)]:
-        results.write(content, root / content["claim"])
+        write(content, root / content["claim"])
     return root
 
 
@@ -67,7 +68,7 @@ def test_figures_fit_a_column_with_readable_text(records: Path) -> None:
     import matplotlib
     from matplotlib.text import Text
 
-    families, _ = results.families(results.load_all(records)[0])
+    families, _ = families_of(load_all(records)[0])
     with matplotlib.rc_context():
         matplotlib.rcParams.update(figures.STYLE)
         for name, plot in figures.FIGURES.items():
@@ -98,8 +99,8 @@ def test_figures_fit_a_column_with_readable_text(records: Path) -> None:
 def test_a_panel_without_records_says_so_and_keeps_its_axis() -> None:
     untied = [made(rank) for rank in (1, 8)]
     anchored = [made(rank, anchor="token", corpus="text") for rank in (1, 8)]
-    made_of = [results.Record(f"{place}.json", content) for place, content in enumerate([*untied, *anchored])]
-    families, _ = results.families(made_of)
+    made_of = [Record(f"{place}.json", content) for place, content in enumerate([*untied, *anchored])]
+    families, _ = families_of(made_of)
     made_figure = figures.FIGURES["acceptance"].draw(families)
     assert isinstance(made_figure, figures.Drawn)
     panels = made_figure.figure.axes
@@ -127,7 +128,7 @@ def test_captions_state_the_conditions(drawn: tuple[Path, Report]) -> None:
 def test_missing_cells_leave_notes_not_tracebacks(kept: int, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     for content in suite(seeds=1, ranks=(1, 8))[:kept]:
-        results.write(content, tmp_path / "results" / content["claim"])
+        write(content, tmp_path / "results" / content["claim"])
     report = render(tmp_path / "results", tmp_path / "figures")
     said_of_all(report)
     assert not any(path.suffix == ".png" for path in report.files)
@@ -150,7 +151,7 @@ def said_of_all(report: Report) -> None:
 def test_two_records_drawn_by_two_processes_then_one(tmp_path: Path) -> None:
     """The same bytes from another process, hash seed and time zone; a figure that can no longer be drawn is taken away."""
     for rank in (1, 8):
-        results.write(made(rank), tmp_path / "results" / "C1")
+        write(made(rank), tmp_path / "results" / "C1")
     report = render(tmp_path / "results", tmp_path / "one")
     said_of_all(report)
     assert (tmp_path / "one" / "nll.png").exists()
@@ -185,8 +186,8 @@ def test_older_records_are_drawn_without_what_they_lack(tmp_path: Path) -> None:
             {key: value for key, value in note.items() if "weight_" not in key and "_per_pass" not in key}
             for note in content["training"]["curve"]
         ]
-        results.write(content, tmp_path)
-    families, _ = results.families(results.load_all(tmp_path)[0])
+        write(content, tmp_path)
+    families, _ = families_of(load_all(tmp_path)[0])
     found = {name: plot.draw(families) for name, plot in figures.FIGURES.items()}
     lacking = {name for name, made_figure in found.items() if isinstance(made_figure, str)}
     assert lacking == {
@@ -216,8 +217,8 @@ def test_components_are_shown_at_the_horizon_of_the_base_cell() -> None:
     weighted = [made(8, 1, loss__balance_weight=0.1, name="weighted-r8")]
 
     def shown(*contents: dict[str, Any]) -> list[str]:
-        records = [results.Record(f"{place}.json", content) for place, content in enumerate(contents)]
-        drawn = figures.components.specialities(results.families(records)[0])
+        records = [Record(f"{place}.json", content) for place, content in enumerate(contents)]
+        drawn = figures.components.specialities(families_of(records)[0])
         return [record["name"] for record in drawn.records] if isinstance(drawn, figures.Drawn) else []
 
     assert shown(*base, *short) == [f"code-tiny-own-r{rank}-n2-none-s0" for rank in (4, 8)]
@@ -230,7 +231,7 @@ def test_components_are_shown_at_the_horizon_of_the_base_cell() -> None:
 
 def test_timing_cells_are_for_the_cost_of_training_alone() -> None:
     made_of = [made(rank) for rank in (1, 8)] + [made(rank, claim="C8", optim__steps=40) for rank in (1, 8)]
-    families, _ = results.families([results.Record(f"{place}.json", content) for place, content in enumerate(made_of)])
+    families, _ = families_of([Record(f"{place}.json", content) for place, content in enumerate(made_of)])
     for plot in figures.FIGURES.values():
         steps = {family.settings["optim.steps"] for family in figures.meant_for(plot, families)}
         assert steps == ({40} if plot.claim == "C8" else {parse([]).optim.steps})
@@ -246,7 +247,7 @@ def test_the_page_is_whole_by_itself(records: Path, drawn: tuple[Path, Report]) 
     assert not outside and "default-src 'none'" in page and not re.search(r"<(link|iframe|script src)", page)
     order = [page.index(f'<section id="{name}">') for name in ("claims", "figures", "tables", "records", "notes")]
     assert order == sorted(order)
-    every, _ = results.load_all(records)
+    every, _ = load_all(records)
     rows = page[order[3] : order[4]]
     assert rows.count("<tr>") == 1 + len(every)
     for record in every:
@@ -290,7 +291,7 @@ def test_paired_differences_have_interval_and_spread(drawn: tuple[Path, Report])
 
 def test_beyond_needs_no_untied_cell() -> None:
     contents = [made(rank, 0, claim="beyond", anchor="token") for rank in (1, 8)]
-    families, _ = results.families(results.Record(content["name"], content) for content in contents)
+    families, _ = families_of(Record(content["name"], content) for content in contents)
     assert [row[1:3] for row in tables.beyond_table(families).rows] == [("anchored", "1"), ("anchored", "8")]
 
 
@@ -337,7 +338,7 @@ def test_markdown_and_latex_are_well_formed(drawn: tuple[Path, Report]) -> None:
 def test_the_readme_changes_between_its_markers_only(records: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"# Above\n\n{tables.BEGIN}\nstale\n{tables.END}\n\nbelow\n")
-    families, notes = results.families(results.load_all(records)[0])
+    families, notes = families_of(load_all(records)[0])
     assert tables.update_readme(readme, families, verdicts.judge(families), notes)
     text = readme.read_text()
     assert text.startswith(f"# Above\n\n{tables.BEGIN}\n| claim |")
@@ -352,11 +353,11 @@ def test_the_readme_changes_between_its_markers_only(records: Path, tmp_path: Pa
 def test_a_readme_without_markers_is_left_alone_and_a_torn_one_refused(records: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# mine\n")
-    families, _ = results.families(results.load_all(records)[0])
+    families, _ = families_of(load_all(records)[0])
     assert not tables.update_readme(readme, families, verdicts.judge(families))
     for torn in (f"{tables.BEGIN}\n", f"{tables.END}\n{tables.BEGIN}\n", f"{tables.BEGIN}{tables.BEGIN}{tables.END}"):
         readme.write_text(torn)
-        with pytest.raises(results.RecordError, match="claims block"):
+        with pytest.raises(RecordError, match="claims block"):
             tables.update_readme(readme, families, verdicts.judge(families))
         assert readme.read_text() == torn
 
@@ -411,8 +412,8 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
         tied | {"optim__steps": 9},
     ]
     for number, cell in enumerate(cells):
-        results.write(made(**cell) | {"name": f"cell-{number}"}, tmp_path / "C6")  # type: ignore[arg-type]
-    families, notes = results.families(results.load_all(tmp_path)[0])
+        write(made(**cell) | {"name": f"cell-{number}"}, tmp_path / "C6")  # type: ignore[arg-type]
+    families, notes = families_of(load_all(tmp_path)[0])
     table = tables.retrofit_table(families)
     assert len(table.rows) == len(cells) and not [note for note in notes if "left out" in note]
     assert len({row[:6] for row in table.rows}) == len(cells)
@@ -441,8 +442,8 @@ def test_a_rank_looks_the_same_in_every_panel() -> None:
                 | {f"validation/{mode}_tokens_per_pass": 1.5 for mode in ("greedy", "sampling")}
                 for step in (1, 2)
             ]
-            records.append(results.Record(f"C6/{anchor}-{rank}-{steps}.json", content))
-    families, _ = results.families(records)
+            records.append(Record(f"C6/{anchor}-{rank}-{steps}.json", content))
+    families, _ = families_of(records)
     for draw, most in ((usage, 2), (decoding_over_training, 3)):
         drawn = draw(families)
         assert not isinstance(drawn, str)
@@ -460,7 +461,7 @@ def test_a_rank_looks_the_same_in_every_panel() -> None:
 def test_the_retrofits_of_most_ranks_are_shown_first() -> None:
     """A variant of a rank is no rank more; of as many the longest trained."""
     records = [
-        results.Record(
+        Record(
             f"C6/{steps}-{rank}-{hidden}.json",
             made(
                 rank, **PRETRAINED, model__tie_first=True, anchor="token", optim__steps=steps, model__map_hidden=hidden
@@ -473,7 +474,7 @@ def test_the_retrofits_of_most_ranks_are_shown_first() -> None:
         )
         for rank, hidden in dials
     ]
-    shown = retrofits(results.families(records)[0])
+    shown = retrofits(families_of(records)[0])
     assert [family.settings["optim.steps"] for family, _ in shown] == [50, 30, 70]
 
 
@@ -486,7 +487,7 @@ def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> N
     content["likelihood"]["kept_by_depth"] = [{"depth": depth, "mean": 0.6 / depth, "sem": 0.01} for depth in (2, 3, 4)]
 
     def row() -> tuple[dict[str, str], str]:
-        table = tables.retrofit_table(results.families([results.Record("C6/one.json", content)])[0])
+        table = tables.retrofit_table(families_of([Record("C6/one.json", content)])[0])
         return dict(zip(table.header, table.rows[0], strict=True)), table.caption
 
     found, caption = row()
@@ -513,8 +514,8 @@ def test_curves_and_components_of_a_pretrained_model_are_drawn() -> None:
     ]
 
     def drawn(name: str, contents: list[dict[str, Any]]) -> figures.Drawn | str:
-        made_of = [results.Record(f"{place}.json", content) for place, content in enumerate(contents)]
-        return figures.FIGURES[name].draw(results.families(made_of)[0])
+        made_of = [Record(f"{place}.json", content) for place, content in enumerate(contents)]
+        return figures.FIGURES[name].draw(families_of(made_of)[0])
 
     curves, usage = drawn("over_training", cells), drawn("usage", cells)
     assert isinstance(curves, figures.Drawn) and isinstance(usage, figures.Drawn)

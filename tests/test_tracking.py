@@ -14,7 +14,8 @@ import pytest
 from made_records import made
 
 from cpdlm.config import Config, parse, resolve
-from experiments import results, tracking
+from experiments import tracking
+from experiments.records import write
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +54,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             second.logger.log_metrics({"train/nll": 1.0}, step=20)
             second.logger.finalize("success")
             running = client.get_run(first.run_id).info.status
-        record = results.write(made(2), output / "results" / "C1")
+        record = write(made(2), output / "results" / "C1")
         figure = output / "figure.png"
         figure.write_bytes(b"png")
         tracking.log_record(config, record, [figure])
-        results.write(made(8, seed=1), output / "results" / "C1")
+        write(made(8, seed=1), output / "results" / "C1")
         (output / "results" / "torn.json").write_text("{")
         with pytest.warns(UserWarning, match="torn.json"):
             imported = [

@@ -57,8 +57,8 @@ from cpdlm.decoding.lookup import decode_with_lookup
 from cpdlm.files import check_writable, write_json
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.training import checkpoints
-from experiments import results
 from experiments.measure.agreement import agreement
+from experiments.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAFTERS = {"greedy": ("chain", "tree", "window", "path"), "sampling": ("chain", "block", "tree", "window", "path")}
@@ -721,7 +721,7 @@ def head(benches: Sequence[Bench], benchmark: str, arguments: Sequence[str]) -> 
     return {
         "benchmark": benchmark,
         "command": shlex.join(["python", "experiments/bench/decode.py", *arguments]),
-        **results.provenance(),
+        **provenance(),
         "settings": {key: getattr(options, key) for key in keys},
         "targets": [
             {

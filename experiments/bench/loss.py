@@ -446,12 +446,12 @@ def main(arguments: list[str]) -> int:
         report(options)
         return 0
     from cpdlm.files import write_json
-    from experiments import results
+    from experiments.provenance import provenance
 
     name, compare = ("large", large) if options.large else ("growth", growth) if options.growth else ("", against_dense)
     record = compare(options) | {
         "command": shlex.join(["python", "experiments/bench/loss.py", *arguments]),
-        **results.provenance(),
+        **provenance(),
         "dimensions": {key: getattr(options, key) for key in SMALL},
     }
     path = options.output / f"joint-loss-{'-'.join(filter(None, (name, options.on)))}.json"

@@ -266,11 +266,11 @@ def main(arguments: list[str]) -> int:
     if options.one:
         print(json.dumps(time_one(options.sizes[0], options.recipes[0], options.vocab, options.steps)))
         return 0
-    from experiments import results
+    from experiments.provenance import provenance
 
     record = (timed if options.stage == "time" else gained)(options) | {
         "command": shlex.join(["python", "experiments/bench/overhead.py", *arguments]),
-        **results.provenance(),
+        **provenance(),
         "settings": {
             "vocab": options.vocab,
             "steps": options.steps,

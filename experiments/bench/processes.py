@@ -145,7 +145,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
     """The record."""
     import torch  # noqa: F401 - so that the hardware entry knows of threads and accelerator
 
-    from experiments import results
+    from experiments.provenance import provenance
 
     every, runs = tasks(options), dict[str, list[dict[str, float]]]()
     for repeat in range(options.repeats):
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
     return {
         "benchmark": "processes",
         "command": shlex.join(["python", "experiments/bench/processes.py", *arguments]),
-        **results.provenance(),
+        **provenance(),
         "settings": settings,
         "cells": cells,
     }

@@ -48,7 +48,7 @@ from cpdlm.decoding.drafters import Acceptance, Drafter, Proposal, Uniforms, mak
 from cpdlm.files import write_json
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model
-from experiments import results
+from experiments.provenance import provenance
 
 # rank -> least share of the limit, at horizon 4, batch 1, a trunk of 50M parameters or more, greedy and temperature 1
 TARGETS = {1: 0.92, 8: 0.80}
@@ -142,7 +142,9 @@ def decoding(
 
     written = _decode(model, prompts_BT, sampling, draft, new_tokens, timer, passes)
     seconds = clock.now() - began
-    tokens, passed = (float(np.mean(each)) for each in ([len(w.tokens) for w in written], [w.forwards for w in written]))
+    tokens, passed = (
+        float(np.mean(each)) for each in ([len(w.tokens) for w in written], [w.forwards for w in written])
+    )
     return Run(seconds, prefill[0], tokens, passed)
 
 
@@ -499,7 +501,7 @@ def records(options: argparse.Namespace, arguments: list[str]) -> Iterator[dict[
     record: dict[str, Any] = {
         "benchmark": "decoding speed, forced acceptance, common target, head=shared",
         "command": shlex.join(["python", "experiments/bench/speed.py", *arguments]),
-        **results.provenance(),
+        **provenance(),
         "settings": {key: getattr(options, key) for key in keys}
         | {"device": device.type, "kept": "0, 1, .. n-1 drafts in turn"},
         "groups": [],

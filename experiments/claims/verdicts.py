@@ -15,7 +15,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from experiments.results import Cells, Family, Record, along, counted, training_hardware
+from experiments.families import Cells, Family, along
+from experiments.records import Record, counted, training_hardware
 from experiments.stats import Interval, Sample, contrast, difference, estimate, over_seeds, shared_seeds
 
 HOLDS, FAILS, UNMEASURED, NOT_MEASURED = "holds", "fails", "not measurable here", "not measured here"

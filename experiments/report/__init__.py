@@ -26,13 +26,14 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     Tables need no matplotlib; without it the figures are left out with a note. Raises RecordError for a folder that
     is not there or a claims block that is torn, WriteError where `figures` cannot be written.
     """
-    from experiments import results as store
     from experiments.claims import verdicts
+    from experiments.families import families_of
+    from experiments.records import load_all
     from experiments.report import decoding, page, scaling, speed, tables
     from experiments.report import figures as drawing
 
-    records, damaged = store.load_all(results)
-    families, notes = store.families(records)
+    records, damaged = load_all(results)
+    families, notes = families_of(records)
     found = verdicts.judge(families)
     notes = [*damaged, *notes]
     files = tables.write_tables(families, found, notes, figures / "tables")

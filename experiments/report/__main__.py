@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from cpdlm.files import WriteError
+from experiments.records import RecordError
 from experiments.report import render
-from experiments.results import RecordError
 
 
 def main(arguments: list[str]) -> int:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.records import MODES, machine_text
 from experiments.report.figures import Shown, one
 from experiments.report.figures.style import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY
 from experiments.report.tables import Made, Table, title_of
-from experiments.results import MODES, machine_text
 from experiments.stats import Sample, contrast
 
 if TYPE_CHECKING:

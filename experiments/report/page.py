@@ -17,10 +17,11 @@ from pathlib import Path
 
 from cpdlm.files import write_bytes
 from experiments.claims.verdicts import FAILS, HOLDS, Verdict
+from experiments.families import Family
+from experiments.records import Record, decoding_hardware, training_hardware
 from experiments.report.figures import ADDING, Shown, command
 from experiments.report.figures.style import COLUMN, DPI
 from experiments.report.tables import TABLES, Made, braces, described, title_of
-from experiments.results import Family, Record, decoding_hardware, training_hardware
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _COLOURS = 128  # of an embedded picture: a third of the bytes, and no difference to be seen

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.records import machine_text
 from experiments.report.figures import Shown, one
 from experiments.report.figures.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, grid
 from experiments.report.tables import Made, Table, title_of
-from experiments.results import machine_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.records import machine_text
 from experiments.report.tables import Made, Table, title_of
-from experiments.results import machine_text
 
 Benchmark = dict[str, Any]
 RECORDS = "decode_speed*.json"

@@ -16,18 +16,8 @@ from pathlib import Path
 from cpdlm.config import LossConfig
 from cpdlm.files import write_bytes
 from experiments.claims.verdicts import Verdict, seeds_text
-from experiments.results import (
-    LAWS,
-    MODES,
-    Cells,
-    Family,
-    Record,
-    RecordError,
-    counted,
-    decoding_hardware,
-    training_hardware,
-    trunk_records,
-)
+from experiments.families import Cells, Family, trunk_records
+from experiments.records import LAWS, MODES, Record, RecordError, counted, decoding_hardware, training_hardware
 from experiments.stats import Interval, difference, over_seeds, shared_seeds
 
 Pattern = tuple[tuple[str, ...], ...]  # of each part of a path, the values that it takes

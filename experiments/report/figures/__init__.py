@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.families import Family
 from experiments.report.figures import components, drafts, likelihood, speed, training
 from experiments.report.figures.style import STYLE, Drawn, Plot, save
 from experiments.report.tables import described
-from experiments.results import Family
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

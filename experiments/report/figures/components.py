@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.families import Cells, Family
+from experiments.records import Record
 from experiments.report.figures.style import (
     COMPONENTS,
     WIDE,
@@ -21,7 +23,6 @@ from experiments.report.figures.style import (
     widest,
     wrapped,
 )
-from experiments.results import Cells, Family, Record
 from experiments.stats import Interval, Sample, estimate
 
 if TYPE_CHECKING:

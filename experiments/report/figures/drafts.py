@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experiments.families import Cells, Family, along
+from experiments.records import MODES
 from experiments.report.figures.style import (
     LAWS,
     PANELS,
@@ -23,7 +25,6 @@ from experiments.report.figures.style import (
     widest,
     wrapped,
 )
-from experiments.results import MODES, Cells, Family, along
 from experiments.stats import Interval, over_seeds
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.claims.verdicts import CLAIMS, equal_level
+from experiments.families import Family
 from experiments.report.figures.style import (
     COLUMN,
     LAWS,
@@ -22,7 +23,6 @@ from experiments.report.figures.style import (
     widest,
     wrapped,
 )
-from experiments.results import Family
 from experiments.stats import Interval, difference, over_seeds
 
 if TYPE_CHECKING:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.families import Family, along
+from experiments.records import MODES, PARTS
 from experiments.report.figures.drafts import by_law, decoded
 from experiments.report.figures.likelihood import joint
 from experiments.report.figures.style import (
@@ -24,7 +26,6 @@ from experiments.report.figures.style import (
     widest,
     wrapped,
 )
-from experiments.results import MODES, PARTS, Family, along
 from experiments.stats import over_seeds
 
 if TYPE_CHECKING:

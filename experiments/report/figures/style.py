@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpdlm.files import write_bytes
-from experiments.results import Cells, Family, Record, along
+from experiments.families import Cells, Family, along
+from experiments.records import Record
 from experiments.stats import Interval
 
 if TYPE_CHECKING:

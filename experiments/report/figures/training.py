@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.families import Cells, Family, along
+from experiments.records import Record
 from experiments.report.figures.style import (
     BLACK,
     BLUE,
@@ -28,7 +30,6 @@ from experiments.report.figures.style import (
     widest,
     wrapped,
 )
-from experiments.results import Cells, Family, Record, along
 from experiments.stats import Interval, Sample, contrast, difference, estimate, over_seeds
 
 if TYPE_CHECKING:

@@ -1,0 +1,276 @@
+"""Which records may be compared: families, that differ in rank, variant and seed only."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cpdlm.config import INCIDENTAL, Config, flat, to_dict
+from experiments.records import LAWS, Record, counted, decoding_hardware, training_hardware
+
+# What two comparable records may differ in: settings that change no result, and the dials that a family is laid out along.
+_FREE = (
+    *INCIDENTAL,
+    "loss.chunk_mib",
+    "evaluate.batch_rows",
+    "train.validation_rows",
+    "rank",
+    "seed",
+    "anchor",
+    "model.tie_first",
+    "model.anchor_width",
+    "model.map_hidden",
+    "model.map_rank",
+    "model.adapter_layers",
+    "model.trunk",
+)
+_CONSEQUENCES = ("data.sha256", "data.vocab_size", "trunk")
+Cells = dict[int, Record]  # seed -> record
+
+
+@dataclass
+class Family:
+    """Records that differ in rank, seed and variant only: what may be compared. settings: everything they share."""
+
+    settings: dict[str, Any]
+    label: str = ""
+    cells: dict[tuple[str, int], Cells] = field(default_factory=dict)
+    reference: list[Record] = field(default_factory=list)  # next-token trunks of equal training, or the common target
+
+    @property
+    def target(self) -> str:
+        return str(self.settings["target"])
+
+    @property
+    def horizon(self) -> int:
+        return int(self.settings["horizon"])
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Heads on a model of others."""
+        return bool(self.settings["model.family"] == "pretrained")
+
+    @property
+    def size(self) -> str:
+        """The trunk, by its size or its name."""
+        return str(self.settings["trunk"] if self.is_pretrained else self.settings["size"])
+
+    @property
+    def is_timing(self) -> bool:
+        """Cells trained alone for a few steps, to be timed (C8): their likelihoods and drafts say nothing."""
+        return all(record["claim"] == "C8" for record in self.records())
+
+    @property
+    def balance(self) -> str:
+        """switch and kl with their strength, bias with its rate, none."""
+        name = str(self.settings["balance"])
+        key = {"switch": "loss.balance_weight", "kl": "loss.balance_weight", "bias": "loss.balance_rate"}.get(name)
+        return f"{name} {self.settings[key]:g}" if key else name
+
+    def all_ranks(self) -> list[int]:
+        return sorted({rank for _, rank in self.cells})
+
+    def variants(self) -> list[str]:
+        """The variants that it has, those of LAWS first."""
+        found = {variant for variant, _ in self.cells}
+        return [distribution for distribution in LAWS if distribution in found] + sorted(found - set(LAWS))
+
+    def ranks(self, variant: str = "untied") -> list[int]:
+        return sorted(rank for kind, rank in self.cells if kind == variant)
+
+    def records(self, variant: str | None = None) -> list[Record]:
+        return [
+            record
+            for (kind, _), cells in sorted(self.cells.items())
+            for _, record in sorted(cells.items())
+            if variant in (None, kind)
+        ]
+
+
+def families_of(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
+    """(families, notes), the largest family first, of two alike the newer. Different data or settings are never mixed; the notes say what else
+    differs within a family (commit, hardware, uncommitted changes), and which duplicates were left out."""
+    records = list(records)
+    found: dict[str, Family] = {}
+    notes: list[str] = []
+    by_name, unlike = {str(record["name"]): record for record in records}, 0
+    for record in records:
+        if record.horizon == 1:
+            continue
+        if not _is_like_for_like(record, by_name):
+            record, unlike = _without_rank_one(record), unlike + 1
+        settings = _settings(record)
+        family = found.setdefault(json.dumps(settings, sort_keys=True), Family(settings))
+        cells = family.cells.setdefault((record.variant, record.rank), {})
+        other = cells.get(record.seed)
+        if other is not None:
+            old, new = sorted((other, record), key=lambda r: (r["started"], r.path))
+            notes.append(f"{old.path} left out: {new.path} is the same cell and newer")
+            record = new
+        cells[record.seed] = record
+    trunks = [record for record in records if record.horizon == 1]
+    for family in found.values():
+        family.reference = _references(family, trunks)
+    ordered = sorted(found.values(), key=lambda f: json.dumps(f.settings, sort_keys=True))
+    ordered.sort(key=lambda f: max(str(record["started"]) for record in f.records()), reverse=True)
+    ordered.sort(key=lambda f: -len(f.records()))
+    _label(ordered)
+    for family in ordered:
+        notes += _mixture(family)
+    if unlike:
+        notes.append(
+            f"speed over rank 1 is not shown where it was taken over a rank-1 cell of another law or training (records: {unlike})"
+        )
+    return ordered, notes + _one_trunk(ordered) + _targets(ordered)
+
+
+def _is_like_for_like(record: Record, by_name: dict[str, Record]) -> bool:
+    """Whether its speed over rank 1 was taken over a cell that differs from it in rank only.
+
+    Records say which (`decoding.rank_one`). Those made before they did had the first rank-1 cell of their group, whatever
+    its law and training were; where that cell's record is not here, it is not known.
+    """
+    decoding = record["decoding"] or {}
+    if "rank_one" in decoding or "group" not in decoding:
+        return True
+    for name in decoding["group"]:
+        other = by_name.get(name)
+        if other is None:
+            return False
+        if other.rank == 1 and other.horizon == record.horizon:
+            same = other.variant == record.variant and other.seed == record.seed
+            return same and _settings(other) == _settings(record)
+    return True
+
+
+def _without_rank_one(record: Record) -> Record:
+    modes = {name: mode | {"speedup_over_rank1": None} for name, mode in record["decoding"]["modes"].items()}
+    return Record(record.path, record.content | {"decoding": record["decoding"] | {"modes": modes}})
+
+
+def along(families: Iterable[Family], *free: str) -> list[list[Family]]:
+    """Groups of families that share all settings but `free` (prefixes of dotted names), the largest group first; a group has two
+    families at least."""
+    groups: dict[str, list[Family]] = {}
+    for family in families:
+        kept = {key: value for key, value in family.settings.items() if not key.startswith(free)}
+        groups.setdefault(json.dumps(kept, sort_keys=True), []).append(family)
+    return sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
+
+
+def trunk_records(records: Iterable[Family]) -> list[Record]:
+    """Every reference trunk once, by path."""
+    return sorted({r.path: r for family in records for r in family.reference}.values(), key=lambda r: r.path)
+
+
+def _settings(record: Record) -> dict[str, Any]:
+    # A setting that is younger than the record had its default then.
+    every = _defaults() | flat(record.config)
+    settings = {key: value for key, value in every.items() if not key.startswith(_FREE)}
+    settings["target"] = record.target
+    settings["trunk"] = re.sub(r"-s\d+$", "", Path(record.config["model"]["trunk"]).name)
+    settings["data.sha256"] = record["data"]["sha256"]
+    settings["data.vocab_size"] = record["data"]["vocab_size"]
+    return settings
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return flat(to_dict(Config()))
+
+
+def _references(family: Family, trunks: list[Record]) -> list[Record]:
+    if family.target == "common":
+        names = {Path(record.config["model"]["trunk"]).name for record in family.records()}
+        same = [r for r in trunks if r["name"] in names]
+    else:
+        free = (
+            "horizon",
+            "balance",
+            "target",
+            "trunk",
+            "decode.",
+            "loss.",
+            "model.head",
+            "model.map_rank",
+            "model.noise",
+        )
+        mine = {key: value for key, value in family.settings.items() if not key.startswith(free)}
+        same = [r for r in trunks if {k: v for k, v in _settings(r).items() if not k.startswith(free)} == mine]
+    return [r for r in same if r["data"]["sha256"] == family.settings["data.sha256"]]
+
+
+def _label(ordered: list[Family]) -> None:
+    plain: dict[str, list[Family]] = {}
+    for family in ordered:
+        s = family.settings
+        text = f"{s['corpus']}, {family.size}, n={s['horizon']}, {s['target']} target"
+        plain.setdefault(text, []).append(family)
+    for text, members in plain.items():
+        usual = members[0].settings  # of the largest: the others say in what they differ from it
+        for family in members:
+            differing = [key for key in sorted(family.settings) if family.settings[key] != usual.get(key)]
+            # Other text or another tokenizer shows in hashes, too, and those are said only where nothing else is.
+            said = [key for key in differing if key not in _CONSEQUENCES] or differing
+            family.label = ", ".join([text, *(f"{key}={str(family.settings[key])[:12]}" for key in said)])
+
+
+def _mixture(family: Family) -> list[str]:
+    records = family.records()
+    notes = []
+    origins = [
+        origin for record in records for origin in (record.content, (record["decoding"] or {}).get("origin")) if origin
+    ]
+    commits = sorted({origin["commit"][:10] for origin in origins})
+    if len(commits) > 1:
+        notes.append(f"{family.label}: records of {len(commits)} commits ({', '.join(commits)}) are compared")
+    dirty = [
+        record["name"]
+        for record in records
+        if record["dirty"] or (record["decoding"] or {}).get("origin", {}).get("dirty")
+    ]
+    if dirty:
+        notes.append(f"{family.label}: {len(dirty)} of {len(records)} records come from uncommitted changes")
+    for what, machine in (("decoded", decoding_hardware), ("trained", training_hardware)):
+        machines = sorted({machine(record) for record in records})
+        if len(machines) > 1:
+            notes.append(
+                f"{family.label}: records {what} on {len(machines)} kinds of hardware are compared: {'; '.join(machines)}"
+            )
+    return notes
+
+
+def _one_trunk(ordered: list[Family]) -> list[str]:
+    """A line on the comparisons whose seeds are of the heads alone."""
+    found = 0
+    for family in ordered:
+        trunks = {record.config["model"]["trunk"] for record in family.records()}
+        seeds = {record.seed for record in family.records()}
+        found += family.target == "common" and len(seeds) > len(trunks)
+    if not found:
+        return []
+    return [
+        f"{counted(found, 'comparison')} with several seeds of the heads on one frozen trunk: its own variation is not covered"
+    ]
+
+
+def _targets(ordered: list[Family]) -> list[str]:
+    """A line per common trunk (a name, on one text) of which there are several sets of weights: each is another target."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for family in ordered:
+        for record in family.records():
+            if record.trunk_sha256:
+                trunk = Path(record.config["model"]["trunk"]).name, record["data"]["sha256"]
+                found.setdefault(trunk, []).append(record.trunk_sha256)
+    return [
+        f"{name} has {len(set(hashes))} sets of weights ("
+        + ", ".join(f"sha256 {each[:10]} under {hashes.count(each)} records" for each in sorted(set(hashes)))
+        + "): they are different targets, and cells on one are not paired with cells on another"
+        for (name, _), hashes in found.items()
+        if len(set(hashes)) > 1
+    ]
