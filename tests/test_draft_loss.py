@@ -157,7 +157,7 @@ def acceptance_by_hand(model: LanguageModel, batch: dict[str, Tensor]) -> list[f
 def test_the_target_of_each_draft_is_read_one_position_before_it(layout: str) -> None:
     model, batch = make(layout), rows()
     none_BT, all_BT = torch.zeros(2, T), torch.ones(2, T)
-    terms = model(**batch, first_weight_BT=none_BT, rest_weight_BT=all_BT, aim=("acceptance", 0.9, 1.0))
+    terms = model(**batch, first_weight_BT=none_BT, rest_weight_BT=all_BT, objective=("acceptance", 0.9, 1.0))
     torch.testing.assert_close(
         terms.rest_nll_P.double(),
         torch.tensor(acceptance_by_hand(model, batch), dtype=torch.float64),
@@ -181,9 +181,9 @@ def test_known_states_change_nothing() -> None:
     known = States(hidden_BTD, model.log_normaliser(hidden_BTD))
     weights = {"first_weight_BT": torch.zeros(2, T), "rest_weight_BT": torch.rand(2, T)}
     for objective in (None, ("blend", 0.9, 0.8)):
-        with_trunk = model(**batch, **weights, aim=objective)
+        with_trunk = model(**batch, **weights, objective=objective)
         blank = batch | {"tokens_BT": torch.zeros_like(batch["tokens_BT"])}  # the trunk is not asked
-        from_states = model(**blank, **weights, aim=objective, states=known)
+        from_states = model(**blank, **weights, objective=objective, states=known)
         assert torch.equal(with_trunk.rest_nll_P, from_states.rest_nll_P)
 
 

@@ -37,7 +37,7 @@ class SlotToy(ToyModel):
         assert position_ids_BT is not None and mask is not None
         nowhere_B1T1 = torch.full_like(tokens_BT, -1)[:, None, :, None]
         keys, values = (each[:, 0, :, 0] for each in cache.update(nowhere_B1T1, nowhere_B1T1, 0))
-        index_BT = cache.layers[0].place.slots_BS
+        index_BT = cache.layers[0].index.slots_BS
         codes = []
         for t in range(tokens_BT.shape[1]):
             seen_BL = mask[:, 0, t].expand(len(tokens_BT), -1).scatter(1, index_BT[:, t : t + 1], False)

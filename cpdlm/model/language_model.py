@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
         self.anchor = Anchor(width, anchor_width or width // 2, anchor_normed) if anchored else None
         self.blind = blind
         # What drafts cover (`use_shortlist`): ids (V',), their rows of the unembedding, and where on the list an id is.
-        for buffer in ("draft_ids", "_draft_table_VD", "_place_on_list_V"):
+        for buffer in ("draft_ids", "_draft_table_VD", "_draft_index_V"):
             self.register_buffer(buffer, None, persistent=False)
         if frozen_target:
             self.trunk.requires_grad_(False)
