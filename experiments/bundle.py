@@ -7,6 +7,7 @@ There: ./reproduce.sh --profile PROFILE --only train,decode --data DIR --python 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from experiments.suite import PROFILES
 def main(arguments: list[str]) -> int:
     from cpdlm.data.corpus import write_bundle
 
-    if len(arguments) != 2 or arguments[0] not in PROFILES:
-        print(f"usage: python -m experiments.bundle {'|'.join(PROFILES)} DIR", file=sys.stderr)
-        return 2
-    profile, folder = arguments
+    parser = argparse.ArgumentParser(prog="./dev bundle", description=__doc__)
+    parser.add_argument("folder", nargs="?", default="bundle")
+    parser.add_argument("--profile", default="gpu", choices=PROFILES)
+    options = parser.parse_args(arguments)
+    profile, folder = options.profile, options.folder
     try:
         sizes = write_bundle([cell.config("runs/bundle") for cell in PROFILES[profile]()], Path(folder))
     except ConfigError as error:

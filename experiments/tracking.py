@@ -635,19 +635,36 @@ def main(arguments: list[str]) -> int:
         help="page and pictures to attach (default: paper_figures)",
     )
     show = commands.add_parser("ui", help="start the dashboard on 127.0.0.1")
-    show.add_argument(
-        "output", type=Path, nargs="?", default=Path("runs"), help="folder with the store (default: runs)"
-    )
-    show.add_argument("--uri", default="", help="MLflow store (default: MLFLOW_TRACKING_URI, else sqlite in OUTPUT)")
+    show.add_argument("output", type=Path, nargs="?", help="folder with the store (default: the newest under runs/)")
+    show.add_argument("--results", type=Path, help="import the records of this folder first")
     show.add_argument("--port", type=int, default=5000)
     options = parser.parse_args(arguments)
-    uri = options.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    where = os.environ.get("MLFLOW_TRACKING_URI", "")
     if options.command == "ui":
-        os.execvpe(sys.executable, server_argv(options.output, uri, options.port), server_environment())
+        output = options.output or _newest_store()
+        output.mkdir(parents=True, exist_ok=True)
+        options.uri, options.prefix, options.figures = where or default_uri(output), "cpdlm", Path("paper_figures")
+    if options.results is not None:
+        code = _import(options)
+        if code:
+            return code
+    if options.command == "ui":
+        url = f"http://127.0.0.1:{options.port}"
+        print(f"MLflow over {_shown(options.uri)}: {url} after some 20 s; Ctrl-C stops it", flush=True)
+        os.execvpe(sys.executable, server_argv(output, where, options.port), server_environment())
+    return 0
+
+
+def _newest_store() -> Path:
+    found = [*Path("runs").glob(DATABASE), *Path("runs").glob(f"*/{DATABASE}")]
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else Path("runs")
+
+
+def _import(options: argparse.Namespace) -> int:
     from experiments.records import RecordError
 
     try:
-        where = uri or default_uri(Path("runs"))
+        where = options.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(Path("runs"))
         count = import_records(options.results, where, options.prefix, figures=options.figures)
     except (RuntimeError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from made_records import made
+from packaging.version import Version
 
 from experiments import verify
 from experiments.records import Record
@@ -46,16 +47,9 @@ def script(
     tree: Path, *words: str, path: str = "", cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("CPDLM_")}
-    kept |= {"PATH": f"{path}:/usr/bin:/bin" if path else kept["PATH"], "CPDLM_RETRY_WAIT": "0"} | environment
+    kept |= {"PATH": f"{path}:/usr/bin:/bin" if path else kept["PATH"]} | environment
     command = ["bash", str(tree / words[0]), *words[1:]]
     return subprocess.run(command, cwd=cwd or tree, env=kept, capture_output=True, text=True, check=False, timeout=60)
-
-
-def bash(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    source = f"set -euo pipefail; ROOT={ROOT}; source {ROOT}/requirements/environment.sh; {code}"
-    return subprocess.run(
-        ["bash", "-c", source], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
 
 
 class Machine:
@@ -102,11 +96,8 @@ def machine(tmp_path: Path) -> Machine:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_bash_and_name_no_machine(name: str) -> None:
     assert subprocess.run(["bash", "-n", str(ROOT / name)], check=False).returncode == 0
-    text = (ROOT / name).read_text()
-    assert not re.search(r"/(work|root|home|opt)/", text)
-    if name != "requirements/environment.sh":
-        assert os.access(ROOT / name, os.X_OK)
-        assert re.search(r"^set -e?uo pipefail$", text, flags=re.MULTILINE)
+    assert not re.search(r"/(work|root|home|opt)/", (ROOT / name).read_text())
+    assert name.startswith("requirements/") or os.access(ROOT / name, os.X_OK)
 
 
 @pytest.mark.parametrize("name", ["reproduce.sh", "dev"])
@@ -116,150 +107,69 @@ def test_help_needs_no_environment(name: str, machine: Machine) -> None:
     assert machine.asked() == []
 
 
-def test_help_names_every_profile_and_command() -> None:
+def test_help_names_every_profile() -> None:
     from experiments.suite import PROFILES
 
     page = script(ROOT, "reproduce.sh", "--help").stdout
-    assert all(re.search(rf"^\s.*\b{name} ", page, flags=re.MULTILINE) for name in PROFILES)
-    assert f"PROFILES=({' '.join(PROFILES)})" in (ROOT / "reproduce.sh").read_text()
-    page = script(ROOT, "dev", "--help").stdout
-    for command in ("setup", "test", "lint", "ui", "report", "bundle", "verify", "lock", "clean"):
-        assert re.search(rf"^  {command} ", page, flags=re.MULTILINE)
+    assert all(re.search(rf"^ .*\b{name} ", page, flags=re.MULTILINE) for name in PROFILES)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("reproduce.sh", "--porfile", "cpu"), "did you mean --profile?"),
-        (("reproduce.sh", "--porfile=cpu"), "did you mean --profile?"),
-        (("reproduce.sh", "--profile", "cpu-ful"), "did you mean cpu-full?"),
-        (
-            ("reproduce.sh", "--profile", "quick"),
-            "not one of: smoke cpu cpu-full retrofit-screen retrofit gpu retrofit-gpu paper",
-        ),
         (("reproduce.sh", "--profile"), "--profile needs a value"),
-        (("reproduce.sh", "--only", "data,trian"), "did you mean train?"),
-        (("reproduce.sh", "--data", "nowhere"), "no such folder; ./dev bundle"),
-        (("reproduce.sh", "--jobs", "0"), "--jobs 0"),
-        (("reproduce.sh", "--mix", "yess"), "did you mean yes?"),
-        (("reproduce.sh", "smoke"), "'smoke' is not an option"),
-        (("reproduce.sh", "--python", "./nothing"), "there is no such program"),
+        (("reproduce.sh", "smoke"), "write --profile smoke"),
         (("dev",), "usage: ./dev"),
-        (("dev", "tset"), "did you mean ./dev test?"),
-        (("dev", "verify"), "which record?"),
+        (("dev", "tset"), "'./dev tset' is not a command"),
     ],
 )
 def test_mistakes_exit_2_before_any_work(words: tuple[str, ...], said: str, machine: Machine) -> None:
     done = machine(*words)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert machine.asked() == []
+    assert done.returncode == 2 and said in done.stderr and machine.asked() == []
 
 
-@pytest.mark.parametrize(
-    ("version", "least", "enough"),
-    [
-        ("2.11.0", "2.11", True),
-        ("2.9.1+cu130", "2.11", False),
-        ("2.13.0+cpu", "2.11", True),
-        ("3.0", "2.11", True),
-        ("2.11.0a0+git1", "2.11", True),
-        ("5.9", "5.17", False),
-        ("5.17.0.dev0", "5.17", True),
-        ("3.11.7", "3.11", True),
-        ("3.08", "3.11", False),
-        ("5", "5.17", False),
-    ],
-)
-def test_versions_are_compared_as_numbers(version: str, least: str, enough: bool) -> None:
-    assert (bash(f"version_at_least {version} {least}").returncode == 0) is enough
-
-
-def test_needed_versions_are_those_of_the_project() -> None:
-    """What --python checks = the bounds of pyproject.toml; what it calls tested = the lock."""
-    bounds, pins = required(), pinned("cpu")
-    entries = bash('printf "%s\\n" "${NEEDED[@]}"').stdout.split()
-    assert len(entries) == 7
-    for entry in entries:
-        name, least, tested = entry.split(":")
-        if name != "python":
-            assert bounds[name] == least, name
-            assert pins[name].split("+")[0] == tested, name
-
-
-# --- a given interpreter ---------------------------------------------------------------------------------------------
-
-GOOD = {
-    "python": "3.12.1",
-    "torch": "2.11.0+cu130",
-    "transformers": "5.17.0",
-    "lightning": "2.6.0",
-    "torchmetrics": "1.8.0",
-    "numpy": "2.3.0",
-    "omegaconf": "2.3.0",
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({}, ""),
-        ({"torch": "2.9.0"}, "torch is 2.9.0 (needs 2.11 or later)"),
-        ({"transformers": "5.9.1"}, "transformers is 5.9.1 (needs 5.17 or later)"),
-        ({"python": "3.10.2"}, "python is 3.10.2 (needs 3.11 or later)"),
-        ({"omegaconf": ""}, "omegaconf is missing"),
-    ],
-)
-def test_a_given_python_is_checked_and_nothing_is_installed(
-    changes: dict[str, str], said: str, machine: Machine
-) -> None:
-    versions = "\\n".join(f"{name} {version}" for name, version in (GOOD | changes).items() if version)
-    given = machine.tree / "python"
-    given.write_text(f'#!/usr/bin/env bash\nif [ "$1" = -c ]; then printf "{versions}\\n"; else echo ran "$@"; fi\n')
-    given.chmod(0o755)
-    done = machine(
-        "reproduce.sh", "--python", "./python", "--only", "train,decode", "--data", "experiments", "--profile", "smoke"
-    )
-    assert machine.asked() == []
-    assert not (machine.tree / ".venv").exists()
-    if said:
-        assert done.returncode == 2 and said in done.stderr
-    else:
-        assert done.returncode == 0, done.stderr
-        assert "[1/5] set-up: skipped: " in done.stdout and "torch 2.11.0+cu130; tested with 2.13.0" in done.stdout
-        assert "ran -m experiments.sweep profile=smoke out=runs/smoke only=train,decode data=experiments" in done.stdout
-
-
-# --- the set-up ------------------------------------------------------------------------------------------------------
-
-
-def test_set_up_installs_torch_first_and_only_once(machine: Machine, tmp_path: Path) -> None:
-    done = machine("reproduce.sh", "--out", "mine", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    asked = machine.asked()
-    assert asked[0] == "venv" and len(asked) == 3
-    assert all("--no-deps" in line for line in asked[1:])
-    assert "torch.txt" in asked[1] and "requirements/cpu.txt" in asked[2]
-    lines = (machine.tree / ".venv/torch.txt").read_text().splitlines()
-    assert lines[0].startswith("torch==") and all(line.startswith("torch==") for line in lines)
-    assert re.search(r"^\[1/5\] set-up: done \(\d+ s\)$", done.stdout, flags=re.MULTILINE)
-    # Without a GPU the profile is cpu; a folder outside the repository stays where the user meant it.
-    assert f"sweep profile=cpu out={tmp_path}/mine" in done.stdout
-    again = machine("reproduce.sh", "--profile=smoke", f"--out={machine.tree}/runs/x")
-    assert machine.asked() == []
-    assert "[1/5] set-up: skipped: .venv is complete (cpu)" in again.stdout
-    assert "sweep profile=smoke out=runs/x" in again.stdout  # inside it is named relative to it
+def test_what_the_sweep_knows_is_handed_to_it(machine: Machine, tmp_path: Path) -> None:
+    """A folder outside the repository stays where the user meant it; inside, it is named relative to the repository."""
+    done = machine("reproduce.sh", "--out", "mine", "--jobs=2", "--porfile", "x", cwd=tmp_path)
+    assert f"sweep profile=cpu out={tmp_path}/mine jobs=2 porfile=x" in done.stdout, done.stderr
+    done = machine("reproduce.sh", "--profile=smoke", f"--out={machine.tree}/runs/x", "--only", "data,train")
+    assert "sweep profile=smoke out=runs/x only=data,train" in done.stdout
 
 
 @pytest.mark.parametrize("profile", ["gpu", "retrofit-gpu", "paper", "retrofit", "cpu"])
 def test_a_profile_for_a_gpu_warns_where_there_is_none(profile: str, machine: Machine) -> None:
     said = machine("reproduce.sh", "--only", "set-up", "--profile", profile).stdout
     assert (f"profile {profile} would take days" in said) == (profile in ("gpu", "retrofit-gpu", "paper"))
+    assert "sweep" not in said
 
 
-def test_set_up_alone_runs_no_other_stage(machine: Machine) -> None:
-    done = machine("reproduce.sh", "--only", "set-up")
-    assert done.returncode == 0 and "sweep" not in done.stdout
+# --- a given interpreter ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("needed", "said"),
+    [("torch>=2.11", ""), ("torch>=99", "torch is "), ("omegaconf>=2.3", ""), ("nothing>=1", "")],
+)
+def test_a_given_python_is_checked_and_nothing_is_installed(needed: str, said: str, machine: Machine) -> None:
+    shutil.copy(ROOT / "requirements/check.py", machine.tree / "requirements/check.py")
+    (machine.tree / "pyproject.toml").write_text(f"[project]\ndependencies = ['{needed}']\n")
+    done = machine("reproduce.sh", "--python", sys.executable, "--only", "train", "--profile", "smoke")
+    assert machine.asked() == [] and not (machine.tree / ".venv").exists()
+    assert done.returncode == (2 if said else 0) and said in done.stderr
+    assert ("sweep profile=smoke only=train" in done.stdout) == (not said)
+
+
+# --- the set-up ------------------------------------------------------------------------------------------------------
+
+
+def test_set_up_installs_torch_first_and_only_once(machine: Machine) -> None:
+    done = machine("dev", "setup")
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = machine.asked()
+    assert asked[0] == "venv" and len(asked) == 3 and all("--no-deps" in line for line in asked[1:])
+    assert "torch.txt" in asked[1] and "requirements/cpu.txt" in asked[2]
+    assert all(line.startswith("torch==") for line in (machine.tree / ".venv/torch.txt").read_text().splitlines())
+    assert "skipped: .venv is complete (cpu)" in machine("dev", "setup").stdout and machine.asked() == []
 
 
 def test_a_changed_lock_is_installed_again(machine: Machine) -> None:
@@ -272,29 +182,14 @@ def test_a_changed_lock_is_installed_again(machine: Machine) -> None:
 
 
 def test_a_failed_set_up_says_so_and_continues(machine: Machine) -> None:
-    machine.fail_installs(4)  # the first try and the three with PyTorch's own index
+    machine.fail_installs(2)  # pip's own index, then the one of the CPU builds
     done = machine("dev", "setup")
     assert done.returncode == 1
-    assert "torch could not be installed" in done.stderr and "no route to host" in done.stderr
+    assert "torch, from its own index could not be installed" in done.stderr and "no route to host" in done.stderr
     assert not (machine.tree / ".venv/.complete").exists()
-    asked = machine.asked()
-    assert len(asked) == 5 and "--extra-index-url https://download.pytorch.org/whl/cpu" in asked[-1]
-    done = machine("dev", "setup")
-    assert done.returncode == 0 and (machine.tree / ".venv/.complete").exists()
+    assert "--extra-index-url https://download.pytorch.org/whl/cpu" in machine.asked()[-1]
+    assert machine("dev", "setup").returncode == 0 and (machine.tree / ".venv/.complete").exists()
     assert "venv" not in machine.asked()  # what was there is used
-
-
-def test_hiccups_are_survived(machine: Machine) -> None:
-    machine.fail_installs(2)
-    assert machine("dev", "setup").returncode == 0
-    assert len(machine.asked()) == 5
-
-
-def test_cuda_packages_in_a_cpu_environment_are_an_error(machine: Machine) -> None:
-    machine.installed("torch", "nvidia-cublas", "triton")
-    done = machine("dev", "setup")
-    assert done.returncode == 1 and "nvidia-cublas==1.0, triton==1.0" in done.stderr
-    assert not (machine.tree / ".venv/.complete").exists()
 
 
 def test_a_gpu_changes_variant_and_profile(machine: Machine) -> None:
@@ -303,12 +198,8 @@ def test_a_gpu_changes_variant_and_profile(machine: Machine) -> None:
     machine.program("nvidia-smi", "#!/bin/sh\necho 'GPU 0: Made up'\n")
     done = machine("reproduce.sh")
     asked = machine.asked()
-    assert (
-        asked[0] == "venv"
-        and "requirements/cuda.txt" in asked[-1]
-        and not any("--extra-index-url" in line for line in asked)
-    )
-    assert "sweep profile=gpu out=runs/gpu" in done.stdout
+    assert asked[0] == "venv" and "requirements/cuda.txt" in asked[-1] and "extra-index-url" not in "".join(asked)
+    assert "sweep profile=gpu" in done.stdout
 
 
 def test_a_broken_environment_is_made_again(machine: Machine) -> None:
@@ -319,34 +210,19 @@ def test_a_broken_environment_is_made_again(machine: Machine) -> None:
     assert machine.asked()[0] == "venv"
 
 
-def test_a_missing_or_bare_python_is_named(tmp_path: Path) -> None:
-    """No usable Python: says what to install."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-
-    def said(*answers: str) -> str:
-        tests = " ".join(f'*"{answer}"*) exit 1;;' for answer in answers)
-        for name in ("python3.11", "python3.12", "python3.13", "python3"):
-            (folder / name).write_text(
-                f'#!/bin/bash\ncase "$2" in {tests} *platform*) echo 3.9.1;; *print*) echo python3.11;; esac\n'
-            )
-            (folder / name).chmod(0o755)
-        return bash("find_python", PATH=f"{folder}:/usr/bin:/bin").stderr
-
-    assert "no Python 3.11 or later was found (python3 is 3.9.1)" in said("version_info < ")
-    assert "apt install python3.11-venv" in said("ensurepip")
+def test_a_missing_python_is_named(machine: Machine) -> None:
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):
+        machine.program(name, "#!/bin/sh\nexit 1\n")
+    assert "apt install python3.11-venv" in machine("dev", "setup").stderr
 
 
 # --- dev -------------------------------------------------------------------------------------------------------------
 
 
 def test_dev_test_passes_arguments_on(machine: Machine) -> None:
-    (machine.tree / "pytest.py").write_text(
-        "import sys\nprint('pytest', *sys.argv[1:])\nsys.exit(5 if 'slow' in sys.argv else 0)\n"
-    )
-    assert "pytest tests/x.py -k 'a b'".replace("'", "") in machine("dev", "test", "tests/x.py", "-k", "a b").stdout
-    done = machine("dev", "test", "--slow", "-x")
-    assert "pytest -m slow -x" in done.stdout and "no test is marked slow" in done.stdout and done.returncode == 0
+    (machine.tree / "pytest.py").write_text("import sys\nprint('pytest', *sys.argv[1:])\n")
+    assert "pytest tests/x.py -k a b" in machine("dev", "test", "tests/x.py", "-k", "a b").stdout
+    assert "pytest -m slow -x" in machine("dev", "test", "--slow", "-x").stdout
     done = script(machine.tree, "dev", "test", path=str(machine.bin), CPDLM_JUNIT="report.xml")
     assert "pytest --junitxml=report.xml" in done.stdout
 
@@ -419,7 +295,7 @@ def pinned(lock: str) -> dict[str, str]:
 def test_the_lock_has_every_dependency_at_or_above_its_bound(lock: str) -> None:
     pins = pinned(lock)
     for name, least in required().items():
-        assert bash(f"version_at_least {pins[name]} {least}").returncode == 0, f"{name} {pins[name]} < {least}"
+        assert Version(pins[name]) >= Version(least), f"{name} {pins[name]} < {least}"
 
 
 def test_the_cpu_lock_is_the_cuda_lock_without_cuda() -> None:
