@@ -2,7 +2,7 @@
 
     python -m cpdlm.generate --model RUN --prompt 'def main(' --show
 
---model takes a run's folder, one that `python -m cpdlm.hf.hub` wrote, or the name of a model for which heads come with this
+--model takes a run's folder, one that `python -m cpdlm.hf.export` wrote, or the name of a model for which heads come with this
 package (smollm2; the model itself is fetched at its first use). What the model reads is the prompt as its tokenizer writes one, or,
 with --chat, as its chat template writes a user's turn. The text goes to standard output, everything else
 to standard error, so that the text can be piped. Slow imports come after the arguments are read.
@@ -110,26 +110,27 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
 
     from cpdlm.data.pretrained_files import NAMED
     from cpdlm.data.tokenizer import HubTokenizer
-    from cpdlm.hf import hub, released
+    from cpdlm.hf import export, released
+    from cpdlm.hf.model import CpdlmForCausalLM
     from cpdlm.model.pretrained import multiplies_bfloat16
     from cpdlm.training.checkpoints import CONFIG, RunError, load_model, read_config, run_draft_vocabulary
 
     tokenizer: Tokenizer
     if released.is_name(folder):
         model, tokenizer = released.load(str(folder), shortlist, "" if multiplies_bfloat16() else "float32")
-        eos = hub.end_tokens(released.settings(str(folder)), tokenizer)
+        eos = export.end_tokens(released.settings(str(folder)), tokenizer)
     elif (folder / CONFIG).is_file():
-        model, tokenizer = load_model(folder), hub.run_tokenizer(folder)
-        eos = hub.end_tokens(read_config(folder), tokenizer)
+        model, tokenizer = load_model(folder), export.run_tokenizer(folder)
+        eos = export.end_tokens(read_config(folder), tokenizer)
         if shortlist:
             model.use_draft_vocabulary(run_draft_vocabulary(folder))
     elif (folder / "config.json").is_file():
         if not (folder / "tokenizer_config.json").is_file():
             raise RunError(
-                f"{folder} has no tokenizer (tokenizer_config.json); export it again with python -m cpdlm.hf.hub"
+                f"{folder} has no tokenizer (tokenizer_config.json); export it again with python -m cpdlm.hf.export"
             )
         try:
-            wrapped = hub.CpdlmForCausalLM.from_pretrained(folder)
+            wrapped = CpdlmForCausalLM.from_pretrained(folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise RunError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); export it again") from error
@@ -142,7 +143,7 @@ def load(folder: Path, shortlist: bool = True) -> tuple[LanguageModel, Tokenizer
         raise RunError(
             f"{folder} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json) nor one of {', '.join(NAMED)}"
         )
-    hub.check_vocabulary(folder, model, tokenizer)
+    export.check_vocabulary(folder, model, tokenizer)
     return model, tokenizer, eos
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from cpdlm.bench.latency import measure
 from cpdlm.config import ConfigError, resolve
 from cpdlm.decoding import CapturedForwards, Captures, Sampling, decode, decode_batch
-from cpdlm.hf import hub
+from cpdlm.hf import export
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import load_pretrained
@@ -155,7 +155,7 @@ def test_only_adapters_and_heads_train_and_are_stored(folders: dict[str, Path], 
     prompt_T = torch.tensor([5, 6, 7])
     assert decode(loaded, prompt_T, 24, Sampling(0.0)) == decode(model, prompt_T, 24, Sampling(0.0))
     with pytest.raises(RunError, match=r"model.adapter_layers\), which an exported folder cannot hold"):
-        hub.export(tmp_path, tmp_path / "mine")
+        export.export(tmp_path, tmp_path / "mine")
 
 
 def test_a_cell_with_adapters_runs_to_a_valid_record(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from cpdlm.config import resolve
 from cpdlm.decoding import CapturedForwards, Captures, Sampling, decode, decode_batch
 from cpdlm.decoding.drafters import DRAFTERS
-from cpdlm.hf.hub import CpdlmForCausalLM
+from cpdlm.hf import CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from tests import oracle
 from tests.test_drafters import FILTERS, LENGTH, PROMPTS, truth

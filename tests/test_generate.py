@@ -15,7 +15,7 @@ from cpdlm import generate
 from cpdlm.data.tokenizer import BytesTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.generate import GREEN, RESET, Incremental
-from cpdlm.hf import hub
+from cpdlm.hf import export
 from cpdlm.training.checkpoints import load_model
 from tests.test_hub import LISTED, bpe_run, listed_run, make_run
 
@@ -58,13 +58,13 @@ def test_the_stream_is_the_decoded_text(run: Path, sampling: Sampling) -> None:
 
 
 def test_an_exported_folder_writes_the_same(run: Path, tmp_path: Path) -> None:
-    hub.export(run, tmp_path / "mine")
+    export.export(run, tmp_path / "mine")
     assert written(tmp_path / "mine", "--prompt", PROMPT) == written(run, "--prompt", PROMPT)
 
 
 def test_the_models_own_shortlist_is_used_unless_refused(tmp_path: Path) -> None:
     listed_run(tmp_path / "run")
-    hub.export(tmp_path / "run", tmp_path / "mine")
+    export.export(tmp_path / "run", tmp_path / "mine")
     for folder in (tmp_path / "run", tmp_path / "mine"):
         model, *_ = generate.load(folder)
         assert model.draft_ids is not None and model.draft_ids.tolist() == LISTED
@@ -76,7 +76,7 @@ def test_the_models_own_shortlist_is_used_unless_refused(tmp_path: Path) -> None
 
 def test_a_bpe_run_writes_text(tmp_path: Path) -> None:
     run = bpe_run(tmp_path)
-    hub.export(run, tmp_path / "mine")
+    export.export(run, tmp_path / "mine")
     text = written(run, "--prompt", "alpha beta", "--temperature", "1")
     assert len(text) > 20 and text == written(tmp_path / "mine", "--prompt", "alpha beta", "--temperature", "1")
 
@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_used_is_named(run: Path, tmp_path: Path, capsys
 
     assert "is neither a run's folder (no config.yaml) nor an exported model" in error(tmp_path / "nowhere")
     folder = tmp_path / "mine"
-    hub.export(run, folder)
+    export.export(run, folder)
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert "cannot be loaded" in error(folder)
@@ -199,8 +199,8 @@ def test_a_folder_that_cannot_be_used_is_named(run: Path, tmp_path: Path, capsys
         tmp_path / "small"
     )
     bpe = bpe_run(tmp_path)
-    hub.export(run, tmp_path / "other")
-    hub.export(bpe, tmp_path / "theirs")
+    export.export(run, tmp_path / "other")
+    export.export(bpe, tmp_path / "theirs")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "theirs" / name).replace(tmp_path / "other" / name)
     assert "the weights 257; they do not belong together" in error(tmp_path / "other")

@@ -44,8 +44,8 @@ from cpdlm.config import Config, resolve
 from cpdlm.data.corpus import load_corpus
 from cpdlm.decoding.cache import Text
 from cpdlm.files import write_json
-from cpdlm.hf import hub
-from cpdlm.hf.hub import CpdlmConfig, CpdlmForCausalLM
+from cpdlm.hf import CpdlmConfig, CpdlmForCausalLM, export
+from cpdlm.hf.generate import STOCK
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training import checkpoints
 from tests import oracle
@@ -516,7 +516,7 @@ TAKEN: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_a_refusal_says_of_the_stock_loop_is_so(name: str) -> None:
     ids, always = torch.tensor([[1, 2, 5, 3]]), {"max_new_tokens": 12, "pad_token_id": 0}
-    with pytest.raises(ValueError, match=re.escape(hub.STOCK)):
+    with pytest.raises(ValueError, match=re.escape(STOCK)):
         wrapped("common").generate(ids, **always, **TAKEN[name](wrapped("common")))
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -659,7 +659,7 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
     trunk, run, folder = tmp_path / "trunk", tmp_path / "heads", tmp_path / "exported"
     make_run(trunk, {"rank": 1, "horizon": 1, "balance": "none"})
     model = make_run(run, {"model.trunk": str(trunk)})
-    assert hub.main([str(run), str(folder)]) == 0
+    assert export.main([str(run), str(folder)]) == 0
     said = capsys.readouterr().out.split()
     assert (
         {Path(line).name for line in said}
@@ -700,7 +700,7 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
         "frozen trunk",
     ):
         assert word in card, word
-    assert hub.main([str(run), str(folder)]) == 2, "the trunk is gone"
+    assert export.main([str(run), str(folder)]) == 2, "the trunk is gone"
     assert "trunk" in capsys.readouterr().err
 
 
@@ -724,7 +724,7 @@ def test_a_shortlist_goes_with_its_model(tmp_path: Path, monkeypatch: pytest.Mon
         return run_window(self, window_BS, *rest)
 
     monkeypatch.setattr(Text, "run", spy)
-    hub.export(listed_run(tmp_path / "run"), tmp_path / "mine")
+    export.export(listed_run(tmp_path / "run"), tmp_path / "mine")
     assert (
         "from the 20 most frequent tokens, 91.3% of the training text" in (tmp_path / "mine" / "README.md").read_text()
     )
@@ -749,7 +749,7 @@ def test_a_shortlist_goes_with_its_model(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_shortlist_that_is_not_known_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "run", {"decode.shortlist": 20})
-    assert hub.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "drafts from a shortlist (decode.shortlist=20) that is not in its decode.json; delete that file" in error
     assert not (tmp_path / "out").exists()
@@ -759,7 +759,7 @@ def test_the_card_is_code_that_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run(tmp_path / "run", {}, measured=False)
-    hub.export(tmp_path / "run", tmp_path / "mine")
+    export.export(tmp_path / "run", tmp_path / "mine")
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "Its speed was not measured." in card
     monkeypatch.chdir(tmp_path)
@@ -769,7 +769,7 @@ def test_the_card_is_code_that_runs(
 
 def test_streamed_text_is_the_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "run", {}, measured=False)
-    model = hub.export(tmp_path / "run", tmp_path / "mine")
+    model = export.export(tmp_path / "run", tmp_path / "mine")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mine")
     text = tokenizer("x = ", return_tensors="pt")
     capsys.readouterr()
@@ -804,8 +804,8 @@ def bpe_run(tmp_path: Path, tokenizer: str = "bpe:290") -> Path:
 
 def test_a_bpe_goes_with_its_model(tmp_path: Path) -> None:
     run = bpe_run(tmp_path)
-    hub.export(run, tmp_path / "mine")
-    ours, theirs = hub.run_tokenizer(run), AutoTokenizer.from_pretrained(tmp_path / "mine")
+    export.export(run, tmp_path / "mine")
+    ours, theirs = export.run_tokenizer(run), AutoTokenizer.from_pretrained(tmp_path / "mine")
     assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.eos
     for text in ("alpha beta", "naïve €", " kappa  iota\n"):
         ids = ours.encode([text])[0].tolist()
@@ -814,16 +814,16 @@ def test_a_bpe_goes_with_its_model(tmp_path: Path) -> None:
 
 def test_a_hugging_face_tokenizer_goes_with_its_model(tmp_path: Path) -> None:
     make_run(tmp_path / "bytes", {})
-    hub.export(tmp_path / "bytes", tmp_path / "source")
+    export.export(tmp_path / "bytes", tmp_path / "source")
     (tmp_path / "other").mkdir()
     run = bpe_run(tmp_path / "other", f"hf:{tmp_path / 'source'}")
-    hub.export(run, tmp_path / "mine")
+    export.export(run, tmp_path / "mine")
     assert AutoTokenizer.from_pretrained(tmp_path / "mine")("a €")["input_ids"] == [256, *"a €".encode()]
 
 
 def test_a_run_without_its_parts_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(run: Path, folder: Path, *words: str) -> None:
-        assert hub.main([str(run), str(folder)]) == 2
+        assert export.main([str(run), str(folder)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and all(word in error for word in words), error
 

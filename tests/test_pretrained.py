@@ -49,7 +49,7 @@ from cpdlm.config import Config, ConfigError, parse, resolve
 from cpdlm.data.pretrained_files import ORIGIN, checkpoint_folder, content_hash, described
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
 from cpdlm.decoding import Sampling, decode, decode_batch
-from cpdlm.hf.hub import CpdlmForCausalLM
+from cpdlm.hf import CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.pretrained import eos_of, load_pretrained
 

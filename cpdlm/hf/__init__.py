@@ -1,1 +1,5 @@
-"""The model as `transformers` knows models."""
+"""The model as `transformers` knows models. `import cpdlm.hf` makes AutoModelForCausalLM load exported folders."""
+
+from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
+
+__all__ = ["CpdlmConfig", "CpdlmForCausalLM"]

@@ -36,7 +36,7 @@ from cpdlm.training.checkpoints import (
     trunk_source,
 )
 
-FOLDER = Path(__file__).parent / "released"
+FOLDER = Path(__file__).parents[1] / "released"
 SHORTLIST = "shortlist"
 
 

@@ -1,0 +1,234 @@
+"""The model as `transformers` knows models: its configuration and its class, saved to and loaded from a folder.
+
+A folder is self-contained: a frozen trunk is saved with the heads that were trained on it. No remote code is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from cpdlm.decoding import Captures
+from cpdlm.hf.generate import SpeculativeGenerationMixin
+from cpdlm.model.language_model import LanguageModel
+from cpdlm.model.trunk import Trunk
+
+
+class CpdlmConfig(PreTrainedConfig):
+    """Shape of a `LanguageModel`. text_config: the trunk's own configuration, a dict with its model_type or an object.
+
+    max_position_embeddings: the context, in tokens. draft_ids: the tokens that drafts are made of (None: all). The other
+    fields are the arguments of `LanguageModel`.
+    """
+
+    model_type = "cpdlm"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vocab_size: int = 257
+    max_position_embeddings: int = 256
+    rank: int = 1
+    horizon: int = 1
+    first_is_tied: bool = True
+    anchored: bool = False
+    blind: bool = False
+    frozen_target: bool = False
+    separate: bool = False
+    map_rank: int = 0
+    map_hidden: int = 0
+    anchor_width: int = 0
+    anchor_normed: bool = False
+    bias_buffer: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    wide_heads: bool = False  # float32 on a trunk of bfloat16 or float16
+    draft_ids: list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None:
+            self.text_config = AutoConfig.for_model("llama", vocab_size=self.vocab_size)
+        elif isinstance(self.text_config, dict):
+            self.text_config = AutoConfig.for_model(**self.text_config)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> CpdlmConfig:
+        """The configuration from which a model of this shape is built."""
+        heads, anchor = model.heads, model.anchor
+        inner, is_mlp = (heads.inner, heads.is_mlp) if heads is not None else (0, False)
+        return cls(
+            text_config=model.trunk.body.config.to_dict(),
+            vocab_size=model.vocab_size,
+            max_position_embeddings=model.context,
+            rank=model.rank,
+            horizon=model.horizon,
+            first_is_tied=model.first_is_tied,
+            anchored=anchor is not None,
+            blind=model.blind,
+            frozen_target=model.frozen_target,
+            separate=heads is not None and heads.separate,
+            map_rank=0 if is_mlp else inner,
+            map_hidden=inner if is_mlp else 0,
+            anchor_width=anchor.into.out_features if anchor is not None else 0,
+            anchor_normed=anchor is not None and anchor.normed,
+            bias_buffer=heads is not None and heads.balance_bias_R is not None,
+            logit_scale=model.logit_scale,
+            logit_softcap=model.logit_softcap,
+            wide_heads=heads is not None
+            and heads.gate.weight.dtype == torch.float32
+            and model.trunk.embedding.dtype.itemsize < torch.float32.itemsize,
+            draft_ids=model.draft_ids.tolist() if model.draft_ids is not None else None,
+            tie_word_embeddings=model.embeddings_are_tied,
+        )
+
+    def build(self) -> LanguageModel:
+        """A model of this shape with fresh weights, drafting from the whole vocabulary."""
+        return LanguageModel(
+            Trunk(AutoModel.from_config(self.text_config)),
+            self.vocab_size,
+            rank=self.rank,
+            horizon=self.horizon,
+            first_is_tied=self.first_is_tied,
+            anchored=self.anchored,
+            blind=self.blind,
+            frozen_target=self.frozen_target,
+            context=self.max_position_embeddings,
+            tie_embeddings=self.tie_word_embeddings,
+            separate=self.separate,
+            map_rank=self.map_rank,
+            map_hidden=self.map_hidden,
+            anchor_width=self.anchor_width,
+            anchor_normed=self.anchor_normed,
+            bias_buffer=self.bias_buffer,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+        )
+
+
+class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
+    """A `LanguageModel` (`.model`) that `transformers` can save, load, and generate with.
+
+    language_model: an existing model to wrap, not copied; by default one with fresh weights.
+    """
+
+    config_class = CpdlmConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+
+    def __init__(self, config: CpdlmConfig, language_model: LanguageModel | None = None) -> None:
+        super().__init__(config)
+        self.model = language_model if language_model is not None else config.build()
+        self.captures = Captures(self.model)
+        if config.tie_word_embeddings:
+            source = next(name for name, each in self.named_parameters() if each is self.model.trunk.embedding)
+            self._tied_weights_keys = {"model.unembedding.weight": source}
+        if config.wide_heads:
+            self._keep_in_fp32_modules_strict = {"heads", "anchor"}
+        self.post_init()
+
+    @classmethod
+    def from_language_model(
+        cls, model: LanguageModel, bos_token_id: int | None = None, eos_token_id: int | Sequence[int] | None = None
+    ) -> CpdlmForCausalLM:
+        """Wraps a model without copying it. The ids go to its generation configuration; what pads is the first eos."""
+        wrapped = cls(CpdlmConfig.of(model), model)
+        first = eos_token_id if isinstance(eos_token_id, int) or eos_token_id is None else eos_token_id[0]
+        wrapped.generation_config = GenerationConfig(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id if isinstance(eos_token_id, int) or eos_token_id is None else [*eos_token_id],
+            pad_token_id=first,
+        )
+        wrapped.train(model.training)
+        return wrapped
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`, from safetensors alone; ValueError where weights and config do not match."""
+        kwargs["use_safetensors"] = True
+        loaded: Any = super().from_pretrained(*arguments, output_loading_info=True, **kwargs)
+        model, info = loaded
+        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or unexpected:
+            raise ValueError(
+                f"{model.name_or_path} is not whole: its weights lack {missing[:3] or 'nothing'} and have "
+                f"{unexpected[:3] or 'nothing'} too many; export it again with cpdlm export"
+            )
+        if model.model.frozen_target:  # loading makes new parameters, which are not frozen
+            model.model.trunk.requires_grad_(False)
+            model.model.unembedding.requires_grad_(False)
+        if model.config.draft_ids is not None:  # a list is rows of the weights, which there were none of before
+            model.model.use_draft_vocabulary(torch.tensor(model.config.draft_ids))
+        return (model, info) if output_loading_info else model
+
+    def use_draft_vocabulary(self, ids: Tensor | None) -> None:
+        """Draft from these tokens only, or from all (None), and save it so; see `LanguageModel.use_shortlist`."""
+        self.model.use_draft_vocabulary(ids)
+        self.config.draft_ids = ids.tolist() if ids is not None else None
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Nothing: a `LanguageModel` starts its own weights, its body does as its own class says."""
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        embeddings: torch.nn.Module = self.model.trunk.body.get_input_embeddings()
+        return embeddings
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) whose softmax is the target law: the unembedding's logits where the target is its softmax, so
+        that processors which are not blind to a constant (repetition_penalty) do here what they do to the trunk; else log p.
+        """
+        if self.model.first_is_tied or self.model.frozen_target:
+            return self.model.target_logits(hidden, self.model.unembedding.weight)
+        return self.model.next_token_log_probs(hidden)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """The target law of the next token, as every causal language model of the library gives it.
+
+        input_ids: (B, T). attention_mask: (B, L+T), L tokens in the cache. labels: (B, T), -100 where there is none; the
+        loss is the mean of -log p(next) in nats, under the target alone (cpdlm.training trains the joint law).
+        Returns logits (B, T, V); see `scores`. Raises ValueError for inputs and outputs that this model has not.
+        """
+        names = ("inputs_embeds", "output_attentions", "output_hidden_states")
+        asked = [name for name in names if kwargs.get(name) is not None and kwargs[name] is not False]
+        if asked or input_ids is None:
+            raise ValueError(
+                f"{asked[0] if asked else 'no input_ids'}: this model maps input_ids to logits, nothing else"
+            )
+        if past_key_values is None and (use_cache if use_cache is not None else labels is None and not self.training):
+            past_key_values = self.model.new_cache()
+        hidden_BTD = self.model.hidden(input_ids, position_ids, past_key_values, attention_mask)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.scores(hidden_BTD[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
+        return output if return_dict is not False else output.to_tuple()
+
+
+AutoConfig.register(CpdlmConfig.model_type, CpdlmConfig, exist_ok=True)
+AutoModelForCausalLM.register(CpdlmConfig, CpdlmForCausalLM, exist_ok=True)
