@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import CHOICES, ConfigError, resolve
-from cpdlm.model.heads import FactorHeads
+from cpdlm.model.heads import FactorHeads, HeadsConfig
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, States
 from cpdlm.model.losses.draft import OBJECTIVES, Objective, Seen, Windows, overlap
@@ -24,7 +24,7 @@ KINDS = {"full": {}, "low-rank": {"map_rank": 2}, "mlp": {"map_hidden": 3}}
 
 def case(kind: str = "full", seed: int = 0) -> tuple[FactorHeads, Tensor, Tensor, Windows]:
     torch.manual_seed(seed)
-    heads = FactorHeads(D, V, R, N, noise=0.7, **KINDS[kind]).double()
+    heads = FactorHeads(D, V, HeadsConfig(R, N, False, noise=0.7, **KINDS[kind])).double()
     heads.gate.weight.data.normal_()
     table_VD = torch.randn(V, D, dtype=torch.float64)
     in_vocabulary_PN = torch.rand(P, N) < 0.8

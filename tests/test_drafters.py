@@ -23,6 +23,7 @@ from cpdlm.config import resolve
 from cpdlm.decoding import Sampling, accept, cache, decode, decode_batch, drafters, tree
 from cpdlm.decoding.drafters import DRAFTERS
 from cpdlm.decoding.filtering import draw
+from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.trunk import Trunk
@@ -458,10 +459,7 @@ def test_a_binding_attention_window_is_exact_or_refused() -> None:
         LanguageModel(
             Trunk(AutoModel.from_config(shape)),
             17,
-            rank=2,
-            horizon=4,
-            first_is_tied=True,
-            anchored=False,
+            HeadsConfig(rank=2, horizon=4),
             frozen_target=True,
             context=64,
             tie_embeddings=False,

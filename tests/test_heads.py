@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpdlm.model.heads import Anchor, FactorHeads
+from cpdlm.model.heads import Anchor, FactorHeads, HeadsConfig
 from tests import joint_oracle as oracle
 
 P, N, R, V, D, K = 4, 3, 2, 7, 6, 2
@@ -18,12 +18,15 @@ def make(kind: str, rank: int = R, bias_buffer: bool = False) -> tuple[FactorHea
     heads = FactorHeads(
         D,
         V,
-        rank,
-        N,
-        separate=kind == "separate",
-        map_rank=K if kind == "low-rank" else 0,
-        map_hidden=K if kind == "mlp" else 0,
-        bias_buffer=bias_buffer,
+        HeadsConfig(
+            rank,
+            N,
+            False,
+            separate=kind == "separate",
+            map_rank=K if kind == "low-rank" else 0,
+            map_hidden=K if kind == "mlp" else 0,
+            bias_buffer=bias_buffer,
+        ),
     ).double()
     heads.gate.weight.data.normal_()
     return heads, torch.randn(P, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
@@ -120,7 +123,7 @@ def test_maps_start_near_the_trunks_own_prediction() -> None:
     width = 256
     hidden = torch.randn(64, width)
     for map_rank in (0, 16):
-        heads = FactorHeads(width, V, R, N, map_rank=map_rank, noise=0.2)
+        heads = FactorHeads(width, V, HeadsConfig(R, N, False, map_rank=map_rank, noise=0.2))
         rows = heads._features()(hidden, *heads._map_parameters(0, N)).view(64, N * R, width)
         moved = (rows - hidden[:, None]).norm(dim=-1) / hidden.norm(dim=-1)[:, None]
         assert 0.15 < moved.mean() < 0.25

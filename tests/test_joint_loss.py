@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpdlm.model.heads import FactorHeads
+from cpdlm.model.heads import FactorHeads, HeadsConfig
 from tests import joint_oracle as oracle
 
 KINDS = ("full", "low-rank", "mlp", "separate")
@@ -37,12 +37,15 @@ class Case:
         self.heads = FactorHeads(
             D,
             V,
-            rank,
-            factors,
-            separate=kind == "separate",
-            map_rank=K if kind == "low-rank" else 0,
-            map_hidden=K if kind == "mlp" else 0,
-            noise=0.7,
+            HeadsConfig(
+                rank,
+                factors,
+                False,
+                separate=kind == "separate",
+                map_rank=K if kind == "low-rank" else 0,
+                map_hidden=K if kind == "mlp" else 0,
+                noise=0.7,
+            ),
         ).to(dtype)
         for parameter in self.heads.maps.parameters():
             parameter.data.mul_(1 + torch.rand_like(parameter))

@@ -26,6 +26,7 @@ from cpdlm.data.corpus import write_bundle
 from cpdlm.data.draft_vocabulary import frequent_tokens
 from cpdlm.data.tokenizer import BpeTokenizer
 from cpdlm.hf import export
+from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.training import checkpoints
@@ -206,13 +207,9 @@ def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against
             heads = LanguageModel(
                 Trunk(build_body(config, 257)),
                 257,
-                rank=config.rank,
-                horizon=config.horizon,
-                first_is_tied=config.first_is_tied,
-                anchored=config.anchor != "none",
+                HeadsConfig.of(config),
                 frozen_target=True,
                 context=config.data.context,
-                map_hidden=config.model.map_hidden,
             )
             counts = heads.parameter_counts()
         content = {"config": to_dict(config), "parameters": counts, "data": {"vocab_size": 257}}

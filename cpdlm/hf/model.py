@@ -6,6 +6,7 @@ A folder is self-contained: a frozen trunk is saved with the heads that were tra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 import torch
@@ -23,15 +24,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cpdlm.decoding import Captures
 from cpdlm.hf.generate import SpeculativeGenerationMixin
-from cpdlm.model.language_model import LanguageModel
+from cpdlm.model.heads import HeadsConfig
+from cpdlm.model.language_model import LanguageModel, Output
 from cpdlm.model.trunk import Trunk
 
 
 class CpdlmConfig(PreTrainedConfig):
     """Shape of a `LanguageModel`. text_config: the trunk's own configuration, a dict with its model_type or an object.
 
-    max_position_embeddings: the context, in tokens. draft_ids: the tokens that drafts are made of (None: all). The other
-    fields are the arguments of `LanguageModel`.
+    max_position_embeddings: the context, in tokens. draft_ids: the tokens that drafts are made of (None: all). The shape
+    of the heads stands beside these, under the names of `HeadsConfig`.
     """
 
     model_type = "cpdlm"
@@ -40,18 +42,7 @@ class CpdlmConfig(PreTrainedConfig):
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     vocab_size: int = 257
     max_position_embeddings: int = 256
-    rank: int = 1
-    horizon: int = 1
-    first_is_tied: bool = True
-    anchored: bool = False
-    blind: bool = False
     frozen_target: bool = False
-    separate: bool = False
-    map_rank: int = 0
-    map_hidden: int = 0
-    anchor_width: int = 0
-    anchor_normed: bool = False
-    bias_buffer: bool = False
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     wide_heads: bool = False  # float32 on a trunk of bfloat16 or float16
@@ -63,36 +54,28 @@ class CpdlmConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model("llama", vocab_size=self.vocab_size)
         elif isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**self.text_config)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**asdict(HeadsConfig()) | kwargs)
+
+    @property
+    def shape(self) -> HeadsConfig:
+        return HeadsConfig(**{field.name: getattr(self, field.name) for field in fields(HeadsConfig)})
 
     @classmethod
     def of(cls, model: LanguageModel) -> CpdlmConfig:
         """The configuration from which a model of this shape is built."""
-        heads, anchor = model.heads, model.anchor
-        inner, is_mlp = (heads.inner, heads.is_mlp) if heads is not None else (0, False)
         return cls(
             text_config=model.trunk.body.config.to_dict(),
             vocab_size=model.vocab_size,
             max_position_embeddings=model.context,
-            rank=model.rank,
-            horizon=model.horizon,
-            first_is_tied=model.first_is_tied,
-            anchored=anchor is not None,
-            blind=model.blind,
             frozen_target=model.frozen_target,
-            separate=heads is not None and heads.separate,
-            map_rank=0 if is_mlp else inner,
-            map_hidden=inner if is_mlp else 0,
-            anchor_width=anchor.into.out_features if anchor is not None else 0,
-            anchor_normed=anchor is not None and anchor.normed,
-            bias_buffer=heads is not None and heads.balance_bias_R is not None,
-            logit_scale=model.logit_scale,
-            logit_softcap=model.logit_softcap,
-            wide_heads=heads is not None
-            and heads.gate.weight.dtype == torch.float32
+            logit_scale=model.output.scale,
+            logit_softcap=model.output.softcap,
+            wide_heads=model.heads is not None
+            and model.heads.gate.weight.dtype == torch.float32
             and model.trunk.embedding.dtype.itemsize < torch.float32.itemsize,
             draft_ids=model.draft_ids.tolist() if model.draft_ids is not None else None,
             tie_word_embeddings=model.embeddings_are_tied,
+            **asdict(model.shape),
         )
 
     def build(self) -> LanguageModel:
@@ -100,22 +83,11 @@ class CpdlmConfig(PreTrainedConfig):
         return LanguageModel(
             Trunk(AutoModel.from_config(self.text_config)),
             self.vocab_size,
-            rank=self.rank,
-            horizon=self.horizon,
-            first_is_tied=self.first_is_tied,
-            anchored=self.anchored,
-            blind=self.blind,
-            frozen_target=self.frozen_target,
+            self.shape,
             context=self.max_position_embeddings,
+            frozen_target=self.frozen_target,
             tie_embeddings=self.tie_word_embeddings,
-            separate=self.separate,
-            map_rank=self.map_rank,
-            map_hidden=self.map_hidden,
-            anchor_width=self.anchor_width,
-            anchor_normed=self.anchor_normed,
-            bias_buffer=self.bias_buffer,
-            logit_scale=self.logit_scale,
-            logit_softcap=self.logit_softcap,
+            output=Output(self.logit_scale, self.logit_softcap),
         )
 
 

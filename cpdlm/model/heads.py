@@ -10,19 +10,80 @@ low-rank or MLP map.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpdlm.config import Config
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows, chunked_sum
 from cpdlm.model.losses.joint_nll import Features, joint_nll
 
 
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Shape of what turns hidden states into the joint distribution. The default is a next-token model without heads.
+
+    rank: R components.  horizon: tokens of a window, x_{t+1} included.  first_is_tied: x_{t+1} has the next-token head,
+    and the mixture covers x_{t+2..t+horizon} only.
+    anchored: gate and later factors also see x_{t+1} (`Anchor`).  blind: its control, which sees h_t twice.
+    anchor_width: hidden width of that map (0: half the trunk's).  anchor_normed: its two inputs have equal size.
+    separate: an unembedding for each (position, component).  map_rank: rank of each map (0: full).  map_hidden: hidden
+    width of each map as a two-layer perceptron (0: a linear map).  noise: size of the maps' random start.
+    bias_buffer: the gate has a buffer that balances it in place of a bias.
+    adapter_layers, adapter_rank: how many last layers of the trunk the draft has once more, with LoRA of that rank.
+    """
+
+    rank: int = 1
+    horizon: int = 1
+    first_is_tied: bool = True
+    anchored: bool = False
+    blind: bool = False
+    anchor_width: int = 0
+    anchor_normed: bool = False
+    separate: bool = False
+    map_rank: int = 0
+    map_hidden: int = 0
+    noise: float = 0.2
+    bias_buffer: bool = False
+    adapter_layers: int = 0
+    adapter_rank: int = 8
+
+    def __post_init__(self) -> None:
+        assert self.first_is_tied or not self.anchored, "a token-conditioned draft has a next-token head of its own"
+
+    @staticmethod
+    def of(config: Config) -> HeadsConfig:
+        """The shape that a run's settings ask for."""
+        model = config.model
+        return HeadsConfig(
+            rank=config.rank,
+            horizon=config.horizon,
+            first_is_tied=config.first_is_tied,
+            anchored=config.anchor != "none",
+            blind=config.anchor == "blind",
+            anchor_width=model.anchor_width,
+            anchor_normed=model.anchor_normed,
+            separate=model.head == "separate",
+            map_rank=model.map_rank,
+            map_hidden=model.map_hidden,
+            noise=model.noise,
+            bias_buffer=config.balance == "bias",
+            adapter_layers=model.adapter_layers,
+            adapter_rank=model.adapter_rank,
+        )
+
+    @property
+    def factors(self) -> int:
+        """Positions that the mixture covers."""
+        return self.horizon - 1 if self.first_is_tied else self.horizon
+
+
 class FactorHeads(nn.Module):
-    """The gate and the factors of a rank-R mixture over `factors` positions.
+    """The gate and the factors of a rank-R mixture over N positions.
 
     The maps are residual, z = h + W h, with W small and random: components start near the trunk's own prediction and
     apart from each other (equal components would stay equal but for the gate). `noise` is the size of W h relative to h.
@@ -36,28 +97,22 @@ class FactorHeads(nn.Module):
         self,
         width: int,
         vocab_size: int,
-        rank: int,
-        factors: int,
-        *,
-        separate: bool = False,
-        map_rank: int = 0,
-        map_hidden: int = 0,
-        noise: float = 0.2,
-        bias_buffer: bool = False,
+        shape: HeadsConfig,
         logit_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        rank, factors, noise = shape.rank, shape.factors, shape.noise
         self.rank, self.factors, self.width, self.logit_scale = rank, factors, width, logit_scale
-        self.inner, self.is_mlp = map_rank or map_hidden, map_hidden > 0
-        self.gate = nn.Linear(width, rank, bias=not bias_buffer)
+        self.inner, self.is_mlp = shape.map_rank or shape.map_hidden, shape.map_hidden > 0
+        self.gate = nn.Linear(width, rank, bias=not shape.bias_buffer)
         nn.init.normal_(self.gate.weight, std=0.02)
         if self.gate.bias is not None:
             nn.init.zeros_(self.gate.bias)
         # balance=bias moves this buffer instead of adding a loss; it is part of the law and of the checkpoint.
-        self.register_buffer("balance_bias_R", torch.zeros(rank) if bias_buffer else None)
+        self.register_buffer("balance_bias_R", torch.zeros(rank) if shape.bias_buffer else None)
         rows = factors * rank
         self.maps = nn.ParameterDict()
-        if separate:
+        if shape.separate:
             self.maps["unembeddings"] = nn.Parameter(torch.randn(rows * vocab_size, width) * 0.02)
         elif self.inner:
             self.maps["down"] = nn.Parameter(torch.randn(rows * self.inner, width) * width**-0.5)

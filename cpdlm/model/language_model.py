@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 
 from cpdlm.config import Config
 from cpdlm.model.adapters import DraftTrunk, TwoCaches, check_draft_trunk
-from cpdlm.model.heads import Anchor, FactorHeads, no_map
+from cpdlm.model.heads import Anchor, FactorHeads, HeadsConfig, no_map
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows
 from cpdlm.model.losses.joint_nll import joint_nll
@@ -56,6 +56,21 @@ class States:
     log_normaliser_BT: Tensor
 
 
+@dataclass(frozen=True)
+class Output:
+    """Logits softcap * tanh(scale * U h / softcap), as pretrained models have them; a softcap of 0 is none."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def __call__(self, hidden: Tensor, table_VD: Tensor) -> Tensor:
+        """(..., D) and (V, D) -> (..., V)."""
+        logits = F.linear(hidden, table_VD)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
 class LanguageModel(nn.Module):
     draft_ids: Tensor | None
     _draft_table_VD: Tensor | None
@@ -65,70 +80,43 @@ class LanguageModel(nn.Module):
         self,
         trunk: Trunk,
         vocab_size: int,
+        shape: HeadsConfig,
         *,
-        rank: int,
-        horizon: int,
-        first_is_tied: bool,
-        anchored: bool,
-        blind: bool = False,
-        frozen_target: bool,
         context: int,
+        frozen_target: bool = False,
         tie_embeddings: bool = True,
-        separate: bool = False,
-        map_rank: int = 0,
-        map_hidden: int = 0,
-        noise: float = 0.2,
-        anchor_width: int = 0,
-        bias_buffer: bool = False,
+        output: Output | None = None,
         chunk_bytes: int = 32 * 2**20,
-        logit_scale: float = 1.0,
-        logit_softcap: float = 0.0,
-        anchor_normed: bool = False,
-        adapter_layers: int = 0,
-        adapter_rank: int = 8,
     ) -> None:
+        """context: the most tokens of a text. output: how logits are made (default: U h). chunk_bytes: bound on the
+        logits that a loss holds at once. frozen_target: the trunk's own softmax is the target, and only heads train.
+        """
         super().__init__()
-        assert first_is_tied or not anchored, "an anchored law has a next-token head of its own"
-        self.trunk = trunk
-        self.rank, self.horizon, self.vocab_size, self.context = rank, horizon, vocab_size, context
-        self.first_is_tied, self.frozen_target, self.chunk_bytes = first_is_tied, frozen_target, chunk_bytes
-        self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
+        self.trunk, self.shape, self.output = trunk, shape, output or Output()
+        self.rank, self.horizon, self.vocab_size, self.context = shape.rank, shape.horizon, vocab_size, context
+        self.first_is_tied, self.frozen_target, self.chunk_bytes = shape.first_is_tied, frozen_target, chunk_bytes
         width = trunk.width
         self.unembedding = nn.Linear(width, vocab_size, bias=False)
         # Separate heads without a next-token head use no shared unembedding: then it is the embedding, not dead weight.
-        if tie_embeddings or (separate and not first_is_tied and not frozen_target):
+        if tie_embeddings or (shape.separate and not shape.first_is_tied and not frozen_target):
             self.unembedding.weight = trunk.embedding
         else:
             nn.init.normal_(self.unembedding.weight, std=0.02)
-        factors = horizon - 1 if first_is_tied else horizon
-        self.heads = (
-            FactorHeads(
-                width,
-                vocab_size,
-                rank,
-                factors,
-                separate=separate,
-                map_rank=map_rank,
-                map_hidden=map_hidden,
-                noise=noise,
-                bias_buffer=bias_buffer,
-                logit_scale=logit_scale,
-            )
-            if factors
-            else None
-        )
-        self.anchor = Anchor(width, anchor_width or width // 2, anchor_normed) if anchored else None
-        self.blind = blind
-        # What drafts cover (`use_shortlist`): ids (V',), their rows of the unembedding, and where on the list an id is.
+        self.heads = FactorHeads(width, vocab_size, shape, self.output.scale) if shape.factors else None
+        self.anchor: Anchor | None = None
+        if shape.anchored:
+            self.anchor = Anchor(width, shape.anchor_width or width // 2, shape.anchor_normed)
+        # What drafts cover (`use_draft_vocabulary`): ids (V',), their rows of the unembedding, and where on the list an
+        # id is.
         for buffer in ("draft_ids", "_draft_table_VD", "_draft_index_V"):
             self.register_buffer(buffer, None, persistent=False)
         if frozen_target:
             self.trunk.requires_grad_(False)
             self.unembedding.requires_grad_(False)
         self.draft_trunk: DraftTrunk | None = None
-        if adapter_layers:
+        if shape.adapter_layers:
             assert frozen_target, "only a frozen trunk has adapters for the draft"
-            self.draft_trunk = DraftTrunk(trunk, adapter_layers, adapter_rank)
+            self.draft_trunk = DraftTrunk(trunk, shape.adapter_layers, shape.adapter_rank)
             check_draft_trunk(trunk, self.draft_trunk)
 
     @property
@@ -243,7 +231,9 @@ class LanguageModel(nn.Module):
         if self.anchor is None:
             return hidden
         assert pending is not None, "an anchored law needs the fixed token"
-        anchored: Tensor = self.anchor(hidden, hidden if self.blind else self.trunk.embed(pending).to(hidden.dtype))
+        anchored: Tensor = self.anchor(
+            hidden, hidden if self.shape.blind else self.trunk.embed(pending).to(hidden.dtype)
+        )
         return anchored
 
     def _for_heads(self, hidden: Tensor) -> Tensor:
@@ -346,14 +336,9 @@ class LanguageModel(nn.Module):
     def target_logits(self, hidden: Tensor, table_VD: Tensor) -> Tensor:
         """(..., V) logits of the next-token softmax, of the tokens whose unembeddings table_VD (V, D) holds.
 
-        cap * tanh(scale * U h / cap), as pretrained models have it; drafts are scaled alike, and not capped.
+        Drafts are scaled alike, and not capped.
         """
-        logits = F.linear(hidden[..., : self.trunk.width], table_VD)
-        if self.logit_scale != 1:
-            logits = logits * self.logit_scale
-        if self.logit_softcap:
-            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-        return logits
+        return self.output(hidden[..., : self.trunk.width], table_VD)
 
     def _first_nll(self, hidden_BTD: Tensor, future_BTN: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
         picked_BT = weight_BT != 0
@@ -430,26 +415,12 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
     model = LanguageModel(
         trunk.trunk if trunk is not None else Trunk(build_body(config, vocab_size)),
         trunk.vocab_size if trunk is not None else vocab_size,
-        rank=config.rank,
-        horizon=config.horizon,
-        first_is_tied=config.first_is_tied,
-        anchored=config.anchor != "none",
-        blind=config.anchor == "blind",
-        frozen_target=trunk is not None,
+        HeadsConfig.of(config),
         context=trunk.context if trunk is not None and config.is_pretrained else config.data.context,
+        frozen_target=trunk is not None,
         tie_embeddings=trunk.embeddings_are_tied if trunk is not None else config.model.tie_embeddings,
-        separate=config.model.head == "separate",
-        map_rank=config.model.map_rank,
-        map_hidden=config.model.map_hidden,
-        noise=config.model.noise,
-        anchor_width=config.model.anchor_width,
-        anchor_normed=config.model.anchor_normed,
-        bias_buffer=config.balance == "bias",
+        output=trunk.output if trunk is not None else None,
         chunk_bytes=config.loss.chunk_mib * 2**20,
-        logit_scale=trunk.logit_scale if trunk is not None else 1.0,
-        logit_softcap=trunk.logit_softcap if trunk is not None else 0.0,
-        adapter_layers=config.model.adapter_layers,
-        adapter_rank=config.model.adapter_rank,
     )
     if trunk is not None and not trunk.embeddings_are_tied:
         model.unembedding.weight = trunk.unembedding.weight.requires_grad_(False)

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 
 from cpdlm.config import ConfigError
 from cpdlm.data.pretrained_files import free_memory
-from cpdlm.model.language_model import LanguageModel
+from cpdlm.model.heads import HeadsConfig
+from cpdlm.model.language_model import LanguageModel, Output
 from cpdlm.model.trunk import Trunk, new_cache
 
 PROBE = 12  # tokens
@@ -90,15 +91,10 @@ def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
     model = LanguageModel(
         Trunk(body),
         unembedding.weight.shape[0],
-        rank=1,
-        horizon=1,
-        first_is_tied=True,
-        anchored=False,
-        frozen_target=False,
+        HeadsConfig(),
         context=context,
         tie_embeddings=tied,
-        logit_scale=_scale(text),
-        logit_softcap=_number(text, "final_logit_softcapping") or 0.0,
+        output=Output(_scale(text), _number(text, "final_logit_softcapping") or 0.0),
     )
     if not tied:
         model.unembedding.weight = unembedding.weight

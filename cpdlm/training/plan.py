@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PretrainedConfig
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.trunk import Trunk
 
@@ -129,11 +130,7 @@ def _build(config: Config, vocab_size: int) -> LanguageModel:
     plain = LanguageModel(
         Trunk(body),
         unembedding.weight.shape[0],
-        rank=1,
-        horizon=1,
-        first_is_tied=True,
-        anchored=False,
-        frozen_target=False,
+        HeadsConfig(),
         context=config.data.context,
         tie_embeddings=shape.tie_word_embeddings,
     )

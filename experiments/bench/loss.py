@@ -64,12 +64,12 @@ class Case:
     def __init__(self, dimensions: dict[str, int], dtype: torch.dtype, device: torch.device) -> None:
         import torch
 
-        from cpdlm.model.heads import FactorHeads
+        from cpdlm.model.heads import FactorHeads, HeadsConfig
 
         torch.manual_seed(0)
         self.positions, self.horizon, self.rank, vocab, width = (dimensions[name] for name in DIMENSIONS)
         with torch.device(device):
-            self.heads = FactorHeads(width, vocab, self.rank, self.horizon).to(dtype)
+            self.heads = FactorHeads(width, vocab, HeadsConfig(self.rank, self.horizon, False)).to(dtype)
             self.table_VD = (torch.randn(vocab, width, dtype=dtype) * (4 / math.sqrt(width))).requires_grad_()
             self.hidden_PD = torch.randn(self.positions, width, dtype=dtype).requires_grad_()
             self.future_PN = torch.randint(vocab, (self.positions, self.horizon))
