@@ -283,7 +283,7 @@ INCIDENTAL = (
     "train.timeout",
 )
 
-# A preset is a set of overrides for one cell; `preset=a,b` applies a, then b. (A profile, in experiments/suite.py, is a
+# A preset is a set of overrides for one cell; `preset=a,b` applies a, then b. (A profile, in experiments/profiles.py, is a
 # list of cells.)
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},

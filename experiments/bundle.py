@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from cpdlm.config import ConfigError
-from experiments.suite import PROFILES
+from experiments.profiles import PROFILES
 
 
 def main(arguments: list[str]) -> int:

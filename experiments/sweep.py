@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ sys.path[0] = str(
 
 from cpdlm.config import ConfigError
 from experiments.pipeline import FAILED, STAGES, Plan, mixed_code, run
+from experiments.profiles import PROFILES, SCALES, STUDIES, study
 from experiments.scheduler import ROOT, Launcher, Local, Slurm
-from experiments.suite import PROFILES, SCALES, STUDIES, Cell, study
+from experiments.suite import Cell
 from experiments.tracking import claim_experiment
 
 PROGRAM = "python experiments/sweep.py"
@@ -182,8 +183,8 @@ def plan_of(options: Options) -> Plan:
         out = Path(options.out or f"runs/{options.profile}")
         results = Path(options.results or out / "results")
     if options.data:
-        cells = [with_settings(cell, {"data.bundle": options.data}) for cell in cells]
-        comparisons = [[with_settings(c, {"data.bundle": options.data}) for c in each] for each in comparisons]
+        cells = [cell.with_needs({"data.bundle": options.data}) for cell in cells]
+        comparisons = [[c.with_needs({"data.bundle": options.data}) for c in each] for each in comparisons]
     return Plan(
         title=options.claim or options.profile,
         cells=cells,
@@ -197,14 +198,6 @@ def plan_of(options: Options) -> Plan:
         shown=Path("results") if results.parts[:1] == ("results",) else results,
         publish=results != out / "results",
     )
-
-
-def with_settings(cell: Cell, settings: dict[str, str]) -> Cell:
-    """The cell, its trunk and its reference with further overrides."""
-    trunk, reference = (
-        with_settings(other, settings) if other is not None else None for other in (cell.trunk, cell.reference)
-    )
-    return replace(cell, overrides=cell.overrides | settings, trunk=trunk, reference=reference)
 
 
 def launcher(plan: Plan, options: Options) -> Launcher:

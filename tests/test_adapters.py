@@ -22,7 +22,7 @@ from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import RunError
 from experiments import run
 from experiments.records import load
-from experiments.suite import _word
+from experiments.suite import words as typed
 
 pytest.importorskip("peft")
 TAKEN = [name for name in SHAPES if not name.startswith(("gpt2", "opt"))]
@@ -170,7 +170,7 @@ def test_a_cell_with_adapters_runs_to_a_valid_record(tmp_path: Path) -> None:
         | TINY_RETROFIT
         | {"rank": 2, "anchor": "token", "model.adapter_layers": 1, "model.dtype": "bfloat16", "name": "one"}
     )
-    words = [f"{key}={_word(value)}" for key, value in settings.items()]
+    words = typed(settings)
     words += [
         f"corpus={tmp_path}/text",
         f"model={tmp_path}/model",

@@ -108,7 +108,7 @@ def test_help_needs_no_environment(name: str, machine: Machine) -> None:
 
 
 def test_help_names_every_profile() -> None:
-    from experiments.suite import PROFILES
+    from experiments.profiles import PROFILES
 
     page = script(ROOT, "reproduce.sh", "--help").stdout
     assert all(re.search(rf"^ .*\b{name} ", page, flags=re.MULTILINE) for name in PROFILES)

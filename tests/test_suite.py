@@ -32,22 +32,11 @@ from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.training import checkpoints
 from experiments import cell as one_cell
 from experiments import cost, decode_group, run, scheduler, sweep
+from experiments.profiles import PROFILES, SCALES, STUDIES, study
 from experiments.records import Record, load, load_all
-from experiments.suite import (
-    PROFILES,
-    SCALES,
-    SMALL_CONTROLS,
-    STUDIES,
-    Cell,
-    _word,
-    complete,
-    controls,
-    decode_groups,
-    heads,
-    mates,
-    study,
-    trunk,
-)
+from experiments.star import SMALL_CONTROLS
+from experiments.suite import Cell, complete, controls, decode_groups, heads, mates, trunk
+from experiments.suite import words as typed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -297,7 +286,7 @@ def test_retrofit_cells_of_a_comparison_differ_in_the_dials_only(profile: str) -
 def test_how_often_a_run_is_validated_is_no_part_of_what_it_is(tmp_path: Path) -> None:
     cell = heads(trunk("code", "cpu-trunk,trunk"), 4, "cpu-heads")
     checkpoints.open_run(tmp_path, cell.config("runs/x"))
-    checkpoints.check_same_run(tmp_path, cell.varied("", train__validate_every=7).config("runs/x"))
+    checkpoints.check_same_run(tmp_path, cell.varied("", {"train.validate_every": 7}).config("runs/x"))
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +397,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     bpe = BpeTokenizer.train("bpe:400", [path.read_bytes() for path in corpus.glob("*.py")], progress=False)
     other = PreTrainedTokenizerFast(tokenizer_object=bpe._model, eos_token="<|endoftext|>")
     other.save_pretrained(tmp_path / "other")
-    words = [f"{key}={_word(value)}" for key, value in (TINY | {"data.tokenizer": f"hf:{tmp_path}/other"}).items()]
+    words = typed(TINY | {"data.tokenizer": f"hf:{tmp_path}/other"})
     words += [
         f"corpus={corpus}",
         f"data.cache={tmp_path}/cache",
@@ -456,7 +445,7 @@ def test_print_config_is_what_a_run_saves(tmp_path: Path) -> None:
 
 
 def test_one_cell_from_the_command_line(corpus: Path, tmp_path: Path) -> None:
-    words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in TINY.items()]
+    words = typed(TINY)
     done = _run(*words, "rank=2", f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs")
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.split("record: ")[1].strip())
@@ -471,7 +460,7 @@ def test_a_trunk_that_changed_since_is_not_taken_for_the_old_one(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint of heads leaves it out: resuming on another one would go unnoticed."""
-    words = [f"{key}={_word(value)}" for key, value in TINY.items()]
+    words = typed(TINY)
     words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "--stage=train"]
     trunk, heads = [*words, "preset=trunk", "name=trunk"], [*words, "name=heads", f"model.trunk={tmp_path}/runs/trunk"]
     assert run.main(trunk) == 0 and run.main(heads) == 0
@@ -488,7 +477,7 @@ def test_a_corpus_that_changed_since_is_not_taken_for_the_old_one(
     """Neither when a run resumes, nor when a finished one is decoded."""
     mine = tmp_path / "mine"
     shutil.copytree(corpus, mine)
-    words = [f"{key}={_word(value)}" for key, value in TINY.items()]
+    words = typed(TINY)
     words += [f"corpus={mine}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2", "name=one"]
     assert run.main([*words, "--stage=train"]) == 0
     for path in mine.glob("*.py"):
@@ -504,7 +493,7 @@ def test_drafts_from_a_shortlist_are_an_option_of_a_cell(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of the bytes: still lossless (test_drafters), with its coverage in the record; too long a list is refused."""
-    words = [f"{key}={_word(value)}" for key, value in TINY.items()]
+    words = typed(TINY)
     words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2", "name=one"]
     assert run.main([*words, "decode.shortlist=20"]) == 0
     record = load(Path(capsys.readouterr().out.split("record: ")[1].strip()))
@@ -605,7 +594,7 @@ def test_a_killed_process_stops_the_command_which_then_goes_on_with_another_numb
 
 
 def _words(corpus: Path, place: Path) -> list[str]:
-    words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in TINY.items()]
+    words = typed(TINY)
     return [*words, f"corpus={corpus}", f"data.cache={place}/cache", f"output={place}/runs", "rank=2", "name=cell"]
 
 

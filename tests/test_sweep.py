@@ -17,10 +17,11 @@ from made_records import made
 from cpdlm.config import ConfigError, to_dict
 from cpdlm.training import checkpoints
 from experiments import cost, pipeline, scheduler, sweep
+from experiments.profiles import PROFILES, SCALES, STUDIES, study
 from experiments.provenance import git_state
 from experiments.records import load_all, write
 from experiments.scheduler import Job, Local
-from experiments.suite import PROFILES, SCALES, STUDIES, Cell, heads, scratch, study, trunk
+from experiments.suite import Cell, heads, scratch, trunk
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -278,7 +279,7 @@ def test_a_cell_with_a_record_of_its_settings_is_finished(tmp_path: Path) -> Non
     assert {cell.name for cell in unfinished.pending} == {cell.name for cell in more[1:]}
     assert unfinished.needed[0].name == code.name and code.name in unfinished.finished
     # Another dial is another comparison: nothing else is due.
-    other = [*cells, heads(code, 8, "cpu-heads").varied("kl", balance="kl")]
+    other = [*cells, heads(code, 8, "cpu-heads").varied("kl", {"balance": "kl"})]
     assert [cell.name for cell in small(other, tmp_path).pending] == [other[-1].name]
 
 
@@ -460,11 +461,11 @@ def test_estimates_of_the_committed_records_are_near_what_they_took() -> None:
 def test_costs_follow_the_dials() -> None:
     base = heads(trunk("code", "cpu-trunk,trunk"), 4, "cpu-heads")
     flops = cost.step_flops(base.config("runs"))
-    assert cost.step_flops(base.varied("x", rank=8).config("runs"))[1] == pytest.approx(2 * flops[1])
-    assert cost.step_flops(scratch("code", 4).varied("x", size="small").config("runs"))[0] == pytest.approx(
+    assert cost.step_flops(base.varied("x", {"rank": 8}).config("runs"))[1] == pytest.approx(2 * flops[1])
+    assert cost.step_flops(scratch("code", 4).varied("x", {"size": "small"}).config("runs"))[0] == pytest.approx(
         3 * flops[0]
     )
-    separate = base.varied("x", model__head="separate").config("runs")
+    separate = base.varied("x", {"model.head": "separate"}).config("runs")
     assert cost.head_flops(separate) < cost.head_flops(base.config("runs"))
     assert cost.head_weights(separate) == 16 * 256 * 257
 

@@ -1,0 +1,125 @@
+"""What a command can run: the cells of a claim, of all claims, or of a profile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiments.claims import verdicts
+from experiments.pretrained import retrofit, retrofit_gpu, retrofit_screen
+from experiments.star import (
+    SMALL_CONTROLS,
+    anchors,
+    balances,
+    corpora,
+    gpu_from_scratch,
+    gpu_ranks,
+    gpu_timings,
+    heads_for_equal_time,
+    horizons,
+    lengths,
+    ranks,
+    ranks_from_scratch,
+    scratch_for_equal_time,
+    sizes,
+    timings,
+    unembeddings,
+    vocabularies,
+)
+from experiments.suite import RANKS, SEEDS, Arm, Cell, complete, controls, heads, scratch, trunk
+
+SCALES = ("cpu", "gpu")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The arms that answer a claim: on two cores, and at the size that needs a GPU (none: measured on the CPU alone)."""
+
+    id: str
+    cpu: tuple[Arm, ...]
+    gpu: tuple[Arm, ...] = ()
+
+    @property
+    def claim(self) -> verdicts.Claim:
+        """Question, statistic and rule."""
+        return next(claim for claim in verdicts.CLAIMS if claim.id == self.id)
+
+
+STUDIES = (
+    Study("C1", (ranks_from_scratch, scratch_for_equal_time), (gpu_from_scratch,)),
+    Study("C2", (ranks_from_scratch,), (gpu_from_scratch,)),
+    Study("C3", (ranks, corpora, horizons, heads_for_equal_time, anchors, unembeddings), (gpu_ranks,)),
+    Study("C4", (ranks, corpora, horizons), (gpu_ranks,)),
+    Study("C5", (ranks, balances)),
+    Study("C6", (retrofit,)),
+    Study("C7", (ranks, corpora, sizes, lengths, vocabularies)),
+    Study("C8", (timings,), (gpu_timings,)),
+)
+
+
+def study(claim: str, scale: str = "cpu") -> list[Cell]:
+    """The cells of one claim, or of `all`, trunks and references first.
+
+    `all` leaves out C6, which rests on a model of others and has a profile of its own, retrofit.
+    """
+    chosen = [each for each in STUDIES if claim == each.id or (claim == "all" and each.id != "C6")]
+    assert chosen, claim
+    return complete(cell for each in chosen for arm in (each.cpu if scale == "cpu" else each.gpu) for cell in arm())
+
+
+def smoke() -> list[Cell]:
+    """Every stage once, in minutes."""
+    code = trunk("code", "smoke,trunk")
+    return [
+        code,
+        *(heads(code, rank, "smoke") for rank in (1, 4)),
+        heads(code, 4, "smoke", anchor="token"),
+        *(scratch("code", rank, "smoke") for rank in (1, 4)),
+    ]
+
+
+def cpu() -> list[Cell]:
+    """One seed of the main arms, on two cores."""
+    code, text = trunk("code", "cpu-trunk,trunk"), trunk("text", "cpu-trunk,trunk")
+    return [
+        code,
+        text,
+        *(heads(code, rank, "cpu-heads") for rank in RANKS),
+        *(heads(code, rank, "cpu-heads", anchor="token") for rank in RANKS),
+        *controls(code, "cpu-heads", hidden=SMALL_CONTROLS)[:2],
+        trunk("code", "trunk"),
+        *(scratch("code", rank) for rank in RANKS),
+        *(heads(text, rank, "cpu-heads") for rank in (1, 8)),
+        *(heads(code, 4, "cpu-heads", horizon=horizon) for horizon in (2, 8)),
+    ]
+
+
+def cpu_full() -> list[Cell]:
+    """All claims, on two cores."""
+    return study("all")
+
+
+def gpu() -> list[Cell]:
+    """All claims at the size that needs a GPU."""
+    return study("all", "gpu")
+
+
+def paper() -> list[Cell]:
+    """From scratch on TinyStories at 56.3M parameters, equal steps per rank; needs a hub and a large GPU."""
+    cells = []
+    for seed in SEEDS:
+        reference = Cell("trunks", {"preset": "paper,trunk", "seed": seed})
+        settings = [{"preset": "paper", "rank": rank, "seed": seed} for rank in RANKS]
+        cells += [reference, *(Cell("C1", each, reference=reference) for each in settings)]
+    return cells
+
+
+PROFILES = {
+    "smoke": smoke,
+    "cpu": cpu,
+    "cpu-full": cpu_full,
+    "retrofit-screen": retrofit_screen,
+    "retrofit": retrofit,
+    "gpu": gpu,
+    "retrofit-gpu": retrofit_gpu,
+    "paper": paper,
+}
