@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.claims import verdicts
+from experiments import claims
 from experiments.pretrained import retrofit, retrofit_gpu, retrofit_screen
 from experiments.star import (
     SMALL_CONTROLS,
@@ -39,9 +39,9 @@ class Study:
     gpu: tuple[Arm, ...] = ()
 
     @property
-    def claim(self) -> verdicts.Claim:
+    def claim(self) -> claims.Claim:
         """Question, statistic and rule."""
-        return next(claim for claim in verdicts.CLAIMS if claim.id == self.id)
+        return next(claim for claim in claims.CLAIMS if claim.id == self.id)
 
 
 STUDIES = (

@@ -34,7 +34,7 @@ from cpdlm.processes import is_first_process
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
 
-    from experiments.claims.verdicts import Verdict
+    from experiments.claims import Verdict
     from experiments.records import Record
 
 RUN_FILE, DATABASE, ARTIFACTS = "mlflow.json", "mlflow.db", "mlartifacts"
@@ -224,7 +224,7 @@ def import_records(
     """
     if not _installed():
         raise RuntimeError("mlflow is not installed; pip install mlflow")
-    from experiments.claims.verdicts import judge
+    from experiments.claims import judge
     from experiments.families import families_of
     from experiments.records import load_all
 
@@ -477,7 +477,7 @@ def _experiment(client: Any, name: str, output: Path | None) -> str:
 def _experiment_tags(experiment: str) -> dict[str, str]:
     """Of a new experiment: that it trains models (MLflow 3 opens on pages about prompts otherwise), the view of its cells, and for
     a claim its question and the rule of its verdict."""
-    from experiments.claims.verdicts import CLAIMS
+    from experiments.claims import CLAIMS
 
     tags = {"mlflow.experimentKind": "custom_model_development", f"mlflow.sharedViewState.{VIEW}": _view()}
     claim = next((claim for claim in CLAIMS if experiment.endswith(f" {claim.id}")), None)

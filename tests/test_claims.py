@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from made_records import ORIGIN, made, suite
 
-from experiments import stats
-from experiments.claims import verdicts
+from experiments import claims, stats
 from experiments.families import families_of
 from experiments.records import Record, validate
 from experiments.report.tables import claims_table
@@ -19,22 +18,22 @@ from experiments.stats import Sample, contrast, estimate
 COMMON = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"}
 
 
-def judged(claim: str, *contents: dict[str, Any]) -> list[verdicts.Verdict]:
+def judged(claim: str, *contents: dict[str, Any]) -> list[claims.Verdict]:
     records = [Record(f"{content['claim']}/{content['name']}.json", content) for content in contents]
     families, _ = families_of(records)
-    found = [verdict for verdict in verdicts.judge(families) if verdict.claim.id == claim]
+    found = [verdict for verdict in claims.judge(families) if verdict.claim.id == claim]
     return [verdict for verdict in found if verdict.setting != "one GPU"]
 
 
-def sweep(claim: str, seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **distributions: Any) -> verdicts.Verdict:
+def sweep(claim: str, seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **distributions: Any) -> claims.Verdict:
     common = COMMON if claim in ("C3", "C4") else {}
     (verdict,) = judged(claim, *(made(rank, seed, **common | distributions) for rank in ranks for seed in range(seeds)))
     return verdict
 
 
 def test_claims_are_complete_and_in_order() -> None:
-    assert [claim.id for claim in verdicts.CLAIMS] == [f"C{number}" for number in range(1, 9)]
-    for claim in verdicts.CLAIMS:
+    assert [claim.id for claim in claims.CLAIMS] == [f"C{number}" for number in range(1, 9)]
+    for claim in claims.CLAIMS:
         assert claim.question.endswith("?")
         assert "holds:" in claim.rule
         assert "fails:" in claim.rule or "fails:" in claim.rule.replace("; ", "")
@@ -95,7 +94,7 @@ def test_without_rank_8_there_is_no_verdict() -> None:
 
 
 def test_without_records_every_claim_is_still_in_the_table() -> None:
-    found = verdicts.judge([])
+    found = claims.judge([])
     assert [verdict.claim.id for verdict in found] == [
         "C1",
         "C1",
@@ -122,7 +121,7 @@ def test_a_record_of_a_gpu_takes_the_place_of_the_line_that_asks_for_one() -> No
     origin["hardware"]["accelerator"] = "A GPU"
     contents = [made(rank, 0, **COMMON, origin=origin) for rank in (1, 8)]
     families, _ = families_of(Record(content["name"], content) for content in contents)
-    found = [verdict for verdict in verdicts.judge(families) if verdict.setting == "one GPU"]
+    found = [verdict for verdict in claims.judge(families) if verdict.setting == "one GPU"]
     assert [verdict.claim.id for verdict in found] == ["C1", "C2", "C8"]  # of another target, and timing cells
 
 
@@ -206,7 +205,7 @@ def test_a_step_that_shares_no_seed_decides_nothing(claim: str) -> None:
     assert judged(claim, *contents)[0].reason == "the step from rank 4 to rank 8 goes the other way"
 
 
-def equal_time(longer: float, **distributions: Any) -> list[verdicts.Verdict]:
+def equal_time(longer: float, **distributions: Any) -> list[claims.Verdict]:
     """Ranks 1 and 8 at 500 steps; rank 1 again, with `longer` times the training time of rank 8, its loss by `laws`."""
     short = [made(rank, seed, slope=0.1) for rank in (1, 8) for seed in range(3)]
     long = [made(1, seed, **distributions, optim__steps=1000, name=f"long-s{seed}") for seed in range(3)]
@@ -269,7 +268,7 @@ def test_a_row_of_equal_wall_clock_belongs_to_its_claim() -> None:
     assert [row[2] for row in table.rows] == [rows[0].claim.expected, rows[1].expected]
 
 
-def balanced(gains: dict[str, float], seeds: int = 3, spread: float = 0.001) -> verdicts.Verdict:
+def balanced(gains: dict[str, float], seeds: int = 3, spread: float = 0.001) -> claims.Verdict:
     """gains: nats that a balance takes off; spread: by which two seeds differ in it."""
     contents = [made(8, seed, **COMMON, balance="none") for seed in range(seeds)]
     for balance, gain in gains.items():
@@ -302,7 +301,7 @@ def test_c5_with_too_few_seeds_decides_nothing() -> None:
     assert (verdict.word, verdict.reason) == ("not measurable here", "2 shared seeds, the rule needs 3")
 
 
-def everywhere(paces: dict[tuple[str, int], float], seeds: int = 3) -> verdicts.Verdict:
+def everywhere(paces: dict[tuple[str, int], float], seeds: int = 3) -> claims.Verdict:
     contents = [
         made(
             rank,
@@ -370,7 +369,7 @@ def test_c7_says_which_sizes_and_lengths_are_missing() -> None:
     assert everywhere(STAR, seeds=2).reason == "2 shared seeds, the rule needs 3"
 
 
-def overhead(step: float, speed: float, seeds: int = 3) -> verdicts.Verdict:
+def overhead(step: float, speed: float, seeds: int = 3) -> claims.Verdict:
     """Rank 8's step takes `step` times the next-token model's; speed: factor on the speed-up."""
     contents = []
     for seed in range(seeds):

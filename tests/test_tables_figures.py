@@ -16,7 +16,7 @@ import pytest
 from made_records import made, suite, wider
 
 from cpdlm.config import parse
-from experiments.claims import verdicts
+from experiments import claims
 from experiments.families import families_of
 from experiments.records import Record, RecordError, load_all, write
 from experiments.report import Report, figures, render, tables
@@ -339,14 +339,14 @@ def test_the_readme_changes_between_its_markers_only(records: Path, tmp_path: Pa
     readme = tmp_path / "README.md"
     readme.write_text(f"# Above\n\n{tables.BEGIN}\nstale\n{tables.END}\n\nbelow\n")
     families, notes = families_of(load_all(records)[0])
-    assert tables.update_readme(readme, families, verdicts.judge(families), notes)
+    assert tables.update_readme(readme, families, claims.judge(families), notes)
     text = readme.read_text()
     assert text.startswith(f"# Above\n\n{tables.BEGIN}\n| claim |")
     assert text.endswith(f"{tables.END}\n\nbelow\n")
     assert "stale" not in text
     for word in ("2 seeds (0, 1)", "Made-up CPU", "tiny (0.8M trunk parameters)"):
         assert word in text
-    assert tables.update_readme(readme, families, verdicts.judge(families), notes)
+    assert tables.update_readme(readme, families, claims.judge(families), notes)
     assert readme.read_text() == text
 
 
@@ -354,11 +354,11 @@ def test_a_readme_without_markers_is_left_alone_and_a_torn_one_refused(records: 
     readme = tmp_path / "README.md"
     readme.write_text("# mine\n")
     families, _ = families_of(load_all(records)[0])
-    assert not tables.update_readme(readme, families, verdicts.judge(families))
+    assert not tables.update_readme(readme, families, claims.judge(families))
     for torn in (f"{tables.BEGIN}\n", f"{tables.END}\n{tables.BEGIN}\n", f"{tables.BEGIN}{tables.BEGIN}{tables.END}"):
         readme.write_text(torn)
         with pytest.raises(RecordError, match="claims block"):
-            tables.update_readme(readme, families, verdicts.judge(families))
+            tables.update_readme(readme, families, claims.judge(families))
         assert readme.read_text() == torn
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from experiments.claims.verdicts import Verdict
+    from experiments.claims import Verdict
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     Tables need no matplotlib; without it the figures are left out with a note. Raises RecordError for a folder that
     is not there or a claims block that is torn, WriteError where `figures` cannot be written.
     """
-    from experiments.claims import verdicts
+    from experiments import claims
     from experiments.families import families_of
     from experiments.records import load_all
     from experiments.report import decoding, page, scaling, speed, tables
@@ -34,7 +34,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
 
     records, damaged = load_all(results)
     families, notes = families_of(records)
-    found = verdicts.judge(families)
+    found = claims.judge(families)
     notes = [*damaged, *notes]
     files = tables.write_tables(families, found, notes, figures / "tables")
     if readme is not None and readme.is_file() and not tables.update_readme(readme, families, found, notes):

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from cpdlm.files import write_bytes
-from experiments.claims.verdicts import FAILS, HOLDS, Verdict
+from experiments.claims import FAILS, HOLDS, Verdict
 from experiments.families import Family
 from experiments.records import Record, decoding_hardware, training_hardware
 from experiments.report.figures import ADDING, Shown, command

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cpdlm.config import LossConfig
 from cpdlm.files import write_bytes
-from experiments.claims.verdicts import Verdict, seeds_text
+from experiments.claims import Verdict, seeds_text
 from experiments.families import Cells, Family, trunk_records
 from experiments.records import LAWS, MODES, Record, RecordError, counted, decoding_hardware, training_hardware
 from experiments.stats import Interval, difference, over_seeds, shared_seeds

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.claims.verdicts import CLAIMS, equal_level
+from experiments.claims import CLAIMS, equal_level
 from experiments.families import Family
 from experiments.report.figures.style import (
     COLUMN,

@@ -1,0 +1,58 @@
+"""C2: the first-token loss does not depend on the rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments.claims.ranks import judged, over_ranks
+from experiments.claims.verdict import FAILS, HOLDS, UNMEASURED, Claim, Finding, Number, Verdict, is_nothing
+from experiments.families import Cells, Family
+from experiments.stats import difference
+
+CLAIM = Claim(
+    id="C2",
+    question="Is the first-token loss independent of the rank?",
+    expected="first-token NLL does not depend on the rank",
+    statistic="held-out first-token NLL (eq. 11), every rank minus rank 1, from scratch; paired over seeds and test rows",
+    rule="equivalence test: holds: every interval (90%, corrected for the number of ranks) inside +-0.02 nats; fails: some interval "
+    "wholly outside",
+    quantity="first_token_nll",
+    unit="nats",
+    target="own",
+    figure="first_token",
+    arms=("ranks_from_scratch",),
+    margin=0.02,
+    gpu=True,
+)
+
+
+def judge(families: Sequence[Family]) -> list[Verdict]:
+    """A row per setting."""
+    return over_ranks(CLAIM, families, lambda family, _: [judged(CLAIM, family, _equal)])
+
+
+def equal_level(ranks: int) -> float:
+    """Of each of the intervals: two one-sided tests at 5%, corrected for the number of ranks above 1."""
+    return 1 - 0.1 / ranks
+
+
+def _equal(claim: Claim, cells: dict[int, Cells]) -> Finding:
+    """Every rank above 1 against rank 1; one that surely differs is enough to fail."""
+    ranks = [rank for rank in sorted(cells) if rank > 1]
+    level = equal_level(len(ranks))
+    found = {rank: difference(cells[rank], cells[1], claim.quantity, level=level) for rank in ranks}
+    gaps = {rank: gap for rank, gap in found.items() if gap is not None}
+    numbers = [
+        Number(f"rank {rank} - rank 1 ({100 * level:.1f}%):", gap, claim.digits, claim.unit, sign=True)
+        for rank, gap in gaps.items()
+    ]
+    outside = [rank for rank, gap in gaps.items() if gap.low > claim.margin or gap.high < -claim.margin]
+    alone = [rank for rank in ranks if rank not in gaps]
+    if outside:
+        which = ", ".join(map(str, outside))
+        return Finding(FAILS, f"rank {which} differs from rank 1 by more than {claim.margin:g} {claim.unit}", numbers)
+    if alone:
+        return Finding(UNMEASURED, f"rank {', '.join(map(str, alone))} shares no seed with rank 1", numbers)
+    if all(is_nothing(claim, gap) for gap in gaps.values()):
+        return Finding(HOLDS, "", numbers)
+    return Finding(UNMEASURED, f"undecided: an interval crosses the margin of {claim.margin:g} {claim.unit}", numbers)

@@ -1,0 +1,100 @@
+"""C5: the balance loss helps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments.claims.verdict import (
+    FAILS,
+    HOLDS,
+    UNMEASURED,
+    Claim,
+    Finding,
+    Number,
+    Verdict,
+    complete,
+    is_nothing,
+    too_few,
+    trained,
+)
+from experiments.families import Cells, Family, along
+from experiments.records import counted
+from experiments.stats import Interval, Sample, difference, estimate, over_seeds, shared_seeds
+
+CLAIM = Claim(
+    id="C5",
+    question="Does a balance loss help?",
+    expected="balancing the components lowers the joint NLL",
+    statistic="held-out joint NLL at rank 8, each balance minus none; paired over seeds and test rows",
+    rule="holds: for some balance the interval (95%, corrected for their number) is below 0 and not inside "
+    "+-0.01 nats; fails: each interval is above 0 or inside +-0.01 nats",
+    quantity="joint_nll",
+    unit="nats",
+    target="any",
+    figure="balance",
+    arms=("ranks", "balances"),
+    margin=0.01,
+    seeds=3,
+)
+_BALANCES = ("balance", "loss.balance_")  # what its families may differ in (prefixes of settings)
+
+
+def judge(families: Sequence[Family]) -> list[Verdict]:
+    """A row per setting with a cell of the top rank without balance and one with."""
+    ours = trained(families)
+    groups = along((family for family in ours if ("untied", CLAIM.top) in family.cells), *_BALANCES)
+    rows = [row for group in groups if (row := _row(group)) is not None]
+    return complete(CLAIM, rows, f"no records of rank {CLAIM.top} with balance=none and with another", ours)
+
+
+def _row(group: list[Family]) -> Verdict | None:
+    without = next((family for family in group if family.settings["balance"] == "none"), None)
+    if without is None:
+        return None
+    others = [family for family in group if family is not without]
+    base, balanced = _top(without), {family.balance: _top(family) for family in others}
+    shared = set(base).intersection(*(shared_seeds(cells, base) for cells in balanced.values()))
+    found = _lowers(base, balanced, len(shared))
+    corpus = others[0].settings["corpus"]
+    setting = f"{corpus}, {without.size}, n={without.horizon}, {without.target} target, rank {CLAIM.top}"
+    return Verdict(
+        CLAIM,
+        f"{setting}, {counted(len(shared), 'seed')}",
+        found.word,
+        found.reason,
+        found.numbers,
+        [number for family in group for number in _component_use(family)],
+        [record.path for family in group for _, record in sorted(_top(family).items())],
+        len(shared),
+    )
+
+
+def _top(family: Family) -> Cells:
+    return family.cells["untied", CLAIM.top]
+
+
+def _lowers(base: Cells, balanced: dict[str, Cells], shared: int) -> Finding:
+    level = 1 - 0.05 / len(balanced)
+    found = {name: difference(cells, base, CLAIM.quantity, level=level) for name, cells in balanced.items()}
+    gaps: dict[str, Interval] = {name: gap for name, gap in found.items() if gap is not None}
+    numbers = [
+        Number(f"{name} - none ({100 * level:.1f}%):", gap, CLAIM.digits, CLAIM.unit, sign=True)
+        for name, gap in gaps.items()
+    ]
+    if few := too_few(CLAIM, shared if gaps else 0):
+        return Finding(UNMEASURED, few, numbers)
+    if any(gap.high < 0 and not is_nothing(CLAIM, gap) for gap in gaps.values()):
+        return Finding(HOLDS, "", numbers)
+    if all(gap.low > 0 or is_nothing(CLAIM, gap) for gap in gaps.values()):
+        return Finding(FAILS, f"no balance lowers it by more than {CLAIM.margin:g} {CLAIM.unit}", numbers)
+    why = "undecided: no interval is below 0, and some reach beyond the margin"
+    return Finding(UNMEASURED, why, numbers)
+
+
+def _component_use(family: Family) -> list[Number]:
+    """Effective components (exp of the entropy of the mean weights) and tokens per pass."""
+    cells = _top(family)
+    effective = estimate([Sample(mean=r["likelihood"]["weights"]["effective"]) for _, r in sorted(cells.items())])
+    rate = over_seeds(cells, "tokens_per_pass")
+    found = [Number(f"{family.balance}:", effective, 2, "effective components")]
+    return found + ([Number(f"{family.balance}:", rate, 3, "tokens per pass")] if rate is not None else [])

@@ -1,0 +1,97 @@
+"""Judging one setting over its ranks, which C1 to C4 share; and the trend that C1 and C3 ask for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from experiments.claims.verdict import (
+    FAILS,
+    HOLDS,
+    NOT_MEASURED,
+    UNMEASURED,
+    Claim,
+    Finding,
+    Number,
+    Verdict,
+    complete,
+    sign,
+    signed,
+    too_few,
+    trained,
+)
+from experiments.families import Cells, Family
+from experiments.records import counted
+from experiments.stats import difference, over_seeds, shared_seeds
+
+Rule = Callable[[Claim, dict[int, Cells]], Finding]
+Rows = Callable[[Family, list[Family]], list[Verdict]]
+
+
+def over_ranks(claim: Claim, families: Sequence[Family], rows: Rows) -> list[Verdict]:
+    """The rows of every family with the claim's target and two ranks; where some have rank 1 and the top one, of those alone."""
+    ours = trained(families)
+    usable = [family for family in ours if family.target == claim.target and len(family.ranks()) > 1]
+    whole = [family for family in usable if {1, claim.top} <= set(family.ranks())]
+    found = [row for family in whole or usable for row in rows(family, ours)]
+    missing = f"no records of two or more ranks with {claim.target} target and anchor=none"
+    return complete(claim, found, missing, [family for family in ours if family.target == claim.target])
+
+
+def judged(claim: Claim, family: Family, rule: Rule) -> Verdict:
+    """The rule on the family's cells of the paper's distribution; the means by rank and greedy beside it."""
+    cells = {rank: family.cells["untied", rank] for rank in family.ranks()}
+    missing = [rank for rank in (1, claim.top) if rank not in cells]
+    means = [
+        Number(f"rank {rank}:", mean, claim.digits, claim.unit)
+        for rank in cells
+        if (mean := over_seeds(cells[rank], claim.quantity)) is not None
+    ]
+    shared = [] if missing else shared_seeds(cells[1], cells[claim.top])
+    if missing:
+        lacking, there = " and ".join(map(str, missing)), ", ".join(map(str, cells))
+        found = Finding(NOT_MEASURED, f"no cell of rank {lacking} (there is {there})")
+    else:
+        found = rule(claim, cells)
+        if few := too_few(claim, len(shared)):
+            found = replace(found, word=UNMEASURED, reason=few)
+    beside = means if found.numbers else []
+    return Verdict(
+        claim,
+        f"{family.label}, {counted(len(shared), 'seed')}",
+        found.word,
+        found.reason,
+        found.numbers or means,
+        beside + (_greedy(claim, cells) if claim.target == "common" else []),
+        [record.path for record in family.records("untied")],
+        len(shared),
+    )
+
+
+def _greedy(claim: Claim, cells: dict[int, Cells]) -> list[Number]:
+    means = {rank: over_seeds(by_seed, claim.quantity, "greedy") for rank, by_seed in cells.items()}
+    return [
+        Number(f"greedy, rank {rank}:", mean, claim.digits, claim.unit)
+        for rank, mean in means.items()
+        if mean is not None
+    ]
+
+
+def trend(claim: Claim, cells: dict[int, Cells]) -> Finding:
+    """The top rank against rank 1 has the wanted sign, and no step from one rank to the next surely has the other one (95%
+    over all steps)."""
+    total = difference(cells[claim.top], cells[1], claim.quantity)
+    if total is None:
+        return Finding(UNMEASURED, f"the records hold no {claim.quantity}")
+    numbers = [Number(f"rank {claim.top} - rank 1:", total, claim.digits, claim.unit, sign=True)]
+    ranks, apart = [rank for rank in sorted(cells) if rank <= claim.top], ""
+    for low, high in itertools.pairwise(ranks):
+        step = difference(cells[high], cells[low], claim.quantity, level=1 - 0.05 / (len(ranks) - 1))
+        if step is None:
+            apart = apart or f"rank {high} shares no seed with rank {low}"
+        elif sign(step) == -claim.wanted:
+            numbers.append(Number(f"rank {high} - rank {low}:", step, claim.digits, claim.unit, sign=True))
+            return Finding(FAILS, f"the step from rank {low} to rank {high} goes the other way", numbers)
+    found = replace(signed(claim, total), numbers=numbers)
+    return replace(found, word=UNMEASURED, reason=apart) if apart and found.word == HOLDS else found
