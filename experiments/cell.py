@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cpdlm.bench import latency
 from cpdlm.bench.acceptance import tokens_per_forward
-from cpdlm.config import Config, ConfigError, DecodeConfig, EvaluateConfig, but_rank
+from cpdlm.config import Config, ConfigError, DecodeConfig, EvaluateConfig, but_rank, upgrade
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import Corpus, load_corpus
 from cpdlm.data.draft_vocabulary import DraftVocabulary, frequent_tokens
@@ -54,7 +54,7 @@ def is_trained(config: Config) -> bool:
     found = _read(folder / EVALUATED)
     same = _same(found.get("settings"), config.evaluate) and found.get("weights") == _weights_hash(config)
     # Older versions evaluated over the whole vocabulary what was trained on a shortlist: that is done again.
-    return same and found["likelihood"].get("shortlist", {"tokens": 0})["tokens"] == config.loss.shortlist
+    return same and found["likelihood"].get("shortlist", {"tokens": 0})["tokens"] == config.loss.draft_vocabulary
 
 
 def trained_by(config: Config) -> str:
@@ -120,11 +120,16 @@ def train(config: Config, command: str) -> bool:
     model = build_language_model(config, corpus.vocab_size, trunk)
     text, written = _training_text(config, corpus, trunk)
     data = TokenDataModule(config, text)
-    listed = _shortlist("loss.shortlist", config.loss.shortlist, text) if config.loss.shortlist else None
+    listed = (
+        _shortlist("loss.draft_vocabulary", config.loss.draft_vocabulary, text)
+        if config.loss.draft_vocabulary
+        else None
+    )
     if listed is not None:
         model.use_draft_vocabulary(torch.from_numpy(listed.ids))
         print(
-            f"loss.shortlist={config.loss.shortlist}: {listed.coverage:.2%} of the training text is on it", flush=True
+            f"loss.draft_vocabulary={config.loss.draft_vocabulary}: {listed.coverage:.2%} of the training text is on it",
+            flush=True,
         )
     with tracking.cell_run(config, command, folder) as tracker:
         done = (folder / checkpoints.TRAINED).is_file() and (folder / checkpoints.WEIGHTS).is_file()
@@ -195,9 +200,9 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
     decode = first.decode
     rank_one = _rank_one(configs)
     shortlist = None
-    if decode.shortlist:
+    if decode.draft_vocabulary:
         text, _ = _training_text(first, corpus, trunks[first.model.trunk, first.model.dtype])
-        shortlist = _shortlist("decode.shortlist", decode.shortlist, text)
+        shortlist = _shortlist("decode.draft_vocabulary", decode.draft_vocabulary, text)
         for model in models.values():
             model.use_draft_vocabulary(torch.from_numpy(shortlist.ids))
     modes = {}
@@ -374,7 +379,10 @@ def _origin(folder: Path, data_sha256: str, trunk_sha256: str) -> dict[str, Any]
 
 def _same(settings: dict[str, Any] | None, now: EvaluateConfig | DecodeConfig) -> bool:
     """Whether a stage ran with these settings; one that is younger than its output had its default then."""
-    return settings is not None and asdict(type(now)()) | settings == asdict(now)
+    if settings is None:
+        return False
+    saved = upgrade({"decode": settings})["decode"]  # by the present names of its settings
+    return asdict(type(now)()) | saved == asdict(now)
 
 
 def _training_text(config: Config, corpus: Corpus, trunk: LanguageModel | None) -> tuple[Corpus, dict[str, Any]]:

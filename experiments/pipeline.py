@@ -29,7 +29,7 @@ STAGES = ("data", "train", "decode", "report")
 FAILED = "failed.json"
 # What decides the numbers of a record: records of commits that differ elsewhere only are records of the same code.
 CODE = (
-    "cpdlm/config.py",
+    "cpdlm/config",
     "cpdlm/data",
     "cpdlm/model",
     "cpdlm/training",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import FAMILIES, SIZES, Config, to_dict
+from cpdlm.config import FAMILIES, SIZES, Config, to_dict, upgrade
 from cpdlm.files import write_json
 from experiments.provenance import provenance
 
@@ -380,6 +380,7 @@ def load(path: Path, root: Path | None = None) -> Record:
     if isinstance(content, dict) and "benchmark" in content and "schema" not in content:
         raise NotACell(f"{path} is a benchmark's record, not a cell's")
     validate(content, str(path))
+    content["config"] = upgrade(content["config"])
     return Record(path.relative_to(root).as_posix() if root else path.as_posix(), content)
 
 

@@ -111,7 +111,7 @@ BAD: list[tuple[str, str]] = [
     ("optim.beta2=1.1", "optim.beta2=1.1 must lie in [0, 1]"),
     ("optim.lr=0", "optim.lr=0.0 must be a positive number"),
     ("optim.lr=nan", "optim.lr=nan must be a positive number"),
-    ("decode.temperature=0", "decode.temperature=0.0 must be positive (greedy is always measured)"),
+    ("decode.temperature=0", "decode.temperature=0.0 must be a positive number (greedy is always measured)"),
     # combinations
     ("horizon=256 data.context=256", "horizon=256 does not fit data.context=256; lower the horizon"),
     ("horizon=1 rank=4", "rank=4 needs horizon of at least 2"),
@@ -248,6 +248,18 @@ def test_a_foreign_config_is_refused() -> None:
         from_dict({"rank": "many"})
     with pytest.raises(ConfigError, match="too small"):
         from_dict({"rank": 0})
+
+
+def test_earlier_names_of_settings_are_read() -> None:
+    frozen = {"model.trunk": "a folder"}
+    new = resolve(frozen | {"loss.draft_vocabulary": 5, "decode.draft_vocabulary": 7})
+    assert resolve(frozen | {"loss.shortlist": 5, "decode.shortlist": 7}) == new
+    saved = to_dict(new)
+    for group in ("loss", "decode"):
+        saved[group]["shortlist"] = saved[group].pop("draft_vocabulary")
+    assert from_dict(saved) == new and "shortlist" in saved["loss"], "what was read is not changed"
+    later = parse(["preset=retrofit", "model=m", "decode.draft_vocabulary=7", "decode.shortlist=9"])
+    assert later.decode.draft_vocabulary == 9 and later.loss.draft_vocabulary == 8192
 
 
 def test_names_tell_runs_apart() -> None:

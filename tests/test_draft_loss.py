@@ -272,7 +272,7 @@ def test_more_states_than_the_limit_are_refused_with_the_numbers(tmp_path: Path)
     "given, message",
     [
         ({"loss.objective": "blend"}, "loss.objective=blend is for heads on a frozen model: give model=NAME"),
-        ({"loss.shortlist": 9}, "loss.shortlist=9 is for heads on a frozen model"),
+        ({"loss.draft_vocabulary": 9}, "loss.draft_vocabulary=9 is for heads on a frozen model"),
         ({"data.states": 4096}, "data.states=4096 is for heads on a frozen model"),
         ({"loss.gamma": 0.5, "model.trunk": "x", "model.head": "separate"}, "loss.gamma=0.5 needs model.head=shared"),
         ({"data.states": 10, "model.trunk": "x"}, "data.states=10 tokens are less than one row of data.context=256"),

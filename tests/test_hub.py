@@ -708,7 +708,7 @@ LISTED = [5, *range(40, 58), 256]
 
 
 def listed_run(folder: Path) -> Path:
-    make_run(folder, {"decode.shortlist": len(LISTED), "model.tie_embeddings": False})
+    make_run(folder, {"decode.draft_vocabulary": len(LISTED), "model.tie_embeddings": False})
     measured = json.loads((folder / "decode.json").read_text())
     write_json(folder / "decode.json", measured | {"shortlist": LISTED, "shortlist_coverage": 0.913})
     return folder
@@ -748,10 +748,12 @@ def test_a_shortlist_goes_with_its_model(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_shortlist_that_is_not_known_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(tmp_path / "run", {"decode.shortlist": 20})
+    make_run(tmp_path / "run", {"decode.draft_vocabulary": 20})
     assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "drafts from a shortlist (decode.shortlist=20) that is not in its decode.json; delete that file" in error
+    assert (
+        "drafts from a shortlist (decode.draft_vocabulary=20) that is not in its decode.json; delete that file" in error
+    )
     assert not (tmp_path / "out").exists()
 
 

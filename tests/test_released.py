@@ -53,7 +53,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "data.context": 48,
             "decode.prompt_tokens": 4,
             "decode.new_tokens": 4,
-            "decode.shortlist": 20,
+            "decode.draft_vocabulary": 20,
             "model.trunk": "smollm2",
             "model.family": "pretrained",
             "data.tokenizer": "model",

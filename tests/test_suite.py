@@ -320,8 +320,8 @@ def small_pretrained(folder: Path, texts: list[Path]) -> Path:
 TINY_RETROFIT = {
     "data.tokenizer": "model",
     "data.states": 64 * 8,
-    "loss.shortlist": 100,
-    "decode.shortlist": 100,
+    "loss.draft_vocabulary": 100,
+    "decode.draft_vocabulary": 100,
     "train.decode_prompts": 1,
     "loss.joint_fraction": 0.5,
     "decode.repeats": 1,
@@ -374,7 +374,7 @@ def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
     for text, coverage in covered.items():
         mine = [record for record in records if record.config["data"]["text"] == text]
         assert mine and all(record["decoding"]["shortlist_coverage"] == pytest.approx(coverage) for record in mine)
-        assert f"loss.shortlist=100: {coverage:.2%} of the training text is on it" in said
+        assert f"loss.draft_vocabulary=100: {coverage:.2%} of the training text is on it" in said
     for record in records:
         assert (
             record["likelihood"]["shortlist"]["tokens"] == 100 and 0 < record["likelihood"]["shortlist"]["windows"] <= 1
@@ -495,22 +495,25 @@ def test_drafts_from_a_shortlist_are_an_option_of_a_cell(
     """Half of the bytes: still lossless (test_drafters), with its coverage in the record; too long a list is refused."""
     words = typed(TINY)
     words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2", "name=one"]
-    assert run.main([*words, "decode.shortlist=20"]) == 0
+    assert run.main([*words, "decode.draft_vocabulary=20"]) == 0
     record = load(Path(capsys.readouterr().out.split("record: ")[1].strip()))
-    assert 0.5 < record["decoding"]["shortlist_coverage"] < 1 and record.config["decode"]["shortlist"] == 20
+    assert 0.5 < record["decoding"]["shortlist_coverage"] < 1 and record.config["decode"]["draft_vocabulary"] == 20
     ids = checkpoints.run_draft_vocabulary(tmp_path / "runs" / "one")
     assert ids is not None and len(ids.unique()) == 20
     export.export(tmp_path / "runs" / "one", tmp_path / "mine")
     assert "from the 20 most frequent tokens" in (tmp_path / "mine" / "README.md").read_text()
-    assert run.main([*words, "decode.shortlist=300"]) == 2
-    assert "decode.shortlist=300: the vocabulary has 257 tokens" in capsys.readouterr().err
+    assert run.main([*words, "decode.draft_vocabulary=300"]) == 2
+    assert "decode.draft_vocabulary=300: the vocabulary has 257 tokens" in capsys.readouterr().err
 
 
 def test_a_setting_younger_than_an_output_had_its_default() -> None:
-    old = {key: value for key, value in asdict(DecodeConfig()).items() if key not in ("draft", "nodes", "shortlist")}
+    old = {
+        key: value for key, value in asdict(DecodeConfig()).items() if key not in ("draft", "nodes", "draft_vocabulary")
+    }
     assert one_cell._same(old, DecodeConfig()) and one_cell._same(old | {"draft": "chain"}, DecodeConfig())
     assert not one_cell._same(old, DecodeConfig(draft="tree")) and not one_cell._same(old, DecodeConfig(repeats=9))
     assert not one_cell._same(None, DecodeConfig())
+    assert one_cell._same(old | {"shortlist": 5}, DecodeConfig(draft_vocabulary=5)), "by its earlier name"
 
 
 @pytest.mark.slow

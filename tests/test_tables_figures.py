@@ -480,7 +480,12 @@ def test_the_retrofits_of_most_ranks_are_shown_first() -> None:
 
 def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> None:
     content = made(
-        8, **PRETRAINED, model__tie_first=True, model__dtype="bfloat16", loss__objective="eq14", loss__shortlist=100
+        8,
+        **PRETRAINED,
+        model__tie_first=True,
+        model__dtype="bfloat16",
+        loss__objective="eq14",
+        loss__draft_vocabulary=100,
     )
     content["likelihood"]["weights"] |= {"effective": 1.1823, "dead": 7}
     content["training"]["tokens"], content["config"]["loss"]["joint_fraction"] = 8000, 0.125

@@ -269,7 +269,7 @@ def _shard_names(path: Path) -> set[str]:
 
 def run_draft_vocabulary(run: Path) -> Tensor | None:
     """(V',) the tokens that a run drafts from, as it was measured; None for all. RunError where they are not known."""
-    size = read_config(run).decode.shortlist
+    size = read_config(run).decode.draft_vocabulary
     if not size:
         return None
     try:
@@ -278,7 +278,7 @@ def run_draft_vocabulary(run: Path) -> Tensor | None:
         ids = None
     if ids is None or len(ids) != size:
         raise RunError(
-            f"{run} drafts from a shortlist (decode.shortlist={size}) that is not in its decode.json; delete that file, if it is "
+            f"{run} drafts from a shortlist (decode.draft_vocabulary={size}) that is not in its decode.json; delete that file, if it is "
             "there, and run its command again"
         )
     return torch.tensor(ids)

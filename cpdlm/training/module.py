@@ -67,7 +67,9 @@ class MultiTokenModule(L.LightningModule):
         )
         aim = self._aim()
         # Where the next-token law is frozen, or another objective is sought, x_{t+1} has no term of its own.
-        alone = self.model.frozen_target and (self.model.first_is_tied or aim is not None or loss_config.shortlist > 0)
+        alone = self.model.frozen_target and (
+            self.model.first_is_tied or aim is not None or loss_config.draft_vocabulary > 0
+        )
         first_BT = torch.zeros_like(weights.first_BT) if alone else weights.first_BT
         terms = self._terms(batch, first_BT, weights.rest_BT, aim)
         # The weights normalise the sum over micro-batches; Lightning takes their mean.

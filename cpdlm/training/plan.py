@@ -195,14 +195,14 @@ def loss_flops(model: LanguageModel, config: Config) -> dict[str, float]:
         return {"next token": table_times * 2.0 * vocab * width}
     own_first = not model.first_is_tied
     share = config.loss.joint_fraction
-    factors, index = model.heads.factors, config.loss.shortlist or vocab
+    factors, index = model.heads.factors, config.loss.draft_vocabulary or vocab
     row_map = 0.0 if _separate(model) else 2.0 * width * width
     if model.heads.inner:
         row_map = 4.0 * width * model.heads.inner
     row = table_times * 2.0 * index * width + 3 * row_map
     first = 0.0
     # Where the target is frozen and the window's loss is not the joint's own, x_{t+1} has no term of its own.
-    alone = model.frozen_target and (config.loss.shortlist > 0 or config.loss.objective != "joint")
+    alone = model.frozen_target and (config.loss.draft_vocabulary > 0 or config.loss.objective != "joint")
     if own_first and share < 1 and not alone:
         first = rank * row
     elif not own_first and not model.frozen_target:
@@ -260,7 +260,7 @@ def _loss_memory(model: LanguageModel, config: Config, rows: int, compiled: bool
         sums += table_bytes
     if model.heads is not None:
         picked, maps = max(1, round(positions * config.loss.joint_fraction)), size(model.heads.maps.values())
-        window = chunk(picked, model.heads.factors * model.rank, config.loss.shortlist or model.vocab_size)
+        window = chunk(picked, model.heads.factors * model.rank, config.loss.draft_vocabulary or model.vocab_size)
         most = max(most, window)
         sums += table_bytes + maps
         if has_next_token and not model.first_is_tied:

@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tied, 1/4, low rank": _TIED | {"loss.joint_fraction": 1 / 4, "model.map_rank": 16},
     "frozen, 1/4": _FROZEN | {"loss.joint_fraction": 1 / 4},
     "frozen, 1/4, shortlist": _FROZEN
-    | {"loss.joint_fraction": 1 / 4, "loss.shortlist": 0},  # a quarter of the vocabulary
+    | {"loss.joint_fraction": 1 / 4, "loss.draft_vocabulary": 0},  # a quarter of the vocabulary
 }
 
 SCRATCH = [recipe for recipe, settings in RECIPES.items() if recipe != PLAIN and "model.trunk" not in settings]
@@ -61,8 +61,8 @@ SCRATCH = [recipe for recipe, settings in RECIPES.items() if recipe != PLAIN and
 
 def configure(recipe: str, vocab: int, **settings: Any) -> Config:
     overrides = RECIPES[recipe] | settings
-    if "loss.shortlist" in overrides:
-        overrides |= {"loss.shortlist": vocab // 4}
+    if "loss.draft_vocabulary" in overrides:
+        overrides |= {"loss.draft_vocabulary": vocab // 4}
     return resolve(overrides | {"tracking.mlflow": False})
 
 
@@ -138,8 +138,8 @@ def time_one(size: str, recipe: str, vocab: int, steps: int) -> dict[str, Any]:
     before = 0 if torch.cuda.is_available() else peak_memory_bytes()
     weights = 0 if trunk is None else sum(p.numel() * p.element_size() for p in trunk.parameters())
     model = build_language_model(config, vocab, trunk)
-    if config.loss.shortlist:
-        model.use_draft_vocabulary(torch.arange(config.loss.shortlist))
+    if config.loss.draft_vocabulary:
+        model.use_draft_vocabulary(torch.arange(config.loss.draft_vocabulary))
     with tempfile.TemporaryDirectory() as folder:
         summary = fit(config, model, data, Path(folder))
     assert summary is not None

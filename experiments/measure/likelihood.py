@@ -89,7 +89,7 @@ def evaluate(
     if not positions:
         raise ConfigError(
             f"the shortlist of {len(model.draft_ids) if model.draft_ids is not None else 0} tokens covers none of the {whole:,} "
-            "test windows; raise loss.shortlist"
+            "test windows; raise loss.draft_vocabulary"
         )
     mean_R = (weights_R / positions).clamp_min(1e-12)
     joint = [row["terms"].sum() for row in rows]

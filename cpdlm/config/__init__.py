@@ -1,0 +1,61 @@
+"""Every setting of a run. Precedence, weakest first: defaults < presets < command line.
+
+Nothing here imports torch, so that `--help` and every configuration error come before any slow import.
+"""
+
+from cpdlm.config.checks import check
+from cpdlm.config.presets import PRESETS
+from cpdlm.config.reading import as_yaml, expand, from_dict, help_text, parse, resolve, to_dict, upgrade
+from cpdlm.config.settings import (
+    CHOICES,
+    FAMILIES,
+    INCIDENTAL,
+    SIZES,
+    Config,
+    ConfigError,
+    DataConfig,
+    DecodeConfig,
+    EvaluateConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    Size,
+    TrackingConfig,
+    TrainConfig,
+    but_rank,
+    flat,
+    flatten,
+    leaves,
+)
+
+__all__ = [
+    "CHOICES",
+    "FAMILIES",
+    "INCIDENTAL",
+    "PRESETS",
+    "SIZES",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DecodeConfig",
+    "EvaluateConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Size",
+    "TrackingConfig",
+    "TrainConfig",
+    "as_yaml",
+    "but_rank",
+    "check",
+    "expand",
+    "flat",
+    "flatten",
+    "from_dict",
+    "help_text",
+    "leaves",
+    "parse",
+    "resolve",
+    "to_dict",
+    "upgrade",
+]

@@ -1,0 +1,214 @@
+"""What a configuration must satisfy: choices, ranges, and rules between settings, which name both values."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from cpdlm.config.settings import CHOICES, FAMILIES, Config, ConfigError, flatten
+
+LEAST: dict[str, int] = {
+    "rank": 1,
+    "horizon": 1,
+    "seed": 0,
+    "devices": 1,
+    "nodes": 1,
+    "data.context": 2,
+    "data.batch_rows": 1,
+    "data.max_bytes": 0,
+    "data.workers": 0,
+    "data.processes": 0,
+    "data.states": 0,
+    "model.map_rank": 0,
+    "model.map_hidden": 0,
+    "model.anchor_width": 0,
+    "model.adapter_layers": 0,
+    "model.adapter_rank": 1,
+    "loss.draft_vocabulary": 0,
+    "loss.chunk_mib": 1,
+    "optim.steps": 1,
+    "optim.warmup": 0,
+    "train.accumulate": 1,
+    "train.log_every": 1,
+    "train.validate_every": 1,
+    "train.validation_rows": 1,
+    "train.decode_prompts": 0,
+    "train.checkpoint_every": 1,
+    "train.timeout": 1,
+    "evaluate.rows": 1,
+    "evaluate.batch_rows": 1,
+    "decode.prompts": 1,
+    "decode.prompt_tokens": 1,
+    "decode.new_tokens": 1,
+    "decode.top_k": 0,
+    "decode.repeats": 1,
+    "decode.warmups": 0,
+    "decode.nodes": 1,
+    "decode.draft_vocabulary": 0,
+}
+NOT_NEGATIVE = ("model.noise", "loss.balance_weight", "loss.balance_rate", "optim.weight_decay", "optim.clip")
+POSITIVE = ("data.states_gib", "optim.lr", "decode.temperature")
+ABOVE_ZERO_TO_ONE = ("loss.joint_fraction", "loss.gamma", "decode.top_p")
+ZERO_TO_ONE = ("loss.alpha", "optim.floor", "optim.beta1", "optim.beta2")
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError on the first rule that the configuration breaks; it names the settings and their values."""
+    values = flatten(config)
+    for key, allowed in CHOICES.items():
+        check_choice(key, values[key], allowed)
+    if not config.model.family.endswith(".json"):
+        check_choice("model.family", config.model.family, FAMILIES)
+    for rules in (_ranges, _mixture, _heads, _text, _pretrained, _frozen, _processes):
+        for message in rules(config):
+            raise ConfigError(message)
+
+
+def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """ConfigError, with the nearest choice, where the value is none of those allowed."""
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        guess = f"; did you mean {key}={near[0]}?" if near else ""
+        raise ConfigError(f"{key}={value!r} is not one of {', '.join(allowed)}{guess}")
+
+
+# Each yields what is wrong, in words.
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    values = flatten(config)
+    for key, least in LEAST.items():
+        if values[key] < least:
+            yield f"{key}={values[key]} is too small; the least is {least}"
+    for key in NOT_NEGATIVE:
+        if not 0 <= values[key] < math.inf:
+            yield f"{key}={values[key]} must be a number of at least 0"
+    for key in ABOVE_ZERO_TO_ONE:
+        if not 0 < values[key] <= 1:
+            yield f"{key}={values[key]} must lie in (0, 1]"
+    for key in ZERO_TO_ONE:
+        if not 0 <= values[key] <= 1:
+            yield f"{key}={values[key]} must lie in [0, 1]"
+    for key in POSITIVE:
+        if not 0 < values[key] < math.inf:
+            hint = " (greedy is always measured)" if key == "decode.temperature" else ""
+            yield f"{key}={values[key]} must be a positive number{hint}"
+
+
+def _mixture(config: Config) -> Iterator[str]:
+    horizon, context = config.horizon, config.data.context
+    if horizon >= context:
+        yield f"horizon={horizon} does not fit data.context={context}; lower the horizon"
+    if horizon == 1 and config.rank > 1:
+        yield f"rank={config.rank} needs horizon of at least 2 (horizon=1 is a next-token model)"
+    if horizon == 1 and config.anchor != "none":
+        yield f"anchor={config.anchor} needs horizon of at least 2 (horizon=1)"
+    if horizon == 1 and config.model.trunk:
+        yield f"model.trunk={config.model.trunk} needs horizon of at least 2 (horizon=1 has no heads to train)"
+    if horizon == 1 and config.train.decode_prompts:
+        yield f"train.decode_prompts={config.train.decode_prompts}: horizon=1 drafts nothing; type 0"
+
+
+def _heads(config: Config) -> Iterator[str]:
+    model, separate = config.model, config.model.head == "separate"
+    if model.map_rank and separate:
+        yield f"model.map_rank={model.map_rank} needs model.head=shared (model.head=separate has no maps)"
+    if model.map_hidden and (model.map_rank or separate):
+        yield (
+            f"model.map_hidden={model.map_hidden} needs model.head=shared and model.map_rank=0 (here "
+            f"model.head={model.head}, model.map_rank={model.map_rank}): a map is linear, low-rank or a perceptron"
+        )
+    if config.decode.draft_vocabulary and separate:
+        yield (
+            f"decode.draft_vocabulary={config.decode.draft_vocabulary} needs model.head=shared "
+            "(model.head=separate has no common unembedding)"
+        )
+
+
+def _text(config: Config) -> Iterator[str]:
+    data, decode = config.data, config.decode
+    if decode.prompt_tokens + decode.new_tokens > data.context:
+        yield (
+            f"decode.prompt_tokens={decode.prompt_tokens} + decode.new_tokens={decode.new_tokens} "
+            f"exceed data.context={data.context}"
+        )
+    kind, _, name = data.tokenizer.partition(":")
+    is_bpe = kind == "bpe" and name.isdigit() and int(name) >= 257
+    is_own = data.tokenizer == "model" and config.is_pretrained
+    if not (data.tokenizer == "bytes" or is_bpe or is_own or (kind == "hf" and name)):
+        yield (
+            f"data.tokenizer={data.tokenizer!r}: write bytes, bpe:SIZE with SIZE of at least 257, hf:NAME, or, "
+            "with a pretrained trunk (model=NAME), model"
+        )
+
+
+def _pretrained(config: Config) -> Iterator[str]:
+    model, tokenizer = config.model, config.data.tokenizer
+    if model.family.endswith(".json") and not Path(model.family).is_file():
+        yield (
+            f"model.family={model.family}: there is no such file; give a Hugging Face config.json, "
+            f"or one of {', '.join(FAMILIES)}"
+        )
+    if config.is_pretrained and not model.trunk:
+        yield (
+            "model.family=pretrained needs the model: type model=NAME "
+            "(a Hugging Face folder or name, a GGUF file, smollm2)"
+        )
+    if config.is_pretrained and tokenizer != "model" and not tokenizer.startswith("hf:"):
+        yield (
+            f"data.tokenizer={tokenizer} is not the tokenizer of the pretrained model {model.trunk}; "
+            "type data.tokenizer=model (preset=retrofit does)"
+        )
+    if model.dtype != "float32" and not config.is_pretrained:
+        yield (
+            f"model.dtype={model.dtype} is for pretrained trunks (model=NAME); "
+            "train.precision is for trunks that are trained here"
+        )
+
+
+def _frozen(config: Config) -> Iterator[str]:
+    """What only heads on a frozen trunk can have."""
+    data, loss, model = config.data, config.loss, config.model
+    used = {
+        f"loss.objective={loss.objective}": loss.objective != "joint",
+        f"loss.gamma={loss.gamma}": loss.gamma != 1,
+        f"loss.draft_vocabulary={loss.draft_vocabulary}": loss.draft_vocabulary > 0,
+        f"data.states={data.states}": data.states > 0,
+        f"data.text={data.text}": data.text != "corpus",
+        f"model.adapter_layers={model.adapter_layers}": model.adapter_layers > 0,
+    }
+    for setting in [words for words, is_used in used.items() if is_used]:
+        if not model.trunk:
+            yield f"{setting} is for heads on a frozen model: give model=NAME (a pretrained one) or model.trunk=RUN"
+        if model.head == "separate" and not setting.startswith("data."):
+            yield f"{setting} needs model.head=shared (model.head=separate has unembeddings of its own)"
+    if 0 < data.states < data.context:
+        yield (
+            f"data.states={data.states} tokens are less than one row of data.context={data.context}; "
+            "raise it, or type 0 to keep none"
+        )
+    if data.text != "corpus" and not data.states:
+        yield f"data.text={data.text} needs data.states: how many tokens the model shall write"
+    if config.train.recompute and model.trunk:
+        yield f"train.recompute=true: model.trunk={model.trunk} is frozen and keeps no activations; leave it out"
+
+
+def _processes(config: Config) -> Iterator[str]:
+    nodes, devices, accumulate, rows = config.nodes, config.devices, config.train.accumulate, config.data.batch_rows
+    if config.train.sharded and config.parallel != "fsdp":
+        yield f"train.sharded=true needs parallel=fsdp (parallel={config.parallel} has the whole model everywhere)"
+    if config.parallel == "fsdp" and config.model.adapter_layers:
+        yield f"model.adapter_layers={config.model.adapter_layers} is not for parallel=fsdp; type parallel=auto"
+    if config.parallel == "fsdp" and config.train.decode_prompts:
+        yield (
+            f"train.decode_prompts={config.train.decode_prompts} needs whole weights; parallel=fsdp shards them: type 0"
+        )
+    step = nodes * devices * accumulate
+    if rows % step:
+        machines = f"nodes={nodes} x " if nodes > 1 else ""
+        yield (
+            f"data.batch_rows={rows} does not divide into {machines}devices={devices} x train.accumulate={accumulate}; "
+            f"try data.batch_rows={step * max(1, round(rows / step))}"
+        )

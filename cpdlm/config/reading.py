@@ -1,0 +1,132 @@
+"""Words and saved files -> a checked Config, and back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cpdlm.config.checks import check, check_choice
+from cpdlm.config.presets import PRESETS
+from cpdlm.config.settings import Config, ConfigError, leaves
+
+# Earlier names of settings, still read on the command line, in saved configurations and in records.
+ALIASES = {"loss.shortlist": "loss.draft_vocabulary", "decode.shortlist": "decode.draft_vocabulary"}
+
+
+def parse(arguments: list[str]) -> Config:
+    """`key=value` words -> a checked Config; raises ConfigError."""
+    given: dict[str, str] = {}
+    for word in arguments:
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{word}' is not a setting; write KEY=VALUE, for example rank=8 (--help lists them)")
+        given |= {"model.trunk": value, "model.family": "pretrained"} if key == "model" else {key: value}
+    return resolve(expand(given))
+
+
+def expand(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides of the named presets, in their order, then the given ones; raises ConfigError."""
+    merged: dict[str, Any] = {}
+    for name in str(given.get("preset", "none")).split(","):
+        check_choice("preset", name, tuple(PRESETS))
+        merged |= PRESETS[name]
+    return merged | _renamed(given)
+
+
+def resolve(overrides: Mapping[str, Any]) -> Config:
+    """Dotted overrides on the defaults -> a checked Config; raises ConfigError."""
+    known = leaves()
+    merged: DictConfig = OmegaConf.structured(Config)
+    for key, value in _renamed(overrides).items():
+        if key not in known:
+            _refuse_unknown(key, tuple(known))
+        try:
+            # The value as YAML reads it, so that 3e-4 is a number on the command line as well.
+            OmegaConf.update(merged, key, _read(value, known[key].type))
+            OmegaConf.select(merged, key, throw_on_missing=True)  # an interpolation that leads nowhere raises here
+        except OmegaConfBaseException as error:
+            raise ConfigError(
+                f"{key}={value!r}: expected {known[key].type}; the default is {known[key].default!r}"
+            ) from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    check(config)
+    # Not a rule of `check`: runs that were finished before it are still read.
+    if config.train.decode_prompts > config.decode.prompts:
+        raise ConfigError(
+            f"train.decode_prompts={config.train.decode_prompts} are more than decode.prompts={config.decode.prompts}; "
+            "raise that"
+        )
+    return config
+
+
+def upgrade(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration, nested, with the present names of its settings."""
+    content = {key: dict(value) if isinstance(value, Mapping) else value for key, value in saved.items()}
+    for old, new in ALIASES.items():
+        (group, name), (_, renamed) = old.split("."), new.split(".")
+        if isinstance(content.get(group), dict) and name in content[group]:
+            content[group][renamed] = content[group].pop(name)
+    return content
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionary, as saved with a run and in its record."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
+def from_dict(plain: Mapping[str, Any]) -> Config:
+    """The Config that `to_dict` wrote; raises ConfigError on a foreign one."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), upgrade(plain)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"this configuration was written by another version: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def as_yaml(config: Config) -> str:
+    """As saved in a run's config.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def help_text(program: str) -> str:
+    """The page that `--help` prints: every setting with type, default and a line of meaning."""
+    lines = [
+        f"usage: {program} [KEY=VALUE ...] [--print-config] [--help]",
+        "model=NAME is short for model.trunk=NAME model.family=pretrained: a Hugging Face folder or name, a GGUF file, "
+        "smollm2.",
+        "",
+        "One cell: train, evaluate, decode, write one record. Later words win; a preset is applied first.",
+        "presets: " + ", ".join(PRESETS),
+        "",
+    ]
+    for key, entry in leaves().items():
+        lines.append(f"  {key + '=' + str(entry.default):<36} {entry.type:<6} {entry.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _renamed(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The same overrides in the same order, each by its present name."""
+    return {ALIASES.get(key, key): value for key, value in overrides.items()}
+
+
+def _read(value: Any, kind: str) -> Any:
+    if isinstance(value, str) and kind == "int" and value.replace("_", "").lstrip("+-").isdigit():
+        return int(value)
+    return value
+
+
+def _refuse_unknown(key: str, known: tuple[str, ...]) -> NoReturn:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        near = [name for name in known if name.split(".")[-1] == key][:1]
+    guess = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"unknown setting '{key}'{guess} (--help lists them all)")

