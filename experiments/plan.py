@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not experiments/, whose modules would hide others of the same name
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
 
 from cpdlm import config as configuration
+from experiments.command import Command, pairs
 
 if TYPE_CHECKING:
     from cpdlm.training.plan import Plan
@@ -26,12 +25,10 @@ RATE = 4e14
 
 
 def main(arguments: list[str]) -> int:
-    if {"--help", "-h"} & set(arguments):
-        print(__doc__)
-        return 0
-    own = dict(word.split("=", 1) for word in arguments if word.startswith(("rate=", "vocab=")))
     try:
-        config = configuration.parse([word for word in arguments if not word.startswith(("rate=", "vocab="))])
+        words = Command("python experiments/plan.py", __doc__).read(arguments).settings
+        own = pairs([word for word in words if word.startswith(("rate=", "vocab="))], ("rate", "vocab"))
+        config = configuration.parse([word for word in words if not word.startswith(("rate=", "vocab="))])
         rate, vocab = _number("rate", own.get("rate", str(RATE))), int(_number("vocab", own.get("vocab", "0")))
         from cpdlm.training.plan import make_plan  # slow, after the checks above
 

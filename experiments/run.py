@@ -12,11 +12,10 @@ import sys
 import uuid
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not experiments/, whose modules would hide others of the same name
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
 
 from cpdlm import config as configuration
+from experiments.command import Command
 
 STAGES = ("train", "decode", "all")
 GRACE = 60  # seconds that processes have for a last checkpoint when they are told to stop
@@ -24,20 +23,18 @@ GRACE = 60  # seconds that processes have for a last checkpoint when they are to
 
 def main(arguments: list[str]) -> int:
     program = "python experiments/run.py"
-    if "--help" in arguments or "-h" in arguments:
-        print(configuration.help_text(program))
-        print(f"\n  --stage=STAGE   {' | '.join(STAGES)} (train also evaluates; decode also writes the record)")
-        return 0
-    stage = next((word.removeprefix("--stage=") for word in arguments if word.startswith("--stage=")), "all")
-    words = [word for word in arguments if not word.startswith("--stage=") and word != "--print-config"]
+    command = Command(program, configuration.help_text(program), "as listed above")
+    command.add_argument(
+        "--stage", choices=STAGES, default="all", help="train also evaluates, decode writes the record"
+    )
+    command.add_argument("--print-config", action="store_true", help="show the settings and run nothing")
     try:
-        if stage not in STAGES:
-            raise configuration.ConfigError(f"--stage={stage} is not one of {', '.join(STAGES)}")
-        config = configuration.parse(words)
+        options = command.read(arguments)
+        config = configuration.parse(options.settings)
     except configuration.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if "--print-config" in arguments:
+    if options.print_config:
         print(configuration.as_yaml(config), end="")
         return 0
     from cpdlm.processes import is_launched, launched
@@ -51,7 +48,7 @@ def main(arguments: list[str]) -> int:
         return 2
     if config.nodes * config.devices > 1 and not is_launched():
         return _launch(config, arguments)
-    return _run(config, " ".join([program, *words]), stage)
+    return _run(config, " ".join([program, *options.settings]), options.stage)
 
 
 def _launch(config: configuration.Config, arguments: list[str]) -> int:

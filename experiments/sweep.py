@@ -1,4 +1,4 @@
-"""Runs what is missing of a claim, of all of them, or of a profile: data, training, decoding, report.
+"""Runs what is missing of a claim, of all claims, or of a profile: data, training, decoding, report.
 
     python experiments/sweep.py claim=C3                        what the records under results/ lack
     python experiments/sweep.py claim=all profile=gpu --dry-run
@@ -11,8 +11,6 @@ The same command continues a sweep that was stopped or killed. `reproduce.sh` is
 from __future__ import annotations
 
 import contextlib
-import difflib
-import math
 import os
 import signal
 import sys
@@ -20,24 +18,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # not experiments/, whose modules would hide others of the same name
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
 
 from cpdlm.config import ConfigError
-from experiments.pipeline import FAILED, STAGES, Plan, mixed_code, run
+from experiments.command import Command, one_of, pairs
+from experiments.pipeline import run
 from experiments.profiles import PROFILES, SCALES, STUDIES, study
 from experiments.scheduler import ROOT, Launcher, Local, Slurm
-from experiments.suite import Cell
+from experiments.sweep_plan import STAGES, Plan
 from experiments.tracking import claim_experiment
 
 PROGRAM = "python experiments/sweep.py"
-WORDS = {
+SETTINGS = {
     "claim": "C1 ... C8, or all (C6 by its own id only); without it the cells of a profile",
     "profile": f"with a claim: {' | '.join(SCALES)} (default: cpu); else {' | '.join(PROFILES)} (default: cpu)",
     "out": "folder of the runs (default: runs/PROFILE, runs/claims or runs/claims-gpu)",
-    "results": "folder of the records (default: results with a claim, results/gpu on a GPU; else OUT/results); figures and README "
-    "are redrawn from it (of a folder in results: from all of that), unless it is OUT/results",
+    "results": "folder of the records (default: results with a claim, results/gpu on a GPU; else OUT/results); "
+    "figures and README are redrawn from it, unless it is OUT/results",
     "only": f"comma list of stages: {', '.join(STAGES)} (default: all)",
     "data": "token bundle made by `./dev bundle`; nothing is downloaded",
     "jobs": "cells trained at once on this machine (default: one per core, 8 at most; one per GPU)",
@@ -52,7 +49,7 @@ class Options:
     """The words of the command line, checked."""
 
     claim: str = ""
-    profile: str = ""
+    profile: str = "cpu"
     out: str = ""
     results: str = ""
     only: tuple[str, ...] = STAGES
@@ -64,19 +61,21 @@ class Options:
     slurm: dict[str, Any] = field(default_factory=dict)
     command: str = PROGRAM
 
+    @property
+    def scale(self) -> str:
+        """Of the machine: cpu or gpu."""
+        return "gpu" if self.profile in ("gpu", "retrofit-gpu", "paper") else "cpu"
+
 
 def main(arguments: list[str]) -> int:
-    if "--help" in arguments or "-h" in arguments:
-        print(f"usage: {PROGRAM} [WORD=VALUE ...] [--dry-run] [--help]\n\n{__doc__}")
-        print("\n".join(f"  {key:<10} {meaning}" for key, meaning in WORDS.items()))
-        print("  --dry-run  print the cells, their state and what they will cost; run nothing")
-        return 0
     try:
         options = parse(arguments)
         with contextlib.chdir(ROOT):
             plan = plan_of(options)
             if options.dry_run:
-                print(forecast(plan, options))
+                from experiments.forecast import forecast
+
+                print(forecast(plan, options.scale, options.jobs))
                 return 0
             return _run(plan, options)
     except ConfigError as error:
@@ -95,7 +94,7 @@ def _run(plan: Plan, options: Options) -> int:
         # Two sweeps in one folder would train the same cells and disturb each other's timings.
         with exclusive(plan.out):
             return run(plan, launcher(plan, options))
-    except (ConfigError, RunError, RecordError, WriteError) as error:
+    except (RunError, RecordError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -107,64 +106,37 @@ def _stop(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
 def parse(arguments: list[str]) -> Options:
     """Raises ConfigError naming the word and what to type instead."""
-    given: dict[str, Any] = {}
-    slurm: dict[str, Any] = {}
-    for word in [word for word in arguments if word != "--dry-run"]:
-        key, equals, value = word.partition("=")
-        if key.startswith("slurm.") and value:
-            slurm[key.removeprefix("slurm.")] = int(value) if value.isdigit() else value
-        elif not equals or key not in WORDS:
-            near = difflib.get_close_matches(key, WORDS, n=1)
-            guess = f"; did you mean {near[0]}=?" if near else ""
-            raise ConfigError(
-                f"'{word}': write WORD=VALUE with one of {', '.join(WORDS)}{guess} (--help explains them)"
-            )
-        elif not value:
-            raise ConfigError(f"{key}= needs a value")
-        else:
-            given[key] = value
+    settings = "\n".join(f"  {key:<10} {meaning}" for key, meaning in SETTINGS.items())
+    command = Command(PROGRAM, f"{__doc__}\n{settings}", "as listed above")
+    command.add_argument("--dry-run", action="store_true", help="print cells, their state and cost; run nothing")
+    flags = command.read(arguments)
+    given: dict[str, Any] = dict(pairs(flags.settings, SETTINGS, "slurm."))
+    slurm = {key.removeprefix("slurm."): given.pop(key) for key in list(given) if key.startswith("slurm.")}
     if "claim" in given:
-        given["claim"] = _known("claim", given["claim"], ("all", *(each.id for each in STUDIES)))
-        _known("profile", given.setdefault("profile", "cpu"), SCALES)
-    else:
-        _known("profile", given.setdefault("profile", "cpu"), tuple(PROFILES))
+        one_of("claim", given["claim"], ("all", *(each.id for each in STUDIES)))
+    one_of("profile", given.get("profile", "cpu"), SCALES if "claim" in given else PROFILES)
+    one_of("launcher", given.get("launcher", "local"), ("local", "slurm"))
     if "only" in given:
-        given["only"] = tuple(_known("only", name, STAGES) for name in given["only"].split(",") if name)
+        given["only"] = tuple(one_of("only", name, STAGES) for name in given["only"].split(",") if name)
     if "jobs" in given:
         if not given["jobs"].isdigit() or int(given["jobs"]) < 1:
             raise ConfigError(f"jobs={given['jobs']}: write a number of at least 1")
         given["jobs"] = int(given["jobs"])
-    _known("launcher", given.get("launcher", "local"), ("local", "slurm"))
-    given["mix"] = _known("mix", given.get("mix", "no"), ("yes", "no")) == "yes"
-    for key in ("out", "results", "data"):
-        if key in given:
-            given[key] = _place(given[key])
+    given["mix"] = one_of("mix", given.get("mix", "no"), ("yes", "no")) == "yes"
+    given |= {key: _from_root(given[key]) for key in ("out", "results", "data") if key in given}
     if slurm and given.get("launcher") != "slurm":
-        raise ConfigError(f"slurm.{next(iter(slurm))}={next(iter(slurm.values()))} needs launcher=slurm")
-    command = " ".join([PROGRAM, *(word for word in arguments if word != "--dry-run")])
-    return Options(**given, dry_run="--dry-run" in arguments, slurm=slurm, command=command)
+        key, value = next(iter(slurm.items()))
+        raise ConfigError(f"slurm.{key}={value} needs launcher=slurm")
+    given["slurm"] = {key: int(value) if value.isdigit() else value for key, value in slurm.items()}
+    return Options(**given, dry_run=flags.dry_run, command=" ".join([PROGRAM, *flags.settings]))
 
 
-def _place(path: str) -> str:
+def _from_root(path: str) -> str:
     """Relative to the repository where it lies inside, so that records name no machine."""
     absolute = Path(path).absolute()
     return str(absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute)
-
-
-def _known(key: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        near = difflib.get_close_matches(value, allowed, n=1)
-        guess = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{key}={value}: not one of {', '.join(allowed)}{guess}")
-    return value
-
-
-# --- the plan --------------------------------------------------------------------------------------------------------
 
 
 def plan_of(options: Options) -> Plan:
@@ -173,8 +145,8 @@ def plan_of(options: Options) -> Plan:
         cells = study(options.claim, options.profile)
         if not cells:
             raise ConfigError(f"claim={options.claim} has no cells for profile={options.profile}; type profile=cpu")
-        chosen = [each.id for each in STUDIES] if options.claim == "all" else [options.claim]
-        comparisons = [study(each, options.profile) for each in chosen if options.claim != "all" or each != "C6"]
+        chosen = [each.id for each in STUDIES if each.id != "C6"] if options.claim == "all" else [options.claim]
+        comparisons = [study(each, options.profile) for each in chosen]
         on_gpu = options.profile == "gpu"
         out = Path(options.out or ("runs/claims-gpu" if on_gpu else "runs/claims"))
         results = Path(options.results or ("results/gpu" if on_gpu else "results"))
@@ -183,8 +155,9 @@ def plan_of(options: Options) -> Plan:
         out = Path(options.out or f"runs/{options.profile}")
         results = Path(options.results or out / "results")
     if options.data:
-        cells = [cell.with_needs({"data.bundle": options.data}) for cell in cells]
-        comparisons = [[c.with_needs({"data.bundle": options.data}) for c in each] for each in comparisons]
+        bundle = {"data.bundle": options.data}
+        cells = [cell.with_needs(bundle) for cell in cells]
+        comparisons = [[cell.with_needs(bundle) for cell in each] for each in comparisons]
     return Plan(
         title=options.claim or options.profile,
         cells=cells,
@@ -201,6 +174,7 @@ def plan_of(options: Options) -> Plan:
 
 
 def launcher(plan: Plan, options: Options) -> Launcher:
+    """Where the jobs run."""
     if options.launcher == "slurm":
         return Slurm((plan.out / "slurm").absolute(), options.slurm)
     devices = _gpus()
@@ -213,66 +187,6 @@ def _gpus() -> list[str]:
 
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return (named or [str(number) for number in range(torch.cuda.device_count())]) if torch.cuda.is_available() else []
-
-
-# --- the forecast ----------------------------------------------------------------------------------------------------
-
-
-def forecast(plan: Plan, options: Options) -> str:
-    """The table of --dry-run: every cell, its state, and what it will cost by a model fitted to the records."""
-    from experiments import cell as one
-    from experiments import cost
-    from experiments.records import load_all
-
-    roots = {path for path in (plan.results, ROOT / "results") if path.is_dir()}
-    records = [record for root in roots for record in load_all(root)[0]]
-    scale = "gpu" if options.profile in ("gpu", "retrofit-gpu", "paper") else "cpu"
-    model = cost.CostModel.of({record["name"]: record for record in records}.values(), scale)
-    costs = cost.estimates(model, plan.needed)
-    lines = [f"{'cell':<56} {'state':<22} {'train':>7} {'decode':>7} {'memory':>9}"]
-    to_train: list[Cell] = []
-    for cell in complete_once(plan):
-        folder = plan.out / cell.name
-        if cell.name not in costs:
-            lines.append(f"{cell.name:<56} {'finished':<22}")
-            continue
-        trained = one.is_trained(cell.config(str(plan.out)))
-        to_train += [] if trained else [cell]
-        state = "trained" if trained else "failed before" if (folder / FAILED).is_file() else "to run"
-        if cell.name in plan.finished:
-            state = "for its weights" if not trained else "finished"
-        each = costs[cell.name]
-        lines.append(
-            f"{cell.name:<56} {state:<22} {_time(0 if trained else each.train):>7} {_time(each.decode):>7} {_mebibytes(each.memory):>9}"
-        )
-    jobs = options.jobs or (1 if scale == "gpu" else min(8, len(os.sched_getaffinity(0))))
-    unknown = sum(math.isnan(costs[cell.name].train) for cell in plan.pending)
-    left = cost.wall_seconds(to_train, costs, jobs, plan.pending)
-    lines += [
-        "",
-        f"{len(plan.cells)} cells, {len({c.setting for c in plan.cells})} without counting seeds: {len(plan.finished)} finished, "
-        f"{len(plan.pending)} to finish, {len(to_train)} to train; about {_time(left)} with {jobs} at once"
-        + (f" and {unknown} cells on a model of which there are no records" if unknown else ""),
-        model.text(),
-        *(f"mixed: {line}{'' if plan.mix else '; refused without mix=yes'}" for line in mixed_code(plan)),
-    ]
-    return "\n".join(lines)
-
-
-def complete_once(plan: Plan) -> list[Cell]:
-    """The plan's cells and those that they need, once each."""
-    return list({cell.name: cell for cell in (*plan.needed, *plan.cells)}.values())
-
-
-def _mebibytes(memory: float) -> str:
-    return "?" if math.isnan(memory) else f"{memory / 2**20:.0f} MiB"
-
-
-def _time(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "?"
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from made_records import made
 
 from cpdlm.config import ConfigError, to_dict
 from cpdlm.training import checkpoints
-from experiments import cost, pipeline, scheduler, sweep
+from experiments import cost, pipeline, scheduler, sweep, sweep_plan
 from experiments.profiles import PROFILES, SCALES, STUDIES, study
 from experiments.provenance import git_state
 from experiments.records import load_all, write
 from experiments.scheduler import Job, Local
 from experiments.suite import Cell, heads, scratch, trunk
+from experiments.sweep_plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,8 +107,8 @@ def test_a_failure_skips_what_needs_it_and_nothing_else(tmp_path: Path) -> None:
 # --- failures and kills -----------------------------------------------------------------------------------------------
 
 
-def plan(folder: Path, cells: list[Cell], **more: Any) -> pipeline.Plan:
-    return pipeline.Plan("test", cells, folder / "out", folder / "results", "command", **more)
+def plan(folder: Path, cells: list[Cell], **more: Any) -> Plan:
+    return Plan("test", cells, folder / "out", folder / "results", "command", **more)
 
 
 def test_a_failing_cell_is_recorded_and_tried_again(
@@ -121,7 +122,7 @@ def test_a_failing_cell_is_recorded_and_tried_again(
         f"exec('' if pathlib.Path({str(tmp_path / 'mended')!r}).exists() else 'raise RuntimeError(\"out of ideas\")')"
     )
 
-    def command(cell: Cell, plan: pipeline.Plan, track: list[str]) -> tuple[str, ...]:
+    def command(cell: Cell, plan: Plan, track: list[str]) -> tuple[str, ...]:
         return "-c", work.format(fail if cell is bad else "0"), str(tmp_path / "out" / cell.name)
 
     monkeypatch.setattr(pipeline, "train_command", command)
@@ -264,8 +265,8 @@ def committed(folder: Path, cells: list[Cell], **changes: Any) -> None:
         write(content, folder / cell.folder)
 
 
-def small(cells: list[Cell], folder: Path) -> pipeline.Plan:
-    return pipeline.Plan("C3", cells, folder / "out", folder / "results", "command")
+def small(cells: list[Cell], folder: Path) -> Plan:
+    return Plan("C3", cells, folder / "out", folder / "results", "command")
 
 
 def test_a_cell_with_a_record_of_its_settings_is_finished(tmp_path: Path) -> None:
@@ -309,19 +310,20 @@ def test_records_of_other_code_are_not_added_to_without_a_word(tmp_path: Path) -
     mixed = small([old, new], tmp_path)
     assert [cell.name for cell in mixed.pending] == [new.name]
     with pytest.raises(ConfigError, match=r"1 records of other code \(0000000000\).*Type mix=yes"):
-        pipeline.refuse_mixed_code(mixed)
-    pipeline.refuse_mixed_code(replace(mixed, mix=True))
+        sweep_plan.refuse_mixed_code(mixed)
+    sweep_plan.refuse_mixed_code(replace(mixed, mix=True))
     # Cells that nothing compares with those records, or no cells at all, mix nothing.
-    pipeline.refuse_mixed_code(replace(mixed, comparisons=[[old], [new]]))
-    pipeline.refuse_mixed_code(small([old], tmp_path))
+    sweep_plan.refuse_mixed_code(replace(mixed, comparisons=[[old], [new]]))
+    sweep_plan.refuse_mixed_code(small([old], tmp_path))
     # The same code, or a commit since which nothing that decides numbers has changed.
     commit, _ = git_state()
     content["commit"] = commit
     (tmp_path / "results/C1" / f"{old.name}.json").write_text(json.dumps(content))
     same = (
-        subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *pipeline.CODE], cwd=ROOT, check=False).returncode == 0
+        subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *sweep_plan.CODE], cwd=ROOT, check=False).returncode
+        == 0
     )
-    assert bool(pipeline.mixed_code(small([old, new], tmp_path))) is not same
+    assert bool(sweep_plan.mixed_code(small([old, new], tmp_path))) is not same
 
 
 def test_cells_that_other_code_trained_are_not_added_to_without_a_word(
@@ -336,11 +338,11 @@ def test_cells_that_other_code_trained_are_not_added_to_without_a_word(
     with pytest.raises(
         ConfigError, match=rf"1 cell that other code \(0000000000\) trained under .*{cells[0].name}.*mix=yes"
     ):
-        pipeline.refuse_mixed_code(mixed)
-    pipeline.refuse_mixed_code(replace(mixed, mix=True))
-    pipeline.refuse_mixed_code(replace(mixed, comparisons=[[cells[1]]]))
+        sweep_plan.refuse_mixed_code(mixed)
+    sweep_plan.refuse_mixed_code(replace(mixed, mix=True))
+    sweep_plan.refuse_mixed_code(replace(mixed, comparisons=[[cells[1]]]))
     commits[cells[0].name] = commit  # the same command goes on, with uncommitted changes, too
-    assert not pipeline.mixed_code(mixed)
+    assert not sweep_plan.mixed_code(mixed)
 
 
 def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,10 +351,10 @@ def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path, capsys
     committed(tmp_path / "results", cells)
     mine = small(cells, tmp_path)
     config = code.config("runs/x")
-    pipeline.refuse_mixed_data(mine, config, "ab" * 32)  # what made_records says
+    sweep_plan.refuse_mixed_data(mine, config, "ab" * 32)  # what made_records says
     with pytest.raises(ConfigError, match="3 records .* other text than corpus=code is now"):
-        pipeline.refuse_mixed_data(mine, config, "cd" * 32)
-    pipeline.refuse_mixed_data(replace(mine, mix=True), config, "cd" * 32)
+        sweep_plan.refuse_mixed_data(mine, config, "cd" * 32)
+    sweep_plan.refuse_mixed_data(replace(mine, mix=True), config, "cd" * 32)
     for cell in cells[1:]:
         path = tmp_path / "results" / cell.folder / f"{cell.name}.json"
         content = json.loads(path.read_text())
@@ -361,9 +363,9 @@ def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path, capsys
     mine = small(cells, tmp_path)
     (mine.out / code.name).mkdir(parents=True)
     (mine.out / code.name / checkpoints.WEIGHTS).write_bytes(b"other weights")
-    assert "other weights than those under 2 records" in pipeline._other_trunk(mine, code)
+    assert "other weights than those under 2 records" in sweep_plan.refused_trunk(mine, code)
     assert not capsys.readouterr().err
-    assert pipeline._other_trunk(replace(mine, mix=True), code) == ""
+    assert sweep_plan.refused_trunk(replace(mine, mix=True), code) == ""
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {code.name} trained to other weights than those under 2 records")
 
@@ -384,7 +386,8 @@ def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path, capsys
         (["claim=C3", "launcher=slrum"], "did you mean slurm?"),
         (["claim=C3", "slurm.partition=x"], "needs launcher=slurm"),
         (["claim=C3", "mix=maybe"], "not one of yes, no"),
-        (["C3"], "write WORD=VALUE"),
+        (["C3"], "write KEY=VALUE"),
+        (["--dryrun"], "did you mean --dry-run?"),
     ],
 )
 def test_a_mistake_exits_2_with_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

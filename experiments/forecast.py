@@ -1,0 +1,66 @@
+"""The table of `sweep.py --dry-run`: every cell, its state, and what it will cost by a model fitted to the records."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from experiments import cell as one
+from experiments import cost
+from experiments.records import load_all
+from experiments.scheduler import ROOT
+from experiments.suite import Cell
+from experiments.sweep_plan import FAILED, Plan, mixed_code
+
+
+def forecast(plan: Plan, scale: str, jobs: int = 0) -> str:
+    """scale: the records that the cost model is fitted to, cpu or gpu. jobs: cells trained at once (0: as sweep does)."""
+    roots = {path for path in (plan.results, ROOT / "results") if path.is_dir()}
+    records = {record["name"]: record for root in roots for record in load_all(root)[0]}
+    model = cost.CostModel.of(records.values(), scale)
+    costs = cost.estimates(model, plan.needed)
+    lines = [f"{'cell':<56} {'state':<22} {'train':>7} {'decode':>7} {'memory':>9}"]
+    to_train: list[Cell] = []
+    for cell in {cell.name: cell for cell in (*plan.needed, *plan.cells)}.values():
+        if cell.name not in costs:
+            lines.append(f"{cell.name:<56} {'finished':<22}")
+            continue
+        trained = one.is_trained(cell.config(str(plan.out)))
+        to_train += [] if trained else [cell]
+        each = costs[cell.name]
+        seconds = f"{_time(0 if trained else each.train):>7} {_time(each.decode):>7}"
+        lines.append(f"{cell.name:<56} {_state(plan, cell, trained):<22} {seconds} {_mebibytes(each.memory):>9}")
+    jobs = jobs or (1 if scale == "gpu" else min(8, len(os.sched_getaffinity(0))))
+    unknown = sum(math.isnan(costs[cell.name].train) for cell in plan.pending)
+    left = _time(cost.wall_seconds(to_train, costs, jobs, plan.pending))
+    settings = len({cell.setting for cell in plan.cells})
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{len(plan.cells)} cells, {settings} without counting seeds: {len(plan.finished)} finished, "
+            f"{len(plan.pending)} to finish, {len(to_train)} to train; about {left} with {jobs} at once"
+            + (f" and {unknown} cells on a model of which there are no records" if unknown else ""),
+            model.text(),
+            *(f"mixed: {line}{'' if plan.mix else '; refused without mix=yes'}" for line in mixed_code(plan)),
+        ]
+    )
+
+
+def _state(plan: Plan, cell: Cell, trained: bool) -> str:
+    if cell.name in plan.finished:
+        return "finished" if trained else "for its weights"
+    if trained:
+        return "trained"
+    return "failed before" if (plan.out / cell.name / FAILED).is_file() else "to run"
+
+
+def _mebibytes(memory: float) -> str:
+    return "?" if math.isnan(memory) else f"{memory / 2**20:.0f} MiB"
+
+
+def _time(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "?"
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
