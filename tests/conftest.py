@@ -19,10 +19,15 @@ for name in ("MLFLOW_TRACKING_URI", "CPDLM_COMMIT"):
     os.environ.pop(name, None)
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from made_records import suite, wider
+
+from experiments import records
+from experiments.report import Report, render
 
 torch.set_num_threads(1)
 
@@ -32,3 +37,19 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def made_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of made-up records of all kinds that the report shows."""
+    root = tmp_path_factory.mktemp("results")
+    for content in [*suite(seeds=2), *wider(seeds=2)]:
+        records.write(content, root / content["claim"])
+    return root
+
+
+@pytest.fixture(scope="session")
+def drawn(made_results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """The report on them: (folder, report)."""
+    folder = tmp_path_factory.mktemp("figures")
+    return folder, render(made_results, folder)

@@ -260,8 +260,9 @@ def suite(seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **distributions
 
 
 def wider(seeds: int = 2) -> list[dict[str, Any]]:
-    """What figures show beside `suite`: another trunk size, and ways of balancing the components."""
-    return [
+    """What figures show beside `suite`: another trunk size, ways of balancing the components, a pretrained model."""
+    pretrained = {"model__trunk": "smollm2", "model__family": "pretrained", "data__tokenizer": "model", "claim": "C6"}
+    return [made(r, corpus=corpus, anchor="token", **pretrained) for r in (1, 4) for corpus in ("code", "text")] + [
         record
         for seed in range(seeds)
         for record in (

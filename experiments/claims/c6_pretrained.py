@@ -20,7 +20,7 @@ CLAIM = Claim(
     quantity="speedup",
     unit="x",
     target="pretrained",
-    figure="main",
+    figure="readme",
     arms=("retrofit",),
     digits=2,
 )

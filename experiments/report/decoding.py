@@ -9,17 +9,13 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.records import MODES, machine_text
 from experiments.report.figures import Shown, one
-from experiments.report.figures.style import BLACK, BLUE, COLUMN, GREEN, ORANGE, PURPLE, RED, SKY
+from experiments.report.figures.benchmarks import ways_to_draft
 from experiments.report.tables import Made, Table, title_of
 from experiments.stats import Sample, contrast
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Benchmark = dict[str, Any]
 RECORDS = {
@@ -27,19 +23,7 @@ RECORDS = {
     "decoding strategies": "decode_strategies.json",
     "decoding baselines": "decode_baselines.json",
 }
-COLOURS = {
-    "plain": BLACK,
-    "generate": BLACK,
-    "lookup": ORANGE,
-    "assistant": RED,
-    "hydra": PURPLE,
-    "untied": BLUE,
-    "anchored": GREEN,
-    "tied": SKY,
-}
 CHAIN, RANK1 = "tokens_per_pass_over_chain", "tokens_per_pass_over_rank1"  # keys of differences
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SPEEDS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 
 
 def tables(root: Path) -> list[Made]:
@@ -58,7 +42,7 @@ def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
         "decoding",
         _TITLE,
         record if isinstance(record, str) else (record, f"{_CAPTION} {_described(record)}"),
-        conversion,
+        ways_to_draft,
         folder,
     )
 
@@ -270,94 +254,9 @@ _SHAPES = ("chain", "marginals", "window", "path")
 
 _TITLE = "Ways to draft, side by side"
 _CAPTION = (
-    "Tokens per pass of the target against conversion, the share of them that becomes speed; their product is the speed-up over plain "
-    "decoding (grey lines, at the right edge). One marker per method, all of a panel with the same target, prompts and machine. "
-    "Chosen: the strategy that was fastest on the validation prompts."
+    "Tokens per target forward, and speed-up over autoregressive (AR) decoding, of every way to draft: the same target, prompts and "
+    "machine. Chosen: the drafter that was fastest on the validation prompts. A logarithmic scale."
 )
-
-
-def conversion(record: Benchmark) -> Figure:
-    """One panel per corpus and mode; a marker per method over lines of equal speed-up."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = list(itertools.product([target["corpus"] for target in record["targets"]], MODES))
-    looks = _looks(record["methods"])
-    figure = Figure(figsize=(COLUMN, len(panels) * 2.0 + 0.13 * len(looks) + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    handles: dict[str, Any] = {}
-    for axis, (corpus, mode) in zip(axes, panels, strict=True):
-        for method in record["methods"]:
-            if method["corpus"] == corpus:
-                colour, marker = looks[method["name"]]
-                _point(axis, method["modes"][mode], colour, marker, method["name"])
-        found, labels = axis.get_legend_handles_labels()
-        handles |= dict(zip(labels, found, strict=True))
-        axis.set_title(f"{corpus}, {mode}")
-        axis.set_ylabel("conversion")
-        axis.grid(False)
-    width, height = (max(axis.get_xlim()[1] for axis in axes), max(axis.get_ylim()[1] for axis in axes))
-    for axis in axes:
-        _isolines(axis, max(width, 1.1), max(height, 1.05))
-    axes[-1].set_xlabel("tokens per pass")
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1
-    )
-    return figure
-
-
-def _looks(methods: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """name -> (colour, marker): a colour per family, and markers that tell its members apart."""
-    used: dict[str, int] = {}
-    looks: dict[str, tuple[str, str]] = {}
-    for method in methods:
-        if method["name"] not in looks:
-            colour = COLOURS[method["law"] if method["kind"] == "heads" else method["kind"]]
-            looks[method["name"]] = colour, MARKERS[used.get(colour, 0) % len(MARKERS)]
-            used[colour] = used.get(colour, 0) + 1
-    return looks
-
-
-def _point(axis: Axes, mode: dict[str, Any], colour: str, marker: str, label: str) -> None:
-    across, up = (
-        [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
-        for found in (mode["tokens_per_pass"], mode["conversion"])
-    )
-    axis.errorbar(
-        mode["tokens_per_pass"]["mean"],
-        mode["conversion"]["mean"],
-        up,
-        across,
-        color=colour,
-        marker=marker,
-        linestyle="none",
-        label=label,
-        elinewidth=0.5,
-        markeredgecolor="white",
-        markeredgewidth=0.4,
-        markersize=5,
-    )
-
-
-def _isolines(axis: Axes, width: float, height: float) -> None:
-    """Lines of equal speed-up; their value stands where they leave the panel on the right."""
-    low = min(axis.get_ylim()[0], 1.0)
-    x = [0.9 + (width - 0.9) * step / 100 for step in range(101)]
-    for speed in SPEEDS:
-        axis.plot(x, [speed / each for each in x], color="0.75", linewidth=0.6, zorder=0)
-        if low < speed / width < height:
-            axis.annotate(
-                f"{speed:g}x",
-                (width, speed / width),
-                xytext=(2, 0),
-                textcoords="offset points",
-                va="center",
-                color="0.35",
-                annotation_clip=False,
-            )
-    axis.set_xlim(0.9, width)
-    axis.set_ylim(low, height)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -10,17 +10,14 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from experiments.records import machine_text
 from experiments.report.figures import Shown, one
-from experiments.report.figures.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, grid
+from experiments.report.figures.benchmarks import training_overhead
 from experiments.report.tables import Made, Table, title_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Benchmark = dict[str, Any]
 GIB = 2**30
@@ -53,7 +50,7 @@ def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
         "overhead_sizes",
         _TITLE,
         record if isinstance(record, str) else (record, f"{_CAPTION} {_conditions(record)} {_described(record)}"),
-        overhead,
+        training_overhead,
         folder,
     )
 
@@ -294,46 +291,10 @@ def _exponent(line: Sequence[dict[str, Any]], dimension: str, what: str) -> floa
 
 _TITLE = "Training overhead"
 _CAPTION = (
-    "Training overhead over next-token training of the same trunk: measured against what the FLOPs would allow (on the grey line they are "
-    "equal). One colour per recipe, one marker per size of the trunk; bars: the range over fresh processes."
+    "A training step over the next-token model's on the same trunk, by recipe and size of the trunk: measured (bars: the range over fresh "
+    "processes), and what the FLOPs would allow. Whole: untied heads trained at every position; 1/4, 1/16: at that share of them; low "
+    "rank: maps of rank 16; frozen: the trunk is; draft vocabulary: a quarter of the tokens."
 )
-_COLOURS = (BLACK, BLUE, SKY, GREEN, ORANGE, RED, PURPLE, "0.5", "0.7")
-
-
-def overhead(record: Benchmark) -> Figure:
-    """Measured overhead against the bound by FLOPs, both in steps of the next-token model."""
-    from matplotlib.lines import Line2D
-
-    cells = [cell for cell in record["cells"] if cell.get("bound")]
-    colours = dict(zip(dict.fromkeys(cell["recipe"] for cell in cells), _COLOURS, strict=False))
-    markers = dict(zip(dict.fromkeys(cell["size"] for cell in cells), "os^Dv", strict=False))
-    figure, axes = grid(1, 1, height=3.6)
-    axis = axes[0, 0]
-    for cell in cells:
-        measured = cell["overhead"]
-        bars = [[measured["median"] - measured["low"]], [measured["high"] - measured["median"]]]
-        axis.errorbar(
-            1 + cell["bound"],
-            1 + measured["median"],
-            bars,
-            linestyle="none",
-            color=colours[cell["recipe"]],
-            marker=markers[cell["size"]],
-            elinewidth=0.5,
-        )
-    ends = [min(axis.get_xlim()[0], axis.get_ylim()[0], 1), max(axis.get_xlim()[1], axis.get_ylim()[1])]
-    ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if ends[0] / 1.5 < tick < ends[1] * 1.5]
-    axis.plot([ticks[0], ticks[-1]], [ticks[0], ticks[-1]], color="0.75", linewidth=0.6, zorder=0)
-    for scale, show in ((axis.set_xscale, axis.set_xticks), (axis.set_yscale, axis.set_yticks)):
-        scale("log", base=2)
-        show(ticks, [f"{tick:g}" for tick in ticks])
-    axis.set_xlabel("step by FLOPs / next-token step")
-    axis.set_ylabel("step measured / next-token step")
-    handles = [Line2D([], [], linestyle="none", marker="o", color=colour) for colour in colours.values()]
-    handles += [Line2D([], [], linestyle="none", marker=marker, color="0.4") for marker in markers.values()]
-    names = [*colours, *(f"size {size}" for size in markers)]
-    figure.legend(handles, names, loc="outside lower center", ncols=2, handlelength=1)
-    return figure
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

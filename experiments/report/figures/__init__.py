@@ -1,7 +1,7 @@
 """The figures, as functions of the records. PDF and PNG, the same bytes for the same records and matplotlib.
 
-One module per theme, one palette (`style`). A figure whose cells are missing is left out with a line that says so and names
-the command that makes them. Each has a caption file beside it.
+One module per theme, one palette (`style`). A figure whose cells are missing is left out with a line that says so and
+names the command that makes them. Each has a caption file beside it. A claim names the figure that decides it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.families import Family
-from experiments.report.figures import components, drafts, likelihood, speed, training
+from experiments.report.figures import components, cost, drafts, likelihood, speed, training
 from experiments.report.figures.style import STYLE, Drawn, Plot, save
 from experiments.report.tables import described
 
@@ -22,35 +22,33 @@ if TYPE_CHECKING:
 __all__ = ["ADDING", "FIGURES", "STYLE", "Drawn", "Plot", "Shown", "command", "draw_all", "one", "save"]
 
 ADDING = (
-    "where the records that are there are of other code (the committed ones are, once the code has changed), a sweep refuses to "
-    "add to them: end its command with mix=yes to add all the same, or with out=OTHER results=OTHER/results to begin afresh"
+    "a sweep refuses to add to records of other code, as the committed ones are once the code has changed: end its "
+    "command with mix=yes to add all the same, or with out=OTHER results=OTHER/results to begin afresh"
 )
 
 # In the order of the report.
 FIGURES: dict[str, Plot] = {
-    "main": Plot("Rank against likelihood, draft length and speed", "C4", speed.overview, decoded=True),
+    "readme": Plot("Heads on a pretrained model, and what rank adds", "C6", speed.readme, decoded=True),
+    "main": Plot("What a rank gains on one frozen target", "C3", drafts.gain, decoded=True),
     "nll": Plot("Joint likelihood, and its terms", "C1", likelihood.nll),
     "first_token": Plot("The first token alone", "C2", likelihood.first_token),
-    "acceptance": Plot("Drafts accepted, by depth", "C3", drafts.acceptance, decoded=True),
-    "tokens_per_pass": Plot("Tokens per pass", "C3", drafts.tokens_per_forward, decoded=True),
-    "speedup": Plot("Speed-up over plain decoding", "C4", speed.speedup, decoded=True),
-    "time_split": Plot("Where the time goes", "C4", speed.time_split, decoded=True),
-    "heat": Plot("Rank against horizon", "C3", drafts.heat, decoded=True),
-    "by_size": Plot("Speed-up against model size", "C7", speed.by_size, decoded=True),
-    "over_training": Plot("Draft length over training", "C7", training.decoding_over_training),
-    "equal_time": Plot("Equal steps against equal wall-clock", "C3", training.equal_time),
-    "training_cost": Plot("What a rank costs in training", "C8", training.overhead, of_time=True),
+    "over_rank1": Plot("Speed over rank 1, in every setting", "C4", speed.over_rank_one, decoded=True),
     "balance": Plot("The balance loss", "C5", training.balance, decoded=True),
+    "by_size": Plot("Tokens per forward and speed-up by model size", "C7", speed.by_size, decoded=True),
+    "training_cost": Plot("What a rank costs in training", "C8", cost.training, of_time=True),
+    "acceptance": Plot("Drafts accepted, by depth", "C3", drafts.acceptance, decoded=True),
+    "equal_time": Plot("Equal training time", "C3", training.equal_time, decoded=True),
+    "forward_cost": Plot("What a target forward costs, by model size", "C7", cost.forward, decoded=True),
+    "time_split": Plot("Where the time goes", "C4", cost.time_split, decoded=True),
     "usage": Plot("Components in use", "C5", components.usage),
-    "gate": Plot("Weights of the components over training", "C5", components.gate),
-    "specialities": Plot("What each component explains", "C5", components.specialities),
-    "windows": Plot("Example windows", "C5", components.windows),
+    "specialities": Plot("What each component explains", "C5", components.specialities, appendix=True),
+    "windows": Plot("Example windows", "C5", components.windows, appendix=True),
 }
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure of the report: its picture (None where it was not drawn) and the caption, or what is missing and how to make it."""
+    """A figure of the report: picture and caption; or None, and what is missing and how to make it."""
 
     name: str
     title: str
@@ -71,26 +69,18 @@ def meant_for(plot: Plot, families: list[Family]) -> list[Family]:
 
 def draw_all(families: list[Family], folder: Path) -> tuple[list[Path], list[Shown]]:
     """Draw every figure into `folder`; returns (files, every figure, drawn or not)."""
-    try:
-        import matplotlib
-    except ImportError:
-        why = "matplotlib is not installed (pip install matplotlib)"
-        return [], [Shown(name, plot.title, why, None) for name, plot in FIGURES.items()]
     files: list[Path] = []
     shown: list[Shown] = []
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
-        for name, plot in FIGURES.items():
+    for name, plot in FIGURES.items():
+
+        def draw(plot: Plot = plot) -> tuple[Figure, str] | str:
             drawn = plot.draw(meant_for(plot, families))
             if isinstance(drawn, str):
-                shown.append(Shown(name, plot.title, f"{drawn}; `{command(plot.claim)}` makes them", None))
-                for suffix in ("pdf", "png", "md"):
-                    (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-                continue
-            caption = f"{drawn.caption} {described(drawn.records, plot.decoded)}"
-            files += save(drawn.figure, caption, folder, name)
-            shown.append(Shown(name, plot.title, caption, folder / f"{name}.png"))
+                return f"{drawn}; `{command(plot.claim)}` makes them"
+            return drawn.figure, f"{drawn.caption} {described(drawn.records, plot.decoded)}"
+
+        written, each = _drawn(name, plot.title, draw, folder)
+        files, shown = [*files, *written], [*shown, each]
     return sorted(files), shown
 
 
@@ -102,16 +92,23 @@ def one(
     folder: Path,
 ) -> tuple[list[Path], Shown]:
     """Draw the figure of a benchmark's record. given: the record and the caption, or why there is none."""
+    return _drawn(name, title, lambda: given if isinstance(given, str) else (plot(given[0]), given[1]), folder)
+
+
+def _drawn(
+    name: str, title: str, draw: Callable[[], tuple[Figure, str] | str], folder: Path
+) -> tuple[list[Path], Shown]:
+    """Write the figure and caption that `draw` returns; where it returns why there is none, remove the files."""
     try:
         import matplotlib
     except ImportError:
-        given = "matplotlib is not installed (pip install matplotlib)"
-    if isinstance(given, str):
-        for suffix in ("md", "pdf", "png"):
-            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-        return [], Shown(name, title, given, None)
-    record, caption = given
+        return [], Shown(name, title, "matplotlib is not installed (pip install matplotlib)", None)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
-        return save(plot(record), caption, folder, name), Shown(name, title, caption, folder / f"{name}.png")
+        drawn = draw()
+        if isinstance(drawn, str):
+            for suffix in ("pdf", "png", "md"):
+                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+            return [], Shown(name, title, drawn, None)
+        return save(*drawn, folder, name), Shown(name, title, drawn[1], folder / f"{name}.png")

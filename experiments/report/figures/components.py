@@ -13,14 +13,16 @@ from experiments.report.figures.style import (
     COMPONENTS,
     WIDE,
     Drawn,
-    arms,
+    Look,
+    errors,
     grid,
     legend_below,
     lines,
     looks,
+    on_pretrained,
     pairs,
-    retrofits,
     widest,
+    worded,
     wrapped,
 )
 from experiments.stats import Interval, Sample, estimate
@@ -38,38 +40,30 @@ def usage(families: list[Family]) -> Drawn | str:
     name = "train/effective_components"
     asked = [(family, "untied") for family in widest([family for family in families if not family.is_pretrained])]
     shown = []
-    for family, distribution in [*asked, *retrofits(families)]:
-        every = lines(family, distribution).items()
+    for family, variant in [*asked, *on_pretrained(families)]:
+        every = lines(family, variant).items()
         mixtures = {label: cells for label, cells in every if next(iter(cells.values())).rank > 1}
         if any(name in note for cells in mixtures.values() for r in cells.values() for note in r["training"]["curve"]):
-            shown.append((family, distribution, mixtures))
+            shown.append((family, variant, mixtures))
     if not shown:
         return "no records of two or more components"
+    from matplotlib.ticker import MultipleLocator
+
     figure, axes = pairs(len(shown))
     styles = looks(label for _, _, mixtures in shown for label in mixtures)
-    for (left, right), (family, distribution, mixtures) in zip(axes, shown, strict=True):
+    for (left, right), (family, variant, mixtures) in zip(axes, shown, strict=True):
         for index, (label, cells) in enumerate(mixtures.items(), start=1):
             rank, look = next(iter(cells.values())).rank, styles[label]
             _over_steps(left, cells, name, look, label)
             left.axhline(rank, color=look[0], linewidth=0.6, linestyle=":")
             weights = [sorted(record["likelihood"]["weights"]["mean"], reverse=True) for record in cells.values()]
             values = [estimate([Sample(mean=seed[a] * rank) for seed in weights]) for a in range(rank)]
-            right.errorbar(
-                np.arange(1, rank + 1) + 0.08 * (index - 2),
-                [v.mean for v in values],
-                arms(values),
-                color=look[0],
-                marker=look[1],
-                linestyle=look[2],
-                elinewidth=0.8,
-                capsize=1.5,
-                capthick=0.8,
-                markeredgewidth=0,
-            )
+            errors(right, list(np.arange(1, rank + 1) + 0.08 * (index - 2)), values, look, "_")
         left.set_ylim(bottom=1)
+        left.yaxis.set_major_locator(MultipleLocator(2))
         left.set_xlabel("training steps")
         left.set_ylabel("effective components")
-        left.set_title(f"{wrapped(family)}\n{distribution}")
+        left.set_title(f"{wrapped(family)}\n{worded(variant)}")
         right.axhline(1, color="0.5", linewidth=0.6, zorder=0)
         right.set_ylim(bottom=0)
         right.set_xlabel("component, by weight")
@@ -78,43 +72,10 @@ def usage(families: list[Family]) -> Drawn | str:
     legend_below(figure, 4)
     return Drawn(
         figure,
-        "Left: effective number of components (exp of the entropy of the batch-mean weights) over training; dotted: all equally used. "
-        "Right: mean weight of each component on test text, the largest first, over 1 / rank. Mean and 95% t interval over seeds (left: where "
-        "there are three or more).",
+        "Left: effective number of components (exp of the entropy of the batch-mean weights) over training; dotted: "
+        "all equally used. Right: mean weight of each component on test text, the largest first, over 1 / rank. Mean "
+        "and 95% t interval over seeds (left: where there are three or more).",
         [record for _, _, mixtures in shown for cells in mixtures.values() for record in cells.values()],
-    )
-
-
-def gate(families: list[Family]) -> Drawn | str:
-    """The batch-mean weight of every component over training."""
-    records = _one_per_rank(families, lambda record: "train/weight_1" in record["training"]["curve"][-1])
-    if not records:
-        return "no records of two or more components with their weights over training"
-    figure, axes = grid(1, len(records), width=WIDE, height=2.0, share_y=True)
-    for axis, record in zip(axes[0], records, strict=True):
-        curve = [note for note in record["training"]["curve"] if "train/weight_1" in note]
-        steps = [note["step"] for note in curve]
-        weights = np.array([[note[f"train/weight_{a}"] for note in curve] for a in range(1, record.rank + 1)])
-        axis.stackplot(
-            steps,
-            weights,
-            colors=[COMPONENTS[a % len(COMPONENTS)] for a in range(record.rank)],
-            edgecolor="white",
-            linewidth=0.4,
-            labels=[f"component {a}" for a in range(1, record.rank + 1)],
-        )
-        axis.set_xlim(steps[0], steps[-1])
-        axis.set_ylim(0, 1)
-        axis.grid(False)
-        axis.set_xlabel("training steps")
-        axis.set_title(f"rank {record.rank}")
-    axes[0, 0].set_ylabel("share of the gate's weight")
-    legend_below(figure, 4, axes[0, -1])
-    return Drawn(
-        figure,
-        "Batch-mean weight of each component over training, one run per rank (the lowest seed), untied heads. One batch per point: its "
-        "noise is that of a batch.",
-        records,
     )
 
 
@@ -126,40 +87,45 @@ def specialities(families: list[Family]) -> Drawn | str:
     figure, axes = grid(len(records), 1, width=WIDE, height=2.3, ratios=[1 + 0.25 * r.rank for r in records])
     figure.set_size_inches(WIDE, sum(1.1 + 0.2 * record.rank for record in records))
     for (axis,), record in zip(axes, records, strict=True):
-        entry: dict[str, Any] = record["likelihood"]["components"]
-        joint_RC = np.array(entry["class_share"])
-        seen_C = joint_RC.sum(axis=0) > 1e-3
-        classes = [name for name, seen in zip(entry["classes"], seen_C, strict=True) if seen]
-        joint_RC = joint_RC[:, seen_C]
-        lift_RC = joint_RC / np.outer(joint_RC.sum(axis=1), joint_RC.sum(axis=0) / joint_RC.sum()).clip(1e-9)
-        axis.imshow(np.log2(lift_RC.clip(1 / 4, 4)), cmap="PuOr_r", vmin=-2, vmax=2, aspect="auto")
-        for a in range(record.rank):
-            for c in range(len(classes)):
-                dark = abs(np.log2(lift_RC[a, c].clip(1 / 4, 4))) > 1.1
-                axis.text(c, a, f"{lift_RC[a, c]:.2f}", ha="center", va="center", color="white" if dark else "black")
-            tops = "  ".join(_visible(top["token"]) for top in entry["top_tokens"][a])
-            axis.text(len(classes) - 0.4, a, tops, va="center", family="DejaVu Sans Mono")
-        axis.text(len(classes) - 0.4, -0.75, "begin with, most of all")
-        axis.set_xticks(range(len(classes)), classes)
-        share = joint_RC.sum(axis=1)
-        axis.set_yticks(range(record.rank), [f"{a + 1} ({share[a]:.0%})" for a in range(record.rank)])
-        axis.set_xlim(-0.5, len(classes) + 1.3)
-        axis.set_ylabel("component (share)")
-        axis.set_xlabel("first character of the window")
-        axis.grid(False)
-        axis.tick_params(length=0)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-        axis.set_title(
-            f"rank {record.rank}: {record['name']}; the likeliest component has {entry['certainty']:.0%} on average"
-        )
+        _lifts(axis, record)
     return Drawn(
         figure,
-        "What each component is responsible for: how much more often than on average the windows that it explains begin with a "
-        "character of that kind (1: as often as all), by posterior weight over test windows; and the first tokens that tell it apart "
-        "most. One run per rank (the lowest seed), the highest ranks; components are numbered as in the other figures.",
+        "What each component is responsible for: how much more often than on average the windows that it explains "
+        "begin with a character of that kind (1: as often as all), by posterior weight over test windows; and the "
+        "first tokens that tell it apart most. One run per rank (the lowest seed), the highest ranks; components are "
+        "numbered as in the other figures.",
         records,
     )
+
+
+def _lifts(axis: Axes, record: Record) -> None:
+    """A coloured table: components down, kinds of characters across, and each component's tokens beside it."""
+    entry: dict[str, Any] = record["likelihood"]["components"]
+    joint_RC = np.array(entry["class_share"])
+    seen_C = joint_RC.sum(axis=0) > 1e-3
+    classes = [name for name, seen in zip(entry["classes"], seen_C, strict=True) if seen]
+    joint_RC = joint_RC[:, seen_C]
+    share_R = joint_RC.sum(axis=1)
+    lift_RC = joint_RC / np.outer(share_R, joint_RC.sum(axis=0) / joint_RC.sum()).clip(1e-9)
+    axis.imshow(np.log2(lift_RC.clip(1 / 4, 4)), cmap="PuOr_r", vmin=-2, vmax=2, aspect="auto")
+    for a in range(record.rank):
+        for c in range(len(classes)):
+            dark = abs(np.log2(lift_RC[a, c].clip(1 / 4, 4))) > 1.1
+            axis.text(c, a, f"{lift_RC[a, c]:.2f}", ha="center", va="center", color="white" if dark else "black")
+        tops = "  ".join(_visible(top["token"]) for top in entry["top_tokens"][a])
+        axis.text(len(classes) - 0.4, a, tops, va="center", family="DejaVu Sans Mono")
+    axis.text(len(classes) - 0.4, -0.75, "begin with, most of all")
+    axis.set_xticks(range(len(classes)), classes)
+    axis.set_yticks(range(record.rank), [f"{a + 1} ({share_R[a]:.0%})" for a in range(record.rank)])
+    axis.set_xlim(-0.5, len(classes) + 1.3)
+    axis.set_ylabel("component (share)")
+    axis.set_xlabel("first character of the window")
+    axis.grid(False)
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    sure = f"the likeliest component has {entry['certainty']:.0%} on average"
+    axis.set_title(f"rank {record.rank}: {record['name']}; {sure}")
 
 
 def windows(families: list[Family]) -> Drawn | str:
@@ -186,8 +152,9 @@ def windows(families: list[Family]) -> Drawn | str:
     figure.legend(handles, [f"{a + 1}" for a in used], title="component", loc="outside lower center", ncols=8)
     return Drawn(
         figure,
-        f"Test text under {record['name']}: each token in the colour of the component with the largest posterior weight for the window of "
-        f"{record.horizon} tokens that begins there; the fuller the colour, the surer. The text is that of the sources named, under their licences.",
+        f"Test text under {record['name']}: each token in the colour of the component with the largest posterior "
+        f"weight for the window of {record.horizon} tokens that begins there; the fuller the colour, the surer. The "
+        "text is that of the sources named, under their licences.",
         [record],
     )
 
@@ -198,8 +165,8 @@ def windows(families: list[Family]) -> Drawn | str:
 def _one_per_rank(families: list[Family], has: Callable[[Record], bool]) -> list[Record]:
     """Mixtures that differ in their rank alone, the lowest seed of each of the four highest ranks, by rank.
 
-    Of the first comparison in which a record `has` what is shown: of those at the horizon of the base cell, on trunks of ours, then
-    of those with its way of balancing, the widest, then the one of the highest rank.
+    Of the first comparison in which a record `has` what is shown: first those at the horizon of the base cell, on
+    trunks of ours, with its way of balancing; of these the widest, then the one of the highest rank.
     """
     first = widest(families)
     usual = first[0].settings["balance"] if first else None
@@ -219,7 +186,7 @@ def _one_per_rank(families: list[Family], has: Callable[[Record], bool]) -> list
     return []
 
 
-def _over_steps(axis: Axes, cells: Cells, name: str, look: tuple[str, str, str], label: str) -> None:
+def _over_steps(axis: Axes, cells: Cells, name: str, look: Look, label: str) -> None:
     curves = [
         [(note["step"], note[name]) for note in record["training"]["curve"] if name in note]
         for record in cells.values()

@@ -1,7 +1,8 @@
-"""How likely the held-out text is under the joint law and its terms, against the rank (C1, C2)."""
+"""How likely the held-out text is under the joint and its terms, against the rank (C1, C2)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,9 +11,9 @@ from experiments.claims import CLAIMS, equal_level
 from experiments.families import Family
 from experiments.report.figures.style import (
     COLUMN,
-    LAWS,
     RED,
     SERIES,
+    VARIANTS,
     WIDE,
     Drawn,
     by_rank,
@@ -51,9 +52,9 @@ def nll(families: list[Family]) -> Drawn | str:
     legend_below(figure, 4)
     return Drawn(
         figure,
-        "Left: held-out joint NLL of n tokens (positions with all n) against the rank; untied heads, target as named. Bars: 95% "
-        "interval of the difference to the lowest rank, paired over seeds and test rows. Right: its chain-rule terms, each minus "
-        "the lowest rank's.",
+        "Left: held-out joint NLL of n tokens (positions with all n) against the rank; untied heads, target as "
+        "named. Bars: 95% interval of the difference to the lowest rank, paired over seeds and test rows. Right: its "
+        "chain-rule terms, each minus the lowest rank's.",
         [record for family in shown for record in family.records("untied")],
     )
 
@@ -75,10 +76,10 @@ def first_token(families: list[Family]) -> Drawn | str:
             _shifted(difference(family.cells["untied", rank], base, "first_token_nll", level=level), start)
             for rank in ranks[1:]
         ]
-        by_rank(axis, ranks, [_certain(start, level), *gaps], LAWS["untied"][:3], "rank r, eq. 11")
+        by_rank(axis, ranks, [_certain(start, level), *gaps], VARIANTS["untied"], "rank r, eq. 11")
         if family.reference:
-            plain = np.mean([r["likelihood"]["first_token_nll"]["mean"] for r in family.reference])
-            axis.axhline(plain, color=RED, linestyle=":", linewidth=1.2, label="next-token model")
+            alone = np.mean([r["likelihood"]["first_token_nll"]["mean"] for r in family.reference])
+            axis.axhline(alone, color=RED, linestyle=":", linewidth=1.2, label="next-token model")
         axis.set_ylabel("first-token NLL (nats)")
         axis.set_title(wrapped(family))
         axis.margins(y=0.15)
@@ -86,19 +87,20 @@ def first_token(families: list[Family]) -> Drawn | str:
     legend_below(figure, 2)
     return Drawn(
         figure,
-        "Held-out first-token NLL against the rank, trained from scratch. Bars: interval of the difference to rank 1 (90%, corrected for the "
-        f"number of ranks), paired over seeds and test rows; independence of the rank (C2) means that all lie within the grey band of {margin:g} nats. "
-        "Dotted: a pure next-token model of as many steps (over positions with one successor).",
+        "Held-out first-token NLL against the rank, trained from scratch. Bars: interval of the difference to rank 1 "
+        "(90%, corrected for the number of ranks), paired over seeds and test rows; independence of the rank (C2) "
+        f"means that all lie within the grey band of {margin:g} nats. Dotted: a pure next-token model of as many "
+        "steps (over positions with one successor).",
         [record for family in shown for record in family.records("untied")],
     )
 
 
-def joint(axis: Axes, family: Family) -> None:
+def joint(axis: Axes, family: Family, variant: str = "untied") -> None:
     """Joint NLL against the rank, with the interval of its difference to the lowest."""
-    ranks, base = family.ranks(), family.cells["untied", family.ranks()[0]]
+    ranks, base = family.ranks(variant), family.cells[variant, family.ranks(variant)[0]]
     start = _mean(over_seeds(base, "joint_nll"))
-    gaps = [_shifted(difference(family.cells["untied", rank], base, "joint_nll"), start) for rank in ranks[1:]]
-    by_rank(axis, ranks, [_certain(start), *gaps], LAWS["untied"][:3], "_")
+    gaps = [_shifted(difference(family.cells[variant, rank], base, "joint_nll"), start) for rank in ranks[1:]]
+    by_rank(axis, ranks, [_certain(start), *gaps], VARIANTS[variant], "_")
     rank_axis(axis, ranks)
     axis.set_ylabel(f"joint NLL of {family.horizon} tokens (nats)")
     axis.set_title(wrapped(family))
@@ -112,9 +114,7 @@ def _certain(value: float, level: float = 0.95) -> Interval:
 def _shifted(interval: Interval | None, by: float) -> Interval | None:
     if interval is None:
         return None
-    return Interval(
-        interval.mean + by, interval.low + by, interval.high + by, interval.level, interval.seeds, interval.spread
-    )
+    return replace(interval, mean=interval.mean + by, low=interval.low + by, high=interval.high + by)
 
 
 def _mean(interval: Interval | None) -> float:

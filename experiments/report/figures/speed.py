@@ -1,118 +1,201 @@
-"""What drafting is worth in time (C4), on trunks of several sizes (C7)."""
+"""What drafting is worth in time: on a pretrained model (C6), over rank 1 (C4), on trunks of several sizes (C7)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from experiments.families import Family, along
-from experiments.records import MODES, PARTS
-from experiments.report.figures.drafts import by_law, decoded
-from experiments.report.figures.likelihood import joint
+from experiments.records import MODES
 from experiments.report.figures.style import (
-    COLUMN,
-    FILLS,
-    LAWS,
+    BY_MODE,
     SERIES,
+    VARIANTS,
     WIDE,
     Drawn,
-    arms,
+    across,
     errors,
     grid,
     legend_below,
+    looks,
     modes_of,
-    pairs,
-    widest,
-    wrapped,
+    ratio_axis,
+    rows_axis,
+    worded,
 )
-from experiments.stats import over_seeds
+from experiments.stats import Interval, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TYPE = 9  # pt, of the README's figure: 12 px at 700 px across
+_LINE = 0.135  # inches of a line of the forest plot
+_SPAN = (0.78, 1.28)  # of the forest plot; longer intervals run out of it
+_SIZES = ("size", "trunk", "optim.")  # what trunks of several sizes differ in
 
 
-def speedup(families: list[Family]) -> Drawn | str:
-    """Bars of the speed-up over plain decoding by rank and law; rank 1 marked."""
-    shown = decoded(families)
+# --- C6 --------------------------------------------------------------------------------------------------------------
+
+
+def readme(families: list[Family]) -> Drawn | str:
+    """Speed-up of a pretrained model, and what rank adds to it: the README's figure."""
+    shown = _pretrained(families)
     if not shown:
-        return "no timed records of two or more ranks"
-    figure, axes = pairs(len(shown), share_y=True)
-    for row, family in zip(axes, shown, strict=True):
-        for axis, mode in zip(row, MODES, strict=True):
-            _bars(axis, family, mode)
-            axis.set_title(f"{wrapped(family)}\ngreedy" if mode == "greedy" else "sampling")
-        row[0].set_ylabel("speed-up over plain (x)")
-    legend_below(figure, 3)
+        return "no decoding records of two or more ranks on a pretrained model"
+    variant = next(v for v in ("anchored", "tied", "untied") if len(shown[0].ranks(v)) > 1)
+    shown = [family for family in shown if len(family.ranks(variant)) > 1]
+    settings = [(family, mode) for family in shown for mode in MODES]
+    ranks = sorted({rank for family in shown for rank in family.ranks(variant)})
+    figure, axes = grid(1, 2, width=WIDE, height=0.75 + 0.17 * len(settings) * len(ranks), share_y=True)
+    left, right = axes[0]
+    speeds = _groups(left, settings, variant, ranks, "speedup")
+    gains = _groups(right, settings, variant, ranks, "speedup_over_rank1")
+    fine = [0.05 * tick for tick in range(10, 50)]
+    ratio_axis(left, "speed over autoregressive decoding (x)", ticks=fine[::2])
+    ratio_axis(right, "speed over rank 1 (x)", ticks=fine)
+    rows_axis(left, [f"{family.settings['corpus']},\n{mode}" for family, mode in settings])
+    name = worded(shown[0].size)
+    lowest, highest = (f(value.mean for value in speeds) for f in (min, max))
+    left.set_title(f"Heads on {name}:\n{lowest:.2f} to {highest:.2f} times as fast as without", weight="bold")
+    sure = sum(value.low > 1 for value in gains)
+    said = f"surely faster in {sure} of {len(gains)} cases" if sure else "none is surely faster"
+    right.set_title(f"Ranks above 1 against rank 1:\n{said}", weight="bold")
+    _legend(figure, left, 4)
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_fontsize")):
+        text.set_fontsize(_TYPE)  # type: ignore[attr-defined]
     return Drawn(
         figure,
-        "Speed-up over plain decoding with the same weights, loop and prompts (solid line: 1). Dashed line: rank 1, untied. Bars: "
-        "95% interval over prompts, repeats and seeds (one seed: prompts and repeats only).",
-        [record for family in shown for distribution in LAWS for record in family.records(distribution)],
+        f"Heads on frozen {name} ({worded(variant)}), batch 1. Left: speed over autoregressive decoding of the same "
+        "model, in the same loop. Right: over rank 1, measured side by side. Lossless: greedy writes the model's own "
+        "text, sampling its distribution. Bars: 95% interval over prompts, repeats and seeds (one seed: prompts and "
+        "repeats).",
+        [record for family in shown for record in family.records(variant)],
     )
 
 
-def time_split(families: list[Family]) -> Drawn | str:
-    """Milliseconds per token, by part of the work: plain decoding against each rank."""
-    shown = [
-        f for f in widest(families) if len([r for r in f.ranks() if modes_of(f.cells["untied", r], "sampling")]) > 1
+def _pretrained(families: list[Family]) -> list[Family]:
+    """The widest comparison of each text whose cells were decoded, all of one pretrained model."""
+    found: dict[str, Family] = {}
+    for family in families:
+        several = any(len(family.ranks(variant)) > 1 for variant in VARIANTS)
+        timed = any(record.mode(mode) for record in family.records() for mode in MODES)
+        if family.is_pretrained and several and timed:
+            found.setdefault(str(family.settings["corpus"]), family)
+    first = next(iter(found.values()), None)
+    return [family for family in found.values() if first is not None and family.size == first.size]
+
+
+def _groups(
+    axis: Axes, settings: Sequence[tuple[Family, str]], variant: str, ranks: Sequence[int], quantity: str
+) -> list[Interval]:
+    """A group of points per setting, one per rank, from the top down; returns the intervals."""
+    styles, found = looks(f"rank {rank}" for rank in ranks), []
+    for place, (family, mode) in enumerate(settings):
+        for index, rank in enumerate(ranks):
+            value = over_seeds(family.cells.get((variant, rank), {}), quantity, mode)
+            if value is not None:
+                y = place + (index - (len(ranks) - 1) / 2) * 0.8 / len(ranks)
+                across(axis, y, value, styles[f"rank {rank}"], f"rank {rank}")
+                found.append(value)
+    return found
+
+
+def _legend(figure: Figure, axis: Axes, columns: int) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    found = dict(zip(labels, handles, strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, handlelength=1)
+
+
+# --- C4 --------------------------------------------------------------------------------------------------------------
+
+
+def over_rank_one(families: list[Family]) -> Drawn | str:
+    """Speed over rank 1 in every setting that was decoded, with the smallest effect that it could have shown."""
+    rows = [
+        (family, variant, rank)
+        for family in sorted(families, key=lambda family: not family.is_pretrained)
+        for variant in VARIANTS
+        for rank in family.ranks(variant)
+        if any(over_seeds(family.cells[variant, rank], "speedup_over_rank1", mode) for mode in MODES) and rank > 1
     ]
-    if not shown:
-        return "no timed records of two or more ranks"
-    from matplotlib.ticker import MaxNLocator
-
-    counts = [1 + len(family.ranks()) + len(family.ranks("anchored")) for family in shown]
-    figure, axes = grid(len(shown), 1, ratios=[0.16 * count + 0.1 for count in counts])
-    for (axis,), family in zip(axes, shown, strict=True):
-        bars: list[tuple[str, dict[str, float]]] = []
-        for distribution in ("untied", "anchored"):
-            for rank in family.ranks(distribution):
-                modes = modes_of(family.cells[distribution, rank], "sampling")
-                if modes:
-                    bars.append(
-                        (f"rank {rank}" + (", anchored" if distribution == "anchored" else ""), _milliseconds(modes))
-                    )
-        plain = [
-            1000 / m["tokens_per_second"]["plain"]
-            for rank in family.ranks()
-            for m in modes_of(family.cells["untied", rank], "sampling")
-        ]
-        _part(axis, 0, float(np.mean(plain)), "plain", ("0.55", "xxxx"))
-        for place, (_, parts) in enumerate(bars, start=1):
-            left = 0.0
-            for part in PARTS:
-                _part(axis, place, parts[part], part, FILLS[part], left)
-                left += parts[part]
-        axis.set_yticks(range(len(bars) + 1), ["plain", *(name for name, _ in bars)])
-        axis.invert_yaxis()
-        axis.grid(False)
-        axis.grid(True, axis="x")
-        axis.set_xlabel("milliseconds per token")
-        axis.xaxis.set_major_locator(MaxNLocator(6, prune="upper"))  # a label at the edge would be cut off
-        axis.set_title(wrapped(family))
-    figure.set_size_inches(COLUMN, sum(0.16 * count + 0.85 for count in counts) + 0.4)
-    legend_below(figure, 3)
+    if not rows:
+        return "no records of ranks above 1 timed beside rank 1"
+    figure, axes = grid(1, 2, width=WIDE, height=0.75 + _LINE * len(rows), share_y=True)
+    names = [_row_name(rows, index) for index in range(len(rows))]
+    for axis, mode in zip(axes[0], MODES, strict=True):
+        values = [over_seeds(family.cells[variant, rank], "speedup_over_rank1", mode) for family, variant, rank in rows]
+        sure = sum(value.low > 1 for value in values if value is not None)
+        slower = sum(value.high < 1 for value in values if value is not None)
+        rows_axis(axis, names)
+        axis.set_title(f"{mode}: of {len(rows)}, surely\nfaster {sure}, slower {slower}")
+        axis.text(1.03, 1.0, "visible\nfrom", transform=axis.transAxes, va="bottom", color="0.35")
+        _forest(axis, values)
+    axes[0, 0].text(-0.03, 1.0, "setting   rank", transform=axes[0, 0].transAxes, ha="right", va="bottom", color="0.35")
+    for axis in axes[0]:
+        for y in range(1, len(rows)):
+            if rows[y][:2] != rows[y - 1][:2]:
+                axis.axhline(y - 0.5, color="0.85", linewidth=0.5, zorder=0)
     return Drawn(
         figure,
-        "Time per token when sampling: plain decoding, and speculative decoding split by timers in a repeat of its own (scaled to the "
-        "median untimed rate). trunk: hidden states; verify: the target's law at all n positions and the acceptance test.",
-        [
-            record
-            for family in shown
-            for distribution in ("untied", "anchored")
-            for record in family.records(distribution)
-        ],
+        "Speed of every rank above 1 over rank 1 of the same heads, measured side by side, in every setting that was "
+        "decoded (line: equal). Filled: the interval excludes 1 (by chance one in twenty does). Numbers: half the "
+        "width of the interval, the smallest effect that would have been visible. Intervals: 95%, over prompts, "
+        "repeats and seeds (one seed: prompts and repeats); an arrow marks one that runs out of the panel.",
+        list({record.path: record for f, variant, rank in rows for record in f.cells[variant, rank].values()}.values()),
     )
+
+
+def _forest(axis: Axes, values: Sequence[Interval | None]) -> None:
+    low, high = _SPAN
+    for y, value in enumerate(values):
+        if value is None:
+            continue
+        sure = value.low > 1 or value.high < 1
+        color = BY_MODE["greedy"][0] if sure and value.mean < 1 else BY_MODE["sampling"][0]
+        axis.plot([max(value.low, low), min(value.high, high)], [y, y], color=color, linewidth=0.9)
+        if low < value.mean < high:
+            axis.plot(value.mean, y, "o", color=color, markerfacecolor=color if sure else "white", markersize=3.5)
+        for edge, out, marker in ((low, value.low < low, "<"), (high, value.high > high, ">")):
+            if out:
+                axis.plot(edge, y, marker, color=color, markersize=3, clip_on=False)
+        half = 50 * (value.high - value.low)
+        axis.text(1.03, y, rf"$\pm${half:.0f}%", transform=axis.get_yaxis_transform(), va="center", color="0.35")
+    ratio_axis(axis, "speed over rank 1 (x)", low, high, (0.8, 0.9, 1, 1.1, 1.2))
+
+
+def _row_name(rows: Sequence[tuple[Family, str, int]], index: int) -> str:
+    """The setting on the first of its lines, the rank on each."""
+    family, variant, rank = rows[index]
+    if index and rows[index - 1][:2] == (family, variant):
+        return str(rank)
+    return f"{_brief(family)}, {worded(variant)}   {rank}"
+
+
+def _brief(family: Family) -> str:
+    """A label of one line: what it shares with most others is left out."""
+    said = {
+        "common target": "",
+        "n=4": "",
+        "data.states=100000": "",
+        "decode.prompts=12": "",
+        "own target": "self target",
+        "model.dtype=float32": "float32",
+    }
+    parts = [said.get(part, part) for part in family.label.split(", ")]
+    parts = [re.sub(r"^[a-z]+\.([a-z_]+)=", r"\1 ", part).replace("_", " ") for part in parts]
+    return worded(", ".join(part for part in parts if part))
+
+
+# --- C7 --------------------------------------------------------------------------------------------------------------
 
 
 def by_size(families: list[Family]) -> Drawn | str:
-    """Speed-up and tokens per pass against the trunk's parameters, a line per rank."""
+    """Speed-up and tokens per forward against the trunk's parameters, a line per rank."""
     timed = [f for f in families if any(modes_of(f.cells["untied", rank], "sampling") for rank in f.ranks())]
-    groups = [
-        group
-        for group in along([f for f in timed if not f.is_pretrained], "size", "trunk", "optim.")
-        if len({f.size for f in group}) > 1
-    ]
+    ours = [family for family in timed if not family.is_pretrained]
+    groups = [group for group in along(ours, *_SIZES) if len({f.size for f in group}) > 1]
     if not groups:
         return "no timed records of two or more trunk sizes"
     group = groups[0]
@@ -121,111 +204,34 @@ def by_size(families: list[Family]) -> Drawn | str:
     ordered = sorted(sizes, key=trunks.__getitem__)
     ranks = sorted({rank for family in sizes.values() for rank in family.ranks()})
     ranks = [rank for rank in ranks if sum(rank in sizes[size].ranks() for size in ordered) > 1]
-    figure, axes = grid(2, 2, share_y="row", height=1.9)
-    for row, (quantity, label) in zip(
-        axes, (("speedup", "speed-up over plain (x)"), ("tokens_per_pass", "tokens per trunk pass")), strict=True
-    ):
+    figure, axes = grid(2, 2, height=1.7)
+    panels = (("tokens_per_pass", "tokens per forward"), ("speedup", "speed-up over AR (x)"))
+    for row, (quantity, label) in zip(axes, panels, strict=True):
         for axis, mode in zip(row, MODES, strict=True):
             for index, rank in enumerate(ranks):
                 values = [over_seeds(sizes[size].cells.get(("untied", rank), {}), quantity, mode) for size in ordered]
-                x = [trunks[size] / 1e6 * 1.04 ** (index - (len(ranks) - 1) / 2) for size in ordered]
+                x = [trunks[size] / 1e6 * 1.1 ** (index - (len(ranks) - 1) / 2) for size in ordered]
                 errors(axis, x, values, SERIES[index % len(SERIES)], f"rank {rank}")
-            axis.axhline(1, color="black", linewidth=0.8)
-            axis.set_xscale("log")
-            axis.set_xticks([trunks[size] / 1e6 for size in ordered], [f"{trunks[s] / 1e6:.2g}" for s in ordered])
-            axis.minorticks_off()
-            axis.set_xlabel("trunk parameters (millions)")
+            size_axis(axis, [trunks[size] for size in ordered])
             axis.set_title(mode)
         row[0].set_ylabel(label)
+    for axis in axes[1]:
+        axis.axhline(1, color="black", linewidth=0.8)
     legend_below(figure, 4)
     return Drawn(
         figure,
-        f"Speed-up over plain decoding, and tokens per trunk pass, against the size of the trunk ({', '.join(ordered)}); untied heads, "
-        f"n={group[0].horizon}, {group[0].settings['corpus']}, {group[0].target} target. Bars: 95% interval over prompts or repeats and "
-        "seeds. Solid line: plain decoding.",
+        "Tokens per target forward, and speed-up over AR decoding, against the size of the trunk "
+        f"({', '.join(ordered)}); untied heads, n={group[0].horizon}, {group[0].settings['corpus']}. Bars: 95% "
+        "interval over prompts or repeats and seeds. Black line: AR decoding.",
         [record for size in ordered for record in sizes[size].records("untied") if record.rank in ranks],
     )
 
 
-def overview(families: list[Family]) -> Drawn | str:
-    """The README's figure: likelihood, tokens per pass and speed-up of the largest comparison."""
-    several = [f for f in families if len(f.ranks()) > 1 and any(r.mode("sampling") for r in f.records("untied"))]
-    common = [f for f in several if f.target == "common"] or several
-    if not common:
-        return "no decoding records of two or more ranks"
-    fast = common[0]
-    own = [
-        f
-        for f in families
-        if f.target == "own" and len(f.ranks()) > 1 and f.settings["corpus"] == fast.settings["corpus"]
-    ]
-    likely = (own or [fast])[0]
-    figure, axes = grid(1, 3, width=WIDE, height=2.0)
-    left, middle, right = axes[0]
-    joint(left, likely)
-    left.set_title(f"Joint loss: lower is better\n{likely.label}")
-    by_law(middle, fast, "tokens_per_pass", "sampling")
-    middle.set_ylabel("tokens per trunk pass")
-    middle.set_title(f"Draft length: higher is better\n{fast.label}")
-    _bars(right, fast, "sampling")
-    right.set_ylabel("speed-up over plain (x)")
-    right.set_title("Lossless speed-up, sampling\n(dashed: rank 1)")
-    legend_below(figure, 3)
-    return Drawn(
-        figure,
-        "Left: held-out joint NLL against the rank (bars: 95% interval of the paired difference to the lowest rank). Middle: tokens per "
-        "trunk pass when sampling; plain decoding is 1. Right: speed-up over plain decoding with the same weights. Bars: 95% intervals "
-        "over prompts, repeats and seeds. Untied: the paper's law; tied and anchored: ours. Dotted: rank 1 with perceptron maps that "
-        "have the parameters of the highest rank.",
-        [*likely.records("untied"), *(r for r in fast.records() if likely is not fast or r.variant != "untied")],
-    )
-
-
-def _bars(axis: Axes, family: Family, mode: str) -> None:
-    distributions = [distribution for distribution in LAWS if family.ranks(distribution)]
-    ranks = sorted({rank for distribution in distributions for rank in family.ranks(distribution)})
-    width = 0.8 / len(distributions)
-    for index, distribution in enumerate(distributions):
-        color, _, _, hatch = LAWS[distribution]
-        for place, rank in enumerate(ranks):
-            value = (
-                over_seeds(family.cells[distribution, rank], "speedup", mode)
-                if (distribution, rank) in family.cells
-                else None
-            )
-            if value is None:
-                continue
-            x = place + (index - (len(distributions) - 1) / 2) * width
-            axis.bar(
-                x,
-                value.mean,
-                width * 0.92,
-                color=color,
-                hatch=hatch,
-                edgecolor="white",
-                linewidth=0.4,
-                label=distribution,
-            )
-            axis.errorbar(x, value.mean, arms([value]), color="black", elinewidth=0.8, capsize=1.5, capthick=0.8)
-    axis.axhline(1, color="black", linewidth=0.8)
-    first = over_seeds(family.cells["untied", 1], "speedup", mode) if ("untied", 1) in family.cells else None
-    if first is not None:
-        axis.axhline(first.mean, color="black", linewidth=0.8, linestyle=(0, (4, 2)))
-    axis.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
-    axis.set_xlabel("rank r")
-
-
-def _part(axis: Axes, place: int, width: float, label: str, fill: tuple[str, str], left: float = 0.0) -> None:
-    axis.barh(place, width, 0.72, left, color=fill[0], hatch=fill[1], edgecolor="white", linewidth=0.3, label=label)
-
-
-def _milliseconds(modes: list[dict[str, Any]]) -> dict[str, float]:
-    """Per part; the parts sum to the mean over seeds of the time per token."""
-    sums = dict.fromkeys(PARTS, 0.0)
-    for mode in modes:
-        whole = sum(mode["seconds_by_part"][part] for part in PARTS) or 1.0
-        for part in PARTS:
-            sums[part] += (
-                1000 / mode["tokens_per_second"]["speculative"] * mode["seconds_by_part"][part] / whole / len(modes)
-            )
-    return sums
+def size_axis(axis: Axes, trunks: Sequence[int], decades: bool = False) -> None:
+    """Parameters of the trunk on a logarithmic x axis; decades: marked at powers of ten, not at the trunks."""
+    ticks = [0.1, 1, 10, 100, 1000, 10_000] if decades else [trunk / 1e6 for trunk in trunks]
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:.2g}" if tick < 100 else f"{tick:,.0f}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlim(min(trunks) / 1.6e6, max(trunks) * 1.6 / 1e6)
+    axis.set_xlabel("trunk parameters (millions)")

@@ -1,7 +1,7 @@
 """What all figures share: one palette, one set of type sizes, one grid, one way to save.
 
-Drawn for one column (3.4 in) or two (7 in) with text of 7 pt or more, in Okabe and Ito's colours, told apart by marker or
-hatch as well.
+Drawn for one column (3.4 in) or two (7 in) with text of 7 pt or more, in Okabe and Ito's colours, told apart by
+marker or hatch as well.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, YELLOW = (
     "#CC79A7",
     "#F0E442",
 )
-# Colour, marker and dashes of ranks, positions and the like, in their order.
-SERIES = (
+Look = tuple[str, str, str]  # colour, marker, dashes
+# Of ranks, positions and the like, in their order.
+SERIES: tuple[Look, ...] = (
     (BLACK, "o", "-"),
     (ORANGE, "s", "--"),
     (GREEN, "^", "-."),
@@ -80,7 +81,9 @@ SERIES = (
     (PURPLE, "P", ":"),
     (SKY, "X", "-."),
 )
-LAWS = {"untied": (BLUE, "o", "-", ""), "tied": (ORANGE, "s", "--", "////"), "anchored": (GREEN, "^", "-.", "....")}
+# The same of a variant of the heads, as records name it.
+VARIANTS = {"untied": (BLUE, "o", "-"), "tied": (ORANGE, "s", "--"), "anchored": (GREEN, "^", "-.")}
+BY_MODE = {"greedy": (RED, "s", "none"), "sampling": (BLUE, "o", "none")}
 FILLS = {
     "prefill": (BLACK, ""),
     "draft": (ORANGE, "////"),
@@ -88,6 +91,8 @@ FILLS = {
     "verify": (GREEN, "...."),
     "other": ("0.8", ""),
 }
+ARMS: dict[str, Any] = {"elinewidth": 0.8, "markeredgewidth": 0}
+TICKS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 16)  # of ratios
 COMPONENTS = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, YELLOW, "0.55")  # component a of a mixture
 
 
@@ -102,15 +107,19 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure of the report. draw: from families to a Drawn, or to the reason why there is none ("no ..."). claim: whose
-    cells it needs. of_time: it is about training time, so that the timing cells are for it, and for it alone. decoded: it shows
-    what was measured in decoding, so that its caption states the prompts."""
+    """One figure of the report.
+
+    draw: from families to a Drawn, or to the reason why there is none ("no ..."). claim: whose cells it needs.
+    of_time: it is about training time, so that it is drawn from the timing cells, and it alone. decoded: it shows
+    what was measured in decoding, so that its caption states the prompts. appendix: it stands at the report's end.
+    """
 
     title: str
     claim: str
     draw: Callable[[list[Family]], Drawn | str]
     of_time: bool = False
     decoded: bool = False
+    appendix: bool = False
 
 
 def save(figure: Figure, caption: str, folder: Path, name: str) -> list[Path]:
@@ -127,6 +136,9 @@ def save(figure: Figure, caption: str, folder: Path, name: str) -> list[Path]:
     return files
 
 
+# --- axes ------------------------------------------------------------------------------------------------------------
+
+
 def grid(
     rows: int,
     columns: int,
@@ -136,100 +148,24 @@ def grid(
     share_y: bool | str = False,
     ratios: list[float] | None = None,
 ) -> tuple[Figure, Any]:
-    """A figure without pyplot's global state, and its axes, always two-dimensional."""
+    """A figure without pyplot's global state, and its axes, always two-dimensional. height: of a row, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height * rows + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey=share_y, height_ratios=ratios)  # type: ignore[arg-type]
+    shared: Any = share_y
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=shared, height_ratios=ratios)
 
 
-def pairs(count: int, *, height: float = ROW, share_y: bool = False) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """Two panels for each of `count` comparisons, two comparisons to a row. share_y: within a pair."""
+def pairs(count: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """Two panels for each of `count` comparisons, two comparisons to a row."""
     beside = min(count, 2)
-    figure, axes = grid(-(-count // 2), 2 * beside, width=WIDE if beside == 2 else COLUMN, height=height)
+    figure, axes = grid(-(-count // 2), 2 * beside, width=WIDE if beside == 2 else COLUMN)
     flat = list(axes.flat)
     for axis in flat[2 * count :]:
         axis.remove()
-    found = [(flat[place], flat[place + 1]) for place in range(0, 2 * count, 2)]
-    for left, right in found if share_y else ():
-        right.sharey(left)
-        right.tick_params(labelleft=False)
-    return figure, found
-
-
-def widest(families: Sequence[Family], distribution: str = "untied") -> list[Family]:
-    """The comparisons of a law worth a panel: those of three ranks or more (two, where none has more), PANELS at most. Of
-    those that differ in the horizon alone, the largest: the others are in the heat maps."""
-    several = [family for family in families if len(family.ranks(distribution)) > 1]
-    found: list[Family] = []
-    for family in [family for family in several if len(family.ranks(distribution)) > 2] or several:
-        if not any(along([family, other], "horizon") for other in found):
-            found.append(family)
-    return found[:PANELS]
-
-
-def retrofits(families: Sequence[Family]) -> list[tuple[Family, str]]:
-    """(family, law) of the cells on pretrained models, those of most ranks first, of these the longest trained, PANELS at most."""
-    theirs = sorted((f for f in families if f.is_pretrained), key=lambda family: -family.settings["optim.steps"])
-    found = [(family, distribution) for family in theirs for distribution in LAWS if lines(family, distribution)]
-    return sorted(found, key=lambda each: -len({label.split(",")[0] for label in lines(*each)}))[:PANELS]
-
-
-def lines(family: Family, distribution: str) -> dict[str, Cells]:
-    """A line per rank of a law and of its variants: "rank 4", and "rank 1, mlp 1152"."""
-    return {
-        ", ".join([f"rank {rank}", *variant.split(", ")[1:]]): family.cells[variant, rank]
-        for variant in family.variants()
-        if variant.split(", ")[0] == distribution
-        for rank in family.ranks(variant)
-    }
-
-
-def looks(shown: Iterable[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and dashes by label, the same in every panel and figure for the ranks 1, 2, 4, 8; the others follow."""
-    labels = dict.fromkeys([*(f"rank {rank}" for rank in (1, 2, 4, 8)), *shown])
-    return {label: SERIES[index % len(SERIES)] for index, label in enumerate(labels)}
-
-
-def errors(
-    axis: Axes, x: Sequence[float], values: Sequence[Interval | None], look: tuple[str, str, str], label: str
-) -> None:
-    """A line through points with interval arms; a missing value is left out."""
-    kept = [(place, value) for place, value in zip(x, values, strict=True) if value is not None]
-    if not kept:
-        return
-    color, marker, style = look
-    axis.errorbar(
-        [place for place, _ in kept],
-        [v.mean for _, v in kept],
-        arms([v for _, v in kept]),
-        color=color,
-        marker=marker,
-        linestyle=style,
-        label=label,
-        elinewidth=0.8,
-        capsize=1.5,
-        capthick=0.8,
-        markeredgewidth=0,
-    )
-
-
-def by_rank(
-    axis: Axes,
-    ranks: Sequence[int],
-    values: Sequence[Interval | None],
-    look: tuple[str, str, str],
-    label: str,
-    shift: float = 0.0,
-) -> None:
-    """`errors` against the rank on a log axis; `shift`, in doublings, keeps arms apart."""
-    errors(axis, [rank * 2**shift for rank in ranks], values, look, label)
-
-
-def arms(values: Sequence[Interval]) -> Any:
-    return np.array([[v.mean - v.low for v in values], [v.high - v.mean for v in values]])
+    return figure, [(flat[index], flat[index + 1]) for index in range(0, 2 * count, 2)]
 
 
 def rank_axis(axis: Axes, ranks: Sequence[int]) -> None:
@@ -240,21 +176,152 @@ def rank_axis(axis: Axes, ranks: Sequence[int]) -> None:
     axis.set_xlabel("rank r")
 
 
-def legend_below(figure: Figure, columns: int, first: Axes | None = None) -> None:
-    """One legend under the whole figure; entries of the same name once, those of `first` before the others."""
+def ratio_axis(
+    axis: Axes, label: str, low: float | None = None, high: float | None = None, ticks: Sequence[float] = TICKS
+) -> None:
+    """A logarithmic x axis of ratios, with a line at 1; without ends as far as what is drawn reaches."""
+    axis.set_xscale("log")
+    ends = axis.dataLim.intervalx
+    low, high = low or min(ends[0], 1) / 1.03, high or max(ends[1], 1) * 1.03
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axis.set_xlim(low, high)
+    axis.set_xticks(shown, [f"{tick:g}" for tick in shown])
+    axis.minorticks_off()
+    axis.axvline(1, color="black", linewidth=0.8, zorder=1)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(True, axis="x")
+    axis.grid(False, axis="y")
+    axis.set_xlabel(label)
+
+
+def rows_axis(axis: Axes, names: Sequence[str]) -> None:
+    """Names down the y axis, the first on top."""
+    axis.set_yticks(range(len(names)), list(names))
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(False, axis="y")
+
+
+def legend_below(figure: Figure, columns: int) -> None:
+    """One legend under the whole figure; entries of the same name once."""
     found: dict[str, Any] = {}
-    for axis in [*([first] if first is not None else []), *figure.axes]:
+    for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, columnspacing=1.2)
+
+
+# --- marks -----------------------------------------------------------------------------------------------------------
+
+
+def errors(
+    axis: Axes, x: Sequence[float], values: Sequence[Interval | None], look: Look, label: str, **options: Any
+) -> None:
+    """A line through points with interval arms; a missing value is left out."""
+    kept = [(place, value) for place, value in zip(x, values, strict=True) if value is not None]
+    if kept:
+        color, marker, style = look
+        axis.errorbar(
+            [place for place, _ in kept],
+            [v.mean for _, v in kept],
+            arms([v for _, v in kept]),
+            **ARMS | {"color": color, "marker": marker, "linestyle": style, "label": label} | options,
+        )
+
+
+def across(axis: Axes, y: float, value: Interval, look: Look, label: str) -> None:
+    """A point with its interval on a line of a table."""
+    color, marker, _ = look
+    axis.errorbar(
+        value.mean,
+        y,
+        xerr=arms([value]),
+        **ARMS | {"color": color, "marker": marker, "linestyle": "none", "label": label},
+    )
+
+
+def by_rank(
+    axis: Axes, ranks: Sequence[int], values: Sequence[Interval | None], look: Look, label: str, shift: float = 0.0
+) -> None:
+    """`errors` against the rank on a log axis; `shift`, in doublings, keeps arms apart."""
+    errors(axis, [rank * 2**shift for rank in ranks], values, look, label)
+
+
+def arms(values: Sequence[Interval]) -> Any:
+    return np.array([[v.mean - v.low for v in values], [v.high - v.mean for v in values]])
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def widest(families: Sequence[Family], variant: str = "untied") -> list[Family]:
+    """The comparisons worth a panel: of three ranks or more (two, where none has more), PANELS at most.
+
+    Of those that differ in the horizon alone it is the largest.
+    """
+    several = [family for family in families if len(family.ranks(variant)) > 1]
+    found: list[Family] = []
+    for family in [family for family in several if len(family.ranks(variant)) > 2] or several:
+        if not any(along([family, other], "horizon") for other in found):
+            found.append(family)
+    return found[:PANELS]
+
+
+def decoded(families: Sequence[Family]) -> list[Family]:
+    """Those worth a panel whose cells were decoded: of any variant, with two ranks at least."""
+    found = list({id(family): family for variant in VARIANTS for family in widest(families, variant)}.values())
+    return [family for family in found if any(record.mode("sampling") for record in family.records())][:PANELS]
+
+
+def on_pretrained(families: Sequence[Family]) -> list[tuple[Family, str]]:
+    """(family, variant) of the cells on pretrained models, PANELS at most.
+
+    Those of most ranks come first, of these the longest trained.
+    """
+    theirs = sorted((f for f in families if f.is_pretrained), key=lambda family: -family.settings["optim.steps"])
+    found = [(family, variant) for family in theirs for variant in VARIANTS if lines(family, variant)]
+    return sorted(found, key=lambda each: -len({label.split(",")[0] for label in lines(*each)}))[:PANELS]
+
+
+def lines(family: Family, variant: str) -> dict[str, Cells]:
+    """A line per rank of a variant, with the sizes that a cell has of its own: "rank 4", and "rank 1, mlp 1152"."""
+    return {
+        ", ".join([f"rank {rank}", *found.split(", ")[1:]]): family.cells[found, rank]
+        for found in family.variants()
+        if found.split(", ")[0] == variant
+        for rank in family.ranks(found)
+    }
+
+
+def looks(shown: Iterable[str]) -> dict[str, Look]:
+    """A look by label: the same in every panel and figure for the ranks 1, 2, 4, 8; the others follow."""
+    labels = dict.fromkeys([*(f"rank {rank}" for rank in (1, 2, 4, 8)), *shown])
+    return {label: SERIES[index % len(SERIES)] for index, label in enumerate(labels)}
 
 
 def modes_of(cells: Cells, mode: str) -> list[dict[str, Any]]:
     return [measured for _, record in sorted(cells.items()) if (measured := record.mode(mode))]
 
 
+_WORDS = (
+    ("common target", "shared frozen target"),
+    ("own target", "self target"),
+    ("anchored", "token-conditioned"),
+    ("plain", "AR"),
+    ("shortlist", "draft vocabulary"),
+    ("smollm2", "SmolLM2-135M"),
+)
+
+
+def worded(text: str) -> str:
+    """The words that records have, as the field says them."""
+    for old, new in _WORDS:
+        text = text.replace(old, new)
+    return text
+
+
 def wrapped(family: Family) -> str:
     """The label on lines that fit half a column."""
-    parts = family.label.split(", ")
-    lines = [", ".join(parts[:3]), ", ".join(parts[3:4]), *parts[4:]]
-    return "\n".join(line for line in lines if line)
+    parts = worded(family.label).split(", ")
+    shown = [", ".join(parts[:3]), ", ".join(parts[3:4]), *parts[4:]]
+    return "\n".join(line for line in shown if line)
