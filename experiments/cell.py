@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,23 @@ from tqdm import tqdm
 
 from cpdlm.bench import latency
 from cpdlm.bench.acceptance import tokens_per_forward
-from cpdlm.config import Config, ConfigError, DecodeConfig, EvaluateConfig, but_rank, upgrade
+from cpdlm.config import Config, DecodeConfig, EvaluateConfig, but_rank, upgrade
 from cpdlm.data.batches import TokenDataModule
-from cpdlm.data.corpus import Corpus, load_corpus
-from cpdlm.data.draft_vocabulary import DraftVocabulary, frequent_tokens
+from cpdlm.data.corpus import load_corpus
 from cpdlm.decoding import Sampling
 from cpdlm.files import write_json
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.processes import is_first_process
 from cpdlm.training import checkpoints
-from cpdlm.training.fit import fit
-from cpdlm.training.self_text import written_text
-from cpdlm.training.states import kept_states
+from cpdlm.training import run as training
+from cpdlm.training.checkpoints import run_folder
 from experiments import tracking
 from experiments.measure import likelihood
 from experiments.provenance import provenance
 from experiments.records import build, load, summary_table, write
 from experiments.report import render
 
-EVALUATED, MEASURED, SESSIONS = "evaluate.json", "decode.json", "sessions.json"
-
-
-def run_folder(config: Config) -> Path:
-    return Path(config.output) / config.run_name
+EVALUATED, MEASURED = "evaluate.json", "decode.json"
 
 
 def is_trained(config: Config) -> bool:
@@ -97,83 +91,49 @@ def run(config: Config, command: str, stage: str) -> int:
 
 def train(config: Config, command: str) -> bool:
     """Train to the end (resuming), then evaluate on the test split. False in a helper process."""
-    folder = run_folder(config)
-    if is_first_process():
-        checkpoints.open_run(folder, config)
-    trunk = _frozen_trunk(config)
-    began = time.monotonic()
-    corpus = load_corpus(config)
-    data_seconds = time.monotonic() - began
-    if config.is_pretrained and trunk is not None and trunk.vocab_size < corpus.vocab_size:
-        raise checkpoints.RunError(
-            f"data.tokenizer={config.data.tokenizer} has {corpus.vocab_size} tokens, model={config.model.trunk} embeds "
-            f"{trunk.vocab_size}: the tokenizer is another model's; type data.tokenizer=model, or give a folder with both"
-        )
-    if trunk is not None and not config.is_pretrained and trunk.vocab_size != corpus.vocab_size:
-        raise checkpoints.RunError(
-            f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
-            f"{config.data.tokenizer} on corpus={config.corpus} one of {corpus.vocab_size}; use the trunk's own data settings"
-        )
-    trunk_sha256 = checkpoints.trunk_hash(config) if trunk is not None else ""
-    origin = _origin(folder, str(corpus.describe()["sha256"]), trunk_sha256)
-    torch.manual_seed(config.seed)
-    model = build_language_model(config, corpus.vocab_size, trunk)
-    text, written = _training_text(config, corpus, trunk)
-    data = TokenDataModule(config, text)
-    listed = (
-        _shortlist("loss.draft_vocabulary", config.loss.draft_vocabulary, text)
-        if config.loss.draft_vocabulary
-        else None
-    )
-    if listed is not None:
-        model.use_draft_vocabulary(torch.from_numpy(listed.ids))
-        print(
-            f"loss.draft_vocabulary={config.loss.draft_vocabulary}: {listed.coverage:.2%} of the training text is on it",
-            flush=True,
-        )
-    with tracking.cell_run(config, command, folder) as tracker:
-        done = (folder / checkpoints.TRAINED).is_file() and (folder / checkpoints.WEIGHTS).is_file()
-        # Adapters change the states of the draft at every step: the trunk runs, on the same tokens.
-        if not done and config.data.states and not config.model.adapter_layers:
-            identity = {
-                "text": written.get("sha256", corpus.describe()["sha256"]),
-                "trunk": checkpoints.trunk_hash(config),
-            }
-            data.states = kept_states(
-                model, data.training_rows(), Path(config.data.cache), identity, config.data.states_gib, _device(), print
-            )
-        if not done:
-            fit(config, model, data, folder, tracker.logger, _watch(config, data))
+    prepared = training.prepare(config, session=provenance())
+    with tracking.cell_run(config, command, prepared.folder) as tracker:
+        prepared.fit(tracker.logger, _watch(config, prepared.data))
         if not is_first_process():
             return False
-        # The stored weights, whole and in their stored precision: what is evaluated is what is decoded with.
-        model = checkpoints.load_model(folder)
-        if listed is not None:
-            model.use_draft_vocabulary(torch.from_numpy(listed.ids))
-        began = time.monotonic()
-        device = _device()
-        texts_V = [corpus.tokenizer.decode([token]) for token in range(corpus.vocab_size)]
-        held_out = likelihood.evaluate(
-            model, data.test_batches(), corpus.token_bytes(), corpus.source_names, device, texts_V
-        )
-        write_json(
-            folder / EVALUATED,
-            {
-                "settings": asdict(config.evaluate),
-                "weights": _weights_hash(config),
-                "likelihood": held_out,
-                "parameters": model.parameter_counts(),
-                "data": corpus.describe() | _trunk_hash(config) | ({"written": written} if written else {}),
-                "command": command,
-                "seconds": {
-                    "data": data_seconds,
-                    "train": _read(folder / checkpoints.TRAINED)["seconds"],  # over all sessions of a resumed run
-                    "evaluate": time.monotonic() - began,
-                },
-                "origin": origin,
-            },
-        )
+        _evaluate(prepared, command)
     return True
+
+
+def _evaluate(prepared: training.Run, command: str) -> None:
+    """Evaluate the stored weights, whole and in their stored precision, as decoding reads them; leave evaluate.json."""
+    config, corpus, began = prepared.config, prepared.corpus, time.monotonic()
+    model = checkpoints.load_model(prepared.folder)
+    if prepared.draft_vocabulary is not None:
+        model.use_draft_vocabulary(torch.from_numpy(prepared.draft_vocabulary.ids))
+    texts_V = [corpus.tokenizer.decode([token]) for token in range(corpus.vocab_size)]
+    held_out = likelihood.evaluate(
+        model,
+        prepared.data.test_batches(),
+        corpus.token_bytes(),
+        corpus.source_names,
+        training.training_device(),
+        texts_V,
+    )
+    data = corpus.describe() | _trunk_hash(config) | ({"written": prepared.written} if prepared.written else {})
+    write_json(
+        prepared.folder / EVALUATED,
+        {
+            "settings": asdict(config.evaluate),
+            "weights": _weights_hash(config),
+            "likelihood": held_out,
+            "parameters": model.parameter_counts(),
+            "data": data,
+            "command": command,
+            "seconds": {
+                "data": prepared.data_seconds,
+                # Over all sessions of a resumed run.
+                "train": _read(prepared.folder / checkpoints.TRAINED)["seconds"],
+                "evaluate": time.monotonic() - began,
+            },
+            "origin": _origin(prepared.sessions),
+        },
+    )
 
 
 def measure(configs: list[Config], reference: Config | None = None) -> None:
@@ -188,21 +148,23 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
     corpus = load_corpus(first)
     for config in configs:
         evaluated = _read(run_folder(config) / EVALUATED)
-        _check_same_text(run_folder(config), evaluated["data"]["sha256"], corpus.describe()["sha256"])
-    prompts_PT = TokenDataModule(first, corpus).prompts().to(_device())
+        training.check_same_text(run_folder(config), evaluated["data"]["sha256"], corpus.describe()["sha256"])
+    prompts_PT = TokenDataModule(first, corpus).prompts().to(training.training_device())
     models, trunks = {}, dict[tuple[str, str], LanguageModel | None]()
     for config in configs:
         key = (config.model.trunk, config.model.dtype)
         if key not in trunks:
             trunks[key] = checkpoints.load_trunk(config)
-        models[config.run_name] = checkpoints.load_model(run_folder(config), trunks[key]).to(_device())
-    trunk = checkpoints.load_model(run_folder(reference)).to(_device()) if reference is not None else None
+        models[config.run_name] = checkpoints.load_model(run_folder(config), trunks[key]).to(training.training_device())
+    trunk = (
+        checkpoints.load_model(run_folder(reference)).to(training.training_device()) if reference is not None else None
+    )
     decode = first.decode
     rank_one = _rank_one(configs)
     shortlist = None
     if decode.draft_vocabulary:
-        text, _ = _training_text(first, corpus, trunks[first.model.trunk, first.model.dtype])
-        shortlist = _shortlist("decode.draft_vocabulary", decode.draft_vocabulary, text)
+        text, _ = training.training_text(first, corpus, trunks[first.model.trunk, first.model.dtype])
+        shortlist = training.draft_vocabulary("decode.draft_vocabulary", decode.draft_vocabulary, text)
         for model in models.values():
             model.use_draft_vocabulary(torch.from_numpy(shortlist.ids))
     modes = {}
@@ -318,63 +280,18 @@ def report(root: Path, output: Path, publish: bool) -> tuple[str, list[Path]]:
 def _watch(config: Config, data: TokenDataModule) -> Callable[[LanguageModel], dict[str, float]] | None:
     if not config.train.decode_prompts:
         return None
-    prompts_PT = data.prompts("validation")[: config.train.decode_prompts].to(_device())
+    prompts_PT = data.prompts("validation")[: config.train.decode_prompts].to(training.training_device())
     return lambda model: tokens_per_forward(model, prompts_PT, config.decode.new_tokens)
 
 
-def _frozen_trunk(config: Config) -> LanguageModel | None:
-    """The model whose trunk a config names; raises RunError where the two do not fit, before any work."""
-    if not config.model.trunk or config.is_pretrained:
-        return checkpoints.load_trunk(config)
-    folder = Path(config.model.trunk)
-    if not (folder / checkpoints.CONFIG).is_file():
-        raise checkpoints.RunError(
-            f"model.trunk={folder} is not a run folder: it has no {checkpoints.CONFIG}; a pretrained model is given as model={folder}"
-        )
-    theirs = checkpoints.read_config(folder)
-    if theirs.horizon != 1:
-        raise checkpoints.RunError(
-            f"model.trunk={folder} was trained with horizon={theirs.horizon}; a trunk is a plain next-token model: make one "
-            f"with preset=trunk (or preset=cpu-trunk,trunk)"
-        )
-    for key, mine, trunk in (
-        ("size", config.size, theirs.size),
-        ("model.family", config.model.family, theirs.model.family),
-        ("data.tokenizer", config.data.tokenizer, theirs.data.tokenizer),
-    ):
-        if mine != trunk:
-            raise checkpoints.RunError(
-                f"model.trunk={folder} has {key}={trunk}, this run {key}={mine}; write {key}={trunk}"
-            )
-    if theirs.data.context < config.data.context:
-        raise checkpoints.RunError(
-            f"model.trunk={folder} has data.context={theirs.data.context}; lower data.context={config.data.context}"
-        )
-    return checkpoints.load_model(folder)
+def _origin(sessions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Provenance of a run: that of its first session. `dirty` if any was or if the code changed between them.
 
-
-def _origin(folder: Path, data_sha256: str, trunk_sha256: str) -> dict[str, Any]:
-    """Provenance of the run, which may have had several sessions: that of the first, `dirty` if any was or if the code
-    changed between them (`commits` then lists all). Raises RunError where the corpus or the trunk is no longer the one that
-    it began with: a checkpoint holds neither.
+    `commits` lists all, where the code changed.
     """
-    path = folder / SESSIONS
-    found = _read(path) if path.is_file() else {"sessions": []}
-    sessions = found["sessions"]
-    _check_same_text(folder, found.get("data_sha256", data_sha256), data_sha256)
-    if (then := found.get("trunk_sha256", trunk_sha256)) != trunk_sha256:
-        raise checkpoints.RunError(
-            f"{folder} was trained on other weights: its trunk has changed since (sha256 {then[:12]} then, {trunk_sha256[:12]} "
-            "now); restore it, give this run name=OTHER, or delete the folder"
-        )
-    if not (folder / checkpoints.TRAINED).is_file() or not sessions:
-        sessions.append(provenance())
-        if is_first_process():
-            write_json(path, {"sessions": sessions, "data_sha256": data_sha256, "trunk_sha256": trunk_sha256})
     commits = list(dict.fromkeys(session["commit"] for session in sessions))
-    first: dict[str, Any] = sessions[0]
     dirty = any(session["dirty"] for session in sessions) or len(commits) > 1
-    return first | {"dirty": dirty} | ({"commits": commits} if len(commits) > 1 else {})
+    return sessions[0] | {"dirty": dirty} | ({"commits": commits} if len(commits) > 1 else {})
 
 
 def _same(settings: dict[str, Any] | None, now: EvaluateConfig | DecodeConfig) -> bool:
@@ -385,33 +302,6 @@ def _same(settings: dict[str, Any] | None, now: EvaluateConfig | DecodeConfig) -
     return asdict(type(now)()) | saved == asdict(now)
 
 
-def _training_text(config: Config, corpus: Corpus, trunk: LanguageModel | None) -> tuple[Corpus, dict[str, Any]]:
-    """(the corpus with the text that is trained on, where that came from): its own, or the frozen model's (`data.text`)."""
-    if trunk is None or config.data.text == "corpus":
-        return corpus, {}
-    identity = {"corpus": corpus.describe()["sha256"], "trunk": checkpoints.trunk_hash(config)}
-    split, written = written_text(
-        trunk,
-        corpus.train,
-        config.data.text,
-        config.data.states,
-        config.data.context,
-        corpus.tokenizer.eos,
-        Path(config.data.cache),
-        identity,
-        _device(),
-        print,
-    )
-    return replace(corpus, train=split), written
-
-
-def _shortlist(setting: str, size: int, text: Corpus) -> DraftVocabulary:
-    """text: what is trained on."""
-    if size > text.vocab_size:
-        raise ConfigError(f"{setting}={size}: the vocabulary has {text.vocab_size} tokens; give fewer, or 0")
-    return frequent_tokens(text.train.tokens, text.vocab_size, size)
-
-
 def _rank_one(configs: list[Config]) -> dict[str, str]:
     """Of each cell above rank 1, the one that differs from it in being of rank 1 and in nothing else, where there is one."""
     of_rank_one = {str(but_rank(config)): config.run_name for config in configs if config.rank == 1}
@@ -420,14 +310,6 @@ def _rank_one(configs: list[Config]) -> dict[str, str]:
         for config in configs
         if config.rank > 1 and (key := str(but_rank(config))) in of_rank_one
     }
-
-
-def _check_same_text(folder: Path, then: str, now: str) -> None:
-    if then != now:
-        raise checkpoints.RunError(
-            f"{folder} was trained on other text: the corpus has changed since (sha256 {then[:12]} then, {now[:12]} now); "
-            "restore it, give this run name=OTHER, or delete the folder"
-        )
 
 
 def _weights_hash(config: Config) -> str:
@@ -444,10 +326,6 @@ def _weights_hash(config: Config) -> str:
 
 def _trunk_hash(config: Config) -> dict[str, str]:
     return {"trunk_sha256": checkpoints.trunk_hash(config)} if config.model.trunk else {}
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _read(path: Path) -> dict[str, Any]:

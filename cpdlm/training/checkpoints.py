@@ -45,6 +45,16 @@ class RunError(RuntimeError):
     """A run folder that cannot be used; the message says what is there and what to type."""
 
 
+def run_folder(config: Config) -> Path:
+    """OUTPUT/NAME, where everything of a run lies."""
+    return Path(config.output) / config.run_name
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run's training is complete and its weights are there."""
+    return (folder / TRAINED).is_file() and (folder / WEIGHTS).is_file()
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the folder while a run writes to it; raises RunError when another process still does after `patience` seconds."""

@@ -1,0 +1,267 @@
+"""The life of a training run: frozen model, text, model, stored states, fit, finished weights.
+
+    from cpdlm.config import parse
+    from cpdlm.training.run import train
+
+    folder = train(parse(["preset=retrofit", "model=smollm2", "rank=4", "output=runs"]))
+
+RUN/sessions.json holds the hashes of the text and of the frozen model that the run began with, and what callers noted of
+each start. The other files of a run's folder are those of `cpdlm.training.checkpoints`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger
+
+from cpdlm.config import Config, ConfigError
+from cpdlm.data.batches import TokenDataModule
+from cpdlm.data.corpus import Corpus, load_corpus
+from cpdlm.data.draft_vocabulary import DraftVocabulary, frequent_tokens
+from cpdlm.files import write_json
+from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.processes import is_first_process, is_launched
+from cpdlm.training import checkpoints
+from cpdlm.training.checkpoints import CONFIG, RunError
+from cpdlm.training.fit import fit
+from cpdlm.training.self_text import written_text
+from cpdlm.training.states import kept_states
+
+INPUTS = "sessions.json"
+
+Watch = Callable[[LanguageModel], dict[str, float]]
+Say = Callable[[str], None]
+
+
+def train(config: Config, *, logger: Logger | None = None, watch: Watch | None = None, say: Say = print) -> Path:
+    """Train what `config` describes and return the run's folder, `checkpoints.run_folder(config)`, with finished weights.
+
+    A killed run continues from its last checkpoint, bit for bit; a finished one is returned as it is. One process trains
+    into a folder at a time. Load the result with `checkpoints.load_model(folder)`.
+
+    logger: of Lightning, for the curve. watch: what else to measure at each validation, by name. say: takes a line for the
+    user. With devices or nodes above 1 every process that torchrun or srun started calls this.
+
+    Raises ConfigError for settings that do not fit the data or the frozen model, or that need a launcher; RunError for a
+    folder that another process writes to or that holds another run; NonFiniteLoss; Interrupted (a checkpoint is left);
+    WriteError where the disk is full (the last checkpoint is kept).
+    """
+    if config.nodes * config.devices > 1 and not is_launched():
+        raise ConfigError(
+            f"nodes={config.nodes} devices={config.devices} needs a launcher: "
+            f"torchrun --nproc-per-node={config.devices} SCRIPT"
+        )
+    folder = checkpoints.run_folder(config)
+    with checkpoints.exclusive(folder) if is_first_process() else contextlib.nullcontext():
+        checkpoints.check_same_run(folder, config)
+        if not checkpoints.is_finished(folder):
+            prepare(config, say).fit(logger, watch, say)
+    return folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose settings, text and frozen model fit together: what trains, and what it trains on.
+
+    data: batches of the training text. corpus: text, tokenizer and held-out splits. written: where the training text came
+    from if the frozen model wrote it, else {}. draft_vocabulary: the tokens that heads train on, None for all.
+    sessions: what callers of `prepare` noted of each start of this run.
+    """
+
+    config: Config
+    folder: Path
+    corpus: Corpus
+    data: TokenDataModule
+    model: LanguageModel
+    written: dict[str, Any]
+    draft_vocabulary: DraftVocabulary | None
+    sessions: list[dict[str, Any]]
+    data_seconds: float
+
+    def fit(self, logger: Logger | None = None, watch: Watch | None = None, say: Say = print) -> None:
+        """Train to the end unless it is trained already. The errors are those of `train`."""
+        if checkpoints.is_finished(self.folder):
+            return
+        config = self.config
+        # Adapters change the states of the draft at every step, so the trunk runs on the same tokens.
+        if config.data.states and not config.model.adapter_layers:
+            identity = {
+                "text": self.written.get("sha256", self.corpus.describe()["sha256"]),
+                "trunk": checkpoints.trunk_hash(config),
+            }
+            cache, limit = Path(config.data.cache), config.data.states_gib
+            self.data.states = kept_states(
+                self.model, self.data.training_rows(), cache, identity, limit, training_device(), say
+            )
+        fit(config, self.model, self.data, self.folder, logger, watch)
+
+
+def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None = None) -> Run:
+    """Everything of a run up to its first step. The caller holds the folder (`checkpoints.exclusive`); `train` does both.
+
+    session: what to note of this start, such as the commit and the machine. Raises ConfigError and RunError as `train`.
+    """
+    folder = checkpoints.run_folder(config)
+    checkpoints.check_same_run(folder, config)
+    trunk = frozen_model(config)
+    began = time.monotonic()
+    corpus = load_corpus(config)
+    data_seconds = time.monotonic() - began
+    _check_vocabulary(config, corpus, trunk)
+    if is_first_process():
+        checkpoints.open_run(folder, config)
+    trunk_sha256 = checkpoints.trunk_hash(config) if trunk is not None else ""
+    sessions = _note_inputs(folder, str(corpus.describe()["sha256"]), trunk_sha256, session)
+    torch.manual_seed(config.seed)
+    model = build_language_model(config, corpus.vocab_size, trunk)
+    text, written = training_text(config, corpus, trunk, say)
+    listed = None
+    if config.loss.draft_vocabulary:
+        listed = draft_vocabulary("loss.draft_vocabulary", config.loss.draft_vocabulary, text)
+        model.use_draft_vocabulary(torch.from_numpy(listed.ids))
+        say(
+            f"loss.draft_vocabulary={config.loss.draft_vocabulary}: {listed.coverage:.2%} of the training text is on it"
+        )
+    data = TokenDataModule(config, text)
+    return Run(config, folder, corpus, data, model, written, listed, sessions, data_seconds)
+
+
+def frozen_model(config: Config) -> LanguageModel | None:
+    """The model that `model.trunk` names, None without one. RunError where its settings do not fit, before any work."""
+    if not config.model.trunk or config.is_pretrained:
+        return checkpoints.load_trunk(config)
+    folder = Path(config.model.trunk)
+    if not (folder / CONFIG).is_file():
+        raise RunError(
+            f"model.trunk={folder} is not a run folder: it has no {CONFIG}; "
+            f"a pretrained model is given as model={folder}"
+        )
+    theirs = checkpoints.read_config(folder)
+    if theirs.horizon != 1:
+        raise RunError(
+            f"model.trunk={folder} was trained with horizon={theirs.horizon}; a trunk is a next-token model: make one "
+            f"with preset=trunk (or preset=cpu-trunk,trunk)"
+        )
+    for key, mine, trunk in (
+        ("size", config.size, theirs.size),
+        ("model.family", config.model.family, theirs.model.family),
+        ("data.tokenizer", config.data.tokenizer, theirs.data.tokenizer),
+    ):
+        if mine != trunk:
+            raise RunError(f"model.trunk={folder} has {key}={trunk}, this run {key}={mine}; write {key}={trunk}")
+    if theirs.data.context < config.data.context:
+        raise RunError(
+            f"model.trunk={folder} has data.context={theirs.data.context}; lower data.context={config.data.context}"
+        )
+    return checkpoints.load_model(folder)
+
+
+def training_text(
+    config: Config, corpus: Corpus, trunk: LanguageModel | None, say: Say = print
+) -> tuple[Corpus, dict[str, Any]]:
+    """(the corpus with the text that is trained on, where that text came from): its own, or the frozen model's.
+
+    The setting is `data.text`; the second entry is {} where the text is the corpus itself.
+    """
+    if trunk is None or config.data.text == "corpus":
+        return corpus, {}
+    identity = {"corpus": corpus.describe()["sha256"], "trunk": checkpoints.trunk_hash(config)}
+    split, written = written_text(
+        trunk,
+        corpus.train,
+        config.data.text,
+        config.data.states,
+        config.data.context,
+        corpus.tokenizer.eos,
+        Path(config.data.cache),
+        identity,
+        training_device(),
+        say,
+    )
+    return replace(corpus, train=split), written
+
+
+def draft_vocabulary(setting: str, size: int, text: Corpus) -> DraftVocabulary:
+    """The `size` most frequent tokens of what is trained on. setting: whose value `size` is, for the message."""
+    _check_size(setting, size, text)
+    return frequent_tokens(text.train.tokens, text.vocab_size, size)
+
+
+def training_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_inputs(folder: Path) -> dict[str, Any]:
+    """{"data_sha256", "trunk_sha256", "sessions"} of a run that has begun; {} of none. RunError where it is damaged."""
+    path = folder / INPUTS
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
+    return content
+
+
+def check_same_text(folder: Path, then: str, now: str) -> None:
+    """RunError where the corpus is no longer the one that the run began with."""
+    if then != now:
+        raise RunError(
+            f"{folder} was trained on other text: the corpus has changed since (sha256 {then[:12]} then, {now[:12]} now); "
+            "restore it, give this run name=OTHER, or delete the folder"
+        )
+
+
+def _check_size(setting: str, size: int, text: Corpus) -> None:
+    if size > text.vocab_size:
+        raise ConfigError(f"{setting}={size}: the vocabulary has {text.vocab_size} tokens; give fewer, or 0")
+
+
+def _check_vocabulary(config: Config, corpus: Corpus, trunk: LanguageModel | None) -> None:
+    _check_size("loss.draft_vocabulary", config.loss.draft_vocabulary, corpus)
+    if trunk is None:
+        return
+    if config.is_pretrained and trunk.vocab_size < corpus.vocab_size:
+        raise RunError(
+            f"data.tokenizer={config.data.tokenizer} has {corpus.vocab_size} tokens, model={config.model.trunk} embeds "
+            f"{trunk.vocab_size}: the tokenizer is another model's; "
+            "type data.tokenizer=model, or give a folder with both"
+        )
+    if not config.is_pretrained and trunk.vocab_size != corpus.vocab_size:
+        raise RunError(
+            f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
+            f"{config.data.tokenizer} on corpus={config.corpus} one of {corpus.vocab_size}; "
+            "use the trunk's own data settings"
+        )
+
+
+def _note_inputs(
+    folder: Path, data_sha256: str, trunk_sha256: str, session: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Note what the run trains on, and return its sessions. RunError where text or frozen model changed since it began.
+
+    A checkpoint holds neither of them, so a resumed run would mix two without a word.
+    """
+    found = read_inputs(folder)
+    sessions: list[dict[str, Any]] = found.get("sessions", [])
+    check_same_text(folder, found.get("data_sha256", data_sha256), data_sha256)
+    if (then := found.get("trunk_sha256", trunk_sha256)) != trunk_sha256:
+        raise RunError(
+            f"{folder} was trained on other weights: its trunk has changed since (sha256 {then[:12]} then, "
+            f"{trunk_sha256[:12]} now); restore it, give this run name=OTHER, or delete the folder"
+        )
+    trained = (folder / checkpoints.TRAINED).is_file()
+    if session is not None and not (trained and sessions):
+        sessions = [*sessions, dict(session)]
+    if is_first_process() and not (trained and found.get("sessions") == sessions):
+        write_json(folder / INPUTS, {"sessions": sessions, "data_sha256": data_sha256, "trunk_sha256": trunk_sha256})
+    return sessions
