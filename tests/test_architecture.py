@@ -22,6 +22,8 @@ ORDER = [
     "bench",
     "hf",
     "generate",
+    "cli",
+    "__main__",
 ]  # each may import itself and those before
 MODULES = sorted(
     path for folder in ("cpdlm", "experiments", "tests", "paper_figures") for path in (ROOT / folder).rglob("*.py")

@@ -1,0 +1,152 @@
+"""The command `cpdlm`: what the library does, from a shell. `python -m cpdlm` is the same.
+
+    cpdlm generate --model MODEL --prompt 'def main('      write text
+    cpdlm export RUN DIR                                   a run as a folder for transformers
+    cpdlm release RUN NAME                                 put a run's heads into the package
+
+Slow imports come after the words are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpdlm.config import CHOICES
+from cpdlm.generate import NEW_TOKENS
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """What follows `cpdlm`. arguments: adds them to a parser. run: does it; returns the lines for standard output."""
+
+    help: str
+    arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], Sequence[str]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 2 for a mistake of the user's (standard error says what to type), 130 where it was stopped."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean cpdlm {near[0]}?" if near else f"give one of {', '.join(COMMANDS)}"
+        print(f"error: there is no command {words[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    options = parse(words[0], words[1:])
+    from transformers.utils.logging import disable_progress_bar
+
+    from cpdlm.files import WriteError
+    from cpdlm.training.checkpoints import RunError
+
+    disable_progress_bar()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that does not have all characters
+    try:
+        for line in COMMANDS[words[0]].run(options):
+            print(line)
+    except (RunError, WriteError, ValueError) as error:  # ConfigError is a ValueError
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the text has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def parse(name: str, words: Sequence[str]) -> Namespace:
+    """The options of a command. SystemExit for --help and for words that are no options."""
+    command = COMMANDS[name]
+    parser = ArgumentParser(f"cpdlm {name}", description=command.help)
+    command.arguments(parser)
+    return parser.parse_intermixed_args(words)
+
+
+def _overview() -> str:
+    lines = [f"  cpdlm {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["Speculative decoding with heads of rank r, lossless.", "", *lines, "", "cpdlm COMMAND --help says more."]
+    )
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def _generate_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder of a finished run or an exported one, or smollm2")
+    add("--prompt", help="text to continue; without it standard input, less its last newline")
+    add("--chat", action="store_true", help="put the prompt to the model as a user's turn, by its chat template")
+    add("--max-new-tokens", type=int, help=f"tokens to write; without it {NEW_TOKENS}, or the room in the context")
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token (default); 1: the model's distribution")
+    add("--top-k", type=int, default=0, help="keep the k likeliest tokens (default: 0, all)")
+    add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this much probability")
+    add("--seed", type=int, default=0, help="seed of sampling (default: 0)")
+    add(
+        "--draft",
+        default="chain",
+        choices=["none", *CHOICES["decode.draft"]],
+        help="how drafts are made (default: chain)",
+    )
+    add(
+        "--draft-vocabulary",
+        default="own",
+        choices=["own", "none"],
+        help="own: draft from the model's draft vocabulary, if it has one (default); none: from all tokens",
+    )
+    add("--show", action="store_true", help="accepted drafts in green, tokens per forward and per second at the end")
+
+
+def _generate(options: Namespace) -> Sequence[str]:
+    from cpdlm import generate
+
+    generate.run(generate.Request(**vars(options)), sys.stdout)
+    return ()
+
+
+# --- export, release --------------------------------------------------------------------------------------------------
+
+
+def _export_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or smollm2")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write, new or empty")
+
+
+def _export(options: Namespace) -> Sequence[str]:
+    from cpdlm.hf.export import export
+
+    export(options.run, options.folder)
+    return [str(path) for path in sorted(options.folder.iterdir())]
+
+
+def _release_arguments(parser: ArgumentParser) -> None:
+    from cpdlm.data.pretrained_files import NAMED
+
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished and measured run")
+    parser.add_argument("name", metavar="NAME", choices=sorted(NAMED), help="the model: " + ", ".join(NAMED))
+
+
+def _release(options: Namespace) -> Sequence[str]:
+    from cpdlm.hf.released import release
+
+    path = release(options.run, options.name)
+    return [f"{path}: {path.stat().st_size / 2**20:.1f} MiB"]
+
+
+COMMANDS = {
+    "generate": Command("Write text with a finished model.", _generate_arguments, _generate),
+    "export": Command("Write a run as a folder for transformers and the hub.", _export_arguments, _export),
+    "release": Command("Put a run's heads into this package (for its maintainers).", _release_arguments, _release),
+}

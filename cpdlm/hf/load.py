@@ -1,0 +1,143 @@
+"""A model with its tokenizer, from a run's folder, an exported folder, or the name of a model with released heads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+
+from cpdlm.config import Config, ConfigError
+from cpdlm.data.corpus import load_corpus
+from cpdlm.data.pretrained_files import NAMED
+from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, SavedTokenizer, Tokenizer
+from cpdlm.hf import released
+from cpdlm.hf.model import CpdlmForCausalLM
+from cpdlm.model.language_model import LanguageModel
+from cpdlm.model.pretrained import multiplies_bfloat16
+from cpdlm.training.checkpoints import (
+    CONFIG,
+    RunError,
+    load_model,
+    read_config,
+    run_draft_vocabulary,
+    trunk_eos,
+    trunk_source,
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """eos: the ids that end a text. config: the settings that the model was trained with; None for an exported folder."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    eos: int | list[int]
+    config: Config | None = None
+
+
+def load(source: Path, draft_vocabulary: bool = True, widen: bool = False) -> Loaded:
+    """source: a run's folder, an exported folder, or the name of a model with released heads.
+
+    draft_vocabulary: whether the model drafts from its own, where it has one. widen: load a named model in float32 where
+    this processor only emulates bfloat16. Raises RunError or ConfigError where something is missing or does not fit.
+    """
+    tokenizer: Tokenizer
+    if released.is_name(source):
+        config = released.settings(str(source))
+        dtype = "float32" if widen and not multiplies_bfloat16() else ""
+        model, tokenizer = released.load(str(source), draft_vocabulary, dtype)
+        loaded = Loaded(model, tokenizer, _ends(config, tokenizer), config)
+    elif (source / CONFIG).is_file():
+        config = read_config(source)
+        model, tokenizer = load_model(source), run_tokenizer(source)
+        if draft_vocabulary:
+            model.use_draft_vocabulary(run_draft_vocabulary(source))
+        loaded = Loaded(model, tokenizer, _ends(config, tokenizer), config)
+    elif (source / "config.json").is_file():
+        loaded = _exported(source, draft_vocabulary)
+    else:
+        raise RunError(
+            f"{source} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json) nor one of "
+            f"{', '.join(NAMED)}"
+        )
+    _check_vocabulary(source, loaded)
+    return loaded
+
+
+def _exported(folder: Path, draft_vocabulary: bool) -> Loaded:
+    if not (folder / "tokenizer_config.json").is_file():
+        raise RunError(f"{folder} has no tokenizer (tokenizer_config.json); export it again with cpdlm export")
+    try:
+        wrapped = CpdlmForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise RunError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); export it again") from error
+    if not draft_vocabulary:
+        wrapped.model.use_draft_vocabulary(None)
+    tokenizer, eos = HubTokenizer(f"hf:{folder}", folder), wrapped.generation_config.eos_token_id
+    return Loaded(wrapped.model, tokenizer, tokenizer.eos if eos is None else eos)
+
+
+def _ends(config: Config, tokenizer: Tokenizer) -> int | list[int]:
+    """Where `generate` stops on the pretrained trunk that a run accelerates, else the tokenizer's eos."""
+    eos = trunk_eos(config)
+    return tokenizer.eos if eos is None else eos
+
+
+def run_tokenizer(run: Path) -> Tokenizer:
+    """The tokenizer of a run. RunError where the token cache that holds it is gone."""
+    config = read_config(run)
+    if config.data.tokenizer == BytesTokenizer.name:
+        return BytesTokenizer()
+    if config.data.bundle:
+        try:
+            return load_corpus(config, progress=False).tokenizer
+        except ConfigError as error:
+            raise RunError(f"{run} has no tokenizer here: {error}") from error
+    if config.data.tokenizer == "model":
+        return HubTokenizer("model", trunk_source(config))
+    evaluated = read_json(run / "evaluate.json")
+    if evaluated is None:
+        raise RunError(f"{run} was not evaluated, so its tokenizer is not known; run its command again to finish it")
+    tokens = Path(config.data.cache) / "tokens"
+    for path in sorted(tokens.glob("*/meta.json")):
+        meta = read_json(path)
+        if meta is not None and meta.get("sha256") == evaluated["data"]["sha256"]:
+            saved = meta["tokenizer"]
+            names = [saved[key] for key in ("name", "vocab_size", "bos", "eos")]
+            return SavedTokenizer(*names, path.parent, np.load(path.parent / "token_bytes.npy"))
+    raise RunError(
+        f"the tokenizer of {run} ({config.data.tokenizer}) was in {tokens}, where no folder has this run's tokens any "
+        "more; run its command again, which makes them anew"
+    )
+
+
+def is_pretrained_tokenizer(tokenizer: Tokenizer) -> bool:
+    return tokenizer.name.partition(":")[0] in ("hf", "model")
+
+
+def _check_vocabulary(source: Path, loaded: Loaded) -> None:
+    """Raise RunError where ids of the tokenizer are not ids of the model."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    # Pretrained models may have more embeddings than tokens: padding of the table.
+    padded = model.frozen_target and is_pretrained_tokenizer(tokenizer)
+    if tokenizer.vocab_size > model.vocab_size or (tokenizer.vocab_size < model.vocab_size and not padded):
+        raise RunError(
+            f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the weights "
+            f"{model.vocab_size}; they do not belong together"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file. RunError for a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error})") from error
+    return content if isinstance(content, dict) else None
