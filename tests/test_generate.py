@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpdlm import generate
+from cpdlm import cli, generate
 from cpdlm.data.tokenizer import BytesTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.generate import GREEN, RESET, Incremental
 from cpdlm.hf import export
+from cpdlm.hf.load import load
 from cpdlm.training.checkpoints import load_model
 from tests.test_hub import LISTED, bpe_run, listed_run, make_run
 
@@ -45,7 +46,7 @@ class Terminal(io.StringIO):
 
 def written(run: Path, *words: str, out: io.StringIO | None = None) -> str:
     out = io.StringIO() if out is None else out
-    generate.run(generate.parser().parse_args(["--model", str(run), *words]), out)
+    generate.run(generate.Request(**vars(cli.parse("generate", ["--model", str(run), *words]))), out)
     return out.getvalue()
 
 
@@ -66,11 +67,11 @@ def test_the_models_own_shortlist_is_used_unless_refused(tmp_path: Path) -> None
     listed_run(tmp_path / "run")
     export.export(tmp_path / "run", tmp_path / "mine")
     for folder in (tmp_path / "run", tmp_path / "mine"):
-        model, *_ = generate.load(folder)
+        model = load(folder).model
         assert model.draft_ids is not None and model.draft_ids.tolist() == LISTED
-        model, *_ = generate.load(folder, shortlist=False)
+        model = load(folder, draft_vocabulary=False).model
         assert model.draft_ids is None
-        texts = [written(folder, "--prompt", PROMPT, *words) for words in ([], ["--shortlist", "none"])]
+        texts = [written(folder, "--prompt", PROMPT, *words) for words in ([], ["--draft-vocabulary", "none"])]
         assert texts[0] == texts[1]
 
 
@@ -102,11 +103,12 @@ def test_green_is_what_was_drafted_and_accepted(
     pieces = [(text.push([token]), drafted) for token, drafted in zip(done.tokens, expected, strict=True)]
     assert len(re.findall(re.escape(GREEN), coloured)) == sum(drafted and piece != "" for piece, drafted in pieces) > 0
     assert (
-        f"{len(done.tokens)} tokens in {done.forwards} passes: {len(done.tokens) / done.forwards:.2f} tokens per pass"
+        f"{len(done.tokens)} tokens in {done.forwards} target forwards: {len(done.tokens) / done.forwards:.2f} tokens per forward"
         in error
     )
     assert re.search(
-        r"\d+ tokens/s; plain decoding of the same prompt \d+ tokens/s: \d+\.\d\d x \(the fastest of 3 runs each", error
+        r"\d+ tokens/s; autoregressive decoding of the same prompt \d+ tokens/s: \d+\.\d\d x \(the fastest of 3 runs each",
+        error,
     )
     assert f"{GREEN}green{RESET}: drafted and accepted" in error
     monkeypatch.setenv("NO_COLOR", "1")
@@ -161,7 +163,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     capsys.readouterr()
-    assert generate.main(list(words)) == 2
+    assert cli.main(["generate", *words]) == 2
     caught = capsys.readouterr()
     assert caught.out == "" and caught.err.startswith("error: ") and "Traceback" not in caught.err
     return caught.err
@@ -176,7 +178,7 @@ def test_a_mistake_is_named(name: str, run: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("words", [["--draft", "guess"], ["--temperature", "hot"]])
 def test_a_word_that_is_no_option_is_named(run: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        generate.main(["--model", str(run), "--prompt", "x", *words])
+        cli.main(["generate", "--model", str(run), "--prompt", "x", *words])
     assert stopped.value.code == 2 and words[1] in capsys.readouterr().err
 
 
@@ -209,7 +211,7 @@ def test_a_folder_that_cannot_be_used_is_named(run: Path, tmp_path: Path, capsys
 
 
 def test_the_command_reads_standard_input(run: Path) -> None:
-    line = [sys.executable, "-m", "cpdlm.generate", "--model", str(run), "--max-new-tokens", "9"]
+    line = [sys.executable, "-m", "cpdlm", "generate", "--model", str(run), "--max-new-tokens", "9"]
     done = subprocess.run(line, cwd=ROOT, input=PROMPT.encode() + b"\n", capture_output=True, timeout=300)
     assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
     assert done.stdout.decode() == written(run, "--prompt", PROMPT, "--max-new-tokens", "9")

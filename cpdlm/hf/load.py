@@ -108,8 +108,10 @@ def run_tokenizer(run: Path) -> Tokenizer:
         meta = read_json(path)
         if meta is not None and meta.get("sha256") == evaluated["data"]["sha256"]:
             saved = meta["tokenizer"]
-            names = [saved[key] for key in ("name", "vocab_size", "bos", "eos")]
-            return SavedTokenizer(*names, path.parent, np.load(path.parent / "token_bytes.npy"))
+            token_bytes = np.load(path.parent / "token_bytes.npy")
+            return SavedTokenizer(
+                saved["name"], saved["vocab_size"], saved["bos"], saved["eos"], path.parent, token_bytes
+            )
     raise RunError(
         f"the tokenizer of {run} ({config.data.tokenizer}) was in {tokens}, where no folder has this run's tokens any "
         "more; run its command again, which makes them anew"
