@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: what was there before stays until the new file is on the disk."""
+"""Files that are written whole or not at all, and the one lock of the project."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import contextlib
 import errno
 import json
 import os
+import shlex
+import socket
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+LOCK_SECONDS = 1800.0  # to wait for another process that builds what this one needs
+QUIET_SECONDS = 5.0  # of waiting, before it is announced
+NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the file system has no such locks
 
 
 class WriteError(OSError):
@@ -68,21 +78,63 @@ def errors_named(path: Path) -> Iterator[None]:
         ) from error
 
 
+class LockHeld(WriteError):
+    """Another process holds a lock, and has not given it back in the time that was allowed; `holder` says which."""
+
+    def __init__(self, path: Path, holder: str, seconds: float) -> None:
+        super().__init__(
+            f"{path} is held by {holder}; waited {seconds:.0f} s. Wait for that process or end it, and run the same "
+            "command again"
+        )
+        self.holder = holder
+
+
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file `path`, as one process at a time may; where not `wait`, False if another one does.
+def locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    """Hold the lock file `path`, as one process at a time may; the holder describes itself in `path`.holder.
 
-    On a file system without locks everybody may: what is guarded must then be merely wasteful, not wrong.
+    Waits `seconds` at most, then raises LockHeld. A wait of more than QUIET_SECONDS is announced on stderr. Where the
+    file system has no flock, the lock is a file that exists: filelock removes that of a process of this host that is
+    gone. OSError where the lock cannot be written.
     """
-    with open(path, "w") as file:
-        try:
-            import fcntl
+    lock = _acquired(path, seconds)
+    note = _holder_note(path)
+    try:
+        with contextlib.suppress(OSError):  # only for the words of those who wait
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since} ({shlex.join(sys.argv)})")
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
 
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except ImportError:
-            pass
-        except OSError as error:
-            if not wait and error.errno in (errno.EAGAIN, errno.EACCES):
-                yield False
-                return
-        yield True
+
+def _acquired(path: Path, seconds: float) -> BaseFileLock:
+    lock: BaseFileLock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=min(seconds, QUIET_SECONDS))
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_FLOCK:
+                raise
+            lock = SoftFileLock(path.with_name(f"{path.name}.soft"))
+            lock.acquire(timeout=min(seconds, QUIET_SECONDS))
+    except Timeout:
+        if seconds > QUIET_SECONDS:
+            print(f"waiting up to {seconds:.0f} s for {path}, held by {_holder(path)}", file=sys.stderr, flush=True)
+        try:
+            lock.acquire(timeout=max(0.0, seconds - QUIET_SECONDS), poll_interval=0.2)
+        except Timeout:
+            raise LockHeld(path, _holder(path), seconds) from None
+    return lock
+
+
+def _holder_note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.holder")
+
+
+def _holder(path: Path) -> str:
+    try:
+        return _holder_note(path).read_text() or "another process"
+    except OSError:
+        return "another process"

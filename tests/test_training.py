@@ -431,7 +431,7 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 def test_two_runs_at_once_in_one_folder(tmp_path: Path) -> None:
     with checkpoints.exclusive(tmp_path / "run"):
         with (
-            pytest.raises(RunError, match="another run is writing to .*name=OTHER"),
+            pytest.raises(RunError, match=rf"another run is writing to .*process {os.getpid()} on .*name=OTHER"),
             checkpoints.exclusive(tmp_path / "run"),
         ):
             pass
@@ -442,7 +442,7 @@ def test_two_runs_at_once_in_one_folder(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(RunError, match="cannot write to .*output=DIR"),
+        pytest.raises(WriteError, match="cannot write .*output=DIR"),
         checkpoints.exclusive(tmp_path / "file" / "run"),
     ):
         pass

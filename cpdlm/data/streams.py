@@ -31,7 +31,7 @@ from tqdm import tqdm
 from cpdlm.config import ConfigError
 from cpdlm.data.pool import processes
 from cpdlm.data.texts import FileTexts
-from cpdlm.files import locked
+from cpdlm.files import LOCK_SECONDS, LockHeld, locked
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
 NOTE_BYTES = 32 * 2**20  # read between two notes of the position
@@ -110,9 +110,12 @@ def read_shards(stream: Stream, dataset: Any, wait: bool, in_vocabulary: Callabl
         if before >= stream.limit:
             return
         try:
-            with locked(stream.shards / f"{index}.lock", wait) as mine:
-                if mine and not _note(stream, index).whole:
+            with locked(stream.shards / f"{index}.lock", LOCK_SECONDS if wait else 0):
+                if not _note(stream, index).whole:
                     _read_shard(stream, index, dataset.shard(num_shards=dataset.num_shards, index=index), in_vocabulary)
+        except LockHeld:
+            if wait:
+                raise
         except FileNotFoundError:
             if (stream.folder / "meta.json").exists():  # another process has joined the shards: they are gone
                 return

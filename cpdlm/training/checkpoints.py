@@ -10,12 +10,10 @@ RUN/train.json          the training part of the record; present once training i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from yaml import YAMLError
 
 from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from_dict
 from cpdlm.data.pretrained_files import checkpoint_folder, content_hash
-from cpdlm.files import replaced, write_bytes
+from cpdlm.files import LockHeld, errors_named, locked, replaced, write_bytes
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.pretrained import eos_of, load_pretrained
@@ -57,24 +55,21 @@ def is_finished(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold the folder while a run writes to it; raises RunError when another process still does after `patience` seconds."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, after the lock is given back
-    except OSError as error:
-        raise RunError(f"cannot write to {folder}: {error.strerror}; give another folder with output=DIR") from error
-    until = time.monotonic() + patience
-    with handle:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() >= until:
-                    raise RunError(
-                        f"another run is writing to {folder}; wait for it, or give this one name=OTHER (a sweep: out=OTHER)"
-                    ) from error
-                time.sleep(0.1)
+    """Hold the folder while a run writes to it.
+
+    RunError, naming the holder, if another process still has it after `patience` seconds; WriteError where it cannot be
+    written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            with errors_named(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder / ".lock", patience))
+        except LockHeld as error:
+            raise RunError(
+                f"another run is writing to {folder}: {error.holder}; wait for it, or give this one name=OTHER "
+                "(a sweep: out=OTHER)"
+            ) from error
         yield
 
 
