@@ -2,58 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from experiments import claims
+from experiments.claims import CLAIMS
 from experiments.pretrained import retrofit, retrofit_gpu, retrofit_screen
-from experiments.star import (
-    SMALL_CONTROLS,
-    anchors,
-    balances,
-    corpora,
-    gpu_from_scratch,
-    gpu_ranks,
-    gpu_timings,
-    heads_for_equal_time,
-    horizons,
-    lengths,
-    ranks,
-    ranks_from_scratch,
-    scratch_for_equal_time,
-    sizes,
-    timings,
-    unembeddings,
-    vocabularies,
-)
-from experiments.suite import RANKS, SEEDS, Arm, Cell, complete, controls, heads, scratch, trunk
+from experiments.star import SMALL_CONTROLS
+from experiments.suite import RANKS, SEEDS, Cell, complete, controls, heads, scratch, trunk
 
 SCALES = ("cpu", "gpu")
-
-
-@dataclass(frozen=True)
-class Study:
-    """The arms that answer a claim: on two cores, and at the size that needs a GPU (none: measured on the CPU alone)."""
-
-    id: str
-    cpu: tuple[Arm, ...]
-    gpu: tuple[Arm, ...] = ()
-
-    @property
-    def claim(self) -> claims.Claim:
-        """Question, statistic and rule."""
-        return next(claim for claim in claims.CLAIMS if claim.id == self.id)
-
-
-STUDIES = (
-    Study("C1", (ranks_from_scratch, scratch_for_equal_time), (gpu_from_scratch,)),
-    Study("C2", (ranks_from_scratch,), (gpu_from_scratch,)),
-    Study("C3", (ranks, corpora, horizons, heads_for_equal_time, anchors, unembeddings), (gpu_ranks,)),
-    Study("C4", (ranks, corpora, horizons), (gpu_ranks,)),
-    Study("C5", (ranks, balances)),
-    Study("C6", (retrofit,)),
-    Study("C7", (ranks, corpora, sizes, lengths, vocabularies)),
-    Study("C8", (timings,), (gpu_timings,)),
-)
 
 
 def study(claim: str, scale: str = "cpu") -> list[Cell]:
@@ -61,9 +15,10 @@ def study(claim: str, scale: str = "cpu") -> list[Cell]:
 
     `all` leaves out C6, which rests on a model of others and has a profile of its own, retrofit.
     """
-    chosen = [each for each in STUDIES if claim == each.id or (claim == "all" and each.id != "C6")]
+    chosen = [each for each in CLAIMS if claim == each.id or (claim == "all" and each.id != "C6")]
     assert chosen, claim
-    return complete(cell for each in chosen for arm in (each.cpu if scale == "cpu" else each.gpu) for cell in arm())
+    arms = [arm for each in chosen for arm in (each.arms if scale == "cpu" else each.gpu_arms)]
+    return complete(cell for arm in arms for cell in arm())
 
 
 def smoke() -> list[Cell]:

@@ -21,9 +21,10 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
 
 from cpdlm.config import ConfigError
+from experiments.claims import CLAIMS
 from experiments.command import Command, one_of, pairs
 from experiments.pipeline import run
-from experiments.profiles import PROFILES, SCALES, STUDIES, study
+from experiments.profiles import PROFILES, SCALES, study
 from experiments.scheduler import ROOT, Launcher, Local, Slurm
 from experiments.sweep_plan import STAGES, Plan
 from experiments.tracking import claim_experiment
@@ -115,7 +116,7 @@ def parse(arguments: list[str]) -> Options:
     given: dict[str, Any] = dict(pairs(flags.settings, SETTINGS, "slurm."))
     slurm = {key.removeprefix("slurm."): given.pop(key) for key in list(given) if key.startswith("slurm.")}
     if "claim" in given:
-        one_of("claim", given["claim"], ("all", *(each.id for each in STUDIES)))
+        one_of("claim", given["claim"], ("all", *(each.id for each in CLAIMS)))
     one_of("profile", given.get("profile", "cpu"), SCALES if "claim" in given else PROFILES)
     one_of("launcher", given.get("launcher", "local"), ("local", "slurm"))
     if "only" in given:
@@ -145,7 +146,7 @@ def plan_of(options: Options) -> Plan:
         cells = study(options.claim, options.profile)
         if not cells:
             raise ConfigError(f"claim={options.claim} has no cells for profile={options.profile}; type profile=cpu")
-        chosen = [each.id for each in STUDIES if each.id != "C6"] if options.claim == "all" else [options.claim]
+        chosen = [each.id for each in CLAIMS if each.id != "C6"] if options.claim == "all" else [options.claim]
         comparisons = [study(each, options.profile) for each in chosen]
         on_gpu = options.profile == "gpu"
         out = Path(options.out or ("runs/claims-gpu" if on_gpu else "runs/claims"))

@@ -17,7 +17,8 @@ from made_records import made
 from cpdlm.config import ConfigError, to_dict
 from cpdlm.training import checkpoints
 from experiments import cost, pipeline, scheduler, sweep, sweep_plan
-from experiments.profiles import PROFILES, SCALES, STUDIES, study
+from experiments.claims import CLAIMS
+from experiments.profiles import PROFILES, SCALES, study
 from experiments.provenance import git_state
 from experiments.records import load_all, write
 from experiments.scheduler import Job, Local
@@ -514,11 +515,11 @@ def test_the_page_says_what_the_suite_says() -> None:
         [part.strip() for part in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| C")
     ]
     records = load_all(ROOT / "results")[0]
-    expected = [(each, scale) for each in STUDIES for scale in SCALES if getattr(each, scale)]
+    expected = [(each, scale) for each in CLAIMS for scale in SCALES if scale == "cpu" or each.gpu_arms]
     assert len(rows) == len(expected)
     for (each, scale), (claim, question, command, hours, folders) in zip(expected, rows, strict=True):
         on_gpu = scale == "gpu"
-        assert (claim, question) == (each.id, each.claim.question)
+        assert (claim, question) == (each.id, each.question)
         assert command == f"`python experiments/sweep.py claim={each.id}{' profile=gpu' * on_gpu}`"
         assert sweep.parse(command.strip("`").split()[2:]).claim == each.id
         cells = study(each.id, scale)
@@ -535,8 +536,8 @@ def test_the_page_says_what_the_suite_says() -> None:
 
 def test_the_page_names_every_arm_and_its_claims() -> None:
     arms: dict[str, list[str]] = {}
-    for each in STUDIES:
-        for arm in each.cpu:
+    for each in CLAIMS:
+        for arm in each.arms:
             arms.setdefault(arm.__name__, []).append(each.id)
     del arms["retrofit"]
     rows = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from experiments import star
 from experiments.claims.equal_time import equal_time
 from experiments.claims.ranks import judged, over_ranks, trend
 from experiments.claims.verdict import Claim, Verdict
@@ -20,10 +21,10 @@ CLAIM = Claim(
     unit="nats",
     target="own",
     figure="nll",
-    arms=("ranks_from_scratch", "scratch_for_equal_time"),
+    arms=(star.ranks_from_scratch, star.scratch_for_equal_time),
     wanted=-1,
     margin=0.01,
-    gpu=True,
+    gpu_arms=(star.gpu_from_scratch,),
 )
 
 

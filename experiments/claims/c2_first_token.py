@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from experiments import star
 from experiments.claims.ranks import judged, over_ranks
 from experiments.claims.verdict import FAILS, HOLDS, UNMEASURED, Claim, Finding, Number, Verdict, is_nothing
 from experiments.families import Cells, Family
@@ -20,9 +21,9 @@ CLAIM = Claim(
     unit="nats",
     target="own",
     figure="first_token",
-    arms=("ranks_from_scratch",),
+    arms=(star.ranks_from_scratch,),
     margin=0.02,
-    gpu=True,
+    gpu_arms=(star.gpu_from_scratch,),
 )
 
 

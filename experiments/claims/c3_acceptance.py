@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from experiments import star
 from experiments.claims.equal_time import equal_time
 from experiments.claims.ranks import judged, over_ranks, trend
 from experiments.claims.verdict import Claim, Number, Verdict
@@ -22,10 +23,10 @@ CLAIM = Claim(
     unit="tokens per pass",
     target="common",
     figure="main",
-    arms=("ranks", "corpora", "horizons", "heads_for_equal_time", "anchors", "unembeddings"),
+    arms=(star.ranks, star.corpora, star.horizons, star.heads_for_equal_time, star.anchors, star.unembeddings),
     wanted=1,
     margin=0.02,
-    gpu=True,
+    gpu_arms=(star.gpu_ranks,),
 )
 
 

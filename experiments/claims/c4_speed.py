@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from experiments import star
 from experiments.claims.ranks import judged, over_ranks
 from experiments.claims.verdict import FAILS, HOLDS, UNMEASURED, Claim, Finding, Number, Verdict
 from experiments.families import Cells, Family
@@ -20,9 +21,9 @@ CLAIM = Claim(
     unit="x",
     target="common",
     figure="over_rank1",
-    arms=("ranks", "corpora", "horizons"),
+    arms=(star.ranks, star.corpora, star.horizons),
     digits=2,
-    gpu=True,
+    gpu_arms=(star.gpu_ranks,),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from experiments import star
 from experiments.claims.verdict import (
     FAILS,
     HOLDS,
@@ -32,7 +33,7 @@ CLAIM = Claim(
     unit="nats",
     target="any",
     figure="balance",
-    arms=("ranks", "balances"),
+    arms=(star.ranks, star.balances),
     margin=0.01,
     seeds=3,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from experiments import pretrained
 from experiments.claims.verdict import FAILS, HOLDS, UNMEASURED, Claim, Finding, Number, Verdict, complete
 from experiments.families import Cells, Family
 from experiments.records import counted
@@ -21,7 +22,7 @@ CLAIM = Claim(
     unit="x",
     target="pretrained",
     figure="readme",
-    arms=("retrofit",),
+    arms=(pretrained.retrofit,),
     digits=2,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from experiments import star
 from experiments.claims.verdict import (
     FAILS,
     HOLDS,
@@ -36,7 +37,7 @@ CLAIM = Claim(
     unit="tokens per pass",
     target="common",
     figure="by_size",
-    arms=("ranks", "corpora", "sizes", "lengths", "vocabularies"),
+    arms=(star.ranks, star.corpora, star.sizes, star.lengths, star.vocabularies),
     wanted=1,
     margin=0.02,
     top=4,

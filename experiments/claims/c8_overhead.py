@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from experiments import star
 from experiments.claims.verdict import (
     FAILS,
     HOLDS,
@@ -34,11 +35,11 @@ CLAIM = Claim(
     unit="x",
     target="timing",
     figure="training_cost",
-    arms=("timings",),
+    arms=(star.timings,),
     margin=0.25,
     digits=2,
     seeds=3,
-    gpu=True,
+    gpu_arms=(star.gpu_timings,),
 )
 _STEP, _FORWARD = "training step over next-token", "pass with draft over plain pass"
 _OVER_NEXT = "pass with draft over a next-token model's"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from experiments.families import Family
 from experiments.records import Record, counted
 from experiments.stats import Interval
+from experiments.suite import Arm
 
 HOLDS, FAILS, UNMEASURED, NOT_MEASURED = "holds", "fails", "not measurable here", "not measured here"
 
@@ -17,12 +18,11 @@ class Claim:
     """A question, and how it is answered.
 
     question: what is asked. expected: what the paper says. statistic, rule: how it is answered, in words; the claim's file
-    has the same as code. figure: the name of the figure that shows it. arms: of `experiments/suite.py`, whose cells answer
-    it. quantity: of `experiments.stats.measured`, in `unit`. target: "own" (trained with the heads), "common" (frozen, the
+    has the same as code. figure: the name of the figure that shows it. arms: whose cells answer it, on two cores; gpu_arms:
+    at the size that needs a GPU, where the claim is about that, too. quantity: of `experiments.stats.measured`, in `unit`. target: "own" (trained with the heads), "common" (frozen, the
     same for every rank), "any", "pretrained" or "timing". wanted: the sign of the difference that the paper expects.
     margin: in units of the statistic; a difference that surely lies inside it counts as none. top: the rank held against
     rank 1. seeds: fewer decide nothing; with one, intervals are over rows or prompts alone, and the setting says `1 seed`.
-    gpu: the claim is about a size that needs a GPU, too.
     """
 
     id: str
@@ -34,13 +34,13 @@ class Claim:
     unit: str
     target: str
     figure: str
-    arms: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    gpu_arms: tuple[Arm, ...] = ()
     wanted: int = 0
     margin: float = 0.0
     digits: int = 3
     top: int = 8
     seeds: int = 1
-    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def trained(families: Sequence[Family]) -> list[Family]:
 def complete(claim: Claim, rows: list[Verdict], missing: str, about: Sequence[Family]) -> list[Verdict]:
     """The rows of a claim, or one that says what is missing; and one for the GPU where `about` was measured on none."""
     found = rows or [Verdict(claim, "-", NOT_MEASURED, missing)]
-    if claim.gpu and not any(on_gpu(family) for family in about):
+    if claim.gpu_arms and not any(on_gpu(family) for family in about):
         reason = f"no records of a GPU; python experiments/sweep.py claim={claim.id} profile=gpu"
         found = [*found, Verdict(claim, "one GPU", NOT_MEASURED, reason)]
     return found
