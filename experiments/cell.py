@@ -23,6 +23,7 @@ from cpdlm.bench.acceptance import tokens_per_forward
 from cpdlm.config import Config, DecodeConfig, EvaluateConfig, but_rank, upgrade
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import load_corpus
+from cpdlm.data.target import Target
 from cpdlm.decoding import Sampling
 from cpdlm.files import write_json
 from cpdlm.model.language_model import LanguageModel
@@ -154,7 +155,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
     for config in configs:
         key = (config.model.trunk, config.model.dtype)
         if key not in trunks:
-            trunks[key] = checkpoints.load_trunk(config)
+            trunks[key] = checkpoints.load_target(config)
         models[config.run_name] = checkpoints.load_model(run_folder(config), trunks[key]).to(training.training_device())
     trunk = (
         checkpoints.load_model(run_folder(reference)).to(training.training_device()) if reference is not None else None
@@ -316,16 +317,17 @@ def _weights_hash(config: Config) -> str:
     """sha256 of the finished weights, a frozen trunk's included: what evaluation and decoding were made with."""
     own = run_folder(config) / checkpoints.WEIGHTS
     content = own.read_bytes() if own.is_file() else b""
-    if config.is_pretrained:
-        content += checkpoints.trunk_hash(config).encode()
-    elif config.model.trunk:
-        theirs = Path(config.model.trunk) / checkpoints.WEIGHTS
+    target = Target.of(config)
+    if target.kind == "pretrained":
+        content += target.sha256.encode()
+    elif target.kind == "run":
+        theirs = Path(target.name) / checkpoints.WEIGHTS
         content += theirs.read_bytes() if theirs.is_file() else b""
     return hashlib.sha256(content).hexdigest()
 
 
 def _trunk_hash(config: Config) -> dict[str, str]:
-    return {"trunk_sha256": checkpoints.trunk_hash(config)} if config.model.trunk else {}
+    return {"trunk_sha256": sha256} if (sha256 := Target.of(config).sha256) else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -162,12 +162,12 @@ def data_settings(config: Config) -> dict[str, Any]:
 
 def refused_trunk(plan: Plan, trunk: Cell) -> str:
     """Why heads on this trunk would have another target than finished records; "" where they do not, or with plan.mix."""
-    from cpdlm.training.checkpoints import WEIGHTS, trunk_hash
+    from cpdlm.data.target import WEIGHTS, Target
 
     heads = {cell.name: cell for cell in plan.cells if cell.trunk is not None and cell.trunk.name == trunk.name}
     if not heads or not (plan.out / trunk.name / WEIGHTS).is_file():
         return ""
-    mine = trunk_hash(next(iter(heads.values())).config(str(plan.out)))
+    mine = Target.of(next(iter(heads.values())).config(str(plan.out))).sha256
     other = [r for name, r in plan.finished.items() if name in heads and r.trunk_sha256 not in ("", mine)]
     if not other:
         return ""

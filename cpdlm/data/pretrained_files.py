@@ -114,6 +114,18 @@ def content_hash(source: str) -> str:
     return hashlib.sha256("".join(map(_hash_of, map(str, files))).encode() if files else source.encode()).hexdigest()
 
 
+def eos_of(source: str) -> int | list[int] | None:
+    """The ids at which `generate` stops on the model of a folder or hub name, as its generation configuration has them."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        options = GenerationConfig.from_pretrained(source)
+    except OSError:  # without generation_config.json: as `from_pretrained` of a model then does
+        options = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source))
+    eos: int | list[int] | None = options.eos_token_id
+    return eos
+
+
 def described(name: str, source: str) -> dict[str, str]:
     """base_model and license (with its name and link) of a model, as a model card has them; what is not known is left out.
 

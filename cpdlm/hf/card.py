@@ -8,10 +8,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from cpdlm.config import Config
-from cpdlm.data.pretrained_files import described
+from cpdlm.data.target import Target
 from cpdlm.hf.load import read_json
 from cpdlm.model.language_model import LanguageModel
-from cpdlm.training.checkpoints import trunk_source
 
 _CARD = """\
 ---
@@ -60,7 +59,7 @@ def card(source: Path, config: Config, model: LanguageModel, name: str) -> str:
     source: the run's folder, or the name of a model with released heads. name: of the exported folder.
     """
     evaluated, decoded = read_json(source / "evaluate.json") or {}, read_json(source / "decode.json")
-    known: dict[str, Any] = described(config.model.trunk, trunk_source(config)) if config.is_pretrained else {}
+    known: dict[str, Any] = Target.of(config).card
     front = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from cpdlm.config import Config, ConfigError
 from cpdlm.data.corpus import load_corpus
 from cpdlm.data.pretrained_files import NAMED
+from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, SavedTokenizer, Tokenizer
 from cpdlm.hf import released
 from cpdlm.hf.model import CpdlmForCausalLM
@@ -24,8 +25,6 @@ from cpdlm.training.checkpoints import (
     load_model,
     read_config,
     run_draft_vocabulary,
-    trunk_eos,
-    trunk_source,
 )
 
 
@@ -84,7 +83,7 @@ def _exported(folder: Path, draft_vocabulary: bool) -> Loaded:
 
 def _ends(config: Config, tokenizer: Tokenizer) -> int | list[int]:
     """Where `generate` stops on the pretrained trunk that a run accelerates, else the tokenizer's eos."""
-    eos = trunk_eos(config)
+    eos = Target.of(config).eos
     return tokenizer.eos if eos is None else eos
 
 
@@ -99,7 +98,7 @@ def run_tokenizer(run: Path) -> Tokenizer:
         except ConfigError as error:
             raise RunError(f"{run} has no tokenizer here: {error}") from error
     if config.data.tokenizer == "model":
-        return HubTokenizer("model", trunk_source(config))
+        return HubTokenizer("model", Target.of(config).source)
     evaluated = read_json(run / "evaluate.json")
     if evaluated is None:
         raise RunError(f"{run} was not evaluated, so its tokenizer is not known; run its command again to finish it")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cpdlm.config import Config, from_dict, to_dict
 from cpdlm.data.pretrained_files import NAMED
+from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import HubTokenizer, Tokenizer
 from cpdlm.files import replaced
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -25,11 +26,9 @@ from cpdlm.training.checkpoints import (
     WEIGHTS,
     RunError,
     load_model,
-    load_trunk,
+    load_target,
     read_config,
     run_draft_vocabulary,
-    trunk_hash,
-    trunk_source,
 )
 
 FOLDER = Path(__file__).parents[1] / "released"
@@ -39,14 +38,15 @@ DRAFT_IDS = "shortlist"  # the tensor's name in the file
 def release(run: Path, name: str) -> Path:
     """Write the heads of a finished run on model=name; returns the file. RunError for a run that is not, or not on it."""
     config = read_config(run)
-    if not config.is_pretrained or config.model.trunk != name:
-        raise RunError(f"{run} has model.trunk={config.model.trunk or 'none'}, not {name}; give a run of heads on it")
+    target = Target.of(config)
+    if target.kind != "pretrained" or target.name != name:
+        raise RunError(f"{run} has model.trunk={target.name or 'none'}, not {name}; give a run of heads on it")
     model, draft_ids = load_model(run), run_draft_vocabulary(run)
     tensors = load_file(run / WEIGHTS)
     if draft_ids is not None:
         tensors[DRAFT_IDS] = draft_ids.to(torch.int32)
     elsewhere = replace(config, output=Config().output)  # the folder of the run is not for others
-    facts = {"config": to_dict(elsewhere), "vocab_size": model.vocab_size, "trunk_sha256": trunk_hash(config)}
+    facts = {"config": to_dict(elsewhere), "vocab_size": model.vocab_size, "trunk_sha256": target.sha256}
     with replaced(_path(name)) as path:
         save_file(tensors, path, {key: json.dumps(value) for key, value in facts.items()})
     return _path(name)
@@ -71,17 +71,18 @@ def load(name: str, draft_vocabulary: bool = True, dtype: str = "") -> tuple[Lan
     """
     facts, config, tensors = _read(name)
     config.model.dtype = dtype or config.model.dtype
-    if trunk_hash(config) != facts["trunk_sha256"]:
+    target = Target.of(config)
+    if target.sha256 != facts["trunk_sha256"]:
         raise RunError(f"{_path(name)}: the heads were trained on other weights of {name} than those that are here")
     ids = tensors.pop(DRAFT_IDS, None)
-    model = build_language_model(config, facts["vocab_size"], load_trunk(config))
+    model = build_language_model(config, facts["vocab_size"], load_target(config))
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     lacking = [each for each in missing if each.startswith(("heads.", "anchor."))]
     if lacking or unexpected:
         raise RunError(f"{_path(name)} does not fit its settings: missing {lacking[:3]}, unexpected {unexpected[:3]}")
     if draft_vocabulary and ids is not None:
         model.use_draft_vocabulary(ids.long())
-    return model.eval(), HubTokenizer("model", trunk_source(config))
+    return model.eval(), HubTokenizer("model", target.source)
 
 
 def _path(name: str) -> Path:

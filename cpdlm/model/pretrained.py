@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from cpdlm.config import ConfigError
 from cpdlm.data.pretrained_files import free_memory
@@ -65,16 +65,6 @@ def load_pretrained(
         advice = _quantised(shape) or "download it again"
         raise ConfigError(f"model={label} is not whole: its weights lack {sorted(found['missing_keys'])[:3]}; {advice}")
     return _wrapped(whole.eval().requires_grad_(False), longest, label)
-
-
-def eos_of(source: str) -> int | list[int] | None:
-    """The ids at which `generate` stops on the model of a folder or hub name, as its generation configuration has them."""
-    try:
-        options = GenerationConfig.from_pretrained(source)
-    except OSError:  # without generation_config.json: as `from_pretrained` of a model then does
-        options = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source))
-    eos: int | list[int] | None = options.eos_token_id
-    return eos
 
 
 def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:

@@ -10,7 +10,6 @@ RUN/train.json          the training part of the record; present once training i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -27,13 +26,13 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from yaml import YAMLError
 
 from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from_dict
-from cpdlm.data.pretrained_files import checkpoint_folder, content_hash
+from cpdlm.data.target import WEIGHTS, Target
 from cpdlm.files import LockHeld, errors_named, locked, replaced, write_bytes
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel, build_language_model
-from cpdlm.model.pretrained import eos_of, load_pretrained
+from cpdlm.model.pretrained import load_pretrained
 
-CONFIG, CHECKPOINT, WEIGHTS, TRAINED = "config.yaml", "last.ckpt", "model.safetensors", "train.json"
+CONFIG, CHECKPOINT, TRAINED = "config.yaml", "last.ckpt", "train.json"
 
 # What may differ when a run resumes: the later stages look after their own settings.
 _FREE = (*INCIDENTAL, "decode.", "evaluate.")
@@ -128,41 +127,23 @@ def _is_stored(name: str, model: LanguageModel) -> bool:
     return not (name == "unembedding.weight" and model.embeddings_are_tied)
 
 
-def load_trunk(config: Config) -> LanguageModel | None:
-    """The model that model.trunk names, in evaluation mode: a finished run's or a pretrained one; None without a name.
+def load_target(config: Config) -> LanguageModel | None:
+    """The frozen model that heads train on, in evaluation mode; None where nothing is frozen.
 
     Raises RunError for a run folder that cannot be used, ConfigError for a pretrained model that cannot.
     """
-    if not config.model.trunk:
-        return None
-    if not config.is_pretrained:
-        return load_model(Path(config.model.trunk))
-    return load_pretrained(
-        trunk_source(config), getattr(torch, config.model.dtype), config.data.context, config.model.trunk
-    )
-
-
-def trunk_source(config: Config) -> str:
-    """Folder or hub name of a pretrained model.trunk. ConfigError where it cannot be had."""
-    return checkpoint_folder(config.model.trunk, config.data.cache, config.data.bundle)
-
-
-def trunk_eos(config: Config) -> int | list[int] | None:
-    """Where `generate` stops on a pretrained model.trunk; None for other trunks, and where nothing stops it."""
-    return eos_of(trunk_source(config)) if config.is_pretrained else None
-
-
-def trunk_hash(config: Config) -> str:
-    """sha256 that stands for the weights of model.trunk."""
-    if config.is_pretrained:
-        return content_hash(trunk_source(config))
-    return hashlib.sha256((Path(config.model.trunk) / WEIGHTS).read_bytes()).hexdigest()
+    target = Target.of(config)
+    if target.kind == "run":
+        return load_model(Path(target.name))
+    if target.kind == "pretrained":
+        return load_pretrained(target.source, getattr(torch, target.dtype), config.data.context, target.name)
+    return None
 
 
 def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageModel:
     """The finished model of a run folder, in evaluation mode; raises RunError for a truncated or foreign one.
 
-    trunk: what `load_trunk` gave for its config, where that is loaded already; it is shared, not copied.
+    trunk: what `load_target` gave for its config, where that is loaded already; it is shared, not copied.
     """
     config, path = read_config(folder), folder / WEIGHTS
     if not path.is_file():
@@ -173,7 +154,7 @@ def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageMode
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} is truncated or not a safetensors file ({error}); delete it and run again") from error
-    trunk = trunk or load_trunk(config)
+    trunk = trunk or load_target(config)
     if trunk is not None and trunk.vocab_size != vocab_size:
         raise RunError(f"{path} has vocabulary {vocab_size}, its trunk {config.model.trunk} has {trunk.vocab_size}")
     model = build_language_model(config, vocab_size, trunk)

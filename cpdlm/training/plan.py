@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PretrainedConfig
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.data.target import Target
 from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.trunk import Trunk
@@ -110,14 +111,15 @@ def known_vocab_size(config: Config) -> int:
 
 
 def _build(config: Config, vocab_size: int) -> LanguageModel:
-    if not config.is_pretrained:
+    target = Target.of(config)
+    if target.kind != "pretrained":
         size = vocab_size or known_vocab_size(config)
         trunk = None
-        if config.model.trunk:  # a run of ours: a trunk of the same shape
+        if target.kind == "run":  # a run of ours: a trunk of the same shape
             its = replace(config, rank=1, horizon=1, anchor="none", model=replace(config.model, trunk=""))
             trunk = build_language_model(its, size)
         return build_language_model(config, size, trunk)
-    name = config.model.trunk
+    name = target.name
     try:
         shape = PUBLISHED[name]() if name in PUBLISHED else AutoConfig.from_pretrained(name)
     except (ValueError, OSError) as error:

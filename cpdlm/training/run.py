@@ -26,6 +26,7 @@ from cpdlm.config import Config, ConfigError
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import Corpus, load_corpus
 from cpdlm.data.draft_vocabulary import DraftVocabulary, frequent_tokens
+from cpdlm.data.target import Target
 from cpdlm.files import write_json
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.processes import is_first_process, is_launched
@@ -95,7 +96,7 @@ class Run:
         if config.data.states and not config.model.adapter_layers:
             identity = {
                 "text": self.written.get("sha256", self.corpus.describe()["sha256"]),
-                "trunk": checkpoints.trunk_hash(config),
+                "trunk": Target.of(config).sha256,
             }
             cache, limit = Path(config.data.cache), config.data.states_gib
             self.data.states = kept_states(
@@ -118,7 +119,7 @@ def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None 
     _check_vocabulary(config, corpus, trunk)
     if is_first_process():
         checkpoints.open_run(folder, config)
-    trunk_sha256 = checkpoints.trunk_hash(config) if trunk is not None else ""
+    trunk_sha256 = Target.of(config).sha256
     sessions = _note_inputs(folder, str(corpus.describe()["sha256"]), trunk_sha256, session)
     torch.manual_seed(config.seed)
     model = build_language_model(config, corpus.vocab_size, trunk)
@@ -136,9 +137,10 @@ def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None 
 
 def frozen_model(config: Config) -> LanguageModel | None:
     """The model that `model.trunk` names, None without one. RunError where its settings do not fit, before any work."""
-    if not config.model.trunk or config.is_pretrained:
-        return checkpoints.load_trunk(config)
-    folder = Path(config.model.trunk)
+    target = Target.of(config)
+    if target.kind != "run":
+        return checkpoints.load_target(config)
+    folder = Path(target.name)
     if not (folder / CONFIG).is_file():
         raise RunError(
             f"model.trunk={folder} is not a run folder: it has no {CONFIG}; "
@@ -173,7 +175,7 @@ def training_text(
     """
     if trunk is None or config.data.text == "corpus":
         return corpus, {}
-    identity = {"corpus": corpus.describe()["sha256"], "trunk": checkpoints.trunk_hash(config)}
+    identity = {"corpus": corpus.describe()["sha256"], "trunk": Target.of(config).sha256}
     split, written = written_text(
         trunk,
         corpus.train,
@@ -230,15 +232,16 @@ def _check_vocabulary(config: Config, corpus: Corpus, trunk: LanguageModel | Non
     _check_size("loss.draft_vocabulary", config.loss.draft_vocabulary, corpus)
     if trunk is None:
         return
-    if config.is_pretrained and trunk.vocab_size < corpus.vocab_size:
+    target = Target.of(config)
+    if target.kind == "pretrained" and trunk.vocab_size < corpus.vocab_size:
         raise RunError(
-            f"data.tokenizer={config.data.tokenizer} has {corpus.vocab_size} tokens, model={config.model.trunk} embeds "
+            f"data.tokenizer={config.data.tokenizer} has {corpus.vocab_size} tokens, model={target.name} embeds "
             f"{trunk.vocab_size}: the tokenizer is another model's; "
             "type data.tokenizer=model, or give a folder with both"
         )
-    if not config.is_pretrained and trunk.vocab_size != corpus.vocab_size:
+    if target.kind == "run" and trunk.vocab_size != corpus.vocab_size:
         raise RunError(
-            f"model.trunk={config.model.trunk} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
+            f"model.trunk={target.name} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
             f"{config.data.tokenizer} on corpus={config.corpus} one of {corpus.vocab_size}; "
             "use the trunk's own data settings"
         )

@@ -739,7 +739,7 @@ def head(benches: Sequence[Bench], benchmark: str, arguments: Sequence[str]) -> 
 
 
 def _target(config: Config, device: torch.device) -> LanguageModel:
-    target = checkpoints.load_trunk(config)
+    target = checkpoints.load_target(config)
     assert target is not None, "these heads stand on a frozen trunk"
     return target.to(device)
 

