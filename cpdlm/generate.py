@@ -101,7 +101,7 @@ def run(request: Request, out: TextIO) -> None:
     """Write the text to `out`, the rest to standard error. Raises ConfigError, RunError or ValueError on bad input."""
     import torch
 
-    from cpdlm.decoding import Captures, Sampling, decode
+    from cpdlm.decoding import Captures, Options, Sampling, decode
     from cpdlm.hf.load import load
 
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
@@ -115,21 +115,21 @@ def run(request: Request, out: TextIO) -> None:
     model = loaded.model.to(device)
     captures = {draft: Captures(model) for draft in (request.draft, "none")}
 
-    def write(draft: str, on_tokens: Callable[[list[int]], None] | None = None) -> Decoded:
+    def write(draft: str, on_tokens: Callable[[int, list[int]], None] | None = None) -> Decoded:
+        forwards = captures[draft](1, len(ids) + new_tokens, sampling, draft)
         return decode(
             model,
             torch.tensor(ids, device=device),
             new_tokens,
             sampling,
             torch.Generator(device).manual_seed(request.seed),
-            eos=loaded.eos,
             draft=draft,
-            on_tokens=on_tokens,
-            forwards=captures[draft](1, len(ids) + new_tokens, sampling, draft),
+            eos=loaded.eos,
+            options=Options(forwards=forwards, on_tokens=on_tokens),
         )
 
     screen = Screen(out, loaded.tokenizer.decode, request.show)
-    write(request.draft, screen.tokens)
+    write(request.draft, lambda row, tokens: screen.tokens(tokens))
     screen.end()
     if request.show:
         if screen.is_coloured:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cpdlm.bench.latency import measure
 from cpdlm.config import ConfigError, resolve
-from cpdlm.decoding import CapturedForwards, Captures, Sampling, decode, decode_batch
+from cpdlm.decoding import CapturedForwards, Captures, Options, Sampling, decode, decode_batch
 from cpdlm.hf import export
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel
@@ -88,7 +88,7 @@ def test_greedy_text_is_that_of_generate_and_caches_roll_back(name: str, folders
         for sampling in (Sampling(0.0), Sampling()):
             # The very drafts, too: a draft's state that a rollback spoilt would be another draft.
             with_cache, without = (
-                decode(model, prompt_T, 24, sampling, torch.Generator().manual_seed(0), use_cache=use)
+                decode(model, prompt_T, 24, sampling, torch.Generator().manual_seed(0), options=Options(use_cache=use))
                 for use in (True, False)
             )
             assert with_cache == without

@@ -20,7 +20,7 @@ from transformers import AutoModel, MistralConfig
 
 from cpdlm.bench import latency
 from cpdlm.config import resolve
-from cpdlm.decoding import Sampling, accept, cache, decode, decode_batch, drafters, tree
+from cpdlm.decoding import Options, Sampling, accept, cache, decode, decode_batch, drafters, tree
 from cpdlm.decoding.drafters import DRAFTERS
 from cpdlm.decoding.filtering import draw
 from cpdlm.model.heads import HeadsConfig
@@ -68,7 +68,12 @@ def p_values(model: Any, sampling: Sampling, **options: Any) -> list[float]:
 @pytest.mark.parametrize("setting", list(FILTERS))
 @pytest.mark.parametrize(
     ("layout", "options"),
-    [("common", {}), ("untied", {"eos": 1}), ("anchored", {"use_cache": False}), ("tied", {"nodes": 2})],
+    [
+        ("common", {}),
+        ("untied", {"eos": 1}),
+        ("anchored", {"options": Options(use_cache=False)}),
+        ("tied", {"options": Options(nodes=2)}),
+    ],
     ids=["common", "untied, eos", "anchored, no cache", "tied, two nodes"],
 )
 @pytest.mark.parametrize("draft", list(DRAFTERS))
@@ -92,7 +97,7 @@ class Shortlisted(ToyModel):
 
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_drafts_from_a_shortlist_keep_the_law(draft: str) -> None:
-    assert min(p_values(Shortlisted(), Sampling(), draft=draft, nodes=4)) > oracle.FALSE_ALARM / 2
+    assert min(p_values(Shortlisted(), Sampling(), draft=draft, options=Options(nodes=4))) > oracle.FALSE_ALARM / 2
     prompt = torch.tensor(PROMPTS[0])
     texts = [decode(Shortlisted(), prompt, 4, Sampling(0.0), draft=name).tokens for name in (draft, "none")]
     assert texts[0] == texts[1]
@@ -114,11 +119,11 @@ def test_ids_of_the_shortlist_taken_for_those_of_the_vocabulary_are_noticed(monk
 
 
 def test_dead_slots_that_are_seen_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def keep(self: cache.Text, *arguments: Any, original: Any = cache.Text.keep) -> None:
+    def keep(self: cache.Text, *arguments: Any, original: Any = cache.Text.commit) -> None:
         original(self, *arguments)
         self.live_BL = torch.ones_like(self.live_BL)
 
-    monkeypatch.setattr(cache.Text, "keep", keep)
+    monkeypatch.setattr(cache.Text, "commit", keep)
     assert max(p_values(toy("common"), Sampling())) < oracle.FALSE_ALARM
 
 
@@ -390,7 +395,7 @@ def test_a_batch_is_its_rows_one_by_one(draft: str, family: str, common: bool) -
     for sampling in (Sampling(0.0), Sampling(0.8, 5, 0.95)):
         plain = [decode(model, prompt, 40, sampling, torch.Generator(), draft="none").tokens for prompt in RAGGED]
         for use_cache in (True, False):
-            options: dict[str, Any] = {"draft": draft, "use_cache": use_cache, "eos": plain[1][25]}
+            options: dict[str, Any] = {"draft": draft, "options": Options(use_cache=use_cache), "eos": plain[1][25]}
             alone = [
                 decode(model, prompt, 40, sampling, torch.Generator().manual_seed(row), **options)
                 for row, prompt in enumerate(RAGGED)
@@ -419,7 +424,7 @@ def test_closing_up_dead_slots_changes_nothing(draft: str, use_cache: bool, monk
         slots.append(self.slots - max(self.lengths))
 
     monkeypatch.setattr(cache.Text, "_close_up", close_up)
-    together = decode_batch(model, RAGGED, 40, Sampling(0.0), draft=draft, use_cache=use_cache)
+    together = decode_batch(model, RAGGED, 40, Sampling(0.0), draft=draft, options=Options(use_cache=use_cache))
     assert len(slots) > 3 and not any(slots)
     for prompt, each in zip(RAGGED, together, strict=True):
         assert each.tokens == decode(model, prompt, 40, Sampling(0.0), draft="none").tokens
@@ -437,7 +442,9 @@ def test_rows_that_end_early_leave_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     ends = [decode(model, prompt, 40, Sampling(0.0), draft="none").tokens for prompt in RAGGED]
     sizes.clear()
     stop = {row: 3 + 7 * row for row in range(len(RAGGED))}
-    done = decode_batch(model, RAGGED, 40, Sampling(0.0), stop=lambda row, tokens: len(tokens) == stop[row])
+    done = decode_batch(
+        model, RAGGED, 40, Sampling(0.0), options=Options(stop=lambda row, tokens: len(tokens) == stop[row])
+    )
     assert [each.tokens for each in done] == [ends[row][: stop[row]] for row in range(len(RAGGED))]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 5 and sizes[-1] == 1
 
@@ -488,7 +495,7 @@ def test_unknown_names_and_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="draft='forest' is not one of none, chain, block, tree"):
         decode(model, prompt, 2, Sampling(0.0), draft="forest")
     with pytest.raises(ValueError, match="nodes=0 drafts nothing"):
-        decode(model, prompt, 2, Sampling(0.0), draft="tree", nodes=0)
+        decode(model, prompt, 2, Sampling(0.0), draft="tree", options=Options(nodes=0))
     with pytest.raises(ValueError, match="1 generators for 2 prompts; pass one for each row"):
         decode_batch(model, [prompt, prompt], 2, Sampling(), [torch.Generator()])
     with pytest.raises(ValueError, match="there is no prompt"):
@@ -510,16 +517,26 @@ def test_scores_changed_by_the_caller_are_the_target() -> None:
         return [p / sum(left) for p in left]
 
     right = oracle.autoregressive_law(distribution, prompt, LENGTH)
-    plain = decode(model, torch.tensor(prompt), LENGTH, Sampling(0.0), draft="none", target_scores=changed).tokens
+    plain = decode(
+        model, torch.tensor(prompt), LENGTH, Sampling(0.0), draft="none", options=Options(target_scores=changed)
+    ).tokens
     assert all(a != b for a, b in itertools.pairwise(plain))
     for draft in DRAFTS:
         assert (
-            decode(model, torch.tensor(prompt), LENGTH, Sampling(0.0), draft=draft, target_scores=changed).tokens
+            decode(
+                model, torch.tensor(prompt), LENGTH, Sampling(0.0), draft=draft, options=Options(target_scores=changed)
+            ).tokens
             == plain
         )
         generators = [torch.Generator().manual_seed(row) for row in range(1000)]
         done = decode_batch(
-            model, [torch.tensor(prompt)] * 1000, LENGTH, Sampling(), generators, draft=draft, target_scores=changed
+            model,
+            [torch.tensor(prompt)] * 1000,
+            LENGTH,
+            Sampling(),
+            generators,
+            draft=draft,
+            options=Options(target_scores=changed),
         )
         counts = Counter(tuple(each.tokens) for each in done)
         assert oracle.p_value(counts, right) > oracle.FALSE_ALARM, draft

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import resolve
-from cpdlm.decoding import CapturedForwards, Captures, Sampling, decode, decode_batch
+from cpdlm.decoding import CapturedForwards, Captures, Options, Sampling, decode, decode_batch
 from cpdlm.decoding.drafters import DRAFTERS
 from cpdlm.hf import CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -65,7 +65,14 @@ def p_values(layout: str, sampling: Sampling, draft: str, nodes: int = 8, eos: i
         model, len(prompts), sampling, slots=model.context, draft=draft, nodes=nodes, device=torch.device("cpu")
     )
     done = decode_batch(
-        model, prompts, LENGTH, sampling, generators, draft=draft, nodes=nodes, eos=eos, forwards=forwards
+        model,
+        prompts,
+        LENGTH,
+        sampling,
+        generators,
+        draft=draft,
+        eos=eos,
+        options=Options(nodes=nodes, forwards=forwards),
     )
     counts = [Counter(tuple(each.tokens) for each in done[place::2]) for place in (0, 1)]
     return [oracle.p_value(c, truth(model, sampling, prompt, eos)) for c, prompt in zip(counts, PROMPTS, strict=True)]
@@ -125,13 +132,13 @@ def real(device: str, family: str = "llama", shortlist: int = 0, dtype: torch.dt
     return model
 
 
-def texts(model: LanguageModel, sampling: Sampling, draft: str, captures: bool, rows: int = 3, **options: Any) -> Any:
+def texts(model: LanguageModel, sampling: Sampling, draft: str, captures: bool, rows: int = 3) -> Any:
     device = model.unembedding.weight.device
     random = torch.Generator().manual_seed(5)
     prompts = [torch.randint(61, (length,), generator=random).to(device) for length in (8, 3, 5)[:rows]]
     generators = None if sampling.greedy else [torch.Generator(device).manual_seed(row) for row in range(rows)]
     forwards = CapturedForwards(model, rows, sampling, draft=draft, slots=64) if captures else None
-    return decode_batch(model, prompts, 48, sampling, generators, draft=draft, forwards=forwards, **options)
+    return decode_batch(model, prompts, 48, sampling, generators, draft=draft, options=Options(forwards=forwards))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -158,22 +165,25 @@ def test_passes_are_counted_and_can_be_used_again() -> None:
     model = real("cpu")
     forwards = CapturedForwards(model, 1, Sampling(0.0), slots=64)
     prompt = torch.tensor([1, 2, 3])
-    first = decode(model, prompt, 24, Sampling(0.0), forwards=forwards)
+    first = decode(model, prompt, 24, Sampling(0.0), options=Options(forwards=forwards))
     assert forwards.forwards_run == first.forwards + 1  # the last was under way when the host saw the end
-    assert decode(model, torch.tensor([9] * 30), 24, Sampling(0.0), forwards=forwards).tokens != first.tokens
-    again = decode(model, prompt, 24, Sampling(0.0), forwards=forwards)
+    assert (
+        decode(model, torch.tensor([9] * 30), 24, Sampling(0.0), options=Options(forwards=forwards)).tokens
+        != first.tokens
+    )
+    again = decode(model, prompt, 24, Sampling(0.0), options=Options(forwards=forwards))
     assert again == first
-    stopped = decode(model, prompt, 24, Sampling(0.0), forwards=forwards, eos=first.tokens[10])
+    stopped = decode(model, prompt, 24, Sampling(0.0), options=Options(forwards=forwards), eos=first.tokens[10])
     assert stopped.tokens == first.tokens[: first.tokens.index(first.tokens[10]) + 1]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft": "tree"}, "another draft 'chain', not 'tree'"),
-        ({"sampling": Sampling(0.5)}, "another sampling"),
-        ({"max_new_tokens": 62}, "exceed the 64 slots of the captured passes; make them with slots=65"),
-        ({"use_cache": False}, "neither target_scores nor use_cache=False"),
+        ({"draft": "tree"}, "captured for draft='chain', not 'tree'"),
+        ({"sampling": Sampling(0.5)}, "captured for sampling=.*, not"),
+        ({"max_new_tokens": 62}, "65, the captured forwards have 64 slots; make them with slots=65"),
+        ({"options": {"use_cache": False}}, "neither target_scores nor use_cache=False"),
         ({"model": real("cpu", "gpt2")}, "captured for another model; make"),
     ],
 )
@@ -181,9 +191,10 @@ def test_passes_of_another_kind_are_refused(options: dict[str, Any], message: st
     model = real("cpu")
     forwards = CapturedForwards(model, 1, Sampling(0.0), slots=64)
     given: dict[str, Any] = {"model": model, "max_new_tokens": 8, "sampling": Sampling(0.0)} | options
+    chosen = Options(forwards=forwards, **given.pop("options", {}))
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match=message):
-        decode(prompt_T=torch.tensor([1, 2, 3]), generator=generator, forwards=forwards, **given)
+        decode(prompt_T=torch.tensor([1, 2, 3]), generator=generator, options=chosen, **given)
 
 
 def test_a_broken_target_is_named_by_captured_passes() -> None:
@@ -194,19 +205,19 @@ def test_a_broken_target_is_named_by_captured_passes() -> None:
     with torch.no_grad():
         weight.fill_(float("nan"))
     try:
-        with pytest.raises(ValueError, match="the target law of token 3 .* is NaN"):
-            decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), forwards=forwards)
+        with pytest.raises(ValueError, match="the target distribution of token 3 .* is NaN"):
+            decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), options=Options(forwards=forwards))
     finally:
         with torch.no_grad():
             weight.copy_(before)
-    mended = decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), forwards=forwards)
+    mended = decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0), options=Options(forwards=forwards))
     assert mended.tokens == decode(model, torch.tensor([1, 2, 3]), 8, Sampling(0.0)).tokens
 
 
 def test_a_model_in_training_mode_is_not_recorded() -> None:
     """A graph would go on with the dropout of its recording after model.eval()."""
     model = copy.deepcopy(real("cpu")).train()
-    with pytest.raises(ValueError, match="in training mode, where its law may be random"):
+    with pytest.raises(ValueError, match="in training mode, where dropout is random"):
         Captures(model, on="cpu")(1, 40, Sampling(0.0))
     assert Captures(model.eval(), on="cpu")(1, 40, Sampling(0.0)) is not None
 
@@ -234,7 +245,9 @@ def test_captures_are_kept_for_the_next_text_of_the_same_kind() -> None:
     other = copy.deepcopy(captures)
     assert other.forwards is None and other.model is not model
     prompt = torch.tensor([1, 2, 3])
-    texts = [decode(model, prompt, 20, Sampling(0.0), forwards=each).tokens for each in (shorter, None)]
+    texts = [
+        decode(model, prompt, 20, Sampling(0.0), options=Options(forwards=each)).tokens for each in (shorter, None)
+    ]
     assert texts[0] == texts[1]
 
 

@@ -601,7 +601,7 @@ def test_a_target_of_nan_is_named(chosen: dict[str, Any]) -> None:
     model = wrap(copy.deepcopy(real(*COMMON)))
     with torch.no_grad():
         model.model.trunk.body.norm.weight.fill_(math.nan)
-    with pytest.raises(ValueError, match="the target law of token 2 .* is NaN or -inf alone"):
+    with pytest.raises(ValueError, match="the target distribution of token 2 .* is NaN or -inf alone"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, **chosen)
 
 

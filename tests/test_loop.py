@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cpdlm.bench.latency import count_forwards, hugging_face
 from cpdlm.config import resolve
-from cpdlm.decoding import Sampling, chain, decode, decode_batch, drafters
+from cpdlm.decoding import ModelProxy, Options, Sampling, chain, decode, decode_batch, drafters
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from tests import oracle
 from tests.planted_faults import FAULTS, WASTEFUL, Variant
@@ -66,14 +66,14 @@ def sequences(model: ToyModel, sampling: Sampling, seed: int = 0, **options: Any
 PATHS = [
     ("common", "plain", {}),
     ("common", "plain", {"alone": True}),
-    ("untied", "all", {"alone": True, "use_cache": False, "eos": 1}),
-    ("common", "plain", {"use_cache": False}),
+    ("untied", "all", {"alone": True, "options": Options(use_cache=False), "eos": 1}),
+    ("common", "plain", {"options": Options(use_cache=False)}),
     ("common", "plain", {"draft": "none"}),
     ("untied", "plain", {}),
     ("untied", "all", {"eos": 1}),
     ("tied", "temperature", {}),
     ("tied", "plain", {"eos": 2}),
-    ("anchored", "plain", {"use_cache": False, "eos": 1}),
+    ("anchored", "plain", {"options": Options(use_cache=False), "eos": 1}),
     ("anchored", "top-k", {}),
     ("anchored", "top-p", {}),
 ]
@@ -156,7 +156,8 @@ def test_length_passes_and_depths_add_up(sampling: Sampling, draft: bool) -> Non
     for length in range(1, 9):
         model.calls = 0
         pieces: list[list[int]] = []
-        done = decode(model, torch.tensor([0]), length, sampling, generator, draft=draft, on_tokens=pieces.append)
+        options = Options(on_tokens=lambda row, tokens, pieces=pieces: pieces.append(tokens))
+        done = decode(model, torch.tensor([0]), length, sampling, generator, draft=draft, options=options)
         assert len(done.tokens) == length == sum(done.emitted)
         assert (
             done.forwards == model.calls == len(pieces)
@@ -171,10 +172,7 @@ def test_length_passes_and_depths_add_up(sampling: Sampling, draft: bool) -> Non
 def perfect(model: ToyModel) -> ToyModel:
     """Makes the drafts of a rank-1 anchored toy certain and right under greedy: every window is accepted whole."""
 
-    class Perfect:
-        horizon, vocab_size, context = model.horizon, model.vocab_size, model.context
-        new_cache, hidden, target_log_probs = model.new_cache, model.hidden, model.target_log_probs
-
+    class Perfect(ModelProxy):
         def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Any:
             from cpdlm.model.joint import Joint
 
@@ -186,7 +184,7 @@ def perfect(model: ToyModel) -> ToyModel:
                 rows.append(torch.full((model.vocab_size,), -40.0).index_fill(0, torch.tensor(token), 0.0))
             return Joint(torch.zeros(1, 1), torch.stack(rows)[None, :, None])
 
-    return Perfect()  # type: ignore[return-value]
+    return Perfect(model)  # type: ignore[return-value]
 
 
 def test_whole_windows_and_eos_inside_one() -> None:
@@ -217,7 +215,7 @@ def test_a_broken_target_names_the_position(sampling: Sampling, value: float) ->
     model = ToyModel("common", seed=1)
     model.own[model.code_of((1, 0))] = value
     model.own[model.code_of((1,))] = torch.tensor([0.0, -math.inf, -math.inf])
-    with pytest.raises(ValueError, match=r"target law of token 2 \(the prompt is 0..0\) is NaN or -inf alone"):
+    with pytest.raises(ValueError, match=r"target distribution of token 2 \(the prompt is 0..0\) is NaN or -inf alone"):
         decode(model, torch.tensor([1]), 3, sampling, torch.Generator())
 
 
@@ -315,7 +313,7 @@ def test_greedy_is_plain_greedy_is_transformers(family: str, rank: int, anchor: 
         assert forwards.count == done.forwards
         plain = decode(model, prompt, 40, Sampling(0.0), draft="none")
         assert plain.forwards == 40 and done.tokens == plain.tokens and len(set(plain.tokens)) > 3
-        assert decode(model, prompt, 40, Sampling(0.0), use_cache=False).tokens == plain.tokens
+        assert decode(model, prompt, 40, Sampling(0.0), options=Options(use_cache=False)).tokens == plain.tokens
         if generate is not None:
             assert generate(prompt, 40, Sampling(0.0), 0) == plain.tokens
 
@@ -328,7 +326,8 @@ def test_sampling_is_the_same_with_and_without_a_cache(
     model = real(family, rank, anchor, tie, common)
     prompt = torch.tensor([3, 1, 4])
     with_cache, without = (
-        decode(model, prompt, 30, sampling, torch.Generator().manual_seed(5), use_cache=use) for use in (True, False)
+        decode(model, prompt, 30, sampling, torch.Generator().manual_seed(5), options=Options(use_cache=use))
+        for use in (True, False)
     )
     assert with_cache == without
 
@@ -339,16 +338,13 @@ def test_cache_after_rollback_is_the_cache_recomputed(family: str) -> None:
     model = real(family, 4, "token", False, True)
     caches = []
 
-    class Spy:
-        horizon, vocab_size, context = model.horizon, model.vocab_size, model.context
-        hidden, target_log_probs, draft_joint = model.hidden, model.target_log_probs, model.draft_joint
-
+    class Spy(ModelProxy):
         def new_cache(self) -> Any:
             caches.append(model.new_cache())
             return caches[-1]
 
     prompt = torch.tensor([3, 1, 4])
-    done = decode(Spy(), prompt, 30, Sampling(1.5), torch.Generator().manual_seed(1))
+    done = decode(Spy(model), prompt, 30, Sampling(1.5), torch.Generator().manual_seed(1))
     assert 0 < sum(done.accepted) < sum(done.reached), "the run must keep some drafts and reject some"
     text = torch.cat([prompt, torch.tensor(done.tokens)])
     fresh = model.new_cache()

@@ -34,6 +34,8 @@ class ToyCache:
 
 
 class ToyModel:
+    training, draft_ids, attention_window = False, None, None
+
     def __init__(
         self,
         layout: str = "common",

@@ -9,12 +9,12 @@ Letters: B batch, P positions (any batch), J tokens behind the hidden state, N h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpdlm.decoding.model import ModelProxy
 from cpdlm.model.joint import log_normalise
 from cpdlm.model.language_model import LanguageModel
 
@@ -50,27 +50,19 @@ class SequentialDistribution:
         return self.model.log_distribution(self.hidden_BD, torch.cat([self.pending_B[:, None], drafts_BJ], dim=1))
 
 
-class HydraModel:
-    """A finished model with sequential heads in place of its own: what `decode` takes, its strategy being `Sequential`."""
+class HydraModel(ModelProxy):
+    """A finished model with sequential heads in place of its own: what `decode` takes, its drafter being `Sequential`."""
+
+    base: LanguageModel
+    draft_ids = None
 
     def __init__(self, base: LanguageModel, heads: HydraHeads) -> None:
-        self.base, self.heads = base, heads
-        self.horizon, self.vocab_size, self.context = len(heads.into) + 1, base.vocab_size, base.context
+        super().__init__(base)
+        self.heads, self.horizon = heads, len(heads.into) + 1
 
     @property
     def training(self) -> bool:
         return self.base.training or self.heads.training
-
-    def new_cache(self) -> Any:
-        return self.base.new_cache()
-
-    def hidden(
-        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
-    ) -> Tensor:
-        return self.base.hidden(tokens_BT, position_ids_BT, cache, mask)
-
-    def target_log_probs(self, hidden: Tensor) -> Tensor:
-        return self.base.target_log_probs(hidden)
 
     def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> SequentialDistribution:
         return SequentialDistribution(self, hidden_BD, pending_B)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cpdlm.baselines.hydra import SequentialDistribution
-from cpdlm.decoding.drafters import Acceptance, Drafter, Greedy, Proposal, RejectionSampling, Uniforms
+from cpdlm.decoding.drafters import Acceptance, Drafter, Greedy, Noise, Proposal, RejectionSampling
 from cpdlm.decoding.filtering import Sampling, draw, filtered
 
 
@@ -17,7 +17,7 @@ class Sequential:
     """Each draft drawn from (under greedy: the argmax of) the filtered conditional given those before it; verified as a
     chain. `decode(..., draft=Sequential)`."""
 
-    def __init__(self, sampling: Sampling, uniforms: Uniforms | None) -> None:
+    def __init__(self, sampling: Sampling, uniforms: Noise | None) -> None:
         self.sampling, self.uniforms = sampling, uniforms
         self.chain: Drafter = Greedy() if uniforms is None else RejectionSampling(sampling, uniforms)
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cpdlm.bench.acceptance import RESAMPLES, acceptance
-from cpdlm.decoding import CapturedForwards, Captures, Decoded, Sampling, decode
+from cpdlm.decoding import CapturedForwards, Captures, Decoded, Options, Sampling, decode
+from cpdlm.decoding.captured import record
 from cpdlm.decoding.drafters import nothing
-from cpdlm.decoding.forwards import record
 from cpdlm.model.language_model import LanguageModel
 
 REFERENCE = "(next-token model)"  # no run is called so
@@ -289,7 +289,8 @@ def seconds_by_part(
     for index, prompt_T in enumerate(prompts_PT):
         clock = Clock(prompt_T.device)
         generator = _generator(prompt_T, seed, index, 0)
-        decode(model, prompt_T, new_tokens, sampling, generator, draft=draft, nodes=nodes, clock=clock)
+        options = Options(nodes=nodes, timer=clock)
+        decode(model, prompt_T, new_tokens, sampling, generator, draft=draft, options=options)
         for part, seconds in clock.seconds.items():
             total[part] += seconds
     return total
@@ -436,8 +437,7 @@ class Ours:
             self.sampling,
             generator,
             draft=self.draft,
-            nodes=self.nodes,
-            forwards=self.captured,
+            options=Options(nodes=self.nodes, forwards=self.captured),
         )
 
     def forwards(self, hooked: int) -> int:

@@ -11,10 +11,11 @@ Letters: B rows, L slots in use, S tokens of a window, J slots that move, T toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from cpdlm.decoding.model import DraftingModel
 
 # Close up once more than this share of the slots (and a handful of them) is dead in every row.
 WASTE, LEAST = 0.25, 16
@@ -23,11 +24,11 @@ WASTE, LEAST = 0.25, 16
 class Text:
     """use_cache=False recomputes every slot in every pass: same numbers, slower."""
 
-    def __init__(self, model: Any, rows: int, device: torch.device, use_cache: bool) -> None:
-        self.model, self.context, self.device = model, int(model.context), device
-        self.attention_window: int | None = getattr(model, "attention_window", None)
+    def __init__(self, model: DraftingModel, rows: int, device: torch.device, use_cache: bool) -> None:
+        self.model, self.context, self.device = model, model.context, device
+        self.attention_window: int | None = model.attention_window
         self.cache = model.new_cache() if use_cache else None
-        self.slots = 0
+        self.slots = self.size = 0  # in use, and those of them that the last window took
         self.ragged = rows > 1
         # Of every slot in use: whether it counts and its position, where rows differ; its token, without a cache.
         nothing_BL = torch.zeros(rows, 0, dtype=torch.long, device=device)
@@ -44,11 +45,11 @@ class Text:
         positions_BT = (live_BT.cumsum(dim=1) - 1).clamp(min=0)
         hidden_BTD = self._run(window_BT, positions_BT, live_BT, None)
         self._append(window_BT, positions_BT, live_BT)
-        self.lengths = [len(prompt) for prompt in prompts]
+        self.lengths, self.size = [len(prompt) - 1 for prompt in prompts], 1  # the last token is a window to commit
         return hidden_BTD[:, -1:]
 
     def run(self, window_BS: Tensor, depth_BS: Tensor | None = None, seen_BSS: Tensor | None = None) -> Tensor:
-        """Hidden states (B, S, D) of a window behind the text; `keep` then says what stays of it.
+        """Hidden states (B, S, D) of a window behind the text; `commit` then says what stays of it.
 
         A chain by default. For a tree: depth_BS, how far behind the first token each one is, and seen_BSS, whether
         token s (row) sees token j of the window (column), itself included. Raises ValueError where slots that do not count
@@ -68,18 +69,19 @@ class Text:
             positions_BS = (lengths_B1 + depth_BS).clamp(max=self.context - 1)
         hidden_BTD = self._run(window_BS, positions_BS, live_BS, seen_BSS)
         self._append(window_BS, positions_BS, live_BS)
-        return hidden_BTD[:, -window_BS.shape[1] :]
+        self.size = window_BS.shape[1]
+        return hidden_BTD[:, -self.size :]
 
-    def keep(self, size: int, kept: Sequence[int], path_BJ: Tensor | None = None) -> None:
-        """Of the last `size` slots each row keeps the first and `kept[row]` more: the next ones, or those that path_BJ
-        names (indices within the window, one row each, in order; entries beyond kept[row] are not read)."""
-        start, most = self.slots - size + 1, max(kept)
+    def commit(self, accepted: Sequence[int], path_BJ: Tensor | None = None) -> None:
+        """Of the last window each row keeps the first token and `accepted[row]` more: the next ones, or those that path_BJ
+        names (positions within the window, one row each, in order; entries beyond accepted[row] are not read)."""
+        start, most = self.slots - self.size + 1, max(accepted)
         if path_BJ is not None and most:
             self._move(start, path_BJ[:, :most] + (start - 1))
-        self._cut(size - 1 - most)
-        self.lengths = [length + 1 + count for length, count in zip(self.lengths, kept, strict=True)]
+        self._cut(self.size - 1 - most)
+        self.lengths = [length + 1 + count for length, count in zip(self.lengths, accepted, strict=True)]
         if self.ragged and most:
-            accepted_B1 = torch.tensor(kept, device=self.device).unsqueeze(1)
+            accepted_B1 = torch.tensor(accepted, device=self.device).unsqueeze(1)
             self.live_BL[:, start:] = torch.arange(most, device=self.device) < accepted_B1
         dead = self.slots - max(self.lengths)
         if dead > max(LEAST, WASTE * self.slots):
@@ -101,8 +103,7 @@ class Text:
         if self.cache is None:
             window_BS = torch.cat([self.tokens_BL, window_BS], dim=1)
         if not self.ragged and seen_BSS is None:  # positions and mask are what the model takes by itself
-            alone_1TD: Tensor = self.model.hidden(window_BS, cache=self.cache)
-            return alone_1TD
+            return self.model.hidden(window_BS, cache=self.cache)
         before_BL, indices_BL = self.live_BL, self.positions_BL
         if not self.ragged:
             before_BL = live_BS.new_ones(1, self.slots)
@@ -112,8 +113,7 @@ class Text:
         mask = torch.cat([before_BL, live_BS], dim=1)
         if seen_BSS is not None:
             mask = self._tree_mask(before_BL, seen_BSS, whole=self.cache is None)
-        hidden_BTD: Tensor = self.model.hidden(window_BS, positions_BS, self.cache, mask)
-        return hidden_BTD
+        return self.model.hidden(window_BS, positions_BS, self.cache, mask)
 
     def _tree_mask(self, before_BL: Tensor, seen_BSS: Tensor, whole: bool) -> Tensor:
         """(B, 1, S, L+S) boolean; whole: (B, 1, L+S, L+S), for a pass that recomputes the text."""

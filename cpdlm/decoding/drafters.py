@@ -92,9 +92,9 @@ Noise = Callable[[int], Tensor]  # count -> (B, count) numbers in [0, 1), float6
 Maker = Callable[[Sampling, Noise | None], Drafter]
 
 
-def nothing(window_BS: Tensor) -> Proposal:
-    """No drafts."""
-    return Proposal(window_BS[:, :0])
+def nothing(like: Tensor) -> Proposal:
+    """No drafts, for rows like these: (B, ...) ids."""
+    return Proposal(like.new_zeros(len(like), 0))
 
 
 class Greedy:

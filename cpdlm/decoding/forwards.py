@@ -1,329 +1,135 @@
-"""Passes of fixed shape: on a GPU a pass is recorded once, as a CUDA graph, and replayed.
+"""One target forward: draft behind the pending token, run the model over the window, accept; then commit what was accepted.
 
-A pass of a small model is hundreds of kernels of a few microseconds each; launched one by one from Python they take many times
-as long as they run. Here draft, trunk, verification and rollback are one graph without a host decision in it: the cache
-has a slot for every position of every row, how much of it counts is a number on the device, and a rejected draft is
-undone by not counting it, so that its slots are written over. Nothing in the next pass waits for the host, so it is
-under way while the host reads what the last one wrote.
+`GrowingForwards` do it with a cache that grows and rows that leave when they are done. `captured.CapturedForwards` do the
+same with tensors of fixed shapes, so that a GPU can replay a forward as one recorded graph.
 
-On the CPU the same step runs as it is; it is slower there than `GrowingPasses` and serves the tests.
-
-Letters: B rows, L slots of the cache, S = K+1 positions of a window, K drafts, J longest path through them, T tokens of a
-prompt, D width, H heads.
+Letters: B rows, S = K+1 positions of a window, K drafts, J longest path through them, T tokens of a prompt, V vocabulary,
+D width, X numbers of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cpdlm.decoding.drafters import Maker, Proposal, Uniforms, make_drafter, nothing
-from cpdlm.decoding.filtering import Sampling
-from cpdlm.decoding.step import DraftingModel, Outcome, last_accepted, packed, propose
-
-# Attention with a mask of any form. cuDNN's is left out: it makes plans on the host at run time.
-KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-WARM_UPS = 3  # runs before a recording: libraries choose kernels and workspaces in them
+from cpdlm.decoding.cache import Text
+from cpdlm.decoding.drafters import Acceptance, Drafter, Proposal, Uniforms, nothing
+from cpdlm.decoding.model import DraftingModel
 
 
-class SlotLayer(CacheLayerMixin):
-    """Keys and values (B, H, L, width) of one layer; the tokens of a pass go to the slots that `place` holds."""
+class Outcome(Protocol):
+    """What a target forward yields."""
 
-    is_sliding = False
-
-    def __init__(self, slots: int, index: Place) -> None:
-        super().__init__()
-        self.slots, self.index = slots, index
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (
-            each.new_zeros(*each.shape[:2], self.slots, each.shape[3]) for each in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
-            held.scatter_(2, self.index.slots_BS[:, None, :, None].expand_as(new), new)
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots, 0
-
-    def get_seq_length(self) -> int:
-        return 0  # positions and masks come with every pass
-
-    def get_max_length(self) -> int:
-        return self.slots
+    def read(self) -> list[list[int]]:
+        """Per row: how many drafts were accepted, the drafts (those behind the accepted ones are not to be read), the token
+        after the accepted ones (V: the target was no distribution). The one host synchronisation of a forward."""
+        ...
 
 
-class Place:
-    """Where the tokens of the pass under way belong."""
+class Forwards(Protocol):
+    """runs_ahead: the next forward does not wait for the host, which then has nothing to commit; rows that are done stay in
+    it, and their outcomes are not to be read."""
 
-    slots_BS: Tensor
+    runs_ahead: bool
+
+    def first(self, prompts: Sequence[Tensor]) -> Outcome:
+        """The forward over the prompts, (T,) ids each; it has no drafts."""
+        ...
+
+    def next(self, depth: int) -> Outcome:
+        """depth: the most drafts of use."""
+        ...
+
+    def commit(self, accepted: Sequence[int], going: Sequence[int]) -> None:
+        """accepted: drafts that each row of the last forward keeps in its text. going: the rows that go on."""
+        ...
 
 
-class CapturedForwards:
-    """`passes.Passes` with fixed shapes, for texts of at most `slots` tokens, prompt included.
+def propose(model: DraftingModel, drafter: Drafter, hidden_BD: Tensor, pending_B: Tensor, depth: int) -> Proposal:
+    """At most `depth` drafts behind the pending token, as ids of the whole vocabulary."""
+    if depth == 0:
+        return nothing(pending_B)
+    proposal = drafter.draft(model.draft_joint(hidden_BD, pending_B), depth)
+    return proposal if model.draft_ids is None else proposal.on_vocabulary(model.draft_ids, model.vocab_size)
 
-    Made for one model, number of rows, sampling and way of drafting; reusable for any number of texts. On CUDA, making it takes
-    some tenths of a second. uniforms: of the rows that are written; the loop sets it. Raises ValueError for a model in training
-    mode or with adapters for the draft, and where a layer of the model attends to fewer slots than there are.
+
+def last_accepted(acceptance: Acceptance) -> Tensor:
+    """(B,) window position of the last accepted token: the pending one (0) where no draft was accepted."""
+    path_BJ = acceptance.path_BJ
+    if path_BJ is None:
+        return acceptance.accepted_B
+    before_BJ = torch.nn.functional.pad(path_BJ, (1, 0))
+    return before_BJ.gather(1, acceptance.accepted_B.unsqueeze(1)).squeeze(1)
+
+
+def packed(acceptance: Acceptance, out_BX: Tensor | None = None) -> Tensor:
+    """(B, J+2): accepted, tokens, next; into `out_BX` where it is given."""
+    parts = [acceptance.accepted_B[:, None], acceptance.tokens_BJ, acceptance.next_B[:, None]]
+    return torch.cat(parts, dim=1, out=out_BX)
+
+
+class GrowingForwards:
+    """Target forwards through a cache that grows; shapes follow the texts.
+
+    process: what changes the target's scores (B, S, V) given the proposal, or None. timer: as in `loop.Options`.
     """
 
-    runs_ahead = True
+    runs_ahead = False
 
-    @torch.inference_mode()
     def __init__(
         self,
         model: DraftingModel,
-        rows: int,
-        sampling: Sampling,
-        *,
-        slots: int,
-        draft: str | Maker = "chain",
-        nodes: int = 8,
-        device: torch.device | None = None,
+        drafter: Drafter,
+        uniforms: Uniforms | None,
+        text: Text,
+        process: Callable[[Tensor, Proposal], Tensor] | None,
+        timer: Callable[[str], None],
     ) -> None:
-        self.model, self.rows, self.sampling, self.draft, self.nodes = model, rows, sampling, draft, nodes
-        self.slots = slots
-        self.device = device or next(model.parameters()).device  # type: ignore[attr-defined]
-        if getattr(model, "training", False):  # a recording would keep its dropout
-            raise ValueError("the model is in training mode, where its law may be random; call model.eval() first")
-        if getattr(model, "draft_trunk", None) is not None:
-            raise ValueError(
-                "adapters for the draft keep a second cache, which captured passes have not; decode without"
-            )
-        window = getattr(model, "attention_window", None)
-        if window is not None and window < self.slots:
-            raise ValueError(
-                f"some layers of this model attend to the last {window} tokens alone; captured passes of {self.slots} slots would "
-                f"show them more: pass slots of at most {window}, or decode without captured passes"
-            )
-        self.uniforms: Uniforms | None = None
-        self._depth = 0 if draft == "none" else model.horizon - 1
-        self._noise = None if sampling.greedy else _Noise(rows, self.device)
-        self._strategy = make_drafter(draft, sampling, self._noise, nodes)
-        self._place = Place()
-        # Two windows more than texts need: the pass that is in vain, and rows that are done, write there.
-        self._size = -(-(self.slots + 2 * (nodes + model.horizon)) // 64) * 64
-        self.cache = Cache(layer_class_to_replicate=partial(SlotLayer, self._size, self._place))  # type: ignore[arg-type]
-        self._slots_L = torch.arange(self._size, device=self.device)
-        self._rows_B = torch.arange(rows, device=self.device)
-        # What one pass leaves to the next. lengths_B: tokens of the text in the cache; next_B: the fixed one behind them.
-        self._lengths_B = torch.ones(rows, dtype=torch.long, device=self.device)
-        self._next_B = torch.zeros(rows, dtype=torch.long, device=self.device)
-        self._passes = torch.zeros((), dtype=torch.long, device=self.device)
-        prompts = [self._next_B[:1]] * rows
-        self._hidden_BD = self._prefill(prompts)[0].clone()
-        self._out_BX: Tensor | None = None
-        self._step()  # an eager one first: it makes the cache's tensors and tells the shape of the outcome
-        self._replay = record(self._step, self.device)
+        self.model, self.drafter, self.uniforms, self.text = model, drafter, uniforms, text
+        self.process, self.timer = process, timer
 
-    @property
-    def forwards_run(self) -> int:
-        """Passes since the last `first`, counted on the device; waits for it."""
-        return int(self._passes)
-
-    @torch.inference_mode()
     def first(self, prompts: Sequence[Tensor]) -> Outcome:
-        assert len(prompts) == self.rows
-        self.cache.reset()  # a NaN that an earlier text left behind would count for more than the mask
-        hidden_BD, lengths_B = self._prefill(prompts)
-        target_B1V = self.model.target_log_probs(hidden_BD[:, None])
-        if self._noise is not None:
-            self._noise.direct = self.uniforms
-        verdict = self._strategy.verify(target_B1V, nothing(self._next_B[:, None]))
-        if self._noise is not None:
-            self._noise.direct = None
-        self._lengths_B.copy_(lengths_B)
-        self._hidden_BD.copy_(hidden_BD)
-        self._next_B.copy_(verdict.next_B.clamp(max=self.model.vocab_size - 1))
-        self._passes.fill_(1)
-        return _Copied(packed(verdict))
+        self.hidden_BSD = self.text.prefill(prompts)
+        return self._accept(nothing(prompts[0].new_zeros(len(prompts))))
 
-    @torch.inference_mode()
-    def next(self, kept: Sequence[int], going: Sequence[int], depth: int) -> Outcome:
-        if self._noise is not None:
-            assert self.uniforms is not None, "the loop gives the rows' generators"
-            self._noise.fill(self.uniforms)
-        self._replay()
-        assert self._out_BX is not None, "the first step made it"
-        return _Copied(self._out_BX)
+    def next(self, depth: int) -> Outcome:
+        proposal = propose(self.model, self.drafter, self.hidden_BD, self.pending_B, depth)
+        if depth:
+            self.timer("draft")
+        window_BS = torch.cat([self.pending_B[:, None], proposal.tokens_BK], dim=1)
+        self.hidden_BSD = self.text.run(window_BS, proposal.depth_BS, proposal.seen_BSS)
+        self.timer("trunk")
+        return self._accept(proposal)
 
-    def _prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, D) behind the prompts, whose tokens take the first slots, and the prompts' lengths (B,).
+    def _accept(self, proposal: Proposal) -> Outcome:
+        target_BSV = self.model.target_log_probs(self.hidden_BSD)
+        if self.process is not None:
+            target_BSV = self.process(target_BSV, proposal)
+        self.acceptance = self.drafter.verify(target_BSV, proposal)
+        return _Made(packed(self.acceptance))
 
-        Shorter prompts are padded behind their end; what is written there is written over before it counts.
-        """
-        lengths = [len(prompt) for prompt in prompts]
-        window_BT = torch.nn.utils.rnn.pad_sequence([prompt.long() for prompt in prompts], batch_first=True)
-        indices_BT = torch.arange(window_BT.shape[1], device=self.device).expand_as(window_BT)
-        mask = (self._slots_L <= indices_BT.unsqueeze(-1)).unsqueeze(1)
-        self._place.slots_BS = indices_BT
-        with sdpa_kernel(KERNELS):
-            hidden_BTD = self.model.hidden(window_BT, indices_BT, self.cache, mask)
-        lengths_B = torch.tensor(lengths, device=self.device)
-        return hidden_BTD[self._rows_B, lengths_B - 1], lengths_B
-
-    def _step(self) -> None:
-        """One pass, from the state to the state: everything on the device, every shape fixed."""
-        proposal = self.propose()
-        window_BS = torch.cat([self._next_B[:, None], proposal.tokens_BK], dim=1)
-        hidden_BSD = self.run(window_BS, proposal)
-        verdict = self._strategy.verify(self.model.target_log_probs(hidden_BSD), proposal)
-        if verdict.path_BJ is not None:
-            self._move(verdict.path_BJ)
-        self._lengths_B.add_(verdict.accepted_B).add_(1).clamp_(max=self._size - window_BS.shape[1])
-        self._hidden_BD.copy_(hidden_BSD[self._rows_B, last_accepted(verdict)])
-        torch.clamp(verdict.next_B, max=self.model.vocab_size - 1, out=self._next_B)
-        self._passes.add_(1)
-        self._out_BX = packed(verdict, self._out_BX)
-
-    def propose(self) -> Proposal:
-        """Drafts behind the fixed token."""
-        if self._noise is not None:
-            self._noise.rewind()
-        if not self._depth:
-            return nothing(self._next_B[:, None])
-        return propose(self.model, self._strategy, self._hidden_BD, self._next_B, self._depth)
-
-    def run(self, window_BS: Tensor, proposal: Proposal) -> Tensor:
-        """Hidden states (B, S, D) of a window behind the text, which stays as long as it is."""
-        steps_BS = self._slots_L[: window_BS.shape[1]].expand_as(window_BS)
-        slots_BS = self._place.slots_BS = self._lengths_B[:, None] + steps_BS
-        indices_BS = slots_BS if proposal.depth_BS is None else self._lengths_B[:, None] + proposal.depth_BS
-        positions_BS = indices_BS.clamp(max=self.model.context - 1)
-        behind_BL = self._slots_L - self._lengths_B[:, None]  # 0 at the fixed token's slot
-        if proposal.seen_BSS is None:
-            seen_BSL = behind_BL[:, None] <= steps_BS[:, :, None]
+    def commit(self, accepted: Sequence[int], going: Sequence[int]) -> None:
+        self.text.commit(accepted, self.acceptance.path_BJ)
+        if len(accepted) == 1 and self.acceptance.path_BJ is None:
+            self.hidden_BD = self.hidden_BSD[:, accepted[0]]
         else:
-            size = window_BS.shape[1]
-            index_BSL = behind_BL.clamp(0, size - 1)[:, None].expand(-1, size, -1)
-            inside_BSL = ((behind_BL >= 0) & (behind_BL < size))[:, None]
-            seen_BSL = (behind_BL < 0)[:, None] | (inside_BSL & proposal.seen_BSS.gather(2, index_BSL))
-        with sdpa_kernel(KERNELS):
-            return self.model.hidden(window_BS, positions_BS, self.cache, seen_BSL.unsqueeze(1))
-
-    def _move(self, path_BJ: Tensor) -> None:
-        """Keys and values of a tree's kept path go to the slots right behind the fixed token."""
-        start_B1 = self._lengths_B[:, None]
-        source_BJ = start_B1 + path_BJ
-        target_BJ = start_B1 + 1 + torch.arange(path_BJ.shape[1], device=self.device)
-        for layer in self.cache.layers:
-            assert isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None
-            for held in (layer.keys, layer.values):
-                shape = (-1, held.shape[1], -1, held.shape[3])
-                moved = held.gather(2, source_BJ[:, None, :, None].expand(*shape))
-                held.scatter_(2, target_BJ[:, None, :, None].expand(*shape), moved)
+            rows_B = torch.arange(len(accepted), device=self.hidden_BSD.device)
+            self.hidden_BD = self.hidden_BSD[rows_B, last_accepted(self.acceptance)]
+        self.pending_B = self.acceptance.next_B
+        if len(going) < len(accepted):
+            self.text.select(going)
+            self.hidden_BD, self.pending_B = self.hidden_BD[going], self.pending_B[going]
+            if self.uniforms is not None:
+                self.uniforms.select(going)
 
 
-class Captures:
-    """The captured passes of a model, kept for the next texts of the same kind; nothing off CUDA.
-
-    One kind is kept at a time. Weights that have moved or changed precision since are captured anew.
-    """
-
-    STEP = 256  # slots are made in multiples
-
-    def __init__(self, model: Any, on: str = "cuda") -> None:
-        self.model, self.on = model, on
-        self.kind: tuple[Any, ...] = ()
-        self.forwards: CapturedForwards | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy captures for itself."""
-        return Captures, (self.model, self.on)
-
-    def __call__(
-        self, rows: int, longest: int, sampling: Sampling, draft: str = "chain", nodes: int = 8
-    ) -> CapturedForwards | None:
-        """Passes for texts of at most `longest` tokens, prompt included; None where growing passes are to be used, or where the
-        texts exceed the context, which the loop refuses."""
-        weights = [*self.model.parameters(), *self.model.buffers()]
-        window = self.model.attention_window
-        most = self.model.context if window is None else min(window, self.model.context)
-        if weights[0].device.type != self.on or most < longest or self.model.draft_trunk is not None:
-            return None
-        kind = (rows, sampling, draft, nodes, *((each.data_ptr(), each.shape, each.dtype) for each in weights))
-        if self.forwards is None or self.kind != kind or self.forwards.slots < longest:
-            slots = min(-(-longest // self.STEP) * self.STEP, most)
-            self.forwards = None  # the old ones' memory first
-            self.forwards = CapturedForwards(self.model, rows, sampling, draft=draft, nodes=nodes, slots=slots)
-            self.kind = kind
-        return self.forwards
-
-
-class _Noise:
-    """Random numbers at fixed addresses: (B, count) for each call of a pass, in order. The first pass makes the places."""
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.rows, self.device = rows, device
-        self.indices: list[Tensor] = []
-        self.turn = 0
-        self.direct: Uniforms | None = None  # where the numbers come from outside of a replayed pass
-
-    def __call__(self, count: int) -> Tensor:
-        if self.direct is not None:
-            return self.direct(count)
-        if self.turn == len(self.indices):
-            self.indices.append(torch.zeros(self.rows, count, dtype=torch.float64, device=self.device))
-        self.turn += 1
-        return self.indices[self.turn - 1]
-
-    def rewind(self) -> None:
-        self.turn = 0
-
-    def fill(self, uniforms: Uniforms) -> None:
-        """The numbers of the next pass, drawn in the order in which it takes them."""
-        for index in self.indices:
-            index.copy_(uniforms(index.shape[1]))
-
-
-def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`step` as a recorded CUDA graph, to be replayed on the tensors it used; on other devices `step` itself."""
-    if device.type != "cuda":
-        return step
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(WARM_UPS):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def replay(keep: Callable[[], None] = step) -> None:
-        """The graph reads the tensors that the step holds: they live as long as it does."""
-        graph.replay()
-
-    return replay
-
-
-class _Copied:
-    """An outcome that the device writes to the host while it goes on."""
-
+class _Made:
     def __init__(self, packed_BX: Tensor) -> None:
-        self.event: torch.cuda.Event | None = None
-        if packed_BX.device.type == "cuda":
-            self.host_BX = torch.empty(packed_BX.shape, dtype=packed_BX.dtype, pin_memory=True)
-            self.host_BX.copy_(packed_BX, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.host_BX = packed_BX.clone()
+        self.packed_BX = packed_BX
 
     def read(self) -> list[list[int]]:
-        if self.event is not None:
-            self.event.synchronize()
-        rows: list[list[int]] = self.host_BX.tolist()
+        rows: list[list[int]] = self.packed_BX.tolist()
         return rows

@@ -1,8 +1,8 @@
-"""Prompt lookup, a baseline without parameters: the text repeats itself, so that what followed these tokens may follow again.
+"""Prompt lookup, a baseline without parameters: text repeats itself, so what followed these tokens may follow again.
 
 The last few tokens are looked up in the text so far, the longest n-gram first, its latest occurrence; the draft is what
-followed there. A draft is certain, so that its law is all on one token: the acceptance test then keeps it with the
-probability that the target itself would have chosen it, and decoding stays lossless.
+followed there. All of the draft distribution q is on that token: the acceptance test then accepts it with the probability
+that the target itself would have chosen it, and decoding stays lossless.
 
 Letters: B batch (1), K drafts, V vocabulary.
 """
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpdlm.decoding.filtering import Sampling
-from cpdlm.decoding.forwards import DraftingModel
-from cpdlm.decoding.loop import Decoded, decode
+from cpdlm.decoding.loop import Decoded, Options, decode
+from cpdlm.decoding.model import DraftingModel, ModelProxy
 from cpdlm.model.joint import Joint
 
 
@@ -51,30 +50,17 @@ class Lookup:
         return [self.text[source + k % period] for k in range(count)]
 
 
-class LookupModel:
+class LookupModel(ModelProxy):
     """A model whose drafts come from the text instead of its heads; serves one row."""
 
+    draft_ids = None
+
     def __init__(self, base: DraftingModel, lookup: Lookup, horizon: int) -> None:
-        self.base, self.lookup = base, lookup
-        self.horizon, self.vocab_size, self.context = horizon, base.vocab_size, base.context
-
-    @property
-    def training(self) -> bool:
-        return bool(getattr(self.base, "training", False))
-
-    def new_cache(self) -> Any:
-        return self.base.new_cache()
-
-    def hidden(
-        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
-    ) -> Tensor:
-        return self.base.hidden(tokens_BT, position_ids_BT, cache, mask)
-
-    def target_log_probs(self, hidden: Tensor) -> Tensor:
-        return self.base.target_log_probs(hidden)
+        super().__init__(base)
+        self.lookup, self.horizon = lookup, horizon
 
     def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Joint:
-        """All on one window. The fixed token is the last of the lookup's text."""
+        """All on one window. The pending token is the last of the lookup's text."""
         tokens_K = torch.tensor(self.lookup.draft(self.horizon - 1), device=hidden_BD.device)
         certain_KV = torch.full((len(tokens_K), self.vocab_size), -math.inf, device=hidden_BD.device)
         certain_KV.scatter_(1, tokens_K[:, None], 0.0)
@@ -90,9 +76,8 @@ def decode_with_lookup(
     *,
     horizon: int = 4,
     longest: int = 3,
-    **options: Any,
 ) -> Decoded:
-    """`decode`, with drafts from the text so far. horizon: tokens of a window, the fixed one included. longest: n-gram."""
+    """`decode`, with drafts from the text so far. horizon: tokens of a window, the pending one included. longest: n-gram."""
     lookup = Lookup(prompt_T.tolist(), longest)
-    looking = LookupModel(model, lookup, horizon)
-    return decode(looking, prompt_T, max_new_tokens, sampling, generator, on_tokens=lookup.extend, **options)
+    options = Options(on_tokens=lambda row, tokens: lookup.extend(tokens))
+    return decode(LookupModel(model, lookup, horizon), prompt_T, max_new_tokens, sampling, generator, options=options)

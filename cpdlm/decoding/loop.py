@@ -1,17 +1,16 @@
-"""The decoding loop: plain, greedy and sampled generation, one row or many, are this one loop with other strategies.
+"""The decoding loop: draft, target forward, accept, commit. Autoregressive, greedy and sampled generation are this one loop.
 
-One pass of the trunk runs over a window: the token already fixed, x_{t+1}, and drafts of what follows, made from the
-hidden state before it. It yields the target behind every token of the window; the strategy keeps some of the drafts and
-draws the token after them, which becomes the next fixed token. The first window is the prompt, with no drafts. Plain
-decoding has no drafts throughout.
+A target forward runs over a window: the pending token x_{t+1}, which is decided already, and drafts of what follows it.
+The drafter makes them from the hidden state before the pending token. The forward yields the target p behind every token
+of the window; the drafter accepts some of its drafts and draws the token after them, the next pending token. The first
+window is the prompt, without drafts. Autoregressive decoding has no drafts throughout.
 
-Every pass emits the drafts that it keeps and the token after them, 1 to N tokens; the pass over the prompt emits one.
-So the tokens are the sum over passes, plain decoding has exactly one token per pass, and depth k means x_{t+k}.
+Every target forward emits the drafts that it accepts and the token after them, 1 to N tokens; the prompt's forward emits
+one. So the tokens are the sum over target forwards, and depth k means x_{t+k}.
 
-Rows of a batch share the passes and nothing else: each has its own generator, stops by itself and then leaves.
+Rows of a batch share the target forwards and nothing else: each has its own generator, stops by itself and then leaves.
 
-Letters: B rows still written, T position, S = K+1 positions of a window, K drafts, J longest path through them,
-N horizon, V vocabulary, D width.
+Letters: B rows still written, T position, S = K+1 positions of a window, K drafts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,27 +18,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from cpdlm.decoding.cache import Text
+from cpdlm.decoding.captured import CapturedForwards
 from cpdlm.decoding.drafters import Maker, Proposal, Uniforms, make_drafter
 from cpdlm.decoding.filtering import Sampling
-from cpdlm.decoding.forwards import CapturedForwards
-from cpdlm.decoding.step import DraftingModel, Forwards, GrowingForwards
-
-PLAIN = Sampling()
+from cpdlm.decoding.forwards import Forwards, GrowingForwards
+from cpdlm.decoding.model import DraftingModel
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What was written, and what each pass of the trunk did for it.
+    """What was written, and what each target forward did for it.
 
-    tokens: the new ids. emitted: tokens of each pass (the first is the pass over the prompt); they sum to len(tokens).
-    reached, accepted: per depth 2..N, how many drafts were tested there (that is, all before them were kept) and how
-    many of those were kept. Drafts behind an end-of-sequence token count as neither.
+    tokens: the new ids. emitted: tokens of each target forward, the prompt's first; they sum to len(tokens). reached: per
+    depth 2..N, how many drafts were tested there, that is, all before them were accepted. accepted: how many of those were
+    accepted. Drafts behind an end-of-sequence token count as neither.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -52,20 +49,51 @@ class Decoded:
         return len(self.emitted)
 
 
+def _no_timer(part: str) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What few calls of `decode` need.
+
+    nodes: drafts of a tree, or width of a beam. use_cache=False recomputes the whole text in every target forward: the
+    same tokens, slower. forwards: made once for this model, number of rows, sampling and draft, `CapturedForwards` make
+    every target forward with the same tensors, as a GPU wants it; they take no target_scores.
+
+    target_scores(row, tokens so far, scores_V) -> scores_V changes the target, for logits processors such as repetition
+    penalties. It replaces the filters of `sampling` on the target; drafts still follow `sampling`. stop(row, tokens so far)
+    ends a row after the last of those tokens. on_tokens(row, tokens) receives what each target forward emits. timer(part)
+    is called at the end of each stretch of work: "prefill", "draft", "trunk", "verify" (target p, acceptance) or "other".
+    """
+
+    nodes: int = 8
+    use_cache: bool = True
+    forwards: CapturedForwards | None = None
+    target_scores: Callable[[int, list[int], Tensor], Tensor] | None = None
+    stop: Callable[[int, list[int]], bool] | None = None
+    on_tokens: Callable[[int, list[int]], None] | None = None
+    timer: Callable[[str], None] = _no_timer
+
+
+UNFILTERED, DEFAULTS = Sampling(), Options()
+
+
 def decode(
     model: DraftingModel,
     prompt_T: Tensor,
     max_new_tokens: int,
-    sampling: Sampling = PLAIN,
+    sampling: Sampling = UNFILTERED,
     generator: torch.Generator | None = None,
     *,
-    on_tokens: Callable[[list[int]], None] | None = None,
-    **options: Any,
+    draft: str | Maker = "chain",
+    eos: int | Sequence[int] | None = None,
+    options: Options = DEFAULTS,
 ) -> Decoded:
-    """`decode_batch` of one row. on_tokens receives the tokens of each pass as they are fixed."""
-    say = None if on_tokens is None else lambda row, tokens: on_tokens(tokens)
+    """`decode_batch` of one row."""
     generators = None if generator is None else [generator]
-    return decode_batch(model, [prompt_T], max_new_tokens, sampling, generators, on_tokens=say, **options)[0]
+    rows = decode_batch(model, [prompt_T], max_new_tokens, sampling, generators, draft=draft, eos=eos, options=options)
+    return rows[0]
 
 
 @torch.inference_mode()
@@ -73,203 +101,154 @@ def decode_batch(
     model: DraftingModel,
     prompts: Sequence[Tensor],
     max_new_tokens: int,
-    sampling: Sampling = PLAIN,
+    sampling: Sampling = UNFILTERED,
     generators: Sequence[torch.Generator] | None = None,
     *,
-    eos: int | Sequence[int] | None = None,
     draft: str | Maker = "chain",
-    nodes: int = 8,
-    use_cache: bool = True,
-    target_scores: Callable[[int, list[int], Tensor], Tensor] | None = None,
-    stop: Callable[[int, list[int]], bool] | None = None,
-    on_tokens: Callable[[int, list[int]], None] | None = None,
-    clock: Callable[[str], None] | None = None,
-    forwards: CapturedForwards | None = None,
+    eos: int | Sequence[int] | None = None,
+    options: Options = DEFAULTS,
 ) -> list[Decoded]:
-    """Writes max_new_tokens tokens after each prompt, or fewer if eos comes first (eos is kept), with the target's law.
+    """Writes max_new_tokens tokens after each prompt, distributed as the target; fewer where eos comes first.
 
     prompts: (T,) ids each, on the model's device, of any lengths. generators: one per row, from which every random number
-    of that row comes; greedy needs none. eos: one id or several. draft: a name of `strategies.STRATEGIES` ("none" is plain
-    decoding), or what makes a strategy for a model whose draft law is no `Joint`. nodes: size of a tree, width of a beam. use_cache=False recomputes the whole sequence in every pass: same tokens, slower.
-
-    target_scores(row, tokens so far, scores_V) -> scores_V changes the target (for logits processors: repetition penalties
-    and the like) and then takes the place of `sampling`'s own filters there; drafts still follow `sampling`. stop(row,
-    tokens so far) ends a row after the last of those tokens. on_tokens(row, tokens) receives what each pass fixed. clock(part) is called at
-    the end of each stretch of work: "prefill", "draft", "trunk", "verify" (target law and acceptance test) or "other". passes: made once for this model, sampling
-    and draft, they make every pass with the same tensors (`captured`), which is what a GPU wants; without target_scores.
+    of that row comes; greedy needs none. draft: a name in `DRAFTERS` ("none" is autoregressive), or what makes a drafter
+    for a model whose draft distribution is no `Joint`. eos: one id or several; it is written, and ends its row.
 
     Raises ValueError, before any work, on no prompt, an empty one, ids outside the vocabulary, max_new_tokens below 1,
     prompt and new tokens beyond the model's context, sampling without a generator per row, a model in training mode; and,
     when it happens, on a target of NaN or -inf alone, naming the position.
     """
     _check(model, prompts, max_new_tokens, sampling, generators)
-    prompts = [prompt_T.long() for prompt_T in prompts]
-    device, timer = prompts[0].device, clock or _no_clock
-    ends = frozenset([eos] if isinstance(eos, int) else eos or [])
-    depths = model.horizon - 1
-    deepest = 0 if draft == "none" else depths
-    written = [Decoded(reached=[0] * depths, accepted=[0] * depths) for _ in prompts]
-    rows = list(range(len(prompts)))  # rows of the passes
-    done = set[int]()  # those of them that are written to their end
+    texts = _Texts([prompt_T.long() for prompt_T in prompts], max_new_tokens, eos, model, options)
+    device, timer, deepest = prompts[0].device, options.timer, 0 if draft == "none" else model.horizon - 1
     uniforms = Uniforms(generators, device) if generators and not sampling.greedy else None
-    if forwards is not None:
-        _check_forwards(forwards, model, len(prompts), sampling, draft, nodes, target_scores is not None, use_cache)
-        longest = max(len(prompt_T) for prompt_T in prompts)
-        if longest + max_new_tokens > forwards.slots:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {forwards.slots} slots of the captured "
-                f"passes; make them with slots={longest + max_new_tokens} or more"
-            )
-        forwards.uniforms = uniforms
-        made: Forwards = forwards
+    changes = options.target_scores is not None
+    forwards: Forwards
+    if options.forwards is None:
+        drafter = make_drafter(draft, sampling, uniforms, options.nodes, processed=changes)
+        process = texts.processed if changes else None
+        text = Text(model, len(prompts), device, options.use_cache)
+        forwards = GrowingForwards(model, drafter, uniforms, text, process, timer)
     else:
-        drafter = make_drafter(draft, sampling, uniforms, nodes, processed=target_scores is not None)
-
-        def process(target_BSV: Tensor, proposal: Proposal) -> Tensor:
-            assert target_scores is not None
-            return _processed(target_scores, target_BSV, proposal, rows, written, ends)
-
-        made = GrowingForwards(
-            model,
-            drafter,
-            uniforms,
-            len(prompts),
-            device,
-            use_cache,
-            process if target_scores is not None else None,
-            timer,
-        )
+        if changes or not options.use_cache:
+            raise ValueError("captured forwards have neither target_scores nor use_cache=False; leave out `forwards`")
+        options.forwards.check(model, len(prompts), sampling, draft, options.nodes, texts.longest)
+        options.forwards.uniforms = uniforms
+        forwards = options.forwards
     timer("other")
-    outcome, first = made.first(prompts), True
+    outcome, part = forwards.first(texts.prompts), "prefill"
     while True:
-        # Passes that do not wait for the host are one ahead of it; the last one is then in vain.
-        ahead = made.next([], [], deepest) if made.runs_ahead else None
+        # Forwards that do not wait for the host are one ahead of it; the last one is then in vain.
+        ahead = forwards.next(deepest) if forwards.runs_ahead else None
         host = outcome.read()
-        timer("prefill" if first else "verify")
-        first = False
-        kept, going = [], []
-        for index, (row, (keep, *proposed, following)) in enumerate(zip(rows, host, strict=True)):
-            kept.append(keep)
-            if row in done:
-                continue
-            if following >= model.vocab_size:
-                raise ValueError(_broken(prompts[row], len(written[row].tokens) + keep, row, len(prompts)))
-            new = _emit(
-                written[row],
-                [*proposed[:keep], following],
-                min(keep + 1, len(proposed)),
-                max_new_tokens,
-                ends,
-                None if stop is None else partial(stop, row),
-            )
-            if on_tokens is not None:
-                on_tokens(row, new.tokens)
-            if new.last:
-                done.add(row)
-            else:
-                going.append(index)
+        timer(part)
+        part = "verify"
+        accepted, going = texts.commit(host)
         if not going:
             timer("other")
-            return written
+            return texts.written
         if ahead is not None:
             outcome = ahead
             continue
-        rows = [rows[index] for index in going]
-        depth = min(deepest, max(max_new_tokens - len(written[row].tokens) for row in rows) - 1)
-        outcome = made.next(kept, going, depth)
+        texts.select(going)
+        forwards.commit(accepted, going)
+        timer("other")
+        outcome = forwards.next(min(deepest, texts.room - 1))
 
 
-@dataclass(frozen=True)
-class _New:
-    tokens: list[int]
-    last: bool
+class _Texts:
+    """The books: what each row has written, which rows are in the next target forward, and where each one ends."""
+
+    def __init__(
+        self,
+        prompts: list[Tensor],
+        max_new_tokens: int,
+        eos: int | Sequence[int] | None,
+        model: DraftingModel,
+        options: Options,
+    ) -> None:
+        self.prompts, self.most, self.vocab_size, self.options = prompts, max_new_tokens, model.vocab_size, options
+        self.ends = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self.longest = max(len(prompt_T) for prompt_T in prompts) + max_new_tokens
+        depths = model.horizon - 1
+        self.written = [Decoded(reached=[0] * depths, accepted=[0] * depths) for _ in prompts]
+        self.rows = list(range(len(prompts)))
+        self.done: set[int] = set()
+
+    @property
+    def room(self) -> int:
+        """The most tokens that a row may still write."""
+        return max(self.most - len(self.written[row].tokens) for row in self.rows)
+
+    def select(self, going: list[int]) -> None:
+        self.rows = [self.rows[index] for index in going]
+
+    def commit(self, host: list[list[int]]) -> tuple[list[int], list[int]]:
+        """host: `Outcome.read`. -> the number of accepted drafts per row, and the indices of rows that go on."""
+        going = []
+        for index, (row, (accepted, *drafts, following)) in enumerate(zip(self.rows, host, strict=True)):
+            if row in self.done:
+                continue
+            if following >= self.vocab_size:
+                raise ValueError(self._broken(row, accepted))
+            tokens = self._emit(row, [*drafts[:accepted], following], min(accepted + 1, len(drafts)))
+            if self.options.on_tokens is not None:
+                self.options.on_tokens(row, tokens)
+            if row not in self.done:
+                going.append(index)
+        return [accepted for accepted, *_ in host], going
+
+    def _emit(self, row: int, tokens: list[int], tested: int) -> list[int]:
+        """Append a target forward's tokens to what the row has written, up to where it ends; those that it took."""
+        written, stop, accepted = self.written[row], self.options.stop, len(tokens) - 1
+        for index, token in enumerate(tokens):
+            written.tokens.append(token)
+            full = len(written.tokens) == self.most
+            if full or token in self.ends or (stop is not None and stop(row, written.tokens)):
+                self.done.add(row)
+                tokens = tokens[: index + 1]
+                break
+        written.emitted.append(len(tokens))
+        # A draft behind the end was neither reached nor accepted.
+        for depth in range(min(tested, len(tokens))):
+            written.reached[depth] += 1
+            written.accepted[depth] += depth < accepted
+        return tokens
+
+    def _broken(self, row: int, accepted: int) -> str:
+        which, prompt = f" of row {row}" if len(self.prompts) > 1 else "", len(self.prompts[row])
+        return (
+            f"the target distribution of token {prompt + len(self.written[row].tokens) + accepted}{which} (the prompt is "
+            f"0..{prompt - 1}) is NaN or -inf alone; check the weights (a diverged run?) or use a wider precision"
+        )
+
+    def processed(self, target_BSV: Tensor, proposal: Proposal) -> Tensor:
+        """The caller's scores at every token of the window, each given the tokens before it.
+
+        Behind a draft that these scores rule out, or that ends the row, nothing is read; the caller is not asked about
+        texts that cannot come about.
+        """
+        target_scores = self.options.target_scores
+        assert target_scores is not None
+        drafts = proposal.tokens_BK.tolist()
+        parents = proposal.parents_BK.tolist() if proposal.parents_BK is not None else None
+        changed = []
+        for b, row in enumerate(self.rows):
+            texts: list[list[int] | None] = [self.written[row].tokens]
+            scores = [target_scores(row, self.written[row].tokens, target_BSV[b, 0])]
+            for k, token in enumerate(drafts[b]):
+                parent = k if parents is None else parents[b][k]
+                before = texts[parent]
+                possible = before is not None and token not in self.ends and float(scores[parent][token]) > -math.inf
+                text = [*before, token] if before is not None and possible else None
+                target_V = target_BSV[b, k + 1]
+                scores.append(target_V.to(scores[0].dtype) if text is None else target_scores(row, text, target_V))
+                texts.append(text)
+            changed.append(torch.stack(scores))
+        return torch.stack(changed)
 
 
-def _emit(
-    done: Decoded,
-    new: list[int],
-    tested: int,
-    most: int,
-    ends: frozenset[int],
-    stop: Callable[[list[int]], bool] | None,
-) -> _New:
-    """Append one pass's tokens to what a row has written, up to where it ends."""
-    proposed, kept, last = tested, len(new) - 1, False
-    for index in range(min(len(new), most - len(done.tokens))):
-        done.tokens.append(new[index])
-        last = new[index] in ends or len(done.tokens) == most or (stop is not None and stop(done.tokens))
-        if last:
-            new = new[: index + 1]
-            break
-    done.emitted.append(len(new))
-    # A draft behind the end was neither reached nor accepted.
-    for depth in range(min(proposed, len(new))):
-        done.reached[depth] += 1
-        done.accepted[depth] += depth < kept
-    return _New(new, last)
-
-
-def _processed(
-    target_scores: Callable[[int, list[int], Tensor], Tensor],
-    target_BSV: Tensor,
-    proposal: Proposal,
-    rows: list[int],
-    written: list[Decoded],
-    ends: frozenset[int],
-) -> Tensor:
-    """The caller's scores at every token of the window, each given the tokens before it.
-
-    Behind a draft that these scores rule out, or that ends the row, nothing is read; the caller is not asked about texts
-    that cannot come about.
-    """
-    drafts = proposal.tokens_BK.tolist()
-    parents = proposal.parents_BK.tolist() if proposal.parents_BK is not None else None
-    changed = []
-    for b, row in enumerate(rows):
-        texts: list[list[int] | None] = [written[row].tokens]
-        scores = [target_scores(row, written[row].tokens, target_BSV[b, 0])]
-        for k, token in enumerate(drafts[b]):
-            parent = k if parents is None else parents[b][k]
-            before = texts[parent]
-            possible = before is not None and token not in ends and float(scores[parent][token]) > -math.inf
-            text = [*before, token] if before is not None and possible else None
-            target_V = target_BSV[b, k + 1]
-            scores.append(target_scores(row, text, target_V) if text is not None else target_V.to(scores[0].dtype))
-            texts.append(text)
-        changed.append(torch.stack(scores))
-    return torch.stack(changed)
-
-
-def _no_clock(part: str) -> None:
-    return None
-
-
-def _broken(prompt_T: Tensor, written: int, row: int, rows: int) -> str:
-    which = f" of row {row}" if rows > 1 else ""
-    return (
-        f"the target law of token {len(prompt_T) + written}{which} (the prompt is 0..{len(prompt_T) - 1}) is NaN or -inf alone; "
-        "check the weights (a diverged run?) or use a wider precision"
-    )
-
-
-def _check_forwards(
-    forwards: CapturedForwards,
-    model: DraftingModel,
-    rows: int,
-    sampling: Sampling,
-    draft: str | Maker,
-    nodes: int,
-    processed: bool,
-    use_cache: bool,
-) -> None:
-    if processed or not use_cache:
-        raise ValueError("captured passes have neither target_scores nor use_cache=False; call without `passes`")
-    asked = (model, rows, sampling, draft, nodes if draft in ("tree", "window", "path") else forwards.nodes)
-    made = (forwards.model, forwards.rows, forwards.sampling, forwards.draft, forwards.nodes)
-    for what, ours, theirs in zip(("model", "rows", "sampling", "draft", "nodes"), made, asked, strict=True):
-        if ours is not theirs and (what == "model" or ours != theirs):
-            shown = "" if what == "model" else f" {ours!r}, not {theirs!r}"
-            raise ValueError(f"the passes were captured for another {what}{shown}; make CapturedPasses for this one")
+# --- refusals -----------------------------------------------------------------------------------------------------------
 
 
 def _check(
@@ -289,8 +268,8 @@ def _check(
         )
     if generators and len(generators) != len(prompts):
         raise ValueError(f"{len(generators)} generators for {len(prompts)} prompts; pass one for each row")
-    if getattr(model, "training", False):
-        raise ValueError("the model is in training mode, where its law may be random; call model.eval() first")
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
 
 
 def _check_prompt(model: DraftingModel, prompt_T: Tensor, max_new_tokens: int) -> None:

@@ -24,7 +24,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, logits_process
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from cpdlm.decoding import Sampling, decode_batch
+from cpdlm.decoding import ModelProxy, Options, Sampling, decode_batch
 
 if TYPE_CHECKING:
     from cpdlm.hf.model import CpdlmForCausalLM
@@ -232,14 +232,16 @@ def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, draft: str, 
         most,
         sampling,
         generators,
-        eos=ends,
         draft=draft,
-        nodes=nodes,
-        use_cache=options.use_cache is not False,
-        target_scores=None if exactly else call.target_scores(),
-        stop=stop,
-        on_tokens=stream.put if stream is not None else None,
-        forwards=forwards,
+        eos=ends,
+        options=Options(
+            nodes=nodes,
+            use_cache=options.use_cache is not False,
+            forwards=forwards,
+            target_scores=None if exactly else call.target_scores(),
+            stop=stop,
+            on_tokens=stream.put if stream is not None else None,
+        ),
     )
     if stream is not None:
         stream.end(pad)
@@ -320,14 +322,12 @@ def _row_blind(processor: Any) -> bool:
     return type(processor) in _ROW_BLIND
 
 
-class _WithScores:
+class _WithScores(ModelProxy):
     """The model with the scores that processors expect in place of log-probabilities."""
 
     def __init__(self, wrapped: CpdlmForCausalLM) -> None:
-        self._model, self.target_log_probs = wrapped.model, wrapped.scores
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        super().__init__(wrapped.model)
+        self.target_log_probs = wrapped.scores
 
 
 class _Stream:

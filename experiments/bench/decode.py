@@ -52,7 +52,7 @@ from cpdlm.bench.memory import working_memory
 from cpdlm.config import Config
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import load_corpus
-from cpdlm.decoding import Decoded, Sampling, decode, decode_batch
+from cpdlm.decoding import Decoded, Options, Sampling, decode, decode_batch
 from cpdlm.decoding.lookup import decode_with_lookup
 from cpdlm.files import check_writable, write_json
 from cpdlm.model.language_model import LanguageModel
@@ -156,9 +156,8 @@ class Bench:
     def ours(self, model: LanguageModel, sampling: Sampling, drafter: str) -> Contender:
         def run(prompt_T: Tensor, seed: int) -> Decoded:
             generator = torch.Generator(prompt_T.device).manual_seed(seed)
-            return decode(
-                model, prompt_T, self.new_tokens, sampling, generator, draft=drafter, nodes=self.options.nodes
-            )
+            options = Options(nodes=self.options.nodes)
+            return decode(model, prompt_T, self.new_tokens, sampling, generator, draft=drafter, options=options)
 
         return run
 
@@ -396,7 +395,7 @@ def _batch(model: LanguageModel, sampling: Sampling, drafter: str, draws: int, b
                 sampling,
                 generators,
                 draft=drafter,
-                nodes=bench.options.nodes,
+                options=Options(nodes=bench.options.nodes),
             )
         )
     return [list(prompt) for prompt in zip(*found, strict=True)]

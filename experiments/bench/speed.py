@@ -13,7 +13,7 @@ Contenders of a group (one dtype, mode and batch: plain decoding, `generate` on 
 one process, single calls are timed right after the decoding that they explain, and ratios are taken within a repeat.
 Speed-ups count the prompt's pass; passes against the floor do not.
 
-On a GPU passes are captured (`cpdlm.decoding.forwards`) and so are the calls that they are held against, timed REPLAYS in a row, as
+On a GPU passes are captured (`cpdlm.decoding.captured`) and so are the calls that they are held against, timed REPLAYS in a row, as
 decoding replays them; the ranks of --batch-ranks at the first horizon and the last dtype are measured with launched kernels,
 too (`captured: false`).
 
@@ -43,7 +43,7 @@ from torch import Tensor
 
 from cpdlm.bench.latency import Clock, Generate, hugging_face
 from cpdlm.config import SIZES, resolve
-from cpdlm.decoding import CapturedForwards, Decoded, Sampling, decode_batch, forwards, loop
+from cpdlm.decoding import CapturedForwards, Decoded, Options, Sampling, captured, decode_batch, loop
 from cpdlm.decoding.drafters import Acceptance, Drafter, Proposal, Uniforms, make_drafter, nothing
 from cpdlm.files import write_json
 from cpdlm.model.joint import Joint
@@ -98,7 +98,7 @@ def forced(horizon: int) -> Iterator[None]:
     def make(*arguments: Any, **options: Any) -> Forced:
         return Forced(make_drafter(*arguments, **options), horizon)
 
-    with mock.patch.object(loop, "make_drafter", make), mock.patch.object(forwards, "make_drafter", make):
+    with mock.patch.object(loop, "make_drafter", make), mock.patch.object(captured, "make_drafter", make):
         yield
 
 
@@ -169,7 +169,13 @@ def _decode(
     generators = [torch.Generator(prompts_BT.device).manual_seed(row) for row in range(len(prompts_BT))]
     with forced(model.horizon):
         return decode_batch(
-            model, list(prompts_BT), new_tokens, sampling, generators, draft=draft, clock=timer, forwards=passes
+            model,
+            list(prompts_BT),
+            new_tokens,
+            sampling,
+            generators,
+            draft=draft,
+            options=Options(forwards=passes, timer=timer),
         )
 
 
@@ -240,7 +246,7 @@ class CapturedParts:
             def draft() -> None:
                 passes.propose()
 
-            self.graphs[passes] = forwards.record(target, passes.device), forwards.record(draft, passes.device)
+            self.graphs[passes] = captured.record(target, passes.device), captured.record(draft, passes.device)
         target_graph, draft_graph = self.graphs[passes]
         window = [self._timed(target_graph) for _ in range(calls)]
         return float(np.median(window)), float(np.median([self._timed(draft_graph) for _ in range(calls)])) * drafts
