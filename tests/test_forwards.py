@@ -224,10 +224,10 @@ def test_a_model_in_training_mode_is_not_recorded() -> None:
 
 def test_nothing_is_captured_for_texts_beyond_the_context() -> None:
     model = CpdlmForCausalLM.from_language_model(copy.deepcopy(real("cpu")))
-    model._captures.on = "cpu"
+    model.captures.on = "cpu"
     with pytest.raises(ValueError, match="exceed the model's context of 96; pass max_new_tokens of at most 93"):
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=10_000, pad_token_id=0)
-    assert model._captures.forwards is None
+    assert model.captures.forwards is None
 
 
 def test_captures_are_kept_for_the_next_text_of_the_same_kind() -> None:
@@ -256,10 +256,10 @@ def test_generate_of_the_library_takes_captured_passes() -> None:
     ids = torch.randint(3, 61, (2, 7))
     options = {"max_new_tokens": 30, "eos_token_id": None, "pad_token_id": 0}
     growing = model.generate(ids, **options)
-    model._captures.on = "cpu"
+    model.captures.on = "cpu"
     assert torch.equal(model.generate(ids, **options), growing)
-    forwards = model._captures.forwards
+    forwards = model.captures.forwards
     assert forwards is not None and forwards.forwards_run > 1
     model.generate(ids, repetition_penalty=1.3, **options)
     model.generate(ids, do_sample=True, temperature=0.7, **options)
-    assert model._captures.forwards is not None and model._captures.forwards.sampling == Sampling(0.7, 50)
+    assert model.captures.forwards is not None and model.captures.forwards.sampling == Sampling(0.7, 50)
