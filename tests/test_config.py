@@ -25,6 +25,7 @@ from cpdlm.config import (
     resolve,
     to_dict,
 )
+from cpdlm.config.reading import OBSOLETE
 
 BAD: list[tuple[str, str]] = [
     # words and names
@@ -250,7 +251,7 @@ def test_a_foreign_config_is_refused() -> None:
         from_dict({"rank": 0})
 
 
-def test_earlier_names_of_settings_are_read() -> None:
+def test_earlier_settings_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     frozen = {"model.trunk": "a folder"}
     new = resolve(frozen | {"loss.draft_vocabulary": 5, "decode.draft_vocabulary": 7})
     assert resolve(frozen | {"loss.shortlist": 5, "decode.shortlist": 7}) == new
@@ -258,6 +259,11 @@ def test_earlier_names_of_settings_are_read() -> None:
     for group in ("loss", "decode"):
         saved[group]["shortlist"] = saved[group].pop("draft_vocabulary")
     assert from_dict(saved) == new and "shortlist" in saved["loss"], "what was read is not changed"
+    for group, name in (key.split(".") for key in OBSOLETE):
+        saved[group][name] = 2
+    assert from_dict(saved) == new
+    assert parse([f"{key}=2" for key in OBSOLETE]) == Config()
+    assert "data.processes=2 is ignored: " in capsys.readouterr().err
     later = parse(["preset=retrofit", "model=m", "decode.draft_vocabulary=7", "decode.shortlist=9"])
     assert later.decode.draft_vocabulary == 9 and later.loss.draft_vocabulary == 8192
 

@@ -6,10 +6,6 @@ Local folders of JSON lines, through `datasets` itself.
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +18,6 @@ from cpdlm.data.texts import Chosen, FileTexts
 from cpdlm.files import locked
 
 SHARDS, DOCUMENTS = 3, 400
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +45,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(tmp_path: Path, dataset: Path, **changes: object) -> Config:
-    settings = {"data.cache": str(tmp_path / "cache"), "corpus": f"hf:{dataset}", "data.processes": 1}
+    settings = {"data.cache": str(tmp_path / "cache"), "corpus": f"hf:{dataset}"}
     return resolve(settings | {key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -89,17 +84,17 @@ def test_a_killed_reader_goes_on_behind_its_last_note(
     for kill in [*kills, 10**6]:
         session: list[int] = []
 
-        def in_vocabulary(size: int, session: list[int] = session, kill: int = kill) -> None:
+        def advance(size: int, session: list[int] = session, kill: int = kill) -> None:
             session.append(size)
             if len(session) == kill:
                 raise Killed
 
         try:
-            read_shards(stream, streams._open(stream), wait=True, in_vocabulary=in_vocabulary)
+            read_shards(stream, streams._open(stream), wait=True, advance=advance)
         except Killed:
             assert len(session) == kill
         read += sum(session)
-    fetch_stream(stream, 1, progress=False)
+    fetch_stream(stream, progress=False)
     assert list(stream.texts()) == story, "a document is lost or repeated"
     assert read - sum(map(len, story)) <= len(kills) * (1000 + 20), "more is read again than lay behind the last note"
 
@@ -108,53 +103,8 @@ def test_shards_of_another_process_are_left_to_it(dataset: Path, tmp_path: Path)
     stream = Stream(str(dataset), 10**6, tmp_path)
     stream.shards.mkdir(parents=True)
     with locked(stream.shards / "1.lock"):
-        read_shards(stream, streams._open(stream), wait=False, in_vocabulary=lambda size: None)
+        read_shards(stream, streams._open(stream), wait=False, advance=lambda size: None)
     assert sorted(path.name for path in stream.shards.glob("*.json")) == ["0.json", "2.json"]
-
-
-@pytest.mark.slow
-def test_processes_read_what_one_reads(dataset: Path, story: list[bytes], tmp_path: Path) -> None:
-    stream = Stream(str(dataset), 12_000, tmp_path)
-    fetch_stream(stream, 2, progress=False)
-    assert list(stream.texts()) == until(story, 12_000)
-
-
-FETCH = """
-import sys
-from pathlib import Path
-from cpdlm.data.streams import Stream, fetch_stream
-if __name__ == "__main__":
-    fetch_stream(Stream(sys.argv[1], 10**9, Path(sys.argv[2])), 2, progress=False)
-"""
-
-
-@pytest.mark.slow
-def test_finished_shards_survive_kill_9(tmp_path: Path) -> None:
-    """Two processes are reading when the first is killed; the others end with it, and what was whole is not read again."""
-    (tmp_path / "large").mkdir()
-    for shard in range(4):
-        rows = (json.dumps({"text": f"shard {shard} story {i} " * 4}) + "\n" for i in range(30_000))
-        (tmp_path / "large" / f"{shard}.jsonl").write_text("".join(rows))
-    stream = Stream(str(tmp_path / "large"), 10**9, tmp_path)
-    command = [sys.executable, "-c", FETCH, stream.name, str(tmp_path)]
-    reader = subprocess.Popen(command, cwd=ROOT)
-    end = time.monotonic() + 120
-    while not (stream.shards / "0.json").exists():
-        assert reader.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
-    children = Path(f"/proc/{reader.pid}/task/{reader.pid}/children").read_text().split()
-    reader.send_signal(signal.SIGKILL)
-    reader.wait()
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < end, "a process outlives the one that started it"
-        time.sleep(0.05)
-    assert not (stream.folder / "meta.json").exists()
-    mark = b"only here"
-    with open(stream.shards / "0.bin", "r+b") as whole:
-        whole.write(mark)
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
-    texts = stream.texts()
-    assert len(texts) == 120_000 and texts[0].startswith(mark) and texts[119_999].startswith(b"shard 3 story 29999 ")
 
 
 def test_errors_say_what_to_type(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ LEAST: dict[str, int] = {
     "data.batch_rows": 1,
     "data.max_bytes": 0,
     "data.workers": 0,
-    "data.processes": 0,
     "data.states": 0,
     "model.map_rank": 0,
     "model.map_hidden": 0,

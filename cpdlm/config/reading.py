@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -15,6 +16,8 @@ from cpdlm.config.settings import Config, ConfigError, leaves
 
 # Earlier names of settings, still read on the command line, in saved configurations and in records.
 ALIASES = {"loss.shortlist": "loss.draft_vocabulary", "decode.shortlist": "decode.draft_vocabulary"}
+# Settings that are gone, and why; they are dropped wherever they are read.
+OBSOLETE = {"data.processes": "a corpus is read by one process and tokenised by the threads of the tokenizer"}
 
 
 def parse(arguments: list[str]) -> Config:
@@ -24,6 +27,8 @@ def parse(arguments: list[str]) -> Config:
         key, separator, value = word.partition("=")
         if not separator or not key:
             raise ConfigError(f"'{word}' is not a setting; write KEY=VALUE, for example rank=8 (--help lists them)")
+        if key in OBSOLETE:
+            print(f"{word} is ignored: {OBSOLETE[key]}", file=sys.stderr)
         given |= {"model.trunk": value, "model.family": "pretrained"} if key == "model" else {key: value}
     return resolve(expand(given))
 
@@ -65,12 +70,16 @@ def resolve(overrides: Mapping[str, Any]) -> Config:
 
 
 def upgrade(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration, nested, with the present names of its settings."""
+    """A saved configuration, nested, with the present settings and names."""
     content = {key: dict(value) if isinstance(value, Mapping) else value for key, value in saved.items()}
     for old, new in ALIASES.items():
         (group, name), (_, renamed) = old.split("."), new.split(".")
         if isinstance(content.get(group), dict) and name in content[group]:
             content[group][renamed] = content[group].pop(name)
+    for old in OBSOLETE:
+        group, name = old.split(".")
+        if isinstance(content.get(group), dict):
+            content[group].pop(name, None)
     return content
 
 
@@ -115,7 +124,7 @@ def help_text(program: str) -> str:
 
 def _renamed(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The same overrides in the same order, each by its present name."""
-    return {ALIASES.get(key, key): value for key, value in overrides.items()}
+    return {ALIASES.get(key, key): value for key, value in overrides.items() if key not in OBSOLETE}
 
 
 def _read(value: Any, kind: str) -> Any:

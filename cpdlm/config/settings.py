@@ -75,7 +75,6 @@ class DataConfig:
         "what heads on a frozen model train on: corpus | greedy, sampled: data.states tokens that the model itself "
         "writes after prompts of the corpus (written once and kept)",
     )
-    processes: int = knob(0, "processes that read and tokenise a large corpus (0 = one per core)")
     states: int = knob(
         0,
         "tokens of training text whose hidden states under a frozen trunk are computed once and kept (0: none are; "
@@ -267,7 +266,6 @@ INCIDENTAL = (
     "data.cache",
     "data.bundle",
     "data.workers",
-    "data.processes",
     "data.states_gib",
     "train.log_every",
     "train.validate_every",

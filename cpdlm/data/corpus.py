@@ -34,7 +34,6 @@ from tqdm import tqdm
 from cpdlm.config import Config, ConfigError
 from cpdlm.data import sources, tokens
 from cpdlm.data.duplicates import clusters
-from cpdlm.data.pool import process_count
 from cpdlm.data.target import Target
 from cpdlm.data.texts import Chosen
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer, tokenizer_hash
@@ -172,7 +171,7 @@ def _from_cache(config: Config, progress: bool) -> Corpus:
     if (corpus := _read_or_warn(folder)) is not None:
         return corpus
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root / f".{folder.name}.lock"):
+    with locked(root / f".{folder.name}.lock", config.train.timeout):
         if folder.exists() and (corpus := _read_or_warn(folder, quietly=True)) is not None:
             return corpus  # another process built it meanwhile
         for left in root.glob(f".partial-{folder.name}-*"):
@@ -285,7 +284,7 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, p
     every = [piece for part in planned.values() for piece in part]
     size = sum(piece.size for piece in every)
     with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=not progress) as bar:
-        tokens.tokenise(documents.texts, every, tokenizer, process_count(config.data.processes), bar)
+        tokens.tokenise(documents.texts, every, tokenizer, bar)
     for name, indices in chosen.items():
         (folder / name).mkdir()
         arrays: dict[str, NDArray[Any]] = {

@@ -27,7 +27,6 @@ from typing import Any
 from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
-from cpdlm.data.pool import process_count
 from cpdlm.data.streams import Stream, fetch_stream
 
 log = logging.getLogger(__name__)
@@ -561,7 +560,7 @@ def _hub(config: Config, progress: bool) -> Origin:
     """A dataset's train split, streamed once up to data.max_bytes and kept in the cache."""
     name = config.corpus.removeprefix("hf:")
     stream = Stream(name, config.data.max_bytes or HUB_BYTES, Path(config.data.cache))
-    meta = fetch_stream(stream, process_count(config.data.processes), progress)
+    meta = fetch_stream(stream, progress)
 
     def read() -> Documents:
         texts = stream.texts()

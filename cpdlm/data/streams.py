@@ -1,4 +1,4 @@
-"""The text of a Hugging Face dataset, streamed to disk shard by shard, by as many processes as there are.
+"""The text of a Hugging Face dataset, streamed to disk shard by shard.
 
 FOLDER/texts.bin        the documents, end to end; offsets.npy: where each begins
        meta.json        sha256 of texts.bin, documents, column; written last
@@ -6,9 +6,9 @@ FOLDER/texts.bin        the documents, end to end; offsets.npy: where each begin
        shards/I.json    how much of that is sure to be on the disk, and the dataset's own position behind it
        shards/I.lock    held by the process that reads shard I
 
-A shard is read by whichever process finds it free: of the pool, of a distributed run, or of another machine with the same
-folder. The text is that of the stream from its beginning, whoever read it. A killed process loses what it read since its last
-note; the next one goes on from there.
+A shard is read by whichever process finds it free: of a distributed run, or of another machine with the same folder. The
+text is that of the stream from its beginning, whoever read it. A killed process loses what it read since its last note;
+the next one goes on from there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ import numpy as np
 from tqdm import tqdm
 
 from cpdlm.config import ConfigError
-from cpdlm.data.pool import processes
 from cpdlm.data.texts import FileTexts
 from cpdlm.files import LOCK_SECONDS, LockHeld, locked
 
@@ -73,8 +71,8 @@ class Stream:
         return FileTexts(self.folder / "texts.bin", np.load(self.folder / "offsets.npy"))
 
 
-def fetch_stream(stream: Stream, count: int, progress: bool = True) -> dict[str, Any]:
-    """The stream's meta, once its text is whole in its folder: read, or read on, with `count` processes where it is not.
+def fetch_stream(stream: Stream, progress: bool = True) -> dict[str, Any]:
+    """The stream's meta, once its text is whole in its folder: read, or read on, where it is not.
 
     ConfigError where the dataset cannot be read or has no text; what has been read stays.
     """
@@ -90,9 +88,8 @@ def fetch_stream(stream: Stream, count: int, progress: bool = True) -> dict[str,
             total=stream.limit, desc=f"streaming {stream.name}", unit="B", unit_scale=True, disable=not progress
         ) as bar:
             bar.update(sum(_note(stream, index).bytes for index in range(dataset.num_shards)))
-            if min(count, dataset.num_shards) > 1:
-                _read_in_processes(stream, min(count, dataset.num_shards), bar)
-            read_shards(stream, dataset, wait=True, in_vocabulary=bar.update)  # what others are at, or have left behind
+            read_shards(stream, dataset, wait=False, advance=bar.update)
+            read_shards(stream, dataset, wait=True, advance=bar.update)  # those that others had, or left unfinished
         with locked(stream.folder / "lock"):
             return stream.meta() or _join(stream, dataset.num_shards)
     except ConfigError:
@@ -101,8 +98,11 @@ def fetch_stream(stream: Stream, count: int, progress: bool = True) -> dict[str,
         raise
 
 
-def read_shards(stream: Stream, dataset: Any, wait: bool, in_vocabulary: Callable[[int], Any]) -> None:
-    """Go through the shards in order until the limit, and read each that is neither whole nor, unless `wait`, another's."""
+def read_shards(stream: Stream, dataset: Any, wait: bool, advance: Callable[[int], Any]) -> None:
+    """Read the shards that are not whole, in order until the limit; one that another process reads is waited for or left.
+
+    advance: called with the bytes of each document.
+    """
     before, first_open = 0, 0
     for index in range(dataset.num_shards):
         while first_open < index and (note := _note(stream, first_open)).whole:
@@ -112,7 +112,7 @@ def read_shards(stream: Stream, dataset: Any, wait: bool, in_vocabulary: Callabl
         try:
             with locked(stream.shards / f"{index}.lock", LOCK_SECONDS if wait else 0):
                 if not _note(stream, index).whole:
-                    _read_shard(stream, index, dataset.shard(num_shards=dataset.num_shards, index=index), in_vocabulary)
+                    _read_shard(stream, index, dataset.shard(num_shards=dataset.num_shards, index=index), advance)
         except LockHeld:
             if wait:
                 raise
@@ -141,25 +141,6 @@ def _unreadable(stream: Stream, error: Exception) -> ConfigError:
         f"corpus={stream.corpus} could not be read ({type(error).__name__}: {reason}). Check the name and the connection, and "
         "run again (what is here is not read twice), or use corpus=code, corpus=text, a file or a folder"
     )
-
-
-def _read_in_processes(stream: Stream, count: int, bar: Any) -> None:
-    with processes(count, _no_preparation) as pool:
-        futures = [pool.submit(_work, stream) for _ in range(count)]
-        running = set(futures)
-        while running:
-            running = wait(running, timeout=0.5).not_done
-            bar.update(sum(path.stat().st_size for path in stream.shards.glob("*.bin")) - bar.n)
-        for future in futures:
-            future.result()
-
-
-def _no_preparation() -> None:
-    """Every process opens the dataset by itself."""
-
-
-def _work(stream: Stream) -> None:
-    read_shards(stream, _open(stream), wait=False, in_vocabulary=lambda size: None)
 
 
 @dataclass(frozen=True)
@@ -191,7 +172,7 @@ def _bytes_before(stream: Stream, index: int) -> int:
     return total
 
 
-def _read_shard(stream: Stream, index: int, shard: Any, in_vocabulary: Callable[[int], Any]) -> None:
+def _read_shard(stream: Stream, index: int, shard: Any, advance: Callable[[int], Any]) -> None:
     note = _note(stream, index)
     if note.state is not None:
         shard.load_state_dict(note.state)
@@ -220,7 +201,7 @@ def _read_shard(stream: Stream, index: int, shard: Any, in_vocabulary: Callable[
                 text_file.write(text)
                 length_file.write(np.int64(len(text)).tobytes())
                 total, documents = total + len(text), documents + 1
-                in_vocabulary(len(text))
+                advance(len(text))
                 if total >= stream.limit:
                     break
                 if total - note.bytes >= NOTE_BYTES:

@@ -1,6 +1,9 @@
-"""Documents -> token arrays, a piece at a time, by several processes; a killed run goes on behind its finished pieces.
+"""Documents -> token arrays, a piece at a time; a killed run goes on behind its finished pieces.
 
 PIECES/SPLIT-NUMBER.npz     tokens of some documents, end to end, and the length of each; there once it is whole
+
+No process is started: the threads of the `tokenizers` library are as fast as processes of ours
+(results/benchmarks/processes.json).
 """
 
 from __future__ import annotations
@@ -8,7 +11,6 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpdlm.data.pool import processes
 from cpdlm.data.tokenizer import Tokenizer
 
 PIECE_BYTES = 4 * 2**20  # of text
-FEW = 4  # up to so many pieces, starting processes takes longer than they save; of bytes, always
 BATCH = 512  # documents given to the tokenizer at a time
 
 
@@ -46,43 +46,15 @@ def plan(texts: Sequence[bytes], splits: dict[str, list[int]], folder: Path) -> 
     return made
 
 
-def tokenise(texts: Sequence[bytes], pieces: list[Piece], tokenizer: Tokenizer, count: int, bar: Any) -> None:
-    """Write the pieces that are not there yet, with up to `count` processes. bar: a tqdm over bytes of text."""
+def tokenise(texts: Sequence[bytes], pieces: list[Piece], tokenizer: Tokenizer, bar: Any) -> None:
+    """Write the pieces that are not there yet. bar: a tqdm over bytes of text."""
     todo = [piece for piece in pieces if not zipfile.is_zipfile(piece.path)]
-    done = sum(piece.size for piece in pieces) - sum(piece.size for piece in todo)
-    bar.set_postfix_str(f"{len(pieces) - len(todo)} of {len(pieces)} pieces were there" if done else "", refresh=False)
-    bar.update(done)
-    if count == 1 or len(todo) <= FEW or tokenizer.name == "bytes":
-        for piece in todo:
-            write_piece(tokenizer, piece.path, [texts[index] for index in piece.documents])
-            bar.update(piece.size)
-        return
-    with processes(min(count, len(todo)), _prepare, tokenizer) as pool:
-        running: dict[Future[None], Piece] = {}
-        for piece in todo:
-            if len(running) == 2 * count:  # texts wait in memory
-                _collect(running, bar)
-            running[pool.submit(_work, piece.path, [texts[index] for index in piece.documents])] = piece
-        while running:
-            _collect(running, bar)
-
-
-def _collect(running: dict[Future[None], Piece], bar: Any) -> None:
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
-        bar.update(running.pop(future).size)
-        future.result()
-
-
-_tokenizer: Tokenizer
-
-
-def _prepare(tokenizer: Tokenizer) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
-
-
-def _work(path: Path, texts: list[bytes]) -> None:
-    write_piece(_tokenizer, path, texts)
+    if len(todo) < len(pieces):
+        bar.set_postfix_str(f"{len(pieces) - len(todo)} of {len(pieces)} pieces were there", refresh=False)
+        bar.update(sum(piece.size for piece in pieces) - sum(piece.size for piece in todo))
+    for piece in todo:
+        write_piece(tokenizer, piece.path, [texts[index] for index in piece.documents])
+        bar.update(piece.size)
 
 
 def write_piece(tokenizer: Tokenizer, path: Path, texts: list[bytes]) -> None:

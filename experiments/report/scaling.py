@@ -203,13 +203,14 @@ def processes_table(name: str, record: Benchmark) -> Table:
         rows.append(
             (task, count, f"{_over(times, ',.1f')} {unit}", rate, _over(gains, ".2f") if gains else "-", memory)
         )
-    settings, size = (
-        record["settings"],
-        max(cell["bytes"] for label, cell in cells.items() if label.startswith("tokenise")),
+    settings = record["settings"]
+    size = max((cell["bytes"] for label, cell in cells.items() if label.startswith("tokenise")), default=0)
+    tokenised = (
+        f"seconds to compare documents and to tokenise {size / 1e6:,.1f} MB (threads: one process with the tokenizer's "
+        "own), and "
     )
     caption = (
-        f"More processes on one machine: seconds to compare documents and to tokenise {size / 1e6:,.1f} MB (threads: one process "
-        f"with the tokenizer's own), and the median training step of a trunk of size {settings['size']} on {settings['rows']} rows of "
+        f"More processes on one machine: {tokenised if size else ''}the median training step of a trunk of size {settings['size']} on {settings['rows']} rows of "
         f"{settings['context']} tokens, each process with its share of the cores. Contenders take turns; median and range over "
         f"{settings['repeats']} repeats; the gain is over one process in the same turn. {_described(record)}"
     )
