@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -229,3 +231,51 @@ def test_the_pretrained_models_of_most_ranks_are_shown_first() -> None:
     ]
     shown = on_pretrained(families(*contents))
     assert [family.settings["optim.steps"] for family, _ in shown] == [50, 30, 70]
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_by_itself(made_results: Path, drawn: tuple[Path, Report]) -> None:
+    page = (drawn[0] / "report.html").read_text()
+    assert len(page) < 2_000_000 and page.count("data:image/png;base64,") == len(figures.FIGURES)
+    outside = re.findall(r"""(?:src|href|url|action|@import)\W{1,3}(?:https?:)?//[^"' )]+""", page)
+    assert not outside and "default-src 'none'" in page and not re.search(r"<(link|iframe|script src)", page)
+    rows = page.partition('id="records">')[2].partition('id="notes">')[0]
+    every, _ = store.load_all(made_results)
+    assert rows.count("<tr>") == 1 + len(every)
+    for record in every:
+        assert f"<td>{record.path.removesuffix('.json')}</td>" in rows and html.escape(record["command"]) in rows
+    for verdict in drawn[1].verdicts:
+        assert html.escape(verdict.claim.question) in page and html.escape(verdict.reason) in page
+        assert all(html.escape(number.text()) in page for number in verdict.numbers)
+
+
+def test_the_answers_come_first_and_each_claim_has_its_figure_beside_it(drawn: tuple[Path, Report]) -> None:
+    page = (drawn[0] / "report.html").read_text()
+    named = list(dict.fromkeys(verdict.claim.figure for verdict in drawn[1].verdicts))
+    places = [page.index(text) for text in ('id="answers"', *(f'id="figure-{name}"' for name in named), 'id="figures"')]
+    assert places == sorted(places) and set(named) <= set(figures.FIGURES)
+    before = page[: page.index('<details class="section"')]
+    assert before.count("<figure") == before.count('<article class="claim"') - drawn_twice(drawn[1])
+    for name in figures.FIGURES:  # the caption stands under its picture
+        caption = (drawn[0] / f"{name}.md").read_text().strip()
+        assert html.escape(caption[-60:]) in page.partition(f'id="figure-{name}"')[2].partition("</figure>")[0]
+
+
+def drawn_twice(report: Report) -> int:
+    """Claims whose figure stands at a claim before."""
+    claims = list(dict.fromkeys((verdict.claim.question, verdict.claim.figure) for verdict in report.verdicts))
+    return len(claims) - len({figure for _, figure in claims})
+
+
+def test_a_wide_table_shows_what_tells_its_rows_apart_and_folds_the_rest(drawn: tuple[Path, Report]) -> None:
+    page = (drawn[0] / "report.html").read_text()
+    for table in re.findall(r'<div class="table">.*?</table>', page, re.S):
+        head, body = table.split("<tbody>")
+        hidden = ["more" in cell for cell in re.findall(r"<th ([^>]*)>", head)]
+        rows = [re.findall(r"<td([^>]*)>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", body)]
+        assert all(["more" in kind for kind, _ in row] == hidden for row in rows)
+        assert (hidden.count(False) <= 11 and f"show {sum(hidden)} more" in table) or not any(hidden)
+        shown = [tuple(text for kind, text in row if "more" not in kind) for row in rows]
+        assert len(set(shown)) == len(shown)

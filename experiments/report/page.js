@@ -1,4 +1,5 @@
-// Sorting by a click on a column's head, filtering by words that a row must all have.
+// Records: sorting by a click on a column's head, filtering by words that a row must all have.
+// Elsewhere: a link opens what it leads to, Escape makes an enlarged figure small.
 "use strict";
 const table = document.querySelector("#records table");
 const body = table.tBodies[0];
@@ -38,3 +39,17 @@ function sort(head) {
 for (const head of table.tHead.rows[0].cells) head.firstElementChild.addEventListener("click", () => sort(head));
 box.addEventListener("input", filter);
 filter();
+
+function unfold() {
+  let target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const found = target;
+  for (; target; target = target.parentElement) if (target.tagName === "DETAILS") target.open = true;
+  if (found) found.scrollIntoView();
+}
+
+addEventListener("hashchange", unfold);
+addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  for (const zoomed of document.querySelectorAll(".zoom > input:checked")) zoomed.checked = false;
+});
+unfold();

@@ -1,7 +1,7 @@
-"""The report as one page that a person reads: claims and verdicts, figures with their captions, tables, every record.
+"""The report as one page: the answers, each claim beside the figure that decides it, and all else folded.
 
-One file that asks for nothing outside itself: pictures are embedded, style and script (page.css, page.js) are inlined, and
-its content security policy lets nothing else load. The same records give the same bytes.
+One file that asks for nothing outside itself: pictures are embedded, style and script (page.css, page.js) are inlined,
+and its content security policy lets nothing else load. The same records give the same bytes.
 """
 
 from __future__ import annotations
@@ -11,21 +11,32 @@ import html
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from cpdlm.files import write_bytes
-from experiments.claims import FAILS, HOLDS, Verdict
+from experiments.claims import FAILS, HOLDS, Claim, Verdict
 from experiments.families import Family
-from experiments.records import Record, decoding_hardware, training_hardware
-from experiments.report.figures import ADDING, Shown, command
+from experiments.records import MODES, Record, decoding_hardware, training_hardware
+from experiments.report.figures import ADDING, FIGURES, Shown, command
 from experiments.report.figures.style import COLUMN, DPI
-from experiments.report.tables import TABLES, Made, braces, described, title_of
+from experiments.report.tables import TABLES, Made, Table, braces, described, title_of
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-_COLOURS = 128  # of an embedded picture: a third of the bytes, and no difference to be seen
+_COLOURS = 48  # of an embedded picture: a quarter of the bytes, and no difference to be seen
 _CLASSES = {HOLDS: "holds", FAILS: "fails"}
+_TITLE = "Rank-r joint heads: what the records say"
+_LEAD = (
+    "Claims of arXiv 2410.17765, judged by rules that were fixed before the runs. Intervals are 95% unless marked, over test "
+    "rows or prompts and over seeds. All of it is a function of the records under `results/`, drawn by `./dev report`. A "
+    "click enlarges a figure."
+)
+_COLUMNS = 11  # that a table shows at once; the others are a tick away
+_TELLING = re.compile(
+    r"(setting|corpus|model|trunk|target|method|mode|law|variant|heads|rank|n|drafter|strategy|chosen)$"
+    r"|joint NLL|tokens per (pass|forward)|speed-up|speed over|over rank 1"
+)
 
 
 def write(
@@ -38,16 +49,22 @@ def write(
     notes: Sequence[str],
 ) -> Path:
     """Write the page to `path`, which is returned. Raises WriteError."""
-    sections = {
-        "claims": ("Claims", _claims(verdicts)),
-        "figures": ("Figures", _figures(figures)),
+    by_claim = [(claim, list(group)) for claim, group in itertools.groupby(verdicts, key=lambda verdict: verdict.claim)]
+    deciding = {claim.figure for claim, _ in by_claim}
+    appendix = {name for name, plot in FIGURES.items() if plot.appendix}
+    further = [each for each in figures if each.name not in deciding]
+    listed = [f"<li>{_text(note)}</li>" for note in (described(records), *notes)]
+    folded = {
+        "figures": ("Further figures", "\n".join(_figure(each) for each in further if each.name not in appendix)),
+        "appendix": ("Appendix", "\n".join(_figure(each) for each in further if each.name in appendix)),
         "tables": ("Tables", _tables(families, benchmarks)),
         "records": ("Records", _records(records)),
-        "notes": ("Notes", _notes(notes)),
+        "notes": ("Notes", f'<ul class="notes">{"".join(listed)}</ul>'),
     }
-    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, (title, _) in sections.items())
+    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, (title, _) in folded.items())
     body = "\n".join(
-        f'<section id="{name}">\n<h2>{title}</h2>\n{content}\n</section>' for name, (title, content) in sections.items()
+        f'<details class="section" id="{name}"><summary>{title}</summary>\n{content}\n</details>'
+        for name, (title, content) in folded.items()
     )
     page = f"""<!doctype html>
 <html lang="en">
@@ -61,13 +78,13 @@ def write(
 </head>
 <body>
 <header>
-<h1>Rank-r joint heads: what the records say</h1>
-<p class="lead">Claims of arXiv 2410.17765, tested by rules that were fixed before the runs (results/LOG.md dates each change). Everything here is a function of the
-records under <code>results/</code>, drawn by <code>./dev report</code>; each record names its command, commit, seed and hardware.</p>
-<p class="notes">{_text(described(records))}</p>
+<h1>{_TITLE}</h1>
+<p class="soft">{_text(_LEAD)}</p>
 </header>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
 <main>
+{_answers(by_claim)}
+<nav aria-label="Sections"><ul>{links}</ul></nav>
+{_claims(by_claim, {each.name: each for each in figures})}
 {body}
 </main>
 <script>
@@ -79,77 +96,92 @@ records under <code>results/</code>, drawn by <code>./dev report</code>; each re
     return path
 
 
-def _claims(verdicts: Sequence[Verdict]) -> str:
-    parts = []
-    for claim, group in itertools.groupby(verdicts, key=lambda verdict: verdict.claim):
-        settings = "\n".join(map(_verdict, group))
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+def _answers(by_claim: Sequence[tuple[Claim, list[Verdict]]]) -> str:
+    """A row per claim: its question, the answer, and the number that gives it."""
+    rows = []
+    for claim, group in by_claim:
+        first = _deciding(group)
+        number = first.numbers[0].text() if first.numbers else "-"
+        rows.append(
+            f'<tr><th scope="row"><a href="#{_anchor(claim)}">{_text(claim.id)}</a></th><td>{_text(claim.question)}</td>'
+            f"<td>{_word(first)}</td><td>{_text(number)}</td></tr>"
+        )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("claim", "question", "answer", "the number"))
+    body = "\n".join(rows)
+    return f'<table id="answers"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
+
+
+def _deciding(group: Sequence[Verdict]) -> Verdict:
+    """The first that was run: a claim's rows come with the most evidence first."""
+    return next((verdict for verdict in group if verdict.numbers), group[0])
+
+
+def _claims(by_claim: Sequence[tuple[Claim, list[Verdict]]], figures: dict[str, Shown]) -> str:
+    """A claim beside the figure that decides it; a figure of two claims stands at the first."""
+    parts, placed = [], set()
+    for claim, group in by_claim:
+        first = _deciding(group)
+        others = [verdict for verdict in group if verdict is not first]
+        rest = _folded(f"{len(others)} other settings", "\n".join(map(_verdict, others))) if others else ""
+        how = (
+            f"<p>{_text(claim.statistic)}. {_text(claim.rule)}.</p>"
+            f"<p>Its records: <code>{html.escape(command(claim.id))}</code> ({_text(ADDING)}).</p>"
+        )
+        shown = figures.get(claim.figure)
+        picture = _figure(shown) if shown is not None and claim.figure not in placed else ""
+        placed.add(claim.figure)
         parts.append(
-            f'<article class="claim" id="{html.escape(claim.id)}">\n<h3>{html.escape(claim.id)} · {_text(claim.question)}</h3>\n'
-            f'<p class="facts">The paper: {_text(claim.expected)}.</p>\n{settings}\n'
-            f"<details><summary>How it is judged</summary><p>{_text(claim.statistic)}. {_text(claim.rule)}.</p>"
-            f"<p>Its records: <code>{html.escape(command(claim.id))}</code> ({_text(ADDING)}).</p></details>\n</article>"
+            f'<article class="claim" id="{_anchor(claim)}">\n<div>\n<h2>{_text(claim.id)} · {_text(claim.question)}</h2>\n'
+            f'<p class="soft">The paper: {_text(claim.expected)}.</p>\n{_verdict(first)}\n{rest}\n'
+            f"{_folded('How it is judged', how)}\n</div>\n{picture}\n</article>"
         )
-    lead = (
-        '<p class="soft">Intervals are 95% unless marked, over test rows or prompts and over seeds. '
-        '"Not measurable here" says why: no records, too few seeds, or an interval that decides nothing.</p>'
-    )
-    return "\n".join([_at_a_glance(verdicts), lead, *parts])
+    return "\n".join(parts)
 
 
-def _at_a_glance(verdicts: Sequence[Verdict]) -> str:
-    """A line per claim: its question and the words of its verdicts."""
-    lines = []
-    for claim, group in itertools.groupby(verdicts, key=lambda verdict: verdict.claim):
-        words = "".join(
-            f'<span class="word {_CLASSES.get(verdict.word, "open")}" title="{_text(verdict.setting)}">{_text(verdict.word)}</span>'
-            for verdict in group
-        )
-        lines.append(
-            f'<li><a href="#{html.escape(claim.id)}">{html.escape(claim.id)}</a> <span>{_text(claim.question)}</span> '
-            f"<span>{words}</span></li>"
-        )
-    return f'<ul class="glance">{"".join(lines)}</ul>'
+def _anchor(claim: Claim) -> str:
+    return html.escape(claim.id)
+
+
+def _word(verdict: Verdict) -> str:
+    return f'<span class="word {_CLASSES.get(verdict.word, "open")}">{_text(verdict.word)}</span>'
 
 
 def _verdict(verdict: Verdict) -> str:
     numbers = "".join(f"<li>{_text(number.text())}</li>" for number in verdict.numbers) or "<li>nothing measured</li>"
-    reason = f'<div class="reason">{_text(verdict.reason)}</div>' if verdict.reason else ""
+    reason = f'<p class="reason">{_text(verdict.reason)}</p>' if verdict.reason else ""
     beside = "".join(f"<li>{_text(number.text())}</li>" for number in verdict.beside)
-    beside = (
-        f"<details><summary>{len(verdict.beside)} numbers beside it</summary><ul>{beside}</ul></details>"
-        if beside
-        else ""
-    )
-    cited = braces(verdict.records)
-    cited = (
-        f"<details><summary>{len(verdict.records)} records</summary><code>{html.escape(cited)}</code></details>"
-        if cited
-        else ""
-    )
+    cited = f"<code>{html.escape(braces(verdict.records))}</code>"
     return (
-        f'<div class="verdict"><div><span class="word {_CLASSES.get(verdict.word, "open")}">{_text(verdict.word)}</span>'
-        f'<div class="setting">{_text(verdict.setting)}</div></div>\n<div><ul>{numbers}</ul>{reason}{beside}{cited}</div></div>'
+        f'<div class="verdict"><p>{_word(verdict)} <span class="soft">{_text(verdict.setting)}</span></p>\n'
+        f"<ul>{numbers}</ul>{reason}"
+        + (_folded(f"{len(verdict.beside)} numbers beside it", f"<ul>{beside}</ul>") if verdict.beside else "")
+        + (_folded(f"{len(verdict.records)} records", cited) if verdict.records else "")
+        + "</div>"
     )
 
 
-def _figures(figures: Sequence[Shown]) -> str:
-    drawn = [_figure(each) for each in figures if each.picture is not None]
-    missing = [
-        f'<div class="missing" id="figure-{each.name}"><h3>{_text(each.title)}</h3>: not drawn, {_text(each.caption)}.</div>'
-        for each in figures
-        if each.picture is None
-    ]
-    return "\n".join([*drawn, *missing])
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{_text(title)}</summary>{content}</details>"
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
 
 
 def _figure(shown: Shown) -> str:
-    assert shown.picture is not None
+    """A picture that a click enlarges, over its title with the caption folded into it; or what is missing and how to make it."""
+    if shown.picture is None:
+        missing = f'<p class="missing"><b>{_text(shown.title)}</b>: not drawn, {_text(shown.caption)}.</p>'
+        return f'<figure id="figure-{shown.name}">{missing}</figure>'
     content, width, height = _embedded(shown.picture)
     kind = "wide" if width > 1.2 * COLUMN * DPI else "narrow"  # two columns of a paper, or one
+    image = f'<img src="data:image/png;base64,{content}" width="{width}" height="{height}" alt="{_text(shown.title)}">'
     return (
-        f'<figure class="{kind}" id="figure-{shown.name}">\n<h3>{_text(shown.title)}</h3>\n'
-        f'<div class="picture"><img src="data:image/png;base64,{content}" width="{width}" height="{height}" '
-        f'alt="{_text(shown.title)}"></div>\n<figcaption>{_text(shown.caption)}</figcaption>\n</figure>'
+        f'<figure class="{kind}" id="figure-{shown.name}">\n'
+        f'<label class="zoom"><input type="checkbox" aria-label="enlarge {_text(shown.title)}"><span>{image}</span></label>\n'
+        f"<figcaption>{_folded(shown.title, f'<p>{_text(shown.caption)}</p>')}</figcaption>\n</figure>"
     )
 
 
@@ -162,64 +194,92 @@ def _embedded(path: Path) -> tuple[str, int, int]:
         width, height = picture.size
         white = Image.new("RGB", picture.size, "white")
         white.paste(picture, mask=picture.getchannel("A") if picture.mode == "RGBA" else None)
-        white.quantize(_COLOURS, dither=Image.Dither.NONE).save(memory, "PNG", optimize=True)
+        white.quantize(_COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(memory, "PNG", optimize=True)
     return base64.b64encode(memory.getvalue()).decode(), width, height
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def _tables(families: list[Family], benchmarks: Sequence[Made]) -> str:
     entries = [(title_of(make), make(families)) for make in TABLES]
     entries += [(each.title, each.table) for each in benchmarks if not isinstance(each.table, str)]
+    lead = '<p class="soft">The same tables are Markdown, LaTeX and CSV under <code>tables/</code>.</p>'
     parts = [
-        f'<details id="table-{table.name}"><summary>{_text(title)}</summary>\n<div class="scroll">{table.html()}</div></details>'
+        f'<details id="table-{table.name}"><summary>{_text(title)}</summary>\n{_table(table)}</details>'
         for title, table in entries
         if table.rows
     ]
-    lead = '<p class="soft">The same tables are Markdown, LaTeX and CSV under <code>tables/</code>.</p>'
     return "\n".join([lead, *parts])
 
 
-_NUMBERS = (
-    "rank",
-    "n",
-    "seed",
-    "steps",
-    "joint NLL",
-    "first-token NLL",
-    "bits per byte",
-    "tokens per pass, greedy",
-    "tokens per pass, sampling",
-    "speed-up, greedy",
-    "speed-up, sampling",
-    "step (ms)",
-    "memory (GiB)",
-)
+def _table(table: Table) -> str:
+    shown = _shown(table)
+    head = "".join(f'<th scope="col"{_more(name, shown)}>{_text(name)}</th>' for name in table.header)
+    rows = [
+        "".join(
+            f"<td{_more(name, shown)}>{html.escape(cell)}</td>" for name, cell in zip(table.header, row, strict=True)
+        )
+        for row in table.rows
+    ]
+    return f"{_whole(head, rows, len(table.header) - len(shown))}\n<p class=soft>{_text(table.caption)}</p>"
+
+
+def _shown(table: Table) -> set[str]:
+    """The columns that tell rows apart, then the telling ones, as many as fit; all where there are few."""
+    if len(table.header) < _COLUMNS:
+        return set(table.header)
+    apart = next((n for n in range(1, _COLUMNS) if len({row[:n] for row in table.rows}) == len(table.rows)), 2)
+    telling = [name for name in table.header[apart:] if _TELLING.search(name)] or table.header[apart:]
+    return {*table.header[:apart], *telling[: _COLUMNS - apart]}
+
+
+def _whole(head: str, rows: Iterable[str], hidden: int) -> str:
+    """A table whose columns of class `more` are shown by a tick."""
+    tick = f'<label class="columns"><input type="checkbox"> show {hidden} more columns</label>\n' if hidden else ""
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        f'<div class="table">{tick}<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div></div>"
+    )
+
+
+def _more(name: str, shown: Iterable[str]) -> str:
+    return "" if name in shown else " class=more"
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+_SHOWN = {"record", "corpus", "target", "heads", "rank", "n", "joint NLL"} | {
+    f"{what}, {mode}" for what in ("tokens per forward", "speed-up") for mode in MODES
+}
+_TEXTS = ("record", "corpus", "trunk", "target", "heads", "balance", "commit", "trained on", "decoded on", "command")
 
 
 def _records(records: Sequence[Record]) -> str:
     """Every record, a row each; a script sorts and filters them."""
     rows = [_row(record) for record in records]
+    names = list(rows[0]) if rows else []
     head = "".join(
-        f'<th scope="col"{" class=number" if name in _NUMBERS else ""}><button type="button">{name}</button></th>'
-        for name in (rows[0] if rows else ())
+        f'<th scope="col" class="{_class(name)}"><button type="button">{name}</button></th>' for name in names
     )
-    body = "\n".join("<tr>" + "".join(_cell(name, value) for name, value in row.items()) + "</tr>" for row in rows)
+    body = ["".join(_cell(name, value) for name, value in row.items()) for row in rows]
     return (
         '<div class="filter"><label for="filter">Filter</label><input id="filter" type="search" '
         'placeholder="words that a row must have: code untied r8"><output id="count"></output></div>\n'
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+        + _whole(head, body, len(set(names) - _SHOWN))
     )
 
 
 def _row(record: Record) -> dict[str, str]:
     config, likelihood, training = record.config, record["likelihood"], record["training"]
-    modes = {mode: record.mode(mode) for mode in ("greedy", "sampling")}
-    bits = likelihood["bits_per_byte"]
+    bits, modes = likelihood["bits_per_byte"], {mode: record.mode(mode) for mode in MODES}
     row = {
         "record": record.path.removesuffix(".json"),
         "corpus": Path(str(config["corpus"])).name,
         "trunk": record.size,
         "target": record.target,
-        "law": record.variant,
+        "heads": record.variant,
         "rank": str(record.rank),
         "n": str(record.horizon),
         "seed": str(record.seed),
@@ -230,7 +290,7 @@ def _row(record: Record) -> dict[str, str]:
         "bits per byte": "-" if bits is None else f"{bits:.3f}",
     }
     for mode, measured in modes.items():
-        row[f"tokens per pass, {mode}"] = f"{measured['tokens_per_pass']['mean']:.2f}" if measured else "-"
+        row[f"tokens per forward, {mode}"] = f"{measured['tokens_per_pass']['mean']:.2f}" if measured else "-"
     for mode, measured in modes.items():
         row[f"speed-up, {mode}"] = f"{measured['speedup']['median']:.2f}" if measured else "-"
     dirty = " + changes" if record["dirty"] else ""
@@ -244,16 +304,17 @@ def _row(record: Record) -> dict[str, str]:
     }
 
 
+def _class(name: str) -> str:
+    return " ".join(["number"] * (name not in _TEXTS) + ["more"] * (name not in _SHOWN))
+
+
 def _cell(name: str, value: str) -> str:
-    if name == "command":
-        return f'<td class="command"><code>{html.escape(value)}</code></td>'
-    return f"<td class=number>{value}</td>" if name in _NUMBERS else f"<td>{html.escape(value)}</td>"
+    shown = f"<code>{html.escape(value)}</code>" if name == "command" else html.escape(value)
+    classes = _class(name)
+    return f'<td class="{classes}">{shown}</td>' if classes else f"<td>{shown}</td>"
 
 
-def _notes(notes: Sequence[str]) -> str:
-    if not notes:
-        return "<p>None.</p>"
-    return '<ul class="notes">' + "".join(f"<li>{_text(note)}</li>" for note in notes) + "</ul>"
+# --- parts -----------------------------------------------------------------------------------------------------------
 
 
 def _text(text: str) -> str:

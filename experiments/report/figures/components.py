@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HORIZON = 4  # of the base cell
+_COMPARED = 2  # comparisons on trunks of ours, and on pretrained models
 _EXAMPLES = 3  # stretches of text that are shown
 _LINE, _LINES = 112, 4  # characters of a line, lines of a stretch
 
@@ -40,7 +41,7 @@ def usage(families: list[Family]) -> Drawn | str:
     name = "train/effective_components"
     asked = [(family, "untied") for family in widest([family for family in families if not family.is_pretrained])]
     shown = []
-    for family, variant in [*asked, *on_pretrained(families)]:
+    for family, variant in [*asked[:_COMPARED], *on_pretrained(families)[:_COMPARED]]:
         every = lines(family, variant).items()
         mixtures = {label: cells for label, cells in every if next(iter(cells.values())).rank > 1}
         if any(name in note for cells in mixtures.values() for r in cells.values() for note in r["training"]["curve"]):
