@@ -28,9 +28,9 @@ _COLOURS = 48  # of an embedded picture: a quarter of the bytes, and no differen
 _CLASSES = {HOLDS: "holds", FAILS: "fails"}
 _TITLE = "Rank-r joint heads: what the records say"
 _LEAD = (
-    "Claims of arXiv 2410.17765, judged by rules that were fixed before the runs. Intervals are 95% unless marked, over test "
-    "rows or prompts and over seeds. All of it is a function of the records under `results/`, drawn by `./dev report`. A "
-    "click enlarges a figure."
+    "Claims of arXiv 2410.17765, judged by rules that were fixed before the runs. Intervals are 95% unless marked, "
+    "over test rows or prompts and over seeds. All of it is a function of the records under `results/`, drawn by "
+    "`./dev report`. A click enlarges a figure."
 )
 _COLUMNS = 11  # that a table shows at once; the others are a tick away
 _TELLING = re.compile(
@@ -106,8 +106,8 @@ def _answers(by_claim: Sequence[tuple[Claim, list[Verdict]]]) -> str:
         first = _deciding(group)
         number = first.numbers[0].text() if first.numbers else "-"
         rows.append(
-            f'<tr><th scope="row"><a href="#{_anchor(claim)}">{_text(claim.id)}</a></th><td>{_text(claim.question)}</td>'
-            f"<td>{_word(first)}</td><td>{_text(number)}</td></tr>"
+            f'<tr><th scope="row"><a href="#{_anchor(claim)}">{_text(claim.id)}</a></th>'
+            f"<td>{_text(claim.question)}</td><td>{_word(first)}</td><td>{_text(number)}</td></tr>"
         )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("claim", "question", "answer", "the number"))
     body = "\n".join(rows)
@@ -134,7 +134,8 @@ def _claims(by_claim: Sequence[tuple[Claim, list[Verdict]]], figures: dict[str, 
         picture = _figure(shown) if shown is not None and claim.figure not in placed else ""
         placed.add(claim.figure)
         parts.append(
-            f'<article class="claim" id="{_anchor(claim)}">\n<div>\n<h2>{_text(claim.id)} · {_text(claim.question)}</h2>\n'
+            f'<article class="claim" id="{_anchor(claim)}">\n<div>\n'
+            f"<h2>{_text(claim.id)} · {_text(claim.question)}</h2>\n"
             f'<p class="soft">The paper: {_text(claim.expected)}.</p>\n{_verdict(first)}\n{rest}\n'
             f"{_folded('How it is judged', how)}\n</div>\n{picture}\n</article>"
         )
@@ -171,7 +172,7 @@ def _folded(title: str, content: str) -> str:
 
 
 def _figure(shown: Shown) -> str:
-    """A picture that a click enlarges, over its title with the caption folded into it; or what is missing and how to make it."""
+    """A picture that a click enlarges, over its folded caption; or what is missing and how to make it."""
     if shown.picture is None:
         missing = f'<p class="missing"><b>{_text(shown.title)}</b>: not drawn, {_text(shown.caption)}.</p>'
         return f'<figure id="figure-{shown.name}">{missing}</figure>'
@@ -180,7 +181,8 @@ def _figure(shown: Shown) -> str:
     image = f'<img src="data:image/png;base64,{content}" width="{width}" height="{height}" alt="{_text(shown.title)}">'
     return (
         f'<figure class="{kind}" id="figure-{shown.name}">\n'
-        f'<label class="zoom"><input type="checkbox" aria-label="enlarge {_text(shown.title)}"><span>{image}</span></label>\n'
+        f'<label class="zoom"><input type="checkbox" aria-label="enlarge {_text(shown.title)}">'
+        f"<span>{image}</span></label>\n"
         f"<figcaption>{_folded(shown.title, f'<p>{_text(shown.caption)}</p>')}</figcaption>\n</figure>"
     )
 
