@@ -3,12 +3,12 @@
     step = a + b F_trunk + c F_heads             seconds of one optimiser step; F in FLOPs, at 2 per multiply-add
     train = k steps step                         k: wall-clock over time in steps (validation, checkpoints)
     evaluate = a + b rows F_row
-    decode = units (a + b F_pass + c F_draft + d / cells of the group)    units: tokens written, over modes and repeats
+    decode = units (a + b F_forward + c F_draft + d / cells of the group)    units: tokens written, over modes and repeats
     memory = a + b weights
 
-Least squares of relative errors, no coefficient below zero; `CostModel.text` shows each fit's error. Records of a GPU are
-fitted apart; until there are some, the rates of `ASSUMED` stand in, and the text says so. Heads on a pretrained model cost what
-the nearest records on that model took; without one there is no number. Letters: V vocabulary.
+Least squares of relative errors, no coefficient below zero; `CostModel.text` shows each fit's error. FLOPs are those of
+`cpdlm.training.flops`. Records of a GPU are fitted apart; until there are some, the rates of `ASSUMED` stand in, and the
+text says so. Heads on a pretrained model cost what the nearest records on that model took; without one there is no number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cpdlm.config import SIZES, Config, from_dict
+from cpdlm.config import Config, from_dict
+from cpdlm.training.flops import Shape, draft_flops, loss_flops, trunk_flops, trunk_forwards, trunk_matrices
 from experiments.records import Record
 from experiments.suite import Cell, decode_groups
 
@@ -30,7 +31,7 @@ from experiments.suite import Cell, decode_groups
 START_SECONDS = 12.0
 # A GPU of the H100 class on models this small, in cautious round numbers, until records replace them.
 ASSUMED = {
-    "step": (0.01, 1 / 150e12, 1 / 100e12),
+    "step": (0.01, 1 / 165e12, 1 / 100e12),  # attention counts all pairs, of which a causal kernel computes half
     "evaluate": (2.0, 1 / 50e12),
     "decode": (0.006, 1e-14, 1e-14, 0.012),
     "memory": (4e9, 20.0),
@@ -41,56 +42,9 @@ Array = NDArray[np.float64]
 # --- what a config computes ------------------------------------------------------------------------------------------
 
 
-def _vocabulary(config: Config) -> int:
+def _shape(config: Config) -> Shape:
     kind, _, size = config.data.tokenizer.partition(":")
-    return int(size) if kind == "bpe" else 257 if kind == "bytes" else 50_000
-
-
-def trunk_flops(config: Config) -> float:
-    """FLOPs of the trunk's forward pass, per token of a row."""
-    size = SIZES[config.size]
-    block = 4 * size.width**2 + 3 * size.width * size.feed_forward + config.data.context * size.width
-    return 2.0 * size.layers * block
-
-
-def head_flops(config: Config) -> float:
-    """FLOPs of one position's draft law: every map and its logits."""
-    width, vocab = SIZES[config.size].width, _vocabulary(config)
-    if config.horizon == 1:
-        return 2.0 * width * vocab
-    rows = (config.horizon - config.first_is_tied) * config.rank
-    hidden = config.model.map_hidden or config.model.map_rank
-    each = 0 if config.model.head == "separate" else 2 * width * hidden if hidden else width**2
-    anchor = width * width if config.anchor != "none" else 0
-    return 2.0 * (rows * (each + width * vocab) + anchor)
-
-
-def step_flops(config: Config) -> tuple[float, float]:
-    """FLOPs of one optimiser step: (trunk, heads). A frozen trunk runs forward only; the loss computes its logits twice."""
-    tokens = config.data.context * config.data.batch_rows
-    trunk = (1 if config.model.trunk else 3) * tokens * trunk_flops(config)
-    positions = tokens * (config.loss.joint_fraction if config.horizon > 1 else 1)
-    return trunk, 4 * positions * head_flops(config)
-
-
-def weights(config: Config) -> float:
-    """Parameters, the trunk's included."""
-    size, vocab = SIZES[config.size], _vocabulary(config)
-    return (
-        size.layers * (4 * size.width**2 + 3 * size.width * size.feed_forward)
-        + vocab * size.width
-        + head_weights(config)
-    )
-
-
-def head_weights(config: Config) -> float:
-    width, rows = SIZES[config.size].width, (config.horizon - config.first_is_tied) * config.rank
-    if config.horizon == 1:
-        return 0.0
-    if config.model.head == "separate":
-        return float(rows * width * _vocabulary(config))
-    hidden = config.model.map_hidden or config.model.map_rank
-    return float(rows * (2 * width * hidden if hidden else width**2))
+    return Shape.of(config, int(size) if kind == "bpe" else 257 if kind == "bytes" else 50_000)
 
 
 def written_tokens(config: Config) -> int:
@@ -237,21 +191,30 @@ def _none() -> CostModel:
 
 
 def _step(config: Config) -> tuple[float, ...]:
-    return (1.0, *step_flops(config))
+    tokens = config.data.context * config.data.batch_rows
+    trunk = trunk_forwards(config) * trunk_flops(config)
+    return 1.0, tokens * trunk, tokens * sum(loss_flops(_shape(config), config).values())
 
 
 def _evaluate(config: Config) -> tuple[float, ...]:
-    return 1.0, config.evaluate.rows * config.data.context * (trunk_flops(config) + head_flops(config))
+    return 1.0, config.evaluate.rows * config.data.context * (trunk_flops(config) + _head_flops(config))
 
 
 def _decode(config: Config, group: int) -> tuple[float, ...]:
-    # Cells with targets of their own are compared with plain decoding of their own.
+    # Cells with targets of their own are compared with autoregressive decoding of their own.
     shared = group if config.model.trunk else 1
-    return 1.0, trunk_flops(config), head_flops(config), 1 / shared
+    return 1.0, trunk_flops(config), _head_flops(config), 1 / shared
 
 
 def _memory(config: Config) -> tuple[float, ...]:
-    return 1.0, weights(config)
+    shape = _shape(config)
+    return 1.0, trunk_matrices(config) + shape.vocab * shape.width + shape.head_weights
+
+
+def _head_flops(config: Config) -> float:
+    """FLOPs of one position's draft distribution, or of its next token where there are no heads."""
+    shape = _shape(config)
+    return draft_flops(shape) if shape.factors else 2.0 * shape.width * shape.vocab
 
 
 # --- a whole sweep ---------------------------------------------------------------------------------------------------

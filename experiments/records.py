@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import FAMILIES, SIZES, Config, to_dict, upgrade
+from cpdlm.config import FAMILIES, SIZES, Config, from_dict, to_dict, upgrade
 from cpdlm.files import write_json
+from cpdlm.training.flops import Shape, draft_flops
 from experiments.provenance import provenance
 
 SCHEMA = 1
@@ -86,14 +87,12 @@ class Record:
 
         None for a size that is not one of ours, or without drafts.
         """
-        size, parts = SIZES.get(self.config["size"]), self.content["parameters"]
-        foreign = self.is_pretrained or self.config["model"].get("family", "llama") not in FAMILIES
-        if size is None or foreign or self.horizon == 1:
+        family = self.config["model"].get("family", "llama")
+        if self.config["size"] not in SIZES or family not in FAMILIES or self.is_pretrained or self.horizon == 1:
             return None
-        rows = (self.horizon - (not self.variant.startswith("untied"))) * self.rank
-        shared = self.config["model"].get("head", "shared") == "shared"
-        unembedding = rows * self.content["data"]["vocab_size"] * size.width if shared else 0
-        return int(2 * (parts["heads"] + parts["gate"] + parts["anchor"] + unembedding))
+        parts = self.content["parameters"]
+        shape = Shape.of(from_dict(self.config), self.content["data"]["vocab_size"])
+        return draft_flops(shape, parts["heads"] + parts["gate"] + parts["anchor"])
 
     def trained_bytes(self) -> int:
         """Of what was trained, as it is stored: heads on a pretrained model in that model's precision, others in float32."""

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from cpdlm.config import ConfigError, parse, resolve
 from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.training import flops
 from cpdlm.training.plan import Plan, make_plan
 from experiments import plan as entry
 
@@ -91,6 +92,26 @@ def test_planned_flops_are_those_of_a_step(settings: dict[str, Any]) -> None:
     trunk = build_language_model(resolve(SMALL | {"rank": 1, "horizon": 1}), VOCAB) if config.model.trunk else None
     model = build_language_model(config, VOCAB, trunk)
     assert make_plan(config, VOCAB).flops_per_token == pytest.approx(step(model, config), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 3, "anchor": "token"},
+        {"rank": 2, "model.family": "gpt2", "model.tie_first": True, "model.map_hidden": 8},
+        {"rank": 2, "model.head": "separate", "size": "1b"},
+        {"rank": 3, "model.trunk": "a run", "data.states": 32, "model.map_rank": 4},
+    ],
+)
+def test_the_formulas_of_a_shape_are_what_is_planned_for_the_model(settings: dict[str, Any]) -> None:
+    """Trunk, loss and weights from the settings alone equal those of the model that is built; biases are not counted."""
+    config = resolve(SMALL | settings)
+    plan, shape = make_plan(config, VOCAB), flops.Shape.of(config, VOCAB)
+    planned = {"trunk": flops.trunk_forwards(config) * flops.trunk_flops(config), **flops.loss_flops(shape, config)}
+    assert plan.flops == pytest.approx(planned)
+    heads = sum(plan.parameters[part] for part in ("heads", "gate", "anchor"))
+    assert shape.head_weights == pytest.approx(heads, rel=0.02)
+    assert flops.trunk_matrices(config) + VOCAB * shape.width == pytest.approx(plan.parameters["trunk"], rel=0.03)
 
 
 def test_planned_weights_gradients_and_moments_are_those_of_a_step() -> None:

@@ -462,18 +462,6 @@ def test_estimates_of_the_committed_records_are_near_what_they_took() -> None:
             assert step == pytest.approx(record["training"]["step_ms_median"] / 1000, rel=0.7), record["name"]
 
 
-def test_costs_follow_the_dials() -> None:
-    base = heads(trunk("code", "cpu-trunk,trunk"), 4, "cpu-heads")
-    flops = cost.step_flops(base.config("runs"))
-    assert cost.step_flops(base.varied("x", {"rank": 8}).config("runs"))[1] == pytest.approx(2 * flops[1])
-    assert cost.step_flops(scratch("code", 4).varied("x", {"size": "small"}).config("runs"))[0] == pytest.approx(
-        3 * flops[0]
-    )
-    separate = base.varied("x", {"model.head": "separate"}).config("runs")
-    assert cost.head_flops(separate) < cost.head_flops(base.config("runs"))
-    assert cost.head_weights(separate) == 16 * 256 * 257
-
-
 def test_without_records_of_a_gpu_the_rates_are_assumed_and_it_says_so() -> None:
     model = cost.CostModel.of([], "gpu")
     assert "no records of a gpu yet; assumed rates" in model.text()

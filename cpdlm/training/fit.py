@@ -32,7 +32,7 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.processes import is_srun, is_torchrun
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, RunError
-from cpdlm.training.cost import FlopCount, matmul_rate
+from cpdlm.training.flop_count import FlopCount, matmul_rate
 from cpdlm.training.module import MultiTokenModule
 
 
@@ -49,7 +49,7 @@ class Summary:
     """The record's `training` entry. Times in seconds or milliseconds as named; memory in bytes.
 
     curve: what was logged, by step; clock: the `seconds` in training steps at each of its entries. flops_per_token: counted
-    on the first step, matmul_flops_per_second: as `cpdlm.training.cost` says; both None in a run of several processes.
+    on the first step, matmul_flops_per_second: as `cpdlm.training.flop_count` says; both None in a run of several processes.
     matmul_fraction: FLOPs done per second over that rate.
     """
 

@@ -25,6 +25,7 @@ from cpdlm.data.target import Target
 from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.trunk import Trunk
+from cpdlm.training.flops import Shape, loss_flops, trunk_forwards
 
 # Shapes of the pretrained models that presets name, so that a plan needs no download.
 PUBLISHED: dict[str, Callable[[], PretrainedConfig]] = {
@@ -88,8 +89,7 @@ def make_plan(config: Config, vocab_size: int = 0, compiled: bool = True) -> Pla
         kept, layer_bytes, trunk_flops = _run_trunk(model, config, rows)
     trains_trunk = not model.frozen_target
     tokens = config.optim.steps * config.data.batch_rows * config.data.context
-    forwards = 3.0 if trains_trunk else min(1.0, config.data.states / tokens) if config.data.states else 1.0
-    flops = {"trunk": trunk_flops * forwards, **loss_flops(model, config)}
+    flops = {"trunk": trunk_flops * trunk_forwards(config), **loss_flops(_shape(model), config)}
     layers = len(model.trunk.layers())
     one_layer = kept // layers
     memory = _weights(model, config) | {
@@ -185,32 +185,20 @@ def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any)
     return int(sdpa_flop_count(query, key, value))
 
 
-def loss_flops(model: LanguageModel, config: Config) -> dict[str, float]:
-    """FLOPs per token of the text, forward and backward, by part.
-
-    Each product has a gradient for either side, but a frozen unembedding. Untied, x_{t+1} has a term of its own where not all
-    positions train the window; at a frozen trunk it has none but for heads that own their first factor.
-    """
-    vocab, width, rank = model.vocab_size, model.trunk.width, model.rank
-    table_times = 2 if model.frozen_target and not _separate(model) else 3
-    if model.heads is None:
-        return {"next token": table_times * 2.0 * vocab * width}
-    own_first = not model.first_is_tied
-    share = config.loss.joint_fraction
-    factors, index = model.heads.factors, config.loss.draft_vocabulary or vocab
-    row_map = 0.0 if _separate(model) else 2.0 * width * width
-    if model.heads.inner:
-        row_map = 4.0 * width * model.heads.inner
-    row = table_times * 2.0 * index * width + 3 * row_map
-    first = 0.0
-    # Where the target is frozen and the window's loss is not the joint's own, x_{t+1} has no term of its own.
-    alone = model.frozen_target and (config.loss.draft_vocabulary > 0 or config.loss.objective != "joint")
-    if own_first and share < 1 and not alone:
-        first = rank * row
-    elif not own_first and not model.frozen_target:
-        first = table_times * 2.0 * vocab * width
-    target = 2.0 * index * width * factors if config.loss.objective != "joint" else 0.0
-    return {"next token": first, "window": share * (factors * rank * row + target)}
+def _shape(model: LanguageModel) -> Shape:
+    """Of the model that was built, which may be another's."""
+    heads, width = model.heads, model.trunk.width
+    inner = heads.inner if heads is not None else 0
+    return Shape(
+        model.vocab_size,
+        width,
+        model.rank,
+        heads.factors if heads is not None else 0,
+        0 if _separate(model) else 2 * width * inner if inner else width * width,
+        _separate(model),
+        model.first_is_tied,
+        model.frozen_target,
+    )
 
 
 def _separate(model: LanguageModel) -> bool:
@@ -254,7 +242,7 @@ def _loss_memory(model: LanguageModel, config: Config, rows: int, compiled: bool
     def size(parameters: Iterable[Tensor]) -> int:
         return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
-    has_next_token = loss_flops(model, config)["next token"] > 0
+    has_next_token = loss_flops(_shape(model), config)["next token"] > 0
     table_bytes = 0 if model.frozen_target or _separate(model) else size([table])
     most, sums = 0.0, 0
     if has_next_token:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from cpdlm.training.cost import FlopCount, matmul_rate
+from cpdlm.training.flop_count import FlopCount, matmul_rate
 
 
 def test_forward_and_backward_are_counted() -> None:

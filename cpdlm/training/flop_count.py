@@ -1,4 +1,4 @@
-"""What a training step costs, against what the machine can do: FLOPs that were really done, and the rate of a matrix product."""
+"""What a training step costs: the FLOPs that were really done, and the rate of a matrix product on this machine."""
 
 from __future__ import annotations
 
