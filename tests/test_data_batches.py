@@ -14,7 +14,7 @@ import torch
 
 from cpdlm.config import Config, ConfigError, resolve
 from cpdlm.data.batches import Rows, TokenDataModule, TrainingOrder, training_rows
-from cpdlm.data.corpus import Corpus, TokenSplit
+from cpdlm.data.stored import Corpus, TokenSplit
 from cpdlm.data.tokenizer import BytesTokenizer
 
 

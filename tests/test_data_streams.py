@@ -13,8 +13,8 @@ import pytest
 
 from cpdlm.config import Config, ConfigError, resolve
 from cpdlm.data import sources, streams
+from cpdlm.data.documents import Chosen, FileTexts
 from cpdlm.data.streams import Stream, fetch_stream, read_shards, text_column
-from cpdlm.data.texts import Chosen, FileTexts
 from cpdlm.files import locked
 
 SHARDS, DOCUMENTS = 3, 400

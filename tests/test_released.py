@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from cpdlm import cli, generate
 from cpdlm.config import ConfigError, resolve
 from cpdlm.data import pretrained_files, target
-from cpdlm.data.sources import Package
+from cpdlm.data.packages import Package
 from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.files import write_json

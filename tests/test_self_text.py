@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpdlm.config import ConfigError, resolve
-from cpdlm.data.corpus import TokenSplit
+from cpdlm.data.stored import TokenSplit
 from cpdlm.decoding import Sampling, decode
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training import self_text

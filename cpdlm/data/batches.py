@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.data import windows
-from cpdlm.data.corpus import Corpus, TokenSplit
+from cpdlm.data.stored import Corpus, TokenSplit
 
 # Keys that keep the draws of different purposes apart.
 _TRAINING, _VALIDATION, _PROMPTS, _SLOTS, _PICKS, _STATES = 1, 2, 3, 4, 5, 6

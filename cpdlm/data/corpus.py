@@ -1,12 +1,4 @@
-"""Documents -> splits -> tokens, cached as memory-mapped arrays that are keyed by their content.
-
-    CACHE/tokens/NAME-KEY/meta.json                 format, request, sizes, sha256 of every file
-                          token_bytes.npy           bytes of text behind each id
-                          SPLIT/tokens.npy          uint16 or uint32; document = [bos] x_1 .. x_m [eos]
-                          SPLIT/offsets.npy         documents + 1 token offsets
-                          SPLIT/source_ids.npy      source of each document
-                          SPLIT/byte_lengths.npy    bytes of each document
-                          bpe.json or hf/           the tokenizer, for those that have files
+"""Documents -> splits -> tokens, cached by content: CACHE/tokens/NAME-KEY/ is a folder as `stored` describes it.
 
 A folder is written aside and renamed when whole. Every load checks sizes and sha256; what does not fit is rebuilt.
 """
@@ -23,7 +15,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,83 +24,17 @@ from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.data import sources, tokens
-from cpdlm.data.duplicates import clusters
+from cpdlm.data.documents import Chosen
+from cpdlm.data.packages import PACKAGES
+from cpdlm.data.splits import assign_splits, take
+from cpdlm.data.stored import ARRAYS, FORMAT, SPLITS, Corpus, TornCache, assemble, file_hash, read_tokens
 from cpdlm.data.target import Target
-from cpdlm.data.texts import Chosen
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer, tokenizer_hash
 from cpdlm.data.tokens import PIECE_BYTES
-from cpdlm.data.windows import mix, row_count
+from cpdlm.data.windows import row_count
 from cpdlm.files import locked
 
-FORMAT = 1  # raise when the layout or the way documents are split changes
-SPLITS = ("train", "validation", "test")
-HELD_OUT_SHARE = 0.05  # of the documents, for validation and for test
-ARRAYS = ("tokens", "offsets", "source_ids", "byte_lengths")
 BUNDLE = "bundle.json"
-
-
-@dataclass(frozen=True)
-class TokenSplit:
-    """One split: its documents' tokens end to end. offsets: (documents + 1,). source_ids index source_names."""
-
-    tokens: NDArray[np.integer]
-    offsets: NDArray[np.int64]
-    source_ids: NDArray[np.integer]
-    byte_lengths: NDArray[np.int64]
-    source_names: list[str]
-
-    @property
-    def documents(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of text, special tokens not counted."""
-        return int(self.byte_lengths.sum())
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Three splits and the tokenizer that made them."""
-
-    train: TokenSplit
-    validation: TokenSplit
-    test: TokenSplit
-    tokenizer: Tokenizer
-    meta: dict[str, Any]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    @property
-    def source_names(self) -> list[str]:
-        return self.train.source_names
-
-    def split(self, name: str) -> TokenSplit:
-        """train, validation or test."""
-        split: TokenSplit = getattr(self, name)
-        return split
-
-    def token_bytes(self) -> NDArray[np.int64]:
-        """(V,) bytes of text behind each id; 0 for special tokens."""
-        return self.tokenizer.token_bytes()
-
-    def describe(self) -> dict[str, Any]:
-        """The record's `data` entry. sha256: over the sha256 of every array, so of exactly these tokens."""
-        return {
-            "corpus": self.meta["request"]["corpus"],
-            "sha256": self.meta["sha256"],
-            "tokenizer": self.tokenizer.name,
-            "vocab_size": self.vocab_size,
-            "splits": {
-                name: {"documents": split.documents, "bytes": split.bytes, "tokens": len(split.tokens)}
-                for name, split in ((name, self.split(name)) for name in SPLITS)
-            },
-            "max_bytes": self.meta["request"]["max_bytes"],
-            "sources": self.meta["provenance"],
-            "notes": self.meta["notes"],
-        }
 
 
 def load_corpus(config: Config, progress: bool = True) -> Corpus:
@@ -196,10 +121,6 @@ def _from_cache(config: Config, progress: bool) -> Corpus:
     return read_tokens(folder)
 
 
-class TornCache(ValueError):
-    """A folder of tokens that is not what its meta.json says; the message says in which way."""
-
-
 def _read_or_warn(folder: Path, quietly: bool = False) -> Corpus | None:
     if not folder.exists():
         return None
@@ -209,48 +130,6 @@ def _read_or_warn(folder: Path, quietly: bool = False) -> Corpus | None:
         if not quietly:
             warnings.warn(f"{error}; building it again", stacklevel=3)
         return None
-
-
-def read_tokens(folder: Path) -> Corpus:
-    """The corpus in a folder of tokens; raises TornCache where a file is missing, cut, changed or of another format."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["format"] != FORMAT:
-            raise TornCache(f"{folder} has format {meta['format']}, not {FORMAT}")
-        for name, entry in meta["files"].items():
-            path = folder / name
-            if (size := path.stat().st_size) != entry["size"]:
-                raise TornCache(f"{path} has {size} bytes instead of {entry['size']}")
-            if _file_hash(path) != entry["sha256"]:
-                raise TornCache(f"{path} is not the file that was written (its sha256 differs)")
-        splits = {split: {name: _array(folder / split / f"{name}.npy") for name in ARRAYS} for split in SPLITS}
-        return _assemble(meta, splits, np.load(folder / "token_bytes.npy"), folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, TornCache):
-            raise
-        raise TornCache(f"{folder} is torn or foreign ({type(error).__name__}: {error})") from error
-
-
-def _assemble(
-    meta: dict[str, Any], splits: dict[str, dict[str, NDArray[Any]]], token_bytes: NDArray[np.int64], folder: Path
-) -> Corpus:
-    tokenizer = SavedTokenizer(**meta["tokenizer"], folder=folder, token_bytes=token_bytes)
-    made = {name: TokenSplit(**arrays, source_names=list(meta["source_names"])) for name, arrays in splits.items()}
-    for name, split in made.items():
-        if split.offsets[-1] != len(split.tokens) or len(split.source_ids) != split.documents:
-            raise TornCache(f"{folder}: the arrays of {name} do not belong together")
-    return Corpus(made["train"], made["validation"], made["test"], tokenizer, meta)
-
-
-def _array(path: Path) -> NDArray[Any]:
-    """Memory-mapped where it is long."""
-    array: NDArray[Any] = np.load(path, mmap_mode="r" if path.name == "tokens.npy" else None)
-    return array
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -298,7 +177,7 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, p
     paths = sorted(folder.rglob("*.npy"))
     tokenizer.save(folder)
     files: dict[str, dict[str, Any]] = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _file_hash(path)}
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": file_hash(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -338,75 +217,6 @@ def _tokenizer(config: Config, train_texts: Sequence[bytes], pieces: Path, progr
     return tokenizer
 
 
-def document_hashes(texts: Sequence[bytes]) -> NDArray[np.uint64]:
-    """(len(texts),) the first 64 bits of each sha256: what splits and orders are made from."""
-    digests = b"".join(hashlib.sha256(text).digest()[:8] for text in texts)
-    return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
-
-
-def assign_splits(
-    documents: sources.Documents, config: Config, progress: bool = True
-) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """Indices of each split's documents in hash order, and counts of what was left out.
-
-    Whole-document copies are dropped (a held-out one stays). A cluster of near-duplicates goes where the hash of the
-    cluster sends it: about 90 % train, 5 % validation, 5 % test. Where packages are held out, they alone are the test
-    split, near-duplicates of theirs are dropped, and the other documents are 95 % train. ConfigError below 3 clusters.
-    """
-    hashes = document_hashes(documents.texts)
-    # Held-out documents first, so that of two copies theirs is kept.
-    order = sorted(range(len(hashes)), key=lambda i: (documents.sources[i] not in documents.held_out, hashes[i], i))
-    unique = list({int(hashes[i]): i for i in reversed(order)}.values())
-    unique.sort(key=lambda i: hashes[i])
-    labels = clusters(Chosen(documents.texts, unique), progress)
-    # Of a cluster, `unique` holds the lowest hash first, and labels name the lowest index.
-    share = mix(hashes[np.array(unique)][labels] if unique else np.zeros(0, np.uint64)) / 2.0**64
-    held_out = np.array([documents.sources[i] in documents.held_out for i in unique], dtype=bool)
-    touched = np.isin(labels, labels[held_out])
-    counts = {
-        "read": len(hashes),
-        "copies_dropped": len(hashes) - len(unique),
-        "near_duplicates": int(len(labels) - len(np.unique(labels))),
-        "near_held_out_dropped": int((touched & ~held_out).sum()),
-    }
-    needed = ("validation",) if held_out.any() else ("test", "validation")
-    lot = np.unique(labels[~touched])
-    if len(lot) <= len(needed):
-        raise ConfigError(
-            f"corpus={config.corpus} has {len(unique)} different documents in {len(lot)} groups of near-duplicates; "
-            f"train, validation and test need {len(needed) + 1} groups at least; give more text"
-        )
-    lot = lot[np.argsort(share[lot], kind="stable")]
-    split_of = {int(label): "train" for label in lot}
-    begin = 0
-    for number, name in enumerate(needed, start=1):
-        end = int(np.searchsorted(share[lot], HELD_OUT_SHARE * number))
-        # A small corpus may have no cluster there: then the next one serves. The train split keeps one in any case.
-        end = min(max(end, begin + 1), len(lot) - 1 - (len(needed) - number))
-        split_of.update((int(label), name) for label in lot[begin:end])
-        begin = end
-    assignment: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for position, index in enumerate(unique):
-        if held_out[position]:
-            assignment["test"].append(index)
-        elif not touched[position]:
-            assignment[split_of[int(labels[position])]].append(index)
-    return assignment, counts
-
-
-def take(
-    documents: sources.Documents, indices: list[int], assignment: dict[str, list[int]], max_bytes: int
-) -> list[int]:
-    """The first documents of a split until its share of max_bytes is reached: in proportion to the splits' sizes, at
-    least a twentieth, and one document at least. All of them where max_bytes is 0."""
-    if not max_bytes:
-        return indices
-    total = sum(len(documents.texts[i]) for split in assignment.values() for i in split)
-    sizes = np.array([len(documents.texts[i]) for i in indices])
-    budget = max_bytes * max(sizes.sum() / total, 0.05)
-    return indices[: int(np.searchsorted(np.cumsum(sizes), budget)) + 1]
-
-
 # --- bundles ---------------------------------------------------------------------------------------------------------
 
 
@@ -436,7 +246,7 @@ def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int
             corpus.tokenizer.save(temporary / name)
             (temporary / name / "meta.json").write_text(json.dumps(corpus.meta, indent=1, sort_keys=True))
             files = {
-                str(path.relative_to(temporary)): _file_hash(path)
+                str(path.relative_to(temporary)): file_hash(path)
                 for path in sorted((temporary / name).rglob("*"))
                 if path.is_file()
             }
@@ -450,9 +260,9 @@ def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int
             )
         for config in configs:
             if (wheel := Target.of(config).wheel) is not None:
-                (temporary / sources.PACKAGES).mkdir(exist_ok=True)
-                sizes[f"{sources.PACKAGES}/{wheel.name}"] = wheel.stat().st_size
-                shutil.copy(wheel, temporary / sources.PACKAGES)
+                (temporary / PACKAGES).mkdir(exist_ok=True)
+                sizes[f"{PACKAGES}/{wheel.name}"] = wheel.stat().st_size
+                shutil.copy(wheel, temporary / PACKAGES)
         (temporary / BUNDLE).write_text(json.dumps({"format": FORMAT, "entries": entries}, indent=1))
         os.chmod(temporary, 0o755)
         if folder.exists():
@@ -483,9 +293,9 @@ def _from_bundle(config: Config) -> Corpus:
     inner = folder / entry["folder"]
     for name, digest in entry["files"].items():
         path = folder / name
-        if not path.is_file() or _file_hash(path) != digest:
+        if not path.is_file() or file_hash(path) != digest:
             raise ConfigError(f"data.bundle={folder}: {name} is missing, cut or changed; copy it again, or {again}")
     meta = json.loads((inner / "meta.json").read_text())
     with np.load(inner / "tokens.npz") as arrays:
         splits = {split: {key: arrays[f"{split}.{key}"] for key in ARRAYS} for split in SPLITS}
-        return _assemble(meta, splits, arrays["token_bytes"], inner)
+        return assemble(meta, splits, arrays["token_bytes"], inner)

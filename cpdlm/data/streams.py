@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cpdlm.config import ConfigError
-from cpdlm.data.texts import FileTexts
+from cpdlm.data.documents import FileTexts
 from cpdlm.files import LOCK_SECONDS, LockHeld, locked
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)

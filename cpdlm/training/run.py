@@ -24,8 +24,9 @@ from lightning.pytorch.loggers import Logger
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.data.batches import TokenDataModule
-from cpdlm.data.corpus import Corpus, load_corpus
+from cpdlm.data.corpus import load_corpus
 from cpdlm.data.draft_vocabulary import DraftVocabulary, frequent_tokens
+from cpdlm.data.stored import Corpus
 from cpdlm.data.target import Target
 from cpdlm.files import write_json
 from cpdlm.model.language_model import LanguageModel, build_language_model

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cpdlm.config import ConfigError
 from cpdlm.data.batches import prompts
-from cpdlm.data.corpus import TokenSplit
+from cpdlm.data.stored import TokenSplit
 from cpdlm.decoding.filtering import Sampling
 from cpdlm.decoding.loop import decode_batch
 from cpdlm.files import errors_named, locked, replaced, write_json

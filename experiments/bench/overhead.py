@@ -35,7 +35,7 @@ from cpdlm.config import Config, resolve
 from cpdlm.files import write_json
 
 if TYPE_CHECKING:
-    from cpdlm.data.corpus import Corpus, TokenSplit
+    from cpdlm.data.stored import Corpus, TokenSplit
 
 KEPT = 0.95
 PLAIN, WHOLE = "next token", "whole"
@@ -158,7 +158,7 @@ def random_corpus(config: Config, vocab: int) -> Corpus:
     """Tokens without meaning: what a step takes does not depend on it."""
     import numpy as np
 
-    from cpdlm.data.corpus import Corpus, TokenSplit
+    from cpdlm.data.stored import Corpus, TokenSplit
     from cpdlm.data.tokenizer import BytesTokenizer
 
     def split(rows: int) -> TokenSplit:

@@ -1,13 +1,35 @@
-"""Many documents without holding them all: a file of their bytes end to end, and some of a sequence in an order of one's own."""
+"""Documents as bytes, with their sources; many of them without holding them all in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass
+class Documents:
+    """Documents as bytes, with the index of their source. held_out: sources that are test as a whole. notes: what the
+    readers counted, for the record."""
+
+    texts: Sequence[bytes] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    source_names: list[str] = field(default_factory=list)
+    held_out: set[int] = field(default_factory=set)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def add_source(self, name: str, texts: Iterable[bytes], held_out: bool = False) -> None:
+        index = len(self.source_names)
+        self.source_names.append(name)
+        if held_out:
+            self.held_out.add(index)
+        added = list(texts)
+        self.texts = [*self.texts, *added]
+        self.sources += [index] * len(added)
 
 
 class FileTexts(Sequence[bytes]):

