@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cpdlm.bench import latency
+from cpdlm.bench import compare
 from cpdlm.bench.acceptance import tokens_per_forward
 from cpdlm.config import Config, DecodeConfig, EvaluateConfig, but_rank, upgrade
 from cpdlm.data.batches import TokenDataModule
@@ -161,6 +161,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
         checkpoints.load_model(run_folder(reference)).to(training.training_device()) if reference is not None else None
     )
     decode = first.decode
+    protocol = compare.Protocol.of(decode, first.seed)
     rank_one = _rank_one(configs)
     shortlist = None
     if decode.draft_vocabulary:
@@ -179,19 +180,8 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
                 bar.set_postfix_str(line, refresh=False)
                 bar.update(int(line.startswith(("repeat", "warm-up"))))
 
-            modes[mode] = latency.measure(
-                models,
-                prompts_PT,
-                decode.new_tokens,
-                sampling,
-                rank_one=rank_one,
-                draft=decode.draft,
-                nodes=decode.nodes,
-                reference=trunk,
-                repeats=decode.repeats,
-                warmups=decode.warmups,
-                seed=first.seed,
-                progress=say,
+            modes[mode] = compare.measure(
+                models, prompts_PT, sampling, protocol, rank_one=rank_one, reference=trunk, progress=say
             )
     seconds = (time.monotonic() - began) / len(configs)
     for config in configs:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special
 
+from cpdlm.bench.intervals import drawn
 from experiments.families import Cells
 from experiments.records import Record
 
@@ -109,7 +110,7 @@ class Sample:
 @functools.lru_cache(maxsize=8)
 def _counts(units: int) -> Array:
     """How often each unit is drawn, (B, U): one draw for everything measured on as many units."""
-    return np.random.default_rng(units).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
+    return drawn(units, np.random.default_rng(units), RESAMPLES)
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,7 +11,7 @@ from test_pretrained import CONTEXT, SHAPES, V, saved, with_heads
 from test_suite import TINY, TINY_RETROFIT, small_pretrained
 from transformers import AutoModelForCausalLM
 
-from cpdlm.bench.latency import measure
+from cpdlm.bench.compare import Protocol, measure
 from cpdlm.config import ConfigError, resolve
 from cpdlm.decoding import CapturedForwards, Captures, Options, Sampling, decode, decode_batch
 from cpdlm.hf import export
@@ -96,7 +96,7 @@ def test_greedy_text_is_that_of_generate_and_caches_roll_back(name: str, folders
 
 def test_the_second_run_is_timed_and_passes_count_once(folders: dict[str, Path]) -> None:
     model = adapted(folders["llama tied"])
-    found = measure({"one": model}, torch.arange(3, 11).view(2, 4), 8, Sampling(0.0), repeats=1, warmups=0)
+    found = measure({"one": model}, torch.arange(3, 11).view(2, 4), Sampling(0.0), Protocol(8, repeats=1, warmups=0))
     assert found["one"]["tokens"] == 16 and found["one"]["passes"] <= 16
 
 

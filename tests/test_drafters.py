@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, MistralConfig
 
-from cpdlm.bench import latency
+from cpdlm.bench.contenders import hugging_face
 from cpdlm.config import resolve
 from cpdlm.decoding import Options, Sampling, accept, cache, decode, decode_batch, drafters, tree
 from cpdlm.decoding.drafters import DRAFTERS
@@ -478,7 +478,7 @@ def test_a_binding_attention_window_is_exact_or_refused() -> None:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(2 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
-    prompts, generate = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])], latency.hugging_face(model)
+    prompts, generate = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])], hugging_face(model)
     assert generate is not None
     assert decode(model, prompts[0], 40, Sampling(0.0)).tokens == generate(prompts[0], 40, Sampling(0.0), 0)
     short = [each.tokens for each in decode_batch(model, prompts, 4, Sampling(0.0))]

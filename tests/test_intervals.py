@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cpdlm.bench.intervals import Written, by_seed, conversion, interval, more_per_forward, speedup, tokens_per_forward
+from cpdlm.bench.intervals import (
+    Written,
+    by_seed,
+    interval,
+    more_per_forward,
+    speedup,
+    speedup_per_token_per_forward,
+    tokens_per_forward,
+)
 
 
 def written(rate_HDP: np.ndarray, seconds: float = 1.0) -> Written:
@@ -41,7 +49,9 @@ def test_differences_are_paired() -> None:
 def test_plain_decoding_has_no_seeds() -> None:
     one, plain = written(np.full((2, 2, 3), 2.0), seconds=4.0), written(np.ones((1, 2, 3)), seconds=6.0)
     assert interval(speedup, one, plain)["mean"] == pytest.approx(1.5)
-    assert interval(conversion, one, plain) == {key: pytest.approx(0.75) for key in ("mean", "low", "high")}
+    assert interval(speedup_per_token_per_forward, one, plain) == {
+        key: pytest.approx(0.75) for key in ("mean", "low", "high")
+    }
     assert by_seed(tokens_per_forward, one) == [pytest.approx(2.0)] * 2
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, Lfm2Config, MambaConfig, Qwen2Config
 
-from cpdlm.bench.latency import hugging_face
+from cpdlm.bench.contenders import hugging_face
 from cpdlm.config import ConfigError, resolve
 from cpdlm.decoding import Sampling, decode
 from cpdlm.model.language_model import LanguageModel, build_language_model

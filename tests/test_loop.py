@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpdlm.bench.latency import count_forwards, hugging_face
+from cpdlm.bench.contenders import hugging_face
+from cpdlm.bench.timers import count_forwards
 from cpdlm.config import resolve
 from cpdlm.decoding import ModelProxy, Options, Sampling, chain, decode, decode_batch, drafters
 from cpdlm.model.language_model import LanguageModel, build_language_model

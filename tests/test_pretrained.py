@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from cpdlm.bench.latency import hugging_face
+from cpdlm.bench.contenders import hugging_face
 from cpdlm.config import Config, ConfigError, parse, resolve
 from cpdlm.data.pretrained_files import ORIGIN, checkpoint_folder, content_hash, described, eos_of
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash

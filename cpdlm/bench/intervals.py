@@ -1,10 +1,10 @@
-"""One bootstrap for what is measured on heads of several seeds, in several draws, on several prompts.
+"""One bootstrap for everything that is measured: units are drawn with replacement, and percentiles are taken.
 
-The three are crossed: every seed's heads write every draw of every prompt. A resample takes seeds, draws and prompts with
-replacement, each by itself, and the same ones for everything that is compared, so that what methods share cancels. Few seeds say
-little about their spread: with two the interval is too narrow on that side, so show what each seed gave beside it.
+Axes that are crossed (seeds of the heads, draws, repeats, prompts) are each resampled by themselves. Whatever is
+compared gets the same draws, so that what it shares cancels. Few units on an axis say little about its spread: with two
+the interval is too narrow on that side.
 
-Letters: H seeds of the heads, D draws, P prompts, S resamples.
+Letters: H seeds of the heads, D draws, K repeats, P prompts, U units, S resamples.
 """
 
 from __future__ import annotations
@@ -16,14 +16,54 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpdlm.bench.acceptance import RESAMPLES
-
+RESAMPLES = 2000
 Array = NDArray[np.float64]
+
+
+def drawn(units: int, random: np.random.Generator, resamples: int = RESAMPLES) -> Array:
+    """(S, U) how often each unit is in each resample."""
+    return random.multinomial(units, np.full(units, 1 / units), resamples).astype(np.float64)
+
+
+def summed(values: Array, times: Sequence[Array]) -> Array:
+    """(S,) the sum of each resample. values: one axis per entry of `times`, (S, U) each."""
+    axes = "abc"[: values.ndim]
+    parts = ",".join([*(f"s{axis}" for axis in axes), axes])
+    return np.asarray(np.einsum(f"{parts}->s", *times, values, optimize=True))
+
+
+def bounds(values_S: Array) -> dict[str, float]:
+    """{"low", "high"}: the 95 % percentile interval."""
+    low, high = np.percentile(values_S, [2.5, 97.5])
+    return {"low": float(low), "high": float(high)}
+
+
+def of_ratio(top: Sequence[float], bottom: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """{"mean", "low", "high"} of sum(top) / sum(bottom) over units (U,) that are resampled together."""
+    top_U, bottom_U = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
+    times = [drawn(len(top_U), np.random.default_rng(seed))]
+    return {"mean": float(top_U.sum() / bottom_U.sum())} | bounds(summed(top_U, times) / summed(bottom_U, times))
+
+
+def of_median(values: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """{"median", "low", "high"} of the median over repeats (K,)."""
+    values_K = np.asarray(values, dtype=np.float64)
+    times_SK = drawn(len(values_K), np.random.default_rng(seed))
+    return {"median": float(np.median(values_K))} | bounds(medians(values_K, times_SK))
+
+
+def medians(values_K: Array, times_SK: Array) -> Array:
+    """(S,) the median of each resample."""
+    order, half = values_K.argsort(), len(values_K) / 2
+    reached_SK = times_SK[:, order].cumsum(axis=1)
+    # The two middle values of each resample; of an odd number they are one.
+    middle = [values_K[order][(reached_SK >= rank).argmax(axis=1)] for rank in (np.ceil(half), np.floor(half) + 1)]
+    return np.asarray((middle[0] + middle[1]) / 2)
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was counted per text. H is 1 for a method that has no heads: it is the same for all of them."""
+    """What was counted per text. H is 1 for a method without heads, which is the same for all seeds."""
 
     tokens_HDP: Array
     forwards_HDP: Array
@@ -34,10 +74,12 @@ class Written:
         """From nested lists [seed][draw][prompt]. Raises ValueError where their shapes differ."""
         arrays = [np.asarray(each, dtype=np.float64) for each in (tokens, forwards, seconds)]
         if len({each.shape for each in arrays}) != 1 or arrays[0].ndim != 3:
-            raise ValueError(
-                f"tokens, passes and seconds have the shapes {[each.shape for each in arrays]}, not one (H, D, P)"
-            )
+            shapes = [each.shape for each in arrays]
+            raise ValueError(f"tokens, forwards and seconds have the shapes {shapes}, not one (H, D, P)")
         return cls(*arrays)
+
+    def totals(self, add: Callable[[Array], Array]) -> Totals:
+        return Totals(add(self.tokens_HDP), add(self.forwards_HDP), add(self.seconds_HDP))
 
 
 @dataclass(frozen=True)
@@ -61,9 +103,9 @@ def speedup(one: Totals, other: Totals) -> Array:
     return tokens_per_second(one) / tokens_per_second(other)
 
 
-def conversion(one: Totals, plain: Totals) -> Array:
-    """Share of the tokens per pass that became speed: passes per second over plain decoding's."""
-    return (one.forwards / one.seconds) / tokens_per_second(plain)
+def speedup_per_token_per_forward(one: Totals, autoregressive: Totals) -> Array:
+    """Share of the tokens per forward that became speed: forwards per second over those of autoregressive decoding."""
+    return (one.forwards / one.seconds) / tokens_per_second(autoregressive)
 
 
 def more_per_forward(one: Totals, other: Totals) -> Array:
@@ -71,10 +113,10 @@ def more_per_forward(one: Totals, other: Totals) -> Array:
 
 
 def interval(statistic: Callable[..., Array], *written: Written, seed: int = 0) -> dict[str, float]:
-    """{"mean", "low", "high"}: of all texts, and the 95 % percentile interval.
+    """{"mean", "low", "high"}: of all texts, and the 95 % interval over seeds, draws and prompts.
 
-    statistic takes one `Totals` per Written. Raises ValueError where they have not the same draws and prompts, or more than
-    one number of seeds above 1.
+    statistic takes one `Totals` per Written. Raises ValueError where their draws and prompts differ, or where there is
+    more than one number of seeds above 1.
     """
     shapes = {each.tokens_HDP.shape[1:] for each in written}
     seeds = {each.tokens_HDP.shape[0] for each in written} - {1}
@@ -82,22 +124,16 @@ def interval(statistic: Callable[..., Array], *written: Written, seed: int = 0) 
         raise ValueError(f"not the same texts: {[each.tokens_HDP.shape for each in written]} (seeds, draws, prompts)")
     ((draws, prompts),) = shapes
     random = np.random.default_rng(seed)
-    sizes = (max(seeds, default=1), draws, prompts)
-    times_SH, times_SD, times_SP = (random.multinomial(size, np.full(size, 1 / size), RESAMPLES) for size in sizes)
+    times_SH, *others = (drawn(size, random) for size in (max(seeds, default=1), draws, prompts))
 
     def resampled(counts_HDP: Array) -> Array:
         own_SH = times_SH if counts_HDP.shape[0] == times_SH.shape[1] else np.ones((RESAMPLES, 1))
-        return np.asarray(np.einsum("sh,sd,sp,hdp->s", own_SH, times_SD, times_SP, counts_HDP, optimize=True))
+        return summed(counts_HDP, [own_SH, *others])
 
-    def totals(add: Callable[[Array], Array]) -> list[Totals]:
-        return [Totals(add(each.tokens_HDP), add(each.forwards_HDP), add(each.seconds_HDP)) for each in written]
-
-    low, high = np.percentile(statistic(*totals(resampled)), [2.5, 97.5])
-    mean = statistic(*totals(lambda counts_HDP: np.asarray(counts_HDP.sum())))
-    return {"mean": float(mean), "low": float(low), "high": float(high)}
+    mean = statistic(*(each.totals(lambda counts_HDP: np.asarray(counts_HDP.sum())) for each in written))
+    return {"mean": float(mean)} | bounds(statistic(*(each.totals(resampled) for each in written)))
 
 
 def by_seed(statistic: Callable[[Totals], Array], written: Written) -> list[float]:
     """The statistic of each seed's heads."""
-    counts = (each.sum(axis=(1, 2)) for each in (written.tokens_HDP, written.forwards_HDP, written.seconds_HDP))
-    return [float(each) for each in statistic(Totals(*counts))]
+    return [float(each) for each in statistic(written.totals(lambda counts_HDP: counts_HDP.sum(axis=(1, 2))))]

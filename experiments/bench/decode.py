@@ -5,7 +5,7 @@
     python experiments/bench/decode.py --runs runs/cpu-full --hydra runs/hydra --assistant runs/ASSISTANT ...
 
 All methods of a corpus share one frozen trunk, hence one target, the prompts, the loop and the protocol of
-`cpdlm.bench.latency`. Heads of several seeds are one contender: every seed's heads write every draw of every prompt, and
+`cpdlm.bench.compare`. Heads of several seeds are one contender: every seed's heads write every draw of every prompt, and
 intervals are over seeds, draws and prompts. A strategy is chosen on prompts of the validation split and reported on those
 of the test split.
 
@@ -36,19 +36,20 @@ from transformers import GenerationConfig
 from cpdlm.baselines.hydra import HydraModel
 from cpdlm.baselines.hydra_training import load_hydra, train_hydra
 from cpdlm.baselines.sequential import Sequential
-from cpdlm.bench import latency
+from cpdlm.bench import compare, contenders
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.intervals import (
     Written,
     by_seed,
-    conversion,
     interval,
     more_per_forward,
     speedup,
+    speedup_per_token_per_forward,
     tokens_per_forward,
     tokens_per_second,
 )
 from cpdlm.bench.memory import working_memory
+from cpdlm.bench.timers import count_forwards
 from cpdlm.config import Config
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import load_corpus
@@ -168,15 +169,13 @@ class Bench:
         return [Racer(run.model, self.ours(run.model, sampling, drafter)) for run in heads.runs]
 
     def race(self, racers: dict[str, Racers], split: str, draws: int) -> dict[str, Raced]:
-        """Side by side, `latency`'s protocol; one result per key, over its seeds."""
+        """Side by side, `compare`'s protocol; one result per key, over its seeds."""
         each = {(key, f"{key} {place}"): racer for key, those in racers.items() for place, racer in enumerate(those)}
-        timings = latency.interleaved(
+        timings = compare.interleaved(
             {key: racer.run for key, racer in each.items()},
             {name: racer.model for (_, name), racer in each.items()},
             self.prompts[split][: self.options.timed_prompts],
-            draws,
-            self.options.warmups,
-            self.seed,
+            compare.Protocol(self.new_tokens, repeats=draws, warmups=self.options.warmups, seed=self.seed),
             self.say,
         )
         return {key: Raced([timings[found] for found in each if found[0] == key]) for key in racers}
@@ -186,7 +185,7 @@ class Bench:
 class Raced:
     """Timings of one method, one per seed of its heads."""
 
-    timings: list[latency.Timing]
+    timings: list[compare.Timing]
 
     def written(self, forwards: dict[int, int] | None = None, seed: int = 0) -> Written:
         """passes: by seed of the text, of a method whose results do not tell them; empty where each token is one pass."""
@@ -200,7 +199,7 @@ class Raced:
                 if not forwards
                 else [
                     [
-                        [forwards[latency.run_seed(seed, place, draw)] for place in range(prompts)]
+                        [forwards[compare.run_seed(seed, place, draw)] for place in range(prompts)]
                         for draw in range(draws)
                     ]
                 ]
@@ -230,7 +229,7 @@ def _speed(written: Written, plain: Written, seed: int) -> dict[str, Any]:
     return {
         "tokens_per_second": interval(tokens_per_second, written, seed=seed)["mean"],
         "speedup": interval(speedup, written, plain, seed=seed),
-        "conversion": interval(conversion, written, plain, seed=seed),
+        "conversion": interval(speedup_per_token_per_forward, written, plain, seed=seed),
     }
 
 
@@ -384,7 +383,7 @@ def _batch(model: LanguageModel, sampling: Sampling, drafter: str, draws: int, b
     prompts_PT, found = bench.prompts["test"], []
     for draw in range(draws):
         generators = [
-            torch.Generator(prompts_PT.device).manual_seed(latency.run_seed(bench.seed, index, draw))
+            torch.Generator(prompts_PT.device).manual_seed(compare.run_seed(bench.seed, index, draw))
             for index in range(len(prompts_PT))
         ]
         found.append(
@@ -486,7 +485,7 @@ def _memory(racer: Racer, prompt_T: Tensor, seed: int) -> dict[str, int]:
 
 def _methods(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[Method]:
     trunk, options, horizon = bench.trunk, bench.options, bench.heads[0].horizon
-    generate = latency.hugging_face(trunk)
+    generate = contenders.hugging_face(trunk)
     assert generate is not None, "the trunk is a next-token model"
     methods = [
         Method(PLAIN, PLAIN, 1, {mode: bench.plain(sampling) for mode, sampling in SAMPLINGS.items()}, _same("none")),
@@ -534,7 +533,7 @@ def _same(drafter: str) -> dict[str, str]:
     return dict.fromkeys(SAMPLINGS, drafter)
 
 
-def _theirs(generate: latency.Generate, bench: Bench, sampling: Sampling) -> Contender:
+def _theirs(generate: contenders.Generate, bench: Bench, sampling: Sampling) -> Contender:
     return lambda prompt_T, seed: generate(prompt_T, bench.new_tokens, sampling, seed)
 
 
@@ -593,7 +592,7 @@ def _assistant(bench: Bench, folder: Path) -> Method:
             f"{folder} has a vocabulary of {model.vocab_size} and horizon={model.horizon}; an assistant is a next-token model "
             f"(preset=trunk) with the target's vocabulary of {trunk.vocab_size}"
         )
-    target, assistant = latency.as_hugging_face(trunk), latency.as_hugging_face(model)
+    target, assistant = contenders.as_hugging_face(trunk), contenders.as_hugging_face(model)
     assistant.generation_config.num_assistant_tokens = bench.options.assistant_tokens
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     forwards: dict[int, int] = {}
@@ -606,7 +605,7 @@ def _assistant(bench: Bench, folder: Path) -> Method:
 
         def run(prompt_T: Tensor, seed: int) -> list[int]:
             devices = [prompt_T.device] if prompt_T.device.type == "cuda" else []
-            with latency.count_forwards(trunk) as counter, torch.random.fork_rng(devices), torch.inference_mode():
+            with count_forwards(trunk) as counter, torch.random.fork_rng(devices), torch.inference_mode():
                 torch.manual_seed(seed)
                 text_1T = target.generate(
                     prompt_T[None],

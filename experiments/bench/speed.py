@@ -41,7 +41,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpdlm.bench.latency import Clock, Generate, hugging_face
+from cpdlm.bench.contenders import Generate, hugging_face
+from cpdlm.bench.intervals import of_median as interval
+from cpdlm.bench.timers import Timer
 from cpdlm.config import SIZES, resolve
 from cpdlm.decoding import CapturedForwards, Decoded, Options, Sampling, captured, decode_batch, loop
 from cpdlm.decoding.drafters import Acceptance, Drafter, Proposal, Uniforms, make_drafter, nothing
@@ -54,7 +56,6 @@ from experiments.provenance import provenance
 TARGETS = {1: 0.92, 8: 0.80}
 LEAST_TRUNK = 50_000_000
 PLAIN_TARGET, FLOOR_TARGET = 0.95, 1.05
-RESAMPLES = 2000
 MODES = {"greedy": Sampling(temperature=0), "sampling": Sampling()}
 QUICK = "--size micro --vocab 64 --ranks 1 2 --horizons 3 --map-rank 4 --shortlist 16 --new-tokens 12 --batches 2 --batch-ranks 2 --batch-tokens 6 --repeats 2 --warmups 1 --calls 2"
 
@@ -132,7 +133,7 @@ def decoding(
     new_tokens: int,
 ) -> Run:
     """One timed call of `decode_batch`, with forced acceptance where it drafts."""
-    clock = Clock(prompts_BT.device)
+    clock = Timer(prompts_BT.device)
     began = clock.now()
     prefill: list[float] = []
 
@@ -152,7 +153,7 @@ def split(
     model: LanguageModel, prompts_BT: Tensor, sampling: Sampling, draft: str, new_tokens: int
 ) -> dict[str, float]:
     """Seconds of one decoding by part. Synchronises at every part, so that the sum may exceed an untimed run."""
-    clock = Clock(prompts_BT.device)
+    clock = Timer(prompts_BT.device)
     _decode(model, prompts_BT, sampling, draft, new_tokens, clock, None)
     return clock.seconds
 
@@ -191,7 +192,7 @@ class Parts:
         self.cache = trunk.new_cache()
         with torch.inference_mode():
             self.hidden_BD = trunk.hidden(text_BT[:, :-longest], cache=self.cache)[:, -1]
-        self.clock = Clock(text_BT.device)
+        self.clock = Timer(text_BT.device)
         generators = [torch.Generator(text_BT.device).manual_seed(row) for row in range(len(text_BT))]
         self.uniforms = None if sampling.greedy else Uniforms(generators, text_BT.device)
 
@@ -227,7 +228,7 @@ class CapturedParts:
 
     def __init__(self, text_BT: Tensor, longest: int, sampling: Sampling) -> None:
         self.texts, self.window_BS, self.sampling = list(text_BT[:, :-longest]), text_BT[:, -longest:], sampling
-        self.clock = Clock(text_BT.device)
+        self.clock = Timer(text_BT.device)
         self.graphs: dict[CapturedForwards, tuple[Callable[[], None], Callable[[], None]]] = {}
 
     @torch.inference_mode()
@@ -436,7 +437,7 @@ def compiled_generate(options: argparse.Namespace, device: torch.device, dtype: 
 
 
 def _theirs(generate: Generate, prompt_T: Tensor, sampling: Sampling, tokens: int) -> Run:
-    clock = Clock(prompt_T.device)
+    clock = Timer(prompt_T.device)
     began = clock.now()
     written = generate(prompt_T, tokens, sampling, 0)
     return Run(clock.now() - began, 0.0, len(written), len(written))
@@ -473,14 +474,6 @@ def _summary(
         "token_ms": interval([o.token_seconds * 1e3 for o in ours]),
         "tokens_per_second": interval([batch / o.token_seconds for o in ours]),
     }
-
-
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """{"median", "low", "high"}: of the repeats, with the 95 % interval of a bootstrap over them."""
-    random = np.random.default_rng(0)
-    resampled = np.median(random.choice(np.asarray(values), size=(RESAMPLES, len(values))), axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
 
 
 # --- the record ---------------------------------------------------------------------------------------------------------

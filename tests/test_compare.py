@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from cpdlm.bench import latency
-from cpdlm.bench.acceptance import acceptance, bootstrap_ratio
-from cpdlm.bench.latency import Timing, forward_milliseconds, hugging_face, measure
+from cpdlm.bench import compare
+from cpdlm.bench.acceptance import acceptance
+from cpdlm.bench.compare import Protocol, Timing, measure
+from cpdlm.bench.contenders import Ours, hugging_face
+from cpdlm.bench.intervals import drawn, medians, of_median, of_ratio
+from cpdlm.bench.timers import Timer, forward_milliseconds
 from cpdlm.config import resolve
 from cpdlm.decoding import Decoded, Sampling, decode
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -67,12 +70,10 @@ def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
     modes = measure(
         models,
         PROMPTS,
-        9,
         sampling,
+        Protocol(9, repeats=2, warmups=1),
         rank_one={"r2": "r1"},
         reference=trunk().eval(),
-        repeats=2,
-        warmups=1,
         progress=lines.append,
     )
     assert list(modes) == list(models) and any("repeat 2/2" in line for line in lines)
@@ -106,7 +107,9 @@ def test_speed_over_rank_1_is_over_the_cell_of_the_same_law() -> None:
     """Two laws in one group: each rank 2 is held against its own rank 1, and a cell without one against none."""
     models = {"u1": cell(1), "u2": cell(2), "t1": cell(1, **{"model.tie_first": True})}
     models |= {"t2": cell(2, **{"model.tie_first": True}), "a2": cell(2, anchor="token")}
-    modes = measure(models, PROMPTS, 9, Sampling(0.0), rank_one={"u2": "u1", "t2": "t1"}, repeats=3, warmups=0)
+    modes = measure(
+        models, PROMPTS, Sampling(0.0), Protocol(9, repeats=3, warmups=0), rank_one={"u2": "u1", "t2": "t1"}
+    )
     for name, base in {"u2": "u1", "t2": "t1"}.items():
         mine, theirs = (np.array(modes[each]["repeat_seconds"]["speculative"]) for each in (name, base))
         assert modes[name]["speedup_over_rank1"]["median"] == pytest.approx(np.median(theirs / mine))
@@ -116,21 +119,21 @@ def test_speed_over_rank_1_is_over_the_cell_of_the_same_law() -> None:
 def test_greedy_texts_that_differ_are_counted() -> None:
     ours = Timing([], [], [], [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     theirs = Timing([], [], [], [[1, 2, 3], [4, 0, 0], [7, 8, 0]])
-    assert latency._differing(ours, theirs) == {"prompts": 2, "of": 3, "first_token": 1}
+    assert compare._differing(ours, theirs) == {"prompts": 2, "of": 3, "first_token": 1}
 
 
 def test_the_ratio_of_times_is_taken_within_a_repeat() -> None:
     slow_minute = [1.0, 10.0, 1.0]
     plain = Timing([[2 * s, 2 * s] for s in slow_minute], [[10, 10]] * 3, [])
     fast = Timing([[s, s] for s in slow_minute], [[10, 10]] * 3, [])
-    assert latency.rate_ratio(fast, plain, 0) == pytest.approx({"median": 2.0, "low": 2.0, "high": 2.0})
+    assert compare.rate_ratio(fast, plain, 0) == pytest.approx({"median": 2.0, "low": 2.0, "high": 2.0})
 
 
 def test_the_interval_of_a_speed_up_covers_prompts() -> None:
     """One prompt of two is three times as fast: the interval reaches from one to the other."""
     plain = Timing([[3.0, 3.0]] * 5, [[10, 10]] * 5, [])
     fast = Timing([[1.0, 3.0]] * 5, [[10, 10]] * 5, [])
-    found = latency.rate_ratio(fast, plain, 0)
+    found = compare.rate_ratio(fast, plain, 0)
     assert found["median"] == pytest.approx(1.5)
     assert (found["low"], found["high"]) == pytest.approx((1.0, 3.0))
 
@@ -138,9 +141,9 @@ def test_the_interval_of_a_speed_up_covers_prompts() -> None:
 def test_greedy_repeats_and_sampled_seeds() -> None:
     """The same (prompt, repeat) has the same text in every contender's run; other repeats have others."""
     model = cell(2)
-    run = latency.Ours(model, 9, Sampling(), "chain")
+    run = Ours(model, 9, Sampling(), "chain")
     assert run(PROMPTS[0], 3) == run(PROMPTS[0], 3) != run(PROMPTS[0], 4)
-    seeds = {latency.run_seed(s, p, r) for s in range(3) for p in range(50) for r in range(9)}
+    seeds = {compare.run_seed(s, p, r) for s in range(3) for p in range(50) for r in range(9)}
     assert len(seeds) == 3 * 50 * 9
 
 
@@ -169,7 +172,7 @@ def test_one_token_and_a_window_are_timed_through_the_cache() -> None:
 
 
 def test_the_clock_attributes_time_to_the_part_that_ended() -> None:
-    clock = latency.Clock(torch.device("cpu"))
+    clock = Timer(torch.device("cpu"))
     time.sleep(0.02)
     clock("draft")
     clock("verify")
@@ -190,7 +193,7 @@ def test_acceptance_counts() -> None:
     ]
     assert counted["per_prompt"] == {"tokens": [7, 1], "passes": [5, 1]}
     assert counted["drafts_per_prompt"] == {"reached": [[3, 0], [1, 0]], "accepted": [[1, 0], [1, 0]]}
-    with pytest.raises(AssertionError, match="passes emitted 4 tokens, the text has 3"):
+    with pytest.raises(AssertionError, match="forwards emitted 4 tokens, the text has 3"):
         acceptance([[replace(runs[0][0], tokens=[1, 2, 3])]], 3)
 
 
@@ -200,13 +203,23 @@ def test_the_bootstrap_covers_the_truth() -> None:
     covered = 0
     for _ in range(100):
         forwards = rng.integers(20, 40, 40)
-        interval = bootstrap_ratio(rng.poisson(2.0 * forwards), forwards)
+        interval = of_ratio(rng.poisson(2.0 * forwards), forwards)
         covered += interval["low"] <= 2.0 <= interval["high"]
     assert covered >= 88
 
 
+@pytest.mark.parametrize("repeats", [5, 8])
+def test_the_median_of_a_resample_is_that_of_its_values(repeats: int) -> None:
+    random = np.random.default_rng(1)
+    values, times = random.normal(10, 1, repeats), drawn(repeats, random, 50)
+    expected = [np.median(np.repeat(values, each.astype(int))) for each in times]
+    assert medians(values, times) == pytest.approx(expected)
+    found = of_median(values.tolist())
+    assert values.min() <= found["low"] <= found["median"] == np.median(values) <= found["high"] <= values.max()
+
+
 def test_wrong_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="pass at least one model"):
-        measure({}, PROMPTS, 4, Sampling())
+        measure({}, PROMPTS, Sampling(), Protocol(4))
     with pytest.raises(ValueError, match="cell plain has horizon 1"):
-        measure({"plain": trunk()}, PROMPTS, 4, Sampling())
+        measure({"plain": trunk()}, PROMPTS, Sampling(), Protocol(4))

@@ -1,0 +1,283 @@
+"""The speed protocol: decoders that are compared run side by side, in one process, on the same prompts.
+
+Every repeat runs, prompt after prompt, autoregressive decoding, each cell's speculative decoding and Hugging Face's
+generate on the same weights. The order rotates from repeat to repeat, so that a slow minute of the machine falls on all
+alike. Ratios are taken within a repeat; their median is reported, with a bootstrap interval over prompts and repeats.
+Tokens are counted from the ids, forwards by a hook on the trunk. All run for the same number of tokens (nothing stops
+at an eos), with the same seed per (prompt, repeat). The time split comes from a separate repeat over a few prompts,
+with timers that synchronise.
+
+Letters: P prompts, K repeats, S resamples, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cpdlm.bench.acceptance import acceptance
+from cpdlm.bench.contenders import Contender, Ours, hugging_face, theirs
+from cpdlm.bench.intervals import bounds, drawn, summed
+from cpdlm.bench.timers import PARTS, Timer, count_forwards, forward_milliseconds
+from cpdlm.config import DecodeConfig
+from cpdlm.decoding import Decoded, Sampling
+from cpdlm.model.language_model import LanguageModel
+
+REFERENCE = "(next-token model)"  # no run is called so
+SPLIT_PROMPTS = 4  # of which the time split is taken: shares of a decoding do not need them all
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a comparison runs. draft, nodes: as `decode_batch` takes them. seed: of texts and resamples."""
+
+    new_tokens: int
+    draft: str = "chain"
+    nodes: int = 8
+    repeats: int = 5
+    warmups: int = 3
+    seed: int = 0
+
+    @classmethod
+    def of(cls, settings: DecodeConfig, seed: int) -> Protocol:
+        return cls(settings.new_tokens, settings.draft, settings.nodes, settings.repeats, settings.warmups, seed)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender: seconds and tokens, [repeat][prompt], and, of ours, what was decoded per prompt.
+
+    texts: the ids of the first repeat, per prompt."""
+
+    seconds: list[list[float]]
+    tokens: list[list[int]]
+    decoded: list[list[Decoded]]
+    texts: list[list[int]] = field(default_factory=list)
+
+    def rates(self) -> NDArray[np.float64]:
+        """(K,) tokens per second of each repeat: total tokens over total time."""
+        tokens, seconds = (np.asarray(each, dtype=np.float64).sum(axis=1) for each in (self.tokens, self.seconds))
+        return np.asarray(tokens / seconds)
+
+    def rate(self) -> float:
+        return float(np.median(self.rates()))
+
+
+@dataclass(frozen=True)
+class _Rivals:
+    """The timings that one cell's mode is made of; None where there is no such contender."""
+
+    autoregressive: Timing
+    speculative: Timing
+    generate: Timing | None
+    trunk: Timing | None
+    rank_one: Timing | None
+
+
+def measure(
+    models: Mapping[str, LanguageModel],
+    prompts_PT: Tensor,
+    sampling: Sampling,
+    protocol: Protocol,
+    *,
+    rank_one: Mapping[str, str] | None = None,
+    reference: LanguageModel | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The record's `modes` entry of each cell, measured side by side: {name: mode}.
+
+    models: cells by name, in evaluation mode, all on the prompts' device; horizon 2 or more. Cells on one frozen trunk
+    share one autoregressive decoder and one generate. prompts_PT: (P, T) ids. A warm-up decodes the first prompt with
+    every contender. rank_one: of a cell, the one of rank 1 that differs from it in rank only; "speedup_over_rank1"
+    compares with that (null without one). reference: a next-token model of equal training; "speedup_over_trunk" compares
+    with its autoregressive decoding (null without one; on a frozen trunk that is "speedup" itself). Tokens and forwards
+    are summed over repeats. Times in seconds, or ms where the name says so.
+
+    Raises ValueError on an empty group or a cell without drafts.
+    """
+    if not models:
+        raise ValueError("no cell to measure; pass at least one model")
+    for name, model in models.items():
+        if model.horizon < 2:
+            raise ValueError(
+                f"cell {name} has horizon {model.horizon} and drafts nothing; measure cells of horizon 2 or more"
+            )
+    say = progress or (lambda line: None)
+    shared, new_tokens = _shared_autoregressive(models), protocol.new_tokens
+    subjects = dict(models)
+    contenders: dict[tuple[str, str], Contender] = {}
+    if reference is not None:
+        subjects[REFERENCE] = reference
+        contenders["plain", REFERENCE] = Ours(reference, new_tokens, sampling, "none")
+    for name, model in models.items():
+        if shared[name] == name:
+            contenders["plain", name] = Ours(model, new_tokens, sampling, "none")
+            generate = hugging_face(model)
+            if generate is not None:
+                contenders["generate", name] = theirs(generate, new_tokens, sampling)
+        contenders["speculative", name] = Ours(model, new_tokens, sampling, protocol.draft, protocol.nodes)
+    timings = interleaved(contenders, subjects, prompts_PT, protocol, say)
+    modes = {}
+    for name, model in models.items():
+        say(f"{name}: time split")
+        rivals = _Rivals(
+            timings["plain", shared[name]],
+            timings["speculative", name],
+            timings.get(("generate", shared[name])),
+            timings.get(("plain", REFERENCE)),
+            timings["speculative", rank_one[name]] if rank_one and name in rank_one else None,
+        )
+        modes[name] = _mode(model, prompts_PT, sampling, protocol, rivals)
+    return modes
+
+
+def _mode(
+    model: LanguageModel, prompts_PT: Tensor, sampling: Sampling, protocol: Protocol, rivals: _Rivals
+) -> dict[str, Any]:
+    base, ours, generate, seed = rivals.autoregressive, rivals.speculative, rivals.generate, protocol.seed
+    statistics = acceptance(ours.decoded, model.horizon, seed)
+    speedup = rate_ratio(ours, base, seed)
+    one, window = forward_milliseconds(model, prompts_PT, protocol.new_tokens)
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "prompts": len(prompts_PT),
+        "new_tokens": protocol.new_tokens,
+        "repeats": protocol.repeats,
+        **statistics,
+        "tokens_per_second": {
+            "plain": base.rate(),
+            "speculative": ours.rate(),
+            "generate": generate.rate() if generate is not None else None,
+        },
+        "speedup": speedup,
+        "speedup_over_rank1": rate_ratio(ours, rivals.rank_one, seed) if rivals.rank_one is not None else None,
+        "speedup_over_trunk": rate_ratio(ours, rivals.trunk, seed) if rivals.trunk is not None else None,
+        "plain_over_generate": rate_ratio(base, generate, seed) if generate is not None else None,
+        "other_than_generate": _differing(ours, generate) if generate is not None and sampling.greedy else None,
+        "conversion": speedup["median"] / statistics["tokens_per_pass"]["mean"],
+        "conversion_limit": one / window,
+        "t1_ms": one,
+        "tn_ms": window,
+        "seconds_by_part": seconds_by_part(model, prompts_PT[:SPLIT_PROMPTS], sampling, protocol),
+        "repeat_seconds": {
+            "plain": [sum(repeat) for repeat in base.seconds],
+            "speculative": [sum(repeat) for repeat in ours.seconds],
+        },
+    }
+
+
+def _differing(ours: Timing, other: Timing) -> dict[str, Any]:
+    """How many prompts' greedy text is not generate's, and the first token where one is not (null for none).
+
+    In exact arithmetic none: forwards of several tokens round otherwise than forwards of one, which turns near-ties.
+    """
+    first = [
+        next((index for index, (a, b) in enumerate(zip(mine, their, strict=True)) if a != b), None)
+        for mine, their in zip(ours.texts, other.texts, strict=True)
+    ]
+    indices = [index for index in first if index is not None]
+    return {"prompts": len(indices), "of": len(first), "first_token": min(indices, default=None)}
+
+
+def seconds_by_part(
+    model: LanguageModel, prompts_PT: Tensor, sampling: Sampling, protocol: Protocol
+) -> dict[str, float]:
+    """Seconds of one repeat over all prompts, by part. Timers synchronise: the sum may exceed an untimed run.
+
+    trunk: hidden states. verify: the target (output layer; eq. 11 where that is the target) and the acceptance test. On
+    CUDA these are the parts of forwards launched kernel by kernel, not of captured ones.
+    """
+    contender = Ours(model, protocol.new_tokens, sampling, protocol.draft, protocol.nodes)
+    total = dict.fromkeys(PARTS, 0.0)
+    for index, prompt_T in enumerate(prompts_PT):
+        timer = Timer(prompt_T.device)
+        contender.timed(prompt_T, run_seed(protocol.seed, index, 0), timer)
+        for part, seconds in timer.seconds.items():
+            total[part] += seconds
+    return total
+
+
+def interleaved(
+    contenders: Mapping[tuple[str, str], Contender],
+    models: Mapping[str, LanguageModel],
+    prompts_PT: Tensor,
+    protocol: Protocol,
+    say: Callable[[str], None],
+) -> dict[tuple[str, str], Timing]:
+    """Timing of each contender, (kind, name), run prompt by prompt with the others.
+
+    models[name]: whose forwards are counted. Of the protocol its repeats, warm-ups and seed.
+    """
+    for warmup in range(protocol.warmups):
+        say(f"warm-up {warmup + 1}/{protocol.warmups}")
+        for contender in contenders.values():
+            contender(prompts_PT[0], protocol.seed)
+    timings = {key: Timing([], [], [[] for _ in prompts_PT]) for key in contenders}
+    timer = Timer(prompts_PT.device)
+    order = list(contenders)
+    for repeat in range(protocol.repeats):
+        say(f"repeat {repeat + 1}/{protocol.repeats}")
+        for timing in timings.values():
+            timing.seconds.append([])
+            timing.tokens.append([])
+        for index, prompt_T in enumerate(prompts_PT):
+            turn = (repeat + index) % len(order)
+            for key in order[turn:] + order[:turn]:
+                timing, contender = timings[key], contenders[key]
+                with count_forwards(models[key[1]]) as forwards:
+                    start = timer.now()
+                    result = contender(prompt_T, run_seed(protocol.seed, index, repeat))
+                    timing.seconds[repeat].append(timer.now() - start)
+                if isinstance(result, Decoded):
+                    seen = contender.forwards(forwards.count) if isinstance(contender, Ours) else forwards.count
+                    assert seen == result.forwards, f"{key}: {seen} forwards were made, the loop says {result.forwards}"
+                    timing.decoded[index].append(result)
+                ids = result.tokens if isinstance(result, Decoded) else result
+                timing.tokens[repeat].append(len(ids))
+                if repeat == 0:
+                    timing.texts.append(ids)
+    return timings
+
+
+def _shared_autoregressive(models: Mapping[str, LanguageModel]) -> dict[str, str]:
+    """Cell -> the cell whose autoregressive decoder stands for it: the first with the very same target and weights."""
+    shared: dict[str, str] = {}
+    for name, model in models.items():
+        same = (first for first in shared.values() if _same_target(models[first], model))
+        shared[name] = next(same, name)
+    return shared
+
+
+def _same_target(one: LanguageModel, other: LanguageModel) -> bool:
+    if not (one.frozen_target and other.frozen_target):
+        return one is other
+    weights, others = ([*model.trunk.body.state_dict().values(), model.unembedding.weight] for model in (one, other))
+    return len(weights) == len(others) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(weights, others, strict=True)
+    )
+
+
+def run_seed(seed: int, index: int, repeat: int) -> int:
+    """Of one (prompt, repeat): the same for every contender."""
+    return (seed * 1_000_003 + index) * 1009 + repeat
+
+
+def rate_ratio(top: Timing, bottom: Timing, seed: int) -> dict[str, float]:
+    """{"median", "low", "high"}: median over repeats of the tokens/s ratio, and the 95 % interval of total tokens over total
+    time, prompts and repeats resampled (the same ones for both contenders)."""
+    random = np.random.default_rng(seed)
+    times = [drawn(size, random) for size in np.shape(top.seconds)]
+
+    def rates_S(timing: Timing) -> NDArray[np.float64]:
+        tokens_KP, seconds_KP = (np.asarray(each, dtype=np.float64) for each in (timing.tokens, timing.seconds))
+        return summed(tokens_KP, times) / summed(seconds_KP, times)
+
+    return {"median": float(np.median(top.rates() / bottom.rates()))} | bounds(rates_S(top) / rates_S(bottom))

@@ -1,0 +1,93 @@
+"""What is timed: our decoding, and Hugging Face's generate on the same weights. One prompt at a time.
+
+Letters: T positions of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from cpdlm.decoding import CapturedForwards, Captures, Decoded, Options, Sampling, decode
+from cpdlm.model.language_model import LanguageModel
+
+Generate = Callable[[Tensor, int, Sampling, int], list[int]]
+Contender = Callable[[Tensor, int], Decoded | list[int]]
+
+
+class Ours:
+    """Our decoding; on CUDA with captured forwards, made at the first prompt. Called with (prompt_T, seed)."""
+
+    def __init__(self, model: LanguageModel, new_tokens: int, sampling: Sampling, draft: str, nodes: int = 8) -> None:
+        self.model, self.new_tokens, self.sampling, self.draft, self.nodes = model, new_tokens, sampling, draft, nodes
+        self.captures = Captures(model)
+        self.captured: CapturedForwards | None = None
+
+    def __call__(self, prompt_T: Tensor, seed: int) -> Decoded:
+        longest = len(prompt_T) + self.new_tokens
+        self.captured = self.captures(1, longest, self.sampling, self.draft, self.nodes)
+        return self._decode(prompt_T, seed, Options(nodes=self.nodes, forwards=self.captured))
+
+    def timed(self, prompt_T: Tensor, seed: int, timer: Callable[[str], None]) -> Decoded:
+        """The same, launched kernel by kernel; timer(part) is called at the end of each stretch of work."""
+        return self._decode(prompt_T, seed, Options(nodes=self.nodes, timer=timer))
+
+    def _decode(self, prompt_T: Tensor, seed: int, options: Options) -> Decoded:
+        generator = torch.Generator(prompt_T.device).manual_seed(seed)
+        return decode(
+            self.model, prompt_T, self.new_tokens, self.sampling, generator, draft=self.draft, options=options
+        )
+
+    def forwards(self, hooked: int) -> int:
+        """Forwards of the last call, not counted by the loop: by the hook or, where replayed (one in vain), on the device."""
+        return hooked if self.captured is None else self.captured.forwards_run - 1
+
+
+def theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Contender:
+    return lambda prompt_T, seed: generate(prompt_T, new_tokens, sampling, seed)
+
+
+def hugging_face(model: LanguageModel, static: bool = False) -> Generate | None:
+    """Hugging Face's generate on the model's own trunk and unembedding (shared, not copied).
+
+    static: with its cache of fixed size, for which it compiles the model on CUDA. None where the target is not
+    softmax(U h) (a self target that is not tied): no Hugging Face model has that distribution. The result is (prompt_T,
+    new tokens, sampling, seed) -> ids. The global generator, which generate uses, is restored.
+    """
+    if not (model.first_is_tied or model.frozen_target):
+        return None
+    shell = as_hugging_face(model)
+
+    def generate(prompt_T: Tensor, new_tokens: int, sampling: Sampling, seed: int) -> list[int]:
+        choice: dict[str, Any] = {"do_sample": not sampling.greedy}
+        if not sampling.greedy:
+            choice |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+        if static:
+            choice["cache_implementation"] = "static"
+        settings = GenerationConfig(
+            max_new_tokens=new_tokens, min_new_tokens=None, eos_token_id=None, pad_token_id=0, use_cache=True, **choice
+        )
+        shell.generation_config = settings
+        devices = [prompt_T.device] if prompt_T.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            text_1T = shell.generate(
+                prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), generation_config=settings
+            )
+        ids: list[int] = text_1T[0, len(prompt_T) :].tolist()
+        return ids
+
+    return generate
+
+
+def as_hugging_face(model: LanguageModel) -> Any:
+    """A Hugging Face causal language model of a model's trunk and unembedding (shared, not copied), in evaluation mode."""
+    with torch.device("meta"):  # the shell's own weights are never made
+        shell = AutoModelForCausalLM.from_config(model.trunk.body.config)
+    setattr(shell, shell.base_model_prefix, model.trunk.body)
+    shell.get_output_embeddings().weight = model.unembedding.weight
+    return shell.eval()
