@@ -73,8 +73,8 @@ def errors_named(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise WriteError(
-            f"cannot write {path}: {error.strerror or error}; make it writable, free some space or choose another folder "
-            "(output=DIR), and run the same command again: nothing that was there is lost",
+            f"cannot write {path}: {error.strerror or error}; make it writable, free some space or choose another "
+            "folder (output=DIR), and run the same command again: nothing that was there is lost",
         ) from error
 
 

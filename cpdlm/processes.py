@@ -1,7 +1,7 @@
-"""Which process of a distributed run this is: read from the environment that its launcher made, without torch; and how it ends.
+"""Which process of a distributed run this is, by the environment that its launcher made, without torch; how it ends.
 
-torchrun says RANK, SLURM's srun SLURM_PROCID, Lightning's own launcher NODE_RANK and LOCAL_RANK. A process that nobody
-launched is the first of one.
+torchrun sets RANK, SLURM's srun SLURM_PROCID, Lightning's own launcher NODE_RANK and LOCAL_RANK. A process without a
+launcher is the first of one.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def is_torchrun() -> bool:
 
 
 def is_srun() -> bool:
-    """As Lightning has it: an interactive SLURM shell does not count. torchrun may run inside of srun, and comes first."""
+    """As in Lightning, an interactive SLURM shell does not count. torchrun may run inside of srun, and comes first."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def leave(code: int) -> NoReturn:
-    """End a process of a run of several, whose work is done, without taking its interpreter down piece by piece.
+    """End a process of a distributed run, whose work is done, without the interpreter's own shutdown.
 
-    Threads of torch's process groups now and then abort it there ("terminate called without an active exception", 4 of 17
-    runs with FSDP2 on gloo, torch 2.13, destroy_process_group or not), and the whole run then reports a lost process.
+    Threads of torch's process groups can abort there ("terminate called without an active exception": 4 of 17 runs
+    with FSDP2 on gloo, torch 2.13, destroy_process_group or not). The whole run would then report a lost process.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

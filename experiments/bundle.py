@@ -1,6 +1,6 @@
 """Packs the tokens that a profile needs, for a machine without a network or a package index.
 
-    python -m experiments.bundle PROFILE DIR        (./dev bundle DIR --profile PROFILE)
+    python -m experiments.bundle DIR --profile PROFILE        (./dev bundle DIR --profile PROFILE)
 
 There: ./reproduce.sh --profile PROFILE --only train,decode --data DIR --python PATH
 """
@@ -17,6 +17,7 @@ from experiments.profiles import PROFILES
 
 def main(arguments: list[str]) -> int:
     from cpdlm.data.corpus import write_bundle
+    from cpdlm.files import WriteError
 
     parser = argparse.ArgumentParser(prog="./dev bundle", description=__doc__)
     parser.add_argument("folder", nargs="?", default="bundle")
@@ -25,13 +26,14 @@ def main(arguments: list[str]) -> int:
     profile, folder = options.profile, options.folder
     try:
         sizes = write_bundle([cell.config("runs/bundle") for cell in PROFILES[profile]()], Path(folder))
-    except ConfigError as error:
+    except (ConfigError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, size in sizes.items():
         print(f"{size / 2**20:6.1f} MiB  {name}")
     print(
-        f"bundle: {folder}; on the other machine: ./reproduce.sh --profile {profile} --only train,decode --data {folder}"
+        f"bundle: {folder}; on the other machine: "
+        f"./reproduce.sh --profile {profile} --only train,decode --data {folder}"
     )
     return 0
 

@@ -136,7 +136,8 @@ BAD: list[tuple[str, str]] = [
     ),
     (
         "data.tokenizer=word",
-        "data.tokenizer='word': write bytes, bpe:SIZE with SIZE of at least 257, hf:NAME, or, with a pretrained trunk (model=NAME), model",
+        "data.tokenizer='word': write bytes, bpe:SIZE with SIZE of at least 257, hf:NAME, or, with a pretrained trunk "
+        "(model=NAME), model",
     ),
     ("data.tokenizer=model", "data.tokenizer='model': write bytes, bpe:SIZE"),
     ("data.text=greedy", "data.text=greedy is for heads on a frozen model: give model=NAME"),

@@ -299,7 +299,7 @@ def test_two_processes_at_once(tmp_path: Path, folder: Path) -> None:
 def test_errors_name_what_to_type(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"its (train|validation|test) split has \d+ tokens, fewer than one row of data.context=100000; lower data",
+        match=r"its (train|validation|test) split has \d+ tokens, fewer than one row of data.context=100000; lower",
     ):
         load_corpus(config(tmp_path, corpus=str(folder), data__context=100_000), progress=False)
     (tmp_path / "file").write_text("")

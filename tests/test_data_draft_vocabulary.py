@@ -31,6 +31,6 @@ def test_the_most_frequent_tokens_and_what_they_cover(size: int) -> None:
         ([-1], 2, "0..3"),
     ],
 )
-def test_what_is_no_shortlist_is_refused(tokens: list[int], size: int, message: str) -> None:
+def test_what_is_no_draft_vocabulary_is_refused(tokens: list[int], size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         frequent_tokens(np.array(tokens, dtype=np.int64), 4, size)

@@ -1,4 +1,4 @@
-"""Datasets streamed to disk: the text is the stream's whoever reads it, and a killed reader goes on where its last note is.
+"""Datasets streamed to disk: the text is the stream's whoever reads it; a killed reader goes on from its last note.
 
 Local folders of JSON lines, through `datasets` itself.
 """

@@ -94,7 +94,10 @@ def test_a_prompt_begins_as_the_model_has_seen_texts_begin(bpe: BpeTokenizer, tm
             model.backend_tokenizer.post_processor = TemplateProcessing(
                 single=template, special_tokens=[("<|endoftext|>", 299)]
             )
-            model.chat_template = "{% for turn in messages %}{{ turn.role }}:{{ turn.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+            model.chat_template = (
+                "{% for turn in messages %}{{ turn.role }}:{{ turn.content }};{% endfor %}"
+                "{% if add_generation_prompt %}assistant:{% endif %}"
+            )
         model.save_pretrained(tmp_path / name / "hf")
         kept = SavedTokenizer(f"hf:{name}", 300, 299, 299, tmp_path / name, bpe.token_bytes())
         for theirs in (build_tokenizer(f"hf:{tmp_path / name / 'hf'}", []), kept):

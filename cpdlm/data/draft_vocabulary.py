@@ -1,9 +1,9 @@
 """Which tokens a draft should be made of: those that a corpus uses most, and how much of it they cover.
 
-A draft over a part of the vocabulary costs less and loses only the tokens that are not on the list, which the target still
-writes (FR-Spec, arXiv 2502.14856). Count tokens of the training split: a list taken from what is decoded would know it.
+A draft over a part of the vocabulary costs less and loses only the tokens outside it, which the target still writes
+(FR-Spec, arXiv 2502.14856). Count the tokens of the training split: those of the test split would leak what is decoded.
 
-Letters: V vocabulary, V' size of the list.
+Letters: V vocabulary, V' draft vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class DraftVocabulary:
-    """ids: (V',) int64, ascending. coverage: share of the counted tokens that are on the list."""
+    """ids: (V',) int64, ascending. coverage: share of the counted tokens that it holds."""
 
     ids: NDArray[np.int64]
     coverage: float
@@ -29,7 +29,7 @@ def frequent_tokens(tokens: NDArray[np.integer], vocab_size: int, size: int) -> 
     """
     if not 1 <= size <= vocab_size:
         raise ValueError(
-            f"a shortlist of {size} tokens is no part of a vocabulary of {vocab_size}; type 1 to {vocab_size}"
+            f"a draft vocabulary of {size} tokens is no part of a vocabulary of {vocab_size}; type 1 to {vocab_size}"
         )
     if not tokens.size:
         raise ValueError("there are no tokens to count; pass the tokens of a training split")

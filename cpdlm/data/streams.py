@@ -6,9 +6,9 @@ FOLDER/texts.bin        the documents, end to end; offsets.npy: where each begin
        shards/I.json    how much of that is sure to be on the disk, and the dataset's own position behind it
        shards/I.lock    held by the process that reads shard I
 
-A shard is read by whichever process finds it free: of a distributed run, or of another machine with the same folder. The
-text is that of the stream from its beginning, whoever read it. A killed process loses what it read since its last note;
-the next one goes on from there.
+The first process that finds a shard free reads it, be it of a distributed run or of another machine with the same
+folder. The text is that of the stream from its beginning, whoever read it. A killed process loses what it read since its last
+note; the next one goes on from there.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ def fetch_stream(stream: Stream, progress: bool = True) -> dict[str, Any]:
 
 
 def read_shards(stream: Stream, dataset: Any, wait: bool, advance: Callable[[int], Any]) -> None:
-    """Read the shards that are not whole, in order until the limit; one that another process reads is waited for or left.
+    """Read the shards that are not whole, in order until the limit.
 
-    advance: called with the bytes of each document.
+    wait: for a shard that another process reads, instead of leaving it out. advance: called with the bytes of each
+    document.
     """
     before, first_open = 0, 0
     for index in range(dataset.num_shards):
@@ -138,14 +139,15 @@ def _open(stream: Stream) -> Any:
 def _unreadable(stream: Stream, error: Exception) -> ConfigError:
     reason = (str(error).splitlines() or [""])[0]
     return ConfigError(
-        f"corpus={stream.corpus} could not be read ({type(error).__name__}: {reason}). Check the name and the connection, and "
-        "run again (what is here is not read twice), or use corpus=code, corpus=text, a file or a folder"
+        f"corpus={stream.corpus} could not be read ({type(error).__name__}: {reason}). Check the name and the "
+        "connection, and run again (what is here is not read twice), or use corpus=code, corpus=text, a file "
+        "or a folder"
     )
 
 
 @dataclass(frozen=True)
 class Note:
-    """How far a shard has been read. state: what the dataset calls its position. whole: there is no more, or no need."""
+    """How far a shard has been read. state: the dataset's own position. whole: there is no more, or no need of it."""
 
     bytes: int = 0
     documents: int = 0

@@ -53,7 +53,7 @@ class Target:
 
     @property
     def eos(self) -> int | list[int] | None:
-        """The ids at which `generate` stops on a pretrained model; None for other targets, and where nothing stops it."""
+        """The ids at which `generate` stops on a pretrained model; None for others, and where nothing stops it."""
         return eos_of(self.source) if self.kind == "pretrained" else None
 
     @property

@@ -37,8 +37,11 @@ class Tokenizer(Protocol):
         ...
 
     def prompt(self, text: bytes | str, chat: bool = False) -> list[int]:
-        """Ids from which a model continues a text, with what its tokenizer puts round one. chat: as a user's turn, by the
-        tokenizer's chat template. ConfigError where it has none, or cannot read the text."""
+        """Ids from which a model continues a text, special tokens of its tokenizer included.
+
+        chat: as a user's turn, by the tokenizer's chat template.
+        ConfigError where it has none, or cannot read the text.
+        """
         ...
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
@@ -206,8 +209,10 @@ class HubTokenizer:
 
 @lru_cache(maxsize=8)
 def tokenizer_hash(source: str) -> str:
-    """sha256 of what a Hugging Face tokenizer does: its whole definition, and what begins and ends a document. ConfigError
-    as HubTokenizer."""
+    """sha256 of a Hugging Face tokenizer: its whole definition, and what begins and ends a document.
+
+    ConfigError as HubTokenizer.
+    """
     tokenizer = HubTokenizer("model", source)
     backend = getattr(tokenizer._model, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer._model.get_vocab().items()))
@@ -270,8 +275,8 @@ def _begun(tokenizer: Tokenizer, text: bytes | str, chat: bool) -> list[int]:
 
 def _no_template(name: str) -> ConfigError:
     return ConfigError(
-        f"the tokenizer {name} has no chat template, which says how a user's turn is written; leave --chat out, or give a "
-        "model that was tuned for chat"
+        f"the tokenizer {name} has no chat template, which says how a user's turn is written; leave --chat out, "
+        "or give a model that was tuned for chat"
     )
 
 

@@ -76,7 +76,7 @@ def write_piece(tokenizer: Tokenizer, path: Path, texts: list[bytes]) -> None:
 
 
 def join(pieces: list[Piece], tokens: Path, dtype: Any) -> NDArray[np.int64]:
-    """Write the tokens of all pieces, in order, as one .npy file; returns the offsets (documents + 1,) of the documents."""
+    """Write the tokens of all pieces, in order, as one .npy file; returns the documents' offsets (documents + 1,)."""
     lengths = np.concatenate([np.zeros(1, np.int64), *(arrays["lengths"] for arrays in _load(pieces))])
     offsets: NDArray[np.int64] = np.cumsum(lengths)
     header = {

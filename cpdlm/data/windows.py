@@ -73,7 +73,7 @@ def row_sources(offsets: Ints, source_ids: NDArray[np.integer], rows_B: Ints, co
 
 
 def picked(starts_B: Ints, context: int, fraction: float, *keys: int) -> NDArray[np.bool_]:
-    """(B, T) a random share of positions, each chosen by a hash of `keys` and its place in the stream.
+    """(B, T) a random share of positions, each chosen by a hash of `keys` and its position in the stream.
 
     So the choice depends neither on the process that sees a row nor on the rows beside it.
     """

@@ -2,8 +2,8 @@
 
     python experiments/bench/processes.py [--quick] [--corpus code --processes 1 2 --size small ...]
 
-The command that a user types trains on the same rows in every step; each process has cores / processes threads. A step's
-time is the median of its run. Contenders take turns; medians over the repeats.
+The command that a user types trains on the same rows in every step. Each process has cores / processes threads. A
+step's time is the median of its run. Contenders take turns; medians over the repeats.
 """
 
 from __future__ import annotations
