@@ -117,11 +117,11 @@ def test_the_joint_objective_is_the_bounded_joint_loss() -> None:
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("joint", "eq14", "eq14-marginal")])
 def test_a_draft_that_is_the_target_has_nothing_to_lose(name: str) -> None:
     probs_V = torch.randn(V).softmax(-1)
-    factors_CNRV = probs_V.expand(1, N, R, V)
-    seen = Seen(torch.zeros(1, N, dtype=torch.long), torch.ones(1, N, dtype=torch.bool), probs_V.expand(1, N, V))
-    loss_CN = OBJECTIVES[name](torch.full((1, R), 1 / R).log(), factors_CNRV, seen, 0.9)
+    joint = Joint(torch.full((1, R), 1 / R).log(), probs_V.log().expand(1, N, R, V))
+    seen = Seen(torch.zeros(1, N, dtype=torch.long), probs_V.expand(1, N, V))
+    loss_CN = OBJECTIVES[name](joint, seen, 0.9)
     torch.testing.assert_close(loss_CN, torch.zeros(1, N), rtol=0, atol=1e-6)
-    assert math.isclose(float(overlap(factors_CNRV[:, :, 0], seen)[0, 0]), 1, abs_tol=1e-6)
+    assert math.isclose(float(overlap(joint.factors_NRV[:, :, 0], seen.target_CNV)[0, 0]), 1, abs_tol=1e-6)
 
 
 def test_every_objective_has_a_name_that_the_config_knows() -> None:

@@ -50,9 +50,9 @@ def test_joint_is_the_written_out_formula(kind: str, rank: int) -> None:
 def test_first_factor_alone_is_the_joints_first(kind: str) -> None:
     heads, hidden_PD, table_VD = make(kind)
     joint = heads.joint(hidden_PD, table_VD)
-    log_weights, logits = heads.first_log_weights_and_logits(hidden_PD, table_VD)
-    torch.testing.assert_close(log_weights, joint.log_weights_R)
-    torch.testing.assert_close(logits.log_softmax(-1), joint.log_factors_NRV[:, 0])
+    first = heads.first(hidden_PD, table_VD)
+    torch.testing.assert_close(first.log_weights_R, joint.log_weights_R)
+    torch.testing.assert_close(first.log_factors_NRV, joint.log_factors_NRV[:, :1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,24 +66,12 @@ def test_batch_dimensions_come_through(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [1, R])
-def test_draft_laws_are_the_joints(kind: str, rank: int) -> None:
+def test_given_the_first_token_is_the_joint_conditioned(kind: str, rank: int) -> None:
     heads, hidden_PD, table_VD = make(kind, rank)
-    joint, first_P = heads.joint(hidden_PD, table_VD), torch.tensor([0, 3, V - 1, 3])
-    for mine, theirs in (
-        (heads.draft(hidden_PD, table_VD), joint),
-        (heads.draft_given_first(hidden_PD, table_VD, first_P), joint.condition(first_P)),
-    ):
-        torch.testing.assert_close(mine.log_weights_R, theirs.log_weights_R)
-        torch.testing.assert_close(mine.log_factors_NRV, theirs.log_factors_NRV)
-
-
-def test_a_first_token_outside_the_table_leaves_the_prior() -> None:
-    heads, hidden_PD, table_VD = make("full")
-    first_P = torch.tensor([0, -1, 2, -1])
-    given, known = heads.draft_given_first(hidden_PD, table_VD, first_P), first_P >= 0
-    torch.testing.assert_close(given.log_weights_R[~known], heads.log_weights(hidden_PD)[~known])
-    exact = heads.joint(hidden_PD, table_VD).condition(first_P.clamp(min=0))
-    torch.testing.assert_close(given.log_weights_R[known], exact.log_weights_R[known])
+    first_P = torch.tensor([0, -1, V - 1, 3])
+    given, exact = heads.given_first(hidden_PD, table_VD, first_P), heads.joint(hidden_PD, table_VD).condition(first_P)
+    torch.testing.assert_close(given.log_weights_R, exact.log_weights_R)
+    torch.testing.assert_close(given.log_factors_NRV, exact.log_factors_NRV)
 
 
 def test_rank_one_is_independent_heads() -> None:
@@ -138,7 +126,7 @@ def test_bias_buffer_takes_the_place_of_the_gates_bias() -> None:
     after = heads.joint(hidden_PD, table_VD).log_weights_R
     expected = (before + torch.tensor([0.3, -0.2], dtype=torch.float64)).log_softmax(-1)
     torch.testing.assert_close(after, expected)
-    torch.testing.assert_close(heads.first_log_weights_and_logits(hidden_PD, table_VD)[0], expected)
+    torch.testing.assert_close(heads.first(hidden_PD, table_VD).log_weights_R, expected)
 
 
 def test_anchor_starts_as_the_identity_and_learns_from_the_first_step() -> None:

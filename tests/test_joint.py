@@ -65,9 +65,8 @@ def test_marginal_is_the_sum_over_later_tokens(shape: tuple[int, int, int]) -> N
         tokens = torch.tensor(prefixes)
         close(spread(joint.marginal(k), len(tokens)).log_prob(tokens).exp(), summed)
         close(spread(joint, len(tokens)).log_prob(tokens).exp(), summed)
-        padded = torch.cat([tokens, torch.zeros(len(tokens), horizon - k, dtype=torch.long)], dim=-1)
-        count = torch.full((len(tokens),), k)
-        close(spread(joint, len(tokens)).log_prob(padded, count).exp(), summed)
+        padded = torch.nn.functional.pad(tokens, (0, horizon - k), value=-1)
+        close(spread(joint, len(tokens)).log_prob(padded).exp(), summed)
     assert joint.marginal(0).horizon == 0
     close(joint.marginal(0).log_prob(torch.zeros(0, dtype=torch.long)), torch.zeros(()))
     close(joint.first().exp(), [oracle.probability(*plain(joint), (token,)) for token in range(vocab)])
@@ -84,6 +83,29 @@ def test_chain_terms_are_the_conditionals(shape: tuple[int, int, int]) -> None: 
         for k in range(horizon):
             exact = oracle.probability(*plain(joint), window[: k + 1]) / oracle.probability(*plain(joint), window[:k])
             assert math.isclose(chain[row, k].exp().item(), exact, rel_tol=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conditionals_are_the_chain_over_the_vocabulary(shape: tuple[int, int, int]) -> None:  # law 3
+    """And stepwise re-weighting gives the same; a token of -1 tells nothing."""
+    rank, horizon, vocab = shape
+    joint = make(*shape)
+    weights, factors = plain(joint)
+    scores = Joint(joint.log_weights_R, joint.log_factors_NRV + 3, normalised=False)
+    for window in oracle.windows(vocab, horizon):
+        whole, steps = joint.conditionals(torch.tensor(window)), joint.weights_R[None]
+        close(scores.conditionals(torch.tensor(window)), whole)
+        for k in range(horizon):
+            before = oracle.probability(weights, factors, window[:k])
+            exact = [oracle.probability(weights, factors, (*window[:k], v)) / before for v in range(vocab)]
+            close(whole[k], exact)
+            close(joint.mixed(k, steps)[0] / steps.sum(), exact)
+            steps = joint.reweighted(k, steps, torch.tensor([window[k]]))
+    untold = joint.conditionals(torch.full((horizon,), -1))
+    close(untold, joint.marginals())
+    for k in range(horizon):
+        close(untold[k], [sum(weights[a] * factors[k][a][v] for a in range(rank)) for v in range(vocab)])
+    close(joint.posterior(torch.full((horizon,), -1)), joint.log_weights_R)
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 1])
@@ -214,7 +236,7 @@ def test_scores_are_the_law_that_they_normalise_to(dtype: torch.dtype) -> None:
             torch.testing.assert_close(getattr(mine, of), getattr(theirs, of), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(mine.factors_NRV, mine.log_factors_NRV.exp())
         assert torch.equal(mine.scores_NRV.argmax(-1), theirs.log_factors_NRV.argmax(-1))
-    torch.testing.assert_close(lazy.log_prob(tokens), whole.log_prob(tokens))
+    torch.testing.assert_close(lazy.log_prob(tokens), whole.log_prob(tokens), rtol=tolerance, atol=tolerance)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

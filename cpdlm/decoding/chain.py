@@ -21,13 +21,12 @@ def greedy_chain(joint: Joint, count: int) -> Tensor:
     """Drafts (B, K): the argmax of each conditional in turn. joint: batch (B,), at least `count` factors."""
     if joint.rank == 1:
         return joint.scores_NRV[:, :count, 0].argmax(dim=-1)
-    weights_B1R, factors_BKRV = joint.weights_R.unsqueeze(1), joint.marginal(count).factors_NRV
-    tokens: list[Tensor] = []
+    joint = joint.marginal(count)
+    weights_B1R, tokens = joint.weights_R.unsqueeze(1), list[Tensor]()
     for k in range(count):
-        token_B11 = (weights_B1R @ factors_BKRV[:, k]).argmax(dim=-1, keepdim=True)
-        tokens.append(token_B11[:, :, 0])
+        tokens.append(joint.mixed(k, weights_B1R).argmax(dim=-1))
         if k + 1 < count:
-            weights_B1R = _posterior(weights_B1R, factors_BKRV[:, k], token_B11)
+            weights_B1R = _posterior(joint, k, weights_B1R, tokens[-1])
     return torch.cat(tokens, dim=1)
 
 
@@ -45,34 +44,28 @@ def sampled_chain(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Ten
         return _draw_draft(draft_probs_BKV, uniforms_BS[:, :count]), draft_probs_BKV
     if sampling.plain:
         return _component_first(joint, count, uniforms_BS)
-    weights_B1R, factors_BKRV = joint.weights_R.unsqueeze(1), joint.factors_NRV
+    weights_B1R = joint.weights_R.unsqueeze(1)
     tokens: list[Tensor] = []
     distributions: list[Tensor] = []
     for k in range(count):
-        probs_B1V = filtered((weights_B1R @ factors_BKRV[:, k]).log(), sampling)
+        probs_B1V = filtered(joint.mixed(k, weights_B1R).log(), sampling)
         token_B1 = _draw_draft(probs_B1V, uniforms_BS[:, k : k + 1])
         tokens.append(token_B1)
         distributions.append(probs_B1V)
         if k + 1 < count:
-            weights_B1R = _posterior(weights_B1R, factors_BKRV[:, k], token_B1.unsqueeze(-1))
+            weights_B1R = _posterior(joint, k, weights_B1R, token_B1)
     return torch.cat(tokens, dim=1), torch.cat(distributions, dim=1)
 
 
 def _component_first(joint: Joint, count: int, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
-    factors_BKRV = joint.factors_NRV
     component_B = _draw_draft(joint.weights_R, uniforms_BS[:, 0])
-    drawn_BKV = factors_BKRV.take_along_dim(component_B[:, None, None, None], dim=2).squeeze(2)
+    drawn_BKV = joint.factors_NRV.take_along_dim(component_B[:, None, None, None], dim=2).squeeze(2)
     tokens_BK = _draw_draft(drawn_BKV, uniforms_BS[:, 1 : count + 1])
-    before_BKR = joint.log_weights_R.unsqueeze(1)
-    if count > 1:
-        seen_BKR = factors_BKRV[:, :-1].take_along_dim(tokens_BK[:, :-1, None, None], dim=3).squeeze(3).log()
-        before_BKR = torch.cat([before_BKR, before_BKR + seen_BKR.cumsum(dim=1)], dim=1)
-    posterior_BK1R = before_BKR.softmax(dim=-1).unsqueeze(2)
-    return tokens_BK, (posterior_BK1R @ factors_BKRV).squeeze(2)
+    return tokens_BK, joint.conditionals(tokens_BK)
 
 
-def _posterior(weights_B1R: Tensor, factors_BRV: Tensor, token_B11: Tensor) -> Tensor:
-    weights_B1R = weights_B1R * factors_BRV.take_along_dim(token_B11, dim=2).transpose(1, 2)
+def _posterior(joint: Joint, k: int, weights_B1R: Tensor, token_B1: Tensor) -> Tensor:
+    weights_B1R = joint.reweighted(k, weights_B1R, token_B1)
     return weights_B1R / weights_B1R.sum(dim=-1, keepdim=True)
 
 

@@ -48,21 +48,20 @@ def beam(joint: Joint, depth: int, width: int) -> Beam:
     """joint: batch (B,), `depth` factors or more. A level with fewer than `width` prefixes is padded with log-probability
     -inf."""
     offspring = min(width, joint.vocab_size)
-    factors_BDRV = joint.marginal(depth).factors_NRV
+    joint = joint.marginal(depth)
     # Unnormalised posterior of each prefix: its sum over components is the prefix's probability.
     weights_BMR = joint.weights_R.unsqueeze(1)
     levels: list[tuple[Tensor, Tensor, Tensor]] = []
     for level in range(depth):
-        probs_BMV = weights_BMR @ factors_BDRV[:, level]
+        probs_BMV = joint.mixed(level, weights_BMR)
         # No prefix has more than `width` extensions among the `width` likeliest: first each one's, then all together.
         top_BMC, token_BMC = probs_BMV.topk(offspring, dim=-1)
         flat_BE = top_BMC.flatten(1)
         prob_BM, index_BM = flat_BE.topk(min(width, flat_BE.shape[1]), dim=-1)
         token_BM = token_BMC.flatten(1).gather(1, index_BM)
         parent_BM = index_BM // offspring
-        rank = weights_BMR.shape[-1]
-        chosen_BRM = factors_BDRV[:, level].gather(2, token_BM.unsqueeze(1).expand(-1, rank, -1))
-        weights_BMR = weights_BMR.gather(1, parent_BM.unsqueeze(-1).expand(-1, -1, rank)) * chosen_BRM.transpose(1, 2)
+        before_BMR = weights_BMR.gather(1, parent_BM.unsqueeze(-1).expand(-1, -1, joint.rank))
+        weights_BMR = joint.reweighted(level, before_BMR, token_BM)
         short = width - token_BM.shape[1]
         pad = torch.nn.functional.pad
         levels.append((pad(token_BM, (0, short)), pad(parent_BM, (0, short)), pad(prob_BM, (0, short)).log()))

@@ -131,35 +131,26 @@ class FactorHeads(nn.Module):
             scores_PR = scores_PR + self.balance_bias_R
         return log_normalise(scores_PR)
 
-    def first_log_weights_and_logits(self, hidden_PD: Tensor, unembedding_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate (..., R) and logits (..., R, V) of the first factor alone, which eq. 11 needs at every position."""
-        return self.log_weights(hidden_PD), self._logits(hidden_PD, unembedding_VD, 0, 1).squeeze(-3)
-
     def joint(self, hidden_PD: Tensor, unembedding_VD: Tensor) -> Joint:
-        """The law at each position, densely: log-factors (..., N, R, V)."""
-        logits_PNRV = self._logits(hidden_PD, unembedding_VD, 0, self.factors)
-        return Joint(self.log_weights(hidden_PD), log_normalise(logits_PNRV))
+        """The joint at each position, over all factors. No factor is normalised before something asks for it."""
+        return self._joint(hidden_PD, unembedding_VD, 0, self.factors)
 
-    def draft(self, hidden_BD: Tensor, unembedding_VD: Tensor) -> Joint:
-        """`joint`, as drafts need it: no factor is normalised before something asks for it."""
-        logits_BNRV = self._logits(hidden_BD, unembedding_VD, 0, self.factors)
-        return Joint(self.log_weights(hidden_BD), logits_BNRV, normalised=False)
+    def first(self, hidden_PD: Tensor, unembedding_VD: Tensor) -> Joint:
+        """`joint(...).marginal(1)`, without the work of the other factors: what eq. 11 needs."""
+        return self._joint(hidden_PD, unembedding_VD, 0, 1)
 
-    def draft_given_first(self, hidden_BD: Tensor, unembedding_VD: Tensor, first_B: Tensor) -> Joint:
-        """The law of the later N-1 tokens given the first, `joint(..).condition(first_B)` without what drafts do not need.
+    def given_first(self, hidden_BD: Tensor, unembedding_VD: Tensor, first_B: Tensor) -> Joint:
+        """`joint(...).condition(first_B)`. With one component the first factor tells nothing and is left out.
 
-        first_B: rows of unembedding_VD; -1 for a token that is not among them, which tells nothing of the component.
-        Of the first factor the posterior needs one probability per component, and with one component nothing at all.
+        first_B: rows of unembedding_VD, -1 for a token that is not among them.
         """
-        log_weights_BR = self.log_weights(hidden_BD)
         if self.rank == 1:
-            return Joint(log_weights_BR, self._logits(hidden_BD, unembedding_VD, 1, self.factors), normalised=False)
-        logits_BNRV = self._logits(hidden_BD, unembedding_VD, 0, self.factors)
-        first_BRV = logits_BNRV[:, 0].to(log_weights_BR.dtype)
-        chosen_BR = first_BRV.take_along_dim(first_B.clamp(min=0)[:, None, None], dim=-1).squeeze(-1)
-        posterior_BR = log_normalise(log_weights_BR + chosen_BR - first_BRV.logsumexp(dim=-1))
-        log_weights_BR = torch.where(first_B.unsqueeze(-1) < 0, log_weights_BR, posterior_BR)
-        return Joint(log_weights_BR, logits_BNRV[:, 1:], normalised=False)
+            return self._joint(hidden_BD, unembedding_VD, 1, self.factors)
+        return self.joint(hidden_BD, unembedding_VD).condition(first_B)
+
+    def _joint(self, hidden: Tensor, unembedding_VD: Tensor, start: int, stop: int) -> Joint:
+        logits = self._logits(hidden, unembedding_VD, start, stop)
+        return Joint(self.log_weights(hidden), logits, normalised=False)
 
     def nll(
         self,

@@ -153,10 +153,7 @@ class LanguageModel(nn.Module):
         if self.first_is_tied:
             return self._trunk_log_probs(hidden)
         assert self.heads is not None
-        log_weights_R, logits_RV = self.heads.first_log_weights_and_logits(
-            self._for_heads(hidden), self.unembedding.weight
-        )
-        return torch.logsumexp(log_weights_R.unsqueeze(-1) + log_normalise(logits_RV), dim=-2)
+        return self.heads.first(self._for_heads(hidden), self.unembedding.weight).first()
 
     def target_log_probs(self, hidden: Tensor) -> Tensor:
         """Log law (..., V) of x_{t+1} that decoding preserves: the frozen trunk's own, or the model's own."""
@@ -187,8 +184,8 @@ class LanguageModel(nn.Module):
         seen_BD = self._seen(hidden_BD, pending_B)
         table_VD = self.unembedding.weight if self._draft_table_VD is None else self._draft_table_VD
         if self.first_is_tied:
-            return self.heads.draft(seen_BD, table_VD)
-        return self.heads.draft_given_first(seen_BD, table_VD, self.indices(pending_B))
+            return self.heads.joint(seen_BD, table_VD)
+        return self.heads.given_first(seen_BD, table_VD, self.indices(pending_B))
 
     def use_draft_vocabulary(self, ids: Tensor | None) -> None:
         """Draft from these tokens only, (V',) distinct ids (None: from all); the target keeps the whole vocabulary.

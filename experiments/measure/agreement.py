@@ -18,7 +18,6 @@ from torch import Tensor
 from cpdlm.decoding import Sampling
 from cpdlm.decoding.chain import greedy_chain
 from cpdlm.decoding.drafters import DeterministicDraft
-from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel
 
 
@@ -59,7 +58,7 @@ def _counts(model: LanguageModel, text_T: Tensor, prompt_tokens: int, nodes: int
     greedy = Sampling(0.0)
     chosen = {
         "chain": greedy_chain(joint, drafts),
-        "marginals": _marginals(joint).argmax(dim=-1),
+        "marginals": joint.marginals().argmax(dim=-1),
         "window": DeterministicDraft("window", greedy, None, nodes).draft(joint, drafts).tokens_BK,
         "path": DeterministicDraft("path", greedy, None, nodes).draft(joint, drafts).tokens_BK,
     }
@@ -68,7 +67,7 @@ def _counts(model: LanguageModel, text_T: Tensor, prompt_tokens: int, nodes: int
         right_QK = tokens_QK == future_QK
         counts[f"{name} right"] = right_QK.double().sum(dim=0)
         counts[f"{name} kept"] = right_QK.double().cumprod(dim=1).sum(dim=0)
-    probs_QKV = _in_vocabulary(joint, future_QK)
+    probs_QKV = joint.conditionals(future_QK)
     target_QKV = torch.stack([model.target_log_probs(hidden_TD[indices_Q + 1 + k]) for k in range(drafts)], dim=1).exp()
     counts["told"] = (probs_QKV.argmax(dim=-1) == future_QK).double().sum(dim=0)
     counts["overlap"] = torch.minimum(probs_QKV, target_QKV).sum(dim=-1).double().sum(dim=0)
@@ -79,17 +78,3 @@ def _counts(model: LanguageModel, text_T: Tensor, prompt_tokens: int, nodes: int
     counts["changed now right"] = (differs_QK & (chosen["chain"] == future_QK)).double().sum(dim=0)
     counts["changed was right"] = (differs_QK & (chosen["marginals"] == future_QK)).double().sum(dim=0)
     return counts, len(indices_Q)
-
-
-def _marginals(joint: Joint) -> Tensor:
-    """(Q, K, V): the law of each position, whatever the others are."""
-    return (joint.log_weights_R.exp()[:, None, None] @ joint.log_factors_NRV.exp()).squeeze(-2)
-
-
-def _in_vocabulary(joint: Joint, future_QK: Tensor) -> Tensor:
-    """(Q, K, V): the law of each position given the true tokens before it."""
-    distributions = []
-    for k in range(future_QK.shape[1]):
-        weights_QR = joint.posterior(future_QK[:, :k]).exp()
-        distributions.append((weights_QR[:, None] @ joint.log_factors_NRV[:, k].exp()).squeeze(1))
-    return torch.stack(distributions, dim=1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cpdlm.config import ConfigError
 from cpdlm.model.language_model import LanguageModel
-from cpdlm.model.losses.draft import Seen, conditionals, overlap
+from cpdlm.model.losses.draft import overlap
 from experiments.measure.components import Components
 
 CHUNK_BYTES = 64 * 2**20
@@ -188,8 +188,7 @@ def kept_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, whol
         target_CNV = model.target_log_probs(hidden_TD[states_CN]).exp()
         if model.draft_ids is not None:
             target_CNV = target_CNV[..., model.draft_ids]
-        seen = Seen(indices_CN.clamp(min=0), indices_CN >= 0, target_CNV)
-        shares.append(overlap(conditionals(joint.log_weights_R, joint.factors_NRV, seen), seen).float())
+        shares.append(overlap(joint.conditionals(indices_CN), target_CNV).float())
     return torch.cat(shares)
 
 

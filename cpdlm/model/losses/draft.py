@@ -27,9 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cpdlm.model.joint import normalise
-
-TINY = 1e-30  # below this a float32 probability is rounding
+from cpdlm.model.joint import TINY, Joint
 
 
 class Windows(NamedTuple):
@@ -48,34 +46,22 @@ class Windows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One chunk of `Windows` as the objectives see it: target_CNV are p_1..p_N, probabilities in float32."""
+    """One chunk of `Windows` as the objectives see it.
+
+    future_CN: tokens, -1 for those that drafts do not cover. target_CNV: p_1..p_N, probabilities in float32.
+    """
 
     future_CN: Tensor
-    in_vocabulary_CN: Tensor
     target_CNV: Tensor
 
 
-Formula = Callable[[Tensor, Tensor, Seen, float], Tensor]
-
-
-def conditionals(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen) -> Tensor:
-    """q_k (C, N, V): each position's law given the window's true tokens before it, a mixture with posterior weights."""
-    in_vocabulary_CNR = factors_CNRV.take_along_dim(seen.future_CN[:, :, None, None], dim=-1).squeeze(-1)
-    in_vocabulary_CNR = in_vocabulary_CNR.clamp_min(TINY).log().masked_fill(~seen.in_vocabulary_CN.unsqueeze(-1), 0.0)
-    before_CNR = torch.nn.functional.pad(in_vocabulary_CNR[:, :-1].cumsum(dim=1), (0, 0, 1, 0))
-    weights_CN1R = (log_weights_CR.unsqueeze(1) + before_CNR).softmax(dim=-1).unsqueeze(2)
-    return (weights_CN1R @ factors_CNRV).squeeze(2)
-
-
-def marginals(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen) -> Tensor:
-    """q_k (C, N, V): each position's law by itself."""
-    return (log_weights_CR.exp()[:, None, None] @ factors_CNRV).squeeze(2)
+Formula = Callable[[Joint, Seen, float], Tensor]
 
 
 def cross_entropy(draft_CNV: Tensor, seen: Seen) -> Tensor:
-    """-log q_k(x_k) (C, N); 0 where x_k is off the list."""
-    chosen_CN = draft_CNV.take_along_dim(seen.future_CN.unsqueeze(-1), dim=-1).squeeze(-1)
-    return -chosen_CN.clamp_min(TINY).log() * seen.in_vocabulary_CN
+    """-log q_k(x_k) (C, N); 0 where drafts do not cover x_k."""
+    chosen_CN = draft_CNV.take_along_dim(seen.future_CN.clamp(min=0).unsqueeze(-1), dim=-1).squeeze(-1)
+    return -chosen_CN.clamp_min(TINY).log() * (seen.future_CN >= 0)
 
 
 def divergence(draft_CNV: Tensor, seen: Seen) -> Tensor:
@@ -84,48 +70,31 @@ def divergence(draft_CNV: Tensor, seen: Seen) -> Tensor:
     return (target_CNV * (target_CNV.clamp_min(TINY).log() - draft_CNV.clamp_min(TINY).log())).sum(dim=-1)
 
 
-def overlap(draft_CNV: Tensor, seen: Seen) -> Tensor:
+def overlap(draft_CNV: Tensor, target_CNV: Tensor) -> Tensor:
     """alpha_k (C, N) = sum_v min(p_k, q_k): the probability that a sampled draft is kept."""
-    return torch.minimum(seen.target_CNV, draft_CNV).sum(dim=-1)
+    return torch.minimum(target_CNV, draft_CNV).sum(dim=-1)
 
 
-def joint(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
-    return cross_entropy(conditionals(log_weights_CR, factors_CNRV, seen), seen)
-
-
-def eq14(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
-    draft_CNV = conditionals(log_weights_CR, factors_CNRV, seen)
+def eq14(draft_CNV: Tensor, seen: Seen, alpha: float) -> Tensor:
     return alpha * divergence(draft_CNV, seen) + (1 - alpha) * cross_entropy(draft_CNV, seen)
 
 
-def eq14_marginal(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
-    draft_CNV = marginals(log_weights_CR, factors_CNRV, seen)
-    return alpha * divergence(draft_CNV, seen) + (1 - alpha) * cross_entropy(draft_CNV, seen)
-
-
-def acceptance(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
-    return 1 - overlap(conditionals(log_weights_CR, factors_CNRV, seen), seen)
-
-
-def log_acceptance(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
-    return -overlap(conditionals(log_weights_CR, factors_CNRV, seen), seen).clamp_min(TINY).log()
-
-
-def blend(log_weights_CR: Tensor, factors_CNRV: Tensor, seen: Seen, alpha: float) -> Tensor:
-    draft_CNV = conditionals(log_weights_CR, factors_CNRV, seen)
-    kept_CN = overlap(draft_CNV, seen)
+def blend(draft_CNV: Tensor, seen: Seen) -> Tensor:
+    kept_CN = overlap(draft_CNV, seen.target_CNV)
     share_CN = torch.exp(-3 * kept_CN.detach())
     return share_CN * divergence(draft_CNV, seen) + (1 - share_CN) * (1 - kept_CN)
 
 
-# What `loss.objective` takes: (log_weights_CR, factors_CNRV probabilities, seen, alpha) -> L_k (C, N), nats or shares.
+# What `loss.objective` takes: (joint, seen, alpha) -> L_k (C, N), in nats or shares.
 OBJECTIVES: dict[str, Formula] = {
-    "joint": joint,
-    "eq14": eq14,
-    "eq14-marginal": eq14_marginal,
-    "acceptance": acceptance,
-    "log-acceptance": log_acceptance,
-    "blend": blend,
+    "joint": lambda joint, seen, alpha: cross_entropy(joint.conditionals(seen.future_CN), seen),
+    "eq14": lambda joint, seen, alpha: eq14(joint.conditionals(seen.future_CN), seen, alpha),
+    "eq14-marginal": lambda joint, seen, alpha: eq14(joint.marginals(), seen, alpha),
+    "acceptance": lambda joint, seen, alpha: 1 - overlap(joint.conditionals(seen.future_CN), seen.target_CNV),
+    "log-acceptance": lambda joint, seen, alpha: (
+        -overlap(joint.conditionals(seen.future_CN), seen.target_CNV).clamp_min(TINY).log()
+    ),
+    "blend": lambda joint, seen, alpha: blend(joint.conditionals(seen.future_CN), seen),
 }
 
 
@@ -199,7 +168,7 @@ class Objective:
         with torch.no_grad():
             logits_CNV = self.target_logits(windows.target_PND, table_VD)
             target_CNV = (logits_CNV.float() - windows.log_normaliser_PN.unsqueeze(-1)).exp()
-        seen = Seen(windows.future_PN, windows.in_vocabulary_PN, target_CNV)
-        each_CN = OBJECTIVES[self.name](log_weights_CR, normalise(logits_CNRV), seen, self.alpha)
+        seen = Seen(windows.future_PN.masked_fill(~windows.in_vocabulary_PN, -1), target_CNV)
+        each_CN = OBJECTIVES[self.name](Joint(log_weights_CR, logits_CNRV, normalised=False), seen, self.alpha)
         discount_N = self.gamma ** torch.arange(each_CN.shape[1], device=each_CN.device, dtype=each_CN.dtype)
         return (each_CN.masked_fill(~windows.counts_PN, 0.0) * discount_N).sum(dim=1)
