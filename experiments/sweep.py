@@ -116,7 +116,7 @@ def parse(arguments: list[str]) -> Options:
     given: dict[str, Any] = dict(pairs(flags.settings, SETTINGS, "slurm."))
     slurm = {key.removeprefix("slurm."): given.pop(key) for key in list(given) if key.startswith("slurm.")}
     if "claim" in given:
-        one_of("claim", given["claim"], ("all", *(each.id for each in CLAIMS)))
+        one_of("claim", given["claim"], ("all", *dict.fromkeys(each.id for each in CLAIMS)))
     one_of("profile", given.get("profile", "cpu"), SCALES if "claim" in given else PROFILES)
     one_of("launcher", given.get("launcher", "local"), ("local", "slurm"))
     if "only" in given:

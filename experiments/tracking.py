@@ -320,7 +320,7 @@ def _note(folder: str, profiles: list[str], verdicts: list[Verdict]) -> str:
             f"{folder} is answered from the cells of {', '.join(f'`{lender}`' for lender in lenders)}. `{command(folder)}` makes what is missing."
         ]
     for claim in dict.fromkeys(verdict.claim for verdict in resting):
-        lines += ["", f"**{claim.id}: {claim.question}**", ""]
+        lines += ["", f"**{claim.name}: {claim.question}**", ""]
         lines += [
             f"- {verdict.setting}: **{verdict.verdict}**. {verdict.measured()}"
             for verdict in resting

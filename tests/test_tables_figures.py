@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from made_records import made
 from experiments import claims
 from experiments.families import families_of
 from experiments.records import Record, RecordError, load_all, write
-from experiments.report import Report, figures, render, tables
+from experiments.report import Report, figures, readme, render, tables
 from experiments.report.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ def test_the_claims_table_has_expected_measured_verdict_and_record(drawn: tuple[
     folder, report = drawn
     rows = list(csv.DictReader((folder / "tables" / "claims.csv").open()))
     assert list(rows[0]) == ["claim", "setting", "expected", "measured", "verdict", "record"]
-    assert [row["claim"] for row in rows] == [verdict.claim.id for verdict in report.verdicts]
+    assert [row["claim"] for row in rows] == [verdict.claim.name for verdict in report.verdicts]
     assert rows[0]["record"] == "C1/code-tiny-own-r{1,2,4,8}-n4-none-s{0,1}.json"
     assert all(re.match(r"holds(: |$)|fails: |not (measurable|measured) here: ", row["verdict"]) for row in rows)
     assert "its own variation is not covered" in (folder / "tables" / "claims.md").read_text()
@@ -55,7 +56,7 @@ def test_paired_differences_have_interval_and_spread(drawn: tuple[Path, Report])
     )
     text = row["joint NLL (nats), minus rank 1"]
     mean, low, high, spread = map(float, re.findall(r"[+-]?\d+\.\d+", text))
-    assert row["seeds"] == "2" and " +- " in text and low < mean < high < 0 < spread < high - low
+    assert row["seeds"] == "2" and " ± " in text and low < mean < high < 0 < spread < high - low
     # A wide table is shrunk to the page, a narrow one is not.
     assert r"\resizebox{\linewidth}{!}{" in (drawn[0] / "tables" / "paired.tex").read_text()
     narrow = tables.Table("narrow", "A caption.", ("a", "b"), [("1", "2")])
@@ -108,31 +109,57 @@ def test_markdown_and_latex_are_well_formed(drawn: tuple[Path, Report]) -> None:
         assert {line.count(" & ") for line in text.splitlines() if line.endswith(r"\\")} == {header[1].count(" & ")}
 
 
-def test_the_readme_changes_between_its_markers_only(made_results: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Above\n\n{tables.BEGIN}\nstale\n{tables.END}\n\nbelow\n")
-    families, notes = families_of(load_all(made_results)[0])
-    assert tables.update_readme(readme, families, claims.judge(families), notes)
-    text = readme.read_text()
-    assert text.startswith(f"# Above\n\n{tables.BEGIN}\n| claim |")
-    assert text.endswith(f"{tables.END}\n\nbelow\n")
-    assert "stale" not in text
-    for word in ("2 seeds (0, 1)", "Made-up CPU", "tiny (0.8M trunk parameters)"):
-        assert word in text
-    assert tables.update_readme(readme, families, claims.judge(families), notes)
-    assert readme.read_text() == text
+CLAIMS_BLOCK = ("<!-- claims:begin -->", "<!-- claims:end -->")
+SCEPTIC_BLOCK = ("<!-- sceptic:begin -->", "<!-- sceptic:end -->")
 
 
-def test_a_readme_without_markers_is_left_alone_and_a_torn_one_refused(made_results: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("# mine\n")
-    families, _ = families_of(load_all(made_results)[0])
-    assert not tables.update_readme(readme, families, claims.judge(families))
-    for torn in (f"{tables.BEGIN}\n", f"{tables.END}\n{tables.BEGIN}\n", f"{tables.BEGIN}{tables.BEGIN}{tables.END}"):
-        readme.write_text(torn)
+def test_the_readme_changes_between_its_markers_only(records: Path, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(
+        "# Above\n\n{}\nstale\n{}\n\nbetween\n{}\nstale\n{}\n\nbelow\n".format(*CLAIMS_BLOCK, *SCEPTIC_BLOCK)
+    )
+    families, _ = families_of(load_all(records)[0])
+    verdicts = claims.judge(families)
+    assert readme.update(path, records, families, verdicts) == ["claims", "sceptic"]
+    text = path.read_text()
+    assert text.startswith("# Above\n") and text.endswith(f"{SCEPTIC_BLOCK[1]}\n\nbelow\n") and "between" in text
+    assert "stale" not in text and "Made-up CPU" in text
+    assert readme.update(path, records, families, verdicts) and path.read_text() == text
+
+
+def test_a_readme_without_markers_is_left_alone_and_a_torn_one_refused(tmp_path: Path) -> None:
+    path, (begin, end) = tmp_path / "README.md", CLAIMS_BLOCK
+    path.write_text("# mine\n")
+    assert not readme.update(path, tmp_path, [], [])
+    for torn in (f"{begin}\n", f"{end}\n{begin}\n", f"{begin}{begin}{end}"):
+        path.write_text(torn)
         with pytest.raises(RecordError, match="claims block"):
-            tables.update_readme(readme, families, claims.judge(families))
-        assert readme.read_text() == torn
+            readme.update(path, tmp_path, [], claims.judge([]))
+        assert path.read_text() == torn
+
+
+def test_what_the_readme_says_is_what_the_records_say() -> None:
+    """Of the committed records: a row per claim, no line over 200 characters, every number found in a record."""
+    results = ROOT / "results"
+    families, _ = families_of(load_all(results)[0])
+    verdicts = claims.judge(families)
+    rows = [line for line in readme.claims_block(families, verdicts).splitlines() if line.startswith("| C")]
+    lines = readme.sceptic_block(results, families).splitlines()
+    assert [row.split(" | ")[0] for row in rows] == [f"| {claim.id}" for claim in claims.CLAIMS]
+    assert 3 <= len(lines) <= 5 and max(map(len, [*rows, *lines])) <= 200
+    deciding = next(verdict for verdict in verdicts if verdict.claim.id == "C3").numbers[0].interval
+    assert (
+        f"| yes | {deciding.mean:+.2f} tokens per forward at rank 8 [{deciding.low:.2f}, {deciding.high:.2f}] |"
+        in rows[2]
+    )
+    baselines = json.loads((results / "benchmarks/decode_baselines.json").read_text())
+    greedy = max(m["modes"]["greedy"]["speedup"]["mean"] for m in baselines["methods"] if m["kind"] == "lookup")
+    assert any(f"greedy {greedy:.2f}x against" in line for line in lines)
+    assert not any(
+        word in line for line in [*rows, *lines] for word in ("anchor", "tied", "common", "retrofit", "pass")
+    )
+    text = (ROOT / "README.md").read_text()
+    assert all(row in text for row in rows), "./dev report updates the README"
 
 
 def test_the_papers_unknown_numbers_are_never_printed(drawn: tuple[Path, Report]) -> None:

@@ -1,4 +1,8 @@
-"""C1: the joint loss falls as the rank rises."""
+"""C1: the joint loss falls as the rank rises.
+
+Cells: models trained from scratch at ranks 1, 2, 4 and 8 with equal steps, and rank 1 trained for rank 8's time. The README
+shows the setting with the most cells at equal steps.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,25 @@ from collections.abc import Sequence
 
 from experiments import star
 from experiments.claims.equal_time import equal_time
-from experiments.claims.ranks import judged, over_ranks, trend
-from experiments.claims.verdict import Claim, Verdict
+from experiments.claims.ranks import at_top_rank, judged, over_ranks, trend
+from experiments.claims.verdict import Answer, Claim, Verdict, headline
 from experiments.families import Family
 
 CLAIM = Claim(
     id="C1",
-    question="Does the joint negative log-likelihood fall as the rank rises?",
-    expected="joint NLL falls as the rank rises, at equal steps",
+    question="Does the joint loss of the next tokens fall as the rank rises?",
+    expected="the joint NLL falls as the rank rises, at equal steps",
     statistic="held-out joint NLL, rank 8 minus rank 1, from scratch; paired over seeds and test rows",
-    rule="holds: 95% interval below 0, not inside +-0.01 nats, and no step from one rank to the next surely up; fails: 95% "
-    "interval above 0 or inside +-0.01 nats, or a step surely up",
+    rule="holds: the 95% interval is below 0, not inside ±0.01 nats, and no step from one rank to the next is surely up; "
+    "contradicted: the interval is above 0, or a step is surely up; no difference: the interval is inside ±0.01 nats",
     quantity="joint_nll",
     unit="nats",
     target="own",
     figure="nll",
     arms=(star.ranks_from_scratch, star.scratch_for_equal_time),
+    gpu_arms=(star.gpu_from_scratch,),
     wanted=-1,
     margin=0.01,
-    gpu_arms=(star.gpu_from_scratch,),
 )
 
 
@@ -33,3 +37,7 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
     return over_ranks(
         CLAIM, families, lambda family, ours: [judged(CLAIM, family, trend), *equal_time(CLAIM, family, ours)]
     )
+
+
+def answer(verdicts: Sequence[Verdict]) -> Answer:
+    return headline(verdicts, at_top_rank)

@@ -1,29 +1,47 @@
-"""C2: the first-token loss does not depend on the rank."""
+"""C2: the first-token loss does not depend on the rank.
+
+Cells: models trained from scratch at ranks 1, 2, 4 and 8 with equal steps. An equivalence test. The README shows the setting
+with the most cells.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from experiments import star
-from experiments.claims.ranks import judged, over_ranks
-from experiments.claims.verdict import FAILS, HOLDS, UNMEASURED, Claim, Finding, Number, Verdict, is_nothing
+from experiments.claims.ranks import at_top_rank, judged, over_ranks
+from experiments.claims.verdict import (
+    CONTRADICTED,
+    HOLDS,
+    NOT_RUN,
+    Answer,
+    Claim,
+    Finding,
+    Number,
+    Verdict,
+    headline,
+    is_nothing,
+    percent,
+    underpowered,
+)
 from experiments.families import Cells, Family
 from experiments.stats import difference
 
 CLAIM = Claim(
     id="C2",
-    question="Is the first-token loss independent of the rank?",
-    expected="first-token NLL does not depend on the rank",
-    statistic="held-out first-token NLL (eq. 11), every rank minus rank 1, from scratch; paired over seeds and test rows",
-    rule="equivalence test: holds: every interval (90%, corrected for the number of ranks) inside +-0.02 nats; fails: some interval "
-    "wholly outside",
+    question="Is the loss of the first token independent of the rank?",
+    expected="the first-token NLL does not depend on the rank",
+    statistic="held-out first-token NLL (eq. 11), every rank minus rank 1, from scratch; paired over seeds and test "
+    "rows",
+    rule="holds: every interval (90%, corrected for the number of ranks) is inside ±0.02 nats; contradicted: some interval "
+    "is wholly outside",
     quantity="first_token_nll",
     unit="nats",
     target="own",
     figure="first_token",
     arms=(star.ranks_from_scratch,),
-    margin=0.02,
     gpu_arms=(star.gpu_from_scratch,),
+    margin=0.02,
 )
 
 
@@ -38,22 +56,29 @@ def equal_level(ranks: int) -> float:
 
 
 def _equal(claim: Claim, cells: dict[int, Cells]) -> Finding:
-    """Every rank above 1 against rank 1; one that surely differs is enough to fail."""
+    """Every rank above 1 against rank 1; one that surely differs is enough to contradict."""
     ranks = [rank for rank in sorted(cells) if rank > 1]
     level = equal_level(len(ranks))
     found = {rank: difference(cells[rank], cells[1], claim.quantity, level=level) for rank in ranks}
     gaps = {rank: gap for rank, gap in found.items() if gap is not None}
     numbers = [
-        Number(f"rank {rank} - rank 1 ({100 * level:.1f}%):", gap, claim.digits, claim.unit, sign=True)
+        Number(f"rank {rank} - rank 1 {percent(level)}:", gap, claim.digits, claim.unit, sign=True)
         for rank, gap in gaps.items()
     ]
     outside = [rank for rank, gap in gaps.items() if gap.low > claim.margin or gap.high < -claim.margin]
     alone = [rank for rank in ranks if rank not in gaps]
     if outside:
         which = ", ".join(map(str, outside))
-        return Finding(FAILS, f"rank {which} differs from rank 1 by more than {claim.margin:g} {claim.unit}", numbers)
+        return Finding(
+            CONTRADICTED, f"rank {which} differs from rank 1 by more than {claim.margin:g} {claim.unit}", numbers
+        )
     if alone:
-        return Finding(UNMEASURED, f"rank {', '.join(map(str, alone))} shares no seed with rank 1", numbers)
+        return Finding(NOT_RUN, f"rank {', '.join(map(str, alone))} shares no seed with rank 1", numbers)
     if all(is_nothing(claim, gap) for gap in gaps.values()):
         return Finding(HOLDS, "", numbers)
-    return Finding(UNMEASURED, f"undecided: an interval crosses the margin of {claim.margin:g} {claim.unit}", numbers)
+    crossing = [gap for gap in gaps.values() if not is_nothing(claim, gap)]
+    return underpowered(claim, crossing, f"an interval crosses the margin of {claim.margin:g} {claim.unit}", numbers)
+
+
+def answer(verdicts: Sequence[Verdict]) -> Answer:
+    return headline(verdicts, at_top_rank)

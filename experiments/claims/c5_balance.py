@@ -1,4 +1,8 @@
-"""C5: the balance loss helps."""
+"""C5: the balance loss helps.
+
+Cells: heads of rank 8 on one frozen trunk, with each way to balance the components and with none. The README shows the
+default balance (Switch style).
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,22 @@ from collections.abc import Sequence
 
 from experiments import star
 from experiments.claims.verdict import (
-    FAILS,
+    CONTRADICTED,
     HOLDS,
-    UNMEASURED,
+    Answer,
     Claim,
     Finding,
     Number,
     Verdict,
     complete,
+    headline,
     is_nothing,
+    no_difference,
+    percent,
+    plain_answer,
     too_few,
     trained,
+    underpowered,
 )
 from experiments.families import Cells, Family, along
 from experiments.records import counted
@@ -24,11 +33,11 @@ from experiments.stats import Interval, Sample, difference, estimate, over_seeds
 
 CLAIM = Claim(
     id="C5",
-    question="Does a balance loss help?",
+    question="Does a loss that balances the components help?",
     expected="balancing the components lowers the joint NLL",
     statistic="held-out joint NLL at rank 8, each balance minus none; paired over seeds and test rows",
-    rule="holds: for some balance the interval (95%, corrected for their number) is below 0 and not inside "
-    "+-0.01 nats; fails: each interval is above 0 or inside +-0.01 nats",
+    rule="holds: for some balance the interval (95%, corrected for their number) is below 0 and not inside ±0.01 nats; no "
+    "difference: each interval is inside ±0.01 nats; contradicted: each is above 0 or inside, and not all are inside",
     quantity="joint_nll",
     unit="nats",
     target="any",
@@ -58,16 +67,16 @@ def _row(group: list[Family]) -> Verdict | None:
     found = _lowers(base, balanced, len(shared))
     corpus = others[0].settings["corpus"]
     setting = f"{corpus}, {without.size}, n={without.horizon}, {without.target} target, rank {CLAIM.top}"
-    return Verdict(
+    row = Verdict(
         CLAIM,
         f"{setting}, {counted(len(shared), 'seed')}",
         found.word,
         found.reason,
-        found.numbers,
-        [number for family in group for number in _component_use(family)],
-        [record.path for family in group for _, record in sorted(_top(family).items())],
-        len(shared),
+        beside=[number for family in group for number in _component_use(family)],
+        records=[record.path for family in group for _, record in sorted(_top(family).items())],
+        seeds=len(shared),
     )
+    return row.found(found)
 
 
 def _top(family: Family) -> Cells:
@@ -79,23 +88,35 @@ def _lowers(base: Cells, balanced: dict[str, Cells], shared: int) -> Finding:
     found = {name: difference(cells, base, CLAIM.quantity, level=level) for name, cells in balanced.items()}
     gaps: dict[str, Interval] = {name: gap for name, gap in found.items() if gap is not None}
     numbers = [
-        Number(f"{name} - none ({100 * level:.1f}%):", gap, CLAIM.digits, CLAIM.unit, sign=True)
+        Number(f"{name} - none {percent(level)}:", gap, CLAIM.digits, CLAIM.unit, sign=True)
         for name, gap in gaps.items()
     ]
-    if few := too_few(CLAIM, shared if gaps else 0):
-        return Finding(UNMEASURED, few, numbers)
+    if few := too_few(CLAIM, shared, gaps.values(), numbers):
+        return few
     if any(gap.high < 0 and not is_nothing(CLAIM, gap) for gap in gaps.values()):
         return Finding(HOLDS, "", numbers)
-    if all(gap.low > 0 or is_nothing(CLAIM, gap) for gap in gaps.values()):
-        return Finding(FAILS, f"no balance lowers it by more than {CLAIM.margin:g} {CLAIM.unit}", numbers)
-    why = "undecided: no interval is below 0, and some reach beyond the margin"
-    return Finding(UNMEASURED, why, numbers)
+    undecided = [gap for gap in gaps.values() if gap.low <= 0 and not is_nothing(CLAIM, gap)]
+    if undecided:
+        return underpowered(CLAIM, undecided, "no interval is below 0, and some reach beyond the margin", numbers)
+    if all(is_nothing(CLAIM, gap) for gap in gaps.values()):
+        return no_difference(CLAIM, "", numbers)
+    return Finding(CONTRADICTED, f"no balance lowers it by more than {CLAIM.margin:g} {CLAIM.unit}", numbers)
 
 
 def _component_use(family: Family) -> list[Number]:
-    """Effective components (exp of the entropy of the mean weights) and tokens per pass."""
+    """Effective components (exp of the entropy of the mean weights) and tokens per forward."""
     cells = _top(family)
     effective = estimate([Sample(mean=r["likelihood"]["weights"]["effective"]) for _, r in sorted(cells.items())])
     rate = over_seeds(cells, "tokens_per_pass")
     found = [Number(f"{family.balance}:", effective, 2, "effective components")]
-    return found + ([Number(f"{family.balance}:", rate, 3, "tokens per pass")] if rate is not None else [])
+    return found + ([Number(f"{family.balance}:", rate, 3, "tokens per forward")] if rate is not None else [])
+
+
+def answer(verdicts: Sequence[Verdict]) -> Answer:
+    return headline(verdicts, _shown)
+
+
+def _shown(verdict: Verdict) -> tuple[str, str]:
+    """The balance that the star has elsewhere comes first, since its family is the largest."""
+    number = verdict.numbers[0] if verdict.numbers else None
+    return plain_answer(verdict), number.short(f"with {number.name.partition(' - ')[0]}") if number else "-"

@@ -1,4 +1,7 @@
-"""C8: low overhead in training and in sampling."""
+"""C8: low overhead in training and in sampling.
+
+Cells: trained for a few steps with nothing else on the machine, and decoded, beside a next-token model.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,20 @@ from dataclasses import replace
 
 from experiments import star
 from experiments.claims.verdict import (
-    FAILS,
+    CONTRADICTED,
     HOLDS,
-    NOT_MEASURED,
-    UNMEASURED,
+    NOT_RUN,
+    Answer,
     Claim,
     Finding,
     Number,
     Verdict,
     complete,
+    headline,
     on_gpu,
+    plain_answer,
     too_few,
+    underpowered,
 )
 from experiments.families import Cells, Family
 from experiments.records import Record, counted
@@ -27,22 +33,22 @@ from experiments.stats import Interval, Sample, contrast, estimate
 CLAIM = Claim(
     id="C8",
     question="Is the overhead low, in training and in sampling?",
-    expected="little more time per training step and per pass",
-    statistic="rank 8 over plain, when sampling: time of a training step over that of the next-token model, each alone on the "
-    "machine; time of a pass with its draft over that of a plain pass, side by side",
-    rule="holds: both 95% intervals below 1.25; fails: one of them above 1.25",
+    expected="little more time per training step and per target forward",
+    statistic="rank 8, when sampling: time of a training step over that of the next-token model, each alone on the machine; "
+    "time of a forward with its draft over that of autoregressive decoding, side by side",
+    rule="holds: both 95% intervals are below 1.25; contradicted: one of them is above 1.25",
     quantity="overhead",
     unit="x",
     target="timing",
     figure="training_cost",
     arms=(star.timings,),
+    gpu_arms=(star.gpu_timings,),
     margin=0.25,
     digits=2,
     seeds=3,
-    gpu_arms=(star.gpu_timings,),
 )
-_STEP, _FORWARD = "training step over next-token", "pass with draft over plain pass"
-_OVER_NEXT = "pass with draft over a next-token model's"
+_STEP, _FORWARD = "training step over next-token", "forward with draft over autoregressive"
+_OVER_NEXT = "forward with draft over a next-token model's"
 
 
 def judge(families: Sequence[Family]) -> list[Verdict]:
@@ -71,30 +77,43 @@ def _row(family: Family) -> Verdict:
     seeds = len(set(cells.get(CLAIM.top, {})) & set(plain))
     found = _is_low(ratios[_STEP].get(CLAIM.top), ratios[_FORWARD].get(CLAIM.top), seeds)
     hardware = "one GPU" if on_gpu(family) else f"{family.records()[0]['hardware']['cores']} cores"
-    return Verdict(
+    row = Verdict(
         CLAIM,
         f"{family.label}, {hardware}, {counted(seeds, 'seed')}",
         found.word,
         found.reason,
-        deciding,
-        list(numbers.values()),
-        [record.path for record in family.records("untied")],
-        seeds,
+        beside=list(numbers.values()),
+        records=[record.path for record in family.records("untied")],
+        seeds=seeds,
     )
+    return row.found(replace(found, numbers=deciding))
 
 
 def _is_low(step: Interval | None, drafting: Interval | None, seeds: int) -> Finding:
     limit = 1 + CLAIM.margin
     if step is None or drafting is None:
-        return Finding(NOT_MEASURED, f"no cell of rank {CLAIM.top} beside a next-token model, timed alone and decoded")
-    if few := too_few(CLAIM, seeds):
-        return Finding(UNMEASURED, few)
+        return Finding(NOT_RUN, f"no cell of rank {CLAIM.top} beside a next-token model, timed alone and decoded")
+    if few := too_few(CLAIM, seeds, (step, drafting)):
+        return few
     if step.high < limit and drafting.high < limit:
         return Finding(HOLDS)
     slow = [what for what, ratio in (("training", step), ("sampling", drafting)) if ratio.low > limit]
     if slow:
-        return Finding(FAILS, f"{' and '.join(slow)} take{'s' * (len(slow) == 1)} more than {limit:g} times as long")
-    return Finding(UNMEASURED, f"undecided: an interval crosses {limit:g}")
+        return Finding(
+            CONTRADICTED, f"{' and '.join(slow)} take{'s' * (len(slow) == 1)} more than {limit:g} times as long"
+        )
+    crossing = [ratio for ratio in (step, drafting) if ratio.high >= limit]
+    return underpowered(CLAIM, crossing, f"an interval crosses {limit:g}")
+
+
+def answer(verdicts: Sequence[Verdict]) -> Answer:
+    return headline(verdicts, _shown)
+
+
+def _shown(verdict: Verdict) -> tuple[str, str]:
+    places = ("per training step", "per forward with draft")
+    shown = [number.short(place) for place, number in zip(places, verdict.numbers, strict=False)]
+    return plain_answer(verdict), "; ".join(shown) or "-"
 
 
 def _step_ratio(cells: Cells, plain: Cells) -> Interval | None:

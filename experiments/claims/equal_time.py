@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 
-from experiments.claims.verdict import UNMEASURED, Claim, Number, Verdict, signed
+from experiments.claims.verdict import NOT_RUN, Claim, Number, Verdict, signed
 from experiments.families import Cells, Family, along
 from experiments.records import Record, counted, training_hardware
 from experiments.stats import difference, shared_seeds
@@ -23,7 +23,7 @@ def equal_time(claim: Claim, family: Family, families: list[Family]) -> list[Ver
     row = Verdict(
         claim,
         f"{family.label}, equal wall-clock",
-        UNMEASURED,
+        NOT_RUN,
         "",
         expected=claim.expected.replace("at equal steps", "at equal wall-clock"),
     )
@@ -37,7 +37,7 @@ def equal_time(claim: Claim, family: Family, families: list[Family]) -> list[Ver
     equal = [each for each in times if 1 <= each[0] <= EQUAL_TIME]
     if not equal:
         found = ", ".join(f"{ratio:.2f}" for ratio, _ in times)
-        reason = f"rank 1 was trained for {found} times rank {claim.top}'s time; between 1 and {EQUAL_TIME:g} counts as equal"
+        reason = f"rank 1 was trained for {found} times rank {claim.top}'s time; 1 to {EQUAL_TIME:g} counts as equal"
         return [replace(row, reason=reason)]
     return [_compared(row, top, *equal[0])]
 
@@ -60,7 +60,6 @@ def _compared(row: Verdict, top: Cells, ratio: float, rank_one: Cells) -> Verdic
     gap = difference(top, rank_one, claim.quantity)
     if gap is None:
         return replace(row, reason=f"no seed with {claim.quantity} is shared")
-    found = signed(claim, gap)
     # Rank 1 has seen more data by then, which the first token shows.
     beside = [
         Number(f"{what}:", other, 3, "nats", sign=True)
@@ -69,7 +68,7 @@ def _compared(row: Verdict, top: Cells, ratio: float, rank_one: Cells) -> Verdic
     ]
     name = f"rank {claim.top} - rank 1 trained for {ratio:.2f} times its time:"
     numbers = [Number(name, gap, claim.digits, claim.unit, sign=True)]
-    return replace(row, word=found.word, reason=found.reason, numbers=numbers, beside=beside)
+    return replace(row, beside=beside).found(signed(claim, gap, numbers))
 
 
 def _shared(cells: Cells, other: Cells) -> list[Record]:

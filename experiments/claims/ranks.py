@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from experiments.claims.verdict import (
-    FAILS,
+    CONTRADICTED,
     HOLDS,
-    NOT_MEASURED,
-    UNMEASURED,
+    NOT_RUN,
     Claim,
     Finding,
     Number,
     Verdict,
     complete,
+    plain_answer,
     sign,
     signed,
     too_few,
@@ -27,15 +27,17 @@ from experiments.stats import difference, over_seeds, shared_seeds
 
 Rule = Callable[[Claim, dict[int, Cells]], Finding]
 Rows = Callable[[Family, list[Family]], list[Verdict]]
+TARGETS = {"own": "a target of their own", "common": "one frozen target"}
 
 
 def over_ranks(claim: Claim, families: Sequence[Family], rows: Rows) -> list[Verdict]:
-    """The rows of every family with the claim's target and two ranks; where some have rank 1 and the top one, of those alone."""
+    """The rows of every family with the claim's target and two ranks, the family of most cells first; where some have rank 1
+    and the top one, of those alone."""
     ours = trained(families)
     usable = [family for family in ours if family.target == claim.target and len(family.ranks()) > 1]
     whole = [family for family in usable if {1, claim.top} <= set(family.ranks())]
     found = [row for family in whole or usable for row in rows(family, ours)]
-    missing = f"no records of two or more ranks with {claim.target} target and anchor=none"
+    missing = f"no records of two or more ranks with {TARGETS[claim.target]} and anchor=none"
     return complete(claim, found, missing, [family for family in ours if family.target == claim.target])
 
 
@@ -43,38 +45,32 @@ def judged(claim: Claim, family: Family, rule: Rule) -> Verdict:
     """The rule on the family's cells of the paper's distribution; the means by rank and greedy beside it."""
     cells = {rank: family.cells["untied", rank] for rank in family.ranks()}
     missing = [rank for rank in (1, claim.top) if rank not in cells]
-    means = [
-        Number(f"rank {rank}:", mean, claim.digits, claim.unit)
-        for rank in cells
-        if (mean := over_seeds(cells[rank], claim.quantity)) is not None
-    ]
+    means, greedy = (_means(claim, cells, mode) for mode in ("sampling", "greedy"))
     shared = [] if missing else shared_seeds(cells[1], cells[claim.top])
     if missing:
         lacking, there = " and ".join(map(str, missing)), ", ".join(map(str, cells))
-        found = Finding(NOT_MEASURED, f"no cell of rank {lacking} (there is {there})")
+        found = Finding(NOT_RUN, f"no cell of rank {lacking} (there is {there})", means)
     else:
         found = rule(claim, cells)
-        if few := too_few(claim, len(shared)):
-            found = replace(found, word=UNMEASURED, reason=few)
-    beside = means if found.numbers else []
-    return Verdict(
+        few = too_few(claim, len(shared), [number.interval for number in found.numbers], found.numbers)
+        found = few or found
+    row = Verdict(
         claim,
         f"{family.label}, {counted(len(shared), 'seed')}",
         found.word,
         found.reason,
-        found.numbers or means,
-        beside + (_greedy(claim, cells) if claim.target == "common" else []),
-        [record.path for record in family.records("untied")],
-        len(shared),
+        beside=means * bool(found.numbers and not missing) + greedy * (claim.target == "common"),
+        records=[record.path for record in family.records("untied")],
+        seeds=len(shared),
     )
+    return row.found(found if found.numbers else replace(found, numbers=means))
 
 
-def _greedy(claim: Claim, cells: dict[int, Cells]) -> list[Number]:
-    means = {rank: over_seeds(by_seed, claim.quantity, "greedy") for rank, by_seed in cells.items()}
+def _means(claim: Claim, cells: dict[int, Cells], mode: str) -> list[Number]:
     return [
-        Number(f"greedy, rank {rank}:", mean, claim.digits, claim.unit)
-        for rank, mean in means.items()
-        if mean is not None
+        Number(f"{'greedy, ' * (mode == 'greedy')}rank {rank}:", mean, claim.digits, claim.unit)
+        for rank, by_seed in cells.items()
+        if (mean := over_seeds(by_seed, claim.quantity, mode)) is not None
     ]
 
 
@@ -83,7 +79,7 @@ def trend(claim: Claim, cells: dict[int, Cells]) -> Finding:
     over all steps)."""
     total = difference(cells[claim.top], cells[1], claim.quantity)
     if total is None:
-        return Finding(UNMEASURED, f"the records hold no {claim.quantity}")
+        return Finding(NOT_RUN, f"the records hold no {claim.quantity}")
     numbers = [Number(f"rank {claim.top} - rank 1:", total, claim.digits, claim.unit, sign=True)]
     ranks, apart = [rank for rank in sorted(cells) if rank <= claim.top], ""
     for low, high in itertools.pairwise(ranks):
@@ -92,6 +88,15 @@ def trend(claim: Claim, cells: dict[int, Cells]) -> Finding:
             apart = apart or f"rank {high} shares no seed with rank {low}"
         elif sign(step) == -claim.wanted:
             numbers.append(Number(f"rank {high} - rank {low}:", step, claim.digits, claim.unit, sign=True))
-            return Finding(FAILS, f"the step from rank {low} to rank {high} goes the other way", numbers)
-    found = replace(signed(claim, total), numbers=numbers)
-    return replace(found, word=UNMEASURED, reason=apart) if apart and found.word == HOLDS else found
+            return Finding(CONTRADICTED, f"the step from rank {low} to rank {high} goes the other way", numbers)
+    found = signed(claim, total, numbers)
+    return Finding(NOT_RUN, apart, numbers) if apart and found.word == HOLDS else found
+
+
+def at_top_rank(verdict: Verdict) -> tuple[str, str]:
+    """The answer and the difference of the top rank to rank 1, in two digits."""
+    number = next(
+        (each for each in verdict.numbers if each.name.startswith(f"rank {verdict.claim.top} - rank 1")), None
+    )
+    shown = replace(number, digits=2).short(f"at rank {verdict.claim.top}") if number else "-"
+    return plain_answer(verdict), shown

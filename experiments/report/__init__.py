@@ -31,14 +31,15 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     from experiments.records import load_all
     from experiments.report import decoding, page, scaling, speed, tables
     from experiments.report import figures as drawing
+    from experiments.report import readme as front
 
     records, damaged = load_all(results)
     families, notes = families_of(records)
     found = claims.judge(families)
     notes = [*damaged, *notes]
     files = tables.write_tables(families, found, notes, figures / "tables")
-    if readme is not None and readme.is_file() and not tables.update_readme(readme, families, found, notes):
-        notes.append(f"{readme} has no {tables.BEGIN} line: its claims table was not updated")
+    if readme is not None and readme.is_file() and not front.update(readme, results, families, found):
+        notes.append(f"{readme} has no <!-- claims:begin --> line: its claims were not updated")
     drawn, shown = drawing.draw_all(families, figures)
     made: list[tables.Made] = []
     if (results / "benchmarks").is_dir():  # a sweep has none

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from cpdlm.files import write_bytes
-from experiments.claims import FAILS, HOLDS, Claim, Verdict
+from experiments.claims import CONTRADICTED, HOLDS, Claim, Verdict, answers
 from experiments.families import Family
 from experiments.records import MODES, Record, decoding_hardware, training_hardware
 from experiments.report.figures import ADDING, FIGURES, Shown, command
@@ -25,7 +25,7 @@ from experiments.report.tables import TABLES, Made, Table, braces, described, ti
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _COLOURS = 48  # of an embedded picture: a quarter of the bytes, and no difference to be seen
-_CLASSES = {HOLDS: "holds", FAILS: "fails"}
+_CLASSES = {HOLDS: "holds", CONTRADICTED: "fails"}
 _TITLE = "Rank-r joint heads: what the records say"
 _LEAD = (
     "Claims of arXiv 2410.17765, judged by rules that were fixed before the runs. Intervals are 95% unless marked, "
@@ -103,11 +103,11 @@ def _answers(by_claim: Sequence[tuple[Claim, list[Verdict]]]) -> str:
     """A row per claim: its question, the answer, and the number that gives it."""
     rows = []
     for claim, group in by_claim:
-        first = _deciding(group)
-        number = first.numbers[0].text() if first.numbers else "-"
+        (answer,) = answers(group)
         rows.append(
-            f'<tr><th scope="row"><a href="#{_anchor(claim)}">{_text(claim.id)}</a></th>'
-            f"<td>{_text(claim.question)}</td><td>{_word(first)}</td><td>{_text(number)}</td></tr>"
+            f'<tr><th scope="row"><a href="#{_anchor(claim)}">{_text(claim.name)}</a></th>'
+            f"<td>{_text(claim.question)}</td><td>{_word(_deciding(group), answer.answer)}</td>"
+            f"<td>{_text(answer.number)}</td></tr>"
         )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("claim", "question", "answer", "the number"))
     body = "\n".join(rows)
@@ -135,7 +135,7 @@ def _claims(by_claim: Sequence[tuple[Claim, list[Verdict]]], figures: dict[str, 
         placed.add(claim.figure)
         parts.append(
             f'<article class="claim" id="{_anchor(claim)}">\n<div>\n'
-            f"<h2>{_text(claim.id)} · {_text(claim.question)}</h2>\n"
+            f"<h2>{_text(claim.name)} · {_text(claim.question)}</h2>\n"
             f'<p class="soft">The paper: {_text(claim.expected)}.</p>\n{_verdict(first)}\n{rest}\n'
             f"{_folded('How it is judged', how)}\n</div>\n{picture}\n</article>"
         )
@@ -143,11 +143,11 @@ def _claims(by_claim: Sequence[tuple[Claim, list[Verdict]]], figures: dict[str, 
 
 
 def _anchor(claim: Claim) -> str:
-    return html.escape(claim.id)
+    return html.escape(claim.name.replace(" ", "-"))
 
 
-def _word(verdict: Verdict) -> str:
-    return f'<span class="word {_CLASSES.get(verdict.word, "open")}">{_text(verdict.word)}</span>'
+def _word(verdict: Verdict, said: str = "") -> str:
+    return f'<span class="word {_CLASSES.get(verdict.word, "open")}">{_text(said or verdict.phrase)}</span>'
 
 
 def _verdict(verdict: Verdict) -> str:

@@ -16,7 +16,7 @@ from cpdlm.config import LossConfig
 from cpdlm.files import write_bytes
 from experiments.claims import Verdict, seeds_text
 from experiments.families import Cells, Family, trunk_records
-from experiments.records import LAWS, MODES, Record, RecordError, counted, decoding_hardware, training_hardware
+from experiments.records import LAWS, MODES, Record, counted, decoding_hardware, training_hardware
 from experiments.stats import Interval, difference, over_seeds, shared_seeds
 
 Pattern = tuple[tuple[str, ...], ...]  # of each part of a path, the values that it takes
@@ -26,8 +26,6 @@ _NARROW = 6  # columns of a table that LaTeX need not shrink
 INTERVALS = (
     "Intervals are 95% unless marked, over test rows or prompts and over seeds (one seed: rows or prompts only)."
 )
-
-BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 
 
 @dataclass(frozen=True)
@@ -137,19 +135,26 @@ def _remove(folder: Path, name: str) -> None:
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
-def claims_table(verdicts: list[Verdict], short: bool = False) -> Table:
-    """short: for the README; without what stands beside the deciding numbers."""
+def claims_table(verdicts: list[Verdict]) -> Table:
+    """Every verdict: what decided, what stands beside it, and the records."""
     rows: list[tuple[str, ...]] = []
     for v in verdicts:
-        measured = v.measured() + (
-            "" if short or not v.beside else f". Beside: {'; '.join(n.text() for n in v.beside)}"
-        )
+        beside = f". Beside: {'; '.join(number.text() for number in v.beside)}" if v.beside else ""
         rows.append(
-            (v.claim.id, v.setting, v.expected or v.claim.expected, measured, v.verdict, braces(v.records) or "none")
+            (
+                v.claim.name,
+                v.setting,
+                v.expected or v.claim.expected,
+                v.measured() + beside,
+                v.verdict,
+                braces(v.records) or "none",
+            )
         )
-    caption = f"{INTERVALS} Verdicts are about the untied law (anchor=none), C6 apart, where each law has a row. "
-    caption += "Rules, fixed before the runs (results/LOG.md dates each change): " + " ".join(
-        f"{c.id}: {c.statistic}; {c.rule}." for c in dict.fromkeys(v.claim for v in verdicts)
+    caption = (
+        f"{INTERVALS} Verdicts are about the paper's distribution (untied, anchor=none); C6 has a row for each kind of "
+        "draft. Underpowered names the largest half-width among the intervals that decide nothing, for ratios as a factor. "
+        "Rules (results/LOG.md dates each change): "
+        + " ".join(f"{c.name}: {c.question} {c.statistic}; {c.rule}." for c in dict.fromkeys(v.claim for v in verdicts))
     )
     return Table("claims", caption, ("claim", "setting", "expected", "measured", "verdict", "record"), rows)
 
@@ -206,7 +211,7 @@ def paired_table(families: list[Family]) -> Table:
     )
     caption = (
         "Every rank against rank 1 of the same law, target and seed, on the same test rows or prompts: mean over seeds, 95% interval "
-        "(bootstrap over rows or prompts, expanded where they are few, and t over seeds), +- standard deviation over seeds where there are several. Speed: medians of "
+        "(bootstrap over rows or prompts, expanded where they are few, and t over seeds), ± standard deviation over seeds where there are several. Speed: medians of "
         "interleaved repeats in one process, with their own intervals, over all seeds. "
         + described(
             [r for f in shown for distribution in LAWS if (distribution, 1) in f.cells for r in f.records(distribution)]
@@ -492,7 +497,7 @@ def cost_table(families: list[Family]) -> Table:
         "achieved (%)",
     )
     caption = (
-        "Training cost, means over seeds (+- their standard deviation). Step: median; memory: of the process (of the GPU, where there "
+        "Training cost, means over seeds (± their standard deviation). Step: median; memory: of the process (of the GPU, where there "
         "is one). FLOPs: matrix products and attention, forward and backward, counted on the first step, 2 per multiply-add; achieved: those done per second "
         "over the rate of a large square matrix product on the same device, threads and precision. -: the record is older than the count. "
         f"{described([record for family in families for record in family.records()], decoded=False)}"
@@ -515,7 +520,7 @@ TABLES = (
 
 def claims_text(verdicts: list[Verdict], notes: Sequence[str] = (), width: int = 118) -> str:
     """The claims table for a terminal."""
-    widths = (5, 30, 0, 32)
+    widths = (8, 30, 0, 32)
     widths = (*widths[:2], width - sum(widths) - 3 * 2, widths[3])
     header = ("claim", "setting", "measured", "verdict")
     lines = [
@@ -523,7 +528,7 @@ def claims_text(verdicts: list[Verdict], notes: Sequence[str] = (), width: int =
         "  ".join("-" * w for w in widths),
     ]
     for v in verdicts:
-        cells = (v.claim.id, v.setting, "\n".join(n.text() for n in v.numbers) or "nothing", v.verdict)
+        cells = (v.claim.name, v.setting, "\n".join(n.text() for n in v.numbers) or "nothing", v.verdict)
         wrapped = [
             [part for line in cell.splitlines() for part in textwrap.wrap(line, w) or [""]]
             for cell, w in zip(cells, widths, strict=True)
@@ -532,25 +537,6 @@ def claims_text(verdicts: list[Verdict], notes: Sequence[str] = (), width: int =
             lines.append("  ".join(part.ljust(w) for part, w in zip(parts, widths, strict=True)).rstrip())
     lines += [part for note in notes for part in textwrap.wrap(f"note: {note}", width, subsequent_indent="      ")]
     return "\n".join(lines)
-
-
-def update_readme(path: Path, families: list[Family], verdicts: list[Verdict], notes: Sequence[str] = ()) -> bool:
-    """Put the claims table between the markers of `path`. False where it has none; RecordError where one is torn off."""
-    text = path.read_text(encoding="utf-8")
-    if BEGIN not in text and END not in text:
-        return False
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest:
-        raise RecordError(
-            f"{path}: the claims block must be one {BEGIN} line followed by one {END} line; mend it by hand"
-        )
-    used = {record for verdict in verdicts for record in verdict.records}
-    block = claims_table(verdicts, short=True)
-    caption = f"{INTERVALS} {described([r for f in families for r in f.records() if r.path in used])}"
-    block = Table(block.name, caption, block.header, block.rows)
-    write_bytes(path, f"{before}{BEGIN}\n{block.markdown()}{_notes_markdown(notes)}{END}{after}".encode())
-    return True
 
 
 def described(records: Sequence[Record], decoded: bool = True) -> str:
@@ -647,7 +633,7 @@ def _shown(interval: Interval | None, digits: int = 3, bare: bool = False) -> st
 def _spread(interval: Interval | None, digits: int, sign: bool = False) -> str:
     if interval is None:
         return "-"
-    return interval.text(digits, sign) + (f" +- {interval.spread:.{digits}f}" if interval.seeds > 1 else "")
+    return interval.text(digits, sign) + (f" ± {interval.spread:.{digits}f}" if interval.seeds > 1 else "")
 
 
 def _signed(interval: Interval | None) -> str:
@@ -662,7 +648,7 @@ def _average(values: Sequence[float], digits: int) -> str:
     """Mean, and the standard deviation where there are several values."""
     if not values:
         return "-"
-    spread = f" +- {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):,.{digits}f}{spread}"
 
 
@@ -674,7 +660,7 @@ def _notes_markdown(notes: Sequence[str]) -> str:
     return "".join(f"\n- Note: {note}" for note in notes) + "\n" * bool(notes)
 
 
-_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "+-": r"$\pm$"} | {
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"} | {
     c: "\\" + c for c in "&%$#_{}"
 }
 

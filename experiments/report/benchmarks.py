@@ -1,0 +1,41 @@
+"""Records of `experiments/bench/`, read in one place: what each is of, and what makes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Benchmark = dict[str, Any]
+# name of the record -> (what its `benchmark` begins with, what makes it)
+KINDS = {
+    "decode_acceptance": ("decoding acceptance", "experiments/bench/decode.py"),
+    "decode_strategies": ("decoding strategies", "experiments/bench/decode.py"),
+    "decode_baselines": ("decoding baselines", "experiments/bench/decode.py"),
+    "decode_speed": ("decoding speed", "experiments/bench/speed.py"),
+    "joint-loss-cpu": ("", "experiments/bench/loss.py --cpu"),
+    "joint-loss-large-gpu": ("", "experiments/bench/loss.py --large"),
+    "joint-loss-growth-gpu": ("", "experiments/bench/loss.py --growth"),
+    "joint-loss-growth-cpu": ("", "experiments/bench/loss.py --growth --cpu"),
+    "training_overhead": ("", "experiments/bench/overhead.py time"),
+    "training_recipes": ("", "experiments/bench/overhead.py gain"),
+    "processes": ("", "experiments/bench/processes.py"),
+}
+
+
+def read_benchmark(results: Path, name: str) -> Benchmark | str:
+    """The record results/benchmarks/NAME.json, or why there is none and what makes it. NAME may be longer than that of its
+    kind: decode_speed_avx2 is of decode_speed."""
+    kind, maker = next(found for start, found in sorted(KINDS.items(), reverse=True) if name.startswith(start))
+    path = results / "benchmarks" / f"{name}.json"
+    if not path.is_file():
+        return f"no record benchmarks/{path.name} (python {maker} makes it)"
+    try:
+        record: Benchmark = json.loads(path.read_bytes())
+    except ValueError as error:
+        return f"benchmarks/{path.name} is damaged ({error}); make it again with {maker}"
+    if kind and not str(record.get("benchmark")).startswith(kind):
+        return f"benchmarks/{path.name} is not a record of {kind!r}; {maker} makes one"
+    if maker.endswith("decode.py") and "targets" not in record:
+        return f"benchmarks/{path.name} is of an earlier version; make it again with {maker}"
+    return record

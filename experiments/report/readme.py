@@ -1,0 +1,162 @@
+"""What the README says about results: the blocks between its markers, generated from the records.
+
+`<!-- claims:begin -->` to `<!-- claims:end -->`: a row per claim. `<!-- sceptic:begin -->` to `<!-- sceptic:end -->`: what a
+sceptical reader asks first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpdlm.files import write_bytes
+from experiments.claims import Verdict, answers
+from experiments.families import Cells, Family
+from experiments.records import MODES, Record, RecordError, counted, decoding_hardware
+from experiments.report.benchmarks import Benchmark, read_benchmark
+from experiments.stats import difference, over_seeds
+
+BLOCKS = ("claims", "sceptic")
+ALL_ROWS = "paper_figures/tables/claims.md"
+
+
+def update(path: Path, results: Path, families: Sequence[Family], verdicts: Sequence[Verdict]) -> list[str]:
+    """Fill the blocks of `path`; returns the names of those that it has. RecordError where a marker is torn off."""
+    text, found = path.read_text(encoding="utf-8"), []
+    for name in BLOCKS:
+        begin, end = (f"<!-- {name}:{edge} -->" for edge in ("begin", "end"))
+        if begin not in text and end not in text:
+            continue
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        if text.count(begin) != 1 or text.count(end) != 1 or end not in rest:
+            raise RecordError(
+                f"{path}: the {name} block must be one {begin} line followed by one {end} line; mend it by hand"
+            )
+        block = claims_block(families, verdicts) if name == "claims" else sceptic_block(results, families)
+        text = f"{before}{begin}\n{block}\n{end}{after}"
+        found.append(name)
+    if found:
+        write_bytes(path, text.encode())
+    return found
+
+
+def claims_block(families: Sequence[Family], verdicts: Sequence[Verdict]) -> str:
+    """A row per claim, and a line on what it rests on."""
+    rows = [
+        f"| {each.claim.id} | {each.claim.question} | {each.answer} | {each.number} |" for each in answers(verdicts)
+    ]
+    used = {path for verdict in verdicts for path in verdict.records}
+    records = [record for family in families for record in family.records() if record.path in used]
+    line = (
+        f"From {counted(len(records), 'record')} on {_machines(records)}. Brackets are intervals. Every setting, rule and "
+        f"record: [{ALL_ROWS}]({ALL_ROWS})."
+    )
+    return "\n".join(["| | question | answer | number |", "| --- | --- | --- | --- |", *rows, "", line])
+
+
+def _machines(records: Sequence[Record]) -> str:
+    """How many kinds of machine, and which."""
+    decoded = [record["decoding"].get("origin", record.content)["hardware"] for record in records if record["decoding"]]
+    every = [record["hardware"] for record in records] + decoded
+    kinds = {each["processor"] if each["accelerator"] == "none" else each["accelerator"] for each in every}
+    named = "; ".join(sorted(kind.replace("(R)", "") for kind in kinds))
+    return f"{counted(len(kinds), 'kind')} of machine ({named})" if kinds else "no machine"
+
+
+def sceptic_block(results: Path, families: Sequence[Family]) -> str:
+    """A bullet per line, each of at most 200 characters; one whose records are missing is left out."""
+    lines = [_rank(families), _lookup(results), _released(families), _precision(families), _gpu(results, families)]
+    return "\n".join(f"- {line}" for line in lines if line)
+
+
+def _rank(families: Sequence[Family]) -> str:
+    """What rank 8 buys on the frozen target of most cells."""
+    whole = [family for family in families if family.target == "common" and not family.is_pretrained]
+    for family in whole:
+        top, one = (family.cells.get(("untied", rank), {}) for rank in (8, 1))
+        tokens, speed = difference(top, one, "tokens_per_pass"), over_seeds(top, "speedup_over_rank1")
+        if tokens is not None and speed is not None:
+            return (
+                f"What rank 8 buys over rank 1: {tokens.text(2, sign=True)} tokens per forward, {speed.text(2)} times the "
+                f"speed (sampling, {_trunk(top)} {family.settings['corpus']} model)."
+            )
+    return ""
+
+
+def _trunk(cells: Cells) -> str:
+    return f"{next(iter(cells.values()))['parameters']['trunk'] / 1e6:.1f}M"
+
+
+def _lookup(results: Path) -> str:
+    record = read_benchmark(results, "decode_baselines")
+    if isinstance(record, str):
+        return ""
+    parts = []
+    for mode in MODES:
+        best = [_best(record, kind, mode) for kind in ("lookup", "heads")]
+        if None in best:
+            return ""
+        parts.append(f"{mode} {best[0]:.2f}x against {best[1]:.2f}x of the best heads")
+    target = record["targets"][0]
+    size = f"{target['parameters'] / 1e6:.1f}M {target['corpus']} model"
+    return f"Prompt lookup, which needs no training, on the {size}: {'; '.join(parts)}."
+
+
+def _best(record: Benchmark, kind: str, mode: str) -> float | None:
+    speeds = [each["modes"][mode]["speedup"]["mean"] for each in record["methods"] if each["kind"] == kind]
+    return max(speeds, default=None)
+
+
+def _pretrained(families: Sequence[Family], folder: str, rank: int, variant: str) -> Cells:
+    for family in families:
+        cells = family.cells.get((variant, rank), {})
+        if family.is_pretrained and cells and all(Path(r.path).parent.name == folder for r in cells.values()):
+            return cells
+    return {}
+
+
+def _speeds(cells: Cells) -> str:
+    found = [(mode, over_seeds(cells, "speedup", mode)) for mode in ("greedy", "sampling")]
+    return ", ".join(f"{speed.text(2)}x {mode}" for mode, speed in found if speed is not None)
+
+
+def _released(families: Sequence[Family]) -> str:
+    """The heads that `cpdlm/released/` holds are those of rank 1 of the longest training."""
+    cells = _pretrained(families, "C6-long", 1, "anchored")
+    speeds = _speeds(cells)
+    if not speeds:
+        return ""
+    machine = decoding_hardware(next(iter(cells.values())))
+    return f"The released heads on SmolLM2-135M, over autoregressive decoding: {speeds} ({machine})."
+
+
+def _precision(families: Sequence[Family]) -> str:
+    found = [_pretrained(families, folder, 1, "anchored") for folder in ("C6", "C6-float32")]
+    speeds = [over_seeds(cells, "speedup") for cells in found]
+    if None in speeds:
+        return ""
+    shown = [
+        f"{speed.text(2)}x in {_precision_of(cells)} ({next(iter(cells.values()))['training']['steps']:,} steps)"
+        for speed, cells in zip(speeds, found, strict=True)
+        if speed is not None
+    ]
+    return f"Precision matters. Rank 1 on SmolLM2, sampling: {', '.join(shown)}."
+
+
+def _precision_of(cells: Cells) -> str:
+    return str(next(iter(cells.values())).config["model"]["dtype"])
+
+
+def _gpu(results: Path, families: Sequence[Family]) -> str:
+    """Whether any speed was measured on a GPU: by a cell or by a benchmark of decoding."""
+    machines = [
+        record["decoding"].get("origin", record.content)["hardware"]
+        for family in families
+        for record in family.records()
+        if record["decoding"]
+    ]
+    for path in sorted((results / "benchmarks").glob("decode_*.json")):
+        record = read_benchmark(results, path.stem)
+        machines += [] if isinstance(record, str) else [record["hardware"]]
+    return "" if any(each["accelerator"] != "none" for each in machines) else "No speed was measured on a GPU."
