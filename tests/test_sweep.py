@@ -504,7 +504,9 @@ def test_the_page_says_what_the_suite_says() -> None:
     ]
     records = load_all(ROOT / "results")[0]
     once = {each.id: each for each in reversed(CLAIMS)}  # the two questions of C6 have the same cells
-    expected = [(each, scale) for each in reversed(once.values()) for scale in SCALES if scale == "cpu" or each.gpu_arms]
+    expected = [
+        (each, scale) for each in reversed(once.values()) for scale in SCALES if scale == "cpu" or each.gpu_arms
+    ]
     assert len(rows) == len(expected)
     for (each, scale), (claim, question, command, hours, folders) in zip(expected, rows, strict=True):
         on_gpu = scale == "gpu"
