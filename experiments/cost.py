@@ -3,7 +3,8 @@
     step = a + b F_trunk + c F_heads             seconds of one optimiser step; F in FLOPs, at 2 per multiply-add
     train = k steps step                         k: wall-clock over time in steps (validation, checkpoints)
     evaluate = a + b rows F_row
-    decode = units (a + b F_forward + c F_draft + d / cells of the group)    units: tokens written, over modes and repeats
+    decode = units (a + b F_forward + c F_draft + d / cells of the group)
+    units: tokens written, over modes and repeats
     memory = a + b weights
 
 Least squares of relative errors, no coefficient below zero; `CostModel.text` shows each fit's error. FLOPs are those of

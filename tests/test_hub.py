@@ -839,7 +839,7 @@ def test_a_run_without_its_parts_says_so(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
     fails(run, tmp_path / "out", "the tokenizer of", "bpe:290", "run its command again")
     (run / "evaluate.json").unlink()
-    fails(run, tmp_path / "out", "was not evaluated")
+    fails(run, tmp_path / "out", "does not say which text it was trained on")
     (run / "model.safetensors").unlink()
     fails(run, tmp_path / "out", "no finished model")
     make_run(tmp_path / "small", {}, 17)

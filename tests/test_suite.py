@@ -373,7 +373,7 @@ def test_every_kind_of_retrofit_cell_runs_to_a_valid_record(
     for text, coverage in covered.items():
         mine = [record for record in records if record.config["data"]["text"] == text]
         assert mine and all(record["decoding"]["shortlist_coverage"] == pytest.approx(coverage) for record in mine)
-        assert f"loss.draft_vocabulary=100: {coverage:.2%} of the training text is on it" in said
+        assert f"loss.draft_vocabulary=100 tokens cover {coverage:.2%} of the training text" in said
     for record in records:
         assert (
             record["likelihood"]["shortlist"]["tokens"] == 100 and 0 < record["likelihood"]["shortlist"]["windows"] <= 1

@@ -25,6 +25,7 @@ from cpdlm.training.checkpoints import (
     load_model,
     read_config,
     run_draft_vocabulary,
+    text_hash,
 )
 
 
@@ -99,13 +100,12 @@ def run_tokenizer(run: Path) -> Tokenizer:
             raise RunError(f"{run} has no tokenizer here: {error}") from error
     if config.data.tokenizer == "model":
         return HubTokenizer("model", Target.of(config).source)
-    evaluated = read_json(run / "evaluate.json")
-    if evaluated is None:
-        raise RunError(f"{run} was not evaluated, so its tokenizer is not known; run its command again to finish it")
+    if not (sha256 := text_hash(run)):
+        raise RunError(f"{run} does not say which text it was trained on, so its tokenizer is not known; run it again")
     tokens = Path(config.data.cache) / "tokens"
     for path in sorted(tokens.glob("*/meta.json")):
         meta = read_json(path)
-        if meta is not None and meta.get("sha256") == evaluated["data"]["sha256"]:
+        if meta is not None and meta.get("sha256") == sha256:
             saved = meta["tokenizer"]
             token_bytes = np.load(path.parent / "token_bytes.npy")
             return SavedTokenizer(

@@ -1,10 +1,12 @@
 """A run's folder: who may write to it, its saved config, its finished weights.
 
 RUN/config.yaml         the resolved config
-RUN/last.ckpt           what a killed run resumes from, without what is frozen (Lightning; loads with weights_only); with
-                        train.sharded a link to a folder of torch.distributed.checkpoint
+RUN/last.ckpt           what a killed run resumes from, without what is frozen (Lightning; loads with weights_only);
+                        with train.sharded a link to a folder of torch.distributed.checkpoint
 RUN/model.safetensors   finished weights, without those of a frozen trunk
 RUN/train.json          the training part of the record; present once training is complete
+RUN/sessions.json       hashes of text and frozen model, and each start of the run (`cpdlm.training.run`)
+RUN/draft_vocabulary.json   the tokens that the run drafts from, where these are not all
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from yaml import YAMLError
 
 from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from_dict
 from cpdlm.data.target import WEIGHTS, Target
-from cpdlm.files import LockHeld, errors_named, locked, replaced, write_bytes
+from cpdlm.files import LockHeld, errors_named, locked, replaced, write_bytes, write_json
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.pretrained import load_pretrained
 
 CONFIG, CHECKPOINT, TRAINED = "config.yaml", "last.ckpt", "train.json"
+DRAFT_VOCABULARY = "draft_vocabulary.json"
 
 # What may differ when a run resumes: the later stages look after their own settings.
 _FREE = (*INCIDENTAL, "decode.", "evaluate.")
@@ -106,8 +109,10 @@ def read_config(folder: Path) -> Config:
 def save_model(
     folder: Path, model: LanguageModel, state: dict[str, Tensor], vocab_size: int, dtype: torch.dtype | None = None
 ) -> None:
-    """Write finished weights. state: the model's full state dict, gathered if it was sharded. dtype: what numbers are rounded
-    to (default: what they are)."""
+    """Write finished weights. state: the model's full state dict, gathered if it was sharded.
+
+    dtype: what numbers are rounded to (default: what they are).
+    """
     kept = {
         name: tensor.to(dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in state.items()
@@ -165,7 +170,8 @@ def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageMode
     absent = [name for name in missing if _is_stored(name, model)]
     if absent or unexpected:
         raise RunError(
-            f"{path} does not fit its config: missing {absent[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
+            f"{path} does not fit its config: missing {absent[:3] or 'nothing'}, "
+            f"unexpected {unexpected[:3] or 'nothing'}"
         )
     return model.eval()
 
@@ -213,7 +219,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def consolidate(folder: Path) -> None:
-    """Turn the sharded checkpoint of a run into a single file, which every mode loads. Holds the whole of it in memory."""
+    """Turn the sharded checkpoint of a run into one file, which every mode loads. Holds the whole of it in memory."""
     path = folder / CHECKPOINT
     with replaced(path) as temporary:
         try:
@@ -253,18 +259,34 @@ def _shard_names(path: Path) -> set[str]:
     return {name.removeprefix("state_dict.") for name in index.state_dict_metadata}
 
 
+def save_draft_vocabulary(folder: Path, ids: Tensor) -> None:
+    """ids: (V',) the tokens that the run drafts from."""
+    write_json(folder / DRAFT_VOCABULARY, {"ids": ids.tolist()})
+
+
 def run_draft_vocabulary(run: Path) -> Tensor | None:
-    """(V',) the tokens that a run drafts from, as it was measured; None for all. RunError where they are not known."""
+    """(V',) the tokens that a run drafts from; None for all. RunError where they are not known."""
     size = read_config(run).decode.draft_vocabulary
     if not size:
         return None
-    try:
-        ids = json.loads((run / "decode.json").read_bytes())["shortlist"]
-    except (OSError, ValueError, KeyError):
-        ids = None
-    if ids is None or len(ids) != size:
-        raise RunError(
-            f"{run} drafts from a shortlist (decode.draft_vocabulary={size}) that is not in its decode.json; delete that file, if it is "
-            "there, and run its command again"
-        )
-    return torch.tensor(ids)
+    # Measuring a run notes the tokens, too: the setting may change after training, and older runs have nothing else.
+    for name, key in ((DRAFT_VOCABULARY, "ids"), ("decode.json", "shortlist")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            ids = json.loads((run / name).read_bytes())[key]
+            if ids is not None and len(ids) == size:
+                return torch.tensor(ids)
+    raise RunError(
+        f"{run} drafts from a part of the vocabulary (decode.draft_vocabulary={size}) that neither its "
+        f"{DRAFT_VOCABULARY} nor its decode.json holds; delete them, if they are there, and run its command again"
+    )
+
+
+def text_hash(run: Path) -> str:
+    """sha256 of the text that a run was trained on, by which its tokenizer is found; "" where it is not known."""
+    for name, keys in (("sessions.json", ("data_sha256",)), ("evaluate.json", ("data", "sha256"))):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            content = json.loads((run / name).read_bytes())
+            for key in keys:
+                content = content[key]
+            return str(content)
+    return ""

@@ -48,8 +48,9 @@ class ProcessLost(RuntimeError):
 class Summary:
     """The record's `training` entry. Times in seconds or milliseconds as named; memory in bytes.
 
-    curve: what was logged, by step; clock: the `seconds` in training steps at each of its entries. flops_per_token: counted
-    on the first step, matmul_flops_per_second: as `cpdlm.training.flop_count` says; both None in a run of several processes.
+    curve: what was logged, by step. clock: the `seconds` in training steps at each of its entries.
+    flops_per_token: counted on the first step; None in a run of several processes, as the next two.
+    matmul_flops_per_second: rate of a large product (`flop_count.matmul_rate`).
     matmul_fraction: FLOPs done per second over that rate.
     """
 
@@ -88,13 +89,13 @@ class Journal(Callback):
         self._step_ms = list(state_dict["step_ms"])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Before anything is restored: one checkpoint for all, in a form that this mode loads, and no remains of others."""
+        """Before anything is restored: one checkpoint for all, in a form that this mode loads, and no remains."""
         checkpoint = self.folder / CHECKPOINT
         found = checkpoint.exists()
         if found != trainer.strategy.reduce_boolean_decision(found, all=found):
             raise RunError(
-                f"{checkpoint} is there for some processes only: the machines of a run need one folder in common; give one "
-                "that all of them see with output=DIR"
+                f"{checkpoint} is there for some processes only: the machines of a run need one folder in common; "
+                "give one that all of them see with output=DIR"
             )
         if trainer.is_global_zero:
             checkpoints.remove_partial(self.folder)
@@ -167,7 +168,7 @@ class Journal(Callback):
                 self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Every process calls; the first swaps the finished checkpoint in: a kill or a full disk in mid-write costs nothing."""
+        """Every process calls it; the first swaps the finished checkpoint in. A kill or a full disk costs nothing."""
         partial = checkpoints.partial_checkpoint(self.folder)
         with errors_named(self.folder / CHECKPOINT):
             try:
@@ -260,30 +261,11 @@ def fit(
         model.trunk.recompute_activations()
     module, journal = MultiTokenModule(config, model, watch), Journal(config, folder)
     trainer = build_trainer(config, [journal, ProgressBar(config.optim.steps, config.run_name)], logger)
-    checkpoint = folder / CHECKPOINT
-    if checkpoint.exists():
-        checkpoints.check_checkpoint(checkpoint, module.state_dict())
-    with _signals_noted(journal), warnings.catch_warnings():
-        # Lightning advises more loader workers and shorter logging intervals; rows are cut from memory-mapped arrays.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        # A frozen trunk is in evaluation mode on purpose.
-        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-        try:
-            trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
-        except RuntimeError as error:
-            if trainer.world_size > 1 and _is_lost(error):
-                raise ProcessLost(
-                    f"process {trainer.global_rank} of {trainer.world_size}: another one stopped (its own message says why), was "
-                    f"killed, or did not answer within train.timeout={config.train.timeout} s; the same command "
-                    + (f"continues from {checkpoint}" if checkpoint.exists() else "starts again")
-                ) from error
-            raise
+    _run(trainer, module, data, journal)
     if journal.stop_signal and trainer.global_step < config.optim.steps:
         raise Interrupted(
-            f"stopped at step {trainer.global_step} of {config.optim.steps}; {checkpoint} is saved. The same command "
-            "continues from it"
+            f"stopped at step {trainer.global_step} of {config.optim.steps}; {folder / CHECKPOINT} is saved. The same "
+            "command continues from it"
         )
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = (
@@ -298,6 +280,30 @@ def fit(
     write_json(folder / TRAINED, asdict(summary))
     checkpoints.remove_checkpoint(folder)
     return summary
+
+
+def _run(trainer: L.Trainer, module: MultiTokenModule, data: L.LightningDataModule, journal: Journal) -> None:
+    """Lightning's loop, from the checkpoint where there is one, with signals noted and a lost peer named."""
+    config, checkpoint = journal.config, journal.folder / CHECKPOINT
+    if checkpoint.exists():
+        checkpoints.check_checkpoint(checkpoint, module.state_dict())
+    with _signals_noted(journal), warnings.catch_warnings():
+        # Lightning advises more loader workers and shorter logging intervals; rows are cut from memory-mapped arrays.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        # A frozen trunk is in evaluation mode on purpose.
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+        try:
+            trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
+        except RuntimeError as error:
+            if trainer.world_size > 1 and _is_lost(error):
+                raise ProcessLost(
+                    f"process {trainer.global_rank} of {trainer.world_size}: another one stopped (its own message says "
+                    f"why), was killed, or did not answer within train.timeout={config.train.timeout} s; "
+                    "the same command " + (f"continues from {checkpoint}" if checkpoint.exists() else "starts again")
+                ) from error
+            raise
 
 
 def build_trainer(config: Config, callbacks: list[Callback], logger: Logger | None = None) -> L.Trainer:
@@ -345,7 +351,7 @@ def build_strategy(config: Config) -> Strategy | str:
 
 
 def _cluster() -> ClusterEnvironment | None:
-    """SLURM without Lightning's own requeueing, whose checkpoints would come before ours; anything else as it is detected."""
+    """SLURM without Lightning's requeueing, whose checkpoints would come before ours; else what Lightning detects."""
     return SLURMEnvironment(auto_requeue=False) if is_srun() and not is_torchrun() else None
 
 

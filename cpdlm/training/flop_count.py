@@ -33,7 +33,7 @@ class FlopCount(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
-            # A product that is summed in another type has that type among its arguments; the formulas do not know of it.
+            # A product that is summed in another type has that type among its arguments, which the formulas lack.
             operands = (each for each in args if not isinstance(each, torch.dtype))
             self.total += formula(*operands, **(kwargs or {}), out_val=made)
         return made

@@ -1,6 +1,6 @@
 """FLOPs and weights of a model, from its shape alone: the one formula behind plans, forecasts and tables.
 
-A multiply-add is 2 FLOPs; norms, biases of maps and softmaxes are not counted. `flop_count` measures what was really done.
+A multiply-add is 2 FLOPs; norms, biases and softmaxes are not counted. `flop_count` measures what was really done.
 
 Letters: V vocabulary, D width, R rank, F factors, K inner width of a map.
 """
@@ -96,8 +96,8 @@ def draft_flops(shape: Shape, head_weights: int = 0) -> int:
 def loss_flops(shape: Shape, config: Config) -> dict[str, float]:
     """FLOPs of the loss per token of the text, forward and backward: {"next token", "window" (with heads)}.
 
-    Each product has a gradient for either side; a frozen unembedding has none. Untied, x_{t+1} has a term of its own where
-    not all positions train the window; on a frozen trunk only heads with a first factor of their own have that term.
+    Each product has a gradient for either side; a frozen unembedding has none. Untied, x_{t+1} has a term of its own
+    where not all positions train the window; on a frozen trunk only heads with a first factor of their own have it.
     """
     table = 2.0 * shape.vocab * shape.width
     table_times = 2 if shape.frozen and not shape.separate else 3

@@ -39,7 +39,7 @@ class MultiTokenModule(L.LightningModule):
         self.validation_first = MeanMetric()
         self.uses: list[objective.ComponentUse] = []  # of the micro-batches of this optimiser step
         self.register_state_dict_post_hook(_without_frozen)
-        # `storage.check_checkpoint` looks for the names that must be there: FSDP2 asks for the frozen ones, too.
+        # `checkpoints.check_checkpoint` looks for the names that must be there; FSDP2 asks for the frozen ones.
         self.strict_loading = all(parameter.requires_grad for parameter in model.parameters())
 
     def configure_model(self) -> None:
@@ -65,37 +65,41 @@ class MultiTokenModule(L.LightningModule):
         weights = objective.position_weights(
             batch["successors_BT"], batch["picked_BT"], batch["step_counts"], self.model.first_is_tied
         )
-        aim = self._aim()
-        # Where the next-token law is frozen, or another objective is sought, x_{t+1} has no term of its own.
+        other = self._objective()
+        # Where the next-token distribution is frozen or the objective is another one, x_{t+1} has no term of its own.
         alone = self.model.frozen_target and (
-            self.model.first_is_tied or aim is not None or loss_config.draft_vocabulary > 0
+            self.model.first_is_tied or other is not None or loss_config.draft_vocabulary > 0
         )
         first_BT = torch.zeros_like(weights.first_BT) if alone else weights.first_BT
-        terms = self._terms(batch, first_BT, weights.rest_BT, aim)
+        terms = self._terms(batch, first_BT, weights.rest_BT, other)
         # The weights normalise the sum over micro-batches; Lightning takes their mean.
         loss = terms.loss * self.config.train.accumulate
         shared_loss = objective.global_sum(loss.detach()) / objective.world_size()
-        self.log("train/nll" if aim is None else "train/objective", shared_loss)
+        self.log("train/nll" if other is None else "train/objective", shared_loss)
         if self.model.heads is not None and self.config.rank > 1:
-            use = objective.component_use(terms.log_weights_PR)
-            self.uses.append(use)
-            if self.config.balance in ("switch", "kl"):
-                penalty = objective.switch_balance if self.config.balance == "switch" else objective.kl_balance
-                balance = penalty(use)
-                loss = loss + loss_config.balance_weight * balance.to(loss.dtype)
-                self.log("train/balance", balance.detach())
-            self.log("train/weight_entropy", use.entropy)
-            self.log("train/effective_components", use.effective)
-            self.log("train/dead_components", use.dead.float())
-            for place, weight in enumerate(use.mean_R.detach(), start=1):
-                self.log(f"train/weight_{place}", weight)
+            loss = loss + self._balance(terms.log_weights_PR).to(loss.dtype)
         if not torch.isfinite(shared_loss):  # on all processes alike, so that none waits for another
             raise NonFiniteLoss(
-                f"the loss is {shared_loss.item()} at step {self.global_step}, batch {batch_index}; the checkpoint before it is "
-                f"kept. A lower optim.lr (now {self.config.optim.lr}) or optim.clip (now {self.config.optim.clip}) "
-                "usually helps"
+                f"the loss is {shared_loss.item()} at step {self.global_step}, batch {batch_index}; "
+                f"the checkpoint before it is kept. A lower optim.lr (now {self.config.optim.lr}) or optim.clip "
+                f"(now {self.config.optim.clip}) usually helps"
             )
         return loss
+
+    def _balance(self, log_weights_PR: Tensor) -> Tensor:
+        """The weighted balance term of a micro-batch, 0 where there is none; logs how the components are used."""
+        use = objective.component_use(log_weights_PR)
+        self.uses.append(use)
+        self.log("train/weight_entropy", use.entropy)
+        self.log("train/effective_components", use.effective)
+        self.log("train/dead_components", use.dead.float())
+        for component, weight in enumerate(use.mean_R.detach(), start=1):
+            self.log(f"train/weight_{component}", weight)
+        if self.config.balance not in ("switch", "kl"):
+            return use.entropy.new_zeros(())
+        balance = objective.switch_balance(use) if self.config.balance == "switch" else objective.kl_balance(use)
+        self.log("train/balance", balance.detach())
+        return self.config.loss.balance_weight * balance
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.config.balance == "bias" and self.uses and self.model.heads is not None:
@@ -165,15 +169,15 @@ class MultiTokenModule(L.LightningModule):
         groups = self.trainer.optimizers[0].param_groups if self.trainer.optimizers else self._groups()
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
-    def _aim(self) -> tuple[str, float, float] | None:
-        """The draft's objective, where it is not the plain joint likelihood."""
+    def _objective(self) -> tuple[str, float, float] | None:
+        """(name, alpha, gamma) of the draft's objective; None for the joint likelihood."""
         wanted = self.config.loss
         if wanted.objective == "joint" and wanted.gamma == 1:
             return None
         return wanted.objective, wanted.alpha, wanted.gamma
 
     def _terms(
-        self, batch: Batch, first_BT: Tensor, rest_BT: Tensor, aim: tuple[str, float, float] | None = None
+        self, batch: Batch, first_BT: Tensor, rest_BT: Tensor, other: tuple[str, float, float] | None = None
     ) -> Terms:
         states = States(batch["hidden_BTD"], batch["log_normaliser_BT"]) if "hidden_BTD" in batch else None
         terms: Terms = self.model(
@@ -184,7 +188,7 @@ class MultiTokenModule(L.LightningModule):
             first_BT,
             rest_BT,
             states,
-            aim,
+            other,
         )
         return terms
 

@@ -33,12 +33,12 @@ class PositionWeights:
 def position_weights(
     successors_BT: Tensor, picked_BT: Tensor, step_counts: Tensor, first_is_tied: bool
 ) -> PositionWeights:
-    """Weights that make the weighted sums of nll, averaged over processes and summed over micro-batches, the means of L.
+    """Weights with which the sums of nll, averaged over processes and summed over micro-batches, are the means of L.
 
-    successors_BT: how many successors exist. picked_BT: which positions are in S. step_counts: (2,) positions that exist
-    and those of them in S, over all micro-batches of this process in this optimiser step. first_is_tied: the rest term is then
-    conditional on x_{t+1}; otherwise it is the whole joint, which holds -log p(x_{t+1}) too, and the first term counts
-    only what the joint does not.
+    successors_BT: how many successors exist. picked_BT: which positions are in S. step_counts: (2,) positions that
+    exist and those of them in S, over all micro-batches of this process in this optimiser step. first_is_tied: the rest
+    term is then conditional on x_{t+1}; otherwise it is the whole joint, which holds -log p(x_{t+1}) too, and the first
+    term counts only what the joint does not.
     """
     exists_BT = successors_BT > 0
     chosen_BT = exists_BT & picked_BT
@@ -106,7 +106,7 @@ def kl_balance(use: ComponentUse) -> Tensor:
 
 
 def bias_step(uses: Sequence[ComponentUse], rate: float) -> Tensor:
-    """rate * sign(1/R - P): what balance=bias adds to the gate's bias buffer after each step; P over its micro-batches."""
+    """rate * sign(1/R - P): what balance=bias adds to the gate's bias after each step; P over its micro-batches."""
     total_R = torch.stack([use.mean_R.detach() * use.positions for use in uses]).sum(dim=0)
     mean_R = total_R / torch.stack([use.positions for use in uses]).sum().clamp_min(1)
     return rate * torch.sign(1 / len(mean_R) - mean_R)

@@ -1,7 +1,8 @@
 """What a run would take, before anything is downloaded or trained: parameters, memory per process, FLOPs, days.
 
-Counted where it can be: the model of the config is built without its numbers (fake tensors, on no device), its trunk runs once on a
-micro-batch, and what autograd would keep and what is multiplied are read off. The loss is a formula, since it works in chunks.
+Counted where it can be: the model of the config is built without its numbers (fake tensors, on no device), its trunk
+runs once on a micro-batch, and what autograd would keep and what is multiplied are read off. The loss is a formula
+(`flops`), since it works in chunks.
 
 Letters: B rows of a micro-batch, T position, F factors, R rank, V vocabulary, D width, K inner width of a map.
 """
@@ -79,8 +80,10 @@ class Plan:
 
 
 def make_plan(config: Config, vocab_size: int = 0, compiled: bool = True) -> Plan:
-    """The plan of a config. vocab_size: where the tokenizer does not say (0: it does). compiled: as on a GPU, where the loss
-    needs no float32 copy of a chunk of logits. Raises ConfigError where a shape is not known.
+    """The plan of a config. vocab_size: where the tokenizer does not say (0: it does).
+
+    compiled: as on a GPU, where the loss needs no float32 copy of a chunk of logits. Raises ConfigError where a shape
+    is not known.
     """
     rows = config.data.batch_rows // (config.devices * config.train.accumulate)
     own = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(config.train.precision, torch.float32)
@@ -124,8 +127,8 @@ def _build(config: Config, vocab_size: int) -> LanguageModel:
         shape = PUBLISHED[name]() if name in PUBLISHED else AutoConfig.from_pretrained(name)
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"model={name}: its shape is not known here ({str(error).splitlines()[0]}); give a folder that holds it, or one of "
-            f"{', '.join(PUBLISHED)}"
+            f"model={name}: its shape is not known here ({str(error).splitlines()[0]}); give a folder that holds it, "
+            f"or one of {', '.join(PUBLISHED)}"
         ) from error
     whole = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype))
     body, unembedding = getattr(whole, whole.base_model_prefix), whole.get_output_embeddings()
@@ -227,7 +230,7 @@ def _weights(model: LanguageModel, config: Config) -> dict[str, int]:
 
 
 def _loss_memory(model: LanguageModel, config: Config, rows: int, compiled: bool) -> dict[str, int]:
-    """The largest chunk, and the gradients that the loss sums in forward, while those of the step before are still there."""
+    """The largest chunk, and the gradients that the loss sums in forward beside those of the step before."""
     table, width = model.unembedding.weight, model.trunk.width
     fast = 2 if config.train.precision.startswith("bf16") else table.element_size()
     logit = fast if compiled else max(4, table.element_size())

@@ -5,8 +5,8 @@
 
     folder = train(parse(["preset=retrofit", "model=smollm2", "rank=4", "output=runs"]))
 
-RUN/sessions.json holds the hashes of the text and of the frozen model that the run began with, and what callers noted of
-each start. The other files of a run's folder are those of `cpdlm.training.checkpoints`.
+RUN/sessions.json holds the hashes of the text and of the frozen model that the run began with, and what callers noted
+of each start. The other files of a run's folder are those of `cpdlm.training.checkpoints`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cpdlm.processes import is_first_process, is_launched
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import CONFIG, RunError
 from cpdlm.training.fit import fit
-from cpdlm.training.self_text import written_text
+from cpdlm.training.self_text import Writing, written_text
 from cpdlm.training.states import kept_states
 
 INPUTS = "sessions.json"
@@ -44,17 +44,17 @@ Say = Callable[[str], None]
 
 
 def train(config: Config, *, logger: Logger | None = None, watch: Watch | None = None, say: Say = print) -> Path:
-    """Train what `config` describes and return the run's folder, `checkpoints.run_folder(config)`, with finished weights.
+    """Train what `config` describes; return `checkpoints.run_folder(config)`, which then holds the finished weights.
 
-    A killed run continues from its last checkpoint, bit for bit; a finished one is returned as it is. One process trains
-    into a folder at a time. Load the result with `checkpoints.load_model(folder)`.
+    A killed run continues from its last checkpoint, bit for bit; a finished one is returned as it is. One process
+    trains into a folder at a time. Load the result with `checkpoints.load_model(folder)`.
 
-    logger: of Lightning, for the curve. watch: what else to measure at each validation, by name. say: takes a line for the
-    user. With devices or nodes above 1 every process that torchrun or srun started calls this.
+    logger: of Lightning, for the curve. watch: what else to measure at each validation, by name. say: takes a line for
+    the user. With devices or nodes above 1 every process that torchrun or srun started calls this.
 
-    Raises ConfigError for settings that do not fit the data or the frozen model, or that need a launcher; RunError for a
-    folder that another process writes to or that holds another run; NonFiniteLoss; Interrupted (a checkpoint is left);
-    WriteError where the disk is full (the last checkpoint is kept).
+    Raises ConfigError for settings that do not fit the data or the frozen model, or that need a launcher; RunError for
+    a folder that another process writes to or that holds another run; NonFiniteLoss; Interrupted (a checkpoint is
+    left); WriteError where the disk is full (the last checkpoint is kept).
     """
     if config.nodes * config.devices > 1 and not is_launched():
         raise ConfigError(
@@ -73,8 +73,8 @@ def train(config: Config, *, logger: Logger | None = None, watch: Watch | None =
 class Run:
     """A run whose settings, text and frozen model fit together: what trains, and what it trains on.
 
-    data: batches of the training text. corpus: text, tokenizer and held-out splits. written: where the training text came
-    from if the frozen model wrote it, else {}. draft_vocabulary: the tokens that heads train on, None for all.
+    data: batches of the training text. corpus: text, tokenizer and held-out splits. written: where the training text
+    came from if the frozen model wrote it, else {}. draft_vocabulary: the tokens that heads train on, None for all.
     sessions: what callers of `prepare` noted of each start of this run.
     """
 
@@ -103,11 +103,15 @@ class Run:
             self.data.states = kept_states(
                 self.model, self.data.training_rows(), cache, identity, limit, training_device(), say
             )
+        size = config.decode.draft_vocabulary
+        listed = draft_vocabulary("decode.draft_vocabulary", size, self.data.corpus) if size else None
+        if listed is not None and is_first_process():
+            checkpoints.save_draft_vocabulary(self.folder, torch.from_numpy(listed.ids))
         fit(config, self.model, self.data, self.folder, logger, watch)
 
 
 def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None = None) -> Run:
-    """Everything of a run up to its first step. The caller holds the folder (`checkpoints.exclusive`); `train` does both.
+    """Everything of a run up to its first step. The caller holds the folder (`checkpoints.exclusive`), as `train` does.
 
     session: what to note of this start, such as the commit and the machine. Raises ConfigError and RunError as `train`.
     """
@@ -129,9 +133,7 @@ def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None 
     if config.loss.draft_vocabulary:
         listed = draft_vocabulary("loss.draft_vocabulary", config.loss.draft_vocabulary, text)
         model.use_draft_vocabulary(torch.from_numpy(listed.ids))
-        say(
-            f"loss.draft_vocabulary={config.loss.draft_vocabulary}: {listed.coverage:.2%} of the training text is on it"
-        )
+        say(f"loss.draft_vocabulary={len(listed.ids)} tokens cover {listed.coverage:.2%} of the training text")
     data = TokenDataModule(config, text)
     return Run(config, folder, corpus, data, model, written, listed, sessions, data_seconds)
 
@@ -177,17 +179,9 @@ def training_text(
     if trunk is None or config.data.text == "corpus":
         return corpus, {}
     identity = {"corpus": corpus.describe()["sha256"], "trunk": Target.of(config).sha256}
+    writing = Writing(config.data.text, config.data.states, config.data.context, corpus.tokenizer.eos)
     split, written = written_text(
-        trunk,
-        corpus.train,
-        config.data.text,
-        config.data.states,
-        config.data.context,
-        corpus.tokenizer.eos,
-        Path(config.data.cache),
-        identity,
-        training_device(),
-        say,
+        trunk, corpus.train, writing, Path(config.data.cache), identity, training_device(), say
     )
     return replace(corpus, train=split), written
 
@@ -219,8 +213,8 @@ def check_same_text(folder: Path, then: str, now: str) -> None:
     """RunError where the corpus is no longer the one that the run began with."""
     if then != now:
         raise RunError(
-            f"{folder} was trained on other text: the corpus has changed since (sha256 {then[:12]} then, {now[:12]} now); "
-            "restore it, give this run name=OTHER, or delete the folder"
+            f"{folder} was trained on other text: the corpus has changed since (sha256 {then[:12]} then, "
+            f"{now[:12]} now); restore it, give this run name=OTHER, or delete the folder"
         )
 
 

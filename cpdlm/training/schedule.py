@@ -1,4 +1,4 @@
-"""Learning rate as a plain function of the step."""
+"""Learning rate as a function of the step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Hidden states of a frozen trunk, computed once and kept on disk: every head trained on it afterwards skips its passes.
+"""Hidden states of a frozen trunk, computed once and kept on disk: all heads trained on it later skip its forwards.
 
 FOLDER/plan.json          what they are states of, and how many rows are done
-FOLDER/hidden.bin         (rows, T, D) in the trunk's own precision: training from it is training from the trunk, bit for bit
+FOLDER/hidden.bin         (rows, T, D) in the trunk's precision: training from it equals training from the trunk
 FOLDER/normaliser.bin     (rows, T) float32, log sum_v exp(logit)
 
 A killed run goes on behind the last row that was noted as done.
@@ -11,9 +11,10 @@ Letters: B rows, T position, D width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def kept_states(
     device: torch.device,
     say: Callable[[str], None] = lambda line: None,
 ) -> StoredStates:
-    """The states of `rows`, from the folder under `cache` that bears their identity; computed, or finished, where they are not.
+    """The states of `rows`, from the folder under `cache` of that identity; computed or finished where they are not.
 
-    identity: what the states depend on besides the rows: the trunk's and the text's hashes. Raises ConfigError where they
+    identity: what the states depend on besides the rows, the hashes of trunk and text. Raises ConfigError where they
     would take more than limit_gib GiB, WriteError where the disk is full; what is done stays.
     """
     dtype, width = model.trunk.embedding.dtype, model.trunk.width
@@ -72,28 +73,25 @@ def kept_states(
         raise ConfigError(
             f"{label} are more than data.states_gib={limit_gib:g}; keep fewer (data.states={most}), or raise the limit"
         )
-    key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache / "states" / key
-    with errors_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"):  # another process that needs them waits here
-            _complete(model, rows, folder, plan, label, device, say)
+    with kept_folder(cache / "states", plan) as folder:
+        if _done(folder) < rows.count:
+            say(f"{label}: {folder}")
+            _complete(model, rows, folder, plan, device)
     return StoredStates(folder, rows.count, rows.context, width, dtype)
 
 
-def _complete(
-    model: LanguageModel,
-    rows: Rows,
-    folder: Path,
-    plan: dict[str, Any],
-    label: str,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> None:
+@contextlib.contextmanager
+def kept_folder(parent: Path, plan: dict[str, Any]) -> Iterator[Path]:
+    """Hold the folder of what is made by `plan`, which names it; another process that needs it waits for the lock."""
+    folder = parent / hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+    with errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".lock"):
+            yield folder
+
+
+def _complete(model: LanguageModel, rows: Rows, folder: Path, plan: dict[str, Any], device: torch.device) -> None:
     done = _done(folder)
-    if done == rows.count:
-        return
-    say(f"{label}: {folder}")
     model = model.to(device)
     with (
         open(folder / HIDDEN, "r+b" if done else "wb") as hidden_file,
