@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 
@@ -25,6 +24,7 @@ from cpdlm.config import (
     resolve,
     to_dict,
 )
+from cpdlm.config.checks import ABOVE_ZERO_TO_ONE, LEAST, NOT_NEGATIVE, POSITIVE, ZERO_TO_ONE
 from cpdlm.config.reading import OBSOLETE
 
 BAD: list[tuple[str, str]] = [
@@ -57,61 +57,13 @@ BAD: list[tuple[str, str]] = [
     ("name=${", "name='${'"),
     ("name=???", "name='???'"),
     # ranges
-    *(
-        (f"{key}=0", f"{key}=0 is too small; the least is 1")
-        for key in (
-            "rank",
-            "horizon",
-            "devices",
-            "data.batch_rows",
-            "loss.chunk_mib",
-            "optim.steps",
-            "train.accumulate",
-            "train.log_every",
-            "train.validate_every",
-            "train.validation_rows",
-            "train.checkpoint_every",
-            "evaluate.rows",
-            "evaluate.batch_rows",
-            "decode.prompts",
-            "decode.prompt_tokens",
-            "decode.new_tokens",
-            "decode.repeats",
-        )
-    ),
-    *(
-        (f"{key}=-1", f"{key}=-1 is too small; the least is 0")
-        for key in (
-            "data.max_bytes",
-            "data.workers",
-            "model.map_rank",
-            "model.anchor_width",
-            "optim.warmup",
-            "decode.top_k",
-            "decode.warmups",
-            "seed",
-        )
-    ),
-    ("data.context=1", "data.context=1 is too small; the least is 2"),
-    *(
-        (f"{key}=-0.1", f"{key}=-0.1 must be a number of at least 0")
-        for key in (
-            "model.noise",
-            "loss.balance_weight",
-            "loss.balance_rate",
-            "optim.weight_decay",
-            "optim.clip",
-        )
-    ),
+    *((f"{key}={least - 1}", f"{key}={least - 1} is too small; the least is {least}") for key, least in LEAST.items()),
+    *((f"{key}=-0.1", f"{key}=-0.1 must be a number of at least 0") for key in NOT_NEGATIVE),
+    *((f"{key}={bad}", f"{key}={bad} must be a positive number") for key in POSITIVE for bad in ("0.0", "nan")),
+    *((f"{key}={bad}", f"{key}={bad} must lie in (0, 1]") for key in ABOVE_ZERO_TO_ONE for bad in ("0.0", "1.5")),
+    *((f"{key}={bad}", f"{key}={bad} must lie in [0, 1]") for key in ZERO_TO_ONE for bad in ("-0.1", "nan")),
     ("optim.clip=nan", "optim.clip=nan must be a number of at least 0"),
     ("model.noise=inf", "model.noise=inf must be a number of at least 0"),
-    ("loss.joint_fraction=0", "loss.joint_fraction=0.0 must lie in (0, 1]"),
-    ("decode.top_p=1.5", "decode.top_p=1.5 must lie in (0, 1]"),
-    ("optim.floor=2", "optim.floor=2.0 must lie in [0, 1]"),
-    ("optim.beta1=-1", "optim.beta1=-1.0 must lie in [0, 1]"),
-    ("optim.beta2=1.1", "optim.beta2=1.1 must lie in [0, 1]"),
-    ("optim.lr=0", "optim.lr=0.0 must be a positive number"),
-    ("optim.lr=nan", "optim.lr=nan must be a positive number"),
     ("decode.temperature=0", "decode.temperature=0.0 must be a positive number (greedy is always measured)"),
     # combinations
     ("horizon=256 data.context=256", "horizon=256 does not fit data.context=256; lower the horizon"),
@@ -161,16 +113,16 @@ BAD: list[tuple[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("words,message", BAD, ids=[words for words, _ in BAD])
-def test_every_mistake_says_what_is_wrong(words: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse(words.split())
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_every_mistake_says_what_is_wrong() -> None:
+    for words, message in BAD:
+        with pytest.raises(ConfigError) as caught:
+            parse(words.split())
+        assert message in str(caught.value) and "\n" not in str(caught.value), words
 
 
-def test_the_row_counts_that_an_error_suggests_work() -> None:
-    assert parse(["devices=3", "data.batch_rows=9"]).data.batch_rows == 9
+def test_every_number_has_a_range() -> None:
+    ranged = {*LEAST, *NOT_NEGATIVE, *POSITIVE, *ABOVE_ZERO_TO_ONE, *ZERO_TO_ONE}
+    assert {key for key, entry in leaves().items() if entry.type in ("int", "float")} == ranged
 
 
 # What some choices are for.
@@ -182,10 +134,10 @@ CHOSEN_FOR = {
 }
 
 
-@pytest.mark.parametrize("key", list(CHOICES))
-def test_every_choice_resolves(key: str) -> None:
-    for value in CHOICES[key]:
-        assert flatten(resolve({key: value} | CHOSEN_FOR.get(key, {})))[key] == value
+def test_every_choice_resolves() -> None:
+    for key, values in CHOICES.items():
+        for value in values:
+            assert flatten(resolve({key: value} | CHOSEN_FOR.get(key, {})))[key] == value
 
 
 def test_values_are_read_as_their_type() -> None:
@@ -215,12 +167,10 @@ def test_precedence_is_defaults_then_presets_in_order_then_the_command_line() ->
     assert expand({"preset": "smoke,cpu-heads", "optim.steps": 9})["optim.steps"] == 9
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_every_preset_resolves_and_names_real_settings(preset: str) -> None:
-    config = parse([f"preset={preset}", *(["model=a folder"] if preset == "retrofit" else [])])
-    values = flatten(config)
-    assert all(values[key] == value for key, value in PRESETS[preset].items())
-    assert config.preset == preset
+def test_every_preset_resolves_and_names_real_settings() -> None:
+    for preset, overrides in PRESETS.items():
+        values = flatten(parse([f"preset={preset}", *(["model=a folder"] if preset == "retrofit" else [])]))
+        assert all(values[key] == value for key, value in overrides.items()) and values["preset"] == preset
 
 
 def test_help_lists_every_setting_with_type_default_and_meaning() -> None:
@@ -288,7 +238,7 @@ def test_names_tell_runs_apart() -> None:
     assert parse(["corpus=hf:a/b"]).run_name.startswith("hf-a-b-") and parse(["name=mine"]).run_name == "mine"
 
 
-def test_layout_of_the_law() -> None:
+def test_what_follows_from_the_settings() -> None:
     assert not parse([]).first_is_tied and parse(["anchor=token"]).first_is_tied
     assert parse(["model.tie_first=true"]).first_is_tied and parse(["preset=trunk"]).first_is_tied
     assert parse([]).target == "own" and parse(["model.trunk=runs/t"]).target == "common"
@@ -303,12 +253,10 @@ def test_the_56m_layout_has_56_3_million_parameters() -> None:
     assert round(sum(parameter.numel() for parameter in body.parameters()) / 1e6, 1) == 56.3
 
 
-@pytest.mark.parametrize("size", list(SIZES))
-def test_sizes_are_consistent(size: str) -> None:
-    shape = SIZES[size]
-    assert shape.width % shape.attention_heads == 0 and (shape.width // shape.attention_heads) % 2 == 0
-    assert all(math.isfinite(value) and value > 0 for name, value in vars(shape).items() if name != "key_value_heads")
-    assert shape.attention_heads % (shape.key_value_heads or shape.attention_heads) == 0
+def test_sizes_are_consistent() -> None:
+    for shape in SIZES.values():
+        assert shape.width % shape.attention_heads == 0 and (shape.width // shape.attention_heads) % 2 == 0
+        assert shape.attention_heads % (shape.key_value_heads or shape.attention_heads) == 0
 
 
 def test_the_page_comes_without_torch() -> None:

@@ -175,11 +175,11 @@ def test_three_documents_suffice_and_two_do_not(tmp_path: Path) -> None:
 
 def test_max_bytes_takes_each_split_in_proportion(tmp_path: Path) -> None:
     documents = Documents()
-    documents.add_source("a", [prose(seed, words=40) for seed in range(1000)])
+    documents.add_source("a", [prose(seed, words=40) for seed in range(400)])
     assignment, _ = assign_splits(documents, config(tmp_path), progress=False)
-    chosen = {name: take(documents, assignment[name], assignment, 60_000) for name in SPLITS}
+    chosen = {name: take(documents, assignment[name], assignment, 30_000) for name in SPLITS}
     sizes = {name: sum(len(documents.texts[i]) for i in indices) for name, indices in chosen.items()}
-    assert 55_000 < sum(sizes.values()) < 66_000 and min(sizes.values()) >= 3_000
+    assert 27_000 < sum(sizes.values()) < 33_000 and min(sizes.values()) >= 1_500
     for name in SPLITS:
         assert chosen[name] == assignment[name][: len(chosen[name])], "the first in hash order"
     assert all(len(take(documents, assignment[name], assignment, 1)) == 1 for name in SPLITS)
@@ -243,29 +243,27 @@ def foreign(path: Path) -> None:
     (path / "meta.json").write_text(json.dumps(meta | {"format": 0}))
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut": (cut, "bytes instead of"),
-    "flipped bit": (flip, "is not the file that was written"),
-    "missing": (lambda path: (path / "test" / "offsets.npy").unlink(), "torn or foreign"),
-    "no meta": (lambda path: (path / "meta.json").write_text(""), "torn or foreign"),
-    "list for meta": (lambda path: (path / "meta.json").write_text("[]"), "torn or foreign"),
-    "other format": (foreign, "has format 0"),
-}
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (cut, "bytes instead of"),
+    (flip, "is not the file that was written"),
+    (lambda path: (path / "test" / "offsets.npy").unlink(), "torn or foreign"),
+    (lambda path: (path / "meta.json").write_text("[]"), "torn or foreign"),
+    (foreign, "has format 0"),
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_torn_or_foreign_cache_is_rebuilt_with_a_warning(tmp_path: Path, folder: Path, damage: str) -> None:
+def test_torn_or_foreign_cache_is_rebuilt_with_a_warning(tmp_path: Path, folder: Path) -> None:
     chosen = config(tmp_path, corpus=str(folder))
     before = load_corpus(chosen, progress=False).describe()
     (path,) = (p for p in (tmp_path / "cache" / "tokens").iterdir() if p.is_dir())
-    spoil, message = DAMAGES[damage]
-    spoil(path)
-    with pytest.warns(UserWarning, match=f"{message}.*building it again"):
-        assert load_corpus(chosen, progress=False).describe() == before
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_corpus(chosen, progress=False)
-    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2, "the folder and its lock; nothing half-made"
+    for spoil, message in DAMAGES:
+        spoil(path)
+        with pytest.warns(UserWarning, match=f"{message}.*building it again"):
+            assert load_corpus(chosen, progress=False).describe() == before
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load_corpus(chosen, progress=False)
+        assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2, "the folder and its lock; nothing half-made"
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path, folder: Path) -> None:
@@ -287,7 +285,7 @@ def test_two_processes_at_once(tmp_path: Path, folder: Path) -> None:
     words = [f"corpus={folder}", f"data.cache={tmp_path / 'cache'}", "data.context=256"]
     running = [
         subprocess.Popen([sys.executable, "-c", BUILD, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(2)
     ]
     hashes = {process.communicate(timeout=60)[0].strip() for process in running}
     assert all(process.returncode == 0 for process in running)
@@ -305,12 +303,6 @@ def test_errors_name_what_to_type(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"data.cache=.*file/x.*give another folder"):
         load_corpus(config(tmp_path, corpus=str(folder), data__cache=str(tmp_path / "file" / "x")), progress=False)
-
-
-def test_a_single_file_is_enough(tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_bytes(b"\n\n".join(prose(seed) for seed in range(40)))
-    corpus = load_corpus(config(tmp_path, corpus=str(tmp_path / "book.txt")), progress=False)
-    assert all(corpus.split(name).documents for name in SPLITS) and corpus.train.source_names == ["book.txt"]
 
 
 def test_evaluation_splits_are_sorted_by_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
