@@ -206,7 +206,7 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
     own = run_folder(config)
     evaluated = _read(own / EVALUATED)
     measured = _read(own / MEASURED) if config.horizon > 1 and is_measured([config]) else None
-    kept = ("group", "rank_one", "reference", "shortlist_coverage", "modes")
+    kept = ("group", "rank_one", "reference", "shortlist_coverage", "modes", "origin")
     record = build(
         config,
         claim=claim,
@@ -217,13 +217,10 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
         parameters=evaluated["parameters"],
         training=_read(own / checkpoints.TRAINED),
         likelihood=evaluated["likelihood"],
-        # Older versions kept less; what was not kept is left out, which the report can tell from null.
-        decoding={key: measured[key] for key in kept if key in measured} if measured else None,
+        # Decoding is timed alone, later: it says its own commit and threads.
+        decoding={key: measured[key] for key in kept} if measured else None,
         origin=evaluated["origin"],
     )
-    # Decoding is timed alone, later: it says its own commit and threads.
-    if measured:
-        record["decoding"]["origin"] = measured["origin"]
     return write(record, folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import INCIDENTAL, Config, flat, to_dict
+from cpdlm.config import INCIDENTAL, flat
 from experiments.records import LAWS, Record, counted, decoding_hardware, training_hardware
 
 # What two comparable records may differ in: settings that change no result, and the dials that a family is laid out along.
@@ -98,12 +97,9 @@ def families_of(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
     records = list(records)
     found: dict[str, Family] = {}
     notes: list[str] = []
-    by_name, unlike = {str(record["name"]): record for record in records}, 0
     for record in records:
         if record.horizon == 1:
             continue
-        if not _is_like_for_like(record, by_name):
-            record, unlike = _without_rank_one(record), unlike + 1
         settings = _settings(record)
         family = found.setdefault(json.dumps(settings, sort_keys=True), Family(settings))
         cells = family.cells.setdefault((record.variant, record.rank), {})
@@ -122,35 +118,7 @@ def families_of(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
     _label(ordered)
     for family in ordered:
         notes += _mixture(family)
-    if unlike:
-        notes.append(
-            f"speed over rank 1 is not shown where it was taken over a rank-1 cell of another law or training (records: {unlike})"
-        )
     return ordered, notes + _one_trunk(ordered) + _targets(ordered)
-
-
-def _is_like_for_like(record: Record, by_name: dict[str, Record]) -> bool:
-    """Whether its speed over rank 1 was taken over a cell that differs from it in rank only.
-
-    Records say which (`decoding.rank_one`). Those made before they did had the first rank-1 cell of their group, whatever
-    its law and training were; where that cell's record is not here, it is not known.
-    """
-    decoding = record["decoding"] or {}
-    if "rank_one" in decoding or "group" not in decoding:
-        return True
-    for name in decoding["group"]:
-        other = by_name.get(name)
-        if other is None:
-            return False
-        if other.rank == 1 and other.horizon == record.horizon:
-            same = other.variant == record.variant and other.seed == record.seed
-            return same and _settings(other) == _settings(record)
-    return True
-
-
-def _without_rank_one(record: Record) -> Record:
-    modes = {name: mode | {"speedup_over_rank1": None} for name, mode in record["decoding"]["modes"].items()}
-    return Record(record.path, record.content | {"decoding": record["decoding"] | {"modes": modes}})
 
 
 def along(families: Iterable[Family], *free: str) -> list[list[Family]]:
@@ -169,19 +137,12 @@ def trunk_records(records: Iterable[Family]) -> list[Record]:
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    # A setting that is younger than the record had its default then.
-    every = _defaults() | flat(record.config)
-    settings = {key: value for key, value in every.items() if not key.startswith(_FREE)}
+    settings = {key: value for key, value in flat(record.config).items() if not key.startswith(_FREE)}
     settings["target"] = record.target
     settings["trunk"] = re.sub(r"-s\d+$", "", Path(record.config["model"]["trunk"]).name)
     settings["data.sha256"] = record["data"]["sha256"]
     settings["data.vocab_size"] = record["data"]["vocab_size"]
     return settings
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    return flat(to_dict(Config()))
 
 
 def _references(family: Family, trunks: list[Record]) -> list[Record]:
@@ -223,19 +184,13 @@ def _label(ordered: list[Family]) -> None:
 def _mixture(family: Family) -> list[str]:
     records = family.records()
     notes = []
-    origins = [
-        origin for record in records for origin in (record.content, (record["decoding"] or {}).get("origin")) if origin
-    ]
-    commits = sorted({origin["commit"][:10] for origin in origins})
+    origins = [[record.content, *([record["decoding"]["origin"]] if record["decoding"] else [])] for record in records]
+    commits = sorted({origin["commit"][:10] for each in origins for origin in each})
     if len(commits) > 1:
         notes.append(f"{family.label}: records of {len(commits)} commits ({', '.join(commits)}) are compared")
-    dirty = [
-        record["name"]
-        for record in records
-        if record["dirty"] or (record["decoding"] or {}).get("origin", {}).get("dirty")
-    ]
+    dirty = sum(any(origin["dirty"] for origin in each) for each in origins)
     if dirty:
-        notes.append(f"{family.label}: {len(dirty)} of {len(records)} records come from uncommitted changes")
+        notes.append(f"{family.label}: {dirty} of {len(records)} records come from uncommitted changes")
     for what, machine in (("decoded", decoding_hardware), ("trained", training_hardware)):
         machines = sorted({machine(record) for record in records})
         if len(machines) > 1:

@@ -183,22 +183,19 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
     `training:KEY`, or of the logarithm of `speedup`, `speedup_over_rank1`, `speedup_over_trunk` or `plain_over_generate`; None
     where the record does not have it."""
     likelihood, decoded = record["likelihood"], record.mode(mode)
+    rows = likelihood["per_row"]
     if quantity in ("joint_nll", "first_token_nll"):
-        rows = likelihood.get("per_row")
-        if rows:
-            return Sample.ratio(rows[quantity], rows["positions"])
-        return Sample(mean=likelihood[quantity]["mean"], sem=likelihood[quantity]["sem"])
+        return Sample.ratio(rows[quantity], rows["positions"])
     if quantity.startswith("position_nll:"):
-        index, rows = int(quantity.partition(":")[2]) - 1, likelihood.get("per_row", {})
-        if index == 0 and rows:
+        index = int(quantity.partition(":")[2]) - 1
+        if index == 0:
             return Sample.ratio(rows["first_token_nll"], rows["positions"])
-        if "position_nll" in rows:
+        if rows["position_nll"]:
             return Sample.ratio(rows["position_nll"][index], rows["positions"])
         term = likelihood["position_nll"][index]
         return Sample(mean=term["mean"], sem=term["sem"])
     if quantity == "bits_per_byte":
-        rows = likelihood.get("per_row", {})
-        if sum(rows.get("bytes", ())):
+        if sum(rows["bytes"] or ()):
             return Sample.ratio(np.asarray(rows["target_nll"]) / math.log(2), rows["bytes"])
         return None if likelihood[quantity] is None else Sample(mean=likelihood[quantity])
     if quantity == "joint_bits_per_byte":
@@ -209,7 +206,7 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         return None if size is None or rate is None else rate.scaled(size)
     if quantity.startswith("kept:"):
         depth = int(quantity.partition(":")[2])
-        share = next((each for each in likelihood.get("kept_by_depth", ()) if each["depth"] == depth), None)
+        share = next((each for each in likelihood["kept_by_depth"] or () if each["depth"] == depth), None)
         return None if share is None else Sample(mean=share["mean"], sem=share["sem"])
     if quantity == "effective":
         return Sample(mean=likelihood["weights"]["effective"])
@@ -223,7 +220,7 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
     if quantity.startswith("accepted:"):
         return _accepted(decoded, int(quantity.partition(":")[2]))
     if quantity in RATIOS:
-        ratio = decoded.get(quantity)
+        ratio = decoded[quantity]
         return None if ratio is None else Sample.log_ratio(ratio, decoded["prompts"])
     raise ValueError(f"unknown quantity {quantity!r}")
 
@@ -235,16 +232,12 @@ def _bytes_per_token(record: Record) -> float | None:
 
 
 def _accepted(decoded: dict[str, Any], depth: int) -> Sample | None:
-    """Prompts are resampled; a record without counts per prompt has the error of independent drafts, each repeat of a
-    prompt counted as the same text over again (which greedy repeats are)."""
+    """Share of the drafts reached at a depth that were accepted; prompts are resampled."""
     counts = next((entry for entry in decoded["acceptance_by_depth"] if entry["depth"] == depth), None)
     if counts is None or not counts["reached"]:
         return None
-    by_prompt = decoded.get("drafts_per_prompt")
-    if by_prompt:
-        return Sample.ratio(by_prompt["accepted"][depth - 2], by_prompt["reached"][depth - 2])
-    share = counts["accepted"] / counts["reached"]
-    return Sample(mean=share, sem=math.sqrt(share * (1 - share) * decoded["repeats"] / counts["reached"]))
+    by_prompt = decoded["drafts_per_prompt"]
+    return Sample.ratio(by_prompt["accepted"][depth - 2], by_prompt["reached"][depth - 2])
 
 
 def over_seeds(cells: Cells, quantity: str, mode: str = "sampling", level: float = 0.95) -> Interval | None:

@@ -45,6 +45,7 @@ def made(
     rises; pace: tokens per pass gained per doubling; speed: factor on the speed-up; noise: between seeds; gain: nats off the joint NLL.
     overrides: settings, with "." written as "__"."""
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
+    origin = copy.deepcopy(origin or ORIGIN)
     config = resolve({"rank": rank, "seed": seed} | settings)
     octave, bonus = math.log2(rank), 0.25 if config.anchor == "token" else 0.1 if config.model.tie_first else 0.0
     rows = np.random.default_rng(7)  # the same rows for every cell
@@ -84,7 +85,7 @@ def made(
     decoding = None
     if config.horizon > 1:
         modes = {mode: _mode(config, mode, octave, pace, speed, bonus, rows, own) for mode in MODES}
-        decoding = {"group": [config.run_name], "modes": modes}
+        decoding = {"group": [config.run_name], "rank_one": None, "origin": origin, "modes": modes}
     heads, trunk = 128 * 128 * config.horizon * rank, 100_000 if config.size == "micro" else 800_000
     return build(
         config,
@@ -114,7 +115,7 @@ def made(
         training=_training(config, octave, wobble),
         likelihood=likelihood,
         decoding=decoding,
-        origin=origin or copy.deepcopy(ORIGIN),
+        origin=origin,
     )
 
 
@@ -228,6 +229,7 @@ def _mode(
         if config.model.trunk
         else {"median": gain * 0.9, "low": gain * 0.88, "high": gain * 0.92},
         "plain_over_generate": {"median": 1.05, "low": 1.0, "high": 1.1} if config.model.trunk else None,
+        "other_than_generate": None,
         "conversion": gain / rate,
         "conversion_limit": limit,
         "t1_ms": 8.5,

@@ -13,7 +13,7 @@ from experiments import claims, stats
 from experiments.claims import CONTRADICTED, HOLDS, NO_DIFFERENCE, NOT_RUN, UNDERPOWERED
 from experiments.claims.verdict import underpowered
 from experiments.families import families_of
-from experiments.records import Record, validate
+from experiments.records import Record
 from experiments.stats import Interval, Sample, contrast, estimate
 
 COMMON = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"}
@@ -483,12 +483,3 @@ def test_coverage_with_three_seeds() -> None:
 def test_intervals_are_the_same_every_time() -> None:
     cells = {seed: Record("x", made(2, seed)) for seed in range(3)}
     assert stats.over_seeds(cells, "joint_nll") == stats.over_seeds(cells, "joint_nll")
-
-
-def test_the_means_of_the_record_are_used_where_rows_are_missing() -> None:
-    content = made(2)
-    del content["likelihood"]["per_row"]
-    found = stats.over_seeds({0: Record("x", validate(content))}, "joint_nll")
-    assert found is not None
-    assert found.mean == content["likelihood"]["joint_nll"]["mean"]
-    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.05, rel=0.08)

@@ -28,9 +28,6 @@ def test_accepted_drafts_are_resampled_by_prompt() -> None:
     assert sample is not None and (sample.point, sample.units) == (0.5, 16)
     by_prompt = estimate([sample])
     assert by_prompt.high - by_prompt.low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 16), rel=0.15)
-    del mode["drafts_per_prompt"]
-    older = measured(record(content), "accepted:2")
-    assert older is not None and older.sem == pytest.approx(math.sqrt(0.25 * mode["repeats"] / 160))
     assert measured(record(content), "accepted:9") is None
 
 
@@ -62,10 +59,8 @@ def test_the_joint_and_the_drafts_can_be_counted_in_bytes() -> None:
     assert few.point == pytest.approx(bits.point * 500 / 505 / 3)
     rate, span = (measured(record(pairs), name, "greedy") for name in ("tokens_per_pass", "bytes_per_pass"))
     assert rate is not None and span is not None and span.point == pytest.approx(3 * rate.point)
-    del bytewise["data"]["splits"]["test"], bytewise["likelihood"]["per_row"], pairs["likelihood"]["per_row"]
+    del bytewise["data"]["splits"]["test"]
     assert measured(record(bytewise), "joint_bits_per_byte") is measured(record(bytewise), "bytes_per_pass") is None
-    bare = measured(record(pairs), "joint_bits_per_byte")
-    assert bare is not None and bare.sem == pytest.approx(0.05 / (4 * math.log(2) * 3))
 
 
 def test_training_quantities_have_a_t_interval_over_seeds() -> None:

@@ -337,7 +337,7 @@ def _components(cells: Cells) -> str:
 def _listed_tokens(records: list[Record]) -> str:
     """Which law the kept shares and likelihoods of cells with a shortlist are of."""
     listed = [record for record in records if record.config.get("loss", {}).get("draft_vocabulary", 0)]
-    new = [record["likelihood"]["shortlist"] for record in listed if "shortlist" in record["likelihood"]]
+    new = [record["likelihood"]["shortlist"] for record in listed if record["likelihood"]["shortlist"]]
     text = ""
     if new:
         covered = min(each["windows"] for each in new)

@@ -82,7 +82,7 @@ def usage(families: list[Family]) -> Drawn | str:
 
 def specialities(families: list[Family]) -> Drawn | str:
     """How much more often a component explains windows that begin with a kind of character."""
-    records = _one_per_rank(families, lambda record: "components" in record["likelihood"])[-2:]
+    records = _one_per_rank(families, lambda record: bool(record["likelihood"]["components"]))[-2:]
     if not records:
         return "no records of two or more components that say what each explains"
     figure, axes = grid(len(records), 1, width=WIDE, height=2.3, ratios=[1 + 0.25 * r.rank for r in records])
@@ -131,7 +131,7 @@ def _lifts(axis: Axes, record: Record) -> None:
 
 def windows(families: list[Family]) -> Drawn | str:
     """Stretches of test text, each token in the colour of the component that explains the window that begins there."""
-    found = _one_per_rank(families, lambda record: bool(record["likelihood"].get("components", {}).get("examples")))
+    found = _one_per_rank(families, lambda record: bool((record["likelihood"]["components"] or {}).get("examples")))
     if not found:
         return "no records of two or more components with example windows"
     record = found[-1]
