@@ -450,7 +450,7 @@ def test_one_cell_from_the_command_line(corpus: Path, tmp_path: Path) -> None:
     path = Path(done.stdout.split("record: ")[1].strip())
     record = load(path)
     assert record["command"].startswith("python experiments/run.py ") and record["config"]["rank"] == 2
-    assert "tokens per pass" in done.stdout
+    assert "tokens per target forward" in done.stdout
     # The record is plain JSON, and the table says what the record says.
     assert f"{json.loads(path.read_text())['likelihood']['joint_nll']['mean']:.4f}" in done.stdout
 
