@@ -104,7 +104,7 @@ def test_the_joint_objective_is_the_bounded_joint_loss() -> None:
         aim("joint", gamma=1.0),
         1000,
     )
-    theirs, nll_P, _ = heads.nll(hidden_PD, windows.future_PN, counts_PN, weight_P, table_VD, N, 1000)
+    theirs, nll_P, _ = heads.nll(hidden_PD, windows.future_PN.masked_fill(~counts_PN, -1), weight_P, table_VD, N, 1000)
     torch.testing.assert_close(loss_P.double(), nll_P, rtol=1e-5, atol=1e-6)
     for ours, other in zip(
         torch.autograd.grad(total, list(heads.parameters())),

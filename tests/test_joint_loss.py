@@ -62,12 +62,15 @@ class Case:
         found = {"hidden": self.hidden, **dict(self.heads.named_parameters())}
         return found | {"table": self.table} if self.kind != "separate" else found
 
+    def present(self) -> Tensor:
+        """The tokens, -1 for those that do not exist."""
+        return self.future.masked_fill(torch.arange(self.heads.factors) >= self.count[:, None], -1)
+
     def bounded(self, chunk_bytes: int = 32 * 2**20, factors: int | None = None) -> tuple[Tensor, Tensor]:
         factors = self.heads.factors if factors is None else factors
         total, nll, _ = self.heads.nll(
             self.hidden,
-            self.future,
-            torch.arange(self.heads.factors) < self.count[:, None],
+            self.present(),
             self.weight,
             self.table,
             factors,
@@ -218,8 +221,7 @@ def test_accumulation_over_two_calls(kind: str) -> None:
             parts.append(
                 case.heads.nll(
                     case.hidden[part],
-                    case.future[part],
-                    torch.arange(case.heads.factors) < case.count[part, None],
+                    case.present()[part],
                     case.weight[part],
                     case.table,
                     N,

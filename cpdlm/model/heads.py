@@ -156,13 +156,12 @@ class FactorHeads(nn.Module):
         self,
         hidden_PD: Tensor,
         future_PN: Tensor,
-        exists_PN: Tensor,
         weight_P: Tensor,
         unembedding_VD: Tensor,
         factors: int,
         chunk_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Bounded-memory loss of the marginal over the first `factors` factors; those of tokens that do not exist are 1.
+        """Bounded-memory loss of the marginal over the first `factors` factors. A token of -1 has factors of 1.
 
         Returns sum_p weight_p nll_p, nll_P (detached, nats) and log_weights_PR.
         """
@@ -172,7 +171,6 @@ class FactorHeads(nn.Module):
             hidden_PD,
             log_weights_PR,
             future_PN[:, :factors],
-            exists_PN[:, :factors],
             weight_P,
             table,
             self._features(),

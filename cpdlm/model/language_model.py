@@ -282,8 +282,7 @@ class LanguageModel(nn.Module):
         if objective is None:
             rest_loss, rest_nll_P, log_weights_PR = self.heads.nll(
                 seen_PD,
-                future_PN,
-                exists_PN & in_vocabulary_PN,
+                future_PN.masked_fill(~(exists_PN & in_vocabulary_PN), -1),
                 weight_P,
                 table_VD,
                 self.heads.factors,
@@ -348,7 +347,6 @@ class LanguageModel(nn.Module):
                 hidden_PD,
                 certain_PR,
                 token_P.unsqueeze(-1),
-                torch.ones_like(token_P, dtype=torch.bool).unsqueeze(-1),
                 weight_P,
                 self.unembedding.weight,
                 no_map,
@@ -358,7 +356,6 @@ class LanguageModel(nn.Module):
         total, nll_P, _ = self.heads.nll(
             self._for_heads(hidden_PD),
             token_P.unsqueeze(-1),
-            torch.ones_like(token_P, dtype=torch.bool).unsqueeze(-1),
             weight_P,
             self.unembedding.weight,
             1,

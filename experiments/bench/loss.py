@@ -103,7 +103,6 @@ def bounded(case: Case, positions: int, chunk_mib: int) -> Tensor:
     return case.heads.nll(
         case.hidden_PD[:positions],
         future_PN,
-        torch.ones_like(future_PN, dtype=torch.bool),
         weight_P,
         case.table_VD,
         case.horizon,

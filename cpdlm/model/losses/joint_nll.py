@@ -1,6 +1,6 @@
-"""Negative log-likelihood of the joint law in memory that does not grow with R * N * V times the batch.
+"""Negative log-likelihood of the joint in memory that does not grow with R * N * V times the batch.
 
-The plain way holds a logit for every (position, component, token). Here logits are formed for a few positions at a
+The dense way holds a logit for every (position, component, token). Here logits are formed for a few positions at a
 time and, since the gradient of the loss with respect to them is known in closed form, turned into gradients at once:
 
     nll_p           = -logsumexp_a [ log w_pa + sum_s log p_pa^(s)(y_ps) ]
@@ -13,7 +13,7 @@ forward, so that FSDP2 has gathered them and tied weights are in one place.
 
 Three products with the unembedding are the work: logits, gradient of the rows, gradient of the unembedding. What lives
 beside weights and gradients is one chunk of logits, in the type of the products, which becomes its own gradient in
-place. On a GPU the pass that needs float32 inside is compiled, so that no float32 logits exist.
+place. On a GPU the function that needs float32 inside is compiled, so that no float32 logits exist.
 
 Letters: P positions (a batch of time steps, flattened), C positions in a chunk, N factors, R rank, V vocabulary,
 D width, M = C * N * R rows of logits.
@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -43,7 +44,6 @@ def joint_nll(
     hidden_PD: Tensor,
     log_weights_PR: Tensor,
     future_PN: Tensor,
-    exists_PN: Tensor,
     weight_P: Tensor,
     unembedding: Tensor,
     features: Features,
@@ -52,8 +52,8 @@ def joint_nll(
 ) -> tuple[Tensor, Tensor]:
     """sum_p weight_p nll_p, and nll_P in nats (detached).
 
-    hidden_PD: what the factors see.  log_weights_PR: normalised gate.  future_PN: token ids.
-    exists_PN: bool, which of the N tokens exist; absent factors are 1.  weight_P: weight of each position (no gradient).
+    hidden_PD: what the factors see.  log_weights_PR: normalised gate.  future_PN: token ids, -1 for a token that does
+    not exist, whose factors are 1.  weight_P: weight of each position (no gradient).
     unembedding: (V, D) shared by all rows, or (N, R, V, D).  features(hidden_CD, *parameters) -> rows (C*N*R, D) for a
     shared unembedding, or (C, D) for separate ones; given the n-th part of each parameter, the rows of factor n alone.
     chunk_bytes: bound on the logits alive at once.
@@ -62,18 +62,79 @@ def joint_nll(
     # Inside `forward` gradients are always off and `needs_input_grad` ignores no_grad: ask here.
     learns = torch.is_grad_enabled()
     total, nll_P = _JointNLL.apply(
-        features,
-        chunk_bytes,
-        learns,
-        hidden_PD,
-        log_weights_PR,
-        future_PN,
-        exists_PN,
-        weight_P,
-        unembedding,
-        *parameters,
+        features, chunk_bytes, learns, hidden_PD, log_weights_PR, future_PN, weight_P, unembedding, *parameters
     )
     return total, nll_P
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a batch is worked through.
+
+    exact: type of sums. fast: type of the products. chunk: positions at a time. groups: into how many parts, one per
+    factor, the maps are split.
+    """
+
+    exact: torch.dtype
+    fast: torch.dtype
+    exponentials: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    chunk: int
+    groups: int
+
+    @staticmethod
+    def of(
+        hidden_PD: Tensor, unembedding: Tensor, horizon: int, rank: int, parameters: Sequence[Tensor], chunk_bytes: int
+    ) -> _Plan:
+        exact, device = torch.promote_types(hidden_PD.dtype, torch.float32), hidden_PD.device.type
+        fast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unembedding.dtype
+        compiled = device == "cuda" and can_compile()
+        # Outside the compiled function, float32 copies of a chunk exist.
+        logit_bytes = torch.finfo(fast if compiled else exact).bits // 8
+        chunk = max(1, chunk_bytes // max(1, horizon * rank * unembedding.shape[-2] * logit_bytes))
+        chunk -= chunk % 64 if chunk > 64 else 0  # whole tiles
+        # The maps of one factor at a time where the gradient of all would take more than a chunk of logits.
+        groups = horizon if sum(p.numel() * p.element_size() for p in parameters) > chunk_bytes else 1
+        return _Plan(exact, fast, _compiled_exponentials() if compiled else exponentials_, chunk, groups)
+
+
+class _Gradients:
+    """What each chunk adds to, in a parameter's own type or, where there are many chunks, in an exact one."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        hidden_PD: Tensor,
+        log_weights_PR: Tensor,
+        unembedding: Tensor | None,
+        parameters: Sequence[Tensor],
+    ) -> None:
+        few = len(hidden_PD) <= MOST_SUMS * plan.chunk
+
+        def new_sum(parameter: Tensor) -> Tensor:
+            return torch.zeros_like(parameter, dtype=parameter.dtype if few else plan.exact)
+
+        self.groups = plan.groups
+        self.hidden_PD = torch.zeros_like(hidden_PD)
+        self.log_weights_PR = torch.zeros_like(log_weights_PR, dtype=plan.exact)
+        # A frozen trunk's unembedding learns nothing: a third of the work is not done.
+        self.unembedding = new_sum(unembedding) if unembedding is not None else None
+        self.parameters = [new_sum(parameter) for parameter in parameters]
+
+    def add(
+        self,
+        part: slice,
+        hidden_CD: Tensor,
+        leaves: list[list[Tensor]],
+        rows: list[Tensor],
+        grad_rows: list[Tensor],
+    ) -> None:
+        """Through the maps: from the rows of each group to the hidden states and the group's parameters."""
+        for group, (made, grad) in enumerate(zip(rows, grad_rows, strict=True)):
+            wanted = [hidden_CD, *(parts[group] for parts in leaves)]
+            grad_hidden_CD, *grads = torch.autograd.grad(made, wanted, grad.to(made.dtype))
+            self.hidden_PD[part] += grad_hidden_CD
+            for total, each in zip(self.parameters, grads, strict=True):
+                total.chunk(self.groups)[group].add_(each)
 
 
 class _JointNLL(torch.autograd.Function):
@@ -86,96 +147,58 @@ class _JointNLL(torch.autograd.Function):
         hidden_PD: Tensor,
         log_weights_PR: Tensor,
         future_PN: Tensor,
-        exists_PN: Tensor,
         weight_P: Tensor,
         unembedding: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        positions, horizon = future_PN.shape
-        rank, vocab, width = log_weights_PR.shape[-1], unembedding.shape[-2], unembedding.shape[-1]
+        (positions, horizon), rank, (vocab, width) = future_PN.shape, log_weights_PR.shape[-1], unembedding.shape[-2:]
+        plan = _Plan.of(hidden_PD, unembedding, horizon, rank, parameters, chunk_bytes)
         learns = learns and any(ctx.needs_input_grad)
-        exact = torch.promote_types(hidden_PD.dtype, torch.float32)
-        device = hidden_PD.device.type
-        fast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unembedding.dtype
-        table_VD = unembedding.reshape(-1, width).to(fast)
-
-        exponentials = _compiled_exponentials() if device == "cuda" and can_compile() else exponentials_
-
-        # Gradients are formed for weights scaled into [-1, 1], so that half precision does not lose them; by a power of two,
-        # so that scaling back does not round.
-        scale = weight_P.abs().max().to(exact) if positions else torch.zeros((), dtype=exact, device=hidden_PD.device)
-        scale = scale.clamp_min(torch.finfo(exact).tiny).log2().ceil().exp2()
-        scaled_P = weight_P.to(exact) / scale
-
-        # Outside the compiled pass, float32 copies of a chunk exist.
-        logit_bytes = torch.finfo(exact if exponentials is exponentials_ else fast).bits // 8
-        chunk = max(1, chunk_bytes // max(1, horizon * rank * vocab * logit_bytes))
-        chunk -= chunk % 64 if chunk > 64 else 0  # whole tiles
-        # The maps of one factor at a time where the gradient of all would take more than a chunk of logits.
-        groups = horizon if sum(p.numel() * p.element_size() for p in parameters) > chunk_bytes else 1
-
-        def new_sum(parameter: Tensor) -> Tensor:
-            return torch.zeros_like(parameter, dtype=parameter.dtype if positions <= MOST_SUMS * chunk else exact)
-
-        nll_P = torch.empty(positions, dtype=exact, device=hidden_PD.device)
-        grad_hidden_PD = torch.zeros_like(hidden_PD) if learns else None
-        grad_log_weights_PR = torch.zeros_like(log_weights_PR, dtype=exact) if learns else None
-        # A frozen trunk's unembedding learns nothing: a third of the work is not done.
-        grad_unembedding = new_sum(unembedding) if learns and ctx.needs_input_grad[8] else None
-        grad_parameters = [new_sum(parameter) for parameter in parameters] if learns else []
-        leaves = [[part.requires_grad_(learns) for part in p.detach().chunk(groups)] for p in parameters]
-
-        for start in range(0, positions, chunk):
-            part = slice(start, min(start + chunk, positions))
-            hidden_CD = hidden_PD[part].detach().requires_grad_(learns)
+        table_VD = unembedding.reshape(-1, width).to(plan.fast)
+        scale = _scale_of(weight_P, plan.exact)
+        scaled_P = weight_P.to(plan.exact) / scale
+        nll_P = torch.empty(positions, dtype=plan.exact, device=hidden_PD.device)
+        grads = None
+        if learns:
+            grads = _Gradients(
+                plan, hidden_PD, log_weights_PR, unembedding if ctx.needs_input_grad[7] else None, parameters
+            )
+        leaves = [[part.requires_grad_(learns) for part in p.detach().chunk(plan.groups)] for p in parameters]
+        for start in range(0, positions, plan.chunk):
+            part = slice(start, min(start + plan.chunk, positions))
+            hidden_CD, future_CN = hidden_PD[part].detach().requires_grad_(learns), future_PN[part]
             with torch.set_grad_enabled(learns):
-                rows = [features(hidden_CD, *(parts[group] for parts in leaves)) for group in range(groups)]
-            rows_MD = _interleaved([each.detach() for each in rows], len(hidden_CD)).to(fast)
+                rows = [features(hidden_CD, *(parts[group] for parts in leaves)) for group in range(plan.groups)]
+            rows_MD = _interleaved([each.detach() for each in rows], len(hidden_CD)).to(plan.fast)
             # One buffer holds the logits, then their exponentials, then the gradient of the logits.
             buffer_MV = (rows_MD @ table_VD.T).view(-1, vocab)
-            index_M1 = future_PN[part, :, None].expand(-1, -1, rank).reshape(-1, 1)
-            log_prob_M1, total_M1 = exponentials(buffer_MV, index_M1)
-            here_CN1 = exists_PN[part].unsqueeze(-1)
+            index_M1 = future_CN.clamp(min=0).unsqueeze(-1).expand(-1, -1, rank).reshape(-1, 1)
+            log_prob_M1, total_M1 = plan.exponentials(buffer_MV, index_M1)
+            here_CN1 = (future_CN >= 0).unsqueeze(-1)
             log_prob_CNR = log_prob_M1.view(-1, horizon, rank).masked_fill(~here_CN1, 0.0)
-            each_CR = log_weights_PR[part].to(exact) + log_prob_CNR.sum(dim=1)
+            each_CR = log_weights_PR[part].to(plan.exact) + log_prob_CNR.sum(dim=1)
             log_joint_C = each_CR.logsumexp(dim=-1)
             nll_P[part] = -log_joint_C
-            if not learns:
+            if grads is None:
                 continue
-            assert grad_hidden_PD is not None and grad_log_weights_PR is not None
             pull_CR = scaled_P[part, None] * (each_CR - log_joint_C.unsqueeze(-1)).exp()
-            grad_log_weights_PR[part] = -pull_CR
+            grads.log_weights_PR[part] = -pull_CR
             pull_M1 = (pull_CR.unsqueeze(1) * here_CN1).view(-1, 1)
             buffer_MV.mul_(pull_M1 / total_M1)
-            buffer_MV.scatter_(-1, index_M1, (pull_M1 * log_prob_M1.expm1()).to(fast))
+            buffer_MV.scatter_(-1, index_M1, (pull_M1 * log_prob_M1.expm1()).to(plan.fast))
             grad_logits = buffer_MV.view(len(rows_MD), -1)
-            if grad_unembedding is not None:
-                _add_product(grad_unembedding.view(-1, width), grad_logits, rows_MD)
-            grad_rows = _separated(grad_logits @ table_VD, groups, len(hidden_CD))
+            if grads.unembedding is not None:
+                _add_product(grads.unembedding.view(-1, width), grad_logits, rows_MD)
+            grad_rows = _separated(grad_logits @ table_VD, plan.groups, len(hidden_CD))
             del buffer_MV, grad_logits
-            for group, (made, grad) in enumerate(zip(rows, grad_rows, strict=True)):
-                wanted = [hidden_CD, *(parts[group] for parts in leaves)]
-                grad_hidden_CD, *grads = torch.autograd.grad(made, wanted, grad.to(made.dtype))
-                grad_hidden_PD[part] += grad_hidden_CD
-                for total, each in zip(grad_parameters, grads, strict=True):
-                    total.chunk(groups)[group].add_(each)
-
-        if learns:
-            ctx.grads = [
-                grad_hidden_PD,
-                grad_log_weights_PR,
-                None,
-                None,
-                None,
-                grad_unembedding,
-                *grad_parameters,
-            ]
+            grads.add(part, hidden_CD, leaves, rows, grad_rows)
+        if grads is not None:
+            ctx.grads = [grads.hidden_PD, grads.log_weights_PR, None, None, grads.unembedding, *grads.parameters]
+            ctx.dtypes = [each.dtype for each in (hidden_PD, log_weights_PR, future_PN, weight_P, unembedding)]
+            ctx.dtypes += [parameter.dtype for parameter in parameters]
             ctx.scale = scale
-            ctx.dtypes = [hidden_PD.dtype, log_weights_PR.dtype, None, None, None, unembedding.dtype] + [
-                parameter.dtype for parameter in parameters
-            ]
         ctx.mark_non_differentiable(nll_P)
-        return (weight_P.to(exact) * nll_P).sum(), nll_P
+        return (weight_P.to(plan.exact) * nll_P).sum(), nll_P
 
     @staticmethod
     @once_differentiable
@@ -188,6 +211,15 @@ class _JointNLL(torch.autograd.Function):
             for grad, dtype, need in zip(grads, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
         ]
         return None, None, None, *scaled
+
+
+def _scale_of(weight_P: Tensor, exact: torch.dtype) -> Tensor:
+    """By what weights are divided to lie in [-1, 1], so that half precision does not lose their gradients.
+
+    A power of two, so that scaling back does not round.
+    """
+    largest = weight_P.abs().max().to(exact) if len(weight_P) else weight_P.new_zeros((), dtype=exact)
+    return largest.clamp_min(torch.finfo(exact).tiny).log2().ceil().exp2()
 
 
 def exponentials_(logits_MV: Tensor, index_M1: Tensor) -> tuple[Tensor, Tensor]:
