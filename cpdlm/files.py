@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import socket
 import sys
 import tempfile
@@ -42,6 +43,22 @@ def replaced(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well; else the old one stays."""
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
+    try:
+        yield aside
+        aside.chmod(0o755)
+        if folder.exists():
+            os.replace(folder, old / folder.name)
+        os.replace(aside, folder)
+    finally:
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer, tokenizer_hash
 from cpdlm.data.tokens import PIECE_BYTES
 from cpdlm.data.windows import row_count
-from cpdlm.files import locked
+from cpdlm.files import LockHeld, locked, replaced_folder
 
 BUNDLE = "bundle.json"
 
@@ -41,7 +40,8 @@ def load_corpus(config: Config, progress: bool = True) -> Corpus:
     """The corpus of a config: from data.bundle, else from the cache, else built (downloading what is pinned).
 
     ConfigError for an unknown, empty or too short corpus, an unreachable index, a document that the tokenizer cannot
-    read, a bundle without this corpus, or a cache folder that cannot be written.
+    read, a bundle without this corpus, a cache folder that cannot be written, or one that another process holds for
+    longer than train.timeout.
     """
     if config.data.bundle:
         corpus = _from_bundle(config)
@@ -101,23 +101,16 @@ def _from_cache(config: Config, progress: bool) -> Corpus:
             return corpus  # another process built it meanwhile
         for left in root.glob(f".partial-{folder.name}-*"):
             shutil.rmtree(left, ignore_errors=True)  # by a killed one
-        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".partial-{folder.name}-"))
         pieces = root / f".pieces-{folder.name}-{PIECE_BYTES}"
+        pieces.mkdir(exist_ok=True)
         try:
-            pieces.mkdir(exist_ok=True)
-            _build(config, origin, temporary, pieces, progress)
-            if folder.exists():
-                old = Path(tempfile.mkdtemp(dir=root, prefix=".replaced-"))
-                os.replace(folder, old / folder.name)
-                shutil.rmtree(old, ignore_errors=True)
-            os.replace(temporary, folder)
-            shutil.rmtree(pieces, ignore_errors=True)
+            with replaced_folder(folder) as temporary:
+                _build(config, origin, temporary, pieces, progress)
         except ConfigError:
             if not any(pieces.glob("*.npz")):
                 shutil.rmtree(pieces, ignore_errors=True)
             raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(pieces, ignore_errors=True)
     return read_tokens(folder)
 
 
@@ -136,6 +129,8 @@ def _read_or_warn(folder: Path, quietly: bool = False) -> Corpus | None:
 def _disk_errors_explained(config: Config) -> Iterator[None]:
     try:
         yield
+    except LockHeld as error:
+        raise ConfigError(f"data.cache={config.data.cache}: {error}, or raise train.timeout") from error
     except OSError as error:
         reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, *reasons):
@@ -228,11 +223,10 @@ def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int
     ConfigError, and nothing left behind, where the tokens take more than limit_bytes.
     """
     folder = Path(folder)
-    if (folder / BUNDLE).exists() is False and folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and not (folder / BUNDLE).exists():
         raise ConfigError(f"{folder} exists and is not a bundle; give an empty or new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
-    try:
+    with replaced_folder(folder) as temporary:
         entries: list[dict[str, Any]] = []
         sizes: dict[str, int] = {}
         for config in configs:
@@ -264,13 +258,7 @@ def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int
                 sizes[f"{PACKAGES}/{wheel.name}"] = wheel.stat().st_size
                 shutil.copy(wheel, temporary / PACKAGES)
         (temporary / BUNDLE).write_text(json.dumps({"format": FORMAT, "entries": entries}, indent=1))
-        os.chmod(temporary, 0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-        return sizes
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return sizes
 
 
 def _from_bundle(config: Config) -> Corpus:
