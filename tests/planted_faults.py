@@ -1,6 +1,6 @@
 """Wrong decoders, kept so that the law tests can be tested, and two right but wasteful ones that must pass them.
 
-Each variant is a pair with the signatures of `chain.sampled_chain` and `accept.verify`; what its draft hands to its
+Each variant is a pair with the signatures of `proposals.sampled_chain` and `accept.verify`; what its draft hands to its
 verify as `laws` is its own affair. Batched like the library, so that one call simulates every sample of a step.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpdlm.decoding import accept, chain
+from cpdlm.decoding import accept, proposals
 from cpdlm.decoding.filtering import Sampling, draw, filtered
 from cpdlm.model.joint import Joint
 
@@ -121,12 +121,12 @@ def draft_filtered_throughout(
     return tokens_BK, _conditionals(other, tokens_BK).exp()
 
 
-EXACT = Variant(chain.sampled_chain, accept.verify)
+EXACT = Variant(proposals.sampled_chain, accept.verify)
 FAULTS = {
     "a": Variant(draft_by_component, verify_by_component),
-    "b": Variant(chain.sampled_chain, verify_without_residual),
+    "b": Variant(proposals.sampled_chain, verify_without_residual),
     "c": Variant(draft_filtered_components, accept.verify),
-    "d": Variant(chain.sampled_chain, verify_from_target),
+    "d": Variant(proposals.sampled_chain, verify_from_target),
 }
 WASTEFUL = {
     "component throughout": Variant(draft_component_throughout, accept.verify),

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding.accept import residual, verify, verify_greedy
-from cpdlm.decoding.chain import greedy_chain, sampled_chain
 from cpdlm.decoding.filtering import Sampling, draw, filtered
+from cpdlm.decoding.proposals import greedy_chain, sampled_chain
 from cpdlm.model.joint import Joint
 from tests import oracle
 from tests.planted_faults import EXACT, FAULTS, WASTEFUL, Variant

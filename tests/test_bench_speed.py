@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpdlm.decoding import Decoded, Sampling, chain, decode_batch, drafters
+from cpdlm.decoding import Decoded, Sampling, decode_batch, drafters
 from cpdlm.model.language_model import LanguageModel
 from experiments.bench import speed
 
@@ -70,7 +70,7 @@ def test_forcing_leaves_out_no_work(model: LanguageModel, monkeypatch: pytest.Mo
     counted(model, "draft_joint")
     counted(model, "hidden")
     counted(model, "target_log_probs")
-    counted(chain, "sampled_chain")
+    counted(drafters, "sampled_chain")
     counted(drafters, "verify")
     with speed.forced(3):
         forwards = write(model, Sampling())[0].forwards

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import cache as memoised
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AutoModel, MistralConfig
 
 from cpdlm.bench.contenders import hugging_face
 from cpdlm.config import resolve
-from cpdlm.decoding import Options, Sampling, accept, cache, decode, decode_batch, drafters, tree
+from cpdlm.decoding import Options, Sampling, accept, cache, decode, decode_batch, drafters, proposals
 from cpdlm.decoding.drafters import DRAFTERS
 from cpdlm.decoding.filtering import draw
 from cpdlm.model.heads import HeadsConfig
@@ -106,9 +107,9 @@ def test_drafts_from_a_shortlist_keep_the_law(draft: str) -> None:
 def test_ids_of_the_shortlist_taken_for_those_of_the_vocabulary_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Laws that stay on the list while tokens are mapped: ratios of the wrong tokens."""
     monkeypatch.setattr(
-        drafters.Proposal,
+        proposals.Proposal,
         "on_vocabulary",
-        lambda self, ids, size: drafters.Proposal(
+        lambda self, ids, size: proposals.Proposal(
             ids[self.tokens_BK], torch.nn.functional.pad(self.distributions, (0, size - self.distributions.shape[-1]))
         ),
     )
@@ -133,15 +134,15 @@ def test_a_cache_that_does_not_follow_the_path_is_noticed(monkeypatch: pytest.Mo
 
 
 def test_a_tree_whose_branches_see_each_other_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    grow = tree.grow
+    grow = proposals.grow
 
-    def careless(*arguments: Any) -> tree.Tree:
+    def careless(*arguments: Any) -> proposals.Proposal:
         grown = grow(*arguments)
         size = grown.seen_BSS.shape[1]
         causal = torch.ones(size, size, dtype=torch.bool).tril().expand_as(grown.seen_BSS)
-        return tree.Tree(grown.tokens_BM, grown.parents_BM, grown.depth_BS, causal)
+        return replace(grown, seen_BSS=causal)
 
-    monkeypatch.setattr(tree, "grow", careless)
+    monkeypatch.setattr(drafters, "grow", careless)
     assert min(p_values(toy("common"), Sampling(), draft="tree")) < oracle.FALSE_ALARM
 
 
@@ -330,13 +331,13 @@ def prefixes(distribution: Joint, row: int, depth: int) -> dict[tuple[int, ...],
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_tree_is_the_likeliest_prefixes(rank: int, nodes: int) -> None:
     distribution = joint(rank)
-    grown = tree.grow(distribution, 3, nodes)
+    grown = proposals.grow(distribution, 3, nodes)
     for row in range(2):
         paths = []
         for node in range(nodes):
-            parent = int(grown.parents_BM[row, node])
+            parent = int(grown.parents_BK[row, node])
             assert parent <= node, "parents come first"
-            paths.append((*(paths[parent - 1] if parent else ()), int(grown.tokens_BM[row, node])))
+            paths.append((*(paths[parent - 1] if parent else ()), int(grown.tokens_BK[row, node])))
             assert grown.depth_BS[row, node + 1] == len(paths[-1])
             seen = {index for index in range(nodes + 1) if grown.seen_BSS[row, node + 1, index]}
             ancestors = {0, node + 1} | {i + 1 for i, path in enumerate(paths) if path == paths[-1][: len(path)]}
@@ -351,7 +352,7 @@ def test_the_tree_is_the_likeliest_prefixes(rank: int, nodes: int) -> None:
 def test_the_best_window_by_enumeration(shape: str, nodes: int) -> None:
     """A beam as wide as there are windows is exact."""
     distribution = joint(batch=3)
-    drafts = drafters.DeterministicDraft(shape, Sampling(0.0), None, nodes).draft(distribution, 3).tokens_BK
+    drafts = proposals.best_window(distribution, 3, shape, nodes)
     for row in range(3):
         every = prefixes(distribution, row, 3)
         value = {

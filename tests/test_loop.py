@@ -19,7 +19,7 @@ from torch import Tensor
 from cpdlm.bench.contenders import hugging_face
 from cpdlm.bench.timers import count_forwards
 from cpdlm.config import resolve
-from cpdlm.decoding import ModelProxy, Options, Sampling, chain, decode, decode_batch, drafters
+from cpdlm.decoding import ModelProxy, Options, Sampling, decode, decode_batch, drafters
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from tests import oracle
 from tests.planted_faults import FAULTS, WASTEFUL, Variant
@@ -90,7 +90,7 @@ def fault_law(fault: str, model: ToyModel, sampling: Sampling, eos: int | None =
 def test_every_path_has_the_power_to_reject_every_fault(layout: str, setting: str, options: dict[str, Any]) -> None:
     model, sampling, eos = toy(layout), FILTERS[setting], options.get("eos")
     for fault in (
-        ("a", "b", "d") if sampling.plain else ("b", "c", "d")
+        ("a", "b", "d") if sampling.unfiltered else ("b", "c", "d")
     ):  # (a) drafts unfiltered, (c) is a fault of filters
         assert oracle.power(fault_law(fault, model, sampling, eos), truth(model, sampling, eos), SAMPLES) >= 0.99, fault
 
@@ -111,7 +111,7 @@ def test_the_procedure_is_exact_in_the_oracle(layout: str) -> None:
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, variant: Variant) -> None:
-    monkeypatch.setattr(chain, "sampled_chain", variant.draft)
+    monkeypatch.setattr(drafters, "sampled_chain", variant.draft)
     monkeypatch.setattr(drafters, "verify", variant.verify)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cpdlm.baselines.hydra import SequentialDistribution
-from cpdlm.decoding.drafters import Acceptance, Drafter, Greedy, Noise, Proposal, RejectionSampling
+from cpdlm.decoding.drafters import Acceptance, Drafter, Greedy, Noise, RejectionSampling
 from cpdlm.decoding.filtering import Sampling, draw, filtered
+from cpdlm.decoding.proposals import Proposal
 
 
 class Sequential:

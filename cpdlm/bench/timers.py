@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cpdlm.decoding import CapturedForwards, Sampling
 from cpdlm.decoding.captured import record
-from cpdlm.decoding.drafters import nothing
+from cpdlm.decoding.proposals import nothing
 from cpdlm.model.language_model import LanguageModel
 
 PARTS = ("prefill", "draft", "trunk", "verify", "other")

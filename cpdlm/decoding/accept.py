@@ -1,10 +1,11 @@
-"""The acceptance test: which drafts are kept, and which token follows them. It sees probabilities, never models.
+"""The acceptance test: which drafts are accepted, and which token follows them. It sees probabilities, never models.
 
-Rejection sampling of one token (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318): draft d ~ q, keep it
-with probability min(1, p(d)/q(d)), otherwise emit a draw of norm(max(0, p - q)). The emitted token has law p, provided
-that q is the law from which d was drawn, given the drafts before it.
+Rejection sampling of one token (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318): draft d ~ q, accept
+it with probability min(1, p(d)/q(d)), otherwise emit a draw of norm(max(0, p - q)). The emitted token has distribution p,
+provided that q is the distribution from which d was drawn, given the drafts before it.
 
-Letters: B batch, K drafts in the window (horizon - 1 or fewer, may be 0), V vocabulary.
+Letters: B batch, K drafts in the window (horizon - 1 or fewer, may be 0), S = K+1 positions of it (0: the pending token), M
+nodes of a tree, J longest path through it, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from cpdlm.decoding.filtering import draw
 def residual(target: Tensor, draft: Tensor) -> Tensor:
     """Unnormalised norm(max(0, p - q)) (..., V); p itself where the difference is nothing but rounding.
 
-    A draft law of NaN gives p: its token was never kept, so that p is right.
+    A draft q of NaN gives p: its token was never accepted, so that p is right.
     """
     excess = (target - draft).clamp(min=0)
     return torch.where(excess.sum(dim=-1, keepdim=True) > 0, excess, target)
 
 
 def verify(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """-> (accepted_B, next_B): how many drafts are kept, and the token after them (V: the target is no law there).
+    """-> (accepted_B, next_B): how many drafts are accepted, and the token after them (V: p is no distribution there).
 
-    target_BSV: the filtered target at the S = K+1 positions: row k is the law of draft k, the last row that of the token
-    after them all. draft_BKV: the law from which each draft was drawn, given those before it. uniforms_BS: float64 in
-    [0, 1): K tests and one draw. With K = 0 this is plain sampling.
+    target_BSV: the filtered target p at the S positions: row k is for draft k, the last row for the token after them all.
+    draft_BKV: the q from which each draft was drawn, given those before it. uniforms_BS: float64 in [0, 1): K tests and one
+    draw. With K = 0 this is a draw from p.
     """
     drafts = tokens_BK.shape[1]
     if drafts == 0:
@@ -50,7 +51,7 @@ def verify(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS
 
 
 def verify_greedy(target_BSV: Tensor, tokens_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """`verify` at temperature 0: drafts are kept while each is the target's argmax, which is also what follows them.
+    """`verify` at temperature 0: drafts are accepted while each is the target's argmax, which also follows them.
 
     target_BSV: log-probabilities or any scores that rank alike.
     """
@@ -69,10 +70,9 @@ def verify_block(
     """`verify`, for the drafts as a block (Sun et al., arXiv 2403.10444, algorithm 2). K at least 1.
 
     share_k = min(1, share_{k-1} p(d_k)/q(d_k)) is how much of the prefix's draft mass the target can take. Prefix k < K
-    is kept with probability h_k = s_k / (s_k + 1 - share_k), s_k = sum max(0, share_k p - q) over the laws behind it, the
-    whole block with probability share_K; the longest prefix kept counts, and the token after it is drawn from
-    norm(max(0, share_k p - q)), or from p behind the whole block. Where the draft law behind a prefix is NaN, the block
-    ends there.
+    is accepted with probability h_k = s_k / (s_k + 1 - share_k), s_k = sum max(0, share_k p - q) of the p and q behind it,
+    the whole block with probability share_K. The longest accepted prefix counts, and the token after it is drawn from
+    norm(max(0, share_k p - q)), or from p behind the whole block. Where q behind a prefix is NaN, the block ends there.
     """
     drafts = tokens_BK.shape[1]
     index_BK1 = tokens_BK.unsqueeze(-1)
@@ -84,21 +84,44 @@ def verify_block(
         share_B = (share_B * ratio_BK[:, k]).clamp(max=1).nan_to_num(nan=0.0)
         shares.append(share_B)
     share_BK = torch.stack(shares, dim=1)
-    # Laws behind prefixes 1..K-1; behind the empty one share is 1, behind the whole block there is no draft.
+    # What is left behind prefixes 1..K-1; behind the empty one share is 1, behind the whole block there is no draft.
     left_BK = (share_BK[:, :-1, None] * target_BSV[:, 1:drafts] - draft_BKV[:, 1:]).clamp(min=0).sum(dim=-1)
     loss_BK = 1 - share_BK[:, :-1]
     keep_BK = torch.where(left_BK + loss_BK > 0, left_BK / (left_BK + loss_BK), 1.0)
     keep_BK = torch.where(left_BK.isnan(), share_BK[:, :-1], keep_BK)
     keep_BK = torch.cat([keep_BK, share_BK[:, -1:]], dim=1)
-    passed_BK = uniforms_BS[:, :drafts] < keep_BK
+    accepted_BK = uniforms_BS[:, :drafts] < keep_BK
     order_K = torch.arange(1, drafts + 1, device=tokens_BK.device)
-    kept_B = (passed_BK * order_K).amax(dim=1)
-    stop_B11 = kept_B[:, None, None]
+    accepted_B = (accepted_BK * order_K).amax(dim=1)
+    stop_B11 = accepted_B[:, None, None]
     target_BV = target_BSV.take_along_dim(stop_B11, dim=1).squeeze(1)
     draft_BV = draft_BKV.take_along_dim(stop_B11.clamp(max=drafts - 1), dim=1).squeeze(1)
     share_BS = torch.nn.functional.pad(share_BK, (1, 0), value=1.0)
-    share_B1 = share_BS.gather(1, kept_B.unsqueeze(1))
+    share_B1 = share_BS.gather(1, accepted_B.unsqueeze(1))
     rest_BV = (share_B1 * target_BV - draft_BV).clamp(min=0)
     rest_BV = torch.where(rest_BV.sum(dim=-1, keepdim=True) > 0, rest_BV, target_BV)
-    probs_BV = torch.where((kept_B < drafts).unsqueeze(-1), rest_BV, target_BV)
-    return kept_B, draw(probs_BV, uniforms_BS[:, drafts])
+    probs_BV = torch.where((accepted_B < drafts).unsqueeze(-1), rest_BV, target_BV)
+    return accepted_B, draw(probs_BV, uniforms_BS[:, drafts])
+
+
+def walk(tokens_BM: Tensor, parents_BM: Tensor, next_BS: Tensor, deepest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow the target's choices down a tree: (accepted_B, path_BJ of window positions, next_B).
+
+    parents_BM: window position before each node. next_BS: the token that the target chose (drew) behind each position of
+    the window. deepest: depth of the tree. A node is entered when its parent's choice is its token; the choice behind the
+    last node entered is emitted. Exact whatever the tree is: each choice is a draw from the target given the tokens before
+    it, and every position is visited at most once.
+    """
+    batch, nodes = tokens_BM.shape
+    at_B = torch.zeros(batch, dtype=torch.long, device=next_BS.device)
+    going_B = torch.ones(batch, dtype=torch.bool, device=next_BS.device)
+    accepted_B, path = torch.zeros_like(at_B), []
+    for _ in range(min(deepest, nodes)):
+        wanted_B1 = next_BS.gather(1, at_B.unsqueeze(1))
+        match_BM = (parents_BM == at_B.unsqueeze(1)) & (tokens_BM == wanted_B1) & going_B.unsqueeze(1)
+        going_B = match_BM.any(dim=1)
+        at_B = torch.where(going_B, match_BM.long().argmax(dim=1) + 1, at_B)
+        accepted_B = accepted_B + going_B
+        path.append(at_B)
+    path_BJ = torch.stack(path, dim=1) if path else at_B.new_zeros(batch, 0)
+    return accepted_B, path_BJ, next_BS.gather(1, at_B.unsqueeze(1)).squeeze(1)

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cpdlm.decoding.drafters import Acceptance, Maker, Proposal, Uniforms, make_drafter, nothing
+from cpdlm.decoding.drafters import Acceptance, Maker, Uniforms, make_drafter
 from cpdlm.decoding.filtering import Sampling
 from cpdlm.decoding.forwards import Outcome, last_accepted, packed, propose
 from cpdlm.decoding.model import DraftingModel
+from cpdlm.decoding.proposals import Proposal, nothing
 
 # Attention with a mask of any form. cuDNN's is left out: it makes plans on the host at run time.
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

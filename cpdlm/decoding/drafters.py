@@ -1,58 +1,33 @@
-"""How drafts are made and which of them are kept: one small interface, one implementation per idea, each lossless.
+"""Drafters: how drafts are made and which of them are accepted. One small interface, one class per idea, each lossless.
 
-The loop (`speculative.decode_batch`) hands a strategy the joint law of the tokens behind the fixed one, runs the trunk over what
-it proposes, and hands it the target at every proposed token. What is emitted must have the target's law whatever the
-drafts are; strategies differ in how many of them survive.
+The loop hands a drafter the joint of the tokens behind the pending one, runs the model over what it proposes, and hands it
+the target p at every proposed token. What is emitted must be distributed as the target whatever the drafts are; drafters
+differ in how many of them survive.
 
-Letters: B batch, K drafts of a pass, S = K+1 positions of a window, J longest path through the drafts, V vocabulary.
+Letters: B batch, K drafts, S = K+1 positions of a window, J longest path through the drafts, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cpdlm.decoding import chain, tree
-from cpdlm.decoding.accept import verify, verify_block, verify_greedy
+from cpdlm.decoding.accept import verify, verify_block, verify_greedy, walk
 from cpdlm.decoding.filtering import Sampling, draw, filtered
+from cpdlm.decoding.proposals import Proposal, best_window, greedy_chain, grow, sampled_chain
 from cpdlm.model.joint import Joint
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """Drafts behind the fixed token, as many for every row.
-
-    tokens_BK: ids. laws: what the strategy's own `verify` needs: (B, K, V) probabilities of drawn drafts, a tree's depth. For a tree, over
-    window positions (0 is the fixed token, k+1 is draft k): parents_BK, the position before each draft; depth_BS, how far
-    behind the fixed token each position is; seen_BSS, whether s (row) sees j (column): its ancestors and itself. None for
-    a chain.
-    """
-
-    tokens_BK: Tensor
-    distributions: Any = None
-    parents_BK: Tensor | None = None
-    depth_BS: Tensor | None = None
-    seen_BSS: Tensor | None = None
-
-    def on_vocabulary(self, draft_ids: Tensor, vocab_size: int) -> Proposal:
-        """The same drafts, made on a shortlist of the vocabulary, by their ids in the whole: draft_ids (V',)."""
-        distributions = self.distributions
-        if isinstance(distributions, Tensor):
-            distributions = distributions.new_zeros(*distributions.shape[:-1], vocab_size).index_copy(
-                -1, draft_ids, distributions
-            )
-        return replace(self, tokens_BK=draft_ids[self.tokens_BK], distributions=distributions)
-
-
-@dataclass(frozen=True)
 class Acceptance:
-    """kept_B: how many drafts are kept. tokens_BJ: they, in order (what lies behind kept_B is not read). next_B: the token
-    after them; V marks a target that is no law. path_BJ: for a tree, the window positions of tokens_BJ; None for a chain."""
+    """accepted_B: how many drafts are accepted. tokens_BJ: they, in order (what lies behind accepted_B is not read). next_B:
+    the token after them; V marks a target that is no distribution. path_BJ: for a tree, the window positions of tokens_BJ;
+    None for a chain."""
 
     accepted_B: Tensor
     tokens_BJ: Tensor
@@ -62,12 +37,12 @@ class Acceptance:
 
 class Drafter(Protocol):
     def draft(self, joint: Any, depth: int) -> Proposal:
-        """Drafts at most `depth` tokens deep. joint: the law of what follows the fixed token, batch (B,), `depth` factors or
-        more."""
+        """Drafts at most `depth` tokens deep. joint: of what follows the pending token, batch (B,), at least `depth`
+        factors."""
         ...
 
     def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
-        """target_BSV: log-probabilities (or scores that rank and normalise alike) behind each token of the window."""
+        """target_BSV: log-probabilities, or scores that rank and normalise alike, behind each token of the window."""
         ...
 
 
@@ -78,11 +53,10 @@ class Uniforms:
         self.generators, self.device = list(generators), device
 
     def __call__(self, count: int) -> Tensor:
-        rows = [
-            torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device)
-            for generator in self.generators
-        ]
-        return torch.stack(rows).to(self.device)
+        return torch.stack([self._row(count, generator) for generator in self.generators]).to(self.device)
+
+    def _row(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device)
 
     def select(self, rows: Sequence[int]) -> None:
         self.generators = [self.generators[row] for row in rows]
@@ -90,18 +64,14 @@ class Uniforms:
 
 Noise = Callable[[int], Tensor]  # count -> (B, count) numbers in [0, 1), float64, independent of each other
 Maker = Callable[[Sampling, Noise | None], Drafter]
-
-
-def nothing(like: Tensor) -> Proposal:
-    """No drafts, for rows like these: (B, ...) ids."""
-    return Proposal(like.new_zeros(len(like), 0))
+Distribution = Callable[[Tensor], Tensor]  # target scores (..., V) -> probabilities
 
 
 class Greedy:
     """Chain at temperature 0: drafts and target by argmax."""
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
-        return Proposal(chain.greedy_chain(joint, depth))
+        return Proposal(greedy_chain(joint, depth))
 
     def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
         accepted_B, next_B = verify_greedy(target_BSV, proposal.tokens_BK)
@@ -109,64 +79,47 @@ class Greedy:
 
 
 class RejectionSampling:
-    """Chain drawn from the filtered conditionals, kept token by token so that the filtered target's law is unchanged.
+    """Chain drawn from the filtered conditionals, accepted token by token; what is emitted has the filtered target p.
 
-    target_law: target scores -> probabilities; the sampling's own filter unless the caller has another.
+    target_distribution: the sampling's own filter unless the caller has another.
     """
 
-    def __init__(
-        self, sampling: Sampling, uniforms: Noise, target_distribution: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, sampling: Sampling, uniforms: Noise, target_distribution: Distribution | None = None) -> None:
         self.sampling, self.uniforms = sampling, uniforms
         self.target_distribution = target_distribution or (lambda scores: filtered(scores, sampling))
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
-        return Proposal(*chain.sampled_chain(joint, depth, self.sampling, self.uniforms(depth + 1)))
+        return Proposal(*sampled_chain(joint, depth, self.sampling, self.uniforms(depth + 1)))
 
     def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
-        accepted_B, next_B = verify(
-            self.target_distribution(target_BSV),
-            proposal.distributions,
-            proposal.tokens_BK,
-            self.uniforms(target_BSV.shape[1]),
-        )
-        return Acceptance(accepted_B, proposal.tokens_BK, next_B)
+        tokens_BK, probs_BSV = proposal.tokens_BK, self.target_distribution(target_BSV)
+        uniforms_BS = self.uniforms(target_BSV.shape[1])
+        accepted_B, next_B = self._accept(probs_BSV, proposal.distributions, tokens_BK, uniforms_BS)
+        return Acceptance(accepted_B, tokens_BK, next_B)
+
+    def _accept(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return verify(*given)
 
 
-class BlockVerification:
-    """Drafts as `Ancestral`'s, verified as a block (Sun et al., arXiv 2403.10444, algorithm 2): never fewer are kept.
+class BlockVerification(RejectionSampling):
+    """The same drafts, verified as a block (Sun et al., arXiv 2403.10444, algorithm 2): never fewer are accepted.
 
-    Ancestral keeps a prefix only if each of its tokens passes by itself; here a prefix is kept if it passes as a whole, so
-    that a token which the target likes more than the draft does makes up for one before it.
+    Rejection sampling accepts a prefix only if each of its tokens is accepted by itself; here a prefix is accepted as a
+    whole, so that a token which the target likes more than the draft does makes up for one before it.
     """
 
-    def __init__(
-        self, sampling: Sampling, uniforms: Noise, target_distribution: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        self.chain = RejectionSampling(sampling, uniforms, target_distribution)
-
-    def draft(self, joint: Joint, depth: int) -> Proposal:
-        return self.chain.draft(joint, depth)
-
-    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
-        if proposal.tokens_BK.shape[1] == 0:
-            return self.chain.verify(target_BSV, proposal)
-        accepted_B, next_B = verify_block(
-            self.chain.target_distribution(target_BSV),
-            proposal.distributions,
-            proposal.tokens_BK,
-            self.chain.uniforms(target_BSV.shape[1]),
-        )
-        return Acceptance(accepted_B, proposal.tokens_BK, next_B)
+    def _accept(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        tokens_BK = given[2]
+        return verify_block(*given) if tokens_BK.shape[1] else verify(*given)
 
 
 class DeterministicDraft:
-    """Drafts that are a function of the joint alone: no draft law, no acceptance ratio.
+    """Drafts that are a function of the joint alone: no draft q, no acceptance ratio.
 
-    The target's choice is drawn (or, under greedy, taken) behind every token of the window; drafts are kept while they are
-    what was chosen. shape: "tree", the `nodes` likeliest prefixes; "window", the likeliest whole window; "path", the window
-    with the largest sum of prefix probabilities, that is, the largest expected number of tokens kept if the joint were the
-    target. The last two search a beam of `nodes`.
+    The target's choice is drawn (or, under greedy, taken) behind every token of the window; drafts are accepted while they
+    are what was chosen. shape: "tree", the `nodes` likeliest prefixes; "window", the likeliest whole window; "path", the
+    window with the largest sum of prefix probabilities, that is, the largest expected number of accepted tokens if the joint
+    were the target. The last two search a beam of `nodes`.
     """
 
     def __init__(
@@ -175,64 +128,50 @@ class DeterministicDraft:
         sampling: Sampling,
         uniforms: Noise | None,
         nodes: int,
-        target_distribution: Callable[[Tensor], Tensor] | None = None,
+        target_distribution: Distribution | None = None,
     ) -> None:
-        self.shape, self.sampling, self.uniforms, self.nodes = shape, sampling, uniforms, nodes
+        self.shape, self.uniforms, self.nodes = shape, uniforms, nodes
         self.target_distribution = target_distribution or (lambda scores: filtered(scores, sampling))
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
         if self.shape == "tree":
-            grown = tree.grow(joint, depth, min(self.nodes, _most(joint.vocab_size, depth)))
-            return Proposal(grown.tokens_BM, depth, grown.parents_BM, grown.depth_BS, grown.seen_BSS)
-        tokens_BMD, log_probs_BMD = tree.beam(joint, depth, self.nodes).windows()
-        score_BM = log_probs_BMD[..., -1] if self.shape == "window" else log_probs_BMD.exp().sum(dim=-1)
-        best_B11 = score_BM.argmax(dim=-1)[:, None, None]
-        return Proposal(tokens_BMD.take_along_dim(best_B11, dim=1).squeeze(1))
+            return grow(joint, depth, self.nodes)
+        return Proposal(best_window(joint, depth, self.shape, self.nodes))
 
     def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
-        next_BS = self._choices(target_BSV)
+        tokens_BK, next_BS = proposal.tokens_BK, self._choices(target_BSV)
         if proposal.parents_BK is not None:
-            accepted_B, path_BJ, next_B = tree.walk(
-                proposal.tokens_BK, proposal.parents_BK, next_BS, proposal.distributions
-            )
-            tokens_BJ = proposal.tokens_BK.gather(1, (path_BJ - 1).clamp(min=0))
-            return Acceptance(accepted_B, tokens_BJ, next_B, path_BJ)
-        right_BK = next_BS[:, :-1] == proposal.tokens_BK
-        accepted_B = right_BK.long().cumprod(dim=1).sum(dim=1)
-        return Acceptance(accepted_B, proposal.tokens_BK, next_BS.gather(1, accepted_B.unsqueeze(1)).squeeze(1))
+            accepted_B, path_BJ, next_B = walk(tokens_BK, proposal.parents_BK, next_BS, proposal.deepest)
+            return Acceptance(accepted_B, tokens_BK.gather(1, (path_BJ - 1).clamp(min=0)), next_B, path_BJ)
+        accepted_B = (next_BS[:, :-1] == tokens_BK).long().cumprod(dim=1).sum(dim=1)
+        return Acceptance(accepted_B, tokens_BK, next_BS.gather(1, accepted_B.unsqueeze(1)).squeeze(1))
 
     def _choices(self, target_BSV: Tensor) -> Tensor:
-        """(B, S) the target's choice behind each token; V where it is no law."""
+        """(B, S) the target's choice behind each token; V where it is no distribution."""
         if self.uniforms is None:
             value_BS, best_BS = target_BSV.max(dim=-1)
             return best_BS.masked_fill(~(value_BS > -math.inf), target_BSV.shape[-1])
         return draw(self.target_distribution(target_BSV), self.uniforms(target_BSV.shape[1]))
 
 
-def _most(vocab_size: int, depth: int) -> int:
-    """How many prefixes there are."""
-    return sum(vocab_size**k for k in range(1, depth + 1)) if vocab_size < 64 else 10**9
-
-
 # What `draft=` takes, and what it does under greedy and under sampling.
 DRAFTERS = {
-    "none": "plain decoding",
-    "chain": "argmaxes of the conditionals; sampled from the conditionals, kept token by token",
-    "block": "the chain, kept as a block (the same as chain under greedy)",
+    "none": "autoregressive decoding",
+    "chain": "argmaxes of the conditionals; sampled from the conditionals, accepted token by token",
+    "block": "the chain, accepted as a block (the same as chain under greedy)",
     "tree": "the likeliest prefixes as a tree",
     "window": "the likeliest window",
-    "path": "the window with the largest expected number of tokens kept",
+    "path": "the window with the largest expected number of accepted tokens",
 }
 
 
 def make_drafter(
     name: str | Maker, sampling: Sampling, uniforms: Noise | None, nodes: int = 8, processed: bool = False
 ) -> Drafter:
-    """The strategy of that name for this sampling; raises ValueError on an unknown one.
+    """The drafter of that name for this sampling; raises ValueError on an unknown one.
 
-    name: or what makes a strategy that is none of these, for a model whose draft law is no `Joint`. uniforms: None under
-    greedy. nodes: drafts of a tree, or width of the beam. processed: the target's scores are the
-    caller's, filtered already.
+    name: or what makes a drafter that is none of these, for a model whose draft distribution is no `Joint`. uniforms: None
+    under greedy. nodes: drafts of a tree, or width of the beam. processed: the target's scores are filtered already.
     """
     if callable(name):
         return name(sampling, uniforms)
@@ -245,8 +184,9 @@ def make_drafter(
         return DeterministicDraft(name, sampling, uniforms, nodes, target_distribution)
     if uniforms is None:
         return Greedy()
-    return (BlockVerification if name == "block" else RejectionSampling)(sampling, uniforms, target_distribution)
+    kind = BlockVerification if name == "block" else RejectionSampling
+    return kind(sampling, uniforms, target_distribution)
 
 
 def _normalised(scores: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1)
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""From a law to the law that is really sampled, and from that law to tokens.
+"""From a distribution to the one that is really sampled, and from that one to tokens.
 
 Target and drafts pass through the same two functions, `filtered` and `draw`: what the acceptance test calls a token's
 draft probability is then the probability with which it was drawn.
@@ -30,7 +30,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature={self.temperature} must be a finite number of at least 0; type 0 for greedy, 1 for the model's law"
+                f"temperature={self.temperature} must be a finite number of at least 0; type 0 for greedy, 1 for the "
+                "model's own distribution"
             )
         if isinstance(self.top_k, bool) or self.top_k != int(self.top_k) or self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be a whole number of at least 0; type 0 to keep every token")
@@ -42,20 +43,20 @@ class Sampling:
         return self.temperature == 0
 
     @property
-    def plain(self) -> bool:
-        """True where the model's own law is sampled, unchanged."""
+    def unfiltered(self) -> bool:
+        """True where the model's own distribution is sampled, unchanged."""
         return self.temperature == 1 and self.top_k == 0 and self.top_p == 1
 
 
 def filtered(log_probs: Tensor, sampling: Sampling) -> Tensor:
-    """The law (..., V) that is sampled, as probabilities in float32 or wider.
+    """The distribution (..., V) that is sampled, as probabilities in float32 or wider.
 
-    log_probs: (..., V) log-law or scores; a row of NaN, or of -inf alone, comes back as a row of NaN or zeros, which
-    `draw` refuses. sampling: any but greedy (argmax needs no law).
+    log_probs: (..., V) log-probabilities or scores; a row of NaN, or of -inf alone, comes back as a row of NaN or zeros, which
+    `draw` refuses. sampling: any but greedy (argmax needs no distribution).
     """
-    assert not sampling.greedy, "greedy decoding takes the argmax; it has no law to filter"
+    assert not sampling.greedy, "greedy decoding takes the argmax; it has no distribution to filter"
     scores = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
-    if sampling.plain:
+    if sampling.unfiltered:
         return scores.exp()
     if sampling.temperature != 1:
         # Shifted so that the largest is 0: a tiny temperature must not send every score to -inf.
@@ -72,7 +73,7 @@ def filtered(log_probs: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Token ids (...) by inversion; **V marks a row that is no law** (NaN, or no positive mass).
+    """Token ids (...) by inversion; **V marks a row that is no distribution** (NaN, or no positive mass).
 
     probs: (..., V) non-negative, not necessarily normalised. uniforms: (...) float64 in [0, 1). The cumulative sum is in
     float64: in float32 tokens rarer than 1e-7 would have the wrong probability. A token of probability 0 is never drawn.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding.cache import Text
-from cpdlm.decoding.drafters import Acceptance, Drafter, Proposal, Uniforms, nothing
+from cpdlm.decoding.drafters import Acceptance, Drafter, Uniforms
 from cpdlm.decoding.model import DraftingModel
+from cpdlm.decoding.proposals import Proposal, nothing
 
 
 class Outcome(Protocol):

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from cpdlm.decoding.cache import Text
 from cpdlm.decoding.captured import CapturedForwards
-from cpdlm.decoding.drafters import Maker, Proposal, Uniforms, make_drafter
+from cpdlm.decoding.drafters import Maker, Uniforms, make_drafter
 from cpdlm.decoding.filtering import Sampling
 from cpdlm.decoding.forwards import Forwards, GrowingForwards
 from cpdlm.decoding.model import DraftingModel
+from cpdlm.decoding.proposals import Proposal
 
 
 @dataclass(frozen=True)

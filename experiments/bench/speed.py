@@ -46,7 +46,8 @@ from cpdlm.bench.intervals import of_median as interval
 from cpdlm.bench.timers import Timer
 from cpdlm.config import SIZES, resolve
 from cpdlm.decoding import CapturedForwards, Decoded, Options, Sampling, captured, decode_batch, loop
-from cpdlm.decoding.drafters import Acceptance, Drafter, Proposal, Uniforms, make_drafter, nothing
+from cpdlm.decoding.drafters import Acceptance, Drafter, Uniforms, make_drafter
+from cpdlm.decoding.proposals import Proposal, nothing
 from cpdlm.files import write_json
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model

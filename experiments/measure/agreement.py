@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpdlm.decoding import Sampling
-from cpdlm.decoding.chain import greedy_chain
-from cpdlm.decoding.drafters import DeterministicDraft
+from cpdlm.decoding.proposals import best_window, greedy_chain
 from cpdlm.model.language_model import LanguageModel
 
 
@@ -55,12 +53,11 @@ def _counts(model: LanguageModel, text_T: Tensor, prompt_tokens: int, nodes: int
     indices_Q = torch.arange(prompt_tokens - 1, len(text_T) - model.horizon, device=text_T.device)
     future_QK = torch.stack([text_T[indices_Q + 2 + k] for k in range(drafts)], dim=1)
     joint = model.draft_joint(hidden_TD[indices_Q], text_T[indices_Q + 1])
-    greedy = Sampling(0.0)
     chosen = {
         "chain": greedy_chain(joint, drafts),
         "marginals": joint.marginals().argmax(dim=-1),
-        "window": DeterministicDraft("window", greedy, None, nodes).draft(joint, drafts).tokens_BK,
-        "path": DeterministicDraft("path", greedy, None, nodes).draft(joint, drafts).tokens_BK,
+        "window": best_window(joint, drafts, "window", nodes),
+        "path": best_window(joint, drafts, "path", nodes),
     }
     counts: dict[str, Tensor] = {}
     for name, tokens_QK in chosen.items():
