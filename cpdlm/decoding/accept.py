@@ -1,11 +1,11 @@
 """The acceptance test: which drafts are accepted, and which token follows them. It sees probabilities, never models.
 
 Rejection sampling of one token (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318): draft d ~ q, accept
-it with probability min(1, p(d)/q(d)), otherwise emit a draw of norm(max(0, p - q)). The emitted token has distribution p,
-provided that q is the distribution from which d was drawn, given the drafts before it.
+it with probability min(1, p(d)/q(d)), otherwise emit a draw of norm(max(0, p - q)). The emitted token has distribution
+p, provided that q is the distribution from which d was drawn, given the drafts before it.
 
-Letters: B batch, K drafts in the window (horizon - 1 or fewer, may be 0), S = K+1 positions of it (0: the pending token), M
-nodes of a tree, J longest path through it, V vocabulary.
+Letters: B batch, K drafts in the window (horizon - 1 or fewer, may be 0), S = K+1 positions of it (0: the pending
+token), M nodes of a tree, J longest path through it, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def residual(target: Tensor, draft: Tensor) -> Tensor:
 def verify(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
     """-> (accepted_B, next_B): how many drafts are accepted, and the token after them (V: p is no distribution there).
 
-    target_BSV: the filtered target p at the S positions: row k is for draft k, the last row for the token after them all.
-    draft_BKV: the q from which each draft was drawn, given those before it. uniforms_BS: float64 in [0, 1): K tests and one
-    draw. With K = 0 this is a draw from p.
+    target_BSV: the filtered target p at the S positions: row k is for draft k, the last row for the token after them
+    all. draft_BKV: the q from which each draft was drawn, given those before it. uniforms_BS: float64 in [0, 1): K
+    tests and one draw. With K = 0 this is a draw from p.
     """
     drafts = tokens_BK.shape[1]
     if drafts == 0:
@@ -70,9 +70,10 @@ def verify_block(
     """`verify`, for the drafts as a block (Sun et al., arXiv 2403.10444, algorithm 2). K at least 1.
 
     share_k = min(1, share_{k-1} p(d_k)/q(d_k)) is how much of the prefix's draft mass the target can take. Prefix k < K
-    is accepted with probability h_k = s_k / (s_k + 1 - share_k), s_k = sum max(0, share_k p - q) of the p and q behind it,
-    the whole block with probability share_K. The longest accepted prefix counts, and the token after it is drawn from
-    norm(max(0, share_k p - q)), or from p behind the whole block. Where q behind a prefix is NaN, the block ends there.
+    is accepted with probability h_k = s_k / (s_k + 1 - share_k), s_k = sum max(0, share_k p - q) of the p and q behind
+    it, the whole block with probability share_K. The longest accepted prefix counts, and the token after it is drawn
+    from norm(max(0, share_k p - q)), or from p behind the whole block. Where q behind a prefix is NaN, the block ends
+    there.
     """
     drafts = tokens_BK.shape[1]
     index_BK1 = tokens_BK.unsqueeze(-1)
@@ -107,10 +108,10 @@ def verify_block(
 def walk(tokens_BM: Tensor, parents_BM: Tensor, next_BS: Tensor, deepest: int) -> tuple[Tensor, Tensor, Tensor]:
     """Follow the target's choices down a tree: (accepted_B, path_BJ of window positions, next_B).
 
-    parents_BM: window position before each node. next_BS: the token that the target chose (drew) behind each position of
-    the window. deepest: depth of the tree. A node is entered when its parent's choice is its token; the choice behind the
-    last node entered is emitted. Exact whatever the tree is: each choice is a draw from the target given the tokens before
-    it, and every position is visited at most once.
+    parents_BM: window position before each node. next_BS: the token that the target chose (drew) behind each position
+    of the window. deepest: depth of the tree. A node is entered when its parent's choice is its token; the choice
+    behind the last node entered is emitted. Exact whatever the tree is: each choice is a draw from the target given the
+    tokens before it, and every position is visited at most once.
     """
     batch, nodes = tokens_BM.shape
     at_B = torch.zeros(batch, dtype=torch.long, device=next_BS.device)

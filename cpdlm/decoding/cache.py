@@ -1,9 +1,9 @@
-"""The fixed text of a batch and the cache that holds it: which slots count, what moves, what is dropped.
+"""The text of a batch and the cache that holds it: which slots count, what moves, what is dropped.
 
-A *slot* is a place in the cache; every pass takes as many for each row as its window has tokens. Rows keep unequal
-numbers of drafts, so that slots of rejected drafts stay behind in rows that kept fewer: *dead* slots, hidden by the
-mask, while positions count live tokens only. Dead slots at the end are cut off, those in the middle are closed up when
-they are too many. One row has neither mask nor positions unless its prompt is not whole or its drafts form a tree.
+A *slot* holds one token of the cache; every target forward takes as many for each row as its window has tokens. Rows
+accept unequal numbers of drafts, so that slots of rejected drafts stay behind in rows that accepted fewer: *dead*
+slots, hidden by the mask, while positions count live tokens only. Dead slots at the end are cut off, those in the
+middle are closed up when they are too many. One row has neither mask nor positions unless its drafts form a tree.
 
 Letters: B rows, L slots in use, S tokens of a window, J slots that move, T tokens of a prompt.
 """
@@ -22,7 +22,7 @@ WASTE, LEAST = 0.25, 16
 
 
 class Text:
-    """use_cache=False recomputes every slot in every pass: same numbers, slower."""
+    """use_cache=False recomputes every slot in every target forward: the same numbers, slower."""
 
     def __init__(self, model: DraftingModel, rows: int, device: torch.device, use_cache: bool) -> None:
         self.model, self.context, self.device = model, model.context, device
@@ -52,15 +52,16 @@ class Text:
         """Hidden states (B, S, D) of a window behind the text; `commit` then says what stays of it.
 
         A chain by default. For a tree: depth_BS, how far behind the first token each one is, and seen_BSS, whether
-        token s (row) sees token j of the window (column), itself included. Raises ValueError where slots that do not count
-        would push others out of a layer's attention window.
+        token s (row) sees token j of the window (column), itself included. Raises ValueError where slots that do not
+        count would push others out of a layer's attention window.
         """
         positions_BS = live_BS = torch.ones_like(window_BS, dtype=torch.bool)
         if self.ragged or seen_BSS is not None:
             if self.attention_window is not None and self.slots + window_BS.shape[1] > self.attention_window:
                 raise ValueError(
-                    f"some layers of this model attend to the last {self.attention_window} slots of the cache alone, which the drafts "
-                    "of several rows or of a tree would fill; decode one row at a time, with draft='chain'"
+                    f"some layers of this model attend to the last {self.attention_window} slots of the cache alone, "
+                    "which the drafts of several rows or of a tree would fill; decode one row at a time, with "
+                    "draft='chain'"
                 )
             if depth_BS is None:
                 depth_BS = torch.arange(window_BS.shape[1], device=self.device).expand_as(window_BS)
@@ -73,8 +74,9 @@ class Text:
         return hidden_BTD[:, -self.size :]
 
     def commit(self, accepted: Sequence[int], path_BJ: Tensor | None = None) -> None:
-        """Of the last window each row keeps the first token and `accepted[row]` more: the next ones, or those that path_BJ
-        names (positions within the window, one row each, in order; entries beyond accepted[row] are not read)."""
+        """Of the last window each row keeps the first token and `accepted[row]` more: the next ones, or those that
+        path_BJ names (positions within the window, one row each, in order; entries beyond accepted[row] are not
+        read)."""
         start, most = self.slots - self.size + 1, max(accepted)
         if path_BJ is not None and most:
             self._move(start, path_BJ[:, :most] + (start - 1))
@@ -97,7 +99,7 @@ class Text:
         if self.cache is not None:
             self.cache.batch_select_indices(index_B)
 
-    # --- one pass -----------------------------------------------------------------------------------------------
+    # --- one forward -----------------------------------------------------------------------------------------------
 
     def _run(self, window_BS: Tensor, positions_BS: Tensor, live_BS: Tensor, seen_BSS: Tensor | None) -> Tensor:
         if self.cache is None:
@@ -116,7 +118,7 @@ class Text:
         return self.model.hidden(window_BS, positions_BS, self.cache, mask)
 
     def _tree_mask(self, before_BL: Tensor, seen_BSS: Tensor, whole: bool) -> Tensor:
-        """(B, 1, S, L+S) boolean; whole: (B, 1, L+S, L+S), for a pass that recomputes the text."""
+        """(B, 1, S, L+S) boolean; whole: (B, 1, L+S, L+S), for a forward that recomputes the text."""
         batch, size, slots = len(seen_BSS), seen_BSS.shape[1], self.slots
         window_BST = torch.cat([before_BL.unsqueeze(1).expand(-1, size, -1), seen_BSS], dim=2)
         if not whole:

@@ -1,10 +1,10 @@
 """Target forwards of fixed shape: on a GPU a forward is recorded once, as a CUDA graph, and replayed.
 
-A forward of a small model is hundreds of kernels of a few microseconds each; launched one by one from Python they take many
-times as long as they run.
+A forward of a small model is hundreds of kernels of a few microseconds each; launched one by one from Python they take
+many times as long as they run.
 
-Letters: B rows, L slots of the cache, S = K+1 positions of a window, K drafts, J longest path through them, T tokens of a
-prompt, D width, H heads, X numbers of a row.
+Letters: B rows, L slots of the cache, S = K+1 positions of a window, K drafts, J longest path through them, T tokens of
+a prompt, D width, H heads, X numbers of a row.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ class SlotLayer(CacheLayerMixin):
 class CapturedForwards:
     """Target forwards of fixed shape, for texts of at most `slots` tokens, prompt included.
 
-    Draft, target forward, acceptance and commit are one graph without a host decision in it: the cache has a slot for every
-    position of every row, how much of it counts is a number on the device, and a rejected draft is undone by not counting
-    it. Nothing in the next forward waits for the host, so it is under way while the host reads what the last one wrote. On
-    the CPU the same step runs as it is; it is slower there than `GrowingForwards`, and serves the tests.
+    Draft, target forward, acceptance and commit are one graph without a host decision in it: the cache has a slot for
+    every position of every row, how much of it counts is a number on the device, and a rejected draft is undone by not
+    counting it. Nothing in the next forward waits for the host, so it is under way while the host reads what the last
+    one wrote. On the CPU the same step runs as it is; it is slower there than `GrowingForwards`, and serves the tests.
 
-    Made for one model, number of rows, sampling and draft; reusable for any number of texts. On CUDA, making it takes some
-    tenths of a second. uniforms: of the rows that are written; the loop sets it. Raises ValueError for a model in training
-    mode or with adapters for the draft, and where a layer of the model attends to fewer slots than there are.
+    Made for one model, number of rows, sampling and draft; reusable for any number of texts. On CUDA, making it takes
+    some tenths of a second. uniforms: of the rows that are written; the loop sets it. Raises ValueError for a model in
+    training mode or with adapters for the draft, and where a layer of the model attends to fewer slots than there are.
     """
 
     runs_ahead = True
@@ -106,10 +106,11 @@ class CapturedForwards:
         self._index = SlotIndex()
         # Two windows more than texts need: the forward that is in vain, and rows that are done, write there.
         self._size = -(-(slots + 2 * (nodes + model.horizon)) // 64) * 64
-        self.cache = Cache(layer_class_to_replicate=partial(SlotLayer, self._size, self._index))  # type: ignore[arg-type]
+        layer: Any = partial(SlotLayer, self._size, self._index)
+        self.cache = Cache(layer_class_to_replicate=layer)
         self._slots_L = torch.arange(self._size, device=self.device)
         self._rows_B = torch.arange(rows, device=self.device)
-        # What one forward leaves to the next. lengths_B: tokens of the text in the cache; pending_B: the one behind them.
+        # What one forward leaves to the next. lengths_B: tokens of the text in the cache; pending_B: the one behind.
         self._lengths_B = torch.ones(rows, dtype=torch.long, device=self.device)
         self._pending_B = torch.zeros(rows, dtype=torch.long, device=self.device)
         self._count = torch.zeros((), dtype=torch.long, device=self.device)
@@ -128,8 +129,8 @@ class CapturedForwards:
         window = self.model.attention_window
         if window is not None and window < self.slots:
             raise ValueError(
-                f"some layers of this model attend to the last {window} tokens alone, captured forwards of {self.slots} slots "
-                f"would show them more; pass slots of at most {window}, or decode without captured forwards"
+                f"some layers of this model attend to the last {window} tokens alone, captured forwards of "
+                f"{self.slots} slots would show them more; pass slots={window}, or decode without captured forwards"
             )
 
     def check(
@@ -144,7 +145,7 @@ class CapturedForwards:
         for what, ours, theirs in zip(("rows", "sampling", "draft", "nodes"), made, asked, strict=True):
             if ours != theirs:
                 raise ValueError(
-                    f"the forwards were captured for {what}={ours!r}, not {theirs!r}; make CapturedForwards for this one"
+                    f"the forwards were captured for {what}={ours!r}, not {theirs!r}; make CapturedForwards for this"
                 )
         if longest > self.slots:
             raise ValueError(
@@ -274,8 +275,8 @@ class Captures:
     def __call__(
         self, rows: int, longest: int, sampling: Sampling, draft: str = "chain", nodes: int = 8
     ) -> CapturedForwards | None:
-        """Forwards for texts of at most `longest` tokens, prompt included; None where growing forwards are to be used, or
-        where the texts exceed the context, which the loop refuses."""
+        """Forwards for texts of at most `longest` tokens, prompt included; None where growing forwards are to be used,
+        or where the texts exceed the context, which the loop refuses."""
         weights = [*self.model.parameters(), *self.model.buffers()]
         window = self.model.attention_window
         most = self.model.context if window is None else min(window, self.model.context)
@@ -291,7 +292,7 @@ class Captures:
 
 
 class _Noise:
-    """Random numbers at fixed addresses: (B, count) for each call of a forward, in order. The first forward makes them."""
+    """Random numbers at fixed addresses, (B, count) for each call of a forward, in order; made by the first one."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows, self.device = rows, device

@@ -1,8 +1,8 @@
 """Drafters: how drafts are made and which of them are accepted. One small interface, one class per idea, each lossless.
 
-The loop hands a drafter the joint of the tokens behind the pending one, runs the model over what it proposes, and hands it
-the target p at every proposed token. What is emitted must be distributed as the target whatever the drafts are; drafters
-differ in how many of them survive.
+The loop hands a drafter the joint of the tokens behind the pending one, runs the model over what it proposes, and hands
+it the target p at every proposed token. What is emitted must be distributed as the target whatever the drafts are;
+drafters differ in how many of them survive.
 
 Letters: B batch, K drafts, S = K+1 positions of a window, J longest path through the drafts, V vocabulary.
 """
@@ -25,9 +25,9 @@ from cpdlm.model.joint import Joint
 
 @dataclass(frozen=True)
 class Acceptance:
-    """accepted_B: how many drafts are accepted. tokens_BJ: they, in order (what lies behind accepted_B is not read). next_B:
-    the token after them; V marks a target that is no distribution. path_BJ: for a tree, the window positions of tokens_BJ;
-    None for a chain."""
+    """accepted_B: how many drafts are accepted. tokens_BJ: they, in order (what lies behind accepted_B is not read).
+    next_B: the token after them; V marks a target that is no distribution. path_BJ: for a tree, the window positions of
+    tokens_BJ; None for a chain."""
 
     accepted_B: Tensor
     tokens_BJ: Tensor
@@ -116,10 +116,10 @@ class BlockVerification(RejectionSampling):
 class DeterministicDraft:
     """Drafts that are a function of the joint alone: no draft q, no acceptance ratio.
 
-    The target's choice is drawn (or, under greedy, taken) behind every token of the window; drafts are accepted while they
-    are what was chosen. shape: "tree", the `nodes` likeliest prefixes; "window", the likeliest whole window; "path", the
-    window with the largest sum of prefix probabilities, that is, the largest expected number of accepted tokens if the joint
-    were the target. The last two search a beam of `nodes`.
+    The target's choice is drawn (or, under greedy, taken) behind every token of the window; drafts are accepted while
+    they are what was chosen. shape: "tree", the `nodes` likeliest prefixes; "window", the likeliest whole window;
+    "path", the window with the largest sum of prefix probabilities, that is, the largest expected number of accepted
+    tokens if the joint were the target. The last two search a beam of `nodes`.
     """
 
     def __init__(
@@ -170,8 +170,9 @@ def make_drafter(
 ) -> Drafter:
     """The drafter of that name for this sampling; raises ValueError on an unknown one.
 
-    name: or what makes a drafter that is none of these, for a model whose draft distribution is no `Joint`. uniforms: None
-    under greedy. nodes: drafts of a tree, or width of the beam. processed: the target's scores are filtered already.
+    name: or what makes a drafter that is none of these, for a model whose draft distribution is no `Joint`. uniforms:
+    None under greedy. nodes: drafts of a tree, or width of the beam. processed: the target's scores are filtered
+    already.
     """
     if callable(name):
         return name(sampling, uniforms)

@@ -19,8 +19,8 @@ from torch import Tensor
 class Sampling:
     """How tokens are chosen: temperature, then top-k, then top-p, as in `transformers` (temperature 0 = greedy).
 
-    temperature: at least 0. top_k: keep the k likeliest tokens and their ties (0 = all). top_p: keep the smallest set of
-    likeliest tokens that holds this much probability, in (0, 1]. Raises ValueError on anything else.
+    temperature: at least 0. top_k: keep the k likeliest tokens and their ties (0 = all). top_p: keep the smallest set
+    of likeliest tokens that holds this much probability, in (0, 1]. Raises ValueError on anything else.
     """
 
     temperature: float = 1.0
@@ -51,8 +51,8 @@ class Sampling:
 def filtered(log_probs: Tensor, sampling: Sampling) -> Tensor:
     """The distribution (..., V) that is sampled, as probabilities in float32 or wider.
 
-    log_probs: (..., V) log-probabilities or scores; a row of NaN, or of -inf alone, comes back as a row of NaN or zeros, which
-    `draw` refuses. sampling: any but greedy (argmax needs no distribution).
+    log_probs: (..., V) log-probabilities or scores; a row of NaN, or of -inf alone, comes back as a row of NaN or
+    zeros, which `draw` refuses. sampling: any but greedy (argmax needs no distribution).
     """
     assert not sampling.greedy, "greedy decoding takes the argmax; it has no distribution to filter"
     scores = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
@@ -75,8 +75,9 @@ def filtered(log_probs: Tensor, sampling: Sampling) -> Tensor:
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Token ids (...) by inversion; **V marks a row that is no distribution** (NaN, or no positive mass).
 
-    probs: (..., V) non-negative, not necessarily normalised. uniforms: (...) float64 in [0, 1). The cumulative sum is in
-    float64: in float32 tokens rarer than 1e-7 would have the wrong probability. A token of probability 0 is never drawn.
+    probs: (..., V) non-negative, not necessarily normalised. uniforms: (...) float64 in [0, 1). The cumulative sum is
+    in float64: in float32 tokens rarer than 1e-7 would have the wrong probability. A token of probability 0 is never
+    drawn.
     """
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     goal = uniforms.unsqueeze(-1) * cumulative[..., -1:]

@@ -1,10 +1,10 @@
-"""One target forward: draft behind the pending token, run the model over the window, accept; then commit what was accepted.
+"""One target forward: draft behind the pending token, run the model over the window, accept; then commit.
 
-`GrowingForwards` do it with a cache that grows and rows that leave when they are done. `captured.CapturedForwards` do the
-same with tensors of fixed shapes, so that a GPU can replay a forward as one recorded graph.
+`GrowingForwards` do it with a cache that grows and rows that leave when they are done. `captured.CapturedForwards` do
+the same with tensors of fixed shapes, so that a GPU can replay a forward as one recorded graph.
 
-Letters: B rows, S = K+1 positions of a window, K drafts, J longest path through them, T tokens of a prompt, V vocabulary,
-D width, X numbers of a row.
+Letters: B rows, S = K+1 positions of a window, K drafts, J longest path through them, T tokens of a prompt, V
+vocabulary, D width, X numbers of a row.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Outcome(Protocol):
     """What a target forward yields."""
 
     def read(self) -> list[list[int]]:
-        """Per row: how many drafts were accepted, the drafts (those behind the accepted ones are not to be read), the token
-        after the accepted ones (V: the target was no distribution). The one host synchronisation of a forward."""
+        """Per row: how many drafts were accepted, the drafts (those behind the accepted ones are not to be read), the
+        token after the accepted ones (V: the target was no distribution). The one host synchronisation of a forward."""
         ...
 
 
 class Forwards(Protocol):
-    """runs_ahead: the next forward does not wait for the host, which then has nothing to commit; rows that are done stay in
-    it, and their outcomes are not to be read."""
+    """runs_ahead: the next forward does not wait for the host, which then has nothing to commit; rows that are done
+    stay in it, and their outcomes are not to be read."""
 
     runs_ahead: bool
 

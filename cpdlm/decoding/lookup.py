@@ -1,8 +1,8 @@
 """Prompt lookup, a baseline without parameters: text repeats itself, so what followed these tokens may follow again.
 
 The last few tokens are looked up in the text so far, the longest n-gram first, its latest occurrence; the draft is what
-followed there. All of the draft distribution q is on that token: the acceptance test then accepts it with the probability
-that the target itself would have chosen it, and decoding stays lossless.
+followed there. All of the draft distribution q is on that token: the acceptance test then accepts it with the
+probability that the target itself would have chosen it, and decoding stays lossless.
 
 Letters: B batch (1), K drafts, V vocabulary.
 """
@@ -77,7 +77,8 @@ def decode_with_lookup(
     horizon: int = 4,
     longest: int = 3,
 ) -> Decoded:
-    """`decode`, with drafts from the text so far. horizon: tokens of a window, the pending one included. longest: n-gram."""
+    """`decode`, with drafts from the text so far. horizon: tokens of a window, the pending one included. longest:
+    n-gram."""
     lookup = Lookup(prompt_T.tolist(), longest)
     options = Options(on_tokens=lambda row, tokens: lookup.extend(tokens))
     return decode(LookupModel(model, lookup, horizon), prompt_T, max_new_tokens, sampling, generator, options=options)

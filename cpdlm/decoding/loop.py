@@ -1,12 +1,12 @@
-"""The decoding loop: draft, target forward, accept, commit. Autoregressive, greedy and sampled generation are this one loop.
+"""The decoding loop: draft, target forward, accept, commit. Autoregressive and speculative decoding are this one loop.
 
 A target forward runs over a window: the pending token x_{t+1}, which is decided already, and drafts of what follows it.
-The drafter makes them from the hidden state before the pending token. The forward yields the target p behind every token
-of the window; the drafter accepts some of its drafts and draws the token after them, the next pending token. The first
-window is the prompt, without drafts. Autoregressive decoding has no drafts throughout.
+The drafter makes them from the hidden state before the pending token. The forward yields the target p behind every
+token of the window; the drafter accepts some of its drafts and draws the token after them, the next pending token. The
+first window is the prompt, without drafts. Autoregressive decoding has no drafts throughout.
 
-Every target forward emits the drafts that it accepts and the token after them, 1 to N tokens; the prompt's forward emits
-one. So the tokens are the sum over target forwards, and depth k means x_{t+k}.
+Every target forward emits the drafts that it accepts and the token after them, 1 to N tokens; the prompt's forward
+emits one. So the tokens are the sum over target forwards, and depth k means x_{t+k}.
 
 Rows of a batch share the target forwards and nothing else: each has its own generator, stops by itself and then leaves.
 
@@ -35,9 +35,9 @@ from cpdlm.decoding.proposals import Proposal
 class Decoded:
     """What was written, and what each target forward did for it.
 
-    tokens: the new ids. emitted: tokens of each target forward, the prompt's first; they sum to len(tokens). reached: per
-    depth 2..N, how many drafts were tested there, that is, all before them were accepted. accepted: how many of those were
-    accepted. Drafts behind an end-of-sequence token count as neither.
+    tokens: the new ids. emitted: tokens of each target forward, the prompt's first; they sum to len(tokens). reached:
+    per depth 2..N, how many drafts were tested there, that is, all before them were accepted. accepted: how many of
+    those were accepted. Drafts behind an end-of-sequence token count as neither.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -63,9 +63,10 @@ class Options:
     every target forward with the same tensors, as a GPU wants it; they take no target_scores.
 
     target_scores(row, tokens so far, scores_V) -> scores_V changes the target, for logits processors such as repetition
-    penalties. It replaces the filters of `sampling` on the target; drafts still follow `sampling`. stop(row, tokens so far)
-    ends a row after the last of those tokens. on_tokens(row, tokens) receives what each target forward emits. timer(part)
-    is called at the end of each stretch of work: "prefill", "draft", "trunk", "verify" (target p, acceptance) or "other".
+    penalties. It replaces the filters of `sampling` on the target; drafts still follow `sampling`. stop(row, tokens so
+    far) ends a row after the last of those tokens. on_tokens(row, tokens) receives what each target forward emits.
+    timer(part) is called at the end of each stretch of work: "prefill", "draft", "trunk", "verify" (target p,
+    acceptance) or "other".
     """
 
     nodes: int = 8
@@ -111,13 +112,13 @@ def decode_batch(
 ) -> list[Decoded]:
     """Writes max_new_tokens tokens after each prompt, distributed as the target; fewer where eos comes first.
 
-    prompts: (T,) ids each, on the model's device, of any lengths. generators: one per row, from which every random number
-    of that row comes; greedy needs none. draft: a name in `DRAFTERS` ("none" is autoregressive), or what makes a drafter
-    for a model whose draft distribution is no `Joint`. eos: one id or several; it is written, and ends its row.
+    prompts: (T,) ids each, on the model's device, of any lengths. generators: one per row, from which every random
+    number of that row comes; greedy needs none. draft: a name in `DRAFTERS` ("none" is autoregressive), or what makes a
+    drafter for a model whose draft distribution is no `Joint`. eos: one id or several; it is written, and ends its row.
 
     Raises ValueError, before any work, on no prompt, an empty one, ids outside the vocabulary, max_new_tokens below 1,
-    prompt and new tokens beyond the model's context, sampling without a generator per row, a model in training mode; and,
-    when it happens, on a target of NaN or -inf alone, naming the position.
+    prompt and new tokens beyond the model's context, sampling without a generator per row, a model in training mode;
+    and, when it happens, on a target of NaN or -inf alone, naming the position.
     """
     _check(model, prompts, max_new_tokens, sampling, generators)
     texts = _Texts([prompt_T.long() for prompt_T in prompts], max_new_tokens, eos, model, options)
@@ -219,8 +220,9 @@ class _Texts:
     def _broken(self, row: int, accepted: int) -> str:
         which, prompt = f" of row {row}" if len(self.prompts) > 1 else "", len(self.prompts[row])
         return (
-            f"the target distribution of token {prompt + len(self.written[row].tokens) + accepted}{which} (the prompt is "
-            f"0..{prompt - 1}) is NaN or -inf alone; check the weights (a diverged run?) or use a wider precision"
+            f"the target distribution of token {prompt + len(self.written[row].tokens) + accepted}{which} "
+            f"(the prompt is 0..{prompt - 1}) is NaN or -inf alone; check the weights (a diverged run?) or use a wider "
+            "precision"
         )
 
     def processed(self, target_BSV: Tensor, proposal: Proposal) -> Tensor:
@@ -249,7 +251,7 @@ class _Texts:
         return torch.stack(changed)
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def _check(

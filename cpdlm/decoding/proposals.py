@@ -1,18 +1,18 @@
-"""Drafts made from a joint: a chain of argmaxes, a sampled chain, the likeliest window, or the likeliest prefixes as a tree.
+"""Drafts made from a joint: a chain of argmaxes, a sampled chain, the likeliest window, or a tree.
 
 The conditional of draft k is the mixture with posterior weights, q_k = sum_a w_a(d_1..d_{k-1}) p_a^(k). It is what the
-acceptance test must use, whatever way the tokens were drawn. Filters act on these conditionals: filtering the components
-would be another joint.
+acceptance test must use, whatever way the tokens were drawn. Filters act on these conditionals: filtering the
+components would be another joint.
 
-A node of a tree is a prefix of the window with its probability under the joint, sum_a w_a prod_s p_a^(s)(x_s). No prefix is
-likelier than its own prefixes, hence the M likeliest prefixes of all lengths form a tree, the one that best-first search
-would grow. Of each length only the M likeliest can be in it, which is a beam over depths.
+A node of a tree is a prefix of the window with its probability under the joint, sum_a w_a prod_s p_a^(s)(x_s). No
+prefix is likelier than its own prefixes, hence the M likeliest prefixes of all lengths form a tree, the one that
+best-first search would grow. Of each length only the M likeliest can be in it, which is a beam over depths.
 
-Loops run over the depths alone, never over components, vocabulary or nodes, and in probabilities rather than logarithms: the
-factors are normalised once, and a depth is one matrix product.
+Loops run over the depths alone, never over components, vocabulary or nodes, and in probabilities rather than
+logarithms: the factors are normalised once, and a depth is one matrix product.
 
-Letters: B batch, K drafts, M nodes of a tree or width of a beam, S = K+1 positions of a window (0: the pending token), R rank,
-V vocabulary.
+Letters: B batch, K drafts, M nodes of a tree or width of a beam, S = K+1 positions of a window (0: the pending token),
+R rank, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _TIE = 1e-4
 class Proposal:
     """Drafts behind the pending token, as many for every row.
 
-    tokens_BK: ids. distributions: what the drafter's own `verify` needs, (B, K, V) probabilities for sampled drafts. The
-    rest is of a tree, None for a chain, over window positions (0 is the pending token, k+1 is draft k). parents_BK: the
-    position before each draft. depth_BS: how far behind the pending token each position is, `deepest` at most. seen_BSS:
-    whether s (row) sees j (column), its ancestors and itself.
+    tokens_BK: ids. distributions: what the drafter's own `verify` needs, (B, K, V) probabilities for sampled drafts.
+    The rest is of a tree, None for a chain, over window positions (0 is the pending token, k+1 is draft k). parents_BK:
+    the position before each draft. depth_BS: how far behind the pending token each position is, `deepest` at most.
+    seen_BSS: whether s (row) sees j (column), its ancestors and itself.
     """
 
     tokens_BK: Tensor
@@ -60,7 +60,7 @@ def nothing(like: Tensor) -> Proposal:
     return Proposal(like.new_zeros(len(like), 0))
 
 
-# --- chains -------------------------------------------------------------------------------------------------------------
+# --- chains -----------------------------------------------------------------------------------------------------------
 
 
 def greedy_chain(joint: Joint, count: int) -> Tensor:
@@ -79,8 +79,8 @@ def greedy_chain(joint: Joint, count: int) -> Tensor:
 def sampled_chain(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
     """-> (tokens_BK, probs_BKV): drafts, and the distribution q from which each was drawn given those before it.
 
-    uniforms_BS: (B, K+1) float64 in [0, 1). Where nothing is filtered the component is drawn first and then all tokens at
-    once, which has the same distribution as the chain; q is the mixture's conditional all the same.
+    uniforms_BS: (B, K+1) float64 in [0, 1). Where nothing is filtered the component is drawn first and then all tokens
+    at once, which has the same distribution as the chain; q is the mixture's conditional all the same.
     """
     joint = joint.marginal(count)
     if joint.rank == 1:
@@ -114,12 +114,13 @@ def _draw_draft(probs: Tensor, uniforms: Tensor) -> Tensor:
     return draw(probs, uniforms).clamp(max=probs.shape[-1] - 1)
 
 
-# --- windows and trees --------------------------------------------------------------------------------------------------
+# --- windows and trees ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Beam:
-    """The M likeliest prefixes of each length 1..K: tokens_BKM, parents_BKM (index into the level above), log_probs_BKM."""
+    """The M likeliest prefixes of each length 1..K: tokens_BKM, parents_BKM (index into the level above),
+    log_probs_BKM."""
 
     tokens_BKM: Tensor
     parents_BKM: Tensor
@@ -138,8 +139,8 @@ class Beam:
 
 
 def beam(joint: Joint, depth: int, width: int) -> Beam:
-    """joint: batch (B,), at least `depth` factors. A level of fewer than `width` prefixes is padded with log-probability
-    -inf."""
+    """joint: batch (B,), at least `depth` factors. A level of fewer than `width` prefixes is padded with
+    log-probability -inf."""
     joint, offspring = joint.marginal(depth), min(width, joint.vocab_size)
     # Unnormalised posterior of each prefix: its sum over components is the prefix's probability.
     weights_BMR = joint.weights_R.unsqueeze(1)
@@ -166,7 +167,8 @@ def best_window(joint: Joint, depth: int, shape: str, width: int) -> Tensor:
 
 
 def grow(joint: Joint, depth: int, nodes: int) -> Proposal:
-    """A tree: the `nodes` likeliest prefixes of at most `depth` tokens, or all where there are fewer; parents come first."""
+    """A tree: the `nodes` likeliest prefixes of at most `depth` tokens, or all where there are fewer; parents come
+    first."""
     if joint.vocab_size < 64:
         nodes = min(nodes, sum(joint.vocab_size**k for k in range(1, depth + 1)))
     found = beam(joint, depth, nodes)

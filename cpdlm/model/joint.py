@@ -101,24 +101,6 @@ class Joint:
         """Log-posterior (..., R) over components after the tokens prefix_N (..., n)."""
         return log_normalise(self.log_weights_R + self._log_likelihood_NR(prefix_N).sum(dim=-2))
 
-    def mix(self, weights_MR: Tensor, k: int) -> Tensor:
-        """(..., M, V): sum_a weights_a p_a^(k)(v) for M weightings of the components, k from 0; eq. 11 with w and k = 0."""
-        return weights_MR @ self.factors_NRV[..., k, :, :]
-
-    def reweigh(self, weights_MR: Tensor, k: int, tokens_M: Tensor) -> Tensor:
-        """(..., M, R): weights_a p_a^(k)(token), the posterior times its normaliser, for M weightings and a token of each."""
-        likelihood_RM = self.factors_NRV[..., k, :, :].take_along_dim(tokens_M.unsqueeze(-2), dim=-1)
-        return weights_MR * likelihood_RM.transpose(-1, -2)
-
-    def conditionals(self, tokens_K: Tensor) -> Tensor:
-        """Probabilities (..., K, V): the conditional of each of the first K tokens given those of tokens_K before it."""
-        count = tokens_K.shape[-1]
-        factors_KRV = self.factors_NRV[..., :count, :, :]
-        seen_KR = factors_KRV[..., :-1, :, :].take_along_dim(tokens_K[..., :-1, None, None], dim=-1).squeeze(-1).log()
-        before_KR = torch.nn.functional.pad(seen_KR.cumsum(dim=-2), (0, 0, 1, 0))
-        posterior_KR = (self.log_weights_R.unsqueeze(-2) + before_KR).softmax(dim=-1)
-        return (posterior_KR.unsqueeze(-2) @ factors_KRV).squeeze(-2)
-
     def condition(self, token: Tensor) -> Joint:
         """The joint of the remaining N-1 tokens given the first. token: (...) ids."""
         return Joint(self.posterior(token.unsqueeze(-1)), self.scores_NRV[..., 1:, :, :], self.normalised)
