@@ -1,7 +1,8 @@
-"""Wrong decoders, kept so that the law tests can be tested, and two right but wasteful ones that must pass them.
+"""Wrong decoders, there so that the tests can be tested, and two right but wasteful ones that must pass them.
 
 Each variant is a pair with the signatures of `proposals.sampled_chain` and `accept.verify`; what its draft hands to its
-verify as `laws` is its own affair. Batched like the library, so that one call simulates every sample of a step.
+verify as `distributions` is its own affair. Batched like the library, so that one call simulates every sample of a
+step.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _accepted(target_BSV: Tensor, draft_probs_BKV: Tensor, tokens_BK: Tensor, un
 def _after(
     target_BSV: Tensor, draft_probs_BKV: Tensor, accepted_B: Tensor, uniforms_BS: Tensor, from_p: Tensor
 ) -> Tensor:
-    """Token after the kept drafts: from the residual, or from the target itself where from_p (B,) says so."""
+    """Token after the accepted drafts: from the residual, or from the target itself where from_p (B,) says so."""
     drafts = draft_probs_BKV.shape[1]
     p = target_BSV.take_along_dim(accepted_B[:, None, None], dim=1).squeeze(1)
     q = draft_probs_BKV.take_along_dim(accepted_B.clamp(max=drafts - 1)[:, None, None], dim=1).squeeze(1)
@@ -55,7 +56,7 @@ def _after(
 
 
 def draft_by_component(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor) -> tuple[Tensor, Any]:
-    """(a): keeps both the drawn component's laws and the mixture's."""
+    """(a): holds the distributions of both the drawn component and the mixture."""
     own_BKV = _drawn_component(joint, count, uniforms_BS).exp()
     tokens_BK = draw(own_BKV, uniforms_BS[:, 1:])
     return tokens_BK, (own_BKV, _conditionals(joint, tokens_BK).exp())
@@ -107,7 +108,7 @@ def verify_from_target(
 def draft_component_throughout(
     joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Lossless, wasteful: the drawn component is the draft law everywhere (no filters)."""
+    """Lossless, wasteful: the drawn component is the draft q everywhere (no filters)."""
     own_BKV = _drawn_component(joint, count, uniforms_BS).exp()
     return draw(own_BKV, uniforms_BS[:, 1:]), own_BKV
 

@@ -1,9 +1,9 @@
-"""Law 9: the kept drafts and the token after them have the target's law. Exactly, by enumeration, and by simulation.
+"""Accepted drafts and the token after them are distributed as the target, by enumeration and by simulation.
 
 The simulation runs the library's own draft and acceptance code, batched over the samples of one window, completes each
-window from the target and compares whole windows with the exact law by a chi-square test. A lossless procedure fails it
-with probability `oracle.FALSE_ALARM` = 1e-4 per (fixed) seed. Each planted fault is rejected with probability >= .99:
-its exact law comes from the oracle, its power from the noncentral chi-square, and both are asserted here.
+window from the target and compares whole windows with the exact distribution by a chi-square test. A lossless procedure
+fails it with probability `oracle.FALSE_ALARM` = 1e-4 per (fixed) seed. Each planted fault is rejected with probability
+>= .99: its exact distribution comes from the oracle, its power from the noncentral chi-square, both asserted here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from cpdlm.decoding.proposals import greedy_chain, sampled_chain
 from cpdlm.model.joint import Joint
 from tests import oracle
 from tests.planted_faults import EXACT, FAULTS, WASTEFUL, Variant
+from tests.toy import keep
 
 SAMPLES = 60_000
 VOCABULARY, DRAFTS = 4, 2
 SETTINGS = {
-    "plain": Sampling(),
+    "unfiltered": Sampling(),
     "temperature": Sampling(temperature=0.6),
     "top-k": Sampling(top_k=2),
     "top-p": Sampling(top_p=0.7),
@@ -72,12 +73,8 @@ class Step:
         return self.joint.log_weights_R[0].exp().tolist(), self.joint.log_factors_NRV[0].exp().tolist()
 
 
-def keep(sampling: Sampling):  # type: ignore[no-untyped-def]
-    return lambda distribution: oracle.filter_law(distribution, sampling.temperature, sampling.top_k, sampling.top_p)
-
-
 def exact_law(procedure: str, step: Step, sampling: Sampling) -> dict[oracle.History, float]:
-    """The oracle's law of a window of K+1 tokens: what the procedure emits, completed from the target."""
+    """The oracle's distribution of a window of K+1 tokens: what the procedure emits, completed from the target."""
     target = step.oracle_target(sampling)
     distribution: dict[oracle.History, float] = defaultdict(float)
     for emitted, p in oracle.window_law(procedure, target, (), *step.oracle_joint(), DRAFTS, keep(sampling)).items():
@@ -87,7 +84,7 @@ def exact_law(procedure: str, step: Step, sampling: Sampling) -> dict[oracle.His
 
 
 def simulate(variant: Variant, step: Step, sampling: Sampling, seed: int = 0) -> tuple[Counter[oracle.History], float]:
-    """-> (counts of completed windows, mean number of kept drafts)."""
+    """-> (counts of completed windows, mean number of accepted drafts)."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniforms(*shape: int) -> Tensor:
@@ -118,8 +115,8 @@ def truth(rank: int, setting: str, seed: int = 0) -> dict[oracle.History, float]
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("rank", [1, 3])
-def test_the_emitted_law_is_the_target_by_enumeration(rank: int, setting: str) -> None:
-    """Every window of drafts, with the library's laws and residual, summed: equal to the target to 1e-12."""
+def test_what_is_emitted_is_the_target_by_enumeration(rank: int, setting: str) -> None:
+    """Every window of drafts, with the library's q and residual, summed: equal to the target to 1e-12."""
     step, sampling = Step(rank), SETTINGS[setting]
     uniforms = torch.rand(20_000, DRAFTS + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     tokens_BK, draft_probs_BKV = sampled_chain(step.batch(20_000), DRAFTS, sampling, uniforms)
@@ -177,14 +174,14 @@ def test_the_corrected_token_is_drawn_from_the_excess() -> None:
     assert [int(x) for x in verify(p, q, drafts, torch.tensor([[0.5, 0.4]], dtype=torch.float64))] == [1, 1]
 
 
-def test_equal_laws_leave_no_residual_but_rounding() -> None:
+def test_equal_distributions_leave_no_residual_but_rounding() -> None:
     p = torch.tensor([0.2, 0.8])
     assert residual(p, p).equal(p)
     assert residual(p, torch.full((2,), math.nan)).equal(p)
 
 
-def test_broken_laws() -> None:
-    """A target that is no law is marked by V where it would be emitted; a broken draft is rejected, and nothing is lost."""
+def test_broken_distributions() -> None:
+    """A broken target is marked by V where it would be emitted; a broken draft is rejected, and nothing is lost."""
     half = torch.tensor([[0.5, 0.5]])
     broken = torch.full((1, 2), math.nan)
     uniforms, drafts = torch.tensor([[0.9, 0.3]], dtype=torch.float64), torch.tensor([[1]])
@@ -234,8 +231,8 @@ def test_the_library_passes(rank: int, setting: str) -> None:
     assert oracle.p_value(counts, truth(rank, setting)) > oracle.FALSE_ALARM
 
 
-# (a) has no filter, (c) is a fault of filters only: at temperature 1 and without filters its two laws are equal in law.
-PLANTED = [("a", "plain"), ("b", "plain"), ("b", "all"), ("d", "plain"), ("d", "top-p"), ("d", "all")]
+# (a) has no filter, (c) is a fault of filters only: without filters its two ways to draw are the same.
+PLANTED = [("a", "unfiltered"), ("b", "unfiltered"), ("b", "all"), ("d", "unfiltered"), ("d", "top-p"), ("d", "all")]
 PLANTED += [("c", setting) for setting in ("temperature", "top-k", "top-p", "all")]
 
 
@@ -250,7 +247,7 @@ def test_every_planted_fault_is_rejected(fault: str, setting: str) -> None:
 
 
 def test_the_wasteful_variants_pass_and_accept_less() -> None:
-    for name, setting in (("component throughout", "plain"), ("filtered components throughout", "all")):
+    for name, setting in (("component throughout", "unfiltered"), ("filtered components throughout", "all")):
         counts, kept = simulate(WASTEFUL[name], Step(3), SETTINGS[setting])
         assert oracle.p_value(counts, truth(3, setting)) > oracle.FALSE_ALARM
         assert oracle.distance(exact_law(name, Step(3), SETTINGS[setting]), truth(3, setting)) < 1e-12

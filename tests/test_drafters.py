@@ -1,8 +1,8 @@
-"""Every drafting strategy, alone and in ragged batches: the target's law, and under greedy the target's own text.
+"""Every drafter, alone and in ragged batches: the target's distribution, and under greedy the target's own text.
 
-Law tests decode `SAMPLES` rows in one batch (each with a generator of its own) and hold the sequences to the exact
-autoregressive law, chi-square at `oracle.FALSE_ALARM`. That they would notice is shown by faults planted in what is new
-here: block acceptance, the tree's mask and positions, dead slots.
+Goodness-of-fit tests decode `SAMPLES` rows of each prompt in one batch (each with a generator of its own) and hold the
+sequences to the exact autoregressive distribution, chi-square at `oracle.FALSE_ALARM`. That they would notice is shown
+by faults planted in block acceptance, the tree's mask and positions, and dead slots.
 """
 
 from __future__ import annotations
@@ -29,24 +29,16 @@ from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.trunk import Trunk
 from tests import oracle
-from tests.toy import ToyModel
+from tests.toy import FILTERS, ToyModel, truth
 
 SAMPLES, LENGTH = 4000, 4
 PROMPTS = ((1,), (2, 0))  # of two lengths, alternating through the batch
 DRAFTS = [name for name in DRAFTERS if name != "none"]
-FILTERS = {"plain": Sampling(), "all": Sampling(temperature=1.4, top_k=2, top_p=0.9)}
 
 
 @memoised
 def toy(layout: str, horizon: int = 3) -> ToyModel:
     return ToyModel(layout, horizon=horizon, context=6)
-
-
-def truth(model: ToyModel, sampling: Sampling, prompt: tuple[int, ...], eos: int | None) -> dict[oracle.History, float]:
-    def distribution(history: tuple[int, ...]) -> list[float]:
-        return oracle.filter_law(model.oracle_target(history), sampling.temperature, sampling.top_k, sampling.top_p)
-
-    return oracle.autoregressive_law(distribution, prompt, LENGTH, eos)
 
 
 def counted(model: Any, sampling: Sampling, seed: int = 0, **options: Any) -> list[Counter[oracle.History]]:
@@ -60,31 +52,29 @@ def counted(model: Any, sampling: Sampling, seed: int = 0, **options: Any) -> li
 def p_values(model: Any, sampling: Sampling, **options: Any) -> list[float]:
     eos = options.get("eos")
     counts = counted(model, sampling, **options)
-    return [oracle.p_value(c, truth(model, sampling, prompt, eos)) for c, prompt in zip(counts, PROMPTS, strict=True)]
+    rights = [truth(model, sampling, prompt, LENGTH, eos) for prompt in PROMPTS]
+    return [oracle.p_value(count, right) for count, right in zip(counts, rights, strict=True)]
 
 
-# --- the law --------------------------------------------------------------------------------------------------
+# --- distribution --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", list(FILTERS))
-@pytest.mark.parametrize(
-    ("layout", "options"),
-    [
-        ("common", {}),
-        ("untied", {"eos": 1}),
-        ("anchored", {"options": Options(use_cache=False)}),
-        ("tied", {"options": Options(nodes=2)}),
-    ],
-    ids=["common", "untied, eos", "anchored, no cache", "tied, two nodes"],
-)
+PATHS = [
+    ("common", "all", {}),
+    ("untied", "all", {"eos": 1}),
+    ("anchored", "unfiltered", {"options": Options(use_cache=False)}),
+    ("tied", "unfiltered", {"options": Options(nodes=2)}),
+    ("common", "unfiltered", {}),
+]
+
+
+@pytest.mark.parametrize(("layout", "setting", "options"), PATHS)
 @pytest.mark.parametrize("draft", list(DRAFTERS))
-def test_every_strategy_writes_with_the_targets_law(
-    draft: str, layout: str, options: dict[str, Any], setting: str
-) -> None:
+def test_every_drafter_writes_as_the_target(draft: str, layout: str, setting: str, options: dict[str, Any]) -> None:
     assert min(p_values(toy(layout), FILTERS[setting], draft=draft, **options)) > oracle.FALSE_ALARM / 2
 
 
-class Shortlisted(ToyModel):
+class SmallDrafts(ToyModel):
     """Drafts from two of the three tokens; the target is as it was."""
 
     def __init__(self) -> None:
@@ -97,15 +87,15 @@ class Shortlisted(ToyModel):
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_drafts_from_a_shortlist_keep_the_law(draft: str) -> None:
-    assert min(p_values(Shortlisted(), Sampling(), draft=draft, options=Options(nodes=4))) > oracle.FALSE_ALARM / 2
+def test_a_draft_vocabulary_leaves_the_target_alone(draft: str) -> None:
+    assert min(p_values(SmallDrafts(), Sampling(), draft=draft, options=Options(nodes=4))) > oracle.FALSE_ALARM / 2
     prompt = torch.tensor(PROMPTS[0])
-    texts = [decode(Shortlisted(), prompt, 4, Sampling(0.0), draft=name).tokens for name in (draft, "none")]
+    texts = [decode(SmallDrafts(), prompt, 4, Sampling(0.0), draft=name).tokens for name in (draft, "none")]
     assert texts[0] == texts[1]
 
 
-def test_ids_of_the_shortlist_taken_for_those_of_the_vocabulary_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Laws that stay on the list while tokens are mapped: ratios of the wrong tokens."""
+def test_ids_of_the_draft_vocabulary_taken_for_those_of_the_whole_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probabilities that stay on the draft vocabulary while tokens are mapped: ratios of the wrong tokens."""
     monkeypatch.setattr(
         proposals.Proposal,
         "on_vocabulary",
@@ -113,7 +103,7 @@ def test_ids_of_the_shortlist_taken_for_those_of_the_vocabulary_are_noticed(monk
             ids[self.tokens_BK], torch.nn.functional.pad(self.distributions, (0, size - self.distributions.shape[-1]))
         ),
     )
-    assert min(p_values(Shortlisted(), Sampling())) < oracle.FALSE_ALARM
+    assert min(p_values(SmallDrafts(), Sampling())) < oracle.FALSE_ALARM
 
 
 # --- faults that must be noticed --------------------------------------------------------------------------------
@@ -148,7 +138,7 @@ def test_a_tree_whose_branches_see_each_other_is_noticed(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("fault", ["residual of the whole target", "longest share"])
 def test_wrong_block_verification_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right drafts and laws, and one step of algorithm 2 wrong."""
+    """Right drafts and distributions, and one step of algorithm 2 wrong."""
 
     def wrong(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
         accepted_B, _ = accept.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
@@ -185,7 +175,7 @@ def test_draws_shared_by_the_rows_of_a_batch_are_noticed(monkeypatch: pytest.Mon
 
 
 V3, K2 = 3, 2
-Tables = dict[tuple[int, ...], list[float]]  # law behind each prefix of a window
+Tables = dict[tuple[int, ...], list[float]]  # distribution behind each prefix of a window
 
 
 def made_laws(seed: int, scale: float) -> Tables:
@@ -197,7 +187,7 @@ def made_laws(seed: int, scale: float) -> Tables:
 
 
 def block_outcomes(p: Tables, q: Tables, draft: tuple[int, ...]) -> tuple[list[float], list[list[float]]]:
-    """Algorithm 2 in plain Python: (h_1..h_K, the law of the token after 0..K kept drafts)."""
+    """Algorithm 2 in plain Python: (h_1..h_K, the distribution of the token after 0..K accepted drafts)."""
     shares, keeps = [1.0], []
     for k in range(K2):
         shares.append(min(1.0, shares[-1] * p[draft[:k]][draft[k]] / q[draft[:k]][draft[k]]))
@@ -216,7 +206,7 @@ def block_outcomes(p: Tables, q: Tables, draft: tuple[int, ...]) -> tuple[list[f
 
 @pytest.mark.parametrize("seed", range(3))
 def test_block_verification_is_exact_in_the_oracle(seed: int) -> None:
-    """Over all drafts and outcomes: what is emitted, continued from p, has p's law."""
+    """Over all drafts and outcomes: what is emitted, continued from p, is distributed as p."""
     p, q = made_laws(seed, 1.0), made_laws(seed + 10, 2.0)
     distribution: dict[tuple[int, ...], float] = {}
     for draft in itertools.product(range(V3), repeat=K2):
@@ -237,7 +227,7 @@ def test_block_verification_is_exact_in_the_oracle(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_block_verification_is_the_oracles(seed: int) -> None:
-    """Thresholds of the tests to 1e-9, and the law behind each number of kept drafts on a grid of 2,000 draws."""
+    """Thresholds of the tests to 1e-9, and what follows each number of accepted drafts on a grid of 2,000 draws."""
     p, q = made_laws(seed, 1.0), made_laws(seed + 10, 2.0)
     grid = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     for draft in itertools.product(range(V3), repeat=K2):
@@ -272,8 +262,8 @@ def test_block_verification_is_the_oracles(seed: int) -> None:
 
 @pytest.mark.parametrize("verify", [accept.verify, accept.verify_block])
 def test_a_broken_law_behind_a_good_draft_loses_nothing(verify: Any) -> None:
-    """Law of the first token, q(x) P(kept | x) + P(none kept) residual(x), on a grid of draws: the target's, though q is
-    far from it and the next draft's law is NaN."""
+    """Of the first token, q(x) P(accepted | x) + P(none) residual(x), on a grid of draws: the target's, though q is
+    far from it and the next q is NaN."""
     p, q = [0.7, 0.2, 0.1], [0.1, 0.3, 0.6]
     grid = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
     uniforms_BS = torch.cartesian_prod(grid, grid[:1], grid)
@@ -379,15 +369,14 @@ def real(family: str, anchor: str = "token", common: bool = True, rank: int = 3)
     model = build_language_model(resolve(overrides), 17, trunk).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1.6)  # a law with preferences, so that some drafts are kept
+            parameter.mul_(1.6)  # preferences, so that some drafts are accepted
     return model
 
 
 RAGGED = [torch.randint(0, 17, (n,), generator=torch.Generator().manual_seed(n)) for n in (1, 9, 4, 17, 2)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("common", [True, False])
+@pytest.mark.parametrize(("family", "common"), [("llama", True), ("gpt2", False)])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_a_batch_is_its_rows_one_by_one(draft: str, family: str, common: bool) -> None:
     """Greedy and sampled, with and without a cache, rows that end at different times; dead slots closed up or not."""
@@ -451,7 +440,7 @@ def test_rows_that_end_early_leave_the_batch(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_binding_attention_window_is_exact_or_refused() -> None:
-    """Layers count the window in slots, dead ones and other branches' included: one row with a chain has none of those."""
+    """Layers count the window in slots, dead ones and other branches' included; a single chain has none."""
     torch.manual_seed(0)
     shape = MistralConfig(
         vocab_size=17,
@@ -504,7 +493,7 @@ def test_unknown_names_and_sizes_are_refused() -> None:
 
 
 def test_scores_changed_by_the_caller_are_the_target() -> None:
-    """Forbid the token written last: the law of the changed target, on every strategy, and the same text under greedy."""
+    """Forbid the token written last: the target is the changed one, for every drafter."""
 
     def changed(row: int, tokens: list[int], scores_V: Tensor) -> Tensor:
         return scores_V.index_fill(0, torch.tensor(tokens[-1:], dtype=torch.long), -torch.inf)

@@ -1,7 +1,7 @@
-"""Passes of fixed shape write what growing ones write: the same tokens from the same random numbers, and the target's law.
+"""Captured forwards write what growing ones write: the same tokens from the same random numbers, and the target's p.
 
-On the CPU the step runs as it is; on a GPU (where there is one) it is a replayed graph, and the same tests hold it to the
-growing passes there.
+On the CPU the step runs as it is; on a GPU (where there is one) it is a replayed graph, and the same tests hold it to
+the growing forwards there.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from cpdlm.decoding.drafters import DRAFTERS
 from cpdlm.hf import CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from tests import oracle
-from tests.test_drafters import FILTERS, LENGTH, PROMPTS, truth
-from tests.toy import ToyModel
+from tests.test_drafters import LENGTH, PROMPTS
+from tests.toy import FILTERS, ToyModel, truth
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SAMPLES = 4000
@@ -74,14 +74,17 @@ def p_values(layout: str, sampling: Sampling, draft: str, nodes: int = 8, eos: i
         eos=eos,
         options=Options(nodes=nodes, forwards=forwards),
     )
-    counts = [Counter(tuple(each.tokens) for each in done[place::2]) for place in (0, 1)]
-    return [oracle.p_value(c, truth(model, sampling, prompt, eos)) for c, prompt in zip(counts, PROMPTS, strict=True)]
+    counts = [Counter(tuple(each.tokens) for each in done[index::2]) for index in (0, 1)]
+    rights = [truth(model, sampling, prompt, LENGTH, eos) for prompt in PROMPTS]
+    return [oracle.p_value(count, right) for count, right in zip(counts, rights, strict=True)]
 
 
-@pytest.mark.parametrize("setting", list(FILTERS))
-@pytest.mark.parametrize(("layout", "eos"), [("common", None), ("untied", 1), ("anchored", None)])
+PATHS = [("common", "unfiltered", None), ("untied", "all", 1), ("anchored", "all", None)]
+
+
+@pytest.mark.parametrize(("layout", "setting", "eos"), PATHS)
 @pytest.mark.parametrize("draft", list(DRAFTERS))
-def test_captured_passes_write_with_the_targets_law(draft: str, layout: str, eos: int | None, setting: str) -> None:
+def test_captured_forwards_write_as_the_target(draft: str, layout: str, setting: str, eos: int | None) -> None:
     assert min(p_values(layout, FILTERS[setting], draft, nodes=4, eos=eos)) > oracle.FALSE_ALARM / 2
 
 
@@ -144,7 +147,7 @@ def texts(model: LanguageModel, sampling: Sampling, draft: str, captures: bool, 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("draft", ["none", "chain", "tree", "path"])
 @pytest.mark.parametrize(("family", "shortlist"), [("llama", 0), ("gpt2", 12)])
-def test_greedy_texts_are_those_of_growing_passes(family: str, shortlist: int, draft: str, device: str) -> None:
+def test_greedy_texts_are_those_of_growing_forwards(family: str, shortlist: int, draft: str, device: str) -> None:
     model = real(device, family, shortlist)
     ours, theirs = (texts(model, Sampling(0.0), draft, captures) for captures in (True, False))
     assert [each.tokens for each in ours] == [each.tokens for each in theirs]
@@ -153,7 +156,7 @@ def test_greedy_texts_are_those_of_growing_passes(family: str, shortlist: int, d
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("draft", ["none", "chain", "block", "tree"])
 def test_the_same_random_numbers_write_the_same_text(draft: str, device: str) -> None:
-    """But for the last window: growing passes draft no further than the text goes."""
+    """But for the last window: growing forwards draft no further than the text goes."""
     sampling = Sampling(0.9, top_k=20, top_p=0.95)
     ours, theirs = (texts(real(device), sampling, draft, captures) for captures in (True, False))
     for mine, other in zip(ours, theirs, strict=True):
@@ -161,7 +164,7 @@ def test_the_same_random_numbers_write_the_same_text(draft: str, device: str) ->
         assert len(mine.tokens) == len(other.tokens) == 48
 
 
-def test_passes_are_counted_and_can_be_used_again() -> None:
+def test_forwards_are_counted_and_can_be_used_again() -> None:
     model = real("cpu")
     forwards = CapturedForwards(model, 1, Sampling(0.0), slots=64)
     prompt = torch.tensor([1, 2, 3])
@@ -187,7 +190,7 @@ def test_passes_are_counted_and_can_be_used_again() -> None:
         ({"model": real("cpu", "gpt2")}, "captured for another model; make"),
     ],
 )
-def test_passes_of_another_kind_are_refused(options: dict[str, Any], message: str) -> None:
+def test_forwards_of_another_kind_are_refused(options: dict[str, Any], message: str) -> None:
     model = real("cpu")
     forwards = CapturedForwards(model, 1, Sampling(0.0), slots=64)
     given: dict[str, Any] = {"model": model, "max_new_tokens": 8, "sampling": Sampling(0.0)} | options
@@ -197,7 +200,7 @@ def test_passes_of_another_kind_are_refused(options: dict[str, Any], message: st
         decode(prompt_T=torch.tensor([1, 2, 3]), generator=generator, options=chosen, **given)
 
 
-def test_a_broken_target_is_named_by_captured_passes() -> None:
+def test_a_broken_target_is_named_by_captured_forwards() -> None:
     model = real("cpu")
     forwards = CapturedForwards(model, 1, Sampling(0.0), slots=64)
     weight = model.trunk.body.layers[0].self_attn.v_proj.weight
@@ -232,7 +235,7 @@ def test_nothing_is_captured_for_texts_beyond_the_context() -> None:
 
 def test_captures_are_kept_for_the_next_text_of_the_same_kind() -> None:
     model = copy.deepcopy(real("cpu"))
-    assert Captures(model)(1, 40, Sampling(0.0)) is None, "growing passes are faster off CUDA"
+    assert Captures(model)(1, 40, Sampling(0.0)) is None, "growing forwards are faster off CUDA"
     captures = Captures(model, on="cpu")
     first = captures(1, 40, Sampling(0.0))
     assert first is not None and first.slots == model.context
@@ -251,7 +254,7 @@ def test_captures_are_kept_for_the_next_text_of_the_same_kind() -> None:
     assert texts[0] == texts[1]
 
 
-def test_generate_of_the_library_takes_captured_passes() -> None:
+def test_generate_of_the_library_takes_captured_forwards() -> None:
     model = CpdlmForCausalLM.from_language_model(copy.deepcopy(real("cpu")), 1, 2)
     ids = torch.randint(3, 61, (2, 7))
     options = {"max_new_tokens": 30, "eos_token_id": None, "pad_token_id": 0}

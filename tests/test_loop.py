@@ -1,8 +1,8 @@
-"""Laws 10 to 12: the whole decoder, on every path, on a tabular toy (law) and on real tiny models (tokens).
+"""The whole decoder, on every path: on a tabular toy (its distribution) and on real tiny models (their tokens).
 
-Law tests: `SAMPLES` decoded sequences of `LENGTH` tokens against the exact autoregressive law (enumerated by the oracle),
-chi-square at `oracle.FALSE_ALARM` = 1e-4 per fixed seed. Each planted fault, run through the same loop, is rejected with
-probability >= .99 at this sample size: asserted from the exact law of the faulty decoder.
+Decoded sequences of `LENGTH` tokens are held to the exact autoregressive distribution (enumerated by the oracle),
+chi-square at `oracle.FALSE_ALARM` = 1e-4 per fixed seed. Each planted fault, run through the same loop, is rejected
+with probability >= .99 at this sample size: asserted from the exact distribution of the faulty decoder.
 """
 
 from __future__ import annotations
@@ -20,21 +20,16 @@ from cpdlm.bench.contenders import hugging_face
 from cpdlm.bench.timers import count_forwards
 from cpdlm.config import resolve
 from cpdlm.decoding import ModelProxy, Options, Sampling, decode, decode_batch, drafters
+from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from tests import oracle
 from tests.planted_faults import FAULTS, WASTEFUL, Variant
-from tests.toy import ToyModel
+from tests.toy import FILTERS, ToyModel, keep
+from tests.toy import truth as exact
 
-SAMPLES = 4000
+SAMPLES, ALONE = 4000, 2000  # rows of a batch; rows one after another
 LENGTH = 4
 PROMPT = (1,)
-FILTERS = {
-    "plain": Sampling(),
-    "temperature": Sampling(temperature=0.5),
-    "top-k": Sampling(top_k=2),
-    "top-p": Sampling(top_p=0.8),
-    "all": Sampling(temperature=1.4, top_k=2, top_p=0.9),
-}
 
 
 @cache
@@ -42,12 +37,8 @@ def toy(layout: str) -> ToyModel:
     return ToyModel(layout)
 
 
-def keep(sampling: Sampling):  # type: ignore[no-untyped-def]
-    return lambda distribution: oracle.filter_law(distribution, sampling.temperature, sampling.top_k, sampling.top_p)
-
-
 def truth(model: ToyModel, sampling: Sampling, eos: int | None = None) -> dict[oracle.History, float]:
-    return oracle.autoregressive_law(lambda history: keep(sampling)(model.oracle_target(history)), PROMPT, LENGTH, eos)
+    return exact(model, sampling, PROMPT, LENGTH, eos)
 
 
 def sequences(model: ToyModel, sampling: Sampling, seed: int = 0, **options: Any) -> Counter[oracle.History]:
@@ -55,26 +46,26 @@ def sequences(model: ToyModel, sampling: Sampling, seed: int = 0, **options: Any
     prompt = torch.tensor(PROMPT)
     if options.pop("alone", False):
         generator = torch.Generator().manual_seed(seed)
-        done = [decode(model, prompt, LENGTH, sampling, generator, **options) for _ in range(SAMPLES)]
+        done = [decode(model, prompt, LENGTH, sampling, generator, **options) for _ in range(ALONE)]
     else:
         generators = [torch.Generator().manual_seed(seed * 10**6 + row) for row in range(SAMPLES)]
         done = decode_batch(model, [prompt] * SAMPLES, LENGTH, sampling, generators, **options)
     return Counter(tuple(each.tokens) for each in done)
 
 
-# --- law 10 -------------------------------------------------------------------------------------------------------
+# --- distribution ----------------------------------------------------------------------------------------------------
 
 PATHS = [
-    ("common", "plain", {}),
-    ("common", "plain", {"alone": True}),
+    ("common", "unfiltered", {}),
+    ("common", "unfiltered", {"alone": True}),
     ("untied", "all", {"alone": True, "options": Options(use_cache=False), "eos": 1}),
-    ("common", "plain", {"options": Options(use_cache=False)}),
-    ("common", "plain", {"draft": "none"}),
-    ("untied", "plain", {}),
+    ("common", "unfiltered", {"options": Options(use_cache=False)}),
+    ("common", "unfiltered", {"draft": "none"}),
+    ("untied", "unfiltered", {}),
     ("untied", "all", {"eos": 1}),
     ("tied", "temperature", {}),
-    ("tied", "plain", {"eos": 2}),
-    ("anchored", "plain", {"options": Options(use_cache=False), "eos": 1}),
+    ("tied", "unfiltered", {"eos": 2}),
+    ("anchored", "unfiltered", {"options": Options(use_cache=False), "eos": 1}),
     ("anchored", "top-k", {}),
     ("anchored", "top-p", {}),
 ]
@@ -89,14 +80,13 @@ def fault_law(fault: str, model: ToyModel, sampling: Sampling, eos: int | None =
 @pytest.mark.parametrize(("layout", "setting", "options"), [path for path in PATHS if path[2].get("draft") != "none"])
 def test_every_path_has_the_power_to_reject_every_fault(layout: str, setting: str, options: dict[str, Any]) -> None:
     model, sampling, eos = toy(layout), FILTERS[setting], options.get("eos")
-    for fault in (
-        ("a", "b", "d") if sampling.unfiltered else ("b", "c", "d")
-    ):  # (a) drafts unfiltered, (c) is a fault of filters
-        assert oracle.power(fault_law(fault, model, sampling, eos), truth(model, sampling, eos), SAMPLES) >= 0.99, fault
+    samples = ALONE if options.get("alone") else SAMPLES
+    for fault in "abd" if sampling.unfiltered else "bcd":  # (a) drafts unfiltered, (c) is a fault of filters
+        assert oracle.power(fault_law(fault, model, sampling, eos), truth(model, sampling, eos), samples) >= 0.99, fault
 
 
 @pytest.mark.parametrize(("layout", "setting", "options"), PATHS)
-def test_the_decoder_writes_with_the_targets_law(layout: str, setting: str, options: dict[str, Any]) -> None:
+def test_the_decoder_writes_as_the_target(layout: str, setting: str, options: dict[str, Any]) -> None:
     model, sampling = toy(layout), FILTERS[setting]
     distribution = truth(model, sampling, options.get("eos"))
     assert oracle.p_value(sequences(model, sampling, **options), distribution) > oracle.FALSE_ALARM
@@ -116,7 +106,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, variant: Variant) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "setting"), [("a", "plain"), ("b", "plain"), ("c", "temperature"), ("c", "all"), ("d", "plain")]
+    ("fault", "setting"),
+    [("a", "unfiltered"), ("b", "unfiltered"), ("c", "temperature"), ("c", "all"), ("d", "unfiltered")],
 )
 def test_every_planted_fault_is_rejected_by_the_whole_decoder(
     fault: str, setting: str, monkeypatch: pytest.MonkeyPatch
@@ -132,7 +123,7 @@ def test_every_planted_fault_is_rejected_by_the_whole_decoder(
 
 
 @pytest.mark.parametrize(
-    ("variant", "setting"), [("component throughout", "plain"), ("filtered components throughout", "all")]
+    ("variant", "setting"), [("component throughout", "unfiltered"), ("filtered components throughout", "all")]
 )
 def test_the_wasteful_variants_pass(variant: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, WASTEFUL[variant])
@@ -151,7 +142,7 @@ def test_a_cache_that_is_not_rolled_back_is_rejected(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.0), Sampling(0.7, 2, 0.9)])
 @pytest.mark.parametrize("draft", ["chain", "none"])
-def test_length_passes_and_depths_add_up(sampling: Sampling, draft: bool) -> None:
+def test_length_forwards_and_depths_add_up(sampling: Sampling, draft: str) -> None:
     model = ToyModel("untied", rank=2, horizon=4, context=9)
     generator = torch.Generator().manual_seed(0)
     for length in range(1, 9):
@@ -164,8 +155,8 @@ def test_length_passes_and_depths_add_up(sampling: Sampling, draft: bool) -> Non
             done.forwards == model.calls == len(pieces)
             and [token for piece in pieces for token in piece] == done.tokens
         )
-        assert done.emitted[0] == 1 and max(done.emitted) <= (4 if draft else 1)
-        assert sum(done.accepted) == length - done.forwards  # each pass emits one token beside its drafts
+        assert done.emitted[0] == 1 and max(done.emitted) <= (4 if draft == "chain" else 1)
+        assert sum(done.accepted) == length - done.forwards  # each forward emits one token beside its drafts
         assert all(a <= r for a, r in zip(done.accepted, done.reached, strict=True))
         assert all(done.reached[k + 1] <= done.accepted[k] for k in range(2))
 
@@ -175,8 +166,6 @@ def perfect(model: ToyModel) -> ToyModel:
 
     class Perfect(ModelProxy):
         def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Any:
-            from cpdlm.model.joint import Joint
-
             code, token = int(hidden_BD[0, 0]), int(pending_B)
             rows = []
             for _ in range(self.horizon - 1):
@@ -247,7 +236,7 @@ def test_bad_input_is_refused_before_any_work(
     assert model.calls == 0
 
 
-# --- real models: laws 11 and 12 ------------------------------------------------------------------------------------
+# --- real models ------------------------------------------------------------------------------------
 
 BASE = {
     "size": "micro",
@@ -276,9 +265,8 @@ def real(
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), vocabulary) if common else None
     model = build_language_model(resolve(overrides | ({"model.trunk": "frozen"} if common else {})), vocabulary, trunk)
     model = model.double().eval()
-    generator = torch.Generator().manual_seed(
-        2
-    )  # own weights: the power below must not hang on how models are initialised
+    # Own weights: the power below must not hang on how models are initialised.
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -335,7 +323,7 @@ def test_sampling_is_the_same_with_and_without_a_cache(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_cache_after_rollback_is_the_cache_recomputed(family: str) -> None:
-    """Law 12, on the cache itself: keys and values after a decode equal those of one pass over the text."""
+    """Keys and values after a decode equal those of one forward over the text."""
     model = real(family, 4, "token", False, True)
     caches = []
 
@@ -351,15 +339,15 @@ def test_cache_after_rollback_is_the_cache_recomputed(family: str) -> None:
     fresh = model.new_cache()
     with torch.inference_mode():
         model.hidden(text[None], cache=fresh)
-    # The last window is not rolled back: nothing follows it. Compare what every earlier pass left behind.
+    # The last window is not rolled back: nothing follows it. Compare what every earlier forward left behind.
     length = len(text) - done.emitted[-1]
     for used, right in zip(caches[0].layers, fresh.layers, strict=True):
         torch.testing.assert_close(used.keys[:, :, :length], right.keys[:, :, :length], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(used.values[:, :, :length], right.values[:, :, :length], rtol=1e-9, atol=1e-9)
 
 
-def test_a_real_model_keeps_its_law() -> None:
-    """A tiny Llama, rank 4, target eq. 11: the law through cache, heads and rollback. Power: (d) here, all on the toys."""
+def test_a_real_model_writes_as_its_target() -> None:
+    """A tiny Llama, rank 4, target eq. 11: through cache, heads and rollback. Power: (d) here, all on the toys."""
     model, prompt, samples = real("llama", 4, "none", False, False, horizon=3, vocabulary=3, sharp=1.0), (2, 0), 1000
 
     def state(history: oracle.History) -> Tensor:

@@ -1,16 +1,40 @@
-"""A tabular model for law tests: every law is a row of a table, looked up by the whole history of tokens.
+"""A tabular model for goodness-of-fit tests: every distribution is a row of a table, looked up by the whole history.
 
 The hidden state of a position is the code of its history, so that a token lost, doubled or left in the cache leads to
 another row. Float64. Layouts: "common" (a target of its own), "untied" (the target is eq. 11 of the joint), "tied" (the
-draft sees the history alone) and "anchored" (the draft sees the fixed token as well).
+draft sees the history alone) and "anchored" (the draft sees the pending token as well).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from cpdlm.decoding import Sampling
 from cpdlm.model.joint import Joint
+from tests import oracle
+
+FILTERS = {
+    "unfiltered": Sampling(),
+    "temperature": Sampling(temperature=0.5),
+    "top-k": Sampling(top_k=2),
+    "top-p": Sampling(top_p=0.8),
+    "all": Sampling(temperature=1.4, top_k=2, top_p=0.9),
+}
+
+
+def keep(sampling: Sampling) -> Callable[[oracle.Law], oracle.Law]:
+    """The oracle's filter for this sampling."""
+    return lambda law: oracle.filter_law(law, sampling.temperature, sampling.top_k, sampling.top_p)
+
+
+def truth(
+    model: ToyModel, sampling: Sampling, prompt: oracle.History, length: int, eos: int | None = None
+) -> dict[oracle.History, float]:
+    """What a decoder of this model must write: the distribution of `length` tokens behind the prompt."""
+    return oracle.autoregressive_law(lambda history: keep(sampling)(model.oracle_target(history)), prompt, length, eos)
 
 
 class ToyCache:
@@ -47,7 +71,7 @@ class ToyModel:
         sharpness: float = 1.5,
         target_sharpness: float = 0.7,
     ) -> None:
-        # The defaults (a flat target, sharper drafts, this seed) were picked for the power of the law tests.
+        # A flat target, sharper drafts and this seed give the tests their power.
         self.layout, self.rank, self.horizon, self.vocab_size, self.context = layout, rank, horizon, vocab_size, context
         generator = torch.Generator().manual_seed(seed)
         self.codes = (vocab_size + 1) ** context
