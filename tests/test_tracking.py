@@ -15,12 +15,15 @@ from made_records import made
 
 from cpdlm.config import Config, parse, resolve
 from experiments import tracking
+from experiments.tracking import __main__ as command
+from experiments.tracking import importing, view
+from experiments.tracking import store as store_module
 from experiments.records import write
 
 
 @pytest.fixture(autouse=True)
 def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_warned", set())
+    monkeypatch.setattr(store_module, "warned", set())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -62,7 +65,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (output / "results" / "torn.json").write_text("{")
         with pytest.warns(UserWarning, match="torn.json"):
             imported = [
-                tracking.import_records(output / "results", tracking.default_uri(output), "imported", figures=output)
+                importing.import_records(output / "results", tracking.default_uri(output), "imported", figures=output)
                 for _ in range(2)
             ]
     return {
@@ -83,14 +86,14 @@ def test_the_cell_is_a_named_child_with_tags_params_and_note(store: dict[str, An
     assert run.info.run_name == "code-tiny-own-r2-n4-none-s0"
     tags = run.data.tags
     assert tags["mlflow.parentRunId"] == store["sweep"]
-    assert {key: tags[key] for key in ("rank", "horizon", "size", "corpus", "seed", "anchor", "law", "target")} == {
+    assert {key: tags[key] for key in ("rank", "horizon", "size", "corpus", "seed", "anchor", "variant", "target")} == {
         "rank": "2",
         "horizon": "4",
         "size": "tiny",
         "corpus": "code",
         "seed": "0",
         "anchor": "none",
-        "law": "untied",
+        "variant": "untied",
         "target": "own",
     }
     assert tags["command"] == "python experiments/run.py rank=2"
@@ -113,7 +116,7 @@ def test_a_resumed_cell_and_sweep_continue_their_runs(store: dict[str, Any]) -> 
 def test_artefacts_lie_beside_the_database(store: dict[str, Any]) -> None:
     names = {entry.path for entry in store["client"].list_artifacts(store["first"])}
     assert names == {"config.yaml", "record.json", "figures"}
-    root = store["output"] / tracking.ARTIFACTS
+    root = store["output"] / store_module.ARTIFACTS
     assert any(root.rglob("record.json"))
     assert not Path("mlruns").exists()
     assert store["client"].get_run(store["first"]).data.metrics["sampling/speedup.median"] > 0
@@ -135,9 +138,9 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert child.data.tags["commit"] == "0123456789abcdef"
     assert child.info.start_time == 1767225600000
     assert child.info.end_time - child.info.start_time == 86_000
-    assert {key: child.data.tags[key] for key in ("rank", "law", "size", "corpus", "seed")} == {
+    assert {key: child.data.tags[key] for key in ("rank", "variant", "size", "corpus", "seed")} == {
         "rank": "8",
-        "law": "untied",
+        "variant": "untied",
         "size": "tiny",
         "corpus": "code",
         "seed": "1",
@@ -145,15 +148,15 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert [point.step for point in client.get_metric_history(child.info.run_id, "train/nll")] == [100, 200, 400]
     assert child.data.metrics["likelihood/joint_nll.mean"] > 0
     note = parent.data.tags["mlflow.note.content"]
-    assert "experiments/sweep.py claim=C1" in note and "not measured here: no cell of rank 1" in note
+    assert "experiments/sweep.py claim=C1" in note and "no cell of rank 1" in note
     assert "**C1: Does the joint" in note and "**C2: Is the first-token loss" in note  # both rest on these cells
     assert {entry.path for entry in client.list_artifacts(parent.info.run_id, "figures")} == {"figures/figure.png"}
     assert "joint negative log-likelihood" in experiment.tags["mlflow.note.content"]
-    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{tracking.VIEW}"])
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{view.VIEW}"])
     state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
     shown = {column.split("`")[1] for column in state["selectedColumns"]}
     assert shown <= set(child.data.tags) | set(child.data.metrics)
-    assert shown & {"corpus", "size", "law", "rank", "horizon", "seed"} <= set(client.get_run(store["first"]).data.tags)
+    assert shown & {"corpus", "size", "variant", "rank", "horizon", "seed"} <= set(client.get_run(store["first"]).data.tags)
     assert {chart["yaxis"]["key"] for chart in state["compareRunCharts"]} <= set(child.data.metrics)
 
 
@@ -191,7 +194,7 @@ def test_a_store_that_dies_in_mid_run_warns_once_and_is_left_alone() -> None:
         tracker.end()
     assert len(caught) == 1
     assert "the run and its record go on without it" in str(caught[0].message)
-    assert client.calls == tracking.PATIENCE
+    assert client.calls == store_module.PATIENCE
 
 
 def test_lightnings_logger_survives_a_dead_store() -> None:
@@ -216,7 +219,7 @@ def test_a_store_that_cannot_be_opened_leaves_tracking_off(tmp_path: Path) -> No
 
 
 def test_without_mlflow_there_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(store_module.importlib.util, "find_spec", lambda name: None)
     config = quick(tmp_path)
     with pytest.warns(UserWarning, match="mlflow is not installed") as caught:
         for _ in range(2):
@@ -228,7 +231,7 @@ def test_without_mlflow_there_is_one_warning(tmp_path: Path, monkeypatch: pytest
     assert len(caught) == 1
     with pytest.raises(RuntimeError, match="mlflow is not installed"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tracking.import_records(tmp_path, "sqlite:///x")
+        importing.import_records(tmp_path, "sqlite:///x")
 
 
 @pytest.mark.parametrize("how", ["setting", "helper"])
@@ -251,28 +254,20 @@ def test_the_store_is_chosen_in_the_written_order(tmp_path: Path, monkeypatch: p
 
 
 def test_the_dashboard_listens_on_this_machine_only(tmp_path: Path) -> None:
-    words = tracking.server_argv(tmp_path)
+    words = command.server_argv(tmp_path)
     assert words[:4] == [sys.executable, "-m", "mlflow", "server"]
     assert words[words.index("--host") + 1] == "127.0.0.1"
     assert words[words.index("--backend-store-uri") + 1] == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
-    environment = tracking.server_environment()
+    environment = command.server_environment()
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == environment["DO_NOT_TRACK"] == "true"
 
 
 def test_a_users_password_is_not_kept(tmp_path: Path) -> None:
-    tracking._remember(tmp_path, tracking.Tracker(None, "run", "postgresql://me:secret@host/db"))
-    assert json.loads((tmp_path / tracking.RUN_FILE).read_text())["uri"] == "postgresql://host/db"
+    store_module.remember(tmp_path, tracking.Tracker(None, "run", "postgresql://me:secret@host/db"))
+    assert json.loads((tmp_path / store_module.RUN_FILE).read_text())["uri"] == "postgresql://host/db"
 
 
 def test_import_errors_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mlflow")
-    assert tracking.main(["import", "--results", str(tmp_path / "none"), "--uri", "sqlite:///x"]) == 2
+    assert command.main(["import", "--results", str(tmp_path / "none"), "--uri", "sqlite:///x"]) == 2
     assert "is not a folder of records" in capsys.readouterr().err
-
-
-def test_importing_this_module_imports_no_mlflow() -> None:
-    import subprocess
-
-    code = "import sys, experiments.tracking; assert not {'mlflow', 'lightning', 'torch'} & set(sys.modules)"
-    root = Path(__file__).resolve().parent.parent
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

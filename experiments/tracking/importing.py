@@ -1,0 +1,172 @@
+"""Committed records, shown in an MLflow store."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpdlm.config import flat
+from experiments.tracking import claim_experiment
+from experiments.tracking.store import (
+    Tracker,
+    client_of,
+    create_run,
+    first_line,
+    is_installed,
+    log_content,
+    shown,
+    tags_of,
+    warn,
+)
+
+if TYPE_CHECKING:
+    from experiments.claims import Verdict
+    from experiments.records import Record
+
+
+def import_records(
+    results: Path, uri: str, prefix: str = "cpdlm", artifacts: Path | None = None, figures: Path | None = None
+) -> int:
+    """Show committed records in a store. Returns how many were new.
+
+    An experiment per claim (`claim_experiment`) has a parent run per results folder, and that a child per record. A
+    record that is there already (by its sha256) is skipped, so a second import adds nothing. Where there is a new one,
+    every parent's note is renewed: the command, and each verdict that rests on the folder; the page and the pictures of
+    `figures` are attached. A claim that is answered from other claims' cells alone has a parent without children, which
+    says whose. artifacts: folder of the copies (default: beside a SQLite store). Raises RuntimeError without mlflow or
+    with a store that fails, RecordError where `results` is no folder.
+    """
+    if not is_installed():
+        raise RuntimeError("mlflow is not installed; pip install mlflow")
+    from experiments.claims import judge
+    from experiments.families import families_of
+    from experiments.records import load_all
+
+    records, damaged = load_all(results)
+    for line in damaged:
+        warn(line)
+    verdicts = judge(families_of(records)[0])
+    if artifacts is None and uri.startswith("sqlite:///"):
+        artifacts = Path(uri.removeprefix("sqlite:///")).parent
+    try:
+        if artifacts is not None:
+            artifacts.mkdir(parents=True, exist_ok=True)
+        known = _imported(client_of(uri), prefix)
+    except Exception as error:
+        raise RuntimeError(f"the MLflow store {shown(uri)} cannot be used: {first_line(error)}") from error
+    folders: dict[str, list[Record]] = {}
+    digests = {}
+    for record in records:
+        folders.setdefault(Path(record.path).parent.as_posix(), []).append(record)
+        digests[record.path] = hashlib.sha256((results / record.path).read_bytes()).hexdigest()
+    if all(digest in known for digest in digests.values()):
+        return 0
+    claims = {verdict.claim.id for verdict in verdicts if verdict.records}
+    borrowed = claims - {_claim_of(folder) for folder in folders}
+    count = 0
+    for folder in (*folders, *sorted(borrowed)):
+        mine = folders.get(folder, [])
+        name = claim_experiment(_claim_of(folder), prefix)
+        note = _note(folder, sorted({str(record["profile"]) for record in mine}), verdicts)
+        tags = {"import": folder, "kind": "sweep", "claim": _claim_of(folder), "mlflow.note.content": note}
+        parent = _parent(uri, name, f"records: {folder}" if mine else f"verdicts: {folder}", tags, artifacts, known)
+        for path in _pictures(figures):
+            parent.artifact(path, "figures")
+        parent.end()
+        for record in mine:
+            if (digest := digests[record.path]) not in known:
+                count += _show(record, results / record.path, digest, uri, name, parent.run_id, artifacts)
+    return count
+
+
+def _claim_of(folder: str) -> str:
+    """The claim that a folder of results is about, else its own name: C6 for C6-long, beyond for beyond."""
+    name = Path(folder).name or "single"
+    found = re.match(r"C\d+(?=$|-)", name)
+    return found[0] if found else name
+
+
+def _imported(client: Any, prefix: str) -> dict[str, str]:
+    """Run ids by record_sha256 and by import, over all experiments of the prefix."""
+    known: dict[str, str] = {}
+    ids = [found.experiment_id for found in client.search_experiments() if found.name.startswith(f"{prefix} ")]
+    token: str | None = None
+    while ids:
+        page = client.search_runs(ids, max_results=1000, page_token=token)
+        for run in page:
+            known |= {
+                run.data.tags[key]: run.info.run_id for key in ("record_sha256", "import") if key in run.data.tags
+            }
+        token = page.token
+        if not token:
+            break
+    return known
+
+
+def _parent(
+    uri: str, experiment: str, name: str, tags: dict[str, str], artifacts: Path | None, known: Mapping[str, str]
+) -> Tracker:
+    """The parent run of an import: the one that is there, its note renewed, or a new one."""
+    if tags["import"] not in known:
+        return create_run(uri, experiment, name, tags, artifacts)
+    tracker = Tracker(client_of(uri), known[tags["import"]], uri)
+    tracker.tags(tags)
+    return tracker
+
+
+def _note(folder: str, profiles: list[str], verdicts: list[Verdict]) -> str:
+    """Markdown: what makes the records of a folder, and the verdicts that rest on them.
+
+    Of a claim without a folder: its own verdicts, and the folders whose cells answer it.
+    """
+    from experiments.report.figures import command
+
+    about = [verdict for verdict in verdicts if verdict.claim.id == _claim_of(folder)]
+    resting = [
+        verdict for verdict in verdicts if any(Path(path).parent.as_posix() == folder for path in verdict.records)
+    ]
+    if profiles:
+        made = next((verdict.claim.id for verdict in (*about, *resting)), "all")
+        lines = [
+            f"Records of `results/{folder}` ({', '.join(profiles)}). `{command(made)}` makes what is missing; each run names its own command."
+        ]
+    else:
+        resting = about
+        lenders = sorted({Path(path).parent.as_posix() for verdict in about for path in verdict.records})
+        lines = [
+            f"{folder} is answered from the cells of {', '.join(f'`{lender}`' for lender in lenders)}. `{command(folder)}` makes what is missing."
+        ]
+    for claim in dict.fromkeys(verdict.claim for verdict in resting):
+        lines += ["", f"**{claim.name}: {claim.question}**", ""]
+        lines += [
+            f"- {verdict.setting}: **{verdict.verdict}**. {verdict.measured()}"
+            for verdict in resting
+            if verdict.claim == claim
+        ]
+    return "\n".join(lines)
+
+
+def _pictures(figures: Path | None) -> list[Path]:
+    if figures is None:
+        return []
+    return [path for path in (figures / "report.html", *sorted(figures.glob("*.png"))) if path.is_file()]
+
+
+def _show(
+    record: Record, path: Path, digest: str, uri: str, experiment: str, parent: str, artifacts: Path | None
+) -> bool:
+    """A finished run for one record; False where the store did not take it."""
+    content = record.content
+    tags = tags_of(content["config"], record.variant, record.target, content["commit"], content["command"])
+    started = int(datetime.datetime.fromisoformat(content["started"]).timestamp() * 1000)
+    tags |= {"record_sha256": digest, "mlflow.parentRunId": parent}
+    tracker = create_run(uri, experiment, content["name"], tags, artifacts, started)
+    tracker.params(flat(content["config"]))
+    tracker.curve(content["training"]["curve"])
+    log_content(tracker, content, path)
+    tracker.end(when=started + int(1000 * sum(content["seconds"].values())))
+    return bool(tracker.run_id)

@@ -1,0 +1,244 @@
+"""The MLflow store: one run of it, and what all runs share. mlflow is imported inside functions only."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpdlm.config import Config, flat
+from cpdlm.files import write_json
+from experiments.tracking.view import experiment_tags
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import MLFlowLogger
+
+RUN_FILE, DATABASE, ARTIFACTS = "mlflow.json", "mlflow.db", "mlartifacts"
+PATIENCE = 3  # failures in a row after which a run stops trying
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    # A server that is gone must cost seconds: the defaults retry for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+}
+
+
+class Tracker:
+    """One MLflow run, or nothing: every method does nothing where tracking is off, and never raises.
+
+    run_id: "" when off. logger: for Lightning's Trainer, None when off.
+    """
+
+    def __init__(self, client: Any = None, run_id: str = "", uri: str = "") -> None:
+        self.run_id, self.uri = run_id, uri
+        self.logger: MLFlowLogger | None = None
+        self._client, self._failures = client, 0
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers at a step; anything that is not a number is left out."""
+        self.curve([{"step": step, **values}])
+
+    def curve(self, points: list[dict[str, float]]) -> None:
+        """Log [{"step", name: value, ...}], many at a time."""
+
+        def log() -> None:
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            found = [
+                Metric(_name(key), float(value), now, int(point["step"]))
+                for point in points
+                for key, value in point.items()
+                if key != "step" and isinstance(value, int | float)
+            ]
+            for start in range(0, len(found), 500):
+                self._client.log_batch(self.run_id, metrics=found[start : start + 500])
+
+        self.attempt(log)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log settings; written once, since MLflow refuses to change one."""
+
+        def log() -> None:
+            from mlflow.entities import Param
+
+            found = [Param(key, str(value)[:500]) for key, value in values.items()]
+            for start in range(0, len(found), 100):
+                self._client.log_batch(self.run_id, params=found[start : start + 100])
+
+        self.attempt(log)
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags; a later value replaces an earlier one."""
+
+        def log() -> None:
+            from mlflow.entities import RunTag
+
+            self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:7900]) for key, value in values.items()])
+
+        self.attempt(log)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Copy a file into the run's artefacts."""
+        self.attempt(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
+
+    def text(self, content: str, name: str) -> None:
+        """Store text as an artefact of that name."""
+        self.attempt(lambda: self._client.log_text(self.run_id, content, name))
+
+    def end(self, status: str = "FINISHED", when: int | None = None) -> None:
+        """FINISHED, FAILED or KILLED. when: milliseconds since 1970 (default: now)."""
+        self.attempt(lambda: self._client.set_terminated(self.run_id, status, when))
+
+    def attempt(self, action: Callable[[], Any]) -> None:
+        """Run it; a failure warns once, and after PATIENCE of them in a row no more is tried."""
+        if not self.run_id or self._failures >= PATIENCE:
+            return
+        try:
+            action()
+            self._failures = 0
+        except Exception as error:
+            self._failures += 1
+            warn(
+                f"MLflow at {shown(self.uri)} did not take a write ({first_line(error)}); the run and its record go on without it"
+            )
+
+
+def tracking_uri(config: Config) -> str:
+    """The store of a run: tracking.uri, else MLFLOW_TRACKING_URI, else SQLite in the output folder."""
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(Path(config.output))
+
+
+def default_uri(output: Path) -> str:
+    return f"sqlite:///{(output / DATABASE).resolve()}"
+
+
+def create_run(
+    uri: str, experiment: str, name: str, tags: Mapping[str, str], output: Path | None, started: int | None = None
+) -> Tracker:
+    """A new run; off, with a warning, where the store cannot be used."""
+    try:
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+        client = client_of(uri)
+        run = client.create_run(
+            _experiment(client, experiment, output), start_time=started, tags=dict(tags), run_name=name
+        )
+    except Exception as error:
+        warn(f"MLflow at {shown(uri)} cannot be used ({first_line(error)}); the run and its record go on without it")
+        return Tracker()
+    return Tracker(client, run.info.run_id, uri)
+
+
+def continued(folder: Path, uri: str) -> Tracker:
+    """The run that `folder` remembers in this store, set running again; off where there is none."""
+    try:
+        kept = json.loads((folder / RUN_FILE).read_text())
+        if kept["uri"] != shown(uri):
+            return Tracker()
+        client = client_of(uri)
+        client.update_run(kept["run_id"], status="RUNNING")
+    except Exception:
+        return Tracker()
+    return Tracker(client, kept["run_id"], uri)
+
+
+def remember(folder: Path, tracker: Tracker) -> None:
+    if not tracker.run_id:
+        return
+    try:
+        write_json(folder / RUN_FILE, {"run_id": tracker.run_id, "uri": shown(tracker.uri)})
+    except OSError as error:
+        warn(f"{folder / RUN_FILE} was not written ({error}); a resumed run will show as a new one in MLflow")
+
+
+def client_of(uri: str) -> Any:
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _experiment(client: Any, name: str, output: Path | None) -> str:
+    """Its id; a new one keeps its artefacts beside a local store, and where the server says for a remote one."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        local = output is not None and not client.tracking_uri.startswith(("http", "databricks"))
+        try:
+            index = (output / ARTIFACTS).resolve().as_uri() if output and local else None
+            return str(client.create_experiment(name, index, experiment_tags(name)))
+        except Exception:
+            found = client.get_experiment_by_name(name)  # another process made it meanwhile
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+_DIALS = ("rank", "horizon", "size", "corpus", "seed", "anchor")
+
+
+def tags_of(dials: Mapping[str, Any], variant: str, target: str, commit: str, command: str) -> dict[str, str]:
+    tags = {key: str(dials[key]) for key in _DIALS}
+    return tags | {
+        "variant": variant,
+        "target": target,
+        "commit": commit,
+        "command": command,
+        "mlflow.note.content": f"`{command}`",
+    }
+
+
+def log_content(tracker: Tracker, content: dict[str, Any], path: Path) -> None:
+    """Final metrics of a record, and the record itself as record.json."""
+    kept: dict[str, float] = {}
+    for group in ("parameters", "seconds", "likelihood", "training"):
+        kept |= {
+            f"{group}/{key}": value for key, value in flat(content[group]).items() if isinstance(value, int | float)
+        }
+    for mode, measured in (content["decoding"] or {"modes": {}})["modes"].items():
+        kept |= {f"{mode}/{key}": value for key, value in flat(measured).items() if isinstance(value, int | float)}
+    tracker.metrics(kept)
+    tracker.text(path.read_text(encoding="utf-8"), "record.json")
+
+
+def _name(key: str) -> str:
+    """A metric name that MLflow takes."""
+    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in key)
+
+
+def is_installed() -> bool:
+    if importlib.util.find_spec("mlflow") is None:
+        warn("mlflow is not installed: the run is recorded without it (pip install mlflow, or tracking.mlflow=false)")
+        return False
+    return True
+
+
+warned: set[str] = set()
+
+
+def warn(message: str) -> None:
+    """Once per process for each beginning of a message, so that a dead server does not fill the log."""
+    start = message[:40]
+    if start not in warned:
+        warned.add(start)
+        warnings.warn(message, stacklevel=3)
+
+
+def first_line(error: BaseException) -> str:
+    """The start of an error, without a user name and password that it may quote."""
+    return re.sub(r"//[^/@\s]+@", "//", (str(error).splitlines() or [""])[0])[:200] or type(error).__name__
+
+
+def shown(uri: str) -> str:
+    """The address without a user name and password."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
