@@ -15,10 +15,10 @@ from made_records import made
 
 from cpdlm.config import Config, parse, resolve
 from experiments import tracking
+from experiments.records import write
 from experiments.tracking import __main__ as command
 from experiments.tracking import importing, view
 from experiments.tracking import store as store_module
-from experiments.records import write
 
 
 @pytest.fixture(autouse=True)
@@ -152,8 +152,8 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert "**C1: Does the joint" in note and "**C2: Is the first-token loss" in note  # both rest on these cells
     assert {entry.path for entry in client.list_artifacts(parent.info.run_id, "figures")} == {"figures/figure.png"}
     assert "joint negative log-likelihood" in experiment.tags["mlflow.note.content"]
-    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{view.VIEW}"])
-    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    saved = json.loads(experiment.tags[f"mlflow.sharedViewState.{view.VIEW}"])
+    state = json.loads(zlib.decompress(base64.b64decode(saved["state"].removeprefix("deflate;"))))
     shown = {column.split("`")[1] for column in state["selectedColumns"]}
     assert shown <= set(child.data.tags) | set(child.data.metrics)
     assert shown & {"corpus", "size", "variant", "rank", "horizon", "seed"} <= set(client.get_run(store["first"]).data.tags)
