@@ -156,7 +156,9 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     state = json.loads(zlib.decompress(base64.b64decode(saved["state"].removeprefix("deflate;"))))
     shown = {column.split("`")[1] for column in state["selectedColumns"]}
     assert shown <= set(child.data.tags) | set(child.data.metrics)
-    assert shown & {"corpus", "size", "variant", "rank", "horizon", "seed"} <= set(client.get_run(store["first"]).data.tags)
+    assert shown & {"corpus", "size", "variant", "rank", "horizon", "seed"} <= set(
+        client.get_run(store["first"]).data.tags
+    )
     assert {chart["yaxis"]["key"] for chart in state["compareRunCharts"]} <= set(child.data.metrics)
 
 
