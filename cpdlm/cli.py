@@ -1,5 +1,6 @@
 """The command `cpdlm`: what the library does, from a shell. `python -m cpdlm` is the same.
 
+    cpdlm speed-up MODEL                                   train heads on a model, measure it, export it
     cpdlm generate --model MODEL --prompt 'def main('      write text
     cpdlm export RUN DIR                                   a run as a folder for transformers
     cpdlm release RUN NAME                                 put a run's heads into the package
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunError, WriteError, ValueError) as error:  # ConfigError is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the text has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,6 +81,32 @@ def _overview() -> str:
     return "\n".join(
         ["Speculative decoding with heads of rank r, lossless.", "", *lines, "", "cpdlm COMMAND --help says more."]
     )
+
+
+# --- speed-up ---------------------------------------------------------------------------------------------------------
+
+
+def _speed_up_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hugging Face folder or name, GGUF file, or smollm2")
+    add("settings", nargs="*", metavar="KEY=VALUE", help="settings of the run, such as corpus=FOLDER optim.steps=3000")
+    add("--output", type=Path, metavar="DIR", help="folder to write, new or empty (default: NAME-fast)")
+
+
+def _speed_up(options: Namespace) -> Sequence[str]:
+    from cpdlm.speed_up import speed_up
+    from cpdlm.training.checkpoints import RunError
+    from cpdlm.training.fit import Interrupted, ProcessLost
+    from cpdlm.training.module import NonFiniteLoss
+
+    folder = options.output or Path(f"{Path(options.model).name}-fast")
+    try:
+        found = speed_up(options.model, folder, options.settings, lambda line: print(line, file=sys.stderr, flush=True))
+    except (NonFiniteLoss, ProcessLost) as error:
+        raise RunError(str(error)) from error
+    except Interrupted as error:
+        raise KeyboardInterrupt(str(error)) from error
+    return [*found.lines(), "", f"{folder}: {found.use}"]
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -146,6 +174,11 @@ def _release(options: Namespace) -> Sequence[str]:
 
 
 COMMANDS = {
+    "speed-up": Command(
+        "Train heads that draft for a model, measure how fast it is with them, and export it.",
+        _speed_up_arguments,
+        _speed_up,
+    ),
     "generate": Command("Write text with a finished model.", _generate_arguments, _generate),
     "export": Command("Write a run as a folder for transformers and the hub.", _export_arguments, _export),
     "release": Command("Put a run's heads into this package (for its maintainers).", _release_arguments, _release),

@@ -22,6 +22,7 @@ ORDER = [
     "bench",
     "hf",
     "generate",
+    "speed_up",
     "cli",
     "__main__",
 ]  # each may import itself and those before

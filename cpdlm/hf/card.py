@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 
 from cpdlm.config import Config
 from cpdlm.data.target import Target
-from cpdlm.hf.load import read_json
+from cpdlm.hf.load import noted, read_json
 from cpdlm.model.language_model import LanguageModel
 
 _CARD = """\
@@ -58,7 +58,7 @@ def card(source: Path, config: Config, model: LanguageModel, name: str) -> str:
 
     source: the run's folder, or the name of a model with released heads. name: of the exported folder.
     """
-    evaluated, decoded = read_json(source / "evaluate.json") or {}, read_json(source / "decode.json")
+    evaluated, decoded = noted(source), read_json(source / "decode.json")
     known: dict[str, Any] = Target.of(config).card
     front = ModelCardData(
         library_name="transformers",

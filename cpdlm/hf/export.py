@@ -22,7 +22,7 @@ def export(source: Path, folder: Path) -> CpdlmForCausalLM:
     README.md, the model card. Raises RunError for a run that is not finished or whose parts are gone, and for a folder
     that holds something else; ConfigError for a named model that cannot be had.
     """
-    _check_folder(folder)
+    check_folder(folder)
     loaded = load(source)
     if loaded.config is None:
         raise RunError(f"{source} is an exported folder already; give the run that it was made of")
@@ -42,7 +42,8 @@ def export(source: Path, folder: Path) -> CpdlmForCausalLM:
     return wrapped
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """RunError for a folder that an export would spoil."""
     if folder.is_file():
         raise RunError(f"{folder} is a file; give a new or empty folder")
     if not folder.is_dir() or not any(folder.iterdir()):

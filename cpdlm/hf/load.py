@@ -117,6 +117,11 @@ def run_tokenizer(run: Path) -> Tokenizer:
     )
 
 
+def noted(run: Path) -> dict[str, Any]:
+    """What a run says of itself: its command and its data, and how good it is if it was evaluated; {} for none."""
+    return read_json(run / "evaluate.json") or read_json(run / "decode.json") or {}
+
+
 def is_pretrained_tokenizer(tokenizer: Tokenizer) -> bool:
     return tokenizer.name.partition(":")[0] in ("hf", "model")
 

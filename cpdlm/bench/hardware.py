@@ -1,0 +1,38 @@
+"""What kind of machine something was measured on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def hardware() -> dict[str, Any]:
+    """Kind of machine, never its name. Memory in GiB; threads are torch's, None before torch is loaded."""
+    torch = sys.modules.get("torch")
+    accelerator = "none"
+    if torch is not None and torch.cuda.is_available():
+        accelerator = str(torch.cuda.get_device_name(0))
+    memory = None
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": cores,
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "memory_gib": memory,
+        "accelerator": accelerator,
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
