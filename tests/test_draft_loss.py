@@ -30,12 +30,14 @@ def case(kind: str = "full", seed: int = 0) -> tuple[FactorHeads, Tensor, Tensor
     in_vocabulary_PN = torch.rand(P, N) < 0.8
     counts_PN = torch.arange(N) < (torch.arange(P) % (N + 1)).unsqueeze(-1)
     target_PND = torch.randn(P, N, D, dtype=torch.float64)
-    normaliser_PN = (target_PND @ table_VD.T).logsumexp(-1) + 0.3  # a part of the mass is off the list
+    normaliser_PN = (target_PND @ table_VD.T).logsumexp(-1) + 0.3  # a part of the mass is outside the draft vocabulary
     return (
         heads,
         table_VD,
         torch.randn(P, D, dtype=torch.float64).requires_grad_(),
-        Windows(torch.randint(0, V, (P, N)), in_vocabulary_PN, counts_PN, target_PND, normaliser_PN.float()),
+        Windows(
+            torch.randint(0, V, (P, N)).masked_fill(~in_vocabulary_PN, -1), counts_PN, target_PND, normaliser_PN.float()
+        ),
     )
 
 
@@ -54,8 +56,8 @@ def by_hand(name: str, heads: FactorHeads, hidden_PD: Tensor, table_VD: Tensor, 
             factors_RV = joint.log_factors_NRV[p, k].exp()
             draft_V = (prior if name == "eq14-marginal" else posterior) @ factors_RV
             target_V = torch.exp(table_VD @ windows.target_PND[p, k] - windows.log_normaliser_PN[p, k].double())
-            token, in_vocabulary = int(windows.future_PN[p, k]), bool(windows.in_vocabulary_PN[p, k])
-            surprise = -draft_V[token].log() if in_vocabulary else torch.zeros(())
+            token = int(windows.future_PN[p, k])
+            surprise = -draft_V[token].log() if token >= 0 else torch.zeros(())
             kl = sum(target_V[v] * (target_V[v].log() - draft_V[v].log()) for v in range(V))
             kept = torch.stack([torch.minimum(target_V[v], draft_V[v]) for v in range(V)]).sum()
             share = math.exp(-3 * float(kept.detach()))
@@ -69,7 +71,7 @@ def by_hand(name: str, heads: FactorHeads, hidden_PD: Tensor, table_VD: Tensor, 
             }[name]
             if windows.counts_PN[p, k]:
                 total = total + 0.9**k * each
-            if in_vocabulary:
+            if token >= 0:
                 posterior = posterior * factors_RV[:, token]
                 posterior = posterior / posterior.sum()
         losses.append(total)
@@ -95,10 +97,10 @@ def test_each_objective_is_its_equation_with_its_gradient(name: str, kind: str) 
 
 def test_the_joint_objective_is_the_bounded_joint_loss() -> None:
     heads, table_VD, hidden_PD, windows = case()
-    weight_P, counts_PN = torch.randn(P, dtype=torch.float64), windows.counts_PN & windows.in_vocabulary_PN
+    weight_P, counts_PN = torch.randn(P, dtype=torch.float64), windows.counts_PN & (windows.future_PN >= 0)
     total, loss_P, _ = heads.draft_loss(
         hidden_PD,
-        windows._replace(counts_PN=torch.ones_like(counts_PN), in_vocabulary_PN=counts_PN),
+        windows._replace(future_PN=windows.future_PN.masked_fill(~counts_PN, -1), counts_PN=torch.ones_like(counts_PN)),
         weight_P,
         table_VD,
         aim("joint", gamma=1.0),

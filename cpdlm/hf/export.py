@@ -11,7 +11,7 @@ from cpdlm.files import WriteError, write_bytes
 from cpdlm.hf.card import card
 from cpdlm.hf.load import is_pretrained_tokenizer, load, read_json
 from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
-from cpdlm.training.checkpoints import CONFIG, RunError
+from cpdlm.training.checkpoints import CONFIG, RunError, read_config
 
 
 def export(source: Path, folder: Path) -> CpdlmForCausalLM:
@@ -23,13 +23,13 @@ def export(source: Path, folder: Path) -> CpdlmForCausalLM:
     that holds something else; ConfigError for a named model that cannot be had.
     """
     check_folder(folder)
-    loaded = load(source)
-    if loaded.config is None:
-        raise RunError(f"{source} is an exported folder already; give the run that it was made of")
-    if loaded.config.model.adapter_layers:
+    if (source / CONFIG).is_file() and read_config(source).model.adapter_layers:
         raise RunError(
             f"{source} drafts with adapters in the trunk (model.adapter_layers), which an exported folder cannot hold"
         )
+    loaded = load(source)
+    if loaded.config is None:
+        raise RunError(f"{source} is an exported folder already; give the run that it was made of")
     model, tokenizer = loaded.model, loaded.tokenizer
     wrapped = CpdlmForCausalLM.from_language_model(model, tokenizer.bos, loaded.eos)
     try:

@@ -1,11 +1,11 @@
-"""Hidden state -> gate and factors of the joint law.
+"""Hidden state -> gate and factors of the joint.
 
 `FactorHeads` owns the gate and one map per (position, component); rank 1 is the independent-heads baseline and takes
 the same path. With `shared` heads a factor is a linear map of the hidden state followed by the unembedding that all
 of them share; with `separate` heads each has an unembedding of its own, as in the paper's from-scratch models.
 
-Letters: P positions (any flattened batch), N factors, R rank, V vocabulary, D width, K inner width of a
-low-rank or MLP map.
+Letters: P positions (any flattened batch), C of them in a chunk, N factors, R rank, V vocabulary, D width, K inner
+width of a low-rank or MLP map, M rows of logits.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class FactorHeads(nn.Module):
         nn.init.normal_(self.gate.weight, std=0.02)
         if self.gate.bias is not None:
             nn.init.zeros_(self.gate.bias)
-        # balance=bias moves this buffer instead of adding a loss; it is part of the law and of the checkpoint.
+        # balance=bias moves this buffer instead of adding a loss; it is part of the joint and of the checkpoint.
         self.register_buffer("balance_bias_R", torch.zeros(rank) if shape.bias_buffer else None)
         rows = factors * rank
         self.maps = nn.ParameterDict()
@@ -190,8 +190,8 @@ class FactorHeads(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`nll` for any objective, with linear, low-rank or perceptron maps; table_VD carries no gradient.
 
-        Returns sum_p weight_p loss_p, loss_P (detached) and log_weights_PR. The logits of a chunk take at most chunk_bytes;
-        autograd holds about four times that beside them.
+        Returns sum_p weight_p loss_p, loss_P (detached) and log_weights_PR. The logits of a chunk take at most
+        chunk_bytes; autograd holds about four times that beside them.
         """
         assert not self.separate and not table_VD.requires_grad, (
             "objectives of the draft are for maps to a frozen table"
@@ -219,7 +219,7 @@ class FactorHeads(nn.Module):
         return logits.view(*hidden.shape[:-1], stop - start, self.rank, unembedding_VD.shape[0])
 
     def _unembeddings(self, unembedding_VD: Tensor, start: int, stop: int) -> Tensor:
-        """(V, D) shared, or (stop-start, R, V, D). Parameters are stored flat: FSDP2 shards their first dimension evenly."""
+        """(V, D) shared, or (stop-start, R, V, D). Parameters are stored flat, for FSDP2 shards their first dimension."""
         if not self.separate:
             return unembedding_VD
         vocab_size = unembedding_VD.shape[0]
@@ -244,7 +244,7 @@ class FactorHeads(nn.Module):
 
 
 def _part(parameter: Tensor, first: int, last: int) -> Tensor:
-    """Rows first..last-1. All of them are the parameter itself: the gradient of a slice is a second, zero-filled parameter."""
+    """Rows first..last-1. All of them are the parameter itself: a slice's gradient is a second, zero-filled parameter."""
     return parameter if (first, last) == (0, len(parameter)) else parameter[first:last]
 
 
@@ -275,13 +275,13 @@ def _scaled(hidden_PD: Tensor, *parameters: Tensor, maps: Features, scale: float
 
 
 class Anchor(nn.Module):
-    """g = h + A(h, E[x_{t+1}]): tells the gate and the later factors which token is already fixed.
+    """g = h + A(h, E[x_{t+1}]): the token-conditioned draft, whose gate and later factors see the pending token.
 
     Its control has the same parameters and costs the same, but sees A(h, h) (`anchor=blind`).
 
-    One small map shared by them all; its output starts at zero, so that training starts from the law without it.
-    normed: its two inputs are brought to root mean square 1 each. Where embeddings are much smaller than hidden states, as
-    in many pretrained models, the token is hardly seen otherwise.
+    One small map shared by them all; its output starts at zero, so that training starts from the joint without it.
+    normed: its two inputs are brought to root mean square 1 each. Where embeddings are much smaller than hidden states,
+    as in many pretrained models, the token is hardly seen otherwise.
     """
 
     def __init__(self, width: int, hidden_width: int, normed: bool = False) -> None:
@@ -293,7 +293,7 @@ class Anchor(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden_PD: Tensor, embedded_PD: Tensor) -> Tensor:
-        """(..., D) and the fixed token's embedding (..., D) -> (..., D)."""
+        """(..., D) and the pending token's embedding (..., D) -> (..., D)."""
         seen = [hidden_PD, embedded_PD]
         if self.normed:
             seen = [F.rms_norm(each, each.shape[-1:]) for each in seen]

@@ -1,16 +1,17 @@
-"""The whole model: trunk, next-token law, and the joint law from which drafts are made.
+"""The whole model: trunk, next-token distribution, and the joint from which drafts are made.
 
 Two layouts share every line but the range of positions that the mixture covers:
 
-- untied (the paper): one rank-R mixture over x_{t+1..t+N}; the next-token law is eq. 11, its first marginal.
-- tied (`model.tie_first`, `anchor=token`, `horizon=1`): p(x_{t+1} | h_t) is one softmax and the mixture covers
-  x_{t+2..t+N}, seen from h_t or, anchored, from g_t = h_t + A(h_t, E[x_{t+1}]).
+- untied (the paper): one rank-R mixture over x_{t+1..t+N}; the next-token distribution is eq. 11, its first marginal.
+- tied (`model.tie_first`, `anchor=token`, `horizon=1`): p(x_{t+1} | h_t) is one softmax, and the mixture covers
+  x_{t+2..t+N}. It sees h_t or, token-conditioned, g_t = h_t + A(h_t, E[x_{t+1}]).
 
-The *target* is the law that decoding must not change: the model's own next-token law, or, on a frozen trunk
-(`model.trunk`), the trunk's own softmax whatever the heads say. Drafts may cover less than the vocabulary
-(`use_shortlist`): the target never does.
+The target p is what decoding must not change: the model's own next-token distribution or, on a frozen trunk, the
+trunk's softmax, whatever the heads say. Drafts may cover less than the vocabulary (`use_draft_vocabulary`); the target
+never does.
 
-Letters: B batch, T position, P = positions picked from B x T, N horizon, R rank, V vocabulary, D width.
+Letters: B batch, T position, P = positions picked from B x T, C of them in a chunk, N horizon, R rank, V vocabulary,
+D width.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from cpdlm.model.trunk import Trunk, build_body, new_cache
 
 @dataclass(frozen=True)
 class Terms:
-    """What one forward pass yields: weighted sums that carry gradients, and detached per-position values in nats."""
+    """What `LanguageModel.forward` yields: weighted sums that carry gradients, and detached per-position values in nats."""
 
     loss: Tensor  # scalar: sum of weight * nll over both terms below
     first_nll_P: Tensor  # -log p(x_{t+1}) at the positions with first_weight != 0
@@ -42,7 +43,7 @@ class Terms:
     log_weights_PR: Tensor  # gate at the same positions as rest_nll_P, with gradient (for the balance loss)
 
     def joint_nll(self, first_is_tied: bool) -> Tensor:
-        """-log p(x_{t+1..t+N}) per position, for passes in which both weights picked the same positions."""
+        """-log p(x_{t+1..t+N}) per position, where both weights picked the same positions."""
         if not first_is_tied:
             return self.rest_nll_P
         return self.first_nll_P + self.rest_nll_P if len(self.rest_nll_P) else self.first_nll_P
@@ -50,7 +51,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class States:
-    """What the frozen trunk says of a batch: hidden_BTD, and log_normaliser_BT as `LanguageModel.log_normaliser` gives it."""
+    """What the frozen trunk says of a batch; log_normaliser_BT as `LanguageModel.log_normaliser` gives it."""
 
     hidden_BTD: Tensor
     log_normaliser_BT: Tensor
@@ -123,8 +124,6 @@ class LanguageModel(nn.Module):
     def attention_window(self) -> int | None:
         return self.trunk.attention_window
 
-    # --- laws -------------------------------------------------------------------------------------------------
-
     def train(self, mode: bool = True) -> LanguageModel:
         """A frozen trunk stays as it is in evaluation: pretrained ones may have dropout, and the target must not."""
         super().train(mode)
@@ -156,36 +155,38 @@ class LanguageModel(nn.Module):
         return self.heads.first(self._for_heads(hidden), self.unembedding.weight).first()
 
     def target_log_probs(self, hidden: Tensor) -> Tensor:
-        """Log law (..., V) of x_{t+1} that decoding preserves: the frozen trunk's own, or the model's own."""
+        """log p (..., V) of x_{t+1}, which decoding preserves: the frozen trunk's, or the model's own."""
         return self._trunk_log_probs(hidden) if self.frozen_target else self.next_token_log_probs(hidden)
 
     def joint(self, hidden: Tensor, pending: Tensor | None = None) -> Joint:
-        """The mixture at each position (...): over N tokens untied, over x_{t+2..t+N} given fixed = x_{t+1} (...) tied."""
+        """The mixture at each position (...): untied over N tokens; tied over x_{t+2..t+N}, given pending = x_{t+1} (...)."""
         assert self.heads is not None, "horizon 1 has no mixture"
         return self.heads.joint(self._seen(hidden, pending), self.unembedding.weight)
 
     def draft_vocabulary_joint(self, hidden: Tensor, pending: Tensor | None = None) -> Joint:
-        """`joint` with each factor restricted to the shortlist, over its places; without a list the whole one."""
+        """`joint` with each factor restricted to the draft vocabulary: token v of it is draft_ids[v]."""
         assert self.heads is not None, "horizon 1 has no mixture"
-        table_VD = self.unembedding.weight if self._draft_table_VD is None else self._draft_table_VD
-        return self.heads.joint(self._seen(hidden, pending), table_VD)
+        return self.heads.joint(self._seen(hidden, pending), self._draft_table)
 
     def indices(self, tokens: Tensor) -> Tensor:
-        """Where on the shortlist each id is, -1 for one that is not; without a list the ids themselves."""
+        """Where in the draft vocabulary each id is, -1 for one that is not; without one the ids themselves."""
         return tokens if self._draft_index_V is None else self._draft_index_V[tokens]
 
     def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Joint:
-        """The law of x_{t+2..t+N} given the fixed token x_{t+1}: what drafts are drawn from and scored by.
+        """The joint of x_{t+2..t+N} given the pending token x_{t+1}, over the draft vocabulary: what drafts come from.
 
-        With a shortlist, over the list's places: place v is token draft_ids[v]. Each factor is the whole one restricted
-        to the list; where x_{t+1} is not on it, the components keep their prior weights.
+        Where x_{t+1} is not in the draft vocabulary, the components keep their prior weights.
         """
         assert self.heads is not None, "horizon 1 has no mixture"
-        seen_BD = self._seen(hidden_BD, pending_B)
-        table_VD = self.unembedding.weight if self._draft_table_VD is None else self._draft_table_VD
         if self.first_is_tied:
-            return self.heads.joint(seen_BD, table_VD)
-        return self.heads.given_first(seen_BD, table_VD, self.indices(pending_B))
+            return self.draft_vocabulary_joint(hidden_BD, pending_B)
+        seen_BD = self._seen(hidden_BD, pending_B)
+        return self.heads.given_first(seen_BD, self._draft_table, self.indices(pending_B))
+
+    @property
+    def _draft_table(self) -> Tensor:
+        """(V, D) unembeddings of the tokens that drafts are made of."""
+        return self.unembedding.weight if self._draft_table_VD is None else self._draft_table_VD
 
     def use_draft_vocabulary(self, ids: Tensor | None) -> None:
         """Draft from these tokens only, (V',) distinct ids (None: from all); the target keeps the whole vocabulary.
@@ -197,20 +198,20 @@ class LanguageModel(nn.Module):
             self.draft_ids = self._draft_table_VD = self._draft_index_V = None
             return
         if self.heads is None:
-            raise ValueError("horizon 1 drafts nothing; a shortlist needs horizon 2 or more")
+            raise ValueError("horizon 1 drafts nothing; a draft vocabulary needs horizon 2 or more")
         if self.heads.separate:
             raise ValueError(
-                "separate heads (model.head=separate) have no unembedding in common to take a shortlist of; use "
-                "model.head=shared, or no shortlist"
+                "separate heads (model.head=separate) have no unembedding in common to restrict; "
+                "use model.head=shared, or no draft vocabulary"
             )
         if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32) or not len(ids):
             raise ValueError(
-                f"a shortlist is a row of token ids, shape (V',), int64; got {ids.dtype} {tuple(ids.shape)}"
+                f"a draft vocabulary is a row of token ids, shape (V',), int64; got {ids.dtype} {tuple(ids.shape)}"
             )
         if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size or len(ids.unique()) < len(ids):
             raise ValueError(
-                f"a shortlist holds distinct ids of 0..{self.vocab_size - 1}; got {len(ids)} ids from {int(ids.min())} to "
-                f"{int(ids.max())}, {len(ids.unique())} of them distinct"
+                f"a draft vocabulary holds distinct ids of 0..{self.vocab_size - 1}; got {len(ids)} ids from "
+                f"{int(ids.min())} to {int(ids.max())}, {len(ids.unique())} of them distinct"
             )
         weight = self.unembedding.weight
         self.draft_ids = ids.to(weight.device, torch.int64)
@@ -227,7 +228,7 @@ class LanguageModel(nn.Module):
         hidden = self._for_heads(hidden)
         if self.anchor is None:
             return hidden
-        assert pending is not None, "an anchored law needs the fixed token"
+        assert pending is not None, "a token-conditioned draft needs the pending token"
         anchored: Tensor = self.anchor(
             hidden, hidden if self.shape.blind else self.trunk.embed(pending).to(hidden.dtype)
         )
@@ -254,9 +255,9 @@ class LanguageModel(nn.Module):
         """Weighted negative log-likelihoods; positions of weight 0 cost nothing.
 
         future_BTN: successors (0 where absent); successors_BT: how many exist. The rest term covers, untied, the
-        joint's marginal over the successors that exist; tied, that of x_{t+2..} given x_{t+1}. With a shortlist, it covers
-        the tokens on it. states: of the frozen trunk, where they are known already. aim: name, alpha and gamma of an
-        objective of `draft_loss`, which then takes the place of the rest term.
+        joint's marginal over the successors that exist; tied, that of x_{t+2..} given x_{t+1}. With a draft vocabulary
+        it covers the tokens of that alone. states: of the frozen trunk, where they are known already. objective: name,
+        alpha and gamma of one of `losses.draft`, which then takes the place of the rest term.
         """
         if states is not None:
             hidden_BTD = states.hidden_BTD
@@ -275,48 +276,29 @@ class LanguageModel(nn.Module):
         seen_PD = self._seen(hidden_PD, future_PN[:, 0])
         if self.first_is_tied:
             future_PN, exists_PN = future_PN[:, 1:], exists_PN[:, 1:]
-        table_VD, in_vocabulary_PN = self.unembedding.weight, torch.ones_like(exists_PN)
-        if self._draft_table_VD is not None and self._draft_index_V is not None:
-            table_VD, future_PN = self._draft_table_VD, self._draft_index_V[future_PN]
-            in_vocabulary_PN, future_PN = future_PN >= 0, future_PN.clamp(min=0)
+        future_PN, table_VD = self.indices(future_PN), self._draft_table
         if objective is None:
-            rest_loss, rest_nll_P, log_weights_PR = self.heads.nll(
-                seen_PD,
-                future_PN.masked_fill(~(exists_PN & in_vocabulary_PN), -1),
-                weight_P,
-                table_VD,
-                self.heads.factors,
-                self.chunk_bytes,
+            present_PN = future_PN.masked_fill(~exists_PN, -1)
+            rest_loss, rest_P, log_weights_PR = self.heads.nll(
+                seen_PD, present_PN, weight_P, table_VD, self.heads.factors, self.chunk_bytes
             )
-            return Terms(first_loss + rest_loss, first_nll_P, rest_nll_P, log_weights_PR)
-        windows = self._windows(hidden_BTD, states, picked_BT, future_PN, in_vocabulary_PN, exists_PN)
-        rest_loss, rest_P, log_weights_PR = self.heads.draft_loss(
-            seen_PD, windows, weight_P, table_VD, Objective(*objective, self.target_logits), self.chunk_bytes
-        )
+        else:
+            windows = self._windows(hidden_BTD, states, picked_BT, future_PN, exists_PN)
+            rest_loss, rest_P, log_weights_PR = self.heads.draft_loss(
+                seen_PD, windows, weight_P, table_VD, Objective(*objective, self.target_logits), self.chunk_bytes
+            )
         return Terms(first_loss + rest_loss, first_nll_P, rest_P, log_weights_PR)
 
     def _windows(
-        self,
-        hidden_BTD: Tensor,
-        states: States | None,
-        picked_BT: Tensor,
-        future_PN: Tensor,
-        in_vocabulary_PN: Tensor,
-        exists_PN: Tensor,
+        self, hidden_BTD: Tensor, states: States | None, picked_BT: Tensor, future_PN: Tensor, exists_PN: Tensor
     ) -> Windows:
         """The target of x_{t+k} is read from h_{t+k-1}; behind the end of a row it is not known."""
         normaliser_BT = self.log_normaliser(hidden_BTD) if states is None else states.log_normaliser_BT
         row_P, t_P = picked_BT.nonzero(as_tuple=True)
         t_PN = t_P.unsqueeze(-1) + torch.arange(self.horizon, device=t_P.device)[self.horizon - future_PN.shape[1] :]
         known_PN = t_PN < hidden_BTD.shape[1]
-        t_PN = t_PN.clamp(max=hidden_BTD.shape[1] - 1)
-        return Windows(
-            future_PN,
-            in_vocabulary_PN,
-            exists_PN & known_PN,
-            hidden_BTD.detach()[row_P[:, None], t_PN],
-            normaliser_BT[row_P[:, None], t_PN],
-        )
+        index_PN = row_P[:, None], t_PN.clamp(max=hidden_BTD.shape[1] - 1)
+        return Windows(future_PN, exists_PN & known_PN, hidden_BTD.detach()[index_PN], normaliser_BT[index_PN])
 
     @torch.no_grad()
     def log_normaliser(self, hidden_BTD: Tensor) -> Tensor:
@@ -338,40 +320,24 @@ class LanguageModel(nn.Module):
 
     def _first_nll(self, hidden_BTD: Tensor, future_BTN: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
         picked_BT = weight_BT != 0
-        hidden_PD, token_P, weight_P = hidden_BTD[picked_BT], future_BTN[picked_BT][:, 0], weight_BT[picked_BT]
+        hidden_PD, token_P1, weight_P = hidden_BTD[picked_BT], future_BTN[picked_BT][:, :1], weight_BT[picked_BT]
         if self.first_is_tied and self.frozen_target:
-            return self._frozen_first_nll(hidden_PD, token_P, weight_P)
+            nll_P = self._frozen_nll(hidden_PD, token_P1)
+            return (weight_P.to(nll_P.dtype) * nll_P).sum(), nll_P
+        table_VD, chunk_bytes = self.unembedding.weight, self.chunk_bytes
         if self.first_is_tied:
             certain_PR = hidden_PD.new_zeros(len(hidden_PD), 1)
-            return joint_nll(
-                hidden_PD,
-                certain_PR,
-                token_P.unsqueeze(-1),
-                weight_P,
-                self.unembedding.weight,
-                no_map,
-                chunk_bytes=self.chunk_bytes,
-            )
+            return joint_nll(hidden_PD, certain_PR, token_P1, weight_P, table_VD, no_map, chunk_bytes=chunk_bytes)
         assert self.heads is not None
-        total, nll_P, _ = self.heads.nll(
-            self._for_heads(hidden_PD),
-            token_P.unsqueeze(-1),
-            weight_P,
-            self.unembedding.weight,
-            1,
-            self.chunk_bytes,
-        )
-        return total, nll_P
+        return self.heads.nll(self._for_heads(hidden_PD), token_P1, weight_P, table_VD, 1, chunk_bytes)[:2]
 
     @torch.no_grad()
-    def _frozen_first_nll(self, hidden_PD: Tensor, token_P: Tensor, weight_P: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [hidden_PD.new_zeros(0, dtype=torch.float32)]
+    def _frozen_nll(self, hidden_PD: Tensor, token_P1: Tensor) -> Tensor:
         chunk = max(1, self.chunk_bytes // (4 * self.vocab_size))
-        for part_CD, token_C in zip(hidden_PD.split(chunk), token_P.split(chunk), strict=True):
-            log_probs_CV = self._trunk_log_probs(part_CD)
-            parts.append(-log_probs_CV.gather(-1, token_C.unsqueeze(-1)).squeeze(-1))
-        nll_P = torch.cat(parts)
-        return (weight_P.to(nll_P.dtype) * nll_P).sum(), nll_P
+        parts = zip(hidden_PD.split(chunk), token_P1.split(chunk), strict=True)
+        nothing_P = hidden_PD.new_zeros(0, dtype=torch.float32)
+        found = [-self._trunk_log_probs(part_CD).gather(-1, token_C1).squeeze(-1) for part_CD, token_C1 in parts]
+        return torch.cat([nothing_P, *found])
 
     @property
     def embeddings_are_tied(self) -> bool:

@@ -1,18 +1,18 @@
 """What heads on a frozen model may be trained for: named objectives, each a pure function, in bounded memory.
 
-The joint likelihood is not what decoding earns: drafts are kept with probability alpha_k = sum_v min(p_k, q_k), where p_k
-is the target at x_{t+k} and q_k the draft law there, given the same tokens. The objectives below, sums over the factors
-k = 1..N of gamma^(k-1) L_k, see both:
+The joint likelihood is not what decoding earns. A draft is accepted with probability alpha_k = sum_v min(p_k, q_k): p_k
+is the target at x_{t+k}, and q_k the draft's distribution there given the same tokens. The objectives below are sums
+over the factors k = 1..N of gamma^(k-1) L_k:
 
-    joint             L_k = -log q(x_k | x_1..x_{k-1})                                the chain rule's terms, arXiv 2410.17765
-    eq14              L_k = a KL(p_k || q_k) + (1-a) (-log q_k(x_k))                  eq. 14 there, q_k the conditional
-    eq14-marginal     the same with q_k the marginal of position k                    which of the two is meant is not known
-    acceptance        L_k = 1 - alpha_k                                               the total variation of p_k and q_k
-    log-acceptance    L_k = -log alpha_k                                              arXiv 2602.23881
-    blend             L_k = b KL(p_k || q_k) + (1-b) (1 - alpha_k), b = exp(-3 alpha_k)    ibid.; b without gradient, per position
+    joint             L_k = -log q(x_k | x_1..x_{k-1})               the chain rule's terms, arXiv 2410.17765
+    eq14              L_k = a KL(p_k || q_k) + (1-a) (-log q_k(x_k))     KL + CE (eq. 14), q_k the conditional
+    eq14-marginal     the same with q_k the marginal of position k   (which of the two is meant is not known)
+    acceptance        L_k = 1 - alpha_k                              the total variation of p_k and q_k
+    log-acceptance    L_k = -log alpha_k                             arXiv 2602.23881
+    blend             L_k = b KL(p_k || q_k) + (1-b) (1 - alpha_k)   ibid.; b = exp(-3 alpha_k), without gradient
 
-On a shortlist the laws cover its tokens alone: p_k is not renormalised there (what is off the list is lost to the draft),
-q_k is. A token off the list has no draft probability: it drops out of -log q and of the posterior.
+With a draft vocabulary both cover its tokens alone. p_k is not renormalised there, since what lies outside is lost to
+the draft; q_k is. A token outside has no draft probability: it drops out of -log q and of the posterior.
 
 Letters: P positions, C positions in a chunk, N factors, R rank, V tokens that drafts cover, D width.
 """
@@ -33,13 +33,12 @@ from cpdlm.model.joint import TINY, Joint
 class Windows(NamedTuple):
     """What the drafts of a window are held against. N factors, k = 1..N.
 
-    future_PN: tokens, as places of V. told_PN: bool, which of them drafts cover. counts_PN: bool, which factors count: those
-    of tokens that exist and whose target is known. target_PND: the frozen model's states that p_k is read from, h_{t+k-1}.
-    log_normaliser_PN: their log sum_v exp(logit) over the whole vocabulary.
+    future_PN: tokens, as indices of V, -1 for those that drafts do not cover. counts_PN: bool, which factors count: those
+    of tokens that exist and whose target is known. target_PND: the frozen model's states from which p_k is read,
+    h_{t+k-1}. log_normaliser_PN: their log sum_v exp(logit) over the whole vocabulary.
     """
 
     future_PN: Tensor
-    in_vocabulary_PN: Tensor
     counts_PN: Tensor
     target_PND: Tensor
     log_normaliser_PN: Tensor
@@ -71,7 +70,7 @@ def divergence(draft_CNV: Tensor, seen: Seen) -> Tensor:
 
 
 def overlap(draft_CNV: Tensor, target_CNV: Tensor) -> Tensor:
-    """alpha_k (C, N) = sum_v min(p_k, q_k): the probability that a sampled draft is kept."""
+    """alpha_k (C, N) = sum_v min(p_k, q_k): the probability that a sampled draft is accepted."""
     return torch.minimum(target_CNV, draft_CNV).sum(dim=-1)
 
 
@@ -80,9 +79,9 @@ def eq14(draft_CNV: Tensor, seen: Seen, alpha: float) -> Tensor:
 
 
 def blend(draft_CNV: Tensor, seen: Seen) -> Tensor:
-    kept_CN = overlap(draft_CNV, seen.target_CNV)
-    share_CN = torch.exp(-3 * kept_CN.detach())
-    return share_CN * divergence(draft_CNV, seen) + (1 - share_CN) * (1 - kept_CN)
+    alpha_CN = overlap(draft_CNV, seen.target_CNV)
+    share_CN = torch.exp(-3 * alpha_CN.detach())
+    return share_CN * divergence(draft_CNV, seen) + (1 - share_CN) * (1 - alpha_CN)
 
 
 # What `loss.objective` takes: (joint, seen, alpha) -> L_k (C, N), in nats or shares.
@@ -103,7 +102,7 @@ def chunked_sum(
 ) -> tuple[Tensor, Tensor]:
     """(sum_p weight_p loss_p, loss_P detached), for a loss of each position by itself, `chunk` positions at a time.
 
-    loss(*inputs_C, *parameters) -> loss_C. As in `joint_loss`, gradients are formed in the forward pass, chunk by chunk,
+    loss(*inputs_C, *parameters) -> loss_C. As in `joint_nll`, gradients are formed in the forward pass, chunk by chunk,
     and backward scales them; memory is that of one chunk. weight_P has no gradient.
     """
     learns = torch.is_grad_enabled()
@@ -153,7 +152,9 @@ class _ChunkedSum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Objective:
-    """A named objective with its constants, of one frozen model. name: of `OBJECTIVES`. alpha: eq. 14's a. gamma: the discount.
+    """A named objective with its constants, of one frozen model.
+
+    name: of `OBJECTIVES`. alpha: eq. 14's a. gamma: the discount of each further token.
 
     target_logits: (states, table) -> logits of the tokens of that table, as the frozen model has them.
     """
@@ -168,7 +169,7 @@ class Objective:
         with torch.no_grad():
             logits_CNV = self.target_logits(windows.target_PND, table_VD)
             target_CNV = (logits_CNV.float() - windows.log_normaliser_PN.unsqueeze(-1)).exp()
-        seen = Seen(windows.future_PN.masked_fill(~windows.in_vocabulary_PN, -1), target_CNV)
+        seen = Seen(windows.future_PN, target_CNV)
         each_CN = OBJECTIVES[self.name](Joint(log_weights_CR, logits_CNRV, normalised=False), seen, self.alpha)
         discount_N = self.gamma ** torch.arange(each_CN.shape[1], device=each_CN.device, dtype=each_CN.dtype)
         return (each_CN.masked_fill(~windows.counts_PN, 0.0) * discount_N).sum(dim=1)
