@@ -37,19 +37,19 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     families, notes = families_of(records)
     found = claims.judge(families)
     notes = [*damaged, *notes]
-    files = tables.write_tables(families, found, notes, figures / "tables")
+    files = tables.write_table(tables.claims_table(found), figures / "tables", notes)
+    made = tables.of_cells(families)
     if readme is not None and readme.is_file() and not front.update(readme, results, families, found):
         notes.append(f"{readme} has no <!-- claims:begin --> line: its claims were not updated")
     drawn, shown = drawing.draw_all(families, figures)
-    made: list[tables.Made] = []
     if (results / "benchmarks").is_dir():  # a sweep has none
-        made = [*decoding.tables(results), *speed.tables(results), *scaling.tables(results)]
-        written, left_out = tables.write_made(made, figures / "tables")
-        files, notes = [*files, *written], [*notes, *left_out]
+        made += [*decoding.tables(results), *speed.tables(results), *scaling.tables(results)]
         for benchmarks in (decoding, scaling):
             picture, beside = benchmarks.draw(results, figures)
             drawn, shown = [*drawn, *picture], [*shown, beside]
-    html = page.write(figures / "report.html", records, families, found, shown, made, notes)
+    written, left_out = tables.write_made(made, figures / "tables")
+    files, notes = [*files, *written], [*notes, *left_out]
+    html = page.write(figures / "report.html", records, found, shown, made, notes)
     notes += [f"figure {each.name} left out: {each.caption}" for each in shown if each.picture is None]
     hint = [drawing.ADDING] if any(each.picture is None for each in shown) else []
     return Report(tables.claims_text(found), found, [*files, *drawn, html], notes + hint)

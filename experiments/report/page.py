@@ -17,11 +17,10 @@ from pathlib import Path
 
 from cpdlm.files import write_bytes
 from experiments.claims import CONTRADICTED, HOLDS, Claim, Verdict, answers
-from experiments.families import Family
 from experiments.records import MODES, Record, decoding_hardware, training_hardware
 from experiments.report.figures import ADDING, FIGURES, Shown, command
 from experiments.report.figures.style import COLUMN, DPI
-from experiments.report.tables import TABLES, Made, Table, braces, described, title_of
+from experiments.report.tables import Made, Table, braces, described
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _COLOURS = 48  # of an embedded picture: a quarter of the bytes, and no difference to be seen
@@ -42,10 +41,9 @@ _TELLING = re.compile(
 def write(
     path: Path,
     records: Sequence[Record],
-    families: list[Family],
     verdicts: Sequence[Verdict],
     figures: Sequence[Shown],
-    benchmarks: Sequence[Made],
+    tables: Sequence[Made],
     notes: Sequence[str],
 ) -> Path:
     """Write the page to `path`, which is returned. Raises WriteError."""
@@ -57,7 +55,7 @@ def write(
     folded = {
         "figures": ("Further figures", "\n".join(_figure(each) for each in further if each.name not in appendix)),
         "appendix": ("Appendix", "\n".join(_figure(each) for each in further if each.name in appendix)),
-        "tables": ("Tables", _tables(families, benchmarks)),
+        "tables": ("Tables", _tables(tables)),
         "records": ("Records", _records(records)),
         "notes": ("Notes", f'<ul class="notes">{"".join(listed)}</ul>'),
     }
@@ -203,14 +201,12 @@ def _embedded(path: Path) -> tuple[str, int, int]:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _tables(families: list[Family], benchmarks: Sequence[Made]) -> str:
-    entries = [(title_of(make), make(families)) for make in TABLES]
-    entries += [(each.title, each.table) for each in benchmarks if not isinstance(each.table, str)]
+def _tables(tables: Sequence[Made]) -> str:
     lead = '<p class="soft">The same tables are Markdown, LaTeX and CSV under <code>tables/</code>.</p>'
     parts = [
-        f'<details id="table-{table.name}"><summary>{_text(title)}</summary>\n{_table(table)}</details>'
-        for title, table in entries
-        if table.rows
+        f'<details id="table-{each.name}"><summary>{_text(each.title)}</summary>\n{_table(each.table)}</details>'
+        for each in tables
+        if isinstance(each.table, Table) and each.table.rows
     ]
     return "\n".join([lead, *parts])
 

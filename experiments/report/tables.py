@@ -77,34 +77,31 @@ class Table:
         return text.getvalue()
 
 
-def write_tables(families: list[Family], verdicts: list[Verdict], notes: list[str], folder: Path) -> list[Path]:
-    """Every table as .md, .tex and .csv; returns the files, sorted. One without rows is removed."""
-    made = [claims_table(verdicts), *(make(families) for make in TABLES)]
-    files = []
-    for table in made:
-        if not table.rows:
-            _remove(folder, table.name)
-            continue
-        files += write_table(table, folder, notes if table.name == "claims" else ())
-    return sorted(files)
-
-
 @dataclass(frozen=True)
 class Made:
-    """A table of a benchmark's record, or why there is none."""
+    """A table, or why there is none."""
 
     name: str
     title: str
     table: Table | str
 
 
+def of_cells(families: list[Family]) -> list[Made]:
+    """Every table of the cells; one may be without rows."""
+    return [Made(table.name, title_of(make), table) for make in TABLES for table in [make(families)]]
+
+
 def write_made(made: Sequence[Made], folder: Path) -> tuple[list[Path], list[str]]:
-    """Every table as .md, .tex and .csv: (files, one line per table left out, whose files are removed)."""
+    """Every table as .md, .tex and .csv: (files, a line per table that is not there).
+
+    What is not there, or has no rows, is removed from `folder`.
+    """
     files: list[Path] = []
     notes: list[str] = []
     for each in made:
         if isinstance(each.table, str):
             notes.append(f"table {each.name} left out: {each.table}")
+        if isinstance(each.table, str) or not each.table.rows:
             _remove(folder, each.name)
         else:
             files += write_table(each.table, folder)
