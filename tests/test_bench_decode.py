@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpdlm.baselines.hydra import HydraHeads, HydraModel
-from cpdlm.baselines.sequential import Sequential
+from cpdlm.baselines.hydra import HydraHeads, HydraModel, Sequential
 from cpdlm.config import Config, resolve
 from cpdlm.decoding import Sampling, decode, decode_batch
 from cpdlm.decoding.drafters import Uniforms

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from cpdlm.baselines.hydra import HydraHeads, HydraModel
-from cpdlm.config import Config
+from cpdlm.config import Config, OptimConfig
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.files import replaced, write_json
 from cpdlm.model.language_model import LanguageModel
@@ -40,7 +43,8 @@ def train_hydra(
 ) -> HydraModel:
     """Train for config.optim.steps and write the folder. hidden_width: 0 for the trunk's width.
 
-    Freezes `base`. The loss is the mean of -log q(x_{t+2..t+N} | x_{t+1}) over the positions that train our heads' later factors.
+    Freezes `base`. The loss is the mean of -log q(x_{t+2..t+N} | x_{t+1}) over the positions that train our heads' later
+    factors.
     """
     torch.manual_seed(config.seed)
     base.requires_grad_(False)
@@ -48,12 +52,7 @@ def train_hydra(
     hidden_width = hidden_width or base.trunk.width
     model = HydraModel(base, HydraHeads(base.trunk.width, config.horizon, hidden_width).to(device))
     weights = list(model.heads.parameters())
-    groups = [
-        {"params": [each for each in weights if each.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [each for each in weights if each.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, optim))
+    optimizer, schedule = _optimizer(weights, optim)
     curve: list[float] = []
     began = time.monotonic()
     for step, batch in enumerate(islice(data.train_dataloader(), optim.steps), start=1):
@@ -91,6 +90,15 @@ def train_hydra(
         },
     )
     return model
+
+
+def _optimizer(weights: list[nn.Parameter], optim: OptimConfig) -> tuple[AdamW, LambdaLR]:
+    groups = [
+        {"params": [each for each in weights if each.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [each for each in weights if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, optim))
 
 
 def load_hydra(folder: Path, base: LanguageModel) -> tuple[HydraModel, dict[str, Any]]:

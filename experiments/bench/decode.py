@@ -33,9 +33,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from cpdlm.baselines.hydra import HydraModel
+from cpdlm.baselines.hydra import HydraModel, Sequential
 from cpdlm.baselines.hydra_training import load_hydra, train_hydra
-from cpdlm.baselines.sequential import Sequential
 from cpdlm.bench import compare, contenders
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.intervals import (
