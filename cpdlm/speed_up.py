@@ -73,9 +73,9 @@ def _verdict(speedup: dict[str, float]) -> str:
 def speed_up(model: str, folder: Path, settings: Sequence[str] = (), say: Say = print) -> SpeedUp:
     """Train heads on a frozen model, measure both ways of decoding, and write `folder` for transformers.
 
-    model: a Hugging Face folder or name, a GGUF file or smollm2. settings: KEY=VALUE words on top of `SETTINGS`. say: takes
-    lines for the user. Raises ConfigError for settings that do not fit, RunError for folders that cannot be used, and what
-    `training.run.train` raises.
+    model: a Hugging Face folder or name, a GGUF file or smollm2. settings: KEY=VALUE words on top of `SETTINGS`. say:
+    takes lines for the user. Raises ConfigError for settings that do not fit, RunError for folders that cannot be
+    used, and what `training.run.train` raises.
     """
     words = [*SETTINGS, f"model={model}", *settings]
     config = parse(words)

@@ -1,12 +1,14 @@
 """Intervals over rows, prompts and seeds.
 
-Rows (or prompts) are resampled, the same draw for everything that is compared and for every seed, since all cells see the
-same rows. A percentile interval over few prompts is too narrow: it is expanded as T. Hesterberg has it (What Teachers Should Know
-about the Bootstrap, 2015, section 5.3), by sqrt(n / (n - 1)) and the t quantile over the normal one. Seeds are too few to
-resample, so that between-seed variation enters as Student's t with seeds - 1 degrees of freedom times the standard error over seeds,
-added exactly to what the resamples say. Recorded intervals (of speed-ups: over prompts and repeats) are taken for errors that all seeds
-share, which for the repeats is on the wide side. Without row variation the interval is the t interval over seeds; with one seed it
-covers rows only, and says so by `seeds`; of one row or prompt it is infinite.
+Rows (or prompts) are resampled by `cpdlm.bench.intervals`, with one draw for all cells and seeds, since all see the
+same rows. A percentile interval over few prompts is too narrow. It is expanded by sqrt(n / (n - 1)) and by the t
+quantile over the normal one (T. Hesterberg, What Teachers Should Know about the Bootstrap, 2015, section 5.3).
+
+Seeds are too few to resample. Their variation enters as Student's t with seeds - 1 degrees of freedom, times the
+standard error over seeds, added exactly to what the resamples say. A recorded interval (of speed-ups: over prompts and
+repeats) counts as an error that all seeds share; for the repeats that is on the wide side. Without row variation the
+interval is the t interval over seeds. With one seed it covers rows only, and `seeds` says so. Of one row or prompt it
+is infinite.
 """
 
 from __future__ import annotations
@@ -98,18 +100,18 @@ class Sample:
         return Sample(top_U, self.bottom_U, by * self.mean, by * self.sem, self.of)
 
     def errors(self, side: int) -> Array:
-        """Resampled values less `point` (B,): by counts of units, or normal. side: what is compared has errors of its own."""
+        """(S,) resampled values less `point`: by counts of units, or normal. side: 0 or 1, of two that are compared."""
         if self.top_U is None or self.bottom_U is None:
             return self.sem * _normals(side)
-        counts_BU = _counts(self.units)
-        bottom_B = counts_BU @ self.bottom_U
-        values_B = np.where(bottom_B > 0, (counts_BU @ self.top_U) / np.where(bottom_B > 0, bottom_B, 1.0), self.point)
-        return values_B - self.point
+        counts_SU = _counts(self.units)
+        bottom_S = counts_SU @ self.bottom_U
+        values_S = np.where(bottom_S > 0, (counts_SU @ self.top_U) / np.where(bottom_S > 0, bottom_S, 1.0), self.point)
+        return values_S - self.point
 
 
 @functools.lru_cache(maxsize=8)
 def _counts(units: int) -> Array:
-    """How often each unit is drawn, (B, U): one draw for everything measured on as many units."""
+    """How often each unit is drawn, (S, U): one draw for everything measured on as many units."""
     return drawn(units, np.random.default_rng(units), RESAMPLES)
 
 
@@ -154,34 +156,36 @@ def _interval(pairs: Sequence[tuple[Sample, Sample | None]], level: float) -> In
     spread = float(np.std(points, ddof=1)) if seeds > 1 else 0.0
     if units == 1:
         return Interval(mean, -math.inf, math.inf, level, seeds, spread)
-    values_B = mean + _expansion(units, level) * np.mean(errors, axis=0)
+    values_S = mean + _expansion(units, level) * np.mean(errors, axis=0)
     low, high = (
-        _quantile(values_B, spread / math.sqrt(seeds), seeds - 1, q) for q in ((1 - level) / 2, (1 + level) / 2)
+        _quantile(values_S, spread / math.sqrt(seeds), seeds - 1, q) for q in ((1 - level) / 2, (1 + level) / 2)
     )
     return Interval(mean, min(mean, low), max(mean, high), level, seeds, spread)
 
 
-def _quantile(values_B: Array, scale: float, freedom: int, q: float) -> float:
+def _quantile(values_S: Array, scale: float, freedom: int, q: float) -> float:
     """Of one of the values, each as likely, plus `scale` times Student's t with `freedom` degrees of freedom."""
     if not scale:
-        return float(np.quantile(values_B, q))
+        return float(np.quantile(values_S, q))
     tail = scale * float(special.stdtrit(freedom, q))
-    low, high = float(values_B.min()) + tail, float(values_B.max()) + tail
+    low, high = float(values_S.min()) + tail, float(values_S.max()) + tail
     if high - low < 1e-12 * max(abs(low), abs(high), scale):
         return low
     return float(
         optimize.brentq(
-            lambda x: np.mean(special.stdtr(freedom, (x - values_B) / scale)) - q, low, high, xtol=1e-6 * scale
+            lambda x: np.mean(special.stdtr(freedom, (x - values_S) / scale)) - q, low, high, xtol=1e-6 * scale
         )
     )
 
 
 def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | None:
-    """A record's sample of `joint_nll`, `first_token_nll`, `position_nll:K` (nats), `bits_per_byte` (of the target law),
-    `joint_bits_per_byte` and `bytes_per_pass` (tokens counted as the bytes they have in the test split), `tokens_per_pass`,
-    `accepted:DEPTH` (share of the drafts reached), `kept:DEPTH` (sum min(p, q) on test text), `effective` (components),
-    `training:KEY`, or of the logarithm of `speedup`, `speedup_over_rank1`, `speedup_over_trunk` or `plain_over_generate`; None
-    where the record does not have it."""
+    """A record's sample of a quantity; None where the record does not have it.
+
+    In nats: `joint_nll`, `first_token_nll`, `position_nll:K`. `bits_per_byte` is the target's. `joint_bits_per_byte`
+    and `bytes_per_pass` count a token as the bytes it has in the test split. `tokens_per_pass`: tokens per forward.
+    `accepted:DEPTH`: share of the drafts reached. `kept:DEPTH`: sum min(p, q) on test text. `effective`: components.
+    `training:KEY`. The `RATIOS` are logarithms.
+    """
     likelihood, decoded = record["likelihood"], record.mode(mode)
     rows = likelihood["per_row"]
     if quantity in ("joint_nll", "first_token_nll"):

@@ -753,9 +753,7 @@ def test_a_shortlist_that_is_not_known_is_named(tmp_path: Path, capsys: pytest.C
     make_run(tmp_path / "run", {"decode.draft_vocabulary": 20})
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert (
-        "drafts from a shortlist (decode.draft_vocabulary=20) that is not in its decode.json; delete that file" in error
-    )
+    assert "(decode.draft_vocabulary=20) that neither its draft_vocabulary.json nor its decode.json holds" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Memory of decoding against tensors of known size: the whole, what follows the first pass, and what lies between passes."""
+"""Memory of decoding, against tensors of known size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MB = 250_000  # float32 numbers
 
 
 class Target(nn.Module):
-    """A pass that takes as many MB as it is told, and leaves one."""
+    """A forward that takes as many MB as it is told, and leaves one."""
 
     def forward(self, megabytes: int) -> Tensor:
         torch.zeros(megabytes * MB)
@@ -46,7 +46,7 @@ def test_what_lies_behind_the_last_pass_counts() -> None:
 
 
 def test_work_without_a_pass_is_refused() -> None:
-    with pytest.raises(ValueError, match="makes no pass of the target"):
+    with pytest.raises(ValueError, match="makes no forward of the target"):
         working_memory(lambda: torch.zeros(3), Target(), CPU)
 
 

@@ -95,9 +95,9 @@ def measure(
     models: cells by name, in evaluation mode, all on the prompts' device; horizon 2 or more. Cells on one frozen trunk
     share one autoregressive decoder and one generate. prompts_PT: (P, T) ids. A warm-up decodes the first prompt with
     every contender. rank_one: of a cell, the one of rank 1 that differs from it in rank only; "speedup_over_rank1"
-    compares with that (null without one). reference: a next-token model of equal training; "speedup_over_trunk" compares
-    with its autoregressive decoding (null without one; on a frozen trunk that is "speedup" itself). Tokens and forwards
-    are summed over repeats. Times in seconds, or ms where the name says so.
+    compares with that (null without one). reference: a next-token model of equal training; "speedup_over_trunk"
+    compares with its autoregressive decoding (null without one; on a frozen trunk that is "speedup" itself). Tokens
+    and forwards are summed over repeats. Times in seconds, or ms where the name says so.
 
     Raises ValueError on an empty group or a cell without drafts.
     """
@@ -271,8 +271,10 @@ def run_seed(seed: int, index: int, repeat: int) -> int:
 
 
 def rate_ratio(top: Timing, bottom: Timing, seed: int) -> dict[str, float]:
-    """{"median", "low", "high"}: median over repeats of the tokens/s ratio, and the 95 % interval of total tokens over total
-    time, prompts and repeats resampled (the same ones for both contenders)."""
+    """{"median", "low", "high"}: the median over repeats of the tokens/s ratio, and the interval of total rates.
+
+    Prompts and repeats are resampled, the same ones for both contenders.
+    """
     random = np.random.default_rng(seed)
     times = [drawn(size, random) for size in np.shape(top.seconds)]
 

@@ -43,7 +43,7 @@ class Ours:
         )
 
     def forwards(self, hooked: int) -> int:
-        """Forwards of the last call, not counted by the loop: by the hook or, where replayed (one in vain), on the device."""
+        """Forwards of the last call: counted by the hook or, where replayed (one in vain), on the device."""
         return hooked if self.captured is None else self.captured.forwards_run - 1
 
 
@@ -85,7 +85,7 @@ def hugging_face(model: LanguageModel, static: bool = False) -> Generate | None:
 
 
 def as_hugging_face(model: LanguageModel) -> Any:
-    """A Hugging Face causal language model of a model's trunk and unembedding (shared, not copied), in evaluation mode."""
+    """A Hugging Face causal language model of the trunk and unembedding (shared, not copied), in evaluation mode."""
     with torch.device("meta"):  # the shell's own weights are never made
         shell = AutoModelForCausalLM.from_config(model.trunk.body.config)
     setattr(shell, shell.base_model_prefix, model.trunk.body)

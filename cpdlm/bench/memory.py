@@ -1,9 +1,9 @@
 """Memory that decoding takes: what is alive at its worst moments beyond what was alive before it.
 
-The pass over a long prompt takes more than anything behind it and is the same for every method. So the passes of the target
-are told apart by hooks, and what comes after the first of them is reported by itself. Weights that are loaded already do not
-count; caches, scores and everything in between do. On the CPU this is PyTorch's allocator, told by the profiler, on CUDA its
-statistics: bytes of tensors, not of the process (no fragmentation, no Python).
+The forward over a long prompt takes more than anything after it, and is the same for every method. So hooks separate
+the target's forwards, and what comes after the first is reported by itself. Weights that are loaded already do not
+count; caches, scores and everything in between do. The numbers are PyTorch's allocator's, from the profiler on the
+CPU, from its statistics on CUDA: bytes of tensors, not of the process (no fragmentation, no Python).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-_BEGINS, _ENDS = "a pass begins", "a pass ends"
+_BEGINS, _ENDS = "a forward begins", "a forward ends"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. whole: most alive at once, less those alive before; later: the same, of what follows the target's first pass
-    alone; between: most alive between two passes, or after the last, less those alive at the end of the one before."""
+    """Bytes. whole: most alive at once, less those alive before. later: the same, after the target's first forward.
+
+    between: most alive between two forwards, or after the last, less those alive at the end of the one before."""
 
     whole: int
     later: int
@@ -30,24 +31,24 @@ class Memory:
 
 @dataclass
 class _Stretch:
-    """Work up to, or in, or behind a pass. began, most: bytes alive at its beginning, and most alive in it."""
+    """Work within or between forwards. began, most: bytes alive at its beginning, and most alive in it."""
 
-    passing: bool
+    is_forward: bool
     began: int
     most: int
 
 
 def working_memory(work: Callable[[], Any], target: nn.Module, device: torch.device) -> Memory:
-    """What `work()` takes, whose passes are calls of `target`. Raises ValueError where it makes none."""
+    """What `work()` takes, whose forwards are calls of `target`. Raises ValueError where it makes none."""
     measure = _on_cuda if device.type == "cuda" else _on_cpu
     stretches = measure(work, target, device)
-    after = stretches[2:]  # behind the first pass
+    after = stretches[2:]  # after the first forward
     if not after:
-        raise ValueError("the work makes no pass of the target; give the module whose calls are its passes")
+        raise ValueError("the work makes no forward of the target; give the module whose calls are its forwards")
     return Memory(
         max(each.most for each in stretches),
         max(each.most for each in after),
-        max(each.most - each.began for each in after if not each.passing),
+        max(each.most - each.began for each in after if not each.is_forward),
     )
 
 

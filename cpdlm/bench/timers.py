@@ -69,8 +69,8 @@ def forward_milliseconds(
 ) -> tuple[float, float]:
     """Median ms of a target forward (trunk through the cache, and output layer) of 1 and of `horizon` tokens.
 
-    Behind a text of half the new tokens, in five turns of consecutive calls, as decoding makes them, each after two that
-    do not count. The cache's rollback is not timed. On CUDA both are recorded graphs, as they are in decoding.
+    Behind a text of half the new tokens, in five turns of consecutive calls, as decoding makes them, each after two
+    that do not count. The cache's rollback is not timed. On CUDA both are recorded graphs, as they are in decoding.
     """
     device, horizon = prompts_PT.device, model.horizon
     row_T = prompts_PT.flatten()

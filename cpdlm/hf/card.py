@@ -19,9 +19,9 @@ _CARD = """\
 
 # {name}
 
-A {family} language model with heads that draft its next {horizon} tokens: their joint distribution is a mixture of rank {rank}
-([arXiv 2410.17765](https://arxiv.org/abs/2410.17765)). It verifies its own drafts, so `generate` writes several tokens
-per forward, with the distribution of autoregressive decoding.
+A {family} language model with heads that draft its next {horizon} tokens. Their joint distribution is a mixture of
+rank {rank} ([arXiv 2410.17765](https://arxiv.org/abs/2410.17765)). It verifies its own drafts, so `generate` writes
+several tokens per forward, with the distribution of autoregressive decoding.
 
 | | |
 |---|---|
@@ -103,8 +103,8 @@ def _facts(
     if model.draft_ids is not None:
         covered = f", {decoded['shortlist_coverage']:.1%}" if decoded is not None else ""
         facts["drafts"] = (
-            f"from the {len(model.draft_ids):,} most frequent tokens{covered} of the training text; the output may hold "
-            "any token"
+            f"from the {len(model.draft_ids):,} most frequent tokens{covered} of the training text; the output may "
+            "hold any token"
         )
     bits = evaluated.get("likelihood", {}).get("bits_per_byte")
     return facts | ({"test": f"{bits:.3f} bits per byte"} if bits is not None else {})

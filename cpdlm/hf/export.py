@@ -17,10 +17,10 @@ from cpdlm.training.checkpoints import CONFIG, RunError, read_config
 def export(source: Path, folder: Path) -> CpdlmForCausalLM:
     """Write a folder that `from_pretrained` reads and `push_to_hub` uploads as it is; returns the model.
 
-    source: the folder of a finished run, or the name of a model with released heads. folder: new or empty, or an exported
-    one, which is replaced. It gets config.json, generation_config.json, model.safetensors, the tokenizer's files and
-    README.md, the model card. Raises RunError for a run that is not finished or whose parts are gone, and for a folder
-    that holds something else; ConfigError for a named model that cannot be had.
+    source: the folder of a finished run, or the name of a model with released heads. folder: new or empty, or an
+    exported one, which is replaced. It gets config.json, generation_config.json, model.safetensors, the tokenizer's
+    files and README.md, the model card. Raises RunError for a run that is not finished or whose parts are gone, and
+    for a folder that holds something else; ConfigError for a named model that cannot be had.
     """
     check_folder(folder)
     if (source / CONFIG).is_file() and read_config(source).model.adapter_layers:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,11 +92,11 @@ class SpeculativeGenerationMixin(GenerationMixin):
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """`generate` of `transformers`, several tokens per forward. The output's distribution is the stock loop's.
 
-        inputs: (B, T) ids, padded on the left where attention_mask is 0. draft, nodes: as in `decode_batch`. The rest is
-        as in `GenerationMixin.generate`: greedy search and sampling, logits processors that are functions of
+        inputs: (B, T) ids, padded on the left where attention_mask is 0. draft, nodes: as in `decode_batch`. The rest
+        is as in `GenerationMixin.generate`: greedy search and sampling, logits processors that are functions of
         (input_ids, scores), stopping criteria, streamer, num_return_sequences, and so on. Random numbers come from one
-        generator per row, seeded by torch's global one: torch.manual_seed makes a call reproducible. (The tokens differ
-        from the stock loop's with that seed; their distribution does not.) A row that has stopped is padded.
+        generator per row, seeded by torch's global one: torch.manual_seed makes a call reproducible. (The tokens
+        differ from the stock loop's with that seed; their distribution does not.) A row that has stopped is padded.
 
         Returns (B, T + new) int64, padded on the right with pad_token_id (by default the first eos_token_id), or a
         GenerateDecoderOnlyOutput with `sequences` alone. Raises ValueError for what this loop cannot do (beams,
@@ -122,24 +123,7 @@ class SpeculativeGenerationMixin(GenerationMixin):
                 stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
                 kwargs["stop_strings"] = None
 
-            def loop(
-                model: CpdlmForCausalLM,
-                input_ids: Tensor,
-                logits_processor: LogitsProcessorList,
-                stopping_criteria: StoppingCriteriaList,
-                generation_config: GenerationConfig,
-                **prepared: Any,
-            ) -> Tensor | GenerateDecoderOnlyOutput:
-                mask_BT = prepared.get("attention_mask")  # absent where nothing is padding
-                call = _Call(
-                    input_ids.to(model.device), mask_BT, logits_processor, stopping_criteria, generation_config
-                )
-                sequences_BT = _speculate(model, call, streamer, draft, nodes).to(input_ids.device)
-                if generation_config.return_dict_in_generate:
-                    return GenerateDecoderOnlyOutput(sequences=sequences_BT)  # type: ignore[arg-type]
-                return sequences_BT
-
-            kwargs["custom_generate"] = loop
+            kwargs["custom_generate"] = partial(_loop, streamer=streamer, draft=draft, nodes=nodes)
         done: Tensor | GenerateDecoderOnlyOutput = stock.generate(
             inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
         )
@@ -182,7 +166,7 @@ class _Call:
         return int(longest) - self.text_BT.shape[1]
 
     def stop(self) -> Callable[[int, list[int]], bool] | None:
-        """Whether a row ends with these tokens, by the criteria that are neither an eos nor a length; None without such."""
+        """Whether a row ends with these tokens, by criteria other than an eos or a length; None without such."""
         others = StoppingCriteriaList(
             each for each in self.criteria if type(each) not in (EosTokenCriteria, MaxLengthCriteria)
         )
@@ -206,6 +190,27 @@ class _Call:
         """(copies, .) that row's text in every row: processors and criteria may keep something for each row."""
         new_T = torch.tensor(tokens, dtype=torch.long, device=self.text_BT.device)
         return torch.cat([self.text_BT[row], new_T]).repeat(copies, 1)
+
+
+def _loop(
+    model: CpdlmForCausalLM,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    streamer: Any,
+    draft: str,
+    nodes: int,
+    **prepared: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """What stock `generate` calls in place of a loop of its own, with these names."""
+    mask_BT = prepared.get("attention_mask")  # absent where nothing is padding
+    call = _Call(input_ids.to(model.device), mask_BT, logits_processor, stopping_criteria, generation_config)
+    sequences_BT = _speculate(model, call, streamer, draft, nodes).to(input_ids.device)
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=sequences_BT)  # type: ignore[arg-type]
+    return sequences_BT
 
 
 def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, draft: str, nodes: int) -> Tensor:

@@ -31,7 +31,7 @@ from cpdlm.training.checkpoints import (
 
 @dataclass(frozen=True)
 class Loaded:
-    """eos: the ids that end a text. config: the settings that the model was trained with; None for an exported folder."""
+    """eos: the ids that end a text. config: the settings of the training; None for an exported folder."""
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -42,8 +42,9 @@ class Loaded:
 def load(source: Path, draft_vocabulary: bool = True, widen: bool = False) -> Loaded:
     """source: a run's folder, an exported folder, or the name of a model with released heads.
 
-    draft_vocabulary: whether the model drafts from its own, where it has one. widen: load a named model in float32 where
-    this processor only emulates bfloat16. Raises RunError or ConfigError where something is missing or does not fit.
+    draft_vocabulary: whether the model drafts from its own, where it has one. widen: load a named model in float32
+    where this processor only emulates bfloat16. Raises RunError or ConfigError where something is missing or does not
+    fit.
     """
     tokenizer: Tokenizer
     if released.is_name(source):

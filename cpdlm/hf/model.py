@@ -32,8 +32,8 @@ from cpdlm.model.trunk import Trunk
 class CpdlmConfig(PreTrainedConfig):
     """Shape of a `LanguageModel`. text_config: the trunk's own configuration, a dict with its model_type or an object.
 
-    max_position_embeddings: the context, in tokens. draft_ids: the tokens that drafts are made of (None: all). The shape
-    of the heads stands beside these, under the names of `HeadsConfig`.
+    max_position_embeddings: the context, in tokens. draft_ids: the tokens that drafts are made of (None: all). The
+    shape of the heads stands beside these, under the names of `HeadsConfig`.
     """
 
     model_type = "cpdlm"
@@ -129,7 +129,7 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`, from safetensors alone; ValueError where weights and config do not match."""
+        """As `PreTrainedModel.from_pretrained`, from safetensors alone. ValueError where weights and config differ."""
         kwargs["use_safetensors"] = True
         loaded: Any = super().from_pretrained(*arguments, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -159,8 +159,10 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
         return embeddings
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V) whose softmax is the target law: the unembedding's logits where the target is its softmax, so
-        that processors which are not blind to a constant (repetition_penalty) do here what they do to the trunk; else log p.
+        """(..., D) -> (..., V), whose softmax is the target p.
+
+        Where the target is the softmax of the unembedding's logits, these: processors that are not blind to a constant
+        (repetition_penalty) then do here what they do to the trunk. Else log p.
         """
         if self.model.first_is_tied or self.model.frozen_target:
             return self.model.target_logits(hidden, self.model.unembedding.weight)
@@ -178,11 +180,11 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """The target law of the next token, as every causal language model of the library gives it.
+        """The target p of the next token, as every causal language model of the library gives it.
 
-        input_ids: (B, T). attention_mask: (B, L+T), L tokens in the cache. labels: (B, T), -100 where there is none; the
-        loss is the mean of -log p(next) in nats, under the target alone (cpdlm.training trains the joint law).
-        Returns logits (B, T, V); see `scores`. Raises ValueError for inputs and outputs that this model has not.
+        input_ids: (B, T). attention_mask: (B, L+T), L tokens in the cache. labels: (B, T), -100 where there is none;
+        the loss is the mean of -log p(next) in nats, under the target alone (cpdlm.training trains the heads). Returns
+        logits (B, T, V); see `scores`. Raises ValueError for inputs and outputs that this model does not have.
         """
         names = ("inputs_embeds", "output_attentions", "output_hidden_states")
         asked = [name for name in names if kwargs.get(name) is not None and kwargs[name] is not False]
@@ -193,8 +195,8 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
         if past_key_values is None and (use_cache if use_cache is not None else labels is None and not self.training):
             past_key_values = self.model.new_cache()
         hidden_BTD = self.model.hidden(input_ids, position_ids, past_key_values, attention_mask)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.scores(hidden_BTD[:, kept])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.scores(hidden_BTD[:, positions])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

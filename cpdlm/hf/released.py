@@ -36,7 +36,7 @@ DRAFT_IDS = "shortlist"  # the tensor's name in the file
 
 
 def release(run: Path, name: str) -> Path:
-    """Write the heads of a finished run on model=name; returns the file. RunError for a run that is not, or not on it."""
+    """Write the heads of a finished run on model=name; returns the file. RunError for any other run."""
     config = read_config(run)
     target = Target.of(config)
     if target.kind != "pretrained" or target.name != name:
