@@ -41,7 +41,7 @@ EVALUATED, MEASURED = "evaluate.json", "decode.json"
 
 
 def is_trained(config: Config) -> bool:
-    """True where the cell is trained and evaluated as its config says; raises RunError where another run has its name."""
+    """True where the cell is trained and evaluated as its config says; RunError where another run has its name."""
     folder = run_folder(config)
     if not all((folder / name).is_file() for name in (EVALUATED, checkpoints.WEIGHTS, checkpoints.TRAINED)):
         return False
@@ -140,9 +140,9 @@ def _evaluate(prepared: training.Run, command: str) -> None:
 def measure(configs: list[Config], reference: Config | None = None) -> None:
     """Decode with every cell of a group side by side, greedily and by sampling; leave each its decode.json.
 
-    reference: the next-token model of equal training, decoded plainly beside them.
+    reference: the next-token model of equal training, decoded autoregressively beside them.
     """
-    began, first = time.monotonic(), configs[0]
+    began, first, device = time.monotonic(), configs[0], training.training_device()
     assert all((c.decode, c.data, c.corpus) == (first.decode, first.data, first.corpus) for c in configs), (
         "cells are compared on the same prompts"
     )
@@ -150,26 +150,50 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
     for config in configs:
         evaluated = _read(run_folder(config) / EVALUATED)
         training.check_same_text(run_folder(config), evaluated["data"]["sha256"], corpus.describe()["sha256"])
-    prompts_PT = TokenDataModule(first, corpus).prompts().to(training.training_device())
-    models, trunks = {}, dict[tuple[str, str], LanguageModel | None]()
-    for config in configs:
-        key = (config.model.trunk, config.model.dtype)
-        if key not in trunks:
-            trunks[key] = checkpoints.load_target(config)
-        models[config.run_name] = checkpoints.load_model(run_folder(config), trunks[key]).to(training.training_device())
-    trunk = (
-        checkpoints.load_model(run_folder(reference)).to(training.training_device()) if reference is not None else None
-    )
-    decode = first.decode
-    protocol = compare.Protocol.of(decode, first.seed)
-    rank_one = _rank_one(configs)
-    shortlist = None
-    if decode.draft_vocabulary:
-        text, _ = training.training_text(first, corpus, trunks[first.model.trunk, first.model.dtype])
-        shortlist = training.draft_vocabulary("decode.draft_vocabulary", decode.draft_vocabulary, text)
+    targets = {(c.model.trunk, c.model.dtype): c for c in configs}
+    frozen = {key: checkpoints.load_target(config) for key, config in targets.items()}
+    models = {
+        c.run_name: checkpoints.load_model(run_folder(c), frozen[c.model.trunk, c.model.dtype]).to(device)
+        for c in configs
+    }
+    listed = None
+    if size := first.decode.draft_vocabulary:
+        text, _ = training.training_text(first, corpus, frozen[first.model.trunk, first.model.dtype])
+        listed = training.draft_vocabulary("decode.draft_vocabulary", size, text)
         for model in models.values():
-            model.use_draft_vocabulary(torch.from_numpy(shortlist.ids))
-    modes = {}
+            model.use_draft_vocabulary(torch.from_numpy(listed.ids))
+    beside = checkpoints.load_model(run_folder(reference)).to(device) if reference is not None else None
+    rank_one = _rank_one(configs)
+    modes = _decoded(first, models, TokenDataModule(first, corpus).prompts().to(device), rank_one, beside)
+    shared = {
+        "group": list(models),
+        "reference": [reference.run_name, _weights_hash(reference)] if reference is not None else None,
+        "shortlist": listed.ids.tolist() if listed is not None else None,
+        "shortlist_coverage": listed.coverage if listed is not None else None,
+        "seconds": (time.monotonic() - began) / len(configs),
+        "origin": provenance(),
+    }
+    for config in configs:
+        name = config.run_name
+        own = {
+            "settings": asdict(config.decode),
+            "weights": _weights_hash(config),
+            "rank_one": rank_one.get(name),
+            "modes": {mode: cells[name] for mode, cells in modes.items()},
+        }
+        write_json(run_folder(config) / MEASURED, shared | own)
+
+
+def _decoded(
+    config: Config,
+    models: dict[str, LanguageModel],
+    prompts_PT: torch.Tensor,
+    rank_one: dict[str, str],
+    reference: LanguageModel | None,
+) -> dict[str, dict[str, Any]]:
+    """What `compare.measure` says of each model, by mode."""
+    decode, modes = config.decode, {}
+    protocol = compare.Protocol.of(decode, config.seed)
     for mode, sampling in {
         "greedy": Sampling(temperature=0),
         "sampling": Sampling(decode.temperature, decode.top_k, decode.top_p),
@@ -181,28 +205,13 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
                 bar.update(int(line.startswith(("repeat", "warm-up"))))
 
             modes[mode] = compare.measure(
-                models, prompts_PT, sampling, protocol, rank_one=rank_one, reference=trunk, progress=say
+                models, prompts_PT, sampling, protocol, rank_one=rank_one, reference=reference, progress=say
             )
-    seconds = (time.monotonic() - began) / len(configs)
-    for config in configs:
-        name = config.run_name
-        content = {
-            "settings": asdict(config.decode),
-            "weights": _weights_hash(config),
-            "group": list(models),
-            "rank_one": rank_one.get(name),
-            "reference": [reference.run_name, _weights_hash(reference)] if reference is not None else None,
-            "shortlist": shortlist.ids.tolist() if shortlist is not None else None,
-            "shortlist_coverage": shortlist.coverage if shortlist is not None else None,
-            "modes": {mode: cells[name] for mode, cells in modes.items()},
-            "seconds": seconds,
-            "origin": provenance(),
-        }
-        write_json(run_folder(config) / MEASURED, content)
+    return modes
 
 
 def write_record(config: Config, command: str, folder: Path, *, claim: str, profile: str) -> Path:
-    """Assemble the record of a trained cell and write it to folder/NAME.json; `decoding` is null where it was not measured."""
+    """Assemble the record of a trained cell in folder/NAME.json; `decoding` is null where it was not measured."""
     own = run_folder(config)
     evaluated = _read(own / EVALUATED)
     measured = _read(own / MEASURED) if config.horizon > 1 and is_measured([config]) else None
@@ -245,7 +254,8 @@ def log(
     parent.text(f"{text.strip()}\n", "claims.txt")
     parent.tags(
         {
-            "mlflow.note.content": f"`{command}`. The verdicts are under *Artifacts*, in `claims.txt`; the figures beside it."
+            "mlflow.note.content": f"`{command}`. The verdicts are under *Artifacts*, in `claims.txt`; "
+            "the figures are beside it."
         }
     )
     for figure in figures:
@@ -291,7 +301,7 @@ def _same(settings: dict[str, Any] | None, now: EvaluateConfig | DecodeConfig) -
 
 
 def _rank_one(configs: list[Config]) -> dict[str, str]:
-    """Of each cell above rank 1, the one that differs from it in being of rank 1 and in nothing else, where there is one."""
+    """For each cell above rank 1 the one that differs from it in rank alone and has rank 1, where there is one."""
     of_rank_one = {str(but_rank(config)): config.run_name for config in configs if config.rank == 1}
     return {
         config.run_name: of_rank_one[key]

@@ -8,8 +8,9 @@
     memory = a + b weights
 
 Least squares of relative errors, no coefficient below zero; `CostModel.text` shows each fit's error. FLOPs are those of
-`cpdlm.training.flops`. Records of a GPU are fitted apart; until there are some, the rates of `ASSUMED` stand in, and the
-text says so. Heads on a pretrained model cost what the nearest records on that model took; without one there is no number.
+`cpdlm.training.flops`. Records of a GPU are fitted apart; until there are some, the rates of `ASSUMED` stand in, and
+the text says so. Heads on a pretrained model cost what the nearest records on that model took; without one there is no
+number.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def fit(features: Sequence[Sequence[float]], observed: Sequence[float]) -> Fit:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one cell. Seconds per stage, on as many threads as the records had; bytes of memory while it trains. nan: not known."""
+    """Of one cell: seconds per stage, on as many threads as the records had; bytes while it trains. nan: not known."""
 
     train: float
     decode: float
@@ -95,27 +96,29 @@ class Estimate:
 
 @dataclass(frozen=True)
 class CostModel:
-    """step, evaluate, decode, memory: fits by name. overhead: k above. device: what the records ran on. retrofits: those on
-    pretrained models."""
+    """fits: of step, evaluate, decode and memory. overhead: k above. device: what the records ran on.
+
+    pretrained: the records on pretrained models.
+    """
 
     fits: dict[str, Fit]
     overhead: float
     device: str
-    retrofits: tuple[tuple[Record, Config], ...] = ()
+    pretrained: tuple[tuple[Record, Config], ...] = ()
 
     @classmethod
     def of(cls, records: Iterable[Record], scale: str = "cpu") -> CostModel:
-        """From the records of that kind of device; those on pretrained trunks, which have other shapes, are not fitted."""
+        """From the records of that kind of device; those on pretrained models have other shapes and are not fitted."""
         every = [
             (record, from_dict(record.config))
             for record in records
             if (record["hardware"]["accelerator"] != "none") == (scale == "gpu")
         ]
-        retrofits = tuple((record, config) for record, config in every if config.is_pretrained)
+        pretrained = tuple((record, config) for record, config in every if config.is_pretrained)
         usable = [(record, config) for record, config in every if config.model.family in ("llama", "gpt2")]
         if len(usable) < 8:
             assumed = cls({name: Fit(values) for name, values in ASSUMED.items()}, 1.2, scale)
-            return replace(assumed if scale == "gpu" else _none(), retrofits=retrofits)
+            return replace(assumed if scale == "gpu" else _none(), pretrained=pretrained)
         decoded = [(record, config) for record, config in usable if record["decoding"] is not None]
         seen = {
             "step": ([_step(c) for _, c in usable], [r["training"]["step_ms_median"] / 1000 for r, _ in usable]),
@@ -131,7 +134,7 @@ class CostModel:
         ]
         names = {r["hardware"]["processor"] for r, _ in usable}
         fits = {name: fit(*values) for name, values in seen.items() if values[1]}
-        return cls(fits, statistics.median(spent), ", ".join(sorted(names)), retrofits)
+        return cls(fits, statistics.median(spent), ", ".join(sorted(names)), pretrained)
 
     def estimate(self, cell: Cell, group: int = 1) -> Estimate:
         """group: how many cells are decoded beside it, itself among them."""
@@ -144,7 +147,7 @@ class CostModel:
         return Estimate(total, decode, self.fits["memory"](_memory(config)))
 
     def _as_the_nearest(self, config: Config) -> Estimate:
-        """Medians over the records on the same model that are nearest in adapters, precision, share of positions and rank; nan without one."""
+        """Medians over the nearest records on the same model; nan without one."""
 
         def distance(other: Config) -> tuple[bool, bool, bool, float]:
             return (
@@ -155,7 +158,7 @@ class CostModel:
             )
 
         name = Path(config.model.trunk).name
-        alike = [(record, other) for record, other in self.retrofits if Path(other.model.trunk).name == name]
+        alike = [(record, other) for record, other in self.pretrained if Path(other.model.trunk).name == name]
         nearest = min((distance(other) for _, other in alike), default=None)
         alike = [(record, other) for record, other in alike if distance(other) == nearest]
         decoded = [(record, other) for record, other in alike if record["decoding"] is not None]
@@ -175,8 +178,8 @@ class CostModel:
         errors = ", ".join(f"{name} {100 * each.error:.0f}%" for name, each in self.fits.items())
         count = self.fits["step"].records
         text = f"cost model: {count} records ({self.device}); median error of the fit: {errors}"
-        if self.retrofits:
-            text += f". Heads on a pretrained model: what the nearest of {len(self.retrofits)} records took"
+        if self.pretrained:
+            text += f". Heads on a pretrained model: what the nearest of {len(self.pretrained)} records took"
         return text
 
 
@@ -228,8 +231,10 @@ def estimates(model: CostModel, cells: list[Cell]) -> dict[str, Estimate]:
 
 
 def wall_seconds(cells: list[Cell], costs: dict[str, Estimate], jobs: int, decoded: list[Cell] | None = None) -> float:
-    """Wall-clock of training `cells`, `jobs` at once as the scheduler orders them, then of the timed ones and of decoding
-    (default: the same cells), alone. What is not known counts as nothing."""
+    """Wall-clock of training `cells`, `jobs` at once as the scheduler orders them, then of what runs alone.
+
+    Alone run the timed cells and all decoding, that of `decoded` (default: the same cells). Unknown costs count as 0.
+    """
     costs = {name: replace(each, train=_known(each.train), decode=_known(each.decode)) for name, each in costs.items()}
     alone = sum(costs[cell.name].train for cell in cells if cell.alone)
     decoding = sum(costs[cell.name].decode for cell in (cells if decoded is None else decoded))

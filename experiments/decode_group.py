@@ -2,7 +2,7 @@
 
     python -m experiments.decode_group GROUP.json
 
-GROUP.json: {"cells": [WORDS, ...], "reference": WORDS or null}, where WORDS are the settings of a cell as they are typed.
+GROUP.json: {"cells": [WORDS, ...], "reference": WORDS or null}. WORDS are the settings of a cell as they are typed.
 """
 
 from __future__ import annotations

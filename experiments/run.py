@@ -56,8 +56,9 @@ def _launch(config: configuration.Config, arguments: list[str]) -> int:
     if config.nodes > 1:
         command = f"experiments/run.py {' '.join(arguments)}"
         print(
-            f"error: nodes={config.nodes} needs a launcher on every machine: torchrun --nnodes={config.nodes} --nproc-per-node="
-            f"{config.devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT {command}, or in a SLURM job with --nodes="
+            f"error: nodes={config.nodes} needs a launcher on every machine: torchrun --nnodes={config.nodes} "
+            f"--nproc-per-node={config.devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT "
+            f"{command}, or in a SLURM job with --nodes="
             f"{config.nodes} --ntasks-per-node={config.devices}: srun python {command}",
             file=sys.stderr,
         )
@@ -88,8 +89,8 @@ def _launch(config: configuration.Config, arguments: list[str]) -> int:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             print(
-                f"error: process {rank} of {config.devices} was killed ({name}), and the others were stopped; the same command "
-                "continues from the last checkpoint",
+                f"error: process {rank} of {config.devices} was killed ({name}), and the others were stopped; "
+                "the same command continues from the last checkpoint",
                 file=sys.stderr,
             )
         return failure.exitcode if failure.exitcode > 0 else 1

@@ -1,5 +1,7 @@
-"""Several processes equal one at the same global batch: DDP and FSDP2, on the CPU with gloo, ragged documents. What happens
-where one of them is slow, is killed, hangs, has a full disk or a loss that is NaN; on several machines; on another number."""
+"""Several processes equal one at the same global batch: DDP and FSDP2, on the CPU with gloo, ragged documents.
+
+Also where one is slow, is killed, hangs, has a full disk or a NaN loss; on several machines; on another number of them.
+"""
 
 from __future__ import annotations
 
@@ -220,7 +222,7 @@ def test_two_processes_equal_one_everywhere(case: Case, every: Path) -> None:
 
 
 def test_the_comparison_would_see_a_wrong_normalisation(tmp_path: Path) -> None:
-    """Means of per-process means (what plain data parallelism computes on ragged rows) are far outside the tolerance."""
+    """Means of per-process means (data parallelism without weights, on ragged rows) are far outside the tolerance."""
     two_processes.train(tmp_path / "mean of means", {"train.accumulate": 2}, "sgd")
     two_processes.train(tmp_path / "one", {}, "sgd")
     one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("mean of means", "one"))
@@ -351,7 +353,7 @@ def test_a_lost_process_stops_the_others_and_the_run_resumes(name: str, default:
     compare(load_file(index / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
 
 
-# --- other numbers of processes, and several machines ------------------------------------------------------------------
+# --- other numbers of processes, and several machines ---------------------------------------------------------------
 
 SLURM = {
     "SLURM_NTASKS": "2",

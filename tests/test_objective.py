@@ -77,7 +77,7 @@ def test_a_random_subset_is_an_unbiased_estimate(first_is_tied: bool, fraction: 
 
 @pytest.mark.parametrize("first_is_tied", [False, True])
 def test_the_next_token_is_trained_at_every_position_of_a_subset(first_is_tied: bool) -> None:
-    """Weight of -log p(x_{t+1}), over both terms: the same everywhere. That of the later tokens: on the subset alone."""
+    """Weight of -log p(x_{t+1}), over both terms: the same everywhere. That of later tokens: on the subset."""
     weights = weigh(ragged(), 0.3, first_is_tied, torch.Generator().manual_seed(0))
     exists = ragged() > 0
     of_first = weights.first_BT if first_is_tied else weights.first_BT + weights.rest_BT

@@ -104,7 +104,7 @@ def test_planned_flops_are_those_of_a_step(settings: dict[str, Any]) -> None:
     ],
 )
 def test_the_formulas_of_a_shape_are_what_is_planned_for_the_model(settings: dict[str, Any]) -> None:
-    """Trunk, loss and weights from the settings alone equal those of the model that is built; biases are not counted."""
+    """Trunk, loss and weights from the settings equal those of the model that is built, but for biases."""
     config = resolve(SMALL | settings)
     plan, shape = make_plan(config, VOCAB), flops.Shape.of(config, VOCAB)
     planned = {"trunk": flops.trunk_forwards(config) * flops.trunk_flops(config), **flops.loss_flops(shape, config)}

@@ -2,8 +2,8 @@
 
 python -m tests.two_processes CASES.json        (the environment says, as a launcher would, which process this is)
 
-A case may have a fault: what goes wrong, before which step, in which process (or in all). What a process says of it is left in
-fault_RANK.json, and the next case follows; a killed process says nothing.
+A case may have a fault: what goes wrong, before which step, in which process (or in all). What a process says of it is
+left in fault_RANK.json, and the next case follows; a killed process says nothing.
 """
 
 from __future__ import annotations
