@@ -24,7 +24,6 @@ from cpdlm.config import (
     resolve,
     to_dict,
 )
-from cpdlm.config.checks import ABOVE_ZERO_TO_ONE, LEAST, NOT_NEGATIVE, POSITIVE, ZERO_TO_ONE
 from cpdlm.config.reading import OBSOLETE
 
 BAD: list[tuple[str, str]] = [
@@ -57,14 +56,21 @@ BAD: list[tuple[str, str]] = [
     ("name=${", "name='${'"),
     ("name=???", "name='???'"),
     # ranges
-    *((f"{key}={least - 1}", f"{key}={least - 1} is too small; the least is {least}") for key, least in LEAST.items()),
-    *((f"{key}=-0.1", f"{key}=-0.1 must be a number of at least 0") for key in NOT_NEGATIVE),
-    *((f"{key}={bad}", f"{key}={bad} must be a positive number") for key in POSITIVE for bad in ("0.0", "nan")),
-    *((f"{key}={bad}", f"{key}={bad} must lie in (0, 1]") for key in ABOVE_ZERO_TO_ONE for bad in ("0.0", "1.5")),
-    *((f"{key}={bad}", f"{key}={bad} must lie in [0, 1]") for key in ZERO_TO_ONE for bad in ("-0.1", "nan")),
-    ("optim.clip=nan", "optim.clip=nan must be a number of at least 0"),
-    ("model.noise=inf", "model.noise=inf must be a number of at least 0"),
-    ("decode.temperature=0", "decode.temperature=0.0 must be a positive number (greedy is always measured)"),
+    *(
+        (f"{key}={entry.metadata['least'] - 1}", f"is too small; the least is {entry.metadata['least']}")
+        for key, entry in leaves().items()
+        if entry.metadata["least"] is not None
+    ),
+    *(
+        (f"{key}={bad}", f"{key}={bad} must lie in {entry.metadata['within']}")
+        for key, entry in leaves().items()
+        if entry.metadata["within"]
+        for bad in ("-0.1", "nan", "inf")
+    ),
+    ("loss.joint_fraction=0", "loss.joint_fraction=0.0 must lie in (0, 1]"),
+    ("optim.floor=2", "optim.floor=2.0 must lie in [0, 1]"),
+    ("optim.lr=0", "optim.lr=0.0 must lie in (0, inf)"),
+    ("decode.temperature=0", "decode.temperature=0.0 must lie in (0, inf) (greedy is always measured)"),
     # combinations
     ("horizon=256 data.context=256", "horizon=256 does not fit data.context=256; lower the horizon"),
     ("horizon=1 rank=4", "rank=4 needs horizon of at least 2"),
@@ -121,8 +127,9 @@ def test_every_mistake_says_what_is_wrong() -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    ranged = {*LEAST, *NOT_NEGATIVE, *POSITIVE, *ABOVE_ZERO_TO_ONE, *ZERO_TO_ONE}
-    assert {key for key, entry in leaves().items() if entry.type in ("int", "float")} == ranged
+    for key, entry in leaves().items():
+        kind = {"int": entry.metadata["least"] is not None, "float": bool(entry.metadata["within"])}
+        assert kind.get(entry.type, True), key
 
 
 # What some choices are for.

@@ -3,54 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from cpdlm.config.settings import CHOICES, FAMILIES, Config, ConfigError, flatten
-
-LEAST: dict[str, int] = {
-    "rank": 1,
-    "horizon": 1,
-    "seed": 0,
-    "devices": 1,
-    "nodes": 1,
-    "data.context": 2,
-    "data.batch_rows": 1,
-    "data.max_bytes": 0,
-    "data.workers": 0,
-    "data.states": 0,
-    "model.map_rank": 0,
-    "model.map_hidden": 0,
-    "model.anchor_width": 0,
-    "model.adapter_layers": 0,
-    "model.adapter_rank": 1,
-    "loss.draft_vocabulary": 0,
-    "loss.chunk_mib": 1,
-    "optim.steps": 1,
-    "optim.warmup": 0,
-    "train.accumulate": 1,
-    "train.log_every": 1,
-    "train.validate_every": 1,
-    "train.validation_rows": 1,
-    "train.decode_prompts": 0,
-    "train.checkpoint_every": 1,
-    "train.timeout": 1,
-    "evaluate.rows": 1,
-    "evaluate.batch_rows": 1,
-    "decode.prompts": 1,
-    "decode.prompt_tokens": 1,
-    "decode.new_tokens": 1,
-    "decode.top_k": 0,
-    "decode.repeats": 1,
-    "decode.warmups": 0,
-    "decode.nodes": 1,
-    "decode.draft_vocabulary": 0,
-}
-NOT_NEGATIVE = ("model.noise", "loss.balance_weight", "loss.balance_rate", "optim.weight_decay", "optim.clip")
-POSITIVE = ("data.states_gib", "optim.lr", "decode.temperature")
-ABOVE_ZERO_TO_ONE = ("loss.joint_fraction", "loss.gamma", "decode.top_p")
-ZERO_TO_ONE = ("loss.alpha", "optim.floor", "optim.beta1", "optim.beta2")
+from cpdlm.config.settings import CHOICES, FAMILIES, WITHIN, Config, ConfigError, flatten, leaves
 
 
 def check(config: Config) -> None:
@@ -78,22 +34,13 @@ def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _ranges(config: Config) -> Iterator[str]:
     values = flatten(config)
-    for key, least in LEAST.items():
-        if values[key] < least:
-            yield f"{key}={values[key]} is too small; the least is {least}"
-    for key in NOT_NEGATIVE:
-        if not 0 <= values[key] < math.inf:
-            yield f"{key}={values[key]} must be a number of at least 0"
-    for key in ABOVE_ZERO_TO_ONE:
-        if not 0 < values[key] <= 1:
-            yield f"{key}={values[key]} must lie in (0, 1]"
-    for key in ZERO_TO_ONE:
-        if not 0 <= values[key] <= 1:
-            yield f"{key}={values[key]} must lie in [0, 1]"
-    for key in POSITIVE:
-        if not 0 < values[key] < math.inf:
+    for key, entry in leaves().items():
+        value, least, within = values[key], entry.metadata["least"], entry.metadata["within"]
+        if least is not None and value < least:
+            yield f"{key}={value} is too small; the least is {least}"
+        if within and not WITHIN[within](value):
             hint = " (greedy is always measured)" if key == "decode.temperature" else ""
-            yield f"{key}={values[key]} must be a positive number{hint}"
+            yield f"{key}={value} must lie in {within}{hint}"
 
 
 def _mixture(config: Config) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,17 @@ class ConfigError(ValueError):
     """The user's mistake: names the setting, the value, and what to type instead. Entry points exit 2 on it."""
 
 
-def knob(default: Any, help: str) -> Any:
-    """A dataclass field with a line of meaning for `--help`."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+def knob(default: Any, help: str, *, least: int | None = None, within: str = "") -> Any:
+    """A dataclass field with a line of meaning for `--help`. least: of an int. within: of a float, a key of WITHIN."""
+    return field(default=default, metadata={"help": help, "least": least, "within": within})
+
+
+WITHIN: dict[str, Callable[[float], bool]] = {
+    "[0, 1]": lambda value: 0 <= value <= 1,
+    "(0, 1]": lambda value: 0 < value <= 1,
+    "[0, inf)": lambda value: 0 <= value < math.inf,
+    "(0, inf)": lambda value: 0 < value < math.inf,
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,12 @@ class DataConfig:
         "bytes | bpe:SIZE (trained on the corpus) | hf:NAME (a Hugging Face tokenizer) | model (that of a pretrained "
         "trunk)",
     )
-    context: int = knob(256, "tokens in one training row")
-    batch_rows: int = knob(4, "rows in one optimiser step, over all processes")
-    max_bytes: int = knob(0, "bytes of text to take from the corpus, documents in hash order (0 = all)")
+    context: int = knob(256, "tokens in one training row", least=2)
+    batch_rows: int = knob(4, "rows in one optimiser step, over all processes", least=1)
+    max_bytes: int = knob(0, "bytes of text to take from the corpus, documents in hash order (0 = all)", least=0)
     cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
     bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")
-    workers: int = knob(0, "data-loader worker processes")
+    workers: int = knob(0, "data-loader worker processes", least=0)
     text: str = knob(
         "corpus",
         "what heads on a frozen model train on: corpus | greedy, sampled: data.states tokens that the model itself "
@@ -80,8 +87,9 @@ class DataConfig:
         0,
         "tokens of training text whose hidden states under a frozen trunk are computed once and kept (0: none are; "
         "the trunk runs in every step); training then sees these tokens only",
+        least=0,
     )
-    states_gib: float = knob(8.0, "most GiB of disk that kept hidden states may take")
+    states_gib: float = knob(8.0, "most GiB of disk that kept hidden states may take", within="(0, inf)")
 
 
 @dataclass
@@ -100,18 +108,22 @@ class ModelConfig:
     head: str = knob(
         "shared", "shared: a map per (component, position), one unembedding | separate: an unembedding each"
     )
-    map_rank: int = knob(0, "rank of each map of head=shared (0 = full width x width)")
-    map_hidden: int = knob(0, "hidden width of each map as a two-layer perceptron (0 = a linear map)")
+    map_rank: int = knob(0, "rank of each map of head=shared (0 = full width x width)", least=0)
+    map_hidden: int = knob(0, "hidden width of each map as a two-layer perceptron (0 = a linear map)", least=0)
     tie_first: bool = knob(
         False, "every component shares the next-token head, so that the draft's q_1 is the target's p_1"
     )
     tie_embeddings: bool = knob(True, "the unembedding is the input embedding")
-    noise: float = knob(0.2, "size of the maps' random start relative to identity; tells equal components apart")
-    anchor_width: int = knob(0, "hidden width of the map of anchor=token or blind (0 = width / 2)")
-    adapter_layers: int = knob(
-        0, "last layers of a frozen trunk that the draft has once more, with low-rank adapters (0 = none; needs peft)"
+    noise: float = knob(
+        0.2, "size of the maps' random start relative to identity; tells equal components apart", within="[0, inf)"
     )
-    adapter_rank: int = knob(8, "rank of those adapters")
+    anchor_width: int = knob(0, "hidden width of the map of anchor=token or blind (0 = width / 2)", least=0)
+    adapter_layers: int = knob(
+        0,
+        "last layers of a frozen trunk that the draft has once more, with low-rank adapters (0 = none; needs peft)",
+        least=0,
+    )
+    adapter_rank: int = knob(8, "rank of those adapters", least=1)
     anchor_normed: bool = knob(False, "anchor=token or blind sees h_t and the token's embedding at equal size")
 
 
@@ -122,61 +134,71 @@ class LossConfig:
         "what drafts on a frozen trunk train for: joint (the NLL) | eq14 (KL + CE) | eq14-marginal | acceptance | "
         "log-acceptance | blend",
     )
-    alpha: float = knob(0.9, "eq. 14: weight of the divergence from the target, against the text's own tokens")
-    gamma: float = knob(1.0, "discount of each further token of the window (objectives other than joint at 1)")
-    draft_vocabulary: int = knob(0, "the draft loss covers the N tokens that the training text uses most (0 = all)")
-    joint_fraction: float = knob(1.0, "share of positions that train x_{t+2..t+n}; x_{t+1} always trains on all")
-    chunk_mib: int = knob(32, "MiB of logits alive at once in the joint loss")
-    balance_weight: float = knob(0.01, "weight of the balance loss (balance=switch or kl)")
-    balance_rate: float = knob(0.001, "step of the gate's bias buffer (balance=bias)")
+    alpha: float = knob(
+        0.9, "eq. 14: weight of the divergence from the target, against the text's own tokens", within="[0, 1]"
+    )
+    gamma: float = knob(
+        1.0, "discount of each further token of the window (objectives other than joint at 1)", within="(0, 1]"
+    )
+    draft_vocabulary: int = knob(
+        0, "the draft loss covers the N tokens that the training text uses most (0 = all)", least=0
+    )
+    joint_fraction: float = knob(
+        1.0, "share of positions that train x_{t+2..t+n}; x_{t+1} always trains on all", within="(0, 1]"
+    )
+    chunk_mib: int = knob(32, "MiB of logits alive at once in the joint loss", least=1)
+    balance_weight: float = knob(0.01, "weight of the balance loss (balance=switch or kl)", within="[0, inf)")
+    balance_rate: float = knob(0.001, "step of the gate's bias buffer (balance=bias)", within="[0, inf)")
 
 
 @dataclass
 class OptimConfig:
-    steps: int = knob(500, "optimiser steps")
-    lr: float = knob(2e-3, "peak learning rate")
-    warmup: int = knob(50, "steps of linear warm-up")
-    floor: float = knob(0.1, "final learning rate, as a share of the peak (cosine decay)")
-    weight_decay: float = knob(0.1, "AdamW weight decay, on matrices only")
-    beta1: float = knob(0.9, "AdamW beta 1")
-    beta2: float = knob(0.95, "AdamW beta 2")
-    clip: float = knob(1.0, "largest gradient norm (0 = no clipping)")
+    steps: int = knob(500, "optimiser steps", least=1)
+    lr: float = knob(2e-3, "peak learning rate", within="(0, inf)")
+    warmup: int = knob(50, "steps of linear warm-up", least=0)
+    floor: float = knob(0.1, "final learning rate, as a share of the peak (cosine decay)", within="[0, 1]")
+    weight_decay: float = knob(0.1, "AdamW weight decay, on matrices only", within="[0, inf)")
+    beta1: float = knob(0.9, "AdamW beta 1", within="[0, 1]")
+    beta2: float = knob(0.95, "AdamW beta 2", within="[0, 1]")
+    clip: float = knob(1.0, "largest gradient norm (0 = no clipping)", within="[0, inf)")
 
 
 @dataclass
 class TrainConfig:
     precision: str = knob("32-true", "Lightning precision: 32-true | bf16-mixed | bf16-true | 64-true")
-    accumulate: int = knob(1, "micro-batches per optimiser step; data.batch_rows is split among them")
-    log_every: int = knob(20, "steps between logged metrics")
-    validate_every: int = knob(200, "steps between validations")
-    validation_rows: int = knob(32, "rows of the validation split per validation")
-    decode_prompts: int = knob(0, "prompts of the validation split decoded at each validation (0 = none)")
-    checkpoint_every: int = knob(200, "steps between checkpoints a killed run resumes from")
+    accumulate: int = knob(1, "micro-batches per optimiser step; data.batch_rows is split among them", least=1)
+    log_every: int = knob(20, "steps between logged metrics", least=1)
+    validate_every: int = knob(200, "steps between validations", least=1)
+    validation_rows: int = knob(32, "rows of the validation split per validation", least=1)
+    decode_prompts: int = knob(0, "prompts of the validation split decoded at each validation (0 = none)", least=0)
+    checkpoint_every: int = knob(200, "steps between checkpoints a killed run resumes from", least=1)
     sharded: bool = knob(False, "parallel=fsdp: a checkpoint is a folder to which every process writes its own part")
     recompute: bool = knob(False, "compute each trunk block again in the backward pass: less memory, a third more time")
-    timeout: int = knob(1800, "seconds that processes wait for one another before they give up")
+    timeout: int = knob(1800, "seconds that processes wait for one another before they give up", least=1)
 
 
 @dataclass
 class EvaluateConfig:
-    rows: int = knob(200, "rows of the test split for the likelihoods")
-    batch_rows: int = knob(8, "rows per evaluation batch")
+    rows: int = knob(200, "rows of the test split for the likelihoods", least=1)
+    batch_rows: int = knob(8, "rows per evaluation batch", least=1)
 
 
 @dataclass
 class DecodeConfig:
-    prompts: int = knob(16, "prompts, drawn by hash from the test split")
-    prompt_tokens: int = knob(64, "tokens of each prompt")
-    new_tokens: int = knob(64, "tokens to write after each prompt")
-    temperature: float = knob(1.0, "temperature of the sampling runs (greedy is always measured too)")
-    top_k: int = knob(0, "keep the k likeliest tokens (0 = all)")
-    top_p: float = knob(1.0, "keep the smallest set of tokens with this much probability")
-    repeats: int = knob(5, "interleaved timed repeats")
-    warmups: int = knob(3, "untimed repeats before them")
+    prompts: int = knob(16, "prompts, drawn by hash from the test split", least=1)
+    prompt_tokens: int = knob(64, "tokens of each prompt", least=1)
+    new_tokens: int = knob(64, "tokens to write after each prompt", least=1)
+    temperature: float = knob(
+        1.0, "temperature of the sampling runs (greedy is always measured too)", within="(0, inf)"
+    )
+    top_k: int = knob(0, "keep the k likeliest tokens (0 = all)", least=0)
+    top_p: float = knob(1.0, "keep the smallest set of tokens with this much probability", within="(0, 1]")
+    repeats: int = knob(5, "interleaved timed repeats", least=1)
+    warmups: int = knob(3, "untimed repeats before them", least=0)
     draft: str = knob("chain", "how drafts are made: chain | block | tree | window | path")
-    nodes: int = knob(8, "drafts of a tree, or width of the beam of window and path")
+    nodes: int = knob(8, "drafts of a tree, or width of the beam of window and path", least=1)
     draft_vocabulary: int = knob(
-        0, "draft from the N tokens that the training text uses most (0 = all); the target keeps all"
+        0, "draft from the N tokens that the training text uses most (0 = all); the target keeps all", least=0
     )
 
 
@@ -191,11 +213,11 @@ class TrackingConfig:
 @dataclass
 class Config:
     preset: str = knob("none", "named sets of overrides, applied in order before the command line: a or a,b")
-    rank: int = knob(4, "components of the mixture (1 = independent heads)")
-    horizon: int = knob(4, "tokens per window: the pending token and horizon-1 drafts")
+    rank: int = knob(4, "components of the mixture (1 = independent heads)", least=1)
+    horizon: int = knob(4, "tokens per window: the pending token and horizon-1 drafts", least=1)
     size: str = knob("tiny", "trunk: " + " | ".join(SIZES))
     corpus: str = knob("code", "code | text | hf:NAME | a text file | a folder")
-    seed: int = knob(0, "seed of weights, data order and decoding")
+    seed: int = knob(0, "seed of weights, data order and decoding", least=0)
     balance: str = knob("switch", "keeps components in use: switch | kl | bias | none")
     anchor: str = knob(
         "none",
@@ -203,8 +225,8 @@ class Config:
         "blind: its control, sees h_t twice",
     )
     parallel: str = knob("auto", "auto | ddp | fsdp")
-    devices: int = knob(1, "processes (GPUs, or CPU processes with gloo) on each machine")
-    nodes: int = knob(1, "machines; more than one needs torchrun or srun on each")
+    devices: int = knob(1, "processes (GPUs, or CPU processes with gloo) on each machine", least=1)
+    nodes: int = knob(1, "machines; more than one needs torchrun or srun on each", least=1)
     name: str = knob("", "name of the run (default: made from the dials)")
     output: str = knob("runs", "folder that receives the run, its record and the MLflow store")
     data: DataConfig = field(default_factory=DataConfig)

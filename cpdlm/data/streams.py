@@ -112,6 +112,8 @@ def read_shards(stream: Stream, dataset: Any, wait: bool, advance: Callable[[int
             return
         try:
             with locked(stream.shards / f"{index}.lock", LOCK_SECONDS if wait else 0):
+                if (stream.folder / "meta.json").exists():
+                    return  # another process has joined the shards
                 if not _note(stream, index).whole:
                     _read_shard(stream, index, dataset.shard(num_shards=dataset.num_shards, index=index), advance)
         except LockHeld:
