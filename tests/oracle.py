@@ -1,8 +1,9 @@
 """The oracle: slow, obvious, in plain Python floats, sharing no code with the library that it judges.
 
-Laws are lists of probabilities; a window or a history is a tuple of token ids. A *procedure* names a way to draft and
-accept: "exact", the four planted faults "a".."d", and the two lossless but wasteful ones (see tests/planted_faults.py).
-`decoder_law` is the exact law of the sequences that a decoder with that procedure writes.
+Distributions, called laws here for short, are lists of probabilities; a window or a history is a tuple of token ids. A
+*procedure* names a way to draft and accept: "exact", the four planted faults "a".."d", and the two lossless but
+wasteful ones (see tests/planted_faults.py). `decoder_law` is the exact law of the sequences that a decoder with that
+procedure writes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from scipy import stats
 Law = list[float]
 History = tuple[int, ...]
 Target = Callable[[History], Law]
-Draft = Callable[[History, int], tuple[Law, list[list[Law]]]]  # (history, fixed) -> weights [R], factors [K][R][V]
+Draft = Callable[[History, int], tuple[Law, list[list[Law]]]]  # (history, pending) -> weights [R], factors [K][R][V]
 
 
 # --- laws -----------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def window_law(
     drafts: int,
     keep: Callable[[Law], Law],
 ) -> dict[History, float]:
-    """Law of what one pass emits: the drafts it keeps and the token after them. keep: the filter; target: filtered."""
+    """Law of what one forward emits: accepted drafts and the token after them. target: filtered; keep: the filter."""
     if procedure == "filtered components throughout":
         factors = [[keep(factor) for factor in position] for position in factors]
         keep = list  # nothing is left to filter
@@ -139,7 +140,7 @@ def decoder_law(
     keep: Callable[[Law], Law],
     eos: int | None = None,
 ) -> dict[History, float]:
-    """Exact law of the sequences a whole decoder writes: prompt pass, windows, shortened last window, eos."""
+    """Exact law of the sequences a whole decoder writes: prompt, windows, shortened last window, eos."""
     distribution: dict[History, float] = defaultdict(float)
 
     def kept(history: History) -> Law:
