@@ -525,7 +525,7 @@ def test_a_gguf_larger_than_memory_is_refused(
 
 def test_without_psutil_it_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
-    with pytest.raises(ConfigError, match=r"model=mine: whether it fits into memory .* type pip install psutil"):
+    with pytest.raises(ConfigError, match=r"model=mine: the package psutil says .* type pip install psutil"):
         load_pretrained(str(folders["gpt2"]), torch.float32, CONTEXT, "mine")
 
 

@@ -43,8 +43,8 @@ def train_hydra(
 ) -> HydraModel:
     """Train for config.optim.steps and write the folder. hidden_width: 0 for the trunk's width.
 
-    Freezes `base`. The loss is the mean of -log q(x_{t+2..t+N} | x_{t+1}) over the positions that train our heads' later
-    factors.
+    Freezes `base`. The loss is the mean of -log q(x_{t+2..t+N} | x_{t+1}) over the positions that train our heads'
+    later factors.
     """
     torch.manual_seed(config.seed)
     base.requires_grad_(False)

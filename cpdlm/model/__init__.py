@@ -1,1 +1,1 @@
-"""Tokens -> hidden states -> the joint law of the next tokens."""
+"""Tokens -> hidden states -> the joint distribution of the next tokens."""

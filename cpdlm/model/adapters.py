@@ -1,8 +1,8 @@
 """The last layers of a frozen trunk once more, with low-rank adapters (LoRA, arXiv 2106.09685), for the draft alone.
 
-The target reads the trunk as it is; the draft reads what the adapted copy of its last layers makes of the same states. Every
-pass of decoding runs both, so that the price of the second run is in every timing. A model's `hidden` then holds the target's state
-and the draft's side by side, (..., 2D); only the adapters train and are stored.
+The target reads the trunk as it is; the draft reads what the adapted copy of its last layers makes of the same states.
+Every forward of decoding runs both, so that the price of the second is in every timing. A model's `hidden` then holds
+the target's state and the draft's side by side, (..., 2D). Only the adapters train and are stored.
 
 Letters: B batch, T position, D width.
 """
@@ -25,9 +25,9 @@ PROBE = 7  # tokens
 class DraftTrunk(nn.Module):
     """States before the last `layers` layers of a trunk -> what those layers, adapted, and the final norm make of them.
 
-    Norm and embeddings are the trunk's own; the layers are copies, frozen, with adapters of rank `rank` on every linear map
-    inside. Adapters start at zero: the draft's states are then the target's. ConfigError where `peft` is not installed, and for a
-    trunk whose last layers cannot be run by themselves.
+    Norm and embeddings are the trunk's own. The layers are copies, frozen, with adapters of rank `rank` on every linear
+    map inside. Adapters start at zero: the draft's states are then the target's. ConfigError where `peft` is not
+    installed, and for a trunk whose last layers cannot be run by themselves.
     """
 
     def __init__(self, trunk: Trunk, layers: int, rank: int) -> None:
@@ -103,7 +103,10 @@ def is_adapter(path: str) -> bool:
 
 @torch.no_grad()
 def check_draft_trunk(trunk: Trunk, draft: DraftTrunk) -> None:
-    """ConfigError unless fresh adapters leave the trunk's states as they are: some models do more with embeddings than add them."""
+    """ConfigError unless fresh adapters leave the trunk's states as they are.
+
+    Some models do more with embeddings than add them.
+    """
     vocab_size = trunk.embedding.shape[0]
     tokens_BT = torch.arange(PROBE, device=trunk.embedding.device).remainder(vocab_size).unsqueeze(0)
     target_BTD, middle_BTD = trunk.with_middle(tokens_BT, draft.layers)
@@ -111,14 +114,15 @@ def check_draft_trunk(trunk: Trunk, draft: DraftTrunk) -> None:
     near = 1e-4 if target_BTD.dtype == torch.float32 else 2e-2
     if not bool((found_BTD - target_BTD).abs().max() <= near * max(1.0, float(target_BTD.abs().max()))):
         raise ConfigError(
-            f"model.adapter_layers={draft.layers}: the last layers of {type(trunk.body).__name__} cannot be run by themselves; type 0"
+            f"model.adapter_layers={draft.layers}: the last layers of {type(trunk.body).__name__} cannot be run by "
+            "themselves; type 0"
         )
 
 
 def _shortened(body: Any, name: str, layers: nn.ModuleList) -> Any:
     """The body with these layers in place of its own; everything else is shared with it."""
     short = copy.copy(body)
-    # What a module holds by name (parameters, buffers, modules, hooks) is held in dictionaries, which the copy would share.
+    # Parameters, buffers, modules and hooks are held in dictionaries, which the copy would share.
     vars(short).update({key: each.copy() for key, each in vars(body).items() if isinstance(each, dict)})
     short._modules[name] = layers
     short.config = copy.deepcopy(body.config)

@@ -86,7 +86,8 @@ class FactorHeads(nn.Module):
     """The gate and the factors of a rank-R mixture over N positions.
 
     The maps are residual, z = h + W h, with W small and random: components start near the trunk's own prediction and
-    apart from each other (equal components would stay equal but for the gate). `noise` is the size of W h relative to h.
+    apart from each other (equal components would stay equal but for the gate). `noise` is the size of W h relative to
+    h.
     logit_scale: of the model whose unembedding they share; it multiplies what goes there.
     W is full, of rank `map_rank`, or a two-layer perceptron with `map_hidden` units (SiLU between).
     """
@@ -219,7 +220,7 @@ class FactorHeads(nn.Module):
         return logits.view(*hidden.shape[:-1], stop - start, self.rank, unembedding_VD.shape[0])
 
     def _unembeddings(self, unembedding_VD: Tensor, start: int, stop: int) -> Tensor:
-        """(V, D) shared, or (stop-start, R, V, D). Parameters are stored flat, for FSDP2 shards their first dimension."""
+        """(V, D) shared, or (stop-start, R, V, D). Parameters are stored flat: FSDP2 shards their first dimension."""
         if not self.separate:
             return unembedding_VD
         vocab_size = unembedding_VD.shape[0]
@@ -244,7 +245,7 @@ class FactorHeads(nn.Module):
 
 
 def _part(parameter: Tensor, first: int, last: int) -> Tensor:
-    """Rows first..last-1. All of them are the parameter itself: a slice's gradient is a second, zero-filled parameter."""
+    """Rows first..last-1. All of them are the parameter itself: a slice's gradient would be a second parameter."""
     return parameter if (first, last) == (0, len(parameter)) else parameter[first:last]
 
 

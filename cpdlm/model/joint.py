@@ -84,7 +84,7 @@ class Joint:
         return self.scores_NRV.shape[-1]
 
     def log_prob(self, future_N: Tensor) -> Tensor:
-        """Log-probability (...) of a window, in nats. future_N: (..., n) token ids; n < N gives the marginal of n tokens."""
+        """Log-probability (...) of a window, in nats. future_N: (..., n) ids; n < N gives the marginal of n tokens."""
         return torch.logsumexp(self.log_weights_R + self._log_likelihood_NR(future_N).sum(dim=-2), dim=-1)
 
     def chain(self, future_N: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from cpdlm.model.trunk import Trunk, build_body, new_cache
 
 @dataclass(frozen=True)
 class Terms:
-    """What `LanguageModel.forward` yields: weighted sums that carry gradients, and detached per-position values in nats."""
+    """What `LanguageModel.forward` yields: weighted sums with gradients, and detached per-position values in nats."""
 
     loss: Tensor  # scalar: sum of weight * nll over both terms below
     first_nll_P: Tensor  # -log p(x_{t+1}) at the positions with first_weight != 0
@@ -159,7 +159,7 @@ class LanguageModel(nn.Module):
         return self._trunk_log_probs(hidden) if self.frozen_target else self.next_token_log_probs(hidden)
 
     def joint(self, hidden: Tensor, pending: Tensor | None = None) -> Joint:
-        """The mixture at each position (...): untied over N tokens; tied over x_{t+2..t+N}, given pending = x_{t+1} (...)."""
+        """The mixture at each position (...): untied over N tokens; tied over x_{t+2..t+N} given x_{t+1} = pending."""
         assert self.heads is not None, "horizon 1 has no mixture"
         return self.heads.joint(self._seen(hidden, pending), self.unembedding.weight)
 
@@ -367,7 +367,7 @@ def _trained(module: nn.Module) -> int:
 
 
 def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel | None = None) -> LanguageModel:
-    """The model of a config. trunk: the model that model.trunk names, whose trunk is reused, frozen, with its vocabulary.
+    """The model of a config. trunk: the frozen model that model.trunk names, whose trunk and vocabulary are shared.
 
     Its context is a training row's; on a pretrained trunk, all that the trunk allows.
     """

@@ -1,8 +1,8 @@
 """Any causal language model of `transformers`, as the frozen trunk and target of heads.
 
-Nothing here knows a model by name. Logits are softcap(scale * U h): scale and cap are what the library's configs call so,
-and a probe of a few tokens decides whether that, the causality, the cache and the masks of a model are what decoding
-relies on.
+Nothing here knows a model by name. Logits are softcap(scale * U h): scale and cap are what the library's configs call
+so, and a probe of a few tokens decides whether that, the causality, the cache and the masks of a model are what
+decoding relies on.
 
 Letters: B batch, T position, L slots of a cache, S tokens behind it, V vocabulary, D width.
 """
@@ -30,12 +30,14 @@ GIB = 2**30
 def load_pretrained(
     source: str, dtype: torch.dtype, context: int, label: str = "", available_bytes: int | None = None
 ) -> LanguageModel:
-    """The model of a Hugging Face folder or hub name as a plain next-token `LanguageModel`, frozen, in evaluation mode.
+    """The model of a Hugging Face folder or hub name as a next-token `LanguageModel`, frozen, in evaluation mode.
 
-    dtype: of its weights and passes. context: tokens of a training row; the model's own `context` is what its config allows, and
-    this where it says nothing. available_bytes: memory it may take (default: what is free). Raises ConfigError, naming the
-    model and what to type, where it is missing, gated, incomplete, quantised in a way that cannot be read here, not a causal
-    model with an output embedding, too large, or of a kind whose cache cannot be cropped or whose logits are not U h.
+    dtype: of its weights and forwards. context: tokens of a training row; the model's own `context` is what its config
+    allows, and this where it says nothing. available_bytes: memory it may take (default: what is free).
+
+    Raises ConfigError, naming the model and what to type, where it is missing, gated, incomplete, too large, quantised
+    in a way that cannot be read here, or not a causal model with an output embedding; and for a kind whose cache cannot
+    be cropped or whose logits are not U h.
     """
     label = label or source
     shape = _shape(source, label)
@@ -51,7 +53,8 @@ def load_pretrained(
     _check_memory(empty, dtype, label, _free_bytes(label) if available_bytes is None else available_bytes)
     if empty.get_output_embeddings() is None:
         raise ConfigError(
-            f"model={label} ({type(empty).__name__}) has no output embedding, so no law of the next token; give a causal language model"
+            f"model={label} ({type(empty).__name__}) has no output embedding, so no next-token distribution; "
+            "give a causal language model"
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -104,8 +107,10 @@ def _number(text: Any, name: str) -> float | None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine has instructions for it: a GPU, or a processor that oneDNN has kernels for. Elsewhere it is emulated,
-    a pass over four tokens takes four times as long as one over one, and float32 is faster."""
+    """Whether this machine has instructions for it: a GPU, or a processor that oneDNN has kernels for.
+
+    Elsewhere it is emulated: a forward over four tokens takes four times as long as over one, and float32 is faster.
+    """
     return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -113,9 +118,9 @@ def multiplies_bfloat16() -> bool:
 def _probe(model: LanguageModel, whole: PreTrainedModel, label: str) -> None:
     """Raise ConfigError unless the model is what decoding relies on.
 
-    An earlier token does not see a later one; our logits are the model's; a cropped cache goes on as if it had never been
-    longer; masks and positions alone say where a token stands (a batch's rows keep dead slots), tokens of another document
-    in the row are not seen.
+    An earlier token does not see a later one. Our logits are the model's. A cropped cache goes on as if it had never
+    been longer. Masks and positions alone say where a token stands (a batch's rows keep dead slots). Tokens of another
+    document in the row are not seen.
     """
     kind = f"model={label} ({type(whole).__name__})"
     tokens_BT = torch.randint(0, model.vocab_size, (1, PROBE), generator=torch.Generator().manual_seed(0))
@@ -128,23 +133,25 @@ def _probe(model: LanguageModel, whole: PreTrainedModel, label: str) -> None:
         raise ConfigError(
             f"{kind} does not run on a row of tokens ({_first_line(error)}); give another model"
         ) from error
-    # Of the largest logit: bfloat16 through 30 layers leaves 2e-2 on processors that emulate it; tokens that should not be seen
-    # change logits by their own size.
+    # Of the largest logit: bfloat16 through 30 layers leaves 2e-2 on processors that emulate it; tokens that should not
+    # be seen change logits by their own size.
     near = 1e-4 if model.trunk.embedding.dtype == torch.float32 else 5e-2
     near *= max(1.0, float(theirs_BTV.abs().max()))
     if not _close(prefix_BTV, theirs_BTV[:, :half], near):
         raise ConfigError(f"{kind} is not causal: earlier tokens see later ones (an encoder?); give one that is")
     if not _close(ours_BTV, theirs_BTV, near):
-        apart = f"differ by {float((ours_BTV - theirs_BTV).abs().max()):.2g}"
+        apart = "have another shape"
+        if ours_BTV.shape == theirs_BTV.shape:
+            apart = f"differ by {float((ours_BTV - theirs_BTV).abs().max()):.2g}"
         raise ConfigError(
-            f"{kind}: its logits are not softcap(scale * U h), they "
-            f"{apart if ours_BTV.shape == theirs_BTV.shape else 'have another shape'} (a bias in the output layer?); it "
-            "cannot be the target here"
+            f"{kind}: its logits are not softcap(scale * U h), they {apart} (a bias in the output layer?); "
+            "it cannot be the target here"
         )
     trials = {
-        "keeps a state that cannot be cropped to an earlier token, as rejected drafts need; give a model with an ordinary "
-        "key-value cache": _cropped,
-        "does not take masks and positions as they are, which rows of different lengths need; give another model": _masked,
+        "keeps a state that cannot be cropped to an earlier token, as rejected drafts need; "
+        "give a model with an ordinary key-value cache": _cropped,
+        "does not take masks and positions as they are, which rows of different lengths need; "
+        "give another model": _masked,
         "lets the documents of a training row see each other; give another model": _packed,
     }
     for fault, trial in trials.items():
@@ -203,15 +210,16 @@ def _shape(source: str, label: str) -> Any:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"model={label} cannot be found, or is gated: {_first_line(error).rstrip('.')}. Give a Hugging Face folder, a GGUF file, smollm2, or a "
-            "hub name that this machine can reach (a gated one after `hf auth login`)"
+            f"model={label} cannot be found, or is gated: {_first_line(error).rstrip('.')}. "
+            "Give a Hugging Face folder, a GGUF file, smollm2, or a hub name that this machine can reach "
+            "(a gated one after `hf auth login`)"
         ) from error
 
 
 def _longest(shape: Any) -> int | None:
     """Tokens of the longest text that the config allows; None where it says nothing.
 
-    Where longer texts have other rotary frequencies (longrope), those of the shorter ones: the keys in a cache have theirs.
+    Where longer texts have other rotary frequencies (longrope), those of the shorter ones, which keys in a cache have.
     """
     text = shape.get_text_config(decoder=True)
     longest = getattr(text, "max_position_embeddings", None) or 0
@@ -223,7 +231,7 @@ def _longest(shape: Any) -> int | None:
 
 
 def _quantised(shape: Any) -> str:
-    """What to give in place of a checkpoint whose config says that its weights are packed; empty for other checkpoints."""
+    """What to give in place of a checkpoint whose config says that its weights are packed; empty for others."""
     texts = (shape, shape.get_text_config(decoder=True))
     packed = next((found for each in texts if (found := getattr(each, "quantization_config", None))), None)
     if packed is None:
@@ -237,7 +245,8 @@ def _check_shape(shape: Any, context: int, longest: int, label: str) -> None:
     """Raise ConfigError for what the config alone rules out, before any weight is read."""
     if getattr(shape, "is_encoder_decoder", False):
         raise ConfigError(
-            f"model={label} is a {shape.model_type} model, not a causal language model: it has an encoder; give one without"
+            f"model={label} is a {shape.model_type} model, not a causal language model: it has an encoder; "
+            "give one without"
         )
     if longest < context:
         raise ConfigError(f"model={label} has a context of {longest} tokens; lower data.context={context}")
@@ -249,13 +258,13 @@ def _check_shape(shape: Any, context: int, longest: int, label: str) -> None:
         window = getattr(layer, "sliding_window", None)
         if window and window < context:
             raise ConfigError(
-                f"model={label} attends to the last {window} tokens in some layers, and data.context={context} is longer: the masks "
-                f"of training rows would show them more; lower data.context to {window}"
+                f"model={label} attends to the last {window} tokens in some layers, and data.context={context} is "
+                f"longer: the masks of training rows would show them more; lower data.context to {window}"
             )
         if not window and not getattr(layer, "is_croppable", True):
             raise ConfigError(
-                f"model={label} keeps a state in some layers ({type(layer).__name__}) that cannot be cropped to an earlier token, "
-                "as rejected drafts need; give a model with an ordinary key-value cache"
+                f"model={label} keeps a state in some layers ({type(layer).__name__}) that cannot be cropped to an "
+                "earlier token, as rejected drafts need; give a model with an ordinary key-value cache"
             )
 
 
@@ -265,13 +274,14 @@ def _check_memory(empty: nn.Module, dtype: torch.dtype, label: str, available: i
     if need > 0.9 * available:
         halved = "" if dtype.itemsize == 2 else f" model.dtype=bfloat16 takes {parameters * 2 / GIB:.1f} GiB."
         raise ConfigError(
-            f"model={label} has {parameters / 1e9:.2f}B parameters, {need / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
-            f"{available / GIB:.1f} GiB are free.{halved} Up to {0.9 * available / dtype.itemsize / 1e9:.2f}B parameters fit"
+            f"model={label} has {parameters / 1e9:.2f}B parameters, {need / GIB:.1f} GiB in "
+            f"{str(dtype).removeprefix('torch.')}, and {available / GIB:.1f} GiB are free.{halved} "
+            f"Up to {0.9 * available / dtype.itemsize / 1e9:.2f}B parameters fit"
         )
 
 
 def _free_bytes(label: str) -> int:
-    """Of the machine and, where there is one, of its accelerator: weights are read into the one, then moved to the other."""
+    """Of the machine and of its accelerator, if any: weights are read into the one, then moved to the other."""
     free = free_memory(label)
     return min(free, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else free
 

@@ -120,7 +120,7 @@ class Trunk(nn.Module):
 
 
 def _documents_apart(position_ids_BT: Tensor) -> Tensor | None:
-    """(B, 1, T, T) boolean: causal, within a document; None where no row has two. Not every model makes it by itself."""
+    """(B, 1, T, T) boolean: causal, within a document; None where no row has two. Not every model makes it itself."""
     begins_BT = position_ids_BT.diff(dim=1, prepend=position_ids_BT[:, :1] - 1) != 1
     if not bool(begins_BT.any()):
         return None
@@ -190,8 +190,8 @@ def _build_foreign_body(path: str, vocab_size: int, context: int) -> PreTrainedM
     kinds = {"full_attention", "sliding_attention", "chunked_attention", *(getattr(shape, "layer_types", None) or [])}
     if getattr(whole, "_is_stateful", False) or len(kinds) > 3:
         raise ConfigError(
-            f"model.family={path} is a {shape.model_type} model, which keeps a state that cannot be rolled back behind rejected "
-            "drafts; give the config of one with attention in every layer"
+            f"model.family={path} is a {shape.model_type} model, which keeps a state that cannot be rolled back behind "
+            "rejected drafts; give the config of one with attention in every layer"
         )
     body: PreTrainedModel = getattr(whole, whole.base_model_prefix)
     return body

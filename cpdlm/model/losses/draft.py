@@ -33,8 +33,8 @@ from cpdlm.model.joint import TINY, Joint
 class Windows(NamedTuple):
     """What the drafts of a window are held against. N factors, k = 1..N.
 
-    future_PN: tokens, as indices of V, -1 for those that drafts do not cover. counts_PN: bool, which factors count: those
-    of tokens that exist and whose target is known. target_PND: the frozen model's states from which p_k is read,
+    future_PN: tokens, as indices of V, -1 for those that drafts do not cover. counts_PN: bool, which factors count:
+    those of tokens that exist and whose target is known. target_PND: the frozen model's states from which p_k is read,
     h_{t+k-1}. log_normaliser_PN: their log sum_v exp(logit) over the whole vocabulary.
     """
 
