@@ -121,21 +121,21 @@ def test_the_readme_changes_between_its_markers_only(made_results: Path, tmp_pat
     )
     families, _ = families_of(load_all(made_results)[0])
     verdicts = claims.judge(families)
-    assert readme.update(path, made_results, families, verdicts) == ["claims", "sceptic"]
+    assert readme.update(path, readme.blocks(made_results, [], families, verdicts)) == ["claims", "sceptic"]
     text = path.read_text()
     assert text.startswith("# Above\n") and text.endswith(f"{SCEPTIC_BLOCK[1]}\n\nbelow\n") and "between" in text
     assert "stale" not in text and "Made-up CPU" in text
-    assert readme.update(path, made_results, families, verdicts) and path.read_text() == text
+    assert readme.update(path, readme.blocks(made_results, [], families, verdicts)) and path.read_text() == text
 
 
 def test_a_readme_without_markers_is_left_alone_and_a_torn_one_refused(tmp_path: Path) -> None:
     path, (begin, end) = tmp_path / "README.md", CLAIMS_BLOCK
     path.write_text("# mine\n")
-    assert not readme.update(path, tmp_path, [], [])
+    assert not readme.update(path, readme.blocks(tmp_path, [], [], []))
     for torn in (f"{begin}\n", f"{end}\n{begin}\n", f"{begin}{begin}{end}"):
         path.write_text(torn)
         with pytest.raises(RecordError, match="claims block"):
-            readme.update(path, tmp_path, [], claims.judge([]))
+            readme.update(path, readme.blocks(tmp_path, [], [], claims.judge([])))
         assert path.read_text() == torn
 
 

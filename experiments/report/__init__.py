@@ -39,8 +39,12 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     notes = [*damaged, *notes]
     files = tables.write_table(tables.claims_table(found), figures / "tables", notes)
     made = tables.of_cells(families)
-    if readme is not None and readme.is_file() and not front.update(readme, results, families, found):
-        notes.append(f"{readme} has no <!-- claims:begin --> line: its claims were not updated")
+    if readme is not None and readme.is_file():
+        blocks, docs = front.blocks(results, records, families, found), readme.parent / "docs" / "reproducing.md"
+        if not front.update(readme, blocks):
+            notes.append(f"{readme} has no <!-- claims:begin --> line: its claims were not updated")
+        if docs.is_file():
+            front.update(docs, blocks)
     drawn, shown = drawing.draw_all(families, figures)
     if (results / "benchmarks").is_dir():  # a sweep has none
         made += [*decoding.tables(results), *speed.tables(results), *scaling.tables(results)]

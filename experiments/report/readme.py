@@ -1,7 +1,7 @@
-"""What the README says about results: the blocks between its markers, generated from the records.
+"""What README.md and docs/reproducing.md say about results: blocks between markers, generated from the records.
 
-`<!-- claims:begin -->` to `<!-- claims:end -->`: a row per claim. `<!-- sceptic:begin -->` to `<!-- sceptic:end -->`: what a
-sceptical reader asks first.
+`<!-- claims:begin -->` to `<!-- claims:end -->` is a row per claim, `sceptic` what a sceptical reader asks first, `reruns`
+another group's numbers beside ours, `compute` what the records took.
 """
 
 from __future__ import annotations
@@ -14,16 +14,28 @@ from experiments.claims import Verdict, answers
 from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted, decoding_hardware
 from experiments.report.benchmarks import Benchmark, read_benchmark
+from experiments.report.reproducing import compute_table, reruns_table
 from experiments.stats import difference, over_seeds
 
-BLOCKS = ("claims", "sceptic")
 ALL_ROWS = "paper_figures/tables/claims.md"
 
 
-def update(path: Path, results: Path, families: Sequence[Family], verdicts: Sequence[Verdict]) -> list[str]:
+def blocks(
+    results: Path, records: Sequence[Record], families: Sequence[Family], verdicts: Sequence[Verdict]
+) -> dict[str, str]:
+    """Name -> Markdown of every block that a page may have."""
+    return {
+        "claims": claims_block(families, verdicts),
+        "sceptic": sceptic_block(results, families),
+        "reruns": reruns_table(families),
+        "compute": compute_table(records),
+    }
+
+
+def update(path: Path, made: dict[str, str]) -> list[str]:
     """Fill the blocks of `path`; returns the names of those that it has. RecordError where a marker is torn off."""
     text, found = path.read_text(encoding="utf-8"), []
-    for name in BLOCKS:
+    for name, block in made.items():
         begin, end = (f"<!-- {name}:{edge} -->" for edge in ("begin", "end"))
         if begin not in text and end not in text:
             continue
@@ -33,7 +45,8 @@ def update(path: Path, results: Path, families: Sequence[Family], verdicts: Sequ
             raise RecordError(
                 f"{path}: the {name} block must be one {begin} line followed by one {end} line; mend it by hand"
             )
-        block = claims_block(families, verdicts) if name == "claims" else sceptic_block(results, families)
+        if path.parent.name == "docs":
+            block = block.replace("](paper_figures", "](../paper_figures")
         text = f"{before}{begin}\n{block}\n{end}{after}"
         found.append(name)
     if found:
