@@ -247,21 +247,19 @@ def frozen_whole(default: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_heads_on_a_frozen_trunk_resume(name: str, default: Path, frozen_whole: dict[str, Tensor]) -> None:
+def test_heads_on_a_frozen_trunk_resume_from_checkpoints_without_it(
+    name: str, default: Path, frozen_whole: dict[str, Tensor]
+) -> None:
+    """Two processes take over from two, and one from two."""
     assert json.loads((default / f"frozen, {name}" / TRAINED).read_text())["resumed"] == 1
-    compare(load_file(default / f"frozen, {name}" / WEIGHTS), frozen_whole, 1e-8)
-
-
-@pytest.mark.parametrize("name", FROZEN)
-def test_checkpoints_leave_a_frozen_trunk_out(name: str, default: Path, frozen_whole: dict[str, Tensor]) -> None:
-    """One process takes over from two."""
-    index = default / f"frozen, {name}, left"
+    left = default / f"frozen, {name}, left"
     if name == "sharded":
-        consolidate(index)
-    held = torch.load(index / CHECKPOINT, weights_only=True)["state_dict"]
+        consolidate(left)
+    held = torch.load(left / CHECKPOINT, weights_only=True)["state_dict"]
     assert {key.removeprefix("model.") for key in held} == frozen_whole.keys()
-    two_processes.train(index, CROSSED | frozen(default))
-    compare(load_file(index / WEIGHTS), frozen_whole, 1e-8)
+    two_processes.train(left, CROSSED | frozen(default))
+    for folder in (default / f"frozen, {name}", left):
+        compare(load_file(folder / WEIGHTS), frozen_whole, 1e-8)
 
 
 # --- what can go wrong ------------------------------------------------------------------------------------------------
@@ -366,14 +364,11 @@ SLURM = {
 }
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 # Two machines of one process each, as the launchers describe them.
+BY_SLURM = [SLURM | {"SLURM_PROCID": rank, "SLURM_NODEID": rank} for rank in "01"]
 MACHINES: dict[str, list[dict[str, str]]] = {
-    "SLURM": [SLURM | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)],
+    "SLURM": BY_SLURM,
     "torchrun in SLURM": [
-        SLURM
-        | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}
-        | TORCHRUN
-        | {"RANK": str(rank), "GROUP_RANK": str(rank)}
-        for rank in range(2)
+        each | TORCHRUN | {"RANK": rank, "GROUP_RANK": rank} for rank, each in zip("01", BY_SLURM, strict=True)
     ],
 }
 

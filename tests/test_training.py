@@ -135,8 +135,8 @@ def golden_losses(layout: str) -> list[float]:
 def test_golden_training_steps(layout: str) -> None:  # law 15
     assert golden_losses(layout) == pytest.approx(GOLDEN[layout], rel=1e-6), (
         f"Training {layout!r} computes something else than it did: a bug, unless the distribution, the loss, the "
-        "optimiser or the schedule was meant to change. Then run `python -m tests.test_training`, paste what it prints over "
-        "GOLDEN, and say in the commit why the numbers moved."
+        "optimiser or the schedule was meant to change. Then run `python -m tests.test_training`, paste what it prints "
+        "over GOLDEN, and say in the commit why the numbers moved."
     )
 
 
