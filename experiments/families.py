@@ -12,7 +12,7 @@ from typing import Any
 from cpdlm.config import INCIDENTAL, flat
 from experiments.records import LAWS, Record, counted, decoding_hardware, training_hardware
 
-# What two comparable records may differ in: settings that change no result, and the dials that a family is laid out along.
+# What comparable records may differ in: settings that change no result, and the dials that a family is laid out along.
 _FREE = (
     *INCIDENTAL,
     "loss.chunk_mib",
@@ -92,8 +92,11 @@ class Family:
 
 
 def families_of(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
-    """(families, notes), the largest family first, of two alike the newer. Different data or settings are never mixed; the notes say what else
-    differs within a family (commit, hardware, uncommitted changes), and which duplicates were left out."""
+    """(families, notes), the largest family first, of two alike the newer.
+
+    Different data or settings are never mixed. The notes say what else differs within a family (commit, hardware,
+    uncommitted changes), and which duplicates were left out.
+    """
     records = list(records)
     found: dict[str, Family] = {}
     notes: list[str] = []
@@ -122,8 +125,10 @@ def families_of(records: Iterable[Record]) -> tuple[list[Family], list[str]]:
 
 
 def along(families: Iterable[Family], *free: str) -> list[list[Family]]:
-    """Groups of families that share all settings but `free` (prefixes of dotted names), the largest group first; a group has two
-    families at least."""
+    """Groups of at least two families that share all settings but `free`, the largest group first.
+
+    free: prefixes of dotted names.
+    """
     groups: dict[str, list[Family]] = {}
     for family in families:
         kept = {key: value for key, value in family.settings.items() if not key.startswith(free)}
@@ -194,9 +199,8 @@ def _mixture(family: Family) -> list[str]:
     for what, machine in (("decoded", decoding_hardware), ("trained", training_hardware)):
         machines = sorted({machine(record) for record in records})
         if len(machines) > 1:
-            notes.append(
-                f"{family.label}: records {what} on {len(machines)} kinds of hardware are compared: {'; '.join(machines)}"
-            )
+            kinds = f"{len(machines)} kinds of hardware are compared: {'; '.join(machines)}"
+            notes.append(f"{family.label}: records {what} on {kinds}")
     return notes
 
 
@@ -209,13 +213,12 @@ def _one_trunk(ordered: list[Family]) -> list[str]:
         found += family.target == "common" and len(seeds) > len(trunks)
     if not found:
         return []
-    return [
-        f"{counted(found, 'comparison')} with several seeds of the heads on one frozen trunk: its own variation is not covered"
-    ]
+    heads = f"{counted(found, 'comparison')} with several seeds of the heads on one frozen trunk"
+    return [f"{heads}: its own variation is not covered"]
 
 
 def _targets(ordered: list[Family]) -> list[str]:
-    """A line per common trunk (a name, on one text) of which there are several sets of weights: each is another target."""
+    """A line per shared trunk (a name, on one text) that has several sets of weights: each is another target."""
     found: dict[tuple[str, str], list[str]] = {}
     for family in ordered:
         for record in family.records():

@@ -14,7 +14,7 @@ from experiments.sweep_plan import FAILED, Plan, mixed_code
 
 
 def forecast(plan: Plan, scale: str, jobs: int = 0) -> str:
-    """scale: the records that the cost model is fitted to, cpu or gpu. jobs: cells trained at once (0: as sweep does)."""
+    """scale: cpu or gpu, whose records the cost model is fitted to. jobs: cells trained at once (0: as sweep does)."""
     roots = {path for path in (plan.results, ROOT / "results") if path.is_dir()}
     records = {record["name"]: record for root in roots for record in load_all(root)[0]}
     model = cost.CostModel.of(records.values(), scale)

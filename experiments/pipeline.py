@@ -1,8 +1,8 @@
 """The stages of a sweep: data, train, decode, report. `experiments/sweep.py` is its command line.
 
-Every stage skips what is complete, so the same sweep continues where a killed one was. A finished cell never runs again;
-where its weights are needed (a trunk) they are made again. A cell that fails leaves OUT/NAME/failed.json, and the others
-go on.
+Every stage skips what is complete, so the same sweep continues where a killed one was. A finished cell never runs
+again; where its weights are needed (a trunk) they are made again. A cell that fails leaves OUT/NAME/failed.json, and
+the others go on.
 """
 
 from __future__ import annotations

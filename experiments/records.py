@@ -106,7 +106,7 @@ class Record:
         return draft_flops(shape, parts["heads"] + parts["gate"] + parts["anchor"])
 
     def trained_bytes(self) -> int:
-        """Of what was trained, as stored: heads on a pretrained model in that model's precision, others in float32."""
+        """Of what was trained: heads on a pretrained model in that model's precision, others in float32."""
         narrow = self.config["model"]["dtype"] == "bfloat16"
         return int(self.content["parameters"]["trained"]) * (2 if narrow else 4)
 

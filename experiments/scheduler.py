@@ -1,7 +1,7 @@
 """Where a sweep's jobs run: processes of this machine, or a SLURM cluster. One scheduler for both.
 
-A job is a command line of this repository. `schedule` starts a job once those it needs have ended well; what a launcher
-does with the jobs that are ready is its own affair: `Local` shares out cores or GPUs and gives timed jobs the machine to
+A job is a command line of this repository. `schedule` starts a job once those it needs have ended well. A launcher
+decides what to do with the jobs that are ready: `Local` shares out cores or GPUs and gives timed jobs the machine to
 themselves, `Slurm` submits arrays and lets the cluster decide.
 """
 
@@ -33,8 +33,11 @@ SECONDS_TO_SAVE = 60.0
 
 @dataclass(frozen=True)
 class Job:
-    """argv: after the Python interpreter, from the repository's root. log: takes its output. needs: names of jobs before it.
-    alone: it is timed, so nothing may run beside it. logged: bytes of the log that earlier attempts left."""
+    """A command line.
+
+    argv: after the Python interpreter, from the repository's root. log: takes its output. needs: names of jobs before
+    it. alone: it is timed, so nothing may run beside it. logged: bytes of the log that earlier attempts left.
+    """
 
     name: str
     argv: tuple[str, ...]
@@ -56,8 +59,11 @@ class Launcher(Protocol):
 
 
 def schedule(jobs: list[Job], launcher: Launcher, ended: Callable[[Job, int], bool]) -> list[Job]:
-    """Run all jobs in their order, as far as their needs allow. ended(job, exit code) says whether those that need it may
-    go on. Returns the jobs that never ran, since one that they need failed. Stops the running ones on any exception."""
+    """Run all jobs in their order, as far as their needs allow.
+
+    ended(job, exit code) says whether the jobs that need it may go on. Returns the jobs that never ran, since one that
+    they need failed. Stops the running ones on any exception.
+    """
     waiting, running, settled = list(jobs), list[Job](), set[str]()
     unmet = {job.name for job in jobs}
     try:
@@ -85,7 +91,8 @@ def schedule(jobs: list[Job], launcher: Launcher, ended: Callable[[Job, int], bo
 class Local:
     """`slots` processes at once, each with its share of the cores (threads pinned to them) and, where there are, a GPU.
 
-    A job that is timed gets the whole machine, and the first GPU. Children die with this process: they leave a checkpoint.
+    A job that is timed gets the whole machine, and the first GPU. Children end with this process, and leave a
+    checkpoint.
     """
 
     def __init__(self, slots: int, devices: Sequence[str] = ()) -> None:
@@ -162,8 +169,11 @@ class Local:
 
 
 class Worker:
-    """What runs on a node: the job's command as a child. Pre-empted or out of time, the child saves and the job is queued
-    again (`checkpoint` is what submitit calls); requeued by the cluster, it leaves no result and runs again from there."""
+    """What runs on a node: the job's command as a child.
+
+    Pre-empted or out of time, the child saves and the job is queued again (`checkpoint` is what submitit calls).
+    Requeued by the cluster, the job leaves no result and goes on from its checkpoint.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -205,9 +215,9 @@ class Worker:
 class Slurm:
     """Jobs as arrays of a SLURM cluster, through submitit; folder must be seen by every node.
 
-    settings: what sbatch is told, by submitit's names (partition, time in minutes, cpus_per_task, gpus_per_node, ...). A job
-    that a killed sweep left behind is found again by its id. Works without accounting: results are files, and what is
-    neither in the queue nor has one is gone.
+    settings: what sbatch is told, by submitit's names (partition, time in minutes, cpus_per_task, gpus_per_node, ...).
+    A job that a killed sweep left behind is found again by its id. Works without accounting: results are files, and a
+    job that is neither in the queue nor has one is gone.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any] | None = None, poll_seconds: float = 5.0) -> None:
@@ -287,7 +297,7 @@ class Slurm:
 
 
 def _result(job: Job, handle: Any) -> int | None:
-    """Exit code of a job of the cluster, None while it has none; an error of the worker itself goes to the job's log."""
+    """Exit code of a job of the cluster, None while it has none; an error of the worker goes to the job's log."""
     path = Path(handle.paths.result_pickle)
     if not path.is_file():
         return None

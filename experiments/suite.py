@@ -1,7 +1,7 @@
 """What experiments are made of: cells, what they need, and groups of cells that are timed side by side.
 
-A cell is a set of overrides for `experiments/run.py` and the folder of its record. Heads on a frozen trunk name the cell
-that trains it. `star.py` and `pretrained.py` lay cells out in arms, `claims/` say which arms answer a claim, and
+A cell is a set of overrides for `experiments/run.py` and the folder of its record. Heads on a frozen trunk name the
+cell that trains it. `star.py` and `pretrained.py` lay cells out in arms, `claims/` say which arms answer a claim, and
 `profiles.py` lists what a command can run.
 """
 

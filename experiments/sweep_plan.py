@@ -104,7 +104,7 @@ def _comparable(*nested: dict[str, Any]) -> dict[str, Any]:
 
 
 def mixed_code(plan: Plan) -> list[str]:
-    """A line per set of finished records, or of trained cells, of other code that pending cells would be compared with."""
+    """A line per set of records, or of trained cells, of other code that pending cells would be compared with."""
     from experiments import cell as one
 
     trained = {cell.name: one.trained_by(cell.config(str(plan.out))) for cell in plan.pending}
@@ -150,8 +150,8 @@ def refuse_mixed_data(plan: Plan, config: Config, sha256: str) -> None:
     if other and not plan.mix:
         raise ConfigError(
             f"{len(other)} records under {plan.results} are of other text than corpus={config.corpus} is now (sha256 "
-            f"{other[0]['data']['sha256'][:12]} then, {sha256[:12]} now): {_some(other)}. Restore it, type {AFRESH}, or "
-            "mix=yes: the report never compares the two"
+            f"{other[0]['data']['sha256'][:12]} then, {sha256[:12]} now): {_some(other)}. Restore it, type {AFRESH}, "
+            "or mix=yes: the report never compares the two"
         )
 
 
@@ -161,7 +161,10 @@ def data_settings(config: Config) -> dict[str, Any]:
 
 
 def refused_trunk(plan: Plan, trunk: Cell) -> str:
-    """Why heads on this trunk would have another target than finished records; "" where they do not, or with plan.mix."""
+    """Why heads on this trunk would have another target than finished records; "" where they would not.
+
+    With plan.mix that is a warning, and "" is returned.
+    """
     from cpdlm.data.target import WEIGHTS, Target
 
     heads = {cell.name: cell for cell in plan.cells if cell.trunk is not None and cell.trunk.name == trunk.name}

@@ -2,9 +2,9 @@
 
     python -m experiments.verify results/C1/NAME.json        (./dev verify RECORD)
 
-The commit is checked out into a temporary worktree; the record's command runs there with its outputs in a temporary
-folder and this repository's downloads. Judged: settings, data, likelihoods (equal within a tolerance in nats), tokens per
-pass (inside the record's own 95% interval). Speeds depend on the machine and its load: they are shown, not judged.
+The commit is checked out into a temporary worktree. The record's command runs there with its outputs in a temporary
+folder and this repository's downloads. Judged: settings, data, likelihoods (equal within a tolerance in nats), tokens
+per target forward (inside the record's own 95% interval). Speeds depend on the machine: they are shown, not judged.
 Exit code 0 where all agrees, 1 where something differs or the run fails, 2 where the record cannot be run again.
 """
 
@@ -106,7 +106,7 @@ def _decoding(mode: str, old: dict[str, Any] | None, new: dict[str, Any] | None)
     speedups = [f"{side['speedup']['median']:.3f}" for side in (old, new)]
     rates = [f"{side['tokens_per_second']['speculative']:.1f}" for side in (old, new)]
     return [
-        Line(f"{mode}: tokens per pass", f"{low:.4f} to {high:.4f}", f"{mean:.4f}", inside),
+        Line(f"{mode}: tokens per target forward", f"{low:.4f} to {high:.4f}", f"{mean:.4f}", inside),
         Line(f"{mode}: speed-up", speedups[0], speedups[1], None),
         Line(f"{mode}: tokens/s", rates[0], rates[1], None),
     ]
@@ -119,7 +119,7 @@ def _shown(old: Record, new: Record) -> list[Line]:
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
                 lines.append(Line(f"{group.removesuffix('s')} {key}", str(before.get(key)), str(after.get(key)), None))
-    before, after = (record["data"].get("trunk_sha256", "") for record in (old, new))
+    before, after = (record.trunk_sha256 for record in (old, new))
     if before != after:
         lines.append(Line("trunk sha256", before[:16], after[:16], None))
     return lines
@@ -151,7 +151,8 @@ def check(path: Path, root: Path) -> Record:
         )
     if _git(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode != 0:
         raise VerifyError(
-            f"{path}: commit {commit[:10]} is not in this clone; git fetch --unshallow (or git fetch --all) gets the history"
+            f"{path}: commit {commit[:10]} is not in this clone; "
+            "git fetch --unshallow (or git fetch --all) gets the history"
         )
     _words(record)
     return record
@@ -161,16 +162,16 @@ def rerun(record: Record, source: Path, tree: Path, output: Path, root: Path) ->
     """Run the record's command in `tree` with everything it writes under `output`; raises RunFailed."""
     extra: list[str] = []
     trunk = record.config["model"]["trunk"]
-    if trunk and record.config["model"].get("family") != "pretrained":
+    if trunk and not record.is_pretrained:
         extra.append(f"model.trunk={_trunk(record, source, tree, output, root)}")
     _run(record, [*_words(record), *extra], tree, output, root)
     return _written(output, record["name"])
 
 
 def _trunk(record: Record, source: Path, tree: Path, output: Path, root: Path) -> Path:
-    """The frozen trunk of the record: the very weights if they are still here, else trained again from its own record."""
+    """The frozen trunk of the record: its weights if they are still here, else trained again from its own record."""
     trunk = Path(record.config["model"]["trunk"])
-    digest = record["data"].get("trunk_sha256", "")
+    digest = record.trunk_sha256
     kept = root / trunk
     if digest and (kept / WEIGHTS).is_file() and hashlib.sha256((kept / WEIGHTS).read_bytes()).hexdigest() == digest:
         print(f"trunk: {trunk} is still here, with the recorded weights")
@@ -186,14 +187,14 @@ def _trunk(record: Record, source: Path, tree: Path, output: Path, root: Path) -
                 _run(found, [*_words(found), "--stage=train"], tree, output, root)
                 return output / trunk.name
     raise VerifyError(
-        f"the frozen trunk {trunk} is not here with the recorded weights, and no clean record {trunk.name}.json of the same commit "
-        "tells how to train it; keep the trunk's record beside this one"
+        f"the frozen trunk {trunk} is not here with the recorded weights, and no clean record {trunk.name}.json of the "
+        "same commit tells how to train it; keep the trunk's record beside this one"
     )
 
 
 def _run(record: Record, words: list[str], tree: Path, output: Path, root: Path) -> None:
     indices = [f"output={output}", f"data.cache={root / '.cache' / 'cpdlm'}", "tracking.mlflow=false"]
-    bundle = record.config.get("data", {}).get("bundle", "")
+    bundle = record.config["data"]["bundle"]
     if bundle:
         indices.append(f"data.bundle={root / bundle if (root / bundle).is_dir() else ''}")
     threads = record["hardware"]["threads"]

@@ -27,6 +27,7 @@ import torch
 from made_records import suite, wider
 
 from experiments import records, stats
+from experiments.cost import CostModel
 from experiments.report import Report, render
 
 torch.set_num_threads(1)
@@ -63,3 +64,15 @@ def drawn(made_results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def forget_draws() -> None:
     stats._counts.cache_clear()
     stats._normals.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def committed() -> list[records.Record]:
+    """The records under results/, read once."""
+    return records.load_all(Path(__file__).parent.parent / "results")[0]
+
+
+@pytest.fixture(scope="session")
+def cost_model(committed: list[records.Record]) -> CostModel:
+    """Fitted to the records of a processor."""
+    return CostModel.of(committed)

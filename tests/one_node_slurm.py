@@ -1,5 +1,8 @@
-"""A SLURM cluster of one node, started by hand from Debian's packages (slurm-wlm, munge) without systemd, for the tests of
-`launcher=slurm`. Needs root; everything it writes lies in one folder, and it is gone afterwards."""
+"""A SLURM cluster of one node, for the tests of `launcher=slurm`.
+
+It is started by hand from Debian's packages (slurm-wlm, munge) without systemd and needs root. Everything it writes lies
+in one folder, which is gone afterwards.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class Unavailable(Exception):
 
 @contextlib.contextmanager
 def cluster() -> Iterator[dict[str, str]]:
-    """The environment variables with which sbatch and the others find the cluster. Raises Unavailable with the reason."""
+    """The environment variables with which sbatch finds the cluster. Raises Unavailable with the reason."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     if missing:
         raise Unavailable(f"no {', '.join(missing)} (apt install slurm-wlm munge)")

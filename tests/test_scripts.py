@@ -379,7 +379,7 @@ def test_verify_judges_results_and_only_shows_speeds() -> None:
     greedy = made(4)["decoding"]["modes"]["greedy"]["tokens_per_pass"]
     pace = {"mean": greedy["high"] + 0.01}
     assert differing(lambda r: r["decoding"]["modes"]["greedy"]["tokens_per_pass"].update(pace)) == [
-        "greedy: tokens per pass"
+        "greedy: tokens per target forward"
     ]
     assert differing(lambda r: r["decoding"]["modes"]["greedy"]["speedup"].update(median=0.1)) == []
     assert differing(lambda r: r["hardware"].update(processor="Another")) == []

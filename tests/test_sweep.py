@@ -1,4 +1,4 @@
-"""The sweep: its words, its scheduler, and what happens when cells fail, are killed, are finished or do not belong together."""
+"""The sweep: its words, its scheduler, and cells that fail, are killed, are finished or do not belong together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from experiments import cost, pipeline, scheduler, sweep, sweep_plan
 from experiments.claims import CLAIMS
 from experiments.profiles import PROFILES, SCALES, study
 from experiments.provenance import git_state
-from experiments.records import load_all, write
+from experiments.records import Record, load_all, write
 from experiments.scheduler import Job, Local
 from experiments.suite import Cell, heads, scratch, trunk
 from experiments.sweep_plan import Plan
@@ -450,15 +450,14 @@ def test_the_fit_finds_the_coefficients_of_exact_data() -> None:
     assert found.coefficients[2] == 0 and 0 < found.error < 0.05
 
 
-def test_estimates_of_the_committed_records_are_near_what_they_took() -> None:
-    records, _ = load_all(ROOT / "results")
-    model = cost.CostModel.of(records)
+def test_estimates_of_the_committed_records_are_near_what_they_took(
+    committed: list[Record], cost_model: cost.CostModel
+) -> None:
     by_name = {cell.name: cell for cell in study("C3") if cell.name.endswith("-s0")}
-    assert all(fit.error < 0.25 for fit in model.fits.values())
-    for record in records:
+    assert all(fit.error < 0.25 for fit in cost_model.fits.values())
+    for record in committed:
         if record["name"] in by_name and record["config"]["optim"]["steps"] == 400:
-            config = by_name[record["name"]].config("runs")
-            step = model.fits["step"](cost._step(config))
+            step = cost_model.fits["step"](cost._step(by_name[record["name"]].config("runs")))
             assert step == pytest.approx(record["training"]["step_ms_median"] / 1000, rel=0.7), record["name"]
 
 
@@ -468,13 +467,13 @@ def test_without_records_of_a_gpu_the_rates_are_assumed_and_it_says_so() -> None
     assert model.estimate(study("C3", "gpu")[0]).train > cost.START_SECONDS
 
 
-def test_heads_on_a_pretrained_model_cost_what_the_nearest_records_took() -> None:
-    records, _ = load_all(ROOT / "results")
+def test_heads_on_a_pretrained_model_cost_what_the_nearest_records_took(
+    committed: list[Record], cost_model: cost.CostModel
+) -> None:
     cells = {cell.name: cell for cell in study("C6")}
-    model = cost.CostModel.of(records)
     for name in ("code-smollm2-common-r8-n4-token-eq14-s0", "code-smollm2-common-r1-n4-none-tied-eq14-s0"):
-        (record,) = [each for each in records if each.path == f"C6/{name}.json"]
-        found = model.estimate(cells[name])
+        (record,) = [each for each in committed if each.path == f"C6/{name}.json"]
+        found = cost_model.estimate(cells[name])
         assert found.train == pytest.approx(record["seconds"]["train"] + cost.START_SECONDS, rel=0.3)
         assert found.decode == pytest.approx(record["seconds"]["decode"], rel=0.5)
     unknown = cost.CostModel.of([]).estimate(cells[name])
@@ -497,47 +496,16 @@ def test_two_workers_halve_the_time_but_not_that_of_a_chain() -> None:
 PAGE = (ROOT / "experiments/README.md").read_text()
 
 
-def test_the_page_says_what_the_suite_says() -> None:
-    """Claim, question, command and folders exactly; the predicted time within a factor of two, since it follows the records."""
-    rows = [
-        [part.strip() for part in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| C")
-    ]
-    records = load_all(ROOT / "results")[0]
-    once = {each.id: each for each in reversed(CLAIMS)}  # the two questions of C6 have the same cells
-    expected = [
-        (each, scale) for each in reversed(once.values()) for scale in SCALES if scale == "cpu" or each.gpu_arms
-    ]
-    assert len(rows) == len(expected)
-    for (each, scale), (claim, question, command, hours, folders) in zip(expected, rows, strict=True):
-        on_gpu = scale == "gpu"
+def test_the_page_names_every_claim_with_its_command_and_folders() -> None:
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in PAGE.splitlines() if line[:3] == "| C"]
+    claims = list({each.id: each for each in reversed(CLAIMS)}.values())[::-1]  # the questions of C6 share their cells
+    expected = [(each, scale) for each in claims for scale in SCALES if scale == "cpu" or each.gpu_arms]
+    for (each, scale), (claim, question, command, _, folders) in zip(expected, rows, strict=True):
         assert (claim, question) == (each.id, each.question)
-        assert command == f"`python experiments/sweep.py claim={each.id}{' profile=gpu' * on_gpu}`"
-        assert sweep.parse(command.strip("`").split()[2:]).claim == each.id
-        cells = study(each.id, scale)
-        root = "results/gpu" if on_gpu else "results"
-        assert folders == ", ".join(f"`{root}/{name}`" for name in sorted({cell.folder for cell in cells}))
-        number, unit, where = hours.replace(",", "").split(maxsplit=2)
-        assert where == ("one GPU" if on_gpu else "2 cores")
-        if not any(cell.config("runs").is_pretrained for cell in cells):
-            model = cost.CostModel.of(records, scale)
-            seconds = cost.wall_seconds(cells, cost.estimates(model, cells), 1 if on_gpu else 2)
-            said = float(number) * {"h": 3600, "min": 60}[unit]
-            assert said / 2 < seconds < said * 2, f"{claim}: about {seconds / 60:.0f} min"
-
-
-def test_the_page_names_every_arm_and_its_claims() -> None:
-    arms: dict[str, list[str]] = {}
-    for each in CLAIMS:
-        for arm in each.arms:
-            arms.setdefault(arm.__name__, []).append(each.id)
-    del arms["retrofit"]
-    rows = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `")]
-    in_vocabulary = {name.strip(" `"): claims.strip() for names, _, claims in rows for name in names.split(",")}
-    for name, claims in arms.items():
-        assert set(claims) <= set(in_vocabulary[name].split(", ")), name
-    assert set(in_vocabulary) == set(arms)
-    cells = study("all")
-    assert f"{len({cell.setting for cell in cells})} settings" in PAGE
+        assert command == f"`python experiments/sweep.py claim={each.id}{' profile=gpu' * (scale == 'gpu')}`"
+        root = "results/gpu" if scale == "gpu" else "results"
+        names = sorted({cell.folder for cell in study(each.id, scale)})
+        assert folders == ", ".join(f"`{root}/{name}`" for name in names)
 
 
 def test_the_commands_of_the_page_are_understood() -> None:

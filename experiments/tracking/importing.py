@@ -126,20 +126,15 @@ def _note(folder: str, profiles: list[str], verdicts: list[Verdict]) -> str:
     from experiments.report.figures import command
 
     about = [verdict for verdict in verdicts if verdict.claim.id == _claim_of(folder)]
-    resting = [
-        verdict for verdict in verdicts if any(Path(path).parent.as_posix() == folder for path in verdict.records)
-    ]
+    resting = [verdict for verdict in verdicts if folder in _folders([verdict])]
     if profiles:
         made = next((verdict.claim.id for verdict in (*about, *resting)), "all")
-        lines = [
-            f"Records of `results/{folder}` ({', '.join(profiles)}). `{command(made)}` makes what is missing; each run names its own command."
-        ]
+        lines = [f"Records of `results/{folder}` ({', '.join(profiles)}). Each run names its own command."]
     else:
         resting = about
-        lenders = sorted({Path(path).parent.as_posix() for verdict in about for path in verdict.records})
-        lines = [
-            f"{folder} is answered from the cells of {', '.join(f'`{lender}`' for lender in lenders)}. `{command(folder)}` makes what is missing."
-        ]
+        made, lenders = folder, ", ".join(f"`{lender}`" for lender in sorted(_folders(about)))
+        lines = [f"{folder} is answered from the cells of {lenders}."]
+    lines[0] += f" `{command(made)}` makes what is missing."
     for claim in dict.fromkeys(verdict.claim for verdict in resting):
         lines += ["", f"**{claim.name}: {claim.question}**", ""]
         lines += [
@@ -148,6 +143,10 @@ def _note(folder: str, profiles: list[str], verdicts: list[Verdict]) -> str:
             if verdict.claim == claim
         ]
     return "\n".join(lines)
+
+
+def _folders(verdicts: list[Verdict]) -> set[str]:
+    return {Path(path).parent.as_posix() for verdict in verdicts for path in verdict.records}
 
 
 def _pictures(figures: Path | None) -> list[Path]:

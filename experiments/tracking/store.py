@@ -107,9 +107,8 @@ class Tracker:
             self._failures = 0
         except Exception as error:
             self._failures += 1
-            warn(
-                f"MLflow at {shown(self.uri)} did not take a write ({first_line(error)}); the run and its record go on without it"
-            )
+            failed = f"MLflow at {shown(self.uri)} did not take a write ({first_line(error)})"
+            warn(f"{failed}; the run and its record go on without it")
 
 
 def tracking_uri(config: Config) -> str:

@@ -19,8 +19,10 @@ _MEASURES = (
 
 
 def experiment_tags(experiment: str) -> dict[str, str]:
-    """Of a new experiment: that it trains models (MLflow 3 opens on pages about prompts otherwise), the view of its cells, and for
-    a claim its question and the rule of its verdict."""
+    """Of a new experiment: the view of its cells, and for a claim its question and the rule of its verdict.
+
+    The kind says that it trains models; MLflow 3 opens on pages about prompts otherwise.
+    """
     from experiments.claims import CLAIMS
 
     tags = {"mlflow.experimentKind": "custom_model_development", f"mlflow.sharedViewState.{VIEW}": _view()}
@@ -31,8 +33,10 @@ def experiment_tags(experiment: str) -> dict[str, str]:
 
 
 def _view() -> str:
-    """The saved view of an experiment's cells, as MLflow 3.17's own Views menu writes one: a table with the dials and the
-    results, and a chart of each result against the rank. Other versions leave out what they do not know."""
+    """The saved view of an experiment's cells: a table of settings and results, and each result against the rank.
+
+    It is what the Views menu of MLflow 3.17 writes. Other versions leave out what they do not know.
+    """
     charts = [
         {
             "uuid": f"chart-{index}",
