@@ -1,4 +1,4 @@
-"""The speed protocol: what it counts, what it compares, and the shape of its record. Times themselves are not judged."""
+"""The speed protocol: what it counts, what it compares, the shape of its record. Times are not judged."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from cpdlm.generate import GREEN, RESET, Incremental
 from cpdlm.hf import export
 from cpdlm.hf.load import load
 from cpdlm.training.checkpoints import load_model
-from tests.test_hub import LISTED, bpe_run, listed_run, make_run
+from tests.test_export import LISTED, bpe_run, listed_run, make_run
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "def né("
@@ -63,7 +63,7 @@ def test_an_exported_folder_writes_the_same(run: Path, tmp_path: Path) -> None:
     assert written(tmp_path / "mine", "--prompt", PROMPT) == written(run, "--prompt", PROMPT)
 
 
-def test_the_models_own_shortlist_is_used_unless_refused(tmp_path: Path) -> None:
+def test_the_models_own_draft_vocabulary_is_used_unless_refused(tmp_path: Path) -> None:
     listed_run(tmp_path / "run")
     export.export(tmp_path / "run", tmp_path / "mine")
     for folder in (tmp_path / "run", tmp_path / "mine"):
@@ -103,11 +103,11 @@ def test_green_is_what_was_drafted_and_accepted(
     pieces = [(text.push([token]), drafted) for token, drafted in zip(done.tokens, expected, strict=True)]
     assert len(re.findall(re.escape(GREEN), coloured)) == sum(drafted and piece != "" for piece, drafted in pieces) > 0
     assert (
-        f"{len(done.tokens)} tokens in {done.forwards} target forwards: {len(done.tokens) / done.forwards:.2f} tokens per forward"
-        in error
+        f"{len(done.tokens)} tokens in {done.forwards} target forwards: "
+        f"{len(done.tokens) / done.forwards:.2f} tokens per forward" in error
     )
     assert re.search(
-        r"\d+ tokens/s; autoregressive decoding of the same prompt \d+ tokens/s: \d+\.\d\d x \(the fastest of 3 runs each",
+        r"\d+ tokens/s; autoregressive decoding of the same prompt \d+ tokens/s: \d+\.\d\d x \(the fastest of 3",
         error,
     )
     assert f"{GREEN}green{RESET}: drafted and accepted" in error
@@ -138,7 +138,7 @@ def test_pieces_joined_are_the_text(seed: int) -> None:
     assert "".join(pieces) + text.end() == BytesTokenizer().decode(ids)
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------------
+# --- mistakes ---------------------------------------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "empty prompt": (["--prompt", ""], "the prompt is empty; give --prompt TEXT"),

@@ -116,7 +116,7 @@ def test_the_interval_of_a_recorded_ratio_is_expanded_as_well() -> None:
 
 
 def test_pairing_removes_what_all_cells_share() -> None:
-    """Rows differ by 0.15 nats among themselves, the cells by 0.05 on every row: the paired interval is far narrower."""
+    """Rows differ by 0.15 nats, the cells by 0.05 on every row: the paired interval is far narrower."""
     one, two = ({0: record(made(rank, 0, noise=0.0))} for rank in (1, 2))
     paired = difference(two, one, "joint_nll")
     alone = over_seeds(one, "joint_nll")
