@@ -641,7 +641,7 @@ def test_model_names_the_trunk_and_its_kind() -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["preset=retrofit"], "is for heads on a frozen model: give model=NAME (a pretrained one) or model.trunk=RUN"),
+        (["preset=retrofit"], "with a pretrained trunk (model=NAME), model"),
         (["model=x"], "data.tokenizer=bytes is not the tokenizer of the pretrained model x"),
         (["model=x", "data.tokenizer=bpe:999"], "type data.tokenizer=model"),
         (["model.family=pretrained", "data.tokenizer=model"], "needs the model: type model=NAME"),
