@@ -1,4 +1,4 @@
-"""Every command of the README is run: shrunk to a fraction of a second where it would take minutes."""
+"""Every command of README.md and docs/ is run: shrunk to seconds where it would take minutes."""
 
 from __future__ import annotations
 
@@ -12,96 +12,100 @@ from pathlib import Path
 
 import pytest
 
+from cpdlm.config import parse
 from tests.test_suite import TINY, TINY_RETROFIT, small_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-
-# What the continuous integration script runs whole, since a test cannot run the test command.
-WHOLE = ("./reproduce.sh", "./dev test")
-# Run with --help here; their work is tested in test_scripts.py, test_tracking.py and test_tables_figures.py.
-DOORS = ("./dev ui", "./dev setup", "./dev report", "./dev verify RECORD", "./dev lint")
+README = ROOT / "README.md"
+PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("speed-up", "results", "reproducing", "processes"))]
+LAUNCHERS = ("torchrun", "srun", "experiments/run.py nodes=2")  # test_distributed.py and test_slurm.py run these
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return [
+        block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    ]
 
 
 def commands() -> list[str]:
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    inline = re.findall(r"`(\./[a-z][^`]*|python [^`]*)`", README)
-    return sorted({line for line in [*lines, *inline] if line})
+    inline = [found for page in PAGES for found in re.findall(r"`(\./[a-z][^`]*|python [^`]*)`", page.read_text())]
+    return list(dict.fromkeys(line for line in [*lines, *inline] if line and not line.startswith(LAUNCHERS)))
 
 
-def test_the_readme_has_commands() -> None:
-    assert len(commands()) >= 8
+def test_the_readme_is_short() -> None:
+    text = README.read_text()
+    assert len(text.encode()) <= 9 * 1024
+    assert all(len(line) <= 200 for line in text.splitlines() if line.startswith("|"))
+    assert all(paragraph.count("\n") < 4 for paragraph in text.split("\n\n") if paragraph[0].isalpha())
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "python " not in c])
-def test_scripts_named_in_the_readme_exist_and_explain_themselves(command: str) -> None:
-    assert command.startswith((*WHOLE, *DOORS)), f"no test runs `{command}`"
-    ci = (ROOT / ".ci" / "run").read_text()
-    if command in ("./dev test", "./reproduce.sh --profile smoke"):
-        assert command.removeprefix("./") in ci
-    script = command.split()[0]
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("./")])
+def test_scripts_exist_and_explain_themselves(command: str) -> None:
+    """Their work is tested in test_scripts.py, test_tracking.py and test_tables_figures.py, and by .ci/run as a whole."""
+    script, *words = command.split()
     done = subprocess.run(["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for word in command.split()[1:2]:
-        assert word.lstrip("-") in done.stdout, f"{script} --help does not mention {word}"
+    named = [word for word in words if word.startswith("--")] + (words[:1] if script == "./dev" else [])
+    assert all(word in done.stdout for word in named), f"{script} --help does not mention all of {named}"
+    paths = [word for word in words if word.startswith(("results/", "tests/"))]
+    assert all((ROOT / path).exists() for path in paths)
+
+
+@pytest.mark.parametrize("script", ["sweep", "plan"])
+def test_scripts_of_the_suite_take_the_words_that_the_pages_give(script: str) -> None:
+    for command in (c for c in commands() if c.startswith(f"python experiments/{script}.py")):
+        words = [word for word in shlex.split(command)[2:] if "NAME" not in word]
+        extra = ["--dry-run"] if script == "sweep" else []
+        done = subprocess.run(
+            [sys.executable, f"experiments/{script}.py", *words, *extra],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0 or "mix=yes" in done.stderr, f"{command}\n{done.stderr[-1000:]}"
+
+
+def run(words: list[str], folder: Path, command: str) -> str:
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0 and done.stdout, f"{command}\n{done.stderr[-2000:]}"
+    return done.stdout
 
 
 @pytest.mark.slow
-def test_cells_of_the_readme_run(tmp_path: Path) -> None:
-    """In the README's order, in one folder, as a reader would: the heads find the trunk that was trained before them."""
-    corpus = tmp_path / "cpdlm"  # the folder that the README takes as a corpus of one's own
+def test_commands_of_the_pages_run(tmp_path: Path) -> None:
+    """In the order of the pages, in one folder, as a reader would: later commands find what earlier ones made."""
+    corpus = tmp_path / "cpdlm"
     shutil.copytree(ROOT / "cpdlm", corpus, ignore=shutil.ignore_patterns("__pycache__"))
-    lines = [c.split("#")[0].strip() for block in blocks("bash") for c in block.splitlines()]
-    cells = [line for line in lines if line.startswith("python experiments/run.py")]
-    assert len(cells) >= 6
-    # The size is part of the trunk's name in the README, so it stays; everything slow shrinks.
-    small = {key: value for key, value in TINY.items() if key != "size"} | {"data.cache": tmp_path / "cache"}
     small_pretrained(tmp_path / "my-llm", sorted(corpus.rglob("*.py")))
-    for command in cells:
-        _, script, *given = shlex.split(command)
-        here = small | TINY_RETROFIT if any(word.startswith("model=") for word in given) else small
-        words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in here.items()]
-        extra = [
-            *words,
-            *([] if any(w.startswith("corpus=") for w in given) else [f"corpus={corpus}", f"name={_name(given)}"]),
+    # The size is part of a trunk's name on the pages, so it stays; everything slow shrinks.
+    small = {key: value for key, value in TINY.items() if key != "size"} | {"data.cache": tmp_path / "cache"}
+    ran = 0
+    for command in commands():
+        program, *given = shlex.split(command)
+        settings = small | (TINY_RETROFIT if "speed-up" in given else {})
+        shrunk = [
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
         ]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *given, *extra],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
-    for line in (line for line in lines if "python -m cpdlm." in line):
-        done = subprocess.run(
-            ["bash", "-c", line.replace("python -m", f"{shlex.quote(sys.executable)} -m")],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )
-        assert done.returncode == 0 and done.stdout, f"{line}\n{done.stderr[-2000:]}"
+        if program == "cpdlm":
+            shrunk = [*shrunk, f"corpus={corpus}"] if given[0] == "speed-up" else []
+            run([sys.executable, "-m", "cpdlm", *given, *shrunk], tmp_path, command)
+        elif given[:1] == ["experiments/run.py"]:
+            words = [word for word in given[1:] if "=" in word and not word.startswith("--")]
+            shrunk += [f"corpus={corpus}", f"name={parse(words).run_name}", "devices=1", "parallel=auto"]
+            run([sys.executable, str(ROOT / given[0]), *given[1:], *shrunk], tmp_path, command)
+        else:
+            continue
+        ran += 1
+    assert ran >= 10
+    shutil.copytree(tmp_path / "my-fast-llm", tmp_path / "my-model", dirs_exist_ok=True)
     for block in blocks("python"):
-        done = subprocess.run(
-            [sys.executable, "-c", block],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )
-        assert done.returncode == 0 and done.stdout.strip(), done.stderr[-2000:]
-
-
-def _name(given: list[str]) -> str:
-    """The name that the run would have had on the corpus of the README."""
-    from cpdlm.config import parse
-
-    return parse([word for word in given if "=" in word and not word.startswith("--")]).run_name
+        run([sys.executable, "-c", block], tmp_path, block)
