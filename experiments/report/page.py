@@ -19,7 +19,7 @@ from cpdlm.files import write_bytes
 from experiments.claims import CONTRADICTED, HOLDS, Claim, Verdict, answers
 from experiments.records import MODES, Record, decoding_hardware, training_hardware
 from experiments.report.figures import ADDING, FIGURES, Shown, command
-from experiments.report.figures.style import COLUMN, DPI
+from experiments.report.figures.style import COLUMN, DPI, worded
 from experiments.report.tables import Made, Table, braces, described
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -154,7 +154,7 @@ def _verdict(verdict: Verdict) -> str:
     beside = "".join(f"<li>{_text(number.text())}</li>" for number in verdict.beside)
     cited = f"<code>{html.escape(braces(verdict.records))}</code>"
     return (
-        f'<div class="verdict"><p>{_word(verdict)} <span class="soft">{_text(verdict.setting)}</span></p>\n'
+        f'<div class="verdict"><p>{_word(verdict)} <span class="soft">{_text(worded(verdict.setting))}</span></p>\n'
         f"<ul>{numbers}</ul>{reason}"
         + (_folded(f"{len(verdict.beside)} numbers beside it", f"<ul>{beside}</ul>") if verdict.beside else "")
         + (_folded(f"{len(verdict.records)} records", cited) if verdict.records else "")
@@ -216,7 +216,8 @@ def _table(table: Table) -> str:
     head = "".join(f'<th scope="col"{_more(name, shown)}>{_text(name)}</th>' for name in table.header)
     rows = [
         "".join(
-            f"<td{_more(name, shown)}>{html.escape(cell)}</td>" for name, cell in zip(table.header, row, strict=True)
+            f"<td{_more(name, shown)}>{html.escape(worded(cell))}</td>"
+            for name, cell in zip(table.header, row, strict=True)
         )
         for row in table.rows
     ]
