@@ -64,6 +64,7 @@ make_environment() {
             install "torch, from its own index" --extra-index-url "$CPU_INDEX" -r "$VENV/torch.txt"
     fi
     install "the other packages of requirements/$variant.txt" -r "$ROOT/requirements/$variant.txt"
+    install "the command cpdlm" --editable "$ROOT"
     environment_key "$variant" >"$VENV/.complete"
 }
 
