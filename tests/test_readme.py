@@ -109,3 +109,15 @@ def test_commands_of_the_pages_run(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "my-fast-llm", tmp_path / "my-model", dirs_exist_ok=True)
     for block in blocks("python"):
         run([sys.executable, "-c", block], tmp_path, block)
+
+
+def test_the_site_builds_without_a_dead_link() -> None:
+    done = subprocess.run(
+        ["bash", "dev", "docs"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"CPDLM_PYTHON": sys.executable},
+    )
+    assert done.returncode == 0 and "site/index.html" in done.stdout, done.stdout + done.stderr
