@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,7 @@ def test_a_killed_reader_goes_on_behind_its_last_note(
     stream, read = Stream(str(dataset), 10**6, tmp_path), 0
     stream.shards.mkdir(parents=True)
     for kill in [*kills, 10**6]:
+        dataset_now, _ = streams._open(stream)
         session: list[int] = []
 
         def advance(size: int, session: list[int] = session, kill: int = kill) -> None:
@@ -90,7 +92,7 @@ def test_a_killed_reader_goes_on_behind_its_last_note(
                 raise Killed
 
         try:
-            read_shards(stream, streams._open(stream), wait=True, advance=advance)
+            read_shards(stream, dataset_now, wait=True, advance=advance)
         except Killed:
             assert len(session) == kill
         read += sum(session)
@@ -103,7 +105,7 @@ def test_shards_of_another_process_are_left_to_it(dataset: Path, tmp_path: Path)
     stream = Stream(str(dataset), 10**6, tmp_path)
     stream.shards.mkdir(parents=True)
     with locked(stream.shards / "1.lock"):
-        read_shards(stream, streams._open(stream), wait=False, advance=lambda size: None)
+        read_shards(stream, streams._open(stream)[0], wait=False, advance=lambda size: None)
     assert sorted(path.name for path in stream.shards.glob("*.json")) == ["0.json", "2.json"]
 
 
@@ -121,9 +123,63 @@ def test_errors_say_what_to_type(dataset: Path, tmp_path: Path, monkeypatch: pyt
     assert not list((tmp_path / "cache" / "hf").iterdir()), "nothing half-made is left"
 
 
+def test_one_column_for_the_whole_set_and_its_nulls_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    rows = [{"id": "1", "text": None}, {"id": "2", "text": "told"}, {"id": "3", "text": None}]
+    for shard, chosen in enumerate((rows, rows[2:], [{"id": "4", "text": "again"}])):
+        lines = "".join(json.dumps(row) + "\n" for row in chosen)
+        (tmp_path / "set" / f"{shard}.jsonl").write_text(lines)
+    documents = sources.locate(config(tmp_path, tmp_path / "set"), progress=False).read()
+    assert list(documents.texts) == [b"told", b"again"]
+    assert documents.notes == {str(tmp_path / "set"): {"null_rows": 3}}
+    other = sources.locate(config(tmp_path, tmp_path / "set", data__column="id"), progress=False).read()
+    assert list(other.texts) == [b"1", b"2", b"3", b"3", b"4"]
+    with pytest.raises(ConfigError, match=r"data.column=txt: .* there are id \(string\), text \(string\)"):
+        sources.locate(config(tmp_path, tmp_path / "set", data__column="txt"), progress=False)
+
+
 def test_text_column() -> None:
-    assert text_column({"id": "7", "text": "a"}, "hf:x") == "text"
-    assert text_column({"id": 7, "body": "a"}, "hf:x") == "body"
+    stream = Stream("x", 1, Path())
+    assert text_column({"id": "string", "text": "large_string"}, stream) == "text"
+    assert text_column({"id": "string", "text": "null"}, stream) == "text", "one shard of nulls is not another column"
+    assert text_column({"id": "int64", "body": "string"}, stream) == "body"
+    for kinds in ({"id": "string", "body": "null"}, {"id": "string", "body": "string"}, {"n": "int64"}):
+        with pytest.raises(ConfigError, match="data.column=COLUMN"):
+            text_column(kinds, stream)
+
+
+def test_other_files_are_another_text(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset that was replaced, one of the same relative name elsewhere, and one that grew after a kill."""
+
+    def read(folder: Path) -> list[bytes]:
+        monkeypatch.chdir(folder)
+        chosen = config(tmp_path, Path("data"))
+        return list(sources.locate(chosen, progress=False).read().texts)
+
+    for name in ("one", "two"):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "data" / "0.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    assert read(tmp_path / "one") == [b"one"] and read(tmp_path / "two") == [b"two"]
+    (tmp_path / "two" / "data" / "0.jsonl").write_text(json.dumps({"text": "new"}) + "\n")
+    assert read(tmp_path / "two") == [b"new"]
+    # On the hub, files change under one name: what a killed reader left of the others goes.
+    there = {"version": "a", "texts": ["one", "two"]}
+
+    def opened(stream: Stream) -> tuple[Any, str]:
+        import datasets
+
+        whole = datasets.Dataset.from_dict({"text": there["texts"]}).to_iterable_dataset(num_shards=2)
+        return whole, str(there["version"])
+
+    monkeypatch.setattr(streams, "_open", opened)
+    stream = Stream("who/what", 100, tmp_path)
+    stream.shards.mkdir(parents=True)
+    streams._start_over_for_other_files(stream, "a")
+    with locked(stream.shards / "1.lock"):
+        read_shards(stream, opened(stream)[0], wait=False, advance=lambda size: None)
+    there |= {"version": "b", "texts": ["new", "one", "two", "three"]}
+    fetch_stream(stream, progress=False)
+    assert list(stream.texts()) == [b"new", b"one", b"two", b"three"]
 
 
 def test_texts_of_a_file_and_some_of_a_sequence(tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ def _text(config: Config) -> Iterator[str]:
             f"decode.prompt_tokens={decode.prompt_tokens} + decode.new_tokens={decode.new_tokens} "
             f"exceed data.context={data.context}"
         )
+    if data.column and not config.corpus.startswith("hf:"):
+        yield f"data.column={data.column} is for corpus=hf:NAME, and this is corpus={config.corpus}; leave it out"
     kind, _, name = data.tokenizer.partition(":")
     is_bpe = kind == "bpe" and name.isdigit() and int(name) >= 257
     is_own = data.tokenizer == "model" and config.is_pretrained

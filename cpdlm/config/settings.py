@@ -74,6 +74,9 @@ class DataConfig:
     )
     context: int = knob(256, "tokens in one training row", least=2)
     batch_rows: int = knob(4, "rows in one optimiser step, over all processes", least=1)
+    column: str = knob(
+        "", "corpus=hf:NAME: the column with the text (default: text, content, story, document or the only strings)"
+    )
     max_bytes: int = knob(0, "bytes of text to take from the corpus, documents in hash order (0 = all)", least=0)
     cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
     bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")

@@ -118,12 +118,12 @@ def _folder(path: Path, name: str) -> Documents:
 def _hub(config: Config, progress: bool) -> Origin:
     """A dataset's train split, streamed once up to data.max_bytes and kept in the cache."""
     name = config.corpus.removeprefix("hf:")
-    stream = Stream(name, config.data.max_bytes or HUB_BYTES, Path(config.data.cache))
+    stream = Stream(name, config.data.max_bytes or HUB_BYTES, Path(config.data.cache), config.data.column)
     meta = fetch_stream(stream, progress)
 
     def read() -> Documents:
         texts = stream.texts()
-        return Documents(texts, [0] * len(texts), [name])
+        return Documents(texts, [0] * len(texts), [name], notes={name: {"null_rows": meta["nulls"]}})
 
     return Origin(
         {"hub": name, "sha256": meta["sha256"], "reader": READER_VERSION},

@@ -1,7 +1,8 @@
 """The text of a Hugging Face dataset, streamed to disk shard by shard.
 
 FOLDER/texts.bin        the documents, end to end; offsets.npy: where each begins
-       meta.json        sha256 of texts.bin, documents, column; written last
+       meta.json        sha256 of texts.bin, documents, column, rows without text (nulls); written last
+       shards/version   which files of the dataset the shards are of
        shards/I.bin     what is here of shard I, a file of the dataset; I.lengths: the bytes of each document
        shards/I.json    how much of that is sure to be on the disk, and the dataset's own position behind it
        shards/I.lock    held by the process that reads shard I
@@ -21,6 +22,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from cpdlm.data.documents import FileTexts
 from cpdlm.files import LOCK_SECONDS, LockHeld, locked
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
+FORMAT = 2  # raise when the column is chosen, or rows are read, in another way
 NOTE_BYTES = 32 * 2**20  # read between two notes of the position
 
 
@@ -42,15 +45,18 @@ class Stream:
     name: str  # of a dataset on the hub, or a folder
     limit: int
     cache: Path
+    column: str = ""  # with the text; found where it is not given
 
     @property
     def corpus(self) -> str:
         return f"hf:{self.name}"
 
-    @property
+    @cached_property
     def folder(self) -> Path:
+        """Its name holds what the text depends on: of a local dataset the files as they are now."""
         slug = re.sub(r"\W+", "-", self.name).strip("-")
-        return self.cache / "hf" / f"{slug}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}-{self.limit}"
+        identity = json.dumps([FORMAT, self.name, self.column, _local_files(Path(self.name))])
+        return self.cache / "hf" / f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{self.limit}"
 
     @property
     def shards(self) -> Path:
@@ -63,7 +69,7 @@ class Stream:
             offsets = np.load(self.folder / "offsets.npy")
             with open(self.folder / "texts.bin", "rb") as file:
                 whole = hashlib.file_digest(file, "sha256").hexdigest() == meta["sha256"]
-            return meta if whole and len(offsets) == meta["documents"] + 1 else None
+            return meta if whole and len(offsets) == meta["documents"] + 1 and meta["nulls"] >= 0 else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -83,7 +89,8 @@ def fetch_stream(stream: Stream, progress: bool = True) -> dict[str, Any]:
         (stream.folder / "meta.json").unlink(missing_ok=True)
         stream.shards.mkdir(exist_ok=True)
     try:
-        dataset = _open(stream)
+        dataset, version = _open(stream)
+        _start_over_for_other_files(stream, version)
         with tqdm(
             total=stream.limit, desc=f"streaming {stream.name}", unit="B", unit_scale=True, disable=not progress
         ) as bar:
@@ -125,15 +132,37 @@ def read_shards(stream: Stream, dataset: Any, wait: bool, advance: Callable[[int
             raise
 
 
-def _open(stream: Stream) -> Any:
+def _local_files(folder: Path) -> list[Any]:
+    """Path, size and times of every file of a local dataset; nothing for one on the hub."""
+    if not folder.exists():
+        return []
+    files = ((path, path.stat()) for path in sorted(folder.resolve().rglob("*")) if path.is_file())
+    return [[str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns] for path, state in files]
+
+
+def _start_over_for_other_files(stream: Stream, version: str) -> None:
+    """Drop the shards of a killed reader where the dataset has changed since: they would not fit together."""
+    with locked(stream.folder / "lock"):
+        note = stream.shards / "version"
+        if note.is_file() and note.read_text() != version:
+            shutil.rmtree(stream.shards)
+        if not (stream.folder / "meta.json").exists():
+            stream.shards.mkdir(exist_ok=True)
+            note.write_text(version)
+
+
+def _open(stream: Stream) -> tuple[Any, str]:
+    """(the dataset, what tells its files from those of another version)."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset_builder
     except ImportError as error:
         raise ConfigError(
             f"corpus={stream.corpus} needs a package: pip install datasets, or use corpus=code"
         ) from error
     try:
-        return load_dataset(stream.name, split="train", streaming=True)
+        builder = load_dataset_builder(stream.name)
+        dataset = builder.as_streaming_dataset(split="train")
+        return dataset if dataset.features is not None else dataset._resolve_features(), str(builder.hash)
     except Exception as error:  # the hub client raises errors of many libraries
         raise _unreadable(stream, error) from error
 
@@ -154,6 +183,7 @@ class Note:
     bytes: int = 0
     documents: int = 0
     column: str = ""
+    nulls: int = 0
     state: dict[str, Any] | None = None
     whole: bool = False
 
@@ -180,7 +210,8 @@ def _read_shard(stream: Stream, index: int, shard: Any, advance: Callable[[int],
     note = _note(stream, index)
     if note.state is not None:
         shard.load_state_dict(note.state)
-    total, documents, column = note.bytes, note.documents, note.column
+    total, documents, nulls = note.bytes, note.documents, note.nulls
+    column = text_column({name: str(getattr(kind, "dtype", kind)) for name, kind in shard.features.items()}, stream)
     with (
         open(stream.shards / f"{index}.bin", "ab") as text_file,
         open(stream.shards / f"{index}.lengths", "ab") as length_file,
@@ -193,13 +224,15 @@ def _read_shard(stream: Stream, index: int, shard: Any, advance: Callable[[int],
                 file.flush()
                 os.fsync(file.fileno())
             aside = stream.shards / f"{index}.partial"
-            aside.write_text(json.dumps(asdict(Note(total, documents, column, shard.state_dict(), whole))))
+            aside.write_text(json.dumps(asdict(Note(total, documents, column, nulls, shard.state_dict(), whole))))
             os.replace(aside, stream.shards / f"{index}.json")
 
         try:
             for row in shard:
-                column = column or text_column(row, stream.corpus)
-                text = (row[column] or "").encode()
+                if row.get(column) is None:
+                    nulls += 1
+                    continue
+                text = row[column].encode()
                 if not text.strip():
                     continue
                 text_file.write(text)
@@ -225,6 +258,7 @@ def _read_shard(stream: Stream, index: int, shard: Any, advance: Callable[[int],
 def _join(stream: Stream, shards: int) -> dict[str, Any]:
     """One file of the shards in order, up to the limit; then they go."""
     lengths, digest, column, left = [np.zeros(0, np.int64)], hashlib.sha256(), "", stream.limit
+    nulls = sum(_note(stream, index).nulls for index in range(shards))
     with open(stream.folder / "texts.partial", "wb") as file:
         for index in range(shards):
             note = _note(stream, index)
@@ -249,7 +283,7 @@ def _join(stream: Stream, shards: int) -> dict[str, Any]:
         raise ConfigError(f"corpus={stream.corpus} has no text in its train split")
     os.replace(stream.folder / "texts.partial", stream.folder / "texts.bin")
     np.save(stream.folder / "offsets.npy", offsets)
-    meta = {"sha256": digest.hexdigest(), "documents": len(offsets) - 1, "column": column}
+    meta = {"sha256": digest.hexdigest(), "documents": len(offsets) - 1, "column": column, "nulls": nulls}
     aside = stream.folder / "meta.partial"
     aside.write_text(json.dumps(meta))
     os.replace(aside, stream.folder / "meta.json")
@@ -257,15 +291,25 @@ def _join(stream: Stream, shards: int) -> dict[str, Any]:
     return meta
 
 
-def text_column(row: dict[str, Any], corpus: str) -> str:
-    """The column that holds the text: text, content, story or document, else the only one with strings."""
-    strings = [column for column, value in row.items() if isinstance(value, str)]
+def text_column(kinds: dict[str, str], stream: Stream) -> str:
+    """The column of the text in the whole set: the given one, else text, content, story or document, else the only one.
+
+    kinds: the type of each column. One that has shown nothing but nulls so far ("null") may hold strings.
+    """
+    possible = [column for column, kind in kinds.items() if kind in ("string", "large_string", "null")]
+    if stream.column:
+        if stream.column in possible:
+            return stream.column
+        raise ConfigError(
+            f"data.column={stream.column}: {stream.corpus} has no such column of text; there are "
+            + ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+        )
     for column in ("text", "content", "story", "document"):
-        if column in strings:
+        if column in possible:
             return column
-    if len(strings) == 1:
-        return strings[0]
+    if len(possible) == 1 and kinds[possible[0]] != "null":
+        return possible[0]
     raise ConfigError(
-        f"corpus={corpus}: cannot tell which column is the text; there are {', '.join(row)}. "
-        "Export it to a text file and give that as corpus="
+        f"corpus={stream.corpus}: cannot tell which column is the text; there are {', '.join(kinds)}. "
+        "Name it: data.column=COLUMN"
     )
