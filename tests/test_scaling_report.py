@@ -10,7 +10,7 @@ import pytest
 
 from experiments.bench import overhead
 from experiments.report import scaling
-from experiments.report.tables import write_made
+from experiments.report.table import write_made
 
 HARDWARE = {"accelerator": "none", "processor": "P", "cores": 2, "threads": 2}
 BASE = {"positions": 64, "horizon": 4, "rank": 8, "vocab": 1024, "width": 32}

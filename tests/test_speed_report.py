@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from experiments.report import render, speed
-from experiments.report.tables import write_made
+from experiments.report.table import write_made
 from tests.made_records import ORIGIN
 
 

@@ -6,22 +6,26 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from made_records import made
 
 from experiments import claims
-from experiments.families import families_of
+from experiments.families import Family, families_of
 from experiments.records import Record, RecordError, load_all, write
-from experiments.report import Report, figures, readme, render, tables
+from experiments.report import Report, figures, readme, render
 from experiments.report.__main__ import main
+from experiments.report.cells import cells_table
+from experiments.report.pretrained import depths_table, pretrained_table
+from experiments.report.table import Table, braces
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 WORDS = r"(holds|contradicted|no difference within ±.*|underpowered \(could have seen .* or more\)|not run)(: |$)"
-TABLES = ("claims", "cells", "paired", "beyond", "references", "retrofit", "baselines", "cost", "trunks")
+TABLES = ("claims", "cells", "paired", "references", "pretrained", "depths", "baselines", "cost", "trunks")
 
 
 def test_every_figure_and_table_is_there(drawn: tuple[Path, Report]) -> None:
@@ -49,38 +53,36 @@ def test_the_claims_table_has_expected_measured_verdict_and_record(drawn: tuple[
 
 def test_paired_differences_have_interval_and_spread(drawn: tuple[Path, Report]) -> None:
     rows = list(csv.DictReader((drawn[0] / "tables" / "paired.csv").open()))
-    assert all(row["rank"] != "1" for row in rows) and {row["law"] for row in rows} >= {"untied", "anchored"}
+    assert all(row["rank"] != "1" for row in rows) and {row["variant"] for row in rows} >= {"untied", "anchored"}
     row = next(
         row
         for row in rows
-        if (row["law"], row["rank"], row["setting"]) == ("untied", "8", "code, tiny, n=4, own target")
+        if (row["variant"], row["rank"], row["setting"]) == ("untied", "8", "code, tiny, n=4, own target")
     )
     text = row["joint NLL (nats), minus rank 1"]
     mean, low, high, spread = map(float, re.findall(r"[+-]?\d+\.\d+", text))
     assert row["seeds"] == "2" and " ± " in text and low < mean < high < 0 < spread < high - low
     # A wide table is shrunk to the page, a narrow one is not.
     assert r"\resizebox{\linewidth}{!}{" in (drawn[0] / "tables" / "paired.tex").read_text()
-    narrow = tables.Table("narrow", "A caption.", ("a", "b"), [("1", "2")])
+    narrow = Table("narrow", "A caption.", ("a", "b"), [("1", "2")])
     assert "resizebox" not in narrow.latex() and narrow.latex().count("{") == narrow.latex().count("}")
 
 
-def test_beyond_needs_no_untied_cell() -> None:
+def test_cells_have_every_variant_controls_and_added_parameters(drawn: tuple[Path, Report]) -> None:
+    rows = list(csv.DictReader((drawn[0] / "tables" / "cells.csv").open()))
+    found = {
+        (row["variant"], row["rank"]): row["parameters over untied"]
+        for row in rows
+        if row["setting"].startswith("code, small")
+    }
+    assert found["anchored", "8"] == found["anchored", "1"] == "+20,000"
+    assert found["untied", "1"] == "-"
+
+
+def test_cells_need_no_untied_one() -> None:
     contents = [made(rank, 0, claim="beyond", anchor="token") for rank in (1, 8)]
     families, _ = families_of(Record(content["name"], content) for content in contents)
-    assert [row[1:3] for row in tables.beyond_table(families).rows] == [("anchored", "1"), ("anchored", "8")]
-
-
-def test_beyond_has_controls_and_added_parameters(drawn: tuple[Path, Report]) -> None:
-    rows = list(csv.DictReader((drawn[0] / "tables" / "beyond.csv").open()))
-    found = {
-        (row["law"], row["rank"]): row["added parameters"] for row in rows if row["setting"].startswith("code, small")
-    }
-    assert found["anchored", "8"] == "+20,000"
-    assert found["anchored", "1"] == "+20,000"
-    assert found["untied", "1"] == "-"
-    cells = (drawn[0] / "tables" / "cells.csv").read_text()
-    assert "anchored" not in cells
-    assert "tied" in cells
+    assert [row[1:3] for row in cells_table(families).rows] == [("anchored", "1"), ("anchored", "8")]
 
 
 def test_cells_stand_beside_a_next_token_model_of_equal_training(drawn: tuple[Path, Report]) -> None:
@@ -89,11 +91,11 @@ def test_cells_stand_beside_a_next_token_model_of_equal_training(drawn: tuple[Pa
     assert [row["rank"] for row in rows] == ["1", "2", "4", "8"] and {row["pairs of seeds"] for row in rows} == {"1"}
     own, over, own_plain = (
         float(rows[3][key].split()[0])
-        for key in ("first-token NLL (nats)", "speed-up over it, sampling", "over own plain, sampling")
+        for key in ("first-token NLL (nats)", "speed-up over it, sampling", "speed-up, sampling")
     )
     assert own > 0 and over == pytest.approx(0.9 * own_plain, rel=0.01)
     strong = list(csv.DictReader((drawn[0] / "tables" / "baselines.csv").open()))
-    assert {row["plain / generate, greedy"][:6] for row in strong} == {"1.05 ["}
+    assert {row["autoregressive / generate, greedy"][:6] for row in strong} == {"1.05 ["}
     assert {row["generate, sampling (tokens/s)"] for row in strong} == {"95"}
 
 
@@ -169,11 +171,11 @@ def test_the_papers_unknown_numbers_are_never_printed(drawn: tuple[Path, Report]
 
 
 def test_braces() -> None:
-    assert tables.braces(["a1-s0", "a8-s0", "a1-s1", "a8-s1"]) == "a{1,8}-s{0,1}"
-    assert tables.braces(["a1-s0", "a8-s1"]) == "a1-s0, a8-s1"
-    assert tables.braces(["b/a-r1", "b/a-r1-x", "b/c-r1"]) == "b/a-r1-x, b/{a,c}-r1"
-    assert tables.braces(["x"]) == "x"
-    assert tables.braces([]) == ""
+    assert braces(["a1-s0", "a8-s0", "a1-s1", "a8-s1"]) == "a{1,8}-s{0,1}"
+    assert braces(["a1-s0", "a8-s1"]) == "a1-s0, a8-s1"
+    assert braces(["b/a-r1", "b/a-r1-x", "b/c-r1"]) == "b/a-r1-x, b/{a,c}-r1"
+    assert braces(["x"]) == "x"
+    assert braces([]) == ""
 
 
 def test_entry_point_errors_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,9 +217,9 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
     for number, cell in enumerate(cells):
         write(made(**cell) | {"name": f"cell-{number}"}, tmp_path / "C6")  # type: ignore[arg-type]
     families, notes = families_of(load_all(tmp_path)[0])
-    table = tables.retrofit_table(families)
+    table = pretrained_table(families)
     assert len(table.rows) == len(cells) and not [note for note in notes if "left out" in note]
-    assert len({row[:6] for row in table.rows}) == len(cells)
+    assert len({row[:7] for row in table.rows}) == len(cells)
     shown = {(row[1], row[2]) for row in table.rows}
     assert shown >= {
         ("eq14", "untied"),
@@ -245,20 +247,23 @@ def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> N
     content["training"]["tokens"], content["config"]["loss"]["joint_fraction"] = 8000, 0.125
     content["likelihood"]["kept_by_depth"] = [{"depth": depth, "mean": 0.6 / depth, "sem": 0.01} for depth in (2, 3, 4)]
 
-    def row() -> tuple[dict[str, str], str]:
-        table = tables.retrofit_table(families_of([Record("C6/one.json", content)])[0])
-        return dict(zip(table.header, table.rows[0], strict=True)), table.caption
+    def rows(make: Callable[[list[Family]], Table]) -> tuple[list[dict[str, str]], str]:
+        table = make(families_of([Record("C6/one.json", content)])[0])
+        return [dict(zip(table.header, row, strict=True)) for row in table.rows], table.caption
 
-    found, caption = row()
-    assert found["positions"] == "1,000"
-    assert (
-        found["components in use"] == "1.18 of 8, 7 dead" and found["kept by depth"] == "2: 0.300, 3: 0.200, 4: 0.150"
-    )
+    ((found,), _), (depths, caption) = rows(pretrained_table), rows(depths_table)
+    assert found["positions"] == "1,000" and found["precision"] == "bfloat16"
+    assert (found["components in use"], found["dead components"]) == ("1.18", "7")
     assert found["heads (MiB)"] == f"{2 * content['parameters']['trained'] / 2**20:.1f}"
-    depths = content["decoding"]["modes"]["greedy"]["acceptance_by_depth"]
-    assert found["accepted by depth, greedy"] == ", ".join(
-        f"{each['depth']}: {each['accepted'] / each['reached']:.3f}" for each in depths
-    )
-    assert "1 record of an older version: kept shares and joint NLL of the law over the whole vocabulary" in caption
+    assert [(row["depth"], row["accepted on test text"]) for row in depths] == [
+        ("2", "0.300"),
+        ("3", "0.200"),
+        ("4", "0.150"),
+    ]
+    counts = content["decoding"]["modes"]["greedy"]["acceptance_by_depth"]
+    assert [row["accepted, greedy"] for row in depths] == [
+        f"{each['accepted'] / each['reached']:.3f}" for each in counts
+    ]
+    assert "1 record of an older version: accepted shares and joint NLL of the distribution over the whole" in caption
     content["likelihood"]["shortlist"] = {"tokens": 100, "windows": 0.981}
-    assert "over the windows that the list covers (98.1% of them at least). Means" in row()[1]
+    assert "over the windows that it covers (98.1% of them at least)." in rows(depths_table)[1]

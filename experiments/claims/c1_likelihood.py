@@ -1,7 +1,7 @@
 """C1: the joint loss falls as the rank rises.
 
-Cells: models trained from scratch at ranks 1, 2, 4 and 8 with equal steps, and rank 1 trained for rank 8's time. The README
-shows the setting with the most cells at equal steps.
+Cells: models trained from scratch at ranks 1, 2, 4 and 8 with equal steps, and rank 1 trained for rank 8's time. The
+README shows the setting with the most cells at equal steps.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ CLAIM = Claim(
     question="Does the joint loss of the next tokens fall as the rank rises?",
     expected="the joint NLL falls as the rank rises, at equal steps",
     statistic="held-out joint NLL, rank 8 minus rank 1, from scratch; paired over seeds and test rows",
-    rule="holds: the 95% interval is below 0, not inside ±0.01 nats, and no step from one rank to the next is surely up; "
-    "contradicted: the interval is above 0, or a step is surely up; no difference: the interval is inside ±0.01 nats",
+    rule="holds: the 95% interval is below 0, not inside ±0.01 nats, and no step from one rank to the next is surely "
+    "up; contradicted: the interval is above 0, or a step is surely up; no difference: the interval is inside ±0.01 "
+    "nats",
     quantity="joint_nll",
     unit="nats",
     target="own",

@@ -1,7 +1,7 @@
 """C2: the first-token loss does not depend on the rank.
 
-Cells: models trained from scratch at ranks 1, 2, 4 and 8 with equal steps. An equivalence test. The README shows the setting
-with the most cells.
+Cells: models trained from scratch at ranks 1, 2, 4 and 8 with equal steps. An equivalence test. The README shows the
+setting with the most cells.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ CLAIM = Claim(
     expected="the first-token NLL does not depend on the rank",
     statistic="held-out first-token NLL (eq. 11), every rank minus rank 1, from scratch; paired over seeds and test "
     "rows",
-    rule="holds: every interval (90%, corrected for the number of ranks) is inside ±0.02 nats; contradicted: some interval "
-    "is wholly outside",
+    rule="holds: every interval (90%, corrected for the number of ranks) is inside ±0.02 nats; contradicted: some "
+    "interval is wholly outside",
     quantity="first_token_nll",
     unit="nats",
     target="own",

@@ -1,7 +1,7 @@
 """C3: more drafts are accepted as the rank rises.
 
-Cells: heads of ranks 1, 2, 4 and 8 on one frozen trunk, on code and text, at horizons 2, 4 and 8; rank 1 trained for rank 8's
-time. The README shows the setting with the most cells at equal steps.
+Cells: heads of ranks 1, 2, 4 and 8 on one frozen trunk, on code and text, at horizons 2, 4 and 8; rank 1 trained for
+rank 8's time. The README shows the setting with the most cells at equal steps.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ CLAIM = Claim(
     id="C3",
     question="Does a higher rank draft more accepted tokens?",
     expected="more tokens per target forward as the rank rises",
-    statistic="tokens per target forward when sampling, rank 8 minus rank 1, one frozen target shared by all ranks; paired "
-    "over seeds and prompts",
-    rule="holds: the 95% interval is above 0, not inside ±0.02, and no step from one rank to the next is surely down; "
-    "contradicted: the interval is below 0, or a step is surely down; no difference: the interval is inside ±0.02",
+    statistic="tokens per target forward when sampling, rank 8 minus rank 1, one frozen target shared by all ranks; "
+    "paired over seeds and prompts",
+    rule="holds: the 95% interval is above 0, not inside ±0.02, and no step from one rank to the next is surely "
+    "down; contradicted: the interval is below 0, or a step is surely down; no difference: the interval is inside "
+    "±0.02",
     quantity="tokens_per_pass",
     unit="tokens per forward",
     target="common",

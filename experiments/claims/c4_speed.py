@@ -30,10 +30,10 @@ CLAIM = Claim(
     id="C4",
     question="Is decoding faster than autoregressive (AR), and than rank 1?",
     expected="faster than autoregressive decoding and than rank 1",
-    statistic="speed-up when sampling, over autoregressive decoding and over rank 1, measured side by side on one frozen "
-    "target shared by all ranks",
-    rule="holds: for some rank above 1 both intervals (95%, corrected for the number of ranks) are above 1; contradicted: "
-    "for every rank above 1 some interval is below 1",
+    statistic="speed-up when sampling, over autoregressive decoding and over rank 1, measured side by side on one "
+    "frozen target shared by all ranks",
+    rule="holds: for some rank above 1 both intervals (95%, corrected for the number of ranks) are above 1; "
+    "contradicted: for every rank above 1 some interval is below 1",
     quantity="speedup",
     unit="x",
     target="common",

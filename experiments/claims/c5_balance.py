@@ -36,8 +36,9 @@ CLAIM = Claim(
     question="Does a loss that balances the components help?",
     expected="balancing the components lowers the joint NLL",
     statistic="held-out joint NLL at rank 8, each balance minus none; paired over seeds and test rows",
-    rule="holds: for some balance the interval (95%, corrected for their number) is below 0 and not inside ±0.01 nats; no "
-    "difference: each interval is inside ±0.01 nats; contradicted: each is above 0 or inside, and not all are inside",
+    rule="holds: for some balance the interval (95%, corrected for their number) is below 0 and not inside ±0.01 "
+    "nats; no difference: each interval is inside ±0.01 nats; contradicted: each is above 0 or inside, and not all "
+    "are inside",
     quantity="joint_nll",
     unit="nats",
     target="any",

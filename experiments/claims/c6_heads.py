@@ -1,7 +1,7 @@
 """C6, heads: heads alone make a pretrained, frozen model decode faster.
 
-Cells: heads of ranks 1, 2, 4 and 8 on SmolLM2-135M-Instruct, by kind of draft, text, training and precision. The README shows
-the longest training, of which the released heads are. Whether rank adds to it is `c6_rank.py`.
+Cells: heads of ranks 1, 2, 4 and 8 on SmolLM2-135M-Instruct, by kind of draft, text, training and precision. The
+README shows the longest training, of which the released heads are. Whether rank adds to it is `c6_rank.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+from cpdlm.config import LossConfig
 from experiments import pretrained
 from experiments.claims.verdict import (
     CONTRADICTED,
@@ -27,7 +28,7 @@ from experiments.claims.verdict import (
     underpowered,
 )
 from experiments.families import Cells, Family
-from experiments.records import counted
+from experiments.records import Record, counted
 from experiments.stats import Interval, over_seeds
 
 CLAIM = Claim(
@@ -36,8 +37,8 @@ CLAIM = Claim(
     question="Do trained heads make a pretrained model faster than autoregressive decoding?",
     expected="heads alone make a pretrained model decode faster",
     statistic="speed-up when sampling, over autoregressive decoding of the pretrained model, measured side by side",
-    rule="holds: for some rank the interval (95%, corrected for the number of ranks) is above 1; contradicted: for every rank "
-    "it is below 1",
+    rule="holds: for some rank the interval (95%, corrected for the number of ranks) is above 1; contradicted: for "
+    "every rank it is below 1",
     quantity="speedup",
     unit="x",
     target="pretrained",
@@ -54,22 +55,24 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
 
 
 def settings(families: Sequence[Family]) -> list[tuple[Family, str]]:
-    """(family, variant) of heads on a pretrained model, the longest trained first. Cells of a short training, by which the
-    objective was chosen, do not count."""
+    """(family, variant) of heads on a pretrained model, the longest trained first. Cells of a short training, by which
+    the objective was chosen, do not count."""
     usable = [family for family in families if family.is_pretrained and not _is_screen(family)]
-    return [
-        (family, variant) for family in sorted(usable, key=_positions, reverse=True) for variant in family.variants()
-    ]
+    return [(family, variant) for family in sorted(usable, key=_longest, reverse=True) for variant in family.variants()]
 
 
 def _is_screen(family: Family) -> bool:
     return all(record["claim"] == "C6-screen" for record in family.records())
 
 
-def _positions(family: Family) -> float:
-    """Positions that trained the window."""
-    record = family.records()[0]
-    return float(record["training"]["tokens"] * family.settings["loss.joint_fraction"])
+def _longest(family: Family) -> int:
+    return positions(family.records()[0])
+
+
+def positions(record: Record) -> int:
+    """Positions that trained the window, of all steps."""
+    fraction = record.config["loss"].get("joint_fraction", LossConfig.joint_fraction)
+    return round(record["training"]["tokens"] * fraction)
 
 
 def row(claim: Claim, family: Family, variant: str, finding: Finding, beside: list[Number]) -> Verdict:
@@ -129,8 +132,8 @@ def some_rank(claim: Claim, ranks: list[int], ratios: dict[int, Interval], level
 
 
 def _why(horizon: int, cells: dict[int, Cells]) -> tuple[list[str], list[Number]]:
-    """What lies behind a speed-up: what a forward over the window costs, drafts accepted by depth, and how many components
-    make them; in words, and as numbers."""
+    """What lies behind a speed-up: what a forward over the window costs, drafts accepted by depth, and how many
+    components make them; in words, and as numbers."""
     words, numbers = [], []
     timed = [mode for by_seed in cells.values() for record in by_seed.values() if (mode := record.mode("sampling"))]
     if timed:

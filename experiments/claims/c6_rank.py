@@ -1,7 +1,7 @@
 """C6, rank: on a pretrained, frozen model a rank above 1 is faster than rank 1.
 
-Cells and deciding setting: those of `c6_heads.py`. Until 2026-11-28 this stood beside the other question, which rank 1 alone
-can satisfy.
+Cells and deciding setting: those of `c6_heads.py`. Until 2026-11-28 this stood beside the other question, which rank 1
+alone can satisfy.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CLAIM = Claim(
     question="Does a rank above 1 make a pretrained model faster than rank 1 does?",
     expected="rank did not help the speed of many models",
     statistic="speed when sampling, every rank above 1 over rank 1 on the same pretrained model, measured side by side",
-    rule="holds: for some rank above 1 the interval (95%, corrected for their number) is above 1; contradicted: for every one "
-    "it is below 1",
+    rule="holds: for some rank above 1 the interval (95%, corrected for their number) is above 1; contradicted: for "
+    "every one it is below 1",
     quantity="speedup_over_rank1",
     unit="x",
     target="pretrained",

@@ -1,7 +1,7 @@
 """C7: the gain of the rank holds across model sizes and training lengths.
 
-Cells: heads of ranks 1 and 4 on frozen trunks of four sizes, on code, text and another vocabulary, with a quarter of the
-training and with four times as much. The README shows the range of the gains.
+Cells: heads of ranks 1 and 4 on frozen trunks of four sizes, on code, text and another vocabulary, with a quarter of
+the training and with four times as much. The README shows the range of the gains.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ CLAIM = Claim(
     id="C7",
     question="Does rank add accepted tokens at all model sizes and training lengths?",
     expected="more tokens per target forward with rank at every size and training length",
-    statistic="tokens per target forward when sampling, rank 4 minus rank 1, for every trunk size, training length, corpus "
-    "and vocabulary; each on one frozen target, paired over seeds and prompts",
-    rule=f"at least {SIZES_NEEDED} sizes and {LENGTHS_NEEDED} training lengths; holds: every interval (95%, corrected for "
-    "their number) is above 0 and not inside ±0.02; no difference: every interval is inside ±0.02; contradicted: some "
-    "interval is below 0 or inside ±0.02",
+    statistic="tokens per target forward when sampling, rank 4 minus rank 1, for every trunk size, training length, "
+    "corpus and vocabulary; each on one frozen target, paired over seeds and prompts",
+    rule=f"at least {SIZES_NEEDED} sizes and {LENGTHS_NEEDED} training lengths; holds: every interval (95%, corrected "
+    "for their number) is above 0 and not inside ±0.02; no difference: every interval is inside ±0.02; contradicted: "
+    "some interval is below 0 or inside ±0.02",
     quantity="tokens_per_pass",
     unit="tokens per forward",
     target="common",
@@ -120,7 +120,8 @@ def _setting(family: Family) -> str:
 
 
 def _gains(family: Family, top: Cells, one: Cells) -> list[Number]:
-    """Joint NLL and speed beside the tokens per forward; per byte as well, since vocabularies differ in what a token is."""
+    """Joint NLL and speed beside the tokens per forward; per byte as well, since vocabularies differ in what a token
+    is."""
     found = []
     for quantity, unit in (("joint_nll", "nats"), ("joint_bits_per_byte", "bits per byte of the joint")):
         gap = difference(top, one, quantity)

@@ -34,8 +34,8 @@ CLAIM = Claim(
     id="C8",
     question="Is the overhead low, in training and in sampling?",
     expected="little more time per training step and per target forward",
-    statistic="rank 8, when sampling: time of a training step over that of the next-token model, each alone on the machine; "
-    "time of a forward with its draft over that of autoregressive decoding, side by side",
+    statistic="rank 8, when sampling: time of a training step over that of the next-token model, each alone on the "
+    "machine; time of a forward with its draft over that of autoregressive decoding, side by side",
     rule="holds: both 95% intervals are below 1.25; contradicted: one of them is above 1.25",
     quantity="overhead",
     unit="x",
@@ -58,8 +58,9 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
 
 
 def _row(family: Family) -> Verdict:
-    """Training step of the top rank over that of a next-token model, and its forward over an autoregressive one: of the same
-    weights, whose first token a model of rank r mixes from r distributions; beside it, over a next-token model's forward."""
+    """Training step of the top rank over that of a next-token model, and its forward over an autoregressive one: of
+    the same weights, whose first token a model of rank r mixes from r distributions; beside it, over a next-token
+    model's forward."""
     plain = {record.seed: record for record in family.reference}
     cells = {rank: family.cells["untied", rank] for rank in family.ranks()}
     ratios = {
@@ -127,8 +128,8 @@ def _step_ratio(cells: Cells, plain: Cells) -> Interval | None:
 
 
 def _forward_ratio(cells: Cells, speedup: str) -> Interval | None:
-    """Time of a speculative forward with its draft over that of an autoregressive one: tokens per forward over `speedup`, with
-    the speed-up's interval."""
+    """Time of a speculative forward with its draft over that of an autoregressive one: tokens per forward over
+    `speedup`, with the speed-up's interval."""
     samples = []
     for _, record in sorted(cells.items()):
         mode = record.mode("sampling")

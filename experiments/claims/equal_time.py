@@ -1,4 +1,4 @@
-"""Equal wall-clock: the top rank against rank 1 trained for as long as the top rank took, beside equal steps (C1, C3)."""
+"""Equal wall-clock: the top rank against rank 1 trained for as long as the top rank took (C1, C3)."""
 
 from __future__ import annotations
 

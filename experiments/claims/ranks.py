@@ -31,8 +31,8 @@ TARGETS = {"own": "a target of their own", "common": "one frozen target"}
 
 
 def over_ranks(claim: Claim, families: Sequence[Family], rows: Rows) -> list[Verdict]:
-    """The rows of every family with the claim's target and two ranks, the family of most cells first; where some have rank 1
-    and the top one, of those alone."""
+    """The rows of every family with the claim's target and two ranks, the family of most cells first; where some have
+    rank 1 and the top one, of those alone."""
     ours = trained(families)
     usable = [family for family in ours if family.target == claim.target and len(family.ranks()) > 1]
     whole = [family for family in usable if {1, claim.top} <= set(family.ranks())]
@@ -75,8 +75,8 @@ def _means(claim: Claim, cells: dict[int, Cells], mode: str) -> list[Number]:
 
 
 def trend(claim: Claim, cells: dict[int, Cells]) -> Finding:
-    """The top rank against rank 1 has the wanted sign, and no step from one rank to the next surely has the other one (95%
-    over all steps)."""
+    """The top rank against rank 1 has the wanted sign, and no step from one rank to the next surely has the other one
+    (95% over all steps)."""
     total = difference(cells[claim.top], cells[1], claim.quantity)
     if total is None:
         return Finding(NOT_RUN, f"the records hold no {claim.quantity}")

@@ -19,13 +19,13 @@ UNDERPOWERED, NOT_RUN = "underpowered", "not run"
 class Claim:
     """A question, and how it is answered.
 
-    question: what is asked. expected: what the paper says. statistic, rule: how it is answered, in words; the claim's file
-    has the same as code. figure: the name of the figure that shows it. arms, gpu_arms: of cells that answer it, on two
-    cores and on a GPU. quantity: of `experiments.stats.measured`, in `unit` ("x" for ratios). target: "own" (trained
-    with the heads), "common" (frozen, the same for every rank), "any", "pretrained" or "timing". wanted: the sign of the
-    difference that the paper expects. margin: in units of the statistic; a difference that surely lies inside it counts
-    as none. top: the rank held against rank 1. seeds: fewer decide nothing; with one, intervals are over rows or prompts
-    alone, and the setting says `1 seed`. part: tells two questions of one claim apart.
+    question: what is asked. expected: what the paper says. statistic, rule: how it is answered, in words; the claim's
+    file has the same as code. figure: the name of the figure that shows it. arms, gpu_arms: of cells that answer it,
+    on two cores and on a GPU. quantity: of `experiments.stats.measured`, in `unit` ("x" for ratios). target: "own"
+    (trained with the heads), "common" (frozen, the same for every rank), "any", "pretrained" or "timing". wanted: the
+    sign of the difference that the paper expects. margin: in units of the statistic; a difference that surely lies
+    inside it counts as none. top: the rank held against rank 1. seeds: fewer decide nothing; with one, intervals are
+    over rows or prompts alone, and the setting says `1 seed`. part: tells two questions of one claim apart.
     """
 
     id: str
@@ -73,7 +73,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule makes of the cells of one setting: a word, how far it reaches, the reason, the numbers that decided."""
+    """What a rule makes of the cells of one setting. extent: how far the word reaches. numbers: those that decided."""
 
     word: str
     reason: str = ""
@@ -85,8 +85,8 @@ class Finding:
 class Verdict:
     """The finding of a claim in one setting (what its records share).
 
-    numbers decide; beside are reported next to them. expected: what the paper says of this setting, where that is not what
-    it says of the claim.
+    numbers decide; beside are reported next to them. expected: what the paper says of this setting, where that is not
+    what it says of the claim.
     """
 
     claim: Claim
@@ -130,8 +130,8 @@ Shorten = Callable[[Verdict], tuple[str, str]]
 
 
 def headline(verdicts: Sequence[Verdict], shorten: Shorten) -> Answer:
-    """The deciding setting is the first that was run: each claim's rows come with the most evidence first. Words that other
-    settings have are counted behind the answer."""
+    """The deciding setting is the first that was run: each claim's rows come with the most evidence first. Words that
+    other settings have are counted behind the answer."""
     run = [verdict for verdict in verdicts if verdict.word != NOT_RUN]
     if not run:
         return Answer(verdicts[0].claim, NOT_RUN, "-")

@@ -29,7 +29,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     from experiments import claims
     from experiments.families import families_of
     from experiments.records import load_all
-    from experiments.report import decoding, page, scaling, speed, tables
+    from experiments.report import decoding, page, scaling, speed, table, tables
     from experiments.report import figures as drawing
     from experiments.report import readme as front
 
@@ -37,7 +37,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     families, notes = families_of(records)
     found = claims.judge(families)
     notes = [*damaged, *notes]
-    files = tables.write_table(tables.claims_table(found), figures / "tables", notes)
+    files = table.write_table(tables.claims_table(found), figures / "tables", notes)
     made = tables.of_cells(families)
     if readme is not None and readme.is_file():
         blocks, docs = front.blocks(results, records, families, found), readme.parent / "docs" / "reproducing.md"
@@ -51,7 +51,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
         for benchmarks in (decoding, scaling):
             picture, beside = benchmarks.draw(results, figures)
             drawn, shown = [*drawn, *picture], [*shown, beside]
-    written, left_out = tables.write_made(made, figures / "tables")
+    written, left_out = table.write_made(made, figures / "tables")
     files, notes = [*files, *written], [*notes, *left_out]
     html = page.write(figures / "report.html", records, found, shown, made, notes)
     notes += [f"figure {each.name} left out: {each.caption}" for each in shown if each.picture is None]

@@ -24,8 +24,8 @@ KINDS = {
 
 
 def read_benchmark(results: Path, name: str) -> Benchmark | str:
-    """The record results/benchmarks/NAME.json, or why there is none and what makes it. NAME may be longer than that of its
-    kind: decode_speed_avx2 is of decode_speed."""
+    """The record results/benchmarks/NAME.json, or why there is none and what makes it. NAME may be longer than that of
+    its kind: decode_speed_avx2 is of decode_speed."""
     kind, maker = next(found for start, found in sorted(KINDS.items(), reverse=True) if name.startswith(start))
     path = results / "benchmarks" / f"{name}.json"
     if not path.is_file():

@@ -20,7 +20,7 @@ from experiments.claims import CONTRADICTED, HOLDS, Claim, Verdict, answers
 from experiments.records import MODES, Record, decoding_hardware, training_hardware
 from experiments.report.figures import ADDING, FIGURES, Shown, command
 from experiments.report.figures.style import COLUMN, DPI, worded
-from experiments.report.tables import Made, Table, braces, described
+from experiments.report.table import Made, Table, braces, described
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _COLOURS = 48  # of an embedded picture: a quarter of the bytes, and no difference to be seen

@@ -1,11 +1,11 @@
-"""How cost grows: tables and a figure from the records of `experiments/bench/loss.py`, `bench/overhead.py` and `bench/processes.py`.
+"""How cost grows: tables and a figure from the records of `experiments/bench/loss.py`, `bench/overhead.py` and
+`bench/processes.py`.
 
 Left out with a line that says so where a record is missing. As elsewhere, the same records give the same bytes.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,29 +15,20 @@ from typing import Any
 import numpy as np
 
 from experiments.records import machine_text
+from experiments.report.benchmarks import Benchmark, read_benchmark
 from experiments.report.figures import Shown, one
 from experiments.report.figures.benchmarks import training_overhead
-from experiments.report.tables import Made, Table, title_of
+from experiments.report.table import Made, Table, title_of
 
-Benchmark = dict[str, Any]
 GIB = 2**30
 DIMENSIONS = ("positions", "horizon", "rank", "vocab", "width")
-MAKERS = {
-    "joint-loss-cpu": "experiments/bench/loss.py --cpu",
-    "joint-loss-large-gpu": "experiments/bench/loss.py --large",
-    "joint-loss-growth-gpu": "experiments/bench/loss.py --growth",
-    "joint-loss-growth-cpu": "experiments/bench/loss.py --growth --cpu",
-    "training_overhead": "experiments/bench/overhead.py time",
-    "training_recipes": "experiments/bench/overhead.py gain",
-    "processes": "experiments/bench/processes.py",
-}
 
 
 def tables(root: Path) -> list[Made]:
     """Every table of the records under root/benchmarks."""
     made = []
     for name, (wanted, make) in TABLES.items():
-        records = [_read(root, each) for each in wanted]
+        records = [read_benchmark(root, each) for each in wanted]
         missing = [record for record in records if isinstance(record, str)]
         made.append(Made(name, title_of(make), missing[0] if missing else make(name, *records)))
     return made
@@ -45,7 +36,7 @@ def tables(root: Path) -> list[Made]:
 
 def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
     """The figure of training overhead as PDF and PNG with its caption: (files, the figure as the report shows it)."""
-    record = _read(root, "training_overhead")
+    record = read_benchmark(root, "training_overhead")
     return one(
         "overhead_sizes",
         _TITLE,
@@ -81,10 +72,10 @@ def large_table(name: str, record: Benchmark) -> Table:
         else ""
     )
     caption = (
-        f"The joint loss forward and backward, V={size['vocab']:,}, R={size['rank']}, N={size['horizon']}, D={size['width']:,}, "
-        f"{size['positions']:,} positions, {size['dtype']}, chunks of {size['chunk_mib']} MiB. Memory: beside weights, inputs and one "
-        f"gradient of each (target for ours: {target:g} GiB). Error: the largest of a gradient against float64, relative to its norm, on a "
-        f"small case.{floor} {_described(record)}"
+        f"The joint loss forward and backward, V={size['vocab']:,}, R={size['rank']}, N={size['horizon']}, "
+        f"D={size['width']:,}, {size['positions']:,} positions, {size['dtype']}, chunks of {size['chunk_mib']} MiB. "
+        f"Memory: beside weights, inputs and one gradient of each (target for ours: {target:g} GiB). Error: the "
+        f"largest of a gradient against float64, relative to its norm, on a small case.{floor} {_described(record)}"
     )
     return Table(name, caption, ("loss", "seconds", "memory (GiB)", "largest gradient error", "failed"), rows)
 
@@ -97,10 +88,11 @@ def dense_table(name: str, record: Benchmark) -> Table:
     ]
     size, memory, seconds = record["dimensions"], record["memory_ratio"], record["time_ratio"]
     caption = (
-        f"The joint loss forward and backward, V={size['vocab']:,}, R={size['rank']}, N={size['horizon']}, D={size['width']:,}, "
-        f"{size['positions']:,} positions, {size.get('dtype', 'float32')}, chunks of {size['chunk_mib']} MiB; dense: all logits at once, by "
-        f"autograd. Median and range over the repeats. Bounded over dense: {memory['measured']:.3f} of the memory (target: at most "
-        f"{memory['target']:g}), {seconds['measured']:.2f} of the time (at most {seconds['target']:g}). {_described(record)}"
+        f"The joint loss forward and backward, V={size['vocab']:,}, R={size['rank']}, N={size['horizon']}, "
+        f"D={size['width']:,}, {size['positions']:,} positions, {size.get('dtype', 'float32')}, chunks of "
+        f"{size['chunk_mib']} MiB; dense: all logits at once, by autograd. Median and range over the repeats. Bounded "
+        f"over dense: {memory['measured']:.3f} of the memory (target: at most {memory['target']:g}), "
+        f"{seconds['measured']:.2f} of the time (at most {seconds['target']:g}). {_described(record)}"
     )
     return Table(name, caption, ("loss", "seconds", "memory (MiB)"), rows)
 
@@ -128,7 +120,8 @@ def growth_table(name: str, record: Benchmark) -> Table:
     caption = (
         "The bounded loss with one dimension at a time a quarter, a half and the whole of the base ("
         + ", ".join(f"{key} {base[key]:,}" for key in DIMENSIONS)
-        + f"; {record['dimensions']['dtype']}). Exponent: slope of log seconds against log size. Fitted to all cells: seconds = products / "
+        + f"; {record['dimensions']['dtype']}). Exponent: slope of log seconds against log size. "
+        "Fitted to all cells: seconds = products / "
         f"{fitted.flops:.3g} FLOP/s + logits / {fitted.logits:.3g} per s + {fitted.pending:.3g} s, off by at most "
         f"{fitted.deviation:.0%}. Memory: beside weights, inputs and one gradient of each. {_described(record)}"
     )
@@ -159,12 +152,14 @@ def overhead_table(name: str, record: Benchmark, recipes: Benchmark) -> Table:
         )
     settings, other = record["settings"], recipes["settings"]
     caption = (
-        f"Training with rank {settings['rank']} and horizon {settings['horizon']} against next-token training of the same trunk, V="
-        f"{settings['vocab']:,}: median step and its range over {settings['repeats']} fresh processes, and what it exceeds the next-token step "
-        "of the same turn by, measured and by FLOPs (bound); peak memory, and as planned. Beside them, of heads trained by the recipe for "
-        f"{other['steps']} steps on one frozen trunk (bytes), mean and range over {other['seeds']} seeds: tokens per pass expected from the "
-        "test positions, the share of the whole loss's gain that is kept, joint NLL (nats). Chosen, the fewest FLOPs that keep "
-        f"{recipes['kept_target']:.0%} on average: {recipes['chosen']} ({_DECIDED[recipes['decided']]}). {_described(record)}"
+        f"Training with rank {settings['rank']} and horizon {settings['horizon']} against next-token training of the "
+        f"same trunk, V={settings['vocab']:,}: median step and its range over {settings['repeats']} fresh processes, "
+        "and what it exceeds the next-token step of the same turn by, measured and by FLOPs (bound); peak memory, "
+        f"and as planned. Beside them, of heads trained by the recipe for {other['steps']} steps on one frozen trunk "
+        f"(bytes), mean and range over {other['seeds']} seeds: tokens per forward expected from the test positions, "
+        "the share of the whole loss's gain that is kept, joint NLL (nats). Chosen, the fewest FLOPs that keep "
+        f"{recipes['kept_target']:.0%} on average: {recipes['chosen']} ({_DECIDED[recipes['decided']]}). "
+        f"{_described(record)}"
     )
     header = (
         "trunk",
@@ -174,7 +169,7 @@ def overhead_table(name: str, record: Benchmark, recipes: Benchmark) -> Table:
         "bound",
         "peak (MiB)",
         "planned (MiB)",
-        "tokens per pass",
+        "tokens per forward",
         "gain kept",
         "joint NLL",
     )
@@ -210,9 +205,10 @@ def processes_table(name: str, record: Benchmark) -> Table:
         "own), and "
     )
     caption = (
-        f"More processes on one machine: {tokenised if size else ''}the median training step of a trunk of size {settings['size']} on {settings['rows']} rows of "
-        f"{settings['context']} tokens, each process with its share of the cores. Contenders take turns; median and range over "
-        f"{settings['repeats']} repeats; the gain is over one process in the same turn. {_described(record)}"
+        f"More processes on one machine: {tokenised if size else ''}the median training step of a trunk of size "
+        f"{settings['size']} on {settings['rows']} rows of {settings['context']} tokens, each process with its share "
+        f"of the cores. Contenders take turns; median and range over {settings['repeats']} repeats; the gain is over "
+        f"one process in the same turn. {_described(record)}"
     )
     header = ("task", "processes", "time", "rate", "times as fast as one process", "peak memory (MiB)")
     return Table(name, caption, header, rows)
@@ -228,7 +224,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Table]]] = {
 }
 
 
-# --- the model of the loss's time --------------------------------------------------------------------------------------
+# --- the model of the loss's time -------------------------------------------------------------------------------------
 
 
 class Fitted:
@@ -292,25 +288,14 @@ def _exponent(line: Sequence[dict[str, Any]], dimension: str, what: str) -> floa
 
 _TITLE = "Training overhead"
 _CAPTION = (
-    "A training step over the next-token model's on the same trunk, by recipe and size of the trunk: measured (bars: the range over fresh "
-    "processes), and what the FLOPs would allow. Whole: untied heads trained at every position; 1/4, 1/16: at that share of them; low "
-    "rank: maps of rank 16; frozen: the trunk is; draft vocabulary: a quarter of the tokens."
+    "A training step over the next-token model's on the same trunk, by recipe and size of the trunk: measured (bars: "
+    "the range over fresh processes), and what the FLOPs would allow. Whole: untied heads trained at every position; "
+    "1/4, 1/16: at that share of them; low rank: maps of rank 16; frozen: the trunk is; draft vocabulary: a quarter "
+    "of the tokens."
 )
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _read(root: Path, name: str) -> Benchmark | str:
-    """The record, or why there is none."""
-    path = root / "benchmarks" / f"{name}.json"
-    if not path.is_file():
-        return f"no record benchmarks/{path.name} (python {MAKERS[name]} makes it)"
-    try:
-        record: Benchmark = json.loads(path.read_bytes())
-    except ValueError as error:
-        return f"benchmarks/{path.name} is damaged ({error}); make it again with {MAKERS[name]}"
-    return record
 
 
 def _ranged(found: dict[str, float] | None, form: str) -> str:
@@ -332,7 +317,8 @@ def _percent(value: float | None) -> str:
 
 def _conditions(record: Benchmark) -> str:
     made = record["settings"]
-    return f"Rank {made['rank']}, n={made['horizon']}, V={made['vocab']:,}, {made['steps']} steps in each of {made['repeats']} processes."
+    sizes = f"Rank {made['rank']}, n={made['horizon']}, V={made['vocab']:,}"
+    return f"{sizes}, {made['steps']} steps in each of {made['repeats']} processes."
 
 
 def _described(record: Benchmark) -> str:

@@ -1,4 +1,5 @@
-"""How much of the tokens per pass becomes time: one table of all records of `experiments/bench/speed.py`, whatever machine.
+"""How much of the tokens per forward becomes time: one table of all records of `experiments/bench/speed.py`, whatever
+machine.
 
 Left out with a line that says so where there is no record. As elsewhere, the same records give the same bytes.
 """
@@ -6,27 +7,25 @@ Left out with a line that says so where there is no record. As elsewhere, the sa
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.records import machine_text
-from experiments.report.tables import Made, Table, title_of
+from experiments.report.benchmarks import Benchmark, read_benchmark
+from experiments.report.table import Made, Table, title_of
 
-Benchmark = dict[str, Any]
-RECORDS = "decode_speed*.json"
 # column -> (key of a cell, digits)
 MEASURED = {
-    "tokens per pass": ("tokens_per_pass", 2),
+    "tokens per forward": ("tokens_per_pass", 2),
     "t(1) (ms)": ("t1_ms", 2),
     "t(n) (ms)": ("tn_ms", 2),
     "draft (ms)": ("draft_ms", 2),
     "floor (ms)": ("floor_ms", 2),
-    "pass (ms)": ("pass_ms", 2),
-    "pass / floor": ("pass_over_floor", 3),
+    "forward with draft (ms)": ("pass_ms", 2),
+    "forward / floor": ("pass_over_floor", 3),
     "speed-up": ("speedup", 2),
-    "conversion": ("conversion", 3),
+    "speed-up per token per forward": ("conversion", 3),
     "limit": ("limit", 3),
     "share of limit": ("share_of_limit", 3),
     "ms/token": ("token_ms", 2),
@@ -36,18 +35,15 @@ MEASURED = {
 
 def tables(root: Path) -> list[Made]:
     """The table of the records under root/benchmarks."""
-    found: dict[str, Benchmark] = {}
-    for path in sorted((root / "benchmarks").glob(RECORDS), key=lambda path: path.stem):
-        record = _read(path)
-        if isinstance(record, str):
-            return [Made("speed", title_of(speed_table), record)]
-        found[path.stem] = record
-    missing = f"no record benchmarks/{RECORDS} (python experiments/bench/speed.py makes it)"
-    return [Made("speed", title_of(speed_table), speed_table(found) if found else missing)]
+    names = sorted(path.stem for path in (root / "benchmarks").glob("decode_speed*.json")) or ["decode_speed"]
+    found = {name: read_benchmark(root, name) for name in names}
+    wrong = [record for record in found.values() if isinstance(record, str)]
+    records = {name: record for name, record in found.items() if not isinstance(record, str)}
+    return [Made("speed", title_of(speed_table), wrong[0] if wrong else speed_table(records))]
 
 
 def speed_table(records: dict[str, Benchmark]) -> Table:
-    """Conversion against its limit, passes against their floor, larger batches."""
+    """Speed-up per token per forward against its limit, forwards against their floor, larger batches."""
     machines = _machines(records)
     captures = any(group.get("captured") for record in records.values() for group in record["groups"])
     rows = []
@@ -67,30 +63,32 @@ def speed_table(records: dict[str, Benchmark]) -> Table:
     ]
     header = (
         *(["machine"] if len(records) > 1 else []),
-        *(["passes"] if captures else []),
+        *(["forwards"] if captures else []),
         "dtype",
         "mode",
         "batch",
         "rank",
         "n",
-        "shortlist",
+        "draft vocabulary",
         *MEASURED,
     )
     caption = (
-        "How much of the tokens per pass becomes time. Weights are random and acceptance is forced: 0, 1, .. n-1 drafts are kept in turn, and "
-        "speed-ups are of this pattern alone; what carries over to trained heads is conversion = speed-up / tokens per pass. Its limit: "
-        "t(1)/t(n), t(k) being the target's time for k tokens behind a cached text, output layer included; the floor of a pass: t(n) and the "
-        "draft measured alone. Plain: decoding without drafts, what the speed-ups of its group are over; generate: Hugging Face's "
-        "on the same weights. Shortlist: tokens that drafts are made of (-: all). ms/token: latency of a row; tokens/s: of all rows of a batch. "
-        f"Medians of the repeats, share of limit with its 95% percentile bootstrap interval over them, as recorded. {' '.join(described)}"
+        "How much of the tokens per forward becomes time. Weights are random and acceptance is forced: 0, 1, .. n-1 "
+        "drafts are accepted in turn, and speed-ups are of this pattern alone; what carries over to trained heads is "
+        "the speed-up per token per forward. Its limit: t(1)/t(n), t(k) being the target's time for k tokens behind "
+        "a cached text, output layer included; the floor of a forward: t(n) and the draft measured alone. "
+        "Autoregressive: decoding without drafts, what the speed-ups of its group are over; generate: Hugging Face's "
+        "on the same weights. Draft vocabulary: tokens that drafts are made of (-: all). ms/token: latency of a row; "
+        "tokens/s: of all rows of a batch. Medians of the repeats, share of limit with its 95% percentile bootstrap "
+        f"interval over them, as recorded. {' '.join(described)}"
     )
     return Table("speed", caption, header, rows)
 
 
 def _group(group: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Plain decoding and generate, then the cells."""
+    """Autoregressive decoding and generate, then the cells."""
     plain = group["plain"] | {"speedup": 1.0}
-    yield ("plain", "-", "-", *_values(plain))
+    yield ("autoregressive", "-", "-", *_values(plain))
     if "generate" in group:
         yield (
             "generate",
@@ -119,7 +117,8 @@ def _middle(value: float | dict[str, float]) -> float:
 
 
 def _machines(records: dict[str, Benchmark]) -> dict[str, str]:
-    """record -> what tells its machine from the others': the accelerator or the processor, and the record's name where needed."""
+    """record -> what tells its machine from the others': the accelerator or the processor, and the record's name where
+    needed."""
     hardware = {name: record["hardware"] for name, record in records.items()}
     short = {
         name: str(each["processor"] if each["accelerator"] == "none" else each["accelerator"])
@@ -136,8 +135,8 @@ def _described(record: Benchmark) -> str:
     text = (
         f"{machine_text(record['hardware'])}; commit {record['commit'][:10]}{changes}; trunk {settings['size']} "
         f"({settings['trunk_parameters'] / 1e6:.1f}M parameters), V={settings['vocab']:,}, {maps}, prompts of "
-        f"{settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones ({settings['batch_tokens']} in batches), "
-        f"{settings['repeats']} repeats; {_held(record['targets'])}"
+        f"{settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones ({settings['batch_tokens']} in "
+        f"batches), {settings['repeats']} repeats; {_held(record['targets'])}"
     )
     for each in record.get("compiled_generate", []):
         against = (
@@ -145,7 +144,7 @@ def _described(record: Benchmark) -> str:
             if "failure" not in each
             else f"could not be held against ({each['failure']})"
         )
-        text += f"; captured plain decoding in {each['dtype']} {against} generate compiled with a static cache"
+        text += f"; captured autoregressive decoding in {each['dtype']} {against} generate compiled with a static cache"
     return f"{text}."
 
 
@@ -157,14 +156,3 @@ def _held(targets: Sequence[dict[str, Any]]) -> str:
         held = [each["holds"] for each in group]
         parts.append(f"{what} {target:g}: {sum(held)} of {len(held)}")
     return f"{sum(each['holds'] for each in targets)} of {len(targets)} targets hold ({'; '.join(parts)})"
-
-
-def _read(path: Path) -> Benchmark | str:
-    """The record, or why it is none."""
-    try:
-        record: Benchmark = json.loads(path.read_bytes())
-    except ValueError as error:
-        return f"benchmarks/{path.name} is damaged ({error}); make it again with experiments/bench/speed.py"
-    if not str(record.get("benchmark")).startswith("decoding speed"):
-        return f"benchmarks/{path.name} is not a record of experiments/bench/speed.py"
-    return record

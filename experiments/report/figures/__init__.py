@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.families import Family
 from experiments.report.figures import components, cost, drafts, likelihood, speed, training
 from experiments.report.figures.style import STYLE, Drawn, Plot, save
-from experiments.report.tables import described
+from experiments.report.table import described
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
