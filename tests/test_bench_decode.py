@@ -231,10 +231,10 @@ def record(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", list(decoding.RECORDS))
+@pytest.mark.parametrize("name", ["decode_acceptance", "decode_baselines", "decode_strategies"])
 def test_records_say_where_they_come_from(name: str, measured: tuple[Path, Path]) -> None:
-    found = record(measured[1], decoding.RECORDS[name])
-    assert found["benchmark"] == name and "schema" not in found
+    found = record(measured[1], f"{name}.json")
+    assert found["benchmark"] == name.replace("decode_", "decoding ") and "schema" not in found
     assert found["command"].startswith("python experiments/bench/decode.py --runs ")
     assert {"commit", "dirty", "hardware", "versions", "started"} <= set(found)
     assert found["settings"]["prompts"] == 3 and found["settings"]["seeds"] == [0, 1]
@@ -453,9 +453,8 @@ def test_differences_of_acceptance_come_from_the_record_where_it_has_them() -> N
 def test_memory_is_whole_later_and_between_where_the_record_has_them() -> None:
     record = made_baselines()
     record["methods"][0]["modes"]["greedy"] |= {"later_memory_bytes": 512_000, "between_memory_bytes": 2048}
-    table = decoding.methods_table(record)
-    column = table.header.index("memory, greedy (KiB)")
-    assert [row[column] for row in table.rows[:2]] == ["1,953 / 500 / 2", "1,953"]
+    table = decoding.methods_cost_table(record)
+    assert [row[-3:] for row in table.rows[:2]] == [("1,953", "500", "2"), ("1,953", "-", "-")]
 
 
 def test_tables_and_figure_of_a_measured_benchmark(measured: tuple[Path, Path], tmp_path: Path) -> None:
@@ -470,12 +469,7 @@ def test_tables_and_figure_of_a_measured_benchmark(measured: tuple[Path, Path], 
         assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1
 
 
-def test_the_figure_is_readable_in_a_column_and_the_same_every_time(tmp_path: Path) -> None:
-    import matplotlib
-    from matplotlib.text import Text
-
-    from experiments.report.figures import STYLE
-
+def test_the_figure_is_the_same_every_time_and_names_the_machine(tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "decode_baselines.json").write_text(json.dumps(made_baselines()))
     drawn = [decoding.draw(tmp_path, tmp_path / place)[0] for place in ("one", "two")]
@@ -483,22 +477,6 @@ def test_the_figure_is_readable_in_a_column_and_the_same_every_time(tmp_path: Pa
         assert one.read_bytes() == two.read_bytes()
         assert b"CreationDate" not in one.read_bytes() and str(tmp_path).encode() not in one.read_bytes()
     assert "Made-up CPU, 2 cores" in (tmp_path / "one" / "decoding.md").read_text()
-    with matplotlib.rc_context():
-        matplotlib.rcParams.update(STYLE)
-        figure = decoding.conversion(made_baselines())
-        figure.canvas.draw()
-        assert figure.get_figwidth() == 3.4
-        texts = [each for each in figure.findobj(Text) if each.get_text() and each.get_visible()]
-        assert all(each.get_fontsize() >= 7 for each in texts)
-        legend = figure.legends[0]
-        assert len(legend.get_texts()) == 9
-        for box in [
-            legend.get_window_extent(),
-            *(each.get_window_extent() for each in texts if each.get_text().endswith("x")),
-        ]:
-            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
-        looks = decoding._looks(made_baselines()["methods"])
-        assert len(set(looks.values())) == len(looks) == 9
 
 
 @pytest.mark.parametrize(

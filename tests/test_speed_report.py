@@ -94,21 +94,31 @@ def drawn(root: Path) -> list[dict[str, str]]:
 def test_a_record_of_old_without_captured_passes(tmp_path: Path) -> None:
     save(tmp_path, decode_speed=record([group(1), group(16)]))
     rows = drawn(tmp_path)
-    assert list(rows[0])[:6] == ["dtype", "mode", "batch", "rank", "n", "shortlist"], "no column that says nothing"
+    assert list(rows[0])[:6] == ["dtype", "mode", "batch", "rank", "n", "draft vocabulary"], (
+        "no column that says nothing"
+    )
     assert [(row["batch"], row["rank"]) for row in rows] == [
-        ("1", "plain"),
+        ("1", "autoregressive"),
         ("1", "generate"),
         ("1", "1"),
         ("1", "8"),
-        ("16", "plain"),
+        ("16", "autoregressive"),
         ("16", "1"),
         ("16", "8"),
     ]
-    assert rows[1]["speed-up"] == "0.80" and rows[1]["limit"] == "-", "plain is 1.25 times as fast as generate"
+    assert rows[1]["speed-up"] == "0.80" and rows[1]["limit"] == "-", "AR is 1.25 times as fast as generate"
     heads = rows[3]
-    assert (heads["n"], heads["shortlist"], rows[2]["shortlist"]) == ("4", "2,048", "-")
-    assert (heads["tokens per pass"], heads["floor (ms)"], heads["pass (ms)"]) == ("2.40", "15.50", "23.00")
-    assert (heads["conversion"], heads["limit"], heads["pass / floor"]) == ("0.625", "0.714", "1.030")
+    assert (heads["n"], heads["draft vocabulary"], rows[2]["draft vocabulary"]) == ("4", "2,048", "-")
+    assert (heads["tokens per forward"], heads["floor (ms)"], heads["forward with draft (ms)"]) == (
+        "2.40",
+        "15.50",
+        "23.00",
+    )
+    assert (heads["speed-up per token per forward"], heads["limit"], heads["forward / floor"]) == (
+        "0.625",
+        "0.714",
+        "1.030",
+    )
     assert heads["share of limit"] == "0.875 [0.787, 0.963]" and heads["tokens/s"] == "1,160.0"
     assert rows[4]["tokens/s"] == "1,600.0", "throughput of all rows"
     caption = (tmp_path / "tables" / "speed.md").read_text()
@@ -131,8 +141,8 @@ def test_records_of_several_machines_stand_in_one_table(tmp_path: Path) -> None:
         other={"benchmark": "decoding speed"},
     )
     rows = drawn(tmp_path)
-    assert list(rows[0])[:2] == ["machine", "passes"]
-    found = dict.fromkeys((row["machine"], row["passes"]) for row in rows)
+    assert list(rows[0])[:2] == ["machine", "forwards"]
+    found = dict.fromkeys((row["machine"], row["forwards"]) for row in rows)
     assert list(found) == [
         ("Made-up CPU (decode_speed)", "launched"),
         ("Made-up GPU", "launched"),
@@ -146,7 +156,11 @@ def test_records_of_several_machines_stand_in_one_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [(None, "bench/speed.py makes it"), ("{", "is damaged"), ('{"benchmark": "another"}', "is not a record of")],
+    [
+        (None, "bench/speed.py makes it"),
+        ("{", "is damaged"),
+        ('{"benchmark": "another"}', "is not a record of 'decoding speed'"),
+    ],
 )
 def test_without_a_record_the_table_is_left_out_with_a_note(content: str | None, why: str, tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
@@ -164,5 +178,5 @@ def test_the_page_has_the_tables_of_benchmarks(tmp_path: Path) -> None:
     assert {"speed.md", "speed.tex", "speed.csv"} <= {path.name for path in report.files}
     page = (tmp_path / "figures" / "report.html").read_text()
     table = page.partition('id="table-speed"')[2].partition("</details>")[0]
-    assert "Conversion against its limit" in table and "0.875 [0.787, 0.963]" in table and "targets hold" in table
+    assert "against its limit" in table and "0.875 [0.787, 0.963]" in table and "targets hold" in table
     assert 'id="table-strategies"' not in page, "there is no record of it"
