@@ -81,7 +81,7 @@ def speed_up(model: str, folder: Path, settings: Sequence[str] = (), say: Say = 
     config = parse(words)
     check_folder(folder)
     home = run.train(config, say=say)
-    modes = _measured(config, shlex.join(["cpdlm", "speed-up", model, *settings]), say)
+    modes = _measured(config, shlex.join(["cpdlm", "speed-up", model, *settings, "--output", str(folder)]), say)
     export(home, folder)
     return SpeedUp(model, home, folder, modes)
 
@@ -100,7 +100,7 @@ def _measured(config: Config, command: str, say: Say) -> dict[str, dict[str, Any
     listed = None
     if config.decode.draft_vocabulary:
         text, _ = run.training_text(config, corpus, target, say)
-        listed = run.draft_vocabulary("decode.draft_vocabulary", config.decode.draft_vocabulary, text)
+        listed = run.draft_vocabulary(config.decode.draft_vocabulary, text)
         model.use_draft_vocabulary(torch.from_numpy(listed.ids))
     prompts_PT = TokenDataModule(config, corpus).prompts().to(device)
     decode, modes = config.decode, {}
@@ -125,4 +125,5 @@ def _measured(config: Config, command: str, say: Say) -> dict[str, dict[str, Any
         "origin": {"hardware": hardware()},
     }
     write_json(home / MEASURED, content)
+    checkpoints.save_draft_vocabulary(home, config, torch.from_numpy(listed.ids) if listed is not None else None)
     return modes

@@ -159,7 +159,7 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
     listed = None
     if size := first.decode.draft_vocabulary:
         text, _ = training.training_text(first, corpus, frozen[first.model.trunk, first.model.dtype])
-        listed = training.draft_vocabulary("decode.draft_vocabulary", size, text)
+        listed = training.draft_vocabulary(size, text)
         for model in models.values():
             model.use_draft_vocabulary(torch.from_numpy(listed.ids))
     beside = checkpoints.load_model(run_folder(reference)).to(device) if reference is not None else None
@@ -182,6 +182,8 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
             "modes": {mode: cells[name] for mode, cells in modes.items()},
         }
         write_json(run_folder(config) / MEASURED, shared | own)
+        ids = torch.from_numpy(listed.ids) if listed is not None else None
+        checkpoints.save_draft_vocabulary(run_folder(config), config, ids)
 
 
 def _decoded(

@@ -231,7 +231,7 @@ def test_a_run_without_its_parts_says_so(tmp_path: Path, capsys: pytest.CaptureF
         assert error.startswith("error: ") and all(word in error for word in words), error
 
     run = bpe_run(tmp_path)
-    fails(tmp_path / "nowhere", tmp_path / "out", "is neither a run's folder")
+    fails(tmp_path / "nowhere", tmp_path / "out", "is neither a run's folder", "cpdlm speed-up")
     fails(run, run, "holds something else", "give a new or empty folder")
     fails(run, tmp_path, "holds something else")
     fails(run, tmp_path / "words.txt", "is a file")

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from cpdlm import cli, generate
+from cpdlm.config import ConfigError
 from cpdlm.data.tokenizer import BytesTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.generate import GREEN, RESET, Incremental
-from cpdlm.hf import export
+from cpdlm.hf import CpdlmConfig, CpdlmForCausalLM, export
 from cpdlm.hf.load import load
 from cpdlm.training.checkpoints import load_model
 from tests.test_export import LISTED, bpe_run, listed_run, make_run
@@ -61,6 +63,22 @@ def test_the_stream_is_the_decoded_text(run: Path, sampling: Sampling) -> None:
 def test_an_exported_folder_writes_the_same(run: Path, tmp_path: Path) -> None:
     export.export(run, tmp_path / "mine")
     assert written(tmp_path / "mine", "--prompt", PROMPT) == written(run, "--prompt", PROMPT)
+
+
+def test_an_ordinary_model_is_told_apart_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was taken for an export of a default shape: 6.5B parameters of random weights."""
+    LlamaConfig(hidden_size=32).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(CpdlmConfig, "build", None)
+    for name in ("theirs", "model.gguf"):
+        assert cli.main(["generate", "--model", str(tmp_path / name), "--prompt", "a"]) == 2
+        assert (
+            f"without heads; make a folder that has them: cpdlm speed-up {tmp_path / name}" in capsys.readouterr().err
+        )
+    with pytest.raises(ConfigError, match="holds a llama model without heads; .* cpdlm speed-up"):
+        CpdlmForCausalLM.from_pretrained(tmp_path / "theirs")
 
 
 def test_the_models_own_draft_vocabulary_is_used_unless_refused(tmp_path: Path) -> None:

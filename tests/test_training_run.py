@@ -103,8 +103,8 @@ def test_what_does_not_fit_is_refused_before_any_step(base: dict[str, Any], monk
         train(heads(base, **{"data.context": 64}))
     with pytest.raises(RunError, match="is not a run folder"):
         train(heads(base, **{"model.trunk": base["corpus"]}))
-    with pytest.raises(ConfigError, match="loss.draft_vocabulary=5000: the vocabulary has 257 tokens"):
-        train(heads(base, **{"loss.draft_vocabulary": 5000}))
+    with pytest.raises(ConfigError, match="decode.prompts=99999"):
+        train(heads(base, **{"decode.prompts": 99999}))
     assert not (Path(base["output"]) / "heads" / checkpoints.CHECKPOINT).exists()
     # A checkpoint holds neither text nor frozen weights: a run that began with others must not go on.
     (trunk / checkpoints.TRAINED).unlink()

@@ -69,7 +69,9 @@ def card(source: Path, config: Config, model: LanguageModel, name: str) -> str:
     if source.is_dir():
         command = evaluated.get("command", "# the run was not evaluated: its command is not known")
         command = " ".join(word for word in command.split(" ") if not word.startswith("tracking."))
-        made_by = f"{command}\ncpdlm export {config.output}/{config.run_name} {name}"
+        made_by = command
+        if not command.startswith("cpdlm speed-up"):  # which exports, too
+            made_by += f"\ncpdlm export {config.output}/{config.run_name} {name}"
         measured = _measured(decoded)
     else:
         made_by = f"cpdlm export {source} {name}"

@@ -16,7 +16,7 @@ from cpdlm.data.pretrained_files import NAMED
 from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, SavedTokenizer, Tokenizer
 from cpdlm.hf import released
-from cpdlm.hf.model import CpdlmForCausalLM
+from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import multiplies_bfloat16
 from cpdlm.training.checkpoints import (
@@ -60,23 +60,32 @@ def load(source: Path, draft_vocabulary: bool = True, widen: bool = False) -> Lo
         loaded = Loaded(model, tokenizer, _ends(config, tokenizer), config)
     elif (source / "config.json").is_file():
         loaded = _exported(source, draft_vocabulary)
+    elif source.suffix == ".gguf" and source.is_file():
+        raise RunError(f"{source} is a model without heads; make a folder that has them: cpdlm speed-up {source}")
     else:
+        absent = (
+            "" if source.exists() else "there is no such folder; for heads on a model of that name: cpdlm speed-up "
+        )
         raise RunError(
             f"{source} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json) nor one of "
-            f"{', '.join(NAMED)}"
+            f"{', '.join(NAMED)}{f'; {absent}{source}' if absent else ''}"
         )
     _check_vocabulary(source, loaded)
     return loaded
 
 
 def _exported(folder: Path, draft_vocabulary: bool) -> Loaded:
+    try:
+        CpdlmConfig.get_config_dict(folder)
+    except OSError as error:
+        raise RunError(f"{folder / 'config.json'} is damaged ({_first_line(error)}); export it again") from error
     if not (folder / "tokenizer_config.json").is_file():
         raise RunError(f"{folder} has no tokenizer (tokenizer_config.json); export it again with cpdlm export")
     try:
         wrapped = CpdlmForCausalLM.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise RunError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); export it again") from error
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise RunError(f"{folder} cannot be loaded ({reason}); export it again") from error
     if not draft_vocabulary:
         wrapped.model.use_draft_vocabulary(None)
     tokenizer, eos = HubTokenizer(f"hf:{folder}", folder), wrapped.generation_config.eos_token_id
@@ -116,6 +125,10 @@ def run_tokenizer(run: Path) -> Tokenizer:
         f"the tokenizer of {run} ({config.data.tokenizer}) was in {tokens}, where no folder has this run's tokens any "
         "more; run its command again, which makes them anew"
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def noted(run: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from cpdlm.config import ConfigError
 from cpdlm.decoding import Captures
 from cpdlm.hf.generate import SpeculativeGenerationMixin
 from cpdlm.model.heads import HeadsConfig
@@ -55,6 +56,17 @@ class CpdlmConfig(PreTrainedConfig):
         elif isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**self.text_config)
         super().__post_init__(**asdict(HeadsConfig()) | kwargs)
+
+    @classmethod
+    def get_config_dict(cls, name: Any, **kwargs: Any) -> Any:
+        """As of the library; ConfigError for another model's folder, which would become one of fresh weights."""
+        found = super().get_config_dict(name, **kwargs)
+        if (kind := found[0].get("model_type")) != cls.model_type:
+            raise ConfigError(
+                f"{name} holds {f'a {kind} model' if kind else 'a model'} without heads; make a folder that has them: "
+                f"cpdlm speed-up {name}"
+            )
+        return found
 
     @property
     def shape(self) -> HeadsConfig:

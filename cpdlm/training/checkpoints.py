@@ -259,9 +259,14 @@ def _shard_names(path: Path) -> set[str]:
     return {name.removeprefix("state_dict.") for name in index.state_dict_metadata}
 
 
-def save_draft_vocabulary(folder: Path, ids: Tensor) -> None:
-    """ids: (V',) the tokens that the run drafts from."""
-    write_json(folder / DRAFT_VOCABULARY, {"ids": ids.tolist()})
+def save_draft_vocabulary(folder: Path, config: Config, ids: Tensor | None) -> None:
+    """ids: (V',) the tokens that the run drafts from, None for all.
+
+    decode.draft_vocabulary may change after training; the measurement then saves what the run drafts from since.
+    """
+    open_run(folder, config)
+    if ids is not None:
+        write_json(folder / DRAFT_VOCABULARY, {"ids": ids.tolist(), "size": config.decode.draft_vocabulary})
 
 
 def run_draft_vocabulary(run: Path) -> Tensor | None:
@@ -269,15 +274,15 @@ def run_draft_vocabulary(run: Path) -> Tensor | None:
     size = read_config(run).decode.draft_vocabulary
     if not size:
         return None
-    # Measuring a run notes the tokens, too: the setting may change after training, and older runs have nothing else.
-    for name, key in ((DRAFT_VOCABULARY, "ids"), ("decode.json", "shortlist")):
+    for name, key in ((DRAFT_VOCABULARY, "ids"), ("decode.json", "shortlist")):  # older runs have the second alone
         with contextlib.suppress(OSError, ValueError, KeyError):
-            ids = json.loads((run / name).read_bytes())[key]
-            if ids is not None and len(ids) == size:
+            content = json.loads((run / name).read_bytes())
+            ids = content[key]
+            if ids is not None and size in (len(ids), content.get("size")):
                 return torch.tensor(ids)
     raise RunError(
         f"{run} drafts from a part of the vocabulary (decode.draft_vocabulary={size}) that neither its "
-        f"{DRAFT_VOCABULARY} nor its decode.json holds; delete them, if they are there, and run its command again"
+        f"{DRAFT_VOCABULARY} nor its decode.json holds; run its command again, which measures it with that size"
     )
 
 

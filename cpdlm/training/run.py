@@ -104,9 +104,9 @@ class Run:
                 self.model, self.data.training_rows(), cache, identity, limit, training_device(), say
             )
         size = config.decode.draft_vocabulary
-        listed = draft_vocabulary("decode.draft_vocabulary", size, self.data.corpus) if size else None
+        listed = draft_vocabulary(size, self.data.corpus) if size else None
         if listed is not None and is_first_process():
-            checkpoints.save_draft_vocabulary(self.folder, torch.from_numpy(listed.ids))
+            checkpoints.save_draft_vocabulary(self.folder, config, torch.from_numpy(listed.ids))
         fit(config, self.model, self.data, self.folder, logger, watch)
 
 
@@ -131,10 +131,12 @@ def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None 
     text, written = training_text(config, corpus, trunk, say)
     listed = None
     if config.loss.draft_vocabulary:
-        listed = draft_vocabulary("loss.draft_vocabulary", config.loss.draft_vocabulary, text)
+        listed = draft_vocabulary(config.loss.draft_vocabulary, text)
         model.use_draft_vocabulary(torch.from_numpy(listed.ids))
         say(f"loss.draft_vocabulary={len(listed.ids)} tokens cover {listed.coverage:.2%} of the training text")
     data = TokenDataModule(config, text)
+    if config.horizon > 1:
+        data.prompts()  # that there are enough is known before the work, not after it
     return Run(config, folder, corpus, data, model, written, listed, sessions, data_seconds)
 
 
@@ -186,10 +188,9 @@ def training_text(
     return replace(corpus, train=split), written
 
 
-def draft_vocabulary(setting: str, size: int, text: Corpus) -> DraftVocabulary:
-    """The `size` most frequent tokens of what is trained on. setting: whose value `size` is, for the message."""
-    _check_size(setting, size, text)
-    return frequent_tokens(text.train.tokens, text.vocab_size, size)
+def draft_vocabulary(size: int, text: Corpus) -> DraftVocabulary:
+    """The `size` most frequent tokens of what is trained on; all of a vocabulary that has fewer."""
+    return frequent_tokens(text.train.tokens, text.vocab_size, min(size, text.vocab_size))
 
 
 def training_device() -> torch.device:
@@ -218,13 +219,7 @@ def check_same_text(folder: Path, then: str, now: str) -> None:
         )
 
 
-def _check_size(setting: str, size: int, text: Corpus) -> None:
-    if size > text.vocab_size:
-        raise ConfigError(f"{setting}={size}: the vocabulary has {text.vocab_size} tokens; give fewer, or 0")
-
-
 def _check_vocabulary(config: Config, corpus: Corpus, trunk: LanguageModel | None) -> None:
-    _check_size("loss.draft_vocabulary", config.loss.draft_vocabulary, corpus)
     if trunk is None:
         return
     target = Target.of(config)
