@@ -58,8 +58,9 @@ class CpdlmConfig(PreTrainedConfig):
         super().__post_init__(**asdict(HeadsConfig()) | kwargs)
 
     @classmethod
-    def get_config_dict(cls, name: Any, **kwargs: Any) -> Any:
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As of the library; ConfigError for another model's folder, which would become one of fresh weights."""
+        name = pretrained_model_name_or_path
         found = super().get_config_dict(name, **kwargs)
         if (kind := found[0].get("model_type")) != cls.model_type:
             raise ConfigError(
