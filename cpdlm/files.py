@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
+import hashlib
 import json
 import os
 import shlex
 import shutil
 import socket
 import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 LOCK_SECONDS = 1800.0  # to wait for another process that builds what this one needs
 QUIET_SECONDS = 5.0  # of waiting, before it is announced
+PARTIAL = ".partial-"  # begins the name of what is not whole yet
+PARTIAL_SECONDS = 7 * 86400.0  # after which what another host left unfinished is nobody's
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the file system has no such locks
 
 
@@ -32,14 +37,12 @@ def replaced(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well; else the old file stays."""
     with errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
+        temporary = beside(path)
+        temporary.touch(exist_ok=False)  # its mode follows the umask
         try:
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -48,17 +51,71 @@ def replaced(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well; else the old one stays."""
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial-{folder.name}-"))
+    aside, old = beside(folder), beside(folder)
+    aside.mkdir()
     try:
         yield aside
-        aside.chmod(0o755)
         if folder.exists():
-            os.replace(folder, old / folder.name)
+            os.replace(folder, old)
         os.replace(aside, folder)
     finally:
         for left in (aside, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def beside(path: Path) -> Path:
+    """A new name in the folder of `path` for what is not whole yet; `remove_partial` finds there whose it is."""
+    return path.with_name(f"{PARTIAL}{owner()}-{uuid.uuid4().hex[:8]}-{path.name[-80:]}")
+
+
+def owner() -> str:
+    """HOST-PID of this process; what its host calls processes is told apart by namespaces."""
+    return f"{_host()}-{os.getpid()}"
+
+
+def is_gone(left_by: str) -> bool:
+    """Whether `left_by`, an `owner` of any time, was a process of this host that has ended."""
+    host, _, number = left_by.partition("-")
+    if host != _host() or not number.isdigit():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+@lru_cache(maxsize=1)
+def _host() -> str:
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
+
+
+def remove_partial(folder: Path, prefix: str = PARTIAL) -> None:
+    """Delete what killed processes left unfinished in `folder`: of this host at once, of others after PARTIAL_SECONDS.
+
+    prefix: of their names, before an `owner`.
+    """
+    for left in folder.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError):
+            left_by = "-".join(left.name.removeprefix(prefix).split("-")[:2])
+            if is_gone(left_by) or time.time() - left.lstat().st_mtime > PARTIAL_SECONDS:
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+@contextlib.contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` for as long as the block lasts."""
+    folder = beside(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -77,8 +134,11 @@ def check_writable(folder: Path) -> None:
     """Raise WriteError now rather than after hours of work."""
     with errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.") as probe:
-            probe.write(b" ")
+        probe = beside(folder / "writable")
+        try:
+            probe.write_bytes(b" ")
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

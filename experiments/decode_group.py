@@ -18,6 +18,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or not Path(arguments[0]).is_file():
         print("usage: python -m experiments.decode_group GROUP.json", file=sys.stderr)
         return 2
+    from cpdlm.files import WriteError
     from cpdlm.training.checkpoints import RunError
     from experiments import cell
 
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> int:
     try:
         reference = parse(group["reference"]) if group["reference"] is not None else None
         cell.measure([parse(words) for words in group["cells"]], reference)
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
-from cpdlm.files import check_writable, write_json
+from cpdlm.files import check_writable, remove_partial, write_json
 from experiments.provenance import git_state
 from experiments.scheduler import Job, Launcher, Slurm, schedule
 from experiments.suite import Cell, decode_groups, mates
@@ -36,6 +36,8 @@ def run(plan: Plan, launcher: Launcher) -> int:
     """The stages in order. The exit code is 1 where a cell or a group failed; the others are run all the same."""
     failures: list[str] = []
     check_writable(plan.results)
+    for folder in {plan.results, *(plan.results / cell.folder for cell in plan.cells)}:
+        remove_partial(folder)  # of killed sweeps; runs do so in their own folders
     refuse_mixed_code(plan)
     stages: dict[str, Callable[[], str]] = {
         "data": lambda: _data(plan),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
 
 from cpdlm import config as configuration
+from cpdlm.files import WriteError
 from experiments.command import Command, pairs
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
         from cpdlm.training.plan import make_plan  # slow, after the checks above
 
         plan = make_plan(config, vocab)
-    except configuration.ConfigError as error:
+    except (configuration.ConfigError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text(plan, config, rate))

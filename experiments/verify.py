@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm.config import INCIDENTAL, flat
+from cpdlm.files import owner, remove_partial
 from experiments.records import MODES, Record, RecordError, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ TOLERANCE = 1e-3
 # Where a run lies and what it tells others is not part of what it is.
 _PLACES = (*INCIDENTAL, "model.trunk")
 WEIGHTS = "model.safetensors"
+_TEMPORARY = "cpdlm-verify-"  # begins the name of a folder under the temporary one
 
 
 class VerifyError(ValueError):
@@ -238,7 +240,9 @@ def verify(path: Path, root: Path, tolerance: float) -> bool:
     """Run again and print the table; True where everything judged agrees. Raises VerifyError or RunFailed."""
     record = check(path, root)
     began = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="cpdlm-verify-"))
+    remove_partial(Path(tempfile.gettempdir()), _TEMPORARY)
+    _git(root, "worktree", "prune")
+    folder = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{owner()}-"))
     tree, output = folder / "tree", folder / "runs"
     try:
         added = _git(root, "worktree", "add", "--detach", str(tree), record["commit"])

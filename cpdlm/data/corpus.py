@@ -31,7 +31,7 @@ from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer, tokenizer_hash
 from cpdlm.data.tokens import PIECE_BYTES
 from cpdlm.data.windows import row_count
-from cpdlm.files import LockHeld, locked, replaced_folder
+from cpdlm.files import LockHeld, locked, remove_partial, replaced_folder
 
 BUNDLE = "bundle.json"
 
@@ -100,8 +100,7 @@ def _from_cache(config: Config, progress: bool) -> Corpus:
     with locked(root / f".{folder.name}.lock", config.train.timeout):
         if folder.exists() and (corpus := _read_or_warn(folder, quietly=True)) is not None:
             return corpus  # another process built it meanwhile
-        for left in root.glob(f".partial-{folder.name}-*"):
-            shutil.rmtree(left, ignore_errors=True)  # by a killed one
+        remove_partial(root)
         pieces = root / f".pieces-{folder.name}-{PIECE_BYTES}"
         pieces.mkdir(exist_ok=True)
         try:

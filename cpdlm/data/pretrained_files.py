@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any
 
 from cpdlm.config import ConfigError
 from cpdlm.data.packages import PACKAGES, Package, fetch
-from cpdlm.files import errors_named, locked
+from cpdlm.files import errors_named, locked, partial_folder, remove_partial
 
 ORIGIN = "origin.json"
 
@@ -196,13 +195,11 @@ def _dequantise(file: Callable[[Path], Path], folder: Path, digest: str, label: 
         ) from error
     with errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            locked(folder.parent.with_name(".models.lock")),
-            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as aside,
-        ):
+        with locked(folder.parent.with_name(".models.lock")), partial_folder(folder) as aside:
+            remove_partial(folder.parent)
             if (folder / ORIGIN).is_file():
                 return  # another process made it meanwhile
-            path, whole = file(Path(aside)), Path(aside) / folder.name
+            path, whole = file(aside), aside / folder.name
             _check_gguf(path)
             _convert(path, whole, label)
             origin = {"file": path.name, "sha256": digest, "from": label, "dequantised_to": "float32"}

@@ -118,7 +118,8 @@ def _folder(path: Path, name: str) -> Documents:
 def _hub(config: Config, progress: bool) -> Origin:
     """A dataset's train split, streamed once up to data.max_bytes and kept in the cache."""
     name = config.corpus.removeprefix("hf:")
-    stream = Stream(name, config.data.max_bytes or HUB_BYTES, Path(config.data.cache), config.data.column)
+    limit, cache = config.data.max_bytes or HUB_BYTES, Path(config.data.cache)
+    stream = Stream(name, limit, cache, config.data.column, config.train.timeout)
     meta = fetch_stream(stream, progress)
 
     def read() -> Documents:

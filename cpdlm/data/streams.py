@@ -46,6 +46,7 @@ class Stream:
     limit: int
     cache: Path
     column: str = ""  # with the text; found where it is not given
+    seconds: float = LOCK_SECONDS  # to wait for another process that reads it
 
     @property
     def corpus(self) -> str:
@@ -83,7 +84,7 @@ def fetch_stream(stream: Stream, progress: bool = True) -> dict[str, Any]:
     ConfigError where the dataset cannot be read or has no text; what has been read stays.
     """
     stream.folder.mkdir(parents=True, exist_ok=True)
-    with locked(stream.folder / "lock"):
+    with locked(stream.folder / "lock", stream.seconds):
         if (meta := stream.meta()) is not None:
             return meta
         (stream.folder / "meta.json").unlink(missing_ok=True)
@@ -97,7 +98,7 @@ def fetch_stream(stream: Stream, progress: bool = True) -> dict[str, Any]:
             bar.update(sum(_note(stream, index).bytes for index in range(dataset.num_shards)))
             read_shards(stream, dataset, wait=False, advance=bar.update)
             read_shards(stream, dataset, wait=True, advance=bar.update)  # those that others had, or left unfinished
-        with locked(stream.folder / "lock"):
+        with locked(stream.folder / "lock", stream.seconds):
             return stream.meta() or _join(stream, dataset.num_shards)
     except ConfigError:
         if not any(path.stat().st_size for path in stream.shards.glob("*.bin")):
@@ -118,7 +119,7 @@ def read_shards(stream: Stream, dataset: Any, wait: bool, advance: Callable[[int
         if before >= stream.limit:
             return
         try:
-            with locked(stream.shards / f"{index}.lock", LOCK_SECONDS if wait else 0):
+            with locked(stream.shards / f"{index}.lock", stream.seconds if wait else 0):
                 if (stream.folder / "meta.json").exists():
                     return  # another process has joined the shards
                 if not _note(stream, index).whole:
@@ -142,7 +143,7 @@ def _local_files(folder: Path) -> list[Any]:
 
 def _start_over_for_other_files(stream: Stream, version: str) -> None:
     """Drop the shards of a killed reader where the dataset has changed since: they would not fit together."""
-    with locked(stream.folder / "lock"):
+    with locked(stream.folder / "lock", stream.seconds):
         note = stream.shards / "version"
         if note.is_file() and note.read_text() != version:
             shutil.rmtree(stream.shards)

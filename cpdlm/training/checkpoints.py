@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from yaml import YAMLError
 
+from cpdlm import files
 from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from_dict
 from cpdlm.data.target import WEIGHTS, Target
 from cpdlm.files import LockHeld, errors_named, locked, replaced, write_bytes, write_json
@@ -67,6 +68,7 @@ def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
             with errors_named(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder / ".lock", patience))
+                files.remove_partial(folder)
         except LockHeld as error:
             raise RunError(
                 f"another run is writing to {folder}: {error.holder}; wait for it, or give this one name=OTHER "

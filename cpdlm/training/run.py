@@ -100,9 +100,8 @@ class Run:
                 "trunk": Target.of(config).sha256,
             }
             cache, limit = Path(config.data.cache), config.data.states_gib
-            self.data.states = kept_states(
-                self.model, self.data.training_rows(), cache, identity, limit, training_device(), say
-            )
+            rows, wait = self.data.training_rows(), config.train.timeout
+            self.data.states = kept_states(self.model, rows, cache, identity, limit, training_device(), say, wait)
         size = config.decode.draft_vocabulary
         listed = draft_vocabulary(size, self.data.corpus) if size else None
         if listed is not None and is_first_process():
@@ -182,9 +181,8 @@ def training_text(
         return corpus, {}
     identity = {"corpus": corpus.describe()["sha256"], "trunk": Target.of(config).sha256}
     writing = Writing(config.data.text, config.data.states, config.data.context, corpus.tokenizer.eos)
-    split, written = written_text(
-        trunk, corpus.train, writing, Path(config.data.cache), identity, training_device(), say
-    )
+    cache, wait = Path(config.data.cache), config.train.timeout
+    split, written = written_text(trunk, corpus.train, writing, cache, identity, training_device(), say, wait)
     return replace(corpus, train=split), written
 
 

@@ -26,7 +26,7 @@ from cpdlm.data.batches import prompts
 from cpdlm.data.stored import TokenSplit
 from cpdlm.decoding.filtering import Sampling
 from cpdlm.decoding.loop import decode_batch
-from cpdlm.files import replaced, write_json
+from cpdlm.files import LOCK_SECONDS, replaced, write_json
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.training.states import kept_folder
 
@@ -58,11 +58,13 @@ def written_text(
     identity: dict[str, Any],
     device: torch.device,
     say: Callable[[str], None] = lambda line: None,
+    seconds: float = LOCK_SECONDS,
 ) -> tuple[TokenSplit, dict[str, Any]]:
     """Documents that begin as those of `split` do and that the model continues; and the content of origin.json.
 
     identity: what the text depends on besides `writing`, the hashes of model and corpus. Raises ConfigError where the
-    split has too few prompts, WriteError where the disk is full; what is done stays.
+    split has too few prompts, WriteError where the disk is full or another process writes it for longer than `seconds`;
+    what is done stays.
     """
     room = writing.context - PROMPT
     if room < 1:
@@ -78,7 +80,7 @@ def written_text(
         "seed": SEED,
         "temperature": SAMPLINGS[writing.how].temperature,
     }
-    with kept_folder(cache / "written", plan) as folder:
+    with kept_folder(cache / "written", plan, seconds) as folder:
         if not (folder / ORIGIN).is_file():
             say(f"the model writes {writing.tokens:,} tokens of training text ({writing.how}): {folder}")
             _write(model, split, writing, folder, device)

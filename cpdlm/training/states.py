@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cpdlm.config import ConfigError
 from cpdlm.data.batches import Rows
-from cpdlm.files import errors_named, locked, write_json
+from cpdlm.files import LOCK_SECONDS, errors_named, locked, remove_partial, write_json
 from cpdlm.model.language_model import LanguageModel
 
 PLAN, HIDDEN, NORMALISER = "plan.json", "hidden.bin", "normaliser.bin"
@@ -53,11 +53,13 @@ def kept_states(
     limit_gib: float,
     device: torch.device,
     say: Callable[[str], None] = lambda line: None,
+    seconds: float = LOCK_SECONDS,
 ) -> StoredStates:
     """The states of `rows`, from the folder under `cache` of that identity; computed or finished where they are not.
 
     identity: what the states depend on besides the rows, the hashes of trunk and text. Raises ConfigError where they
-    would take more than limit_gib GiB, WriteError where the disk is full; what is done stays.
+    would take more than limit_gib GiB, WriteError where the disk is full or another process computes them for longer
+    than `seconds`; what is done stays.
     """
     dtype, width = model.trunk.embedding.dtype, model.trunk.width
     plan = identity | {
@@ -73,7 +75,7 @@ def kept_states(
         raise ConfigError(
             f"{label} are more than data.states_gib={limit_gib:g}; keep fewer (data.states={most}), or raise the limit"
         )
-    with kept_folder(cache / "states", plan) as folder:
+    with kept_folder(cache / "states", plan, seconds) as folder:
         if _done(folder) < rows.count:
             say(f"{label}: {folder}")
             _complete(model, rows, folder, plan, device)
@@ -81,12 +83,13 @@ def kept_states(
 
 
 @contextlib.contextmanager
-def kept_folder(parent: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """Hold the folder of what is made by `plan`, which names it; another process that needs it waits for the lock."""
+def kept_folder(parent: Path, plan: dict[str, Any], seconds: float) -> Iterator[Path]:
+    """Hold the folder of what is made by `plan`, which names it; waits `seconds` for another process that makes it."""
     folder = parent / hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
     with errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"):
+        with locked(folder / ".lock", seconds):
+            remove_partial(folder)
             yield folder
 
 
