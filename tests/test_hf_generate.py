@@ -38,6 +38,7 @@ from cpdlm.config import resolve
 from cpdlm.hf import CpdlmForCausalLM
 from cpdlm.hf.generate import STOCK
 from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.trunk import CACHE
 from tests import oracle
 from tests.hf_models import COMMON, LAYOUTS, OWN, batch, plain, stock, wrap, wrapped
 from tests.test_export import write_corpus
@@ -315,6 +316,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "guidance": ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor keeps a state"),
     "cache": ({"past_key_values": object()}, "past_key_values would have to hold.*pass the whole text"),
+    "cache, by its newer name": ({"cache": object()}, "cache would have to hold.*pass the whole text"),
     "static cache": (
         {"cache_implementation": "static"},
         "cache_implementation='static' is not for this loop.*; leave it out$",
@@ -369,7 +371,7 @@ TAKEN: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
         "watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 1, 4], ngram_len=3),
     },
     "negative prompt": lambda model: {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[3]])},
-    "cache": lambda model: {"past_key_values": model(torch.tensor([[1, 2]])).past_key_values},
+    "cache": lambda model: {CACHE: model(torch.tensor([[1, 2]]))[CACHE]},
     "positions": lambda model: {"position_ids": torch.arange(4).unsqueeze(0)},
     "healing": lambda model: {"token_healing": True, "tokenizer": ids_like(17)},
     "processes": lambda model: {"synced_gpus": True},

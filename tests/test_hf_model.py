@@ -11,11 +11,13 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DynamicCache,
 )
 
 from cpdlm.config import resolve
 from cpdlm.hf import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.trunk import CACHE
 from tests.hf_models import TIED, wrap, wrapped
 from tests.test_loop import real
 
@@ -97,6 +99,16 @@ def test_wrapping_changes_nothing() -> None:
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_under_both_names_that_the_library_has_for_it(name: str) -> None:
+    model, ids, cache = wrapped("own"), torch.tensor([[1, 5, 2, 9]]), DynamicCache()
+    first = model(ids[:, :2], **{name: cache})
+    assert (first.cache if CACHE == "cache" else first.past_key_values) is cache
+    torch.testing.assert_close(model(ids[:, 2:], **{name: cache}).logits, model(ids).logits[:, 2:])
+    with pytest.raises(ValueError, match="two names of one thing"):
+        model(ids, cache=cache, past_key_values=cache)
+
+
 def test_the_loss_is_that_of_the_target() -> None:
     model = wrapped("own")
     ids = torch.tensor([[1, 5, 2, 9], [3, 3, 4, 8]])
@@ -110,4 +122,6 @@ def test_the_loss_is_that_of_the_target() -> None:
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match="inputs_embeds: this model maps input_ids to logits, nothing else"):
         model(inputs_embeds=torch.zeros(2, 4, 8))
+    with pytest.raises(ValueError, match="nonsense: this model maps input_ids to logits, nothing else"):
+        model(ids, nonsense=None)
     assert model(ids, inputs_embeds=None, output_attentions=False).logits.shape == (2, 4, 17)

@@ -62,9 +62,11 @@ _ROW_BLIND = (
     logits_process.TypicalLogitsWarper,
 )
 _NOT_HERE = "is not for this loop, which drafts and rolls back a cache of its own"
+_CACHE = "would have to hold exactly what this loop keeps; pass the whole text as input_ids"
 _REASONS = {
     "assistant_model": "is not needed, this model drafts for itself (draft=...)",
-    "past_key_values": "would have to hold exactly what this loop keeps; pass the whole text as input_ids",
+    "cache": _CACHE,
+    "past_key_values": _CACHE,
 }
 # Modes that transformers itself no longer has: where their code is.
 _MOVED = {
@@ -259,7 +261,7 @@ def _check_arguments(given: dict[str, Any], asked: Callable[[str], Any]) -> None
     """Raise ValueError for an argument that stock `generate` would take and our loop could not follow."""
     if given.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds: this model reads token ids; pass input_ids")
-    for name in ("assistant_model", "negative_prompt_ids", "past_key_values", "position_ids", "synced_gpus"):
+    for name in ("assistant_model", "negative_prompt_ids", "cache", "past_key_values", "position_ids", "synced_gpus"):
         if given.get(name) is not None and given[name] is not False:
             raise ValueError(f"{name} {_REASONS.get(name, _NOT_HERE)}; {STOCK} takes it")
     if asked("cache_implementation") not in (None, "dynamic"):

@@ -27,7 +27,7 @@ from cpdlm.decoding import Captures
 from cpdlm.hf.generate import SpeculativeGenerationMixin
 from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel, Output
-from cpdlm.model.trunk import Trunk
+from cpdlm.model.trunk import CACHE, Trunk
 
 
 class CpdlmConfig(PreTrainedConfig):
@@ -191,30 +191,41 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The target p of the next token, as every causal language model of the library gives it.
 
-        input_ids: (B, T). attention_mask: (B, L+T), L tokens in the cache. labels: (B, T), -100 where there is none;
-        the loss is the mean of -log p(next) in nats, under the target alone (cpdlm.training trains the heads). Returns
-        logits (B, T, V); see `scores`. Raises ValueError for inputs and outputs that this model does not have.
+        input_ids: (B, T). attention_mask: (B, L+T), L tokens in the cache. cache: also under its older name
+        past_key_values. labels: (B, T), -100 where there is none; the loss is the mean of -log p(next) in nats, under
+        the target alone (cpdlm.training trains the heads). Returns logits (B, T, V); see `scores`. Raises ValueError
+        for inputs and outputs that this model does not have, whatever their names.
         """
-        names = ("inputs_embeds", "output_attentions", "output_hidden_states")
-        asked = [name for name in names if kwargs.get(name) is not None and kwargs[name] is not False]
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one thing; pass one of them")
+        cache = past_key_values if cache is None else cache
+        asked = [name for name, value in kwargs.items() if not _means_nothing(name, value)]
         if asked or input_ids is None:
             raise ValueError(
                 f"{asked[0] if asked else 'no input_ids'}: this model maps input_ids to logits, nothing else"
             )
-        if past_key_values is None and (use_cache if use_cache is not None else labels is None and not self.training):
-            past_key_values = self.model.new_cache()
-        hidden_BTD = self.model.hidden(input_ids, position_ids, past_key_values, attention_mask)
+        if cache is None and (use_cache if use_cache is not None else labels is None and not self.training):
+            cache = self.model.new_cache()
+        hidden_BTD = self.model.hidden(input_ids, position_ids, cache, attention_mask)
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.scores(hidden_BTD[:, positions])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: cache})
         return output if return_dict is not False else output.to_tuple()
+
+
+def _means_nothing(name: str, value: Any) -> bool:
+    """Whether an argument that `forward` does not name changes nothing but the loss."""
+    if name in ("inputs_embeds", "output_attentions", "output_hidden_states"):  # the library passes them unset
+        return value is None or value is False
+    return name in ("num_items_in_batch", "tokenizer")  # Trainer's, and what token healing leaves behind
 
 
 AutoConfig.register(CpdlmConfig.model_type, CpdlmConfig, exist_ok=True)

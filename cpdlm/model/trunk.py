@@ -6,6 +6,7 @@ Letters: B batch, T position, D width.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,8 +21,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cpdlm.config import SIZES, Config, ConfigError
+
+# What this release of transformers calls the cache, among a model's arguments and in its outputs.
+CACHE = "cache" if "cache" in {each.name for each in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 class Trunk(nn.Module):
@@ -102,8 +107,8 @@ class Trunk(nn.Module):
         return self.body(
             position_ids=position_ids_BT,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
             **inputs,
         )
 
