@@ -217,7 +217,8 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: cache})
+        held: dict[str, Any] = {CACHE: cache}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **held)
         return output if return_dict is not False else output.to_tuple()
 
 
