@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -233,6 +235,46 @@ def test_folder_takes_text_files_and_identity_is_content(tmp_path: Path) -> None
     assert sources.locate(config(tmp_path, corpus=str(folder))).identity == origin.identity
     (folder / "z.txt").write_bytes(b"other")
     assert sources.locate(config(tmp_path, corpus=str(folder))).identity != origin.identity
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b"text\n" * 100), "is compressed; unpack it first"),
+        ("text\n".encode("utf-16"), "is UTF-16 or UTF-32; convert it to UTF-8"),
+        ("text\n".encode("utf-16-le"), "is binary"),
+        (b"\x7fELF\0\0", "is binary"),
+    ],
+)
+def test_what_is_no_text_is_no_corpus(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        sources.locate(config(tmp_path, corpus=str(tmp_path / "folder" / "a")))
+    (tmp_path / "folder" / "b").write_bytes(b"text")
+    with pytest.warns(UserWarning, match=f"1 of 2 files are left out: .*a {said}"):
+        documents = sources.locate(config(tmp_path, corpus=str(tmp_path / "folder"))).read()
+    assert documents.texts == [b"text"] and documents.notes == {"folder": {"files": 2, "not_text": 1}}
+
+
+def test_an_unreadable_folder_or_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open", "shut"):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        (tmp_path / "folder" / name / "a.txt").write_bytes(b"text")
+    scandir, read_bytes = os.scandir, Path.read_bytes
+
+    def refuse(where: Any, call: Any) -> Any:
+        if "shut" in str(where):
+            raise PermissionError(13, "Permission denied", str(where))
+        return call(where)
+
+    for owner, attribute, call in ((os, "scandir", scandir), (Path, "read_bytes", read_bytes)):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ConfigError, match=r"folder/shut\S* cannot be read \(Permission"),
+        ):
+            patch.setattr(owner, attribute, lambda where, call=call: refuse(where, call))
+            sources.locate(config(tmp_path, corpus=str(tmp_path / "folder")))
 
 
 @pytest.mark.parametrize(

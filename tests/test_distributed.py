@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -290,6 +292,40 @@ def test_a_full_disk_of_one_process_keeps_the_last_sharded_checkpoint(default: P
     two_processes.train(index, CROSSED)  # one process takes over from two
     compare(load_file(index / WEIGHTS), load_file(default / "whole" / WEIGHTS), 1e-8)
     assert not list(index.glob("*last.ckpt*"))
+
+
+class Hostile:
+    """What a pickle can hold: a call that is made when it is read."""
+
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.touched),)
+
+
+@pytest.mark.parametrize("where", ["index", "entry", "elsewhere"])
+def test_a_received_checkpoint_executes_nothing(where: str, tmp_path: Path) -> None:
+    folder, touched = tmp_path / "a", tmp_path / "touched"
+    dcp.save({"state_dict": {"x": torch.zeros(3)}, "lr": 0.1}, checkpoint_id=folder, no_dist=True)
+    torch.save({"callbacks": {"Journal": {}}}, folder / "meta.pt")
+    (tmp_path / CHECKPOINT).symlink_to("a")
+    check_checkpoint(tmp_path / CHECKPOINT)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    if where == "index":
+        index.planner_data = Hostile(touched)
+    else:
+        part = next(part for key, part in index.storage_data.items() if key.fqn == "lr")
+        torch.save(Hostile(touched), tmp_path / "entry")
+        part.offset, part.length = 0, (tmp_path / "entry").stat().st_size
+        part.relative_path = "entry" if where == "entry" else "../entry"
+        shutil.copy(tmp_path / "entry", folder / "entry")
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(RunError, match=r"is not a checkpoint of this program: its? .*(executed|beside it)"):
+        check_checkpoint(tmp_path / CHECKPOINT)
+    with pytest.raises(RunError, match="is not a checkpoint of this program"):
+        consolidate(tmp_path)
+    assert not touched.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "foreign"])

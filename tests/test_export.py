@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cpdlm.hf import CpdlmForCausalLM, export
 from cpdlm.hf.load import run_tokenizer
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training import checkpoints
+from cpdlm.training.checkpoints import RunError
 from tests.test_hf_model import same_weights
 
 
@@ -215,6 +217,24 @@ def test_a_bpe_goes_with_its_model(tmp_path: Path) -> None:
         assert theirs(text)["input_ids"] == [ours.bos, *ids] and theirs.decode(ids) == ours.decode(ids) == text
 
 
+def test_a_run_needs_no_cache_for_its_tokenizer(tmp_path: Path) -> None:
+    """Not with it in its own folder; an older run makes it again from its corpus, unless that is another now."""
+    run = bpe_run(tmp_path)
+    ids = run_tokenizer(run).encode(["alpha beta"])[0].tolist()
+    shutil.rmtree(tmp_path / "cache")
+    assert run_tokenizer(run).encode(["alpha beta"])[0].tolist() == ids
+    checkpoints.save_tokenizer(run, run_tokenizer(run))
+    shutil.rmtree(tmp_path / "cache")
+    words = tmp_path / "words.txt"
+    words.write_text(words.read_text().replace("a", "o"))
+    assert run_tokenizer(run).encode(["alpha beta"])[0].tolist() == ids
+    export.export(run, tmp_path / "mine")
+    assert AutoTokenizer.from_pretrained(tmp_path / "mine")("alpha beta")["input_ids"][1:] == ids
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(RunError, match=r"words.txt is another text now; give the text that it was trained on"):
+        run_tokenizer(run)
+
+
 def test_a_hugging_face_tokenizer_goes_with_its_model(tmp_path: Path) -> None:
     make_run(tmp_path / "bytes", {})
     export.export(tmp_path / "bytes", tmp_path / "source")
@@ -236,7 +256,8 @@ def test_a_run_without_its_parts_says_so(tmp_path: Path, capsys: pytest.CaptureF
     fails(run, tmp_path, "holds something else")
     fails(run, tmp_path / "words.txt", "is a file")
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
-    fails(run, tmp_path / "out", "the tokenizer of", "bpe:290", "run its command again")
+    (tmp_path / "words.txt").rename(tmp_path / "moved.txt")
+    fails(run, tmp_path / "out", "the tokenizer of", "bpe:290", "cannot be made again: corpus=", "words.txt")
     (run / "evaluate.json").unlink()
     fails(run, tmp_path / "out", "does not say which text it was trained on")
     (run / "model.safetensors").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer as TokenizerModel
 from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -376,6 +378,26 @@ def test_a_name_that_is_nowhere_is_explained(tmp_path: Path) -> None:
         load_pretrained(str(tmp_path / "nothing"), torch.float32, CONTEXT)
 
 
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on the terminal, and take what a pipe says for the answer."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes, this is a prompt\n"))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "theirs", "auto_map": {"AutoConfig": "code.Theirs", "AutoTokenizer": "code.Words"}})
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.Words", None]}}))
+    (tmp_path / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'touched')!r})\n")
+    for load in (
+        lambda: load_pretrained(str(tmp_path), torch.float32, CONTEXT),
+        lambda: HubTokenizer("hf:theirs", tmp_path),
+        lambda: build_language_model(resolve({"model.family": str(tmp_path / "config.json")}), V),
+    ):
+        with pytest.raises(ConfigError, match=r"(model|data.tokenizer|family)=.* brings code of its own"):
+            load()
+    assert sys.stdin.read().startswith("yes") and not (tmp_path / "touched").exists()
+
+
 @pytest.mark.parametrize(
     "reason", ["You are trying to access a gated repo.\nMake sure", "owner/none is not a model identifier"]
 )
@@ -550,6 +572,13 @@ def test_hashes_follow_content(folders: dict[str, Path], tmp_path: Path) -> None
         each.save_pretrained(tmp_path / str(number))
     hashes = [tokenizer_hash(str(tmp_path / str(number))) for number in range(3)]
     assert hashes[0] == hashes[1] != hashes[2]
+    # What only changes prompts changes them for the right model.
+    made[0].chat_template = "{{ messages[0]['content'] }}"
+    made[0].save_pretrained(tmp_path / "template")
+    model = word_tokenizer("ab")
+    model.post_processor = TemplateProcessing(single="b $A", special_tokens=[("b", model.token_to_id("b"))])
+    PreTrainedTokenizerFast(tokenizer_object=model, eos_token="a").save_pretrained(tmp_path / "begun")
+    assert len({hashes[0], tokenizer_hash(str(tmp_path / "template")), tokenizer_hash(str(tmp_path / "begun"))}) == 3
 
 
 def test_a_text_ends_where_generate_stops(tmp_path: Path) -> None:

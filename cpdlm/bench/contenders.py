@@ -87,7 +87,7 @@ def hugging_face(model: LanguageModel, static: bool = False) -> Generate | None:
 def as_hugging_face(model: LanguageModel) -> Any:
     """A Hugging Face causal language model of the trunk and unembedding (shared, not copied), in evaluation mode."""
     with torch.device("meta"):  # the shell's own weights are never made
-        shell = AutoModelForCausalLM.from_config(model.trunk.body.config)
+        shell = AutoModelForCausalLM.from_config(model.trunk.body.config, trust_remote_code=False)
     setattr(shell, shell.base_model_prefix, model.trunk.body)
     shell.get_output_embeddings().weight = model.unembedding.weight
     return shell.eval()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -28,7 +27,7 @@ from cpdlm.data.packages import PACKAGES
 from cpdlm.data.splits import assign_splits, take
 from cpdlm.data.stored import ARRAYS, FORMAT, SPLITS, Corpus, TornCache, assemble, file_hash, read_tokens
 from cpdlm.data.target import Target
-from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer, build_tokenizer, tokenizer_hash
+from cpdlm.data.tokenizer import Tokenizer, build_tokenizer, store_tokenizer, stored_tokenizer, tokenizer_hash
 from cpdlm.data.tokens import PIECE_BYTES
 from cpdlm.data.windows import row_count
 from cpdlm.files import LockHeld, locked, remove_partial, replaced_folder
@@ -90,6 +89,9 @@ def _check_length(config: Config, corpus: Corpus) -> None:
 def _from_cache(config: Config, progress: bool) -> Corpus:
     origin = sources.locate(config, progress)
     settings = {key: value for key, value in _request(config).items() if key != "corpus"}
+    kind, _, local = config.data.tokenizer.partition(":")
+    if kind == "hf" and Path(local).exists():
+        settings["tokenizer_sha256"] = tokenizer_hash(local)
     identity = json.dumps({"format": FORMAT, "origin": origin.identity, **settings}, sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     root = Path(config.data.cache) / "tokens"
@@ -197,18 +199,11 @@ def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _tokenizer(config: Config, train_texts: Sequence[bytes], pieces: Path, progress: bool) -> Tokenizer:
     """The tokenizer of the pieces: the one that is saved beside them, else a new one, which is then saved there."""
-    described = pieces / "tokenizer.json"
-    if described.is_file():
-        return SavedTokenizer(
-            **json.loads(described.read_text()), folder=pieces, token_bytes=np.load(pieces / "token_bytes.npy")
-        )
+    if (stored := stored_tokenizer(pieces)) is not None:
+        return stored
     own = Target.of(config).source if config.data.tokenizer == "model" else None
     tokenizer = build_tokenizer(_tokenizer_name(config), train_texts, progress, own)
-    tokenizer.save(pieces)
-    np.save(pieces / "token_bytes.npy", tokenizer.token_bytes().astype(np.int64))
-    temporary = described.with_suffix(".partial")
-    temporary.write_text(json.dumps(_describe(tokenizer)))
-    os.replace(temporary, described)
+    store_tokenizer(tokenizer, pieces)
     return tokenizer
 
 

@@ -116,6 +116,11 @@ def content_hash(source: str) -> str:
     return hashlib.sha256("".join(map(_hash_of, map(str, files))).encode() if files else source.encode()).hexdigest()
 
 
+def brings_code(error: Exception) -> bool:
+    """Whether transformers refused to load because it would have to execute code that comes with the files."""
+    return "trust_remote_code" in str(error)
+
+
 def eos_of(source: str) -> int | list[int] | None:
     """The ids at which `generate` stops on the model of a folder or hub name, by its generation configuration."""
     from transformers import AutoConfig, GenerationConfig
@@ -123,7 +128,7 @@ def eos_of(source: str) -> int | list[int] | None:
     try:
         options = GenerationConfig.from_pretrained(source)
     except OSError:  # without generation_config.json: as `from_pretrained` of a model then does
-        options = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source))
+        options = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
     eos: int | list[int] | None = options.eos_token_id
     return eos
 
@@ -216,8 +221,10 @@ def _convert(path: Path, folder: Path, label: str) -> None:
     where: dict[str, Any] = {"gguf_file": path.name}
     try:
         _check_memory(sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors), label)
-        read = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
+        read = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), dtype=torch.float32, trust_remote_code=False, **where
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), trust_remote_code=False, **where)
     except ConfigError:
         raise
     except Exception as error:  # gguf, numpy and transformers each raise their own on a file that is cut off
@@ -228,7 +235,9 @@ def _convert(path: Path, folder: Path, label: str) -> None:
         ) from error
     plain = read.config.to_dict()
     plain.pop("quantization_config", None)  # the weights are not quantised any more
-    whole = AutoModelForCausalLM.from_config(type(read.config).from_dict(plain), dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_config(
+        type(read.config).from_dict(plain), dtype=torch.float32, trust_remote_code=False
+    )
     whole.load_state_dict(read.state_dict())
     whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

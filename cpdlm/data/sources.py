@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.data.documents import Documents
@@ -54,6 +56,8 @@ def locate(config: Config, progress: bool = True) -> Origin:
         raise ConfigError(
             f"corpus={name!r} is neither {' nor '.join(CORPORA)} nor hf:NAME nor a file or folder that exists{guess}"
         )
+    if not path.is_dir() and not path.is_file():
+        raise ConfigError(f"corpus={name} is neither a file nor a folder; give one of these")
     documents = _folder(path, name) if path.is_dir() else _file(path, name)
     return Origin(
         {"content": content_hash(documents.texts), "sources": documents.source_names, "reader": READER_VERSION},
@@ -67,10 +71,49 @@ def content_hash(texts: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(hashlib.sha256(text).digest() for text in texts))).hexdigest()
 
 
+# How files that are not text begin.
+_COMPRESSED = (
+    b"\x1f\x8b",
+    b"PK\x03\x04",
+    b"BZh",
+    b"\xfd7zXZ\0",
+    b"\x28\xb5\x2f\xfd",
+    b"\x04\x22\x4d\x18",
+    b"7z\xbc\xaf",
+)
+_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+
+
+def not_text(content: bytes) -> str:
+    """What a file is that is no text as bytes have it; "" for text, in UTF-8 or another code of single bytes."""
+    if content.startswith(_COMPRESSED):
+        return "compressed; unpack it first"
+    if content.startswith(_WIDE):
+        return "UTF-16 or UTF-32; convert it to UTF-8 (iconv -t UTF-8)"
+    # A NUL byte early on means a binary file, as git and grep have it.
+    return "binary (it has NUL bytes); give text in UTF-8" if b"\0" in content[:8192] else ""
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, name, error) from error
+
+
+def _unreadable(path: Path | str, name: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"corpus={name}: {path} cannot be read ({error.strerror or error}); make it readable, or give a folder "
+        "without it"
+    )
+
+
 def _file(path: Path, name: str) -> Documents:
-    content = path.read_bytes()
+    content = _read(path, name)
     if not content.strip():
         raise ConfigError(f"corpus={name} is empty; give a file with text in it")
+    if kind := not_text(content):
+        raise ConfigError(f"corpus={name} is {kind}")
     documents = Documents()
     documents.add_source(path.name, pieces(content))
     return documents
@@ -99,19 +142,32 @@ def pieces(content: bytes, size: int = PIECE) -> list[bytes]:
 
 
 def _folder(path: Path, name: str) -> Documents:
-    def regular() -> Iterator[bytes]:
-        for file in sorted(path.rglob("*")):
-            if any(part.startswith(".") for part in file.relative_to(path).parts) or not file.is_file():
-                continue
-            content = file.read_bytes()
-            # A NUL byte early on means a binary file, as git and grep have it.
-            if content.strip() and b"\0" not in content[:8192]:
-                yield content
+    """Every text file is a document. What is hidden is not looked at; what is no text is left out and counted."""
 
-    documents = Documents()
-    documents.add_source(path.resolve().name, regular())
-    if not documents.texts:
-        raise ConfigError(f"corpus={name}: no text file in this folder; give a folder with text files, or a file")
+    def refuse(error: OSError) -> NoReturn:
+        raise _unreadable(error.filename, name, error) from error
+
+    files: list[Path] = []
+    for folder, inner, found in os.walk(path, onerror=refuse):
+        inner[:] = [each for each in inner if not each.startswith(".")]
+        files += [Path(folder) / each for each in found if not each.startswith(".")]
+    texts, left_out = [], []
+    for file in sorted(file for file in files if file.is_file()):
+        content = _read(file, name)
+        if kind := not_text(content):
+            left_out.append(f"{file} is {kind}")
+        elif content.strip():
+            texts.append(content)
+    if not texts:
+        raise ConfigError(
+            f"corpus={name}: no text file in this folder{': ' + left_out[0] if left_out else ''}; "
+            "give a folder with text files, or a file"
+        )
+    if left_out:
+        warnings.warn(f"corpus={name}: {len(left_out)} of {len(files)} files are left out: {left_out[0]}", stacklevel=2)
+    documents, source = Documents(), path.resolve().name
+    documents.add_source(source, texts)
+    documents.notes[source] = {"files": len(files), "not_text": len(left_out)}
     return documents
 
 

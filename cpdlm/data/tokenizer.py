@@ -19,8 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpdlm.config import ConfigError
+from cpdlm.data.pretrained_files import brings_code
+from cpdlm.files import write_json
 
 END = "<|endoftext|>"
+DESCRIBED = "tokenizer.json"  # name, size, bos and eos of a stored tokenizer
 TRAINING_BYTES = 8 * 2**20  # a BPE is trained on this much of the train split, documents in hash order
 
 
@@ -148,8 +151,13 @@ class HubTokenizer:
         try:
             from transformers import AutoTokenizer
 
-            self._model = AutoTokenizer.from_pretrained(str(source))
+            self._model = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except Exception as error:  # the hub, the file system and the tokenizer classes all raise their own
+            if brings_code(error):
+                raise ConfigError(
+                    f"data.tokenizer={name} brings code of its own (auto_map in {source}), which is not executed; "
+                    "give a tokenizer that transformers has"
+                ) from error
             reason = (str(error).splitlines() or [""])[0]
             raise ConfigError(
                 f"data.tokenizer={name} cannot be loaded ({type(error).__name__}: {reason}). "
@@ -209,14 +217,35 @@ class HubTokenizer:
 
 @lru_cache(maxsize=8)
 def tokenizer_hash(source: str) -> str:
-    """sha256 of a Hugging Face tokenizer: its whole definition, and what begins and ends a document.
+    """sha256 of what a Hugging Face tokenizer does: ids, special tokens, what begins a text, the chat template.
 
     ConfigError as HubTokenizer.
     """
     tokenizer = HubTokenizer("model", source)
-    backend = getattr(tokenizer._model, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer._model.get_vocab().items()))
-    return hashlib.sha256(f"{content} {tokenizer.bos} {tokenizer.eos}".encode()).hexdigest()
+    model = tokenizer._model
+    backend = getattr(model, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(sorted(model.get_vocab().items()))
+    behaviour = [tokenizer.bos, tokenizer.eos, tokenizer.prompt("a"), model.chat_template, model.special_tokens_map]
+    return hashlib.sha256(f"{content} {json.dumps(behaviour, sort_keys=True, default=str)}".encode()).hexdigest()
+
+
+def store_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer into a folder that is there, so that `stored_tokenizer` needs nothing else."""
+    tokenizer.save(folder)
+    np.save(folder / "token_bytes.npy", tokenizer.token_bytes().astype(np.int64))
+    what = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "eos": tokenizer.eos}
+    write_json(folder / DESCRIBED, what)  # last: it says that the rest is there
+
+
+def stored_tokenizer(folder: Path) -> SavedTokenizer | None:
+    """The tokenizer that lies in a folder; None where there is none. ConfigError for a damaged one."""
+    if not (folder / DESCRIBED).is_file():
+        return None
+    try:
+        what = json.loads((folder / DESCRIBED).read_text())
+        return SavedTokenizer(**what, folder=folder, token_bytes=np.load(folder / "token_bytes.npy"))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{folder} holds a damaged tokenizer ({type(error).__name__}: {error})") from error
 
 
 class SavedTokenizer:

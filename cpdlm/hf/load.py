@@ -14,13 +14,14 @@ from cpdlm.config import Config, ConfigError
 from cpdlm.data.corpus import load_corpus
 from cpdlm.data.pretrained_files import NAMED
 from cpdlm.data.target import Target
-from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, SavedTokenizer, Tokenizer
+from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, SavedTokenizer, Tokenizer, stored_tokenizer
 from cpdlm.hf import released
 from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import multiplies_bfloat16
 from cpdlm.training.checkpoints import (
     CONFIG,
+    TOKENIZER,
     RunError,
     load_model,
     read_config,
@@ -99,10 +100,18 @@ def _ends(config: Config, tokenizer: Tokenizer) -> int | list[int]:
 
 
 def run_tokenizer(run: Path) -> Tokenizer:
-    """The tokenizer of a run. RunError where the token cache that holds it is gone."""
+    """The tokenizer of a run: in its folder, or for older runs in the cache, or made again from the corpus.
+
+    RunError where it is damaged, or gone and not to be made again.
+    """
     config = read_config(run)
     if config.data.tokenizer == BytesTokenizer.name:
         return BytesTokenizer()
+    try:
+        if (stored := stored_tokenizer(run / TOKENIZER)) is not None:
+            return stored
+    except ConfigError as error:
+        raise RunError(f"{error}; delete that folder, and the tokenizer is made again") from error
     if config.data.bundle:
         try:
             return load_corpus(config, progress=False).tokenizer
@@ -121,10 +130,14 @@ def run_tokenizer(run: Path) -> Tokenizer:
             return SavedTokenizer(
                 saved["name"], saved["vocab_size"], saved["bos"], saved["eos"], path.parent, token_bytes
             )
-    raise RunError(
-        f"the tokenizer of {run} ({config.data.tokenizer}) was in {tokens}, where no folder has this run's tokens any "
-        "more; run its command again, which makes them anew"
-    )
+    lost = f"the tokenizer of {run} ({config.data.tokenizer}) is neither in its folder nor in {tokens}"
+    try:
+        again = load_corpus(config)
+    except ConfigError as error:
+        raise RunError(f"{lost}, and cannot be made again: {error}") from error
+    if again.describe()["sha256"] != sha256:
+        raise RunError(f"{lost}, and corpus={config.corpus} is another text now; give the text that it was trained on")
+    return again.tokenizer
 
 
 def _first_line(error: BaseException) -> str:

@@ -94,7 +94,7 @@ class CpdlmConfig(PreTrainedConfig):
     def build(self) -> LanguageModel:
         """A model of this shape with fresh weights, drafting from the whole vocabulary."""
         return LanguageModel(
-            Trunk(AutoModel.from_config(self.text_config)),
+            Trunk(AutoModel.from_config(self.text_config, trust_remote_code=False)),
             self.vocab_size,
             self.shape,
             context=self.max_position_embeddings,

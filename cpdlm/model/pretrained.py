@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from cpdlm.config import ConfigError
-from cpdlm.data.pretrained_files import free_memory
+from cpdlm.data.pretrained_files import brings_code, free_memory
 from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel, Output
 from cpdlm.model.trunk import Trunk, new_cache
@@ -45,7 +45,7 @@ def load_pretrained(
     _check_shape(shape, context, longest, label)
     with torch.device("meta"):
         try:
-            empty = AutoModelForCausalLM.from_config(shape)
+            empty = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
         except ValueError as error:
             raise ConfigError(
                 f"model={label} is a {shape.model_type} model, not a causal language model; give one that is"
@@ -58,7 +58,7 @@ def load_pretrained(
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         advice = _quantised(shape) or "give a folder with whole safetensors weights"
@@ -207,8 +207,13 @@ def _shape(source: str, label: str) -> Any:
         advice = f"it is a run of this program: type model.trunk={label}" if ours else "give a Hugging Face folder"
         raise ConfigError(f"model={label} is a folder without a config.json; {advice}")
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if brings_code(error):
+            raise ConfigError(
+                f"model={label} brings code of its own (auto_map in its config.json), which is not executed here; "
+                "give a model of an architecture that transformers has"
+            ) from error
         raise ConfigError(
             f"model={label} cannot be found, or is gated: {_first_line(error).rstrip('.')}. "
             "Give a Hugging Face folder, a GGUF file, smollm2, or a hub name that this machine can reach "

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cpdlm.config import SIZES, Config, ConfigError
+from cpdlm.data.pretrained_files import brings_code
 
 # What this release of transformers calls the cache, among a model's arguments and in its outputs.
 CACHE = "cache" if "cache" in {each.name for each in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -179,8 +180,12 @@ def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
 
 def _build_foreign_body(path: str, vocab_size: int, context: int) -> PreTrainedModel:
     try:
-        shape = AutoConfig.from_pretrained(path)
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
+        if brings_code(error):
+            raise ConfigError(
+                f"model.family={path} brings code of its own (auto_map), which is not executed"
+            ) from error
         raise ConfigError(f"model.family={path} is not a Hugging Face config: {str(error).splitlines()[0]}") from error
     longest = getattr(shape, "max_position_embeddings", None) or context
     if longest < context:
@@ -189,7 +194,7 @@ def _build_foreign_body(path: str, vocab_size: int, context: int) -> PreTrainedM
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(shape, token, None)
     try:
-        whole = AutoModelForCausalLM.from_config(shape)
+        whole = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
     except ValueError as error:
         raise ConfigError(f"model.family={path} is not a causal language model's config: {error}") from error
     kinds = {"full_attention", "sliding_attention", "chunked_attention", *(getattr(shape, "layer_types", None) or [])}

@@ -6,6 +6,7 @@ RUN/last.ckpt           what a killed run resumes from, without what is frozen (
 RUN/model.safetensors   finished weights, without those of a frozen trunk
 RUN/train.json          the training part of the record; present once training is complete
 RUN/sessions.json       hashes of text and frozen model, and each start of the run (`cpdlm.training.run`)
+RUN/tokenizer/          the tokenizer, whole (`cpdlm.data.tokenizer.store_tokenizer`)
 RUN/draft_vocabulary.json   the tokens that the run drafts from, where these are not all
 """
 
@@ -23,18 +24,20 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from yaml import YAMLError
 
 from cpdlm import files
 from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from_dict
 from cpdlm.data.target import WEIGHTS, Target
-from cpdlm.files import LockHeld, errors_named, locked, replaced, write_bytes, write_json
+from cpdlm.data.tokenizer import DESCRIBED, Tokenizer, store_tokenizer
+from cpdlm.files import LockHeld, errors_named, locked, replaced, replaced_folder, write_bytes, write_json
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.pretrained import load_pretrained
+from cpdlm.training.received import Refused, shard_names
 
+TOKENIZER = "tokenizer"
 CONFIG, CHECKPOINT, TRAINED = "config.yaml", "last.ckpt", "train.json"
 DRAFT_VOCABULARY = "draft_vocabulary.json"
 
@@ -223,6 +226,7 @@ def remove_checkpoint(folder: Path) -> None:
 def consolidate(folder: Path) -> None:
     """Turn the sharded checkpoint of a run into one file, which every mode loads. Holds the whole of it in memory."""
     path = folder / CHECKPOINT
+    check_checkpoint(path)
     with replaced(path) as temporary:
         try:
             dcp_to_torch_save(path, temporary)
@@ -240,7 +244,9 @@ def check_checkpoint(path: Path, needed: Iterable[str] = ()) -> None:
         whole = path / _META if path.is_dir() else path
         content = torch.load(whole, map_location="cpu", weights_only=True, mmap=not path.is_dir())
         foreign = not isinstance(content, dict) or "Journal" not in content.get("callbacks", {})
-        sharded = _shard_names(path) if path.is_dir() else set[str]()
+        sharded = shard_names(path) if path.is_dir() else set[str]()
+    except Refused as error:
+        raise RunError(f"{path} is not a checkpoint of this program: {error}; delete it to start again") from error
     except Exception as error:
         raise RunError(
             f"{path} is truncated or not a checkpoint ({type(error).__name__}); delete it to start again"
@@ -252,13 +258,12 @@ def check_checkpoint(path: Path, needed: Iterable[str] = ()) -> None:
         raise RunError(f"{path} does not fit this run: it lacks {absent[:3]}; delete it to start again")
 
 
-def _shard_names(path: Path) -> set[str]:
-    """Names of the weights in a sharded checkpoint; EOFError where a shard is shorter than the index says."""
-    index = FileSystemReader(path).read_metadata()
-    for part in index.storage_data.values():
-        if (path / part.relative_path).stat().st_size < part.offset + part.length:
-            raise EOFError(f"{part.relative_path} is cut off")
-    return {name.removeprefix("state_dict.") for name in index.state_dict_metadata}
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Put it into the run's folder, where it is not there yet: the folder needs no cache to be used."""
+    with errors_named(folder):
+        if not (folder / TOKENIZER / DESCRIBED).is_file():
+            with replaced_folder(folder / TOKENIZER) as temporary:
+                store_tokenizer(tokenizer, temporary)
 
 
 def save_draft_vocabulary(folder: Path, config: Config, ids: Tensor | None) -> None:

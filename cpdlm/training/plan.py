@@ -124,13 +124,13 @@ def _build(config: Config, vocab_size: int) -> LanguageModel:
         return build_language_model(config, size, trunk)
     name = target.name
     try:
-        shape = PUBLISHED[name]() if name in PUBLISHED else AutoConfig.from_pretrained(name)
+        shape = PUBLISHED[name]() if name in PUBLISHED else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ConfigError(
             f"model={name}: its shape is not known here ({str(error).splitlines()[0]}); give a folder that holds it, "
             f"or one of {', '.join(PUBLISHED)}"
         ) from error
-    whole = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype))
+    whole = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype), trust_remote_code=False)
     body, unembedding = getattr(whole, whole.base_model_prefix), whole.get_output_embeddings()
     plain = LanguageModel(
         Trunk(body),

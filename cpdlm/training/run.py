@@ -123,6 +123,7 @@ def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None 
     _check_vocabulary(config, corpus, trunk)
     if is_first_process():
         checkpoints.open_run(folder, config)
+        checkpoints.save_tokenizer(folder, corpus.tokenizer)
     trunk_sha256 = Target.of(config).sha256
     sessions = _note_inputs(folder, str(corpus.describe()["sha256"]), trunk_sha256, session)
     torch.manual_seed(config.seed)
