@@ -21,6 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BartConfig,
     BertConfig,
     CohereConfig,
@@ -51,7 +52,8 @@ from cpdlm.config import Config, ConfigError, parse, resolve
 from cpdlm.data.pretrained_files import ORIGIN, checkpoint_folder, content_hash, described, eos_of
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
 from cpdlm.decoding import Sampling, decode, decode_batch
-from cpdlm.hf import CpdlmForCausalLM
+from cpdlm.hf import CpdlmForCausalLM, export
+from cpdlm.hf.load import Loaded
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.pretrained import load_pretrained
 
@@ -708,3 +710,35 @@ def test_an_exported_model_comes_back_bit_for_bit(
             loaded.draft_joint(hidden_BTD[:, -1], tokens_BT[:, -1]).log_factors_NRV,
             model.draft_joint(hidden_BTD[:, -1], tokens_BT[:, -1]).log_factors_NRV,
         )
+
+
+def test_an_export_does_without_options_what_its_base_model_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampling, penalties and ids are the base model's; a batch of its tokenizer can be continued."""
+    base, shape = tmp_path / "base", LlamaConfig(**GROUPED)
+    saved(shape, base)
+    chosen = {"temperature": 0.7, "top_p": 1e-6, "do_sample": True, "repetition_penalty": 1.4, "max_new_tokens": 12}
+    GenerationConfig(**chosen, bos_token_id=None, eos_token_id=[2, 7], pad_token_id=1).save_pretrained(base)
+    words = WordLevel({"a" * (index + 1): index for index in range(V)}, unk_token="aaaa")
+    PreTrainedTokenizerFast(
+        tokenizer_object=TokenizerModel(words), eos_token="aaa", unk_token="aaaa", padding_side="right"
+    ).save_pretrained(base)
+    model = with_heads(load_pretrained(str(base), torch.float32, CONTEXT))
+    tokenizer = HubTokenizer("model", base)
+    config = resolve(
+        {"model.trunk": str(base), "model.family": "pretrained", "data.tokenizer": "model", "data.context": CONTEXT}
+        | {"decode.prompt_tokens": 4, "decode.new_tokens": 4}
+    )
+    monkeypatch.setattr(export, "load", lambda source: Loaded(model, tokenizer, [2, 7], config))
+    export.export(tmp_path / "run", tmp_path / "mine")
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (tmp_path / "mine", base)
+    )
+    told, said = (each.generation_config.to_diff_dict() for each in (ours, theirs))
+    assert told == said and told["pad_token_id"] == 1 and told["repetition_penalty"] == 1.4
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "mine")
+    assert (tokens.padding_side, tokens.pad_token_id) == ("left", 2)
+    rows = {"input_ids": torch.tensor([[2, 2, 5, 6], [8, 5, 9, 11]])}
+    rows["attention_mask"] = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    assert ours.generate(**rows).tolist() == theirs.generate(**rows).tolist()

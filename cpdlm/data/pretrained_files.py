@@ -121,15 +121,19 @@ def brings_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error)
 
 
-def eos_of(source: str) -> int | list[int] | None:
-    """The ids at which `generate` stops on the model of a folder or hub name, by its generation configuration."""
+def generation_of(source: str) -> Any:
+    """The `GenerationConfig` of the model of a folder or hub name: what its `generate` does without options."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
-        options = GenerationConfig.from_pretrained(source)
+        return GenerationConfig.from_pretrained(source)
     except OSError:  # without generation_config.json: as `from_pretrained` of a model then does
-        options = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
-    eos: int | list[int] | None = options.eos_token_id
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
+
+
+def eos_of(source: str) -> int | list[int] | None:
+    """The ids at which `generate` stops on the model of a folder or hub name, by its generation configuration."""
+    eos: int | list[int] | None = generation_of(source).eos_token_id
     return eos
 
 

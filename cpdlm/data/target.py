@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cpdlm.config import Config
-from cpdlm.data.pretrained_files import carried_package, checkpoint_folder, content_hash, described, eos_of, origin_hash
+from cpdlm.data.pretrained_files import carried_package, checkpoint_folder, content_hash, described, eos_of, generation_of, origin_hash
 
 WEIGHTS = "model.safetensors"  # a run's finished weights
 
@@ -55,6 +55,11 @@ class Target:
     def eos(self) -> int | list[int] | None:
         """The ids at which `generate` stops on a pretrained model; None for others, and where nothing stops it."""
         return eos_of(self.source) if self.kind == "pretrained" else None
+
+    @property
+    def generation(self) -> Any:
+        """The `GenerationConfig` of a pretrained model; None for others."""
+        return generation_of(self.source) if self.kind == "pretrained" else None
 
     @property
     def file_sha256(self) -> str | None:

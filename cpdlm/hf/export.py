@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from cpdlm.data.tokenizer import END, HubTokenizer, Tokenizer
-from cpdlm.files import WriteError, write_bytes
+from cpdlm.data.target import Target
+from cpdlm.files import WriteError, write_bytes, write_json
 from cpdlm.hf.card import card
 from cpdlm.hf.load import is_pretrained_tokenizer, load, read_json
 from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
@@ -31,7 +32,8 @@ def export(source: Path, folder: Path) -> CpdlmForCausalLM:
     if loaded.config is None:
         raise RunError(f"{source} is an exported folder already; give the run that it was made of")
     model, tokenizer = loaded.model, loaded.tokenizer
-    wrapped = CpdlmForCausalLM.from_language_model(model, tokenizer.bos, loaded.eos)
+    defaults = Target.of(loaded.config).generation
+    wrapped = CpdlmForCausalLM.from_language_model(model, tokenizer.bos, loaded.eos, defaults)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         wrapped.save_pretrained(folder)
@@ -53,6 +55,14 @@ def check_folder(folder: Path) -> None:
         raise RunError(f"{folder} holds something else than an exported model; give a new or empty folder")
 
 
+def _pad_left(path: Path) -> None:
+    """What a batch to be continued needs of a tokenizer, whatever the model's own does: padding, before the text."""
+    settings = read_json(path) or {}
+    settings["padding_side"] = "left"
+    settings["pad_token"] = settings.get("pad_token") or settings.get("eos_token")
+    write_json(path, settings)
+
+
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """The files that AutoTokenizer reads.
 
@@ -63,6 +73,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         tokenizer.save(Path(scratch))
         if is_pretrained_tokenizer(tokenizer):
             shutil.copytree(Path(scratch) / HubTokenizer.FOLDER, folder, dirs_exist_ok=True)
+            _pad_left(folder / "tokenizer_config.json")
             return
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, processors

@@ -5,6 +5,7 @@ A folder is self-contained: a frozen trunk is saved with the heads that were tra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
@@ -127,16 +128,28 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
 
     @classmethod
     def from_language_model(
-        cls, model: LanguageModel, bos_token_id: int | None = None, eos_token_id: int | Sequence[int] | None = None
+        cls,
+        model: LanguageModel,
+        bos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        defaults: GenerationConfig | None = None,
     ) -> CpdlmForCausalLM:
-        """Wraps a model without copying it. The ids go to its generation configuration; what pads is the first eos."""
+        """Wraps a model without copying it. What pads is by default the first eos.
+
+        defaults: what `generate` does without options, that of the model which the heads are on; its ids go before
+        those given here. Its kind of cache is left out, since the loop has one of its own.
+        """
         wrapped = cls(CpdlmConfig.of(model), model)
-        first = eos_token_id if isinstance(eos_token_id, int) or eos_token_id is None else eos_token_id[0]
-        wrapped.generation_config = GenerationConfig(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id if isinstance(eos_token_id, int) or eos_token_id is None else [*eos_token_id],
-            pad_token_id=first,
-        )
+        options = GenerationConfig() if defaults is None else copy.deepcopy(defaults)
+        options.cache_implementation = options.cache_config = None
+        if options.eos_token_id is None and eos_token_id is not None:
+            options.eos_token_id = eos_token_id if isinstance(eos_token_id, int) else [*eos_token_id]
+        if defaults is None:
+            options.bos_token_id = bos_token_id
+        ends = options.eos_token_id
+        if options.pad_token_id is None and ends is not None:
+            options.pad_token_id = ends if isinstance(ends, int) else ends[0]
+        wrapped.generation_config = options
         wrapped.train(model.training)
         return wrapped
 
