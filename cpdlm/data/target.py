@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cpdlm.config import Config
-from cpdlm.data.pretrained_files import carried_package, checkpoint_folder, content_hash, described, eos_of, generation_of, origin_hash
+from cpdlm.data.pretrained_files import (
+    carried_package,
+    checkpoint_folder,
+    content_hash,
+    described,
+    eos_of,
+    generation_of,
+    origin_hash,
+)
 
 WEIGHTS = "model.safetensors"  # a run's finished weights
 

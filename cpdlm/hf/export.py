@@ -6,8 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from cpdlm.data.tokenizer import END, HubTokenizer, Tokenizer
 from cpdlm.data.target import Target
+from cpdlm.data.tokenizer import END, HubTokenizer, Tokenizer
 from cpdlm.files import WriteError, write_bytes, write_json
 from cpdlm.hf.card import card
 from cpdlm.hf.load import is_pretrained_tokenizer, load, read_json
