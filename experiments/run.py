@@ -7,6 +7,7 @@ python experiments/run.py preset=cpu-heads rank=4 anchor=token model.trunk=runs/
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import uuid
@@ -63,10 +64,16 @@ def _launch(config: configuration.Config, arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    from torch.cuda import device_count
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    there = device_count() or max(2, os.cpu_count() or 1)
+    if config.devices > there:
+        kind = "GPUs" if device_count() else "processors"
+        print(f"error: devices={config.devices}: this machine has {there} {kind}; lower devices", file=sys.stderr)
+        return 2
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
 
     local = LaunchConfig(

@@ -87,7 +87,10 @@ BAD: list[tuple[str, str]] = [
     ),
     ("train.sharded=true parallel=ddp", "train.sharded=true needs parallel=fsdp (parallel=ddp has the whole model"),
     ("model.trunk=runs/x train.recompute=true", "model.trunk=runs/x is frozen and keeps no activations"),
-    ("devices=4 train.accumulate=4 data.batch_rows=8", "devices=4 x train.accumulate=4; try data.batch_rows=16"),
+    (
+        "devices=4 train.accumulate=4 data.batch_rows=8",
+        "devices=4 x train.accumulate=4; each needs a row of its own: lower them to 8 together",
+    ),
     (
         "decode.new_tokens=250 decode.prompt_tokens=64 data.context=256",
         "decode.prompt_tokens=64 + decode.new_tokens=250 exceed data.context=256",
@@ -113,6 +116,8 @@ BAD: list[tuple[str, str]] = [
         "train.decode_prompts=99 decode.prompts=16",
         "train.decode_prompts=99 are more than decode.prompts=16; raise that",
     ),
+    ("preset=cpu-heads", "is for heads on a frozen trunk: make one with preset=cpu-trunk,trunk"),
+    ("devices=99", "each needs a row of its own: lower them to 4 together"),
     ("data.tokenizer=bpe:100", "data.tokenizer='bpe:100'"),
     ("data.tokenizer=bpe:big", "data.tokenizer='bpe:big'"),
     ("data.tokenizer=hf:", "data.tokenizer='hf:'"),
@@ -170,13 +175,17 @@ def test_precedence_is_defaults_then_presets_in_order_then_the_command_line() ->
     assert (smoke.size, smoke.optim.steps, smoke.rank) == ("micro", 60, Config().rank)
     assert parse(["optim.steps=7", "preset=smoke"]).optim.steps == 7, "the command line wins wherever it stands"
     assert parse(["rank=2", "rank=3"]).rank == 3, "the later word wins"
-    assert parse(["preset=smoke,cpu-heads"]).size == "small" and parse(["preset=cpu-heads,smoke"]).size == "micro"
+    sizes = [parse([f"preset={names}", "model.trunk=t"]).size for names in ("smoke,cpu-heads", "cpu-heads,smoke")]
+    assert sizes == ["small", "micro"]
     assert expand({"preset": "smoke,cpu-heads", "optim.steps": 9})["optim.steps"] == 9
 
 
 def test_every_preset_resolves_and_names_real_settings() -> None:
     for preset, overrides in PRESETS.items():
-        values = flatten(parse([f"preset={preset}", *(["model=a folder"] if preset == "retrofit" else [])]))
+        frozen = {"retrofit": "model=a", "cpu-heads": "model.trunk=a", "gpu-heads": "model.trunk=a"}.get(
+            preset, "seed=0"
+        )
+        values = flatten(parse([f"preset={preset}", frozen]))
         assert all(values[key] == value for key, value in overrides.items()) and values["preset"] == preset
 
 

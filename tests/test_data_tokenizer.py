@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cpdlm.config import ConfigError
-from cpdlm.data.tokenizer import BpeTokenizer, BytesTokenizer, SavedTokenizer, build_tokenizer
+from cpdlm.data.tokenizer import BpeTokenizer, BytesTokenizer, HubTokenizer, SavedTokenizer, build_tokenizer
 
 TEXTS = [
     "def main(x):\n    return x + 1\n",
@@ -75,6 +75,13 @@ def test_hub_tokenizer(bpe: BpeTokenizer, tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE)).save_pretrained(tmp_path / "without")
     with pytest.raises(ConfigError, match="has no end-of-sequence token"):
         build_tokenizer(f"hf:{tmp_path / 'without'}", [])
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])  # the library makes an empty one of the one, raises for the other
+def test_a_model_without_a_tokenizer_is_told_apart(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    with pytest.raises(ConfigError, match="data.tokenizer=model.*or name it: data.tokenizer=hf:NAME"):
+        HubTokenizer("model", tmp_path)
 
 
 def test_a_prompt_begins_as_the_model_has_seen_texts_begin(bpe: BpeTokenizer, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer as TokenizerModel
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -373,6 +375,34 @@ def test_weights_of_a_quantisation_that_is_not_known_are_no_torn_download(tmp_pa
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"weights lack \['lm_head.weight'\]; it is quantised \(strange\): give the"):
         load_pretrained(str(folder), torch.float32, CONTEXT)
+
+
+def test_a_kind_that_the_library_does_not_know_is_called_by_its_name(tmp_path: Path) -> None:
+    for content, said in (({"model_type": "foo9"}, "its model_type is foo9"), ({}, "has no model_type")):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match=f"{said}, which transformers .* does not know; install a release"):
+            load_pretrained(str(tmp_path), torch.float32, CONTEXT)
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_name_is_asked_for_once(reachable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library itself retries for half a minute."""
+    asked = []
+
+    def answer(self: HfApi, name: str, timeout: float) -> None:
+        asked.append(name)
+        if reachable:
+            raise HFValidationError("no such name")
+        raise ConnectionError("name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "model_info", answer)
+    said = "no such model on the hub" if reachable else r"the hub cannot be reached \(name or service not known\)"
+    with pytest.raises(ConfigError, match=f"model=some-{reachable}: there is no such folder here, and {said}"):
+        checkpoint_folder(f"some-{reachable}", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"data.tokenizer=hf:x: there is no such folder here, and {said}"):
+        HubTokenizer("hf:x", f"other-{reachable}")
+    assert asked == [f"some-{reachable}", f"other-{reachable}"]
 
 
 def test_a_name_that_is_nowhere_is_explained(tmp_path: Path) -> None:

@@ -412,6 +412,13 @@ def test_a_tokenizer_of_another_model_is_refused(
         in said
     )
     assert "type data.tokenizer=model" in said
+    # In the model's own folder it is known before the text is read.
+    shutil.copytree(pretrained, tmp_path / "mixed")
+    other.save_pretrained(tmp_path / "mixed")
+    words[-2:] = [f"model={tmp_path}/mixed", "data.tokenizer=model", "corpus=/nowhere"]
+    assert run.main([*words, "--stage=train"]) == 2
+    said = capsys.readouterr().err
+    assert "is another model's; put its own into its folder, or name it: data.tokenizer=hf:NAME" in said
 
 
 def _run(*words: str, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -105,7 +105,10 @@ def test_what_does_not_fit_is_refused_before_any_step(base: dict[str, Any], monk
         train(heads(base, **{"model.trunk": base["corpus"]}))
     with pytest.raises(ConfigError, match="decode.prompts=99999"):
         train(heads(base, **{"decode.prompts": 99999}))
-    assert not (Path(base["output"]) / "heads" / checkpoints.CHECKPOINT).exists()
+    for rank in (10**6, 10**18):
+        with pytest.raises(ConfigError, match=f"rank={rank} horizon=3: heads of .* take .* to train, and .* are free"):
+            train(heads(base, rank=rank))
+    assert not (Path(base["output"]) / "heads" / checkpoints.CONFIG).exists()
     # A checkpoint holds neither text nor frozen weights: a run that began with others must not go on.
     (trunk / checkpoints.TRAINED).unlink()
     (Path(base["corpus"]) / "0.py").write_text("pass\n" * 40)

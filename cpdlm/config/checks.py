@@ -156,7 +156,10 @@ def _processes(config: Config) -> Iterator[str]:
     step = nodes * devices * accumulate
     if rows % step:
         machines = f"nodes={nodes} x " if nodes > 1 else ""
+        advice = f"try data.batch_rows={step * round(rows / step)}"
+        if step > rows:
+            advice = f"each needs a row of its own: lower them to {rows} together, or raise data.batch_rows"
         yield (
             f"data.batch_rows={rows} does not divide into {machines}devices={devices} x train.accumulate={accumulate}; "
-            f"try data.batch_rows={step * max(1, round(rows / step))}"
+            f"{advice}"
         )

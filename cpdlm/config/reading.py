@@ -60,7 +60,14 @@ def resolve(overrides: Mapping[str, Any]) -> Config:
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     check(config)
-    # Not a rule of `check`: runs that were finished before it are still read.
+    # Not rules of `check`: runs that were finished before them are still read.
+    alone = [name for name in config.preset.split(",") if name.endswith("-heads") and not config.model.trunk]
+    if alone:
+        made = alone[0].replace("-heads", "-trunk,trunk")
+        raise ConfigError(
+            f"preset={alone[0]} is for heads on a frozen trunk: make one with preset={made}, and give its folder "
+            "as model.trunk=RUN"
+        )
     if config.train.decode_prompts > config.decode.prompts:
         raise ConfigError(
             f"train.decode_prompts={config.train.decode_prompts} are more than decode.prompts={config.decode.prompts}; "

@@ -26,6 +26,7 @@ from cpdlm.data.packages import PACKAGES, Package, fetch
 from cpdlm.files import errors_named, locked, partial_folder, remove_partial
 
 ORIGIN = "origin.json"
+HUB_SECONDS = 10  # to wait for the hub's answer to a name
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,37 @@ def checkpoint_folder(name: str, cache: str, bundle: str = "") -> str:
         if not (folder / ORIGIN).is_file():
             _dequantise(lambda aside: path, folder, digest, str(path))
         return str(folder)
-    return str(path) if path.exists() else name
+    if path.exists():
+        return str(path)
+    check_hub(name, f"model={name}")
+    return name
+
+
+@lru_cache(maxsize=8)
+def check_hub(name: str, setting: str) -> None:
+    """ConfigError for a name that the hub does not know, or that is not on this machine while the hub cannot be reached.
+
+    Asked once, without the half minute of retries that follows otherwise.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    if _hub_folder(name) is not None or constants.HF_HUB_OFFLINE:
+        return
+    advice = f"give a Hugging Face folder, a GGUF file, {', '.join(NAMED)} or a hub name, OWNER/NAME"
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise ConfigError(
+            f"{setting}: there is no such folder here, and no such model on the hub (or it is gated: hf auth login); "
+            f"{advice}"
+        ) from error
+    except Exception as error:  # those of whichever HTTP library the hub's client has
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{setting}: there is no such folder here, and the hub cannot be reached ({reason}); {advice} that this "
+            "machine can reach"
+        ) from error
 
 
 def carried_package(name: str, cache: str) -> Path | None:

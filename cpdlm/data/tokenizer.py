@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpdlm.config import ConfigError
-from cpdlm.data.pretrained_files import brings_code
+from cpdlm.data.pretrained_files import brings_code, check_hub
 from cpdlm.files import write_json
 
 END = "<|endoftext|>"
@@ -148,6 +148,8 @@ class HubTokenizer:
 
     def __init__(self, name: str, source: str | Path) -> None:
         self.name = name
+        if not Path(source).exists():
+            check_hub(str(source), f"data.tokenizer={name}")
         try:
             from transformers import AutoTokenizer
 
@@ -159,10 +161,19 @@ class HubTokenizer:
                     "give a tokenizer that transformers has"
                 ) from error
             reason = (str(error).splitlines() or [""])[0]
-            raise ConfigError(
-                f"data.tokenizer={name} cannot be loaded ({type(error).__name__}: {reason}). "
+            advice = (
                 "Give a Hugging Face name or a local folder (hf:./folder), or type data.tokenizer=bpe:8192 or bytes"
+            )
+            if name.startswith("model"):
+                advice = f"Put the model's own tokenizer into {source}, or name it: data.tokenizer=hf:NAME"
+            raise ConfigError(
+                f"data.tokenizer={name} cannot be loaded ({type(error).__name__}: {reason}). {advice}"
             ) from error
+        if len(self._model) <= len(self._model.all_special_ids):  # what the library makes of a folder without one
+            raise ConfigError(
+                f"data.tokenizer={name}: {source} holds no tokenizer (tokenizer.json and its like); put the model's own "
+                "there, or name it: data.tokenizer=hf:NAME"
+            )
         if self._model.eos_token_id is None:
             raise ConfigError(
                 f"data.tokenizer={name} has no end-of-sequence token, which separates documents; type "

@@ -9,6 +9,7 @@ Letters: B batch, T position, L slots of a cache, S tokens behind it, V vocabula
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import __version__ as version
+from transformers.utils import cached_file
 
 from cpdlm.config import ConfigError
 from cpdlm.data.pretrained_files import brings_code, free_memory
@@ -50,7 +53,7 @@ def load_pretrained(
             raise ConfigError(
                 f"model={label} is a {shape.model_type} model, not a causal language model; give one that is"
             ) from error
-    _check_memory(empty, dtype, label, _free_bytes(label) if available_bytes is None else available_bytes)
+    _check_memory(empty, dtype, label, free_bytes(label) if available_bytes is None else available_bytes)
     if empty.get_output_embeddings() is None:
         raise ConfigError(
             f"model={label} ({type(empty).__name__}) has no output embedding, so no next-token distribution; "
@@ -214,11 +217,25 @@ def _shape(source: str, label: str) -> Any:
                 f"model={label} brings code of its own (auto_map in its config.json), which is not executed here; "
                 "give a model of an architecture that transformers has"
             ) from error
+        if (kind := _kind(source)) is not None:
+            raise ConfigError(
+                f"model={label}: {f'its model_type is {kind}' if kind else 'its config.json has no model_type'}, which "
+                f"transformers {version} does not know; install a release that does, or give another model"
+            ) from error
         raise ConfigError(
             f"model={label} cannot be found, or is gated: {_first_line(error).rstrip('.')}. "
             "Give a Hugging Face folder, a GGUF file, smollm2, or a hub name that this machine can reach "
             "(a gated one after `hf auth login`)"
         ) from error
+
+
+def _kind(source: str) -> str | None:
+    """model_type of a config.json that is here, "" where it names none; None where there is no config.json to read."""
+    try:
+        content = json.loads(Path(str(cached_file(source, "config.json", local_files_only=True))).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return None
+    return str(content.get("model_type", "")) if isinstance(content, dict) else None
 
 
 def _longest(shape: Any) -> int | None:
@@ -285,7 +302,7 @@ def _check_memory(empty: nn.Module, dtype: torch.dtype, label: str, available: i
         )
 
 
-def _free_bytes(label: str) -> int:
+def free_bytes(label: str) -> int:
     """Of the machine and of its accelerator, if any: weights are read into the one, then moved to the other."""
     free = free_memory(label)
     return min(free, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else free

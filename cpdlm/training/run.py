@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,8 +29,12 @@ from cpdlm.data.corpus import load_corpus
 from cpdlm.data.draft_vocabulary import DraftVocabulary, frequent_tokens
 from cpdlm.data.stored import Corpus
 from cpdlm.data.target import Target
+from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.files import write_json
+from cpdlm.model.heads import FactorHeads, HeadsConfig
 from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.pretrained import free_bytes
+from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.processes import is_first_process, is_launched
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import CONFIG, RunError
@@ -117,10 +122,16 @@ def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None 
     folder = checkpoints.run_folder(config)
     checkpoints.check_same_run(folder, config)
     trunk = frozen_model(config)
+    if config.data.tokenizer == "model" and not config.data.bundle:
+        _check_vocabulary(config, HubTokenizer("model", Target.of(config).source), trunk)  # before the text is read
     began = time.monotonic()
     corpus = load_corpus(config)
     data_seconds = time.monotonic() - began
+    # All that later stages need is checked before the folder is a run of these settings.
     _check_vocabulary(config, corpus, trunk)
+    _check_memory(config, corpus.vocab_size, trunk)
+    if config.horizon > 1:
+        TokenDataModule(config, corpus).prompts()
     if is_first_process():
         checkpoints.open_run(folder, config)
         checkpoints.save_tokenizer(folder, corpus.tokenizer)
@@ -135,8 +146,6 @@ def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None 
         model.use_draft_vocabulary(torch.from_numpy(listed.ids))
         say(f"loss.draft_vocabulary={len(listed.ids)} tokens cover {listed.coverage:.2%} of the training text")
     data = TokenDataModule(config, text)
-    if config.horizon > 1:
-        data.prompts()  # that there are enough is known before the work, not after it
     return Run(config, folder, corpus, data, model, written, listed, sessions, data_seconds)
 
 
@@ -218,21 +227,38 @@ def check_same_text(folder: Path, then: str, now: str) -> None:
         )
 
 
-def _check_vocabulary(config: Config, corpus: Corpus, trunk: LanguageModel | None) -> None:
+def _check_vocabulary(config: Config, corpus: Corpus | HubTokenizer, trunk: LanguageModel | None) -> None:
     if trunk is None:
         return
-    target = Target.of(config)
+    target, own = Target.of(config), config.data.tokenizer == "model"
     if target.kind == "pretrained" and trunk.vocab_size < corpus.vocab_size:
         raise RunError(
             f"data.tokenizer={config.data.tokenizer} has {corpus.vocab_size} tokens, model={target.name} embeds "
             f"{trunk.vocab_size}: the tokenizer is another model's; "
-            "type data.tokenizer=model, or give a folder with both"
+            f"{'put its own into its folder, or name it: data.tokenizer=hf:NAME' if own else 'type data.tokenizer=model'}"
         )
     if target.kind == "run" and trunk.vocab_size != corpus.vocab_size:
         raise RunError(
             f"model.trunk={target.name} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
             f"{config.data.tokenizer} on corpus={config.corpus} one of {corpus.vocab_size}; "
             "use the trunk's own data settings"
+        )
+
+
+def _check_memory(config: Config, vocab_size: int, trunk: LanguageModel | None) -> None:
+    """ConfigError where the heads do not fit into memory, with their gradients and AdamW's two moments."""
+    shape, parameters = HeadsConfig.of(config), math.inf
+    if not shape.factors:
+        return
+    with torch.device("meta"), contextlib.suppress(RuntimeError, TypeError):  # of sizes beyond 64 bits
+        body = trunk.trunk if trunk is not None else Trunk(build_body(config, vocab_size))
+        parameters = sum(each.numel() for each in FactorHeads(body.width, vocab_size, shape).parameters())
+    need, free = 16 * parameters / (config.devices if config.parallel == "fsdp" else 1), free_bytes(config.run_name)
+    if need > free:
+        raise ConfigError(
+            f"rank={config.rank} horizon={config.horizon}: heads of {parameters / 1e9:.2f}B parameters take "
+            f"{need / 2**30:.1f} GiB to train, and {free / 2**30:.1f} GiB are free; lower the rank, or give them "
+            "model.map_rank"
         )
 
 
