@@ -59,12 +59,16 @@ def usual(layout: str, rows: int, tokens: int = 24) -> list[int]:
 class Multiple(StoppingCriteria):
     """Stops a row after an id that is a multiple of 5."""
 
+    stateless = True
+
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return input_ids[:, -1] % 5 == 0
 
 
 class Favour(LogitsProcessor):
     """Raises another id in every row: what a row gets must not depend on how rows are grouped."""
+
+    stateless = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
@@ -130,6 +134,42 @@ def test_greedy_is_what_the_library_writes(name: str, layout: str) -> None:
         chosen, theirs = stock_text(name, layout, rows)
         ours = wrapped(layout).generate(**batch(rows), **chosen)
         assert ours.dtype == torch.int64 and ours.tolist() == theirs
+
+
+class Automaton(LogitsProcessor):
+    """A grammar's matcher: it follows the text token by token, and forbids what it has seen last, of every row."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen.append(input_ids[:, -1:])
+        return scores.scatter(1, torch.cat(self.seen[-3:], dim=1), -math.inf)
+
+
+class SomeRowOnce(StoppingCriteria):
+    """As lm-eval's: a row that said a multiple of 5 once is done for ever, and nothing ends before all rows have."""
+
+    def __init__(self) -> None:
+        self.done: Tensor | bool = False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.done = self.done | (input_ids[:, -1] % 5 == 0)
+        return self.done.all().expand(len(input_ids))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [Automaton, SomeRowOnce])
+def test_what_has_a_memory_is_called_as_the_stock_loop_calls_it(kind: type[Any], layout: str) -> None:
+    def chosen() -> dict[str, Any]:
+        held = StoppingCriteriaList([kind()]) if kind is SomeRowOnce else LogitsProcessorList([kind()])
+        name = "stopping_criteria" if kind is SomeRowOnce else "logits_processor"
+        return {"max_new_tokens": 20, "pad_token_id": 0, name: held}
+
+    theirs = stock(layout, **batch(3), **chosen())
+    with pytest.warns(UserWarning, match=f"{kind.__name__} may keep something between calls.*stateless = True"):
+        ours = wrapped(layout).generate(**batch(3), **chosen())
+    assert ours.tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize("draft", ["none", "block", "tree", "window", "path"])

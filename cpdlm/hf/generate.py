@@ -13,7 +13,8 @@ Letters: B rows, T tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,12 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, logits_process
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
 
 from cpdlm.decoding import ModelProxy, Options, Sampling, decode_batch
 
@@ -61,6 +67,7 @@ _ROW_BLIND = (
     logits_process.SuppressTokensLogitsProcessor,
     logits_process.TypicalLogitsWarper,
 )
+_ROW_WISE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 _NOT_HERE = "is not for this loop, which drafts and rolls back a cache of its own"
 _CACHE = "would have to hold exactly what this loop keeps; pass the whole text as input_ids"
 _REASONS = {
@@ -95,9 +102,12 @@ class SpeculativeGenerationMixin(GenerationMixin):
         """`generate` of `transformers`, several tokens per forward. The output's distribution is the stock loop's.
 
         inputs: (B, T) ids, padded on the left where attention_mask is 0. draft, nodes: as in `decode_batch`. The rest
-        is as in `GenerationMixin.generate`: greedy search and sampling, logits processors that are functions of
-        (input_ids, scores), stopping criteria, streamer, num_return_sequences, and so on. Random numbers come from one
-        generator per row, seeded by torch's global one: torch.manual_seed makes a call reproducible. (The tokens
+        is as in `GenerationMixin.generate`: greedy search and sampling, logits processors, stopping criteria, streamer,
+        num_return_sequences, and so on. A processor or criterion that is not the library's may keep something between
+        calls or answer for the whole batch, and rejected drafts would leave their trace: the stock loop then writes,
+        one token per forward, and a warning says so. One with an attribute `stateless = True` is a function of
+        (input_ids, scores) that treats each row by itself, and drafts go on. Random numbers come from one generator
+        per row, seeded by torch's global one: torch.manual_seed makes a call reproducible. (The tokens
         differ from the stock loop's with that seed; their distribution does not.) A row that has stopped is padded.
 
         Returns (B, T + new) int64, padded on the right with pad_token_id (by default the first eos_token_id), or a
@@ -115,6 +125,17 @@ class SpeculativeGenerationMixin(GenerationMixin):
                 return getattr(self.generation_config, name, None)
 
             _check_arguments(kwargs, asked)
+            if named := _perhaps_stateful(logits_processor or (), stopping_criteria or ()):
+                warnings.warn(
+                    f"{named} may keep something between calls: one token per forward is written, without drafts; give "
+                    "it the attribute stateless = True where each row's answer is a function of that row's "
+                    "(input_ids, scores)",
+                    stacklevel=2,
+                )
+                plainly: Tensor | GenerateDecoderOnlyOutput = stock.generate(
+                    inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
+                )
+                return plainly
             tokenizer, stop_strings = kwargs.pop("tokenizer", None), asked("stop_strings")
             if stop_strings:
                 if tokenizer is None:
@@ -137,6 +158,18 @@ class SpeculativeGenerationMixin(GenerationMixin):
             "continuous batching (generate_batch, cache_implementation='paged') is not for this model, which has a "
             "cache of its own; call generate with the prompts as one batch, padded on the left"
         )
+
+
+def _perhaps_stateful(processors: Iterable[Any], criteria: Iterable[Any]) -> str:
+    """The first that is neither the library's own nor says that it is a function of each row's text; "" for none."""
+    known = [type(each).__module__ == logits_process.__name__ for each in processors]
+    known += [type(each) in _ROW_WISE for each in criteria]
+    foreign = [
+        type(each).__name__
+        for each, ours in zip([*processors, *criteria], known, strict=True)
+        if not ours and getattr(each, "stateless", False) is not True
+    ]
+    return foreign[0] if foreign else ""
 
 
 @dataclass(frozen=True)
