@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from cpdlm.decoding import Decoded, Sampling, decode_batch, drafters
+from cpdlm.decoding import Decoded, Sampling, drafters
 from cpdlm.model.language_model import LanguageModel
 from experiments.bench import speed
+from experiments.bench.speed_calls import Subject
+from experiments.bench.speed_record import LEAST_TRUNK, targets
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,28 +36,19 @@ def model() -> LanguageModel:
 
 
 def write(model: LanguageModel, sampling: Sampling, rows: int = 1) -> list[Decoded]:
-    generators = [torch.Generator().manual_seed(row) for row in range(rows)]
-    return decode_batch(model, [torch.tensor([1, row]) for row in range(rows)], 12, sampling, generators)
+    prompts_BT = torch.stack([torch.tensor([1, row]) for row in range(rows)])
+    return Subject.of(model, drafts=True).decode(prompts_BT, sampling, 12, lambda part: None)
 
 
 @pytest.mark.parametrize("sampling", speed.MODES.values(), ids=speed.MODES)
-def test_forced_acceptance_keeps_the_pattern(model: LanguageModel, sampling: Sampling) -> None:
-    with speed.forced(3):
-        one, two = write(model, sampling, rows=2)
+def test_forced_acceptance_follows_the_pattern(model: LanguageModel, sampling: Sampling) -> None:
+    one, two = write(model, sampling, rows=2)
     assert one.emitted == [1, 1, 2, 3, 1, 2, 2] and two.emitted[:6] == [1, 2, 3, 1, 2, 3]
     assert len(one.tokens) == len(two.tokens) == 12
 
 
-def test_nothing_is_forced_outside_the_block(model: LanguageModel) -> None:
-    greedy = speed.MODES["greedy"]
-    before = write(model, greedy)[0].emitted
-    with speed.forced(3):
-        forced = write(model, greedy)[0].emitted
-    assert write(model, greedy)[0].emitted == before != forced
-
-
 def test_forcing_leaves_out_no_work(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draft, a pass of the trunk and an acceptance test for every pass but the prompt's."""
+    """A draft, a forward of the trunk and an acceptance test for every target forward but the prompt's."""
     calls: Counter[str] = Counter()
 
     def counted(owner: Any, name: str) -> None:
@@ -67,22 +60,16 @@ def test_forcing_leaves_out_no_work(model: LanguageModel, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(owner, name, call)
 
-    counted(model, "draft_joint")
-    counted(model, "hidden")
-    counted(model, "target_log_probs")
+    for name in ("draft_joint", "hidden", "target_log_probs"):
+        counted(model, name)
     counted(drafters, "sampled_chain")
     counted(drafters, "verify")
-    with speed.forced(3):
-        forwards = write(model, Sampling())[0].forwards
+    forwards = write(model, Sampling())[0].forwards
     assert calls["hidden"] == calls["target_log_probs"] == calls["verify"] == forwards == 7
     assert calls["draft_joint"] == calls["sampled_chain"] == forwards - 1
 
 
-def test_intervals_and_targets() -> None:
-    assert speed.interval([2.0] * 5) == {"median": 2.0, "low": 2.0, "high": 2.0}
-    spread = speed.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert spread["low"] < spread["median"] == 3.0 < spread["high"]
-
+def test_targets() -> None:
     def cell(rank: int, horizon: int, share: float) -> dict[str, Any]:
         middle = {"share_of_limit": {"median": share}, "pass_over_floor": {"median": 1.01}}
         return {"rank": rank, "horizon": horizon, "shortlist": 0} | middle
@@ -90,7 +77,7 @@ def test_intervals_and_targets() -> None:
     cells = [cell(1, 4, 0.93), cell(8, 4, 0.7), cell(8, 8, 0.7), cell(4, 4, 0.7)]
     group = {"dtype": "float32", "mode": "greedy", "batch": 1, "cells": cells}
     slow = cell(8, 4, 0.7) | {"pass_over_floor": {"median": 1.2}}
-    found = speed.targets([group, group | {"batch": 4, "cells": [cells[0], slow]}], speed.LEAST_TRUNK)
+    found = targets([group, group | {"batch": 4, "cells": [cells[0], slow]}], LEAST_TRUNK)
     shares = [each for each in found if each["what"].startswith("conversion")]
     assert [(each["target"], each["holds"]) for each in shares] == [(0.92, True), (0.80, False)]
     floors = [each for each in found if each["what"].startswith("pass over floor")]
@@ -100,7 +87,7 @@ def test_intervals_and_targets() -> None:
         "float32 greedy batch 4 r1 n4 shortlist none",
         "float32 greedy batch 4 r8 n4 shortlist none",
     ]
-    small = speed.targets([group], speed.LEAST_TRUNK - 1)
+    small = targets([group], LEAST_TRUNK - 1)
     assert not any(each["what"].startswith("conversion") for each in small), "the target names a trunk of 50M or more"
 
 
@@ -109,8 +96,10 @@ def test_a_quick_run_writes_a_record(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "decode_speed.json").read_text())
-    assert {"benchmark", "command", "commit", "dirty", "hardware", "versions", "started", "settings"} <= set(record)
-    assert finite(record) and "schema" not in record
+    assert {"benchmark", "command", "commit", "dirty", "hardware", "versions", "started", "seed", "settings"} <= set(
+        record
+    )
+    assert finite(record)
     groups = {(group["dtype"], group["mode"], group["batch"]): group for group in record["groups"]}
     assert len(groups) == len(record["groups"]) == 2 * 2 + 2
     for (_, _, batch), group in groups.items():
@@ -127,7 +116,7 @@ def test_a_quick_run_writes_a_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", speed.MODES)
-def test_captured_passes_are_measured_alike(mode: str) -> None:
+def test_captured_forwards_are_measured_alike(mode: str) -> None:
     """On the CPU the step is not a graph, the measuring is the same."""
     options = speed.parse(["--quick"])
     trunk, cells = speed.models(options, torch.device("cpu"), "float32")
@@ -139,7 +128,7 @@ def test_captured_passes_are_measured_alike(mode: str) -> None:
         assert ("generate" in measured) == (group.batch == 1)
         for cell in measured["cells"]:
             assert cell["ms_by_part"] is None and cell["draft_ms"]["median"] > 0
-            assert 1 < cell["tokens_per_pass"] <= (1 + group.horizons[0]) / 2
+            assert 1 < cell["tokens_per_pass"] <= (1 + group.longest) / 2
 
 
 def test_the_compiled_baseline_is_measured_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,5 +139,5 @@ def test_the_compiled_baseline_is_measured_or_says_why_not(monkeypatch: pytest.M
     def broken(*arguments: Any) -> Any:
         raise RuntimeError("no compiler\nhere")
 
-    monkeypatch.setattr(speed, "_theirs", broken)
+    monkeypatch.setattr(speed, "timed_generate", broken)
     assert speed.compiled_generate(options, torch.device("cpu"), "float32")["failure"] == "RuntimeError: no compiler"

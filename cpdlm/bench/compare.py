@@ -51,7 +51,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender: seconds and tokens, [repeat][prompt], and, of ours, what was decoded per prompt.
+    """One contender: seconds, tokens and forwards, [repeat][prompt], and, of ours, what was decoded per prompt.
 
     texts: the ids of the first repeat, per prompt."""
 
@@ -59,6 +59,7 @@ class Timing:
     tokens: list[list[int]]
     decoded: list[list[Decoded]]
     texts: list[list[int]] = field(default_factory=list)
+    forwards: list[list[int]] = field(default_factory=list)
 
     def rates(self) -> NDArray[np.float64]:
         """(K,) tokens per second of each repeat: total tokens over total time."""
@@ -228,6 +229,7 @@ def interleaved(
         for timing in timings.values():
             timing.seconds.append([])
             timing.tokens.append([])
+            timing.forwards.append([])
         for index, prompt_T in enumerate(prompts_PT):
             turn = (repeat + index) % len(order)
             for key in order[turn:] + order[:turn]:
@@ -236,8 +238,9 @@ def interleaved(
                     start = timer.now()
                     result = contender(prompt_T, run_seed(protocol.seed, index, repeat))
                     timing.seconds[repeat].append(timer.now() - start)
+                seen = contender.forwards(forwards.count) if isinstance(contender, Ours) else forwards.count
+                timing.forwards[repeat].append(seen)
                 if isinstance(result, Decoded):
-                    seen = contender.forwards(forwards.count) if isinstance(contender, Ours) else forwards.count
                     assert seen == result.forwards, f"{key}: {seen} forwards were made, the loop says {result.forwards}"
                     timing.decoded[index].append(result)
                 ids = result.tokens if isinstance(result, Decoded) else result

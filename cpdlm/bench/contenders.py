@@ -51,12 +51,12 @@ def theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Contender
     return lambda prompt_T, seed: generate(prompt_T, new_tokens, sampling, seed)
 
 
-def hugging_face(model: LanguageModel, static: bool = False) -> Generate | None:
+def hugging_face(model: LanguageModel, static: bool = False, **more: Any) -> Generate | None:
     """Hugging Face's generate on the model's own trunk and unembedding (shared, not copied).
 
-    static: with its cache of fixed size, for which it compiles the model on CUDA. None where the target is not
-    softmax(U h) (a self target that is not tied): no Hugging Face model has that distribution. The result is (prompt_T,
-    new tokens, sampling, seed) -> ids. The global generator, which generate uses, is restored.
+    static: with its cache of fixed size, for which it compiles the model on CUDA. more: arguments of its generate. None
+    where the target is not softmax(U h) (a self target that is not tied): no Hugging Face model has that distribution.
+    The result is (prompt_T, new tokens, sampling, seed) -> ids. The global generator, which generate uses, is restored.
     """
     if not (model.first_is_tied or model.frozen_target):
         return None
@@ -75,9 +75,8 @@ def hugging_face(model: LanguageModel, static: bool = False) -> Generate | None:
         devices = [prompt_T.device] if prompt_T.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(seed)
-            text_1T = shell.generate(
-                prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), generation_config=settings
-            )
+            mask = torch.ones_like(prompt_T[None])
+            text_1T = shell.generate(prompt_T[None], attention_mask=mask, generation_config=settings, **more)
         ids: list[int] = text_1T[0, len(prompt_T) :].tolist()
         return ids
 

@@ -1,0 +1,174 @@
+"""Drafters side by side: their speed, and what is accepted of them.
+
+A drafter is chosen on prompts of the validation split and reported on those of the test split.
+
+Letters: P prompts, T positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cpdlm.bench.acceptance import acceptance
+from cpdlm.bench.intervals import Written, interval, more_per_forward, speedup
+from cpdlm.decoding import Sampling
+from experiments.bench.decode_heads import Heads
+from experiments.bench.decode_race import AUTOREGRESSIVE, SAMPLINGS, Bench, pooled, rate_entry, speed_entry
+from experiments.bench.record import say
+from experiments.measure.agreement import agreement
+
+DRAFTERS = {"greedy": ("chain", "tree", "window", "path"), "sampling": ("chain", "block", "tree", "window", "path")}
+TEMPERATURES, TOP_P = (0.5, 0.8, 1.0, 1.2), (0.8, 0.95, 1.0)  # temperature 0 has no top-p
+
+
+def speeds(bench: Bench) -> list[dict[str, Any]]:
+    """Per heads and mode: each drafter on both splits, and the one chosen."""
+    found: list[dict[str, Any]] = [heads.label | {"modes": {mode: {} for mode in DRAFTERS}} for heads in bench.heads]
+    for mode in DRAFTERS:
+        for split, draws in (("validation", bench.options.validation_draws), ("test", bench.options.draws)):
+            say(f"drafters, {bench.config.corpus}, {mode}, {split}")
+            for index, entries in enumerate(_race(bench, mode, split, draws)):
+                for drafter, entry in entries.items():
+                    found[index]["modes"][mode].setdefault(drafter, {})[split] = entry
+        for heads in found:
+            rates = _validation_speeds(heads, mode)
+            heads["modes"][mode]["chosen"] = max(rates, key=lambda drafter: rates[drafter])
+    return found
+
+
+def _race(bench: Bench, mode: str, split: str, draws: int) -> list[dict[str, dict[str, Any]]]:
+    """Per heads, by drafter: its part of the record."""
+    sampling, seed = SAMPLINGS[mode], bench.seed
+    names = [distinct(DRAFTERS[mode], heads) for heads in bench.heads]
+    racers = {AUTOREGRESSIVE: bench.autoregressive(sampling)} | {
+        f"{index} {drafter}": bench.speculative(heads, sampling, drafter)
+        for index, heads in enumerate(bench.heads)
+        for drafter in names[index]
+    }
+    raced = bench.race(racers, split, draws)
+
+    def entry(index: int, drafter: str) -> dict[str, Any]:
+        mine, chain = raced[f"{index} {drafter}"], raced[f"{index} chain"].written
+        return (
+            acceptance(mine.decoded, bench.heads[index].horizon, seed)
+            | rate_entry(mine.written, seed)
+            | speed_entry(mine.written, raced[AUTOREGRESSIVE].written, seed)
+            | {
+                "tokens_per_pass_over_chain": interval(more_per_forward, mine.written, chain, seed=seed),
+                "speed_over_chain": interval(speedup, mine.written, chain, seed=seed),
+            }
+        )
+
+    return [{drafter: entry(index, drafter) for drafter in each} for index, each in enumerate(names)]
+
+
+def suggested(cells: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Per mode: the drafter that was fastest on the validation prompts (geometric mean of all heads, over the chain)."""
+    best = {}
+    for mode in DRAFTERS:
+        gains: dict[str, float] = {}
+        for entry in cells:
+            rates = _validation_speeds(entry, mode)
+            for drafter, rate in rates.items():
+                gains[drafter] = gains.get(drafter, 0.0) + math.log(rate / rates["chain"])
+        best[mode] = max(gains, key=lambda drafter: gains[drafter])
+    return best
+
+
+def _validation_speeds(entry: dict[str, Any], mode: str) -> dict[str, float]:
+    found = entry["modes"][mode]
+    return {name: each["validation"]["speedup"]["mean"] for name, each in found.items() if name != "chosen"}
+
+
+def distinct(names: Sequence[str], heads: Heads) -> list[str]:
+    """Without those that draft what the chain drafts: of independent positions the likeliest window is the argmaxes."""
+    return [name for name in names if heads.rank > 1 or name not in ("window", "path")]
+
+
+def accepted(bench: Bench) -> list[dict[str, Any]]:
+    """Tokens per forward of every drafter on the test prompts, decoded in batches.
+
+    Beside it what each gains over the chain of the same heads, and over rank 1 of the same variant and seeds.
+    """
+    rows = []
+    for mode, names in DRAFTERS.items():
+        of_rank1: dict[tuple[str, tuple[int, ...]], dict[str, Written]] = {}
+        for heads in bench.heads:
+            say(f"acceptance, {bench.config.corpus}, {mode}, {heads.variant}, rank {heads.rank}")
+            written: dict[str, Written] = {}
+            kin = (heads.variant, tuple(heads.seeds))
+            if heads.rank == 1:
+                of_rank1[kin] = written
+            for drafter in distinct(names, heads):
+                counts, one = _accepted(heads, SAMPLINGS[mode], drafter, bench)
+                written[drafter] = one
+                others = {} if drafter == "chain" else {"chain": written["chain"]}
+                if heads.rank > 1 and kin in of_rank1:  # its window and path are its chain
+                    others["rank1"] = of_rank1[kin].get(drafter, of_rank1[kin]["chain"])
+                over = {
+                    f"tokens_per_pass_over_{name}": interval(more_per_forward, one, other, seed=bench.seed)
+                    for name, other in others.items()
+                }
+                rows.append(heads.label | {"mode": mode, "strategy": drafter} | counts | over)
+    return rows
+
+
+def _accepted(heads: Heads, sampling: Sampling, drafter: str, bench: Bench) -> tuple[dict[str, Any], Written]:
+    """(a row's part of the record, what was counted per text)."""
+    draws = 1 if sampling.greedy else bench.options.acceptance_draws  # another greedy draw is the same text
+    texts = [bench.batch(run.model, sampling, drafter, draws) for run in heads.runs]
+    by_draw = [list(zip(*of_seed, strict=True)) for of_seed in texts]
+    tokens = [[[len(one.tokens) for one in draw] for draw in of_seed] for of_seed in by_draw]
+    forwards = [[[one.forwards for one in draw] for draw in of_seed] for of_seed in by_draw]
+    written = Written.of(tokens, forwards, forwards)  # no seconds: rows of a batch share them
+    return acceptance(pooled(texts), heads.horizon, bench.seed) | rate_entry(written, bench.seed), written
+
+
+def agreements(bench: Bench) -> list[dict[str, Any]]:
+    """Per heads and mode: `agreement` on the target's own continuations of the test prompts, of all seeds together."""
+    prompts_PT = bench.prompts["test"]
+    found: list[dict[str, Any]] = [heads.label | {"modes": {}} for heads in bench.heads]
+    for mode, sampling in SAMPLINGS.items():
+        written = [one.tokens for (one,) in bench.batch(bench.trunk, sampling, "none", 1)]
+        texts_PT = torch.cat([prompts_PT, torch.tensor(written, device=prompts_PT.device)], dim=1)
+        for entry, heads in zip(found, bench.heads, strict=True):
+            say(f"agreement, {bench.config.corpus}, {mode}, {heads.variant}, rank {heads.rank}")
+            entry["modes"][mode] = _averaged(
+                [agreement(run.model, texts_PT, prompts_PT.shape[1], bench.options.nodes) for run in heads.runs]
+            )
+    return found
+
+
+def _averaged(found: Sequence[Any]) -> Any:
+    """Counts summed, shares averaged: every seed's heads see the same positions."""
+    if isinstance(found[0], dict):
+        return {key: _averaged([each[key] for each in found]) for key in found[0]}
+    if isinstance(found[0], list):
+        return [_averaged(each) for each in zip(*found, strict=True)]
+    return sum(found) if isinstance(found[0], int) else sum(found) / len(found)
+
+
+def filters(bench: Bench) -> list[dict[str, Any]]:
+    """Acceptance under each temperature and top-p on the test prompts: chain and tree, of the heads of `ends`."""
+    settings = [Sampling(0.0), *(Sampling(temperature, 0, p) for temperature in TEMPERATURES for p in TOP_P)]
+    rows = []
+    for heads in ends(bench.heads):
+        say(f"filters, {bench.config.corpus}, {heads.variant}, rank {heads.rank}")
+        for sampling in settings:
+            for drafter in ("chain", "tree"):
+                what = {"temperature": sampling.temperature, "top_p": sampling.top_p, "strategy": drafter}
+                rows.append(heads.label | what | _accepted(heads, sampling, drafter, bench)[0])
+    return rows
+
+
+def ends(heads: Sequence[Heads]) -> list[Heads]:
+    """Untied and anchored, as far as there are any: the lowest and the highest rank."""
+    found: list[Heads] = []
+    for variant in ("untied", "anchored"):
+        ranked = sorted((each for each in heads if each.variant == variant), key=lambda each: each.rank)
+        found += ranked[:1] + ranked[1:][-1:]
+    return found
