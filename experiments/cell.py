@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,9 +250,10 @@ def log(
     figures: list[Path],
 ) -> None:
     """Add finished records to their MLflow runs; to the sweep's, what the report says (`text`) and the figures."""
-    for config, path in configs_and_records:
-        tracking.log_record(config, path)
     parent = tracking.start_sweep(title, output, command, experiment=experiment)
+    for config, path in configs_and_records:
+        shown = replace(config.tracking, experiment=experiment, parent=parent.run_id)
+        tracking.log_record(replace(config, tracking=shown), path)
     parent.text(f"{text.strip()}\n", "claims.txt")
     parent.tags(
         {

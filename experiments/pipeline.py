@@ -166,6 +166,8 @@ def _report(plan: Plan) -> str:
     from experiments import cell as one
 
     written: list[tuple[Config, Path]] = []
+    there = [(cell.config(str(plan.out)), plan.results / cell.folder / f"{cell.name}.json") for cell in plan.cells]
+    ran_here = [(config, path) for config, path in there if config.run_name in plan.finished]
     for cell in plan.pending:
         config = cell.config(str(plan.out))
         if one.is_trained(config):
@@ -174,7 +176,8 @@ def _report(plan: Plan) -> str:
             path = one.write_record(config, command, folder, claim=cell.folder, profile=plan.title)
             written.append((config, path))
     text, figures = one.report(plan.shown or plan.results, plan.out, publish=plan.publish)
-    one.log(written, plan.title, plan.out, plan.command, plan.experiment, text, figures)
+    # A sweep that was killed here has written records that MLflow lacks.
+    one.log([*written, *ran_here], plan.title, plan.out, plan.command, plan.experiment, text, figures)
     print(text, flush=True)
     return f"{len(written)} records written, {len(plan.finished)} were there, of {len(plan.cells)} under {plan.results}"
 

@@ -5,7 +5,6 @@ A cell is finished once its record lies among the results, with these settings a
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm.config import INCIDENTAL, Config, ConfigError, flat, to_dict
-from experiments.provenance import git_state
+from experiments.provenance import git_state, is_commit, run_git
 from experiments.records import Record, RecordError, counted, load
 from experiments.scheduler import ROOT
 from experiments.suite import Cell, complete, mates
@@ -188,10 +187,9 @@ def refused_trunk(plan: Plan, trunk: Cell) -> str:
 @lru_cache(maxsize=64)
 def _unchanged_since(commit: str) -> bool:
     here, _ = git_state()
-    if here == "unknown":
+    if not is_commit(here):
         return commit == here
-    asked = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *CODE]
-    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+    return run_git(ROOT, "diff", "--quiet", commit, "--", *CODE).returncode == 0
 
 
 def _same_code(record: Record) -> bool:

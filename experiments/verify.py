@@ -26,6 +26,7 @@ from typing import Any
 
 from cpdlm.config import INCIDENTAL, flat
 from cpdlm.files import owner, remove_partial
+from experiments.provenance import is_commit, run_git
 from experiments.records import MODES, Record, RecordError, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,11 +148,15 @@ def check(path: Path, root: Path) -> Record:
     except RecordError as error:
         raise VerifyError(str(error)) from error
     commit = record["commit"]
+    if not is_commit(commit):
+        raise VerifyError(
+            f"{path} comes from code without a commit ({commit[:20]}); only that of a commit can be had again"
+        )
     if record["dirty"]:
         raise VerifyError(
             f"{path} comes from uncommitted changes on {commit[:10]}; only a record of a clean commit can be repeated"
         )
-    if _git(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode != 0:
+    if run_git(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode != 0:
         raise VerifyError(
             f"{path}: commit {commit[:10]} is not in this clone; "
             "git fetch --unshallow (or git fetch --all) gets the history"
@@ -232,28 +237,24 @@ def _written(output: Path, name: str) -> Record:
     raise RunFailed(f"the command wrote no record named {name}")
 
 
-def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-
-
 def verify(path: Path, root: Path, tolerance: float) -> bool:
     """Run again and print the table; True where everything judged agrees. Raises VerifyError or RunFailed."""
     record = check(path, root)
     began = time.monotonic()
     remove_partial(Path(tempfile.gettempdir()), _TEMPORARY)
-    _git(root, "worktree", "prune")
+    run_git(root, "worktree", "prune")
     folder = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{owner()}-"))
     tree, output = folder / "tree", folder / "runs"
     try:
-        added = _git(root, "worktree", "add", "--detach", str(tree), record["commit"])
+        added = run_git(root, "worktree", "add", "--detach", str(tree), record["commit"])
         if added.returncode != 0:
             raise VerifyError(f"git could not check out {record['commit'][:10]}: {added.stderr.strip()}")
         print(f"{record['name']} at {record['commit'][:10]}: {record['command']}", flush=True)
         lines = compare(record, rerun(record, path.resolve(), tree, output, root), tolerance)
     finally:
-        _git(root, "worktree", "remove", "--force", str(tree))
+        run_git(root, "worktree", "remove", "--force", str(tree))
         shutil.rmtree(folder, ignore_errors=True)
-        _git(root, "worktree", "prune")
+        run_git(root, "worktree", "prune")
     print(f"\n{'':<34} {'recorded':>24} {'run again':>24}")
     for line in lines:
         print(line)

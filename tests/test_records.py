@@ -17,7 +17,7 @@ from made_records import ORIGIN, made
 from cpdlm import files
 from cpdlm.config import Config, flat, to_dict
 from experiments.families import along, families_of
-from experiments.provenance import git_state, provenance
+from experiments.provenance import code_hash, git_state, is_commit, provenance
 from experiments.records import Record, RecordError, load, load_all, summary_table, validate, write
 
 
@@ -125,7 +125,9 @@ def _git(folder: Path, *arguments: str) -> None:
 
 def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CPDLM_COMMIT", raising=False)
-    assert git_state(tmp_path) == ("unknown", False)
+    with pytest.warns(UserWarning, match="commit of .* is not known .*not a git repository.*records name its code by"):
+        code, dirty = git_state(tmp_path)
+    assert code == code_hash(tmp_path) and not dirty and not is_commit(code)
     _git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("1")
     _git(tmp_path, "add", ".")
@@ -139,9 +141,26 @@ def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "new.py").write_text("2")
     assert git_state(tmp_path) == (commit, True)
     (tmp_path / "copied").mkdir()
-    assert git_state(tmp_path / "copied") == ("unknown", False), "another project's repository is not ours"
+    with pytest.warns(UserWarning, match="not a repository of its own"):
+        assert not is_commit(git_state(tmp_path / "copied")[0]), "another project's repository is not ours"
+    monkeypatch.setenv("GIT_DIR", str(Path(__file__).parents[1] / ".git"))
+    assert git_state(tmp_path) == (commit, True), "GIT_DIR of another checkout says nothing of this one"
+    monkeypatch.setenv("PATH", "")
+    with pytest.warns(UserWarning, match="No such file or directory: 'git'"):
+        assert not is_commit(git_state(tmp_path)[0])
     monkeypatch.setenv("CPDLM_COMMIT", "abc-dirty")
     assert git_state(tmp_path) == ("abc", True)
+
+
+def test_the_hash_of_the_code_is_that_of_its_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "cpdlm").mkdir()
+    (tmp_path / "cpdlm" / "a.py").write_text("1")
+    first = code_hash(tmp_path)
+    assert len(first) == len("code-") + 64
+    (tmp_path / "cpdlm" / "a.pyc").write_text("1")
+    assert code_hash(tmp_path) == first
+    (tmp_path / "cpdlm" / "a.py").rename(tmp_path / "cpdlm" / "b.py")
+    assert code_hash(tmp_path) != first
 
 
 def test_provenance_names_no_host() -> None:

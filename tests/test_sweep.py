@@ -327,6 +327,18 @@ def test_records_of_other_code_are_not_added_to_without_a_word(tmp_path: Path) -
     assert bool(sweep_plan.mixed_code(small([old, new], tmp_path))) is not same
 
 
+def test_records_that_a_killed_report_left_are_logged_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = replace(scratch("code", 1), reference=None)
+    committed(tmp_path / "results", [cell])
+    logged: list[Path] = []
+    monkeypatch.setattr("experiments.cell.report", lambda *arguments, **named: ("", []))
+    monkeypatch.setattr("experiments.cell.log", lambda pairs, *rest: logged.extend(path for _, path in pairs))
+    assert "0 records written, 1 were there" in pipeline._report(small([cell], tmp_path))
+    assert logged == [tmp_path / "results" / cell.folder / f"{cell.name}.json"] and logged[0].is_file()
+
+
 def test_cells_that_other_code_trained_are_not_added_to_without_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

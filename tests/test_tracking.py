@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
 import sys
 import warnings
 import zlib
@@ -14,6 +15,7 @@ import pytest
 from made_records import made
 
 from cpdlm.config import Config, parse, resolve
+from cpdlm.files import owner
 from experiments import tracking
 from experiments.claims import CLAIMS
 from experiments.records import write
@@ -21,10 +23,13 @@ from experiments.tracking import __main__ as command
 from experiments.tracking import importing, view
 from experiments.tracking import store as store_module
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture(autouse=True)
 def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "warned", set())
+    monkeypatch.setattr(store_module, "_unusable", set())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -62,6 +67,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         figure = output / "figure.png"
         figure.write_bytes(b"png")
         tracking.log_record(config, record, [figure])
+        tracking.log_record(config, record, [output / "not-twice.png"])
+        # Its training was never in the store: killed with -9, or the store did not answer then.
+        lost = quick(output, rank=4, tracking__parent=sweep.run_id)
+        (output / lost.run_name).mkdir()
+        made_up = write(made(4), output / "other")
+        tracking.log_record(lost, made_up)
+        # A process that is gone, as kill -9 leaves its run; and one of another machine.
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        owners = {"gone": f"{owner().partition('-')[0]}-{gone.pid}", "away": "0123abcd-1"}
+        uri, left = tracking.default_uri(output), {}
+        for name, left_by in owners.items():
+            left[name] = store_module.create_run(uri, "cpdlm", name, {}, output).run_id
+            client.set_tag(left[name], store_module.OWNER, left_by)
         write(made(8, seed=1), output / "results" / "C1")
         (output / "results" / "torn.json").write_text("{")
         with pytest.warns(UserWarning, match="torn.json"):
@@ -78,6 +97,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "running": running,
         "output": output,
         "imported": imported,
+        "lost": store_module.continued(output / lost.run_name, tracking.default_uri(output)).run_id,
+        "left": left,
         "again": tracking.start_sweep("cpu", output, "./reproduce.sh").run_id,
     }
 
@@ -112,6 +133,34 @@ def test_a_resumed_cell_and_sweep_continue_their_runs(store: dict[str, Any]) -> 
     assert store["client"].get_run(store["first"]).info.status == "FINISHED"
     history = store["client"].get_metric_history(store["first"], "train/nll")
     assert [(point.step, point.value) for point in history] == [(10, 2.0), (20, 1.0)]
+
+
+def test_a_run_that_the_store_never_got_is_made_up_for(store: dict[str, Any]) -> None:
+    run = store["client"].get_run(store["lost"])
+    assert (run.info.run_name, run.data.tags["mlflow.parentRunId"]) == ("code-tiny-own-r4-n4-none-s0", store["sweep"])
+    assert run.data.metrics["sampling/speedup.median"] > 0 and run.data.params["rank"] == "4"
+    assert [point.step for point in store["client"].get_metric_history(store["lost"], "train/nll")] == [100, 200, 400]
+
+
+def test_a_run_of_a_killed_process_does_not_run_for_ever(store: dict[str, Any]) -> None:
+    status = {name: store["client"].get_run(run_id).info.status for name, run_id in store["left"].items()}
+    assert status == {"gone": "KILLED", "away": "RUNNING"}
+
+
+FIRST = (
+    "import sys\nfrom pathlib import Path\nfrom experiments.tracking import store\n"
+    "output = Path(sys.argv[1])\n"
+    "print(store.create_run(store.default_uri(output), 'cpdlm', sys.argv[2], {}, output).run_id)\n"
+)
+
+
+@pytest.mark.slow  # 20 s: the database is made
+def test_first_runs_that_start_together_all_reach_the_store(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    words = [[sys.executable, "-c", FIRST, str(tmp_path / "new"), f"run {number}"] for number in range(4)]
+    runs = [subprocess.Popen(each, cwd=ROOT, stdout=subprocess.PIPE, text=True) for each in words]
+    run_ids = [run.communicate()[0].strip() for run in runs]
+    assert all(len(run_id) == 32 for run_id in run_ids), run_ids
 
 
 def test_artefacts_lie_beside_the_database(store: dict[str, Any]) -> None:

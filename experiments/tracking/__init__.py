@@ -8,6 +8,7 @@ else SQLite in the output folder).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -22,7 +23,9 @@ from experiments.tracking.store import (
     continued,
     create_run,
     default_uri,
+    end_killed,
     first_line,
+    has_record,
     is_installed,
     log_content,
     remember,
@@ -47,6 +50,7 @@ def cell_run(config: Config, command: str, folder: Path) -> Iterator[Tracker]:
     if not config.tracking.mlflow or not is_first_process() or not is_installed():
         yield Tracker()
         return
+    end_killed(tracking_uri(config), config.tracking.experiment)
     tracker = _open(config, command, folder)
     if tracker.run_id:
         tracker.logger = _lightning_logger(tracker, config.tracking.experiment)
@@ -65,19 +69,32 @@ def cell_run(config: Config, command: str, folder: Path) -> Iterator[Tracker]:
 
 
 def log_record(config: Config, path: Path, figures: list[Path] | None = None) -> None:
-    """Add the finished record (final metrics and the file) and figures to the cell's run, once it is written."""
+    """Add the finished record (final metrics and the file) and figures to the cell's run, where that lacks them.
+
+    A run that the store never got, since it did not answer then, is made up for.
+    """
     if not config.tracking.mlflow or not is_installed():
         return
-    tracker = continued(Path(config.output) / config.run_name, tracking_uri(config))
+    folder, uri = Path(config.output) / config.run_name, tracking_uri(config)
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        content = json.loads(text)
     except (OSError, ValueError) as error:
         warn(f"{path} was not logged to MLflow: {error}")
         return
+    digest = hashlib.sha256(text).hexdigest()
+    if has_record(folder, uri, digest):
+        return
+    tracker = continued(folder, uri)
+    if not tracker.run_id and folder.is_dir():
+        tracker = _open(config, content["command"], folder)
+        tracker.curve(content["training"]["curve"])
     log_content(tracker, content, path)
     for figure in figures or []:
         tracker.artifact(figure, "figures")
     tracker.end()
+    if tracker.is_whole:
+        remember(folder, tracker, digest)
 
 
 def start_sweep(name: str, output: Path, command: str, uri: str = "", experiment: str = "cpdlm") -> Tracker:
@@ -88,6 +105,7 @@ def start_sweep(name: str, output: Path, command: str, uri: str = "", experiment
     if not is_installed():
         return Tracker()
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(output)
+    end_killed(uri, experiment)
     folder = output / f".sweep-{name}"
     tracker = continued(folder, uri)
     if not tracker.run_id:

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpdlm.config import Config, flat
-from cpdlm.files import write_json
+from cpdlm.files import is_gone, locked, owner, write_json
 from experiments.tracking.view import experiment_tags
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
 
 RUN_FILE, DATABASE, ARTIFACTS = "mlflow.json", "mlflow.db", "mlartifacts"
+STORE_SECONDS = 300.0  # to wait for another process that makes the store
+OWNER = "owner"  # the tag of the process that a run is of
 PATIENCE = 3  # failures in a row after which a run stops trying
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -40,7 +42,7 @@ class Tracker:
     def __init__(self, client: Any = None, run_id: str = "", uri: str = "") -> None:
         self.run_id, self.uri = run_id, uri
         self.logger: MLFlowLogger | None = None
-        self._client, self._failures = client, 0
+        self._client, self._failures, self._lost = client, 0, 0
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers at a step; anything that is not a number is left out."""
@@ -98,6 +100,11 @@ class Tracker:
         """FINISHED, FAILED or KILLED. when: milliseconds since 1970 (default: now)."""
         self.attempt(lambda: self._client.set_terminated(self.run_id, status, when))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the store has taken everything."""
+        return bool(self.run_id) and not self._lost
+
     def attempt(self, action: Callable[[], Any]) -> None:
         """Run it; a failure warns once, and after PATIENCE of them in a row no more is tried."""
         if not self.run_id or self._failures >= PATIENCE:
@@ -106,7 +113,7 @@ class Tracker:
             action()
             self._failures = 0
         except Exception as error:
-            self._failures += 1
+            self._failures, self._lost = self._failures + 1, self._lost + 1
             failed = f"MLflow at {shown(self.uri)} did not take a write ({first_line(error)})"
             warn(f"{failed}; the run and its record go on without it")
 
@@ -124,17 +131,27 @@ def create_run(
     uri: str, experiment: str, name: str, tags: Mapping[str, str], output: Path | None, started: int | None = None
 ) -> Tracker:
     """A new run; off, with a warning, where the store cannot be used."""
+    if uri in _unusable:
+        return Tracker()
     try:
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
         client = client_of(uri)
-        run = client.create_run(
-            _experiment(client, experiment, output), start_time=started, tags=dict(tags), run_name=name
-        )
+        experiment_id, tags = _experiment(client, experiment, output), {**tags, OWNER: owner()}
+        run = client.create_run(experiment_id, start_time=started, tags=tags, run_name=name)
     except Exception as error:
-        warn(f"MLflow at {shown(uri)} cannot be used ({first_line(error)}); the run and its record go on without it")
+        _give_up(uri, error)
         return Tracker()
     return Tracker(client, run.info.run_id, uri)
+
+
+def has_record(folder: Path, uri: str, sha256: str) -> bool:
+    """Whether the run that `folder` remembers in this store has that record."""
+    try:
+        kept = json.loads((folder / RUN_FILE).read_text())
+        return bool((kept["uri"], kept["record_sha256"]) == (shown(uri), sha256))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def continued(folder: Path, uri: str) -> Tracker:
@@ -145,16 +162,19 @@ def continued(folder: Path, uri: str) -> Tracker:
             return Tracker()
         client = client_of(uri)
         client.update_run(kept["run_id"], status="RUNNING")
+        client.set_tag(kept["run_id"], OWNER, owner())
     except Exception:
         return Tracker()
     return Tracker(client, kept["run_id"], uri)
 
 
-def remember(folder: Path, tracker: Tracker) -> None:
+def remember(folder: Path, tracker: Tracker, record_sha256: str = "") -> None:
+    """Note the run that is shown of `folder`, and the record that it has."""
     if not tracker.run_id:
         return
+    kept = {"run_id": tracker.run_id, "uri": shown(tracker.uri)}
     try:
-        write_json(folder / RUN_FILE, {"run_id": tracker.run_id, "uri": shown(tracker.uri)})
+        write_json(folder / RUN_FILE, kept | ({"record_sha256": record_sha256} if record_sha256 else {}))
     except OSError as error:
         warn(f"{folder / RUN_FILE} was not written ({error}); a resumed run will show as a new one in MLflow")
 
@@ -164,7 +184,40 @@ def client_of(uri: str) -> Any:
         os.environ.setdefault(key, value)
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    if not uri.startswith("sqlite:///") or uri in _made:
+        return MlflowClient(tracking_uri=uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    # The client makes the tables; processes that do so at once break each other's.
+    with locked(database.with_name(f"{database.name}.lock"), STORE_SECONDS):
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    _made.add(uri)
+    return client
+
+
+_made: set[str] = set()  # local stores that are there
+_unusable: set[str] = set()  # stores that have failed; not asked again, since a dead server costs seconds each time
+
+
+def end_killed(uri: str, experiment: str) -> None:
+    """Runs of an experiment that are RUNNING, of processes of this machine that have ended, are KILLED."""
+    if uri in _unusable:
+        return
+    try:
+        client = client_of(uri)
+        found = client.get_experiment_by_name(experiment)
+        running = client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'") if found else []
+        for run in running:
+            if is_gone(run.data.tags.get(OWNER, "")):
+                client.set_terminated(run.info.run_id, "KILLED")
+    except Exception as error:
+        _give_up(uri, error)
+
+
+def _give_up(uri: str, error: Exception) -> None:
+    _unusable.add(uri)
+    warn(f"MLflow at {shown(uri)} cannot be used ({first_line(error)}); the run and its record go on without it")
 
 
 def _experiment(client: Any, name: str, output: Path | None) -> str:
