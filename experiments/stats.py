@@ -59,17 +59,29 @@ class Interval:
         return f"{self.mean:{plus}.{digits}f} [{self.low:{plus}.{digits}f}, {self.high:{plus}.{digits}f}]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One cell's measurement: the ratio of two sums over units (rows, prompts), or a mean with a standard error.
 
-    of: how many units a bootstrapped standard error came from; 0 where they are too many to matter."""
+    of: how many units a bootstrapped standard error came from; 0 where they are too many to matter. Samples are equal
+    where all their numbers are: tables and figures ask for the same intervals, which are computed once."""
 
     top_U: Array | None = None
     bottom_U: Array | None = None
     mean: float = 0.0
     sem: float = 0.0
     of: int = 0
+
+    @functools.cached_property
+    def key(self) -> tuple[bytes, ...]:
+        numbers = np.asarray([self.mean, self.sem, self.of])
+        return tuple(b"" if each is None else each.tobytes() for each in (self.top_U, self.bottom_U, numbers))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sample) and self.key == other.key
 
     @classmethod
     def ratio(cls, top: Sequence[float] | Array, bottom: Sequence[float] | Array) -> Sample:
@@ -101,12 +113,17 @@ class Sample:
 
     def errors(self, side: int) -> Array:
         """(S,) resampled values less `point`: by counts of units, or normal. side: 0 or 1, of two that are compared."""
-        if self.top_U is None or self.bottom_U is None:
-            return self.sem * _normals(side)
-        counts_SU = _counts(self.units)
-        bottom_S = counts_SU @ self.bottom_U
-        values_S = np.where(bottom_S > 0, (counts_SU @ self.top_U) / np.where(bottom_S > 0, bottom_S, 1.0), self.point)
-        return values_S - self.point
+        return self.sem * _normals(side) if self.top_U is None else _resampled(self)
+
+
+@functools.lru_cache(maxsize=128)
+def _resampled(sample: Sample) -> Array:
+    """(S,) a ratio of sums, drawn by counts of units, less `point`."""
+    assert sample.top_U is not None and sample.bottom_U is not None
+    counts_SU = _counts(sample.units)
+    bottom_S = counts_SU @ sample.bottom_U
+    drawn_S = (counts_SU @ sample.top_U) / np.where(bottom_S > 0, bottom_S, 1.0)
+    return np.where(bottom_S > 0, drawn_S, sample.point) - sample.point
 
 
 @functools.lru_cache(maxsize=8)
@@ -134,15 +151,16 @@ def _expansion(units: int, level: float) -> float:
 
 def estimate(samples: Sequence[Sample], level: float = 0.95) -> Interval:
     """Mean over seeds; samples: one per seed, on the same rows or prompts."""
-    return _interval([(sample, None) for sample in samples], level)
+    return _interval(tuple((sample, None) for sample in samples), level)
 
 
 def contrast(pairs: Sequence[tuple[Sample, Sample]], level: float = 0.95) -> Interval:
     """Mean over seeds of first minus second; pairs: one per seed."""
-    return _interval(list(pairs), level)
+    return _interval(tuple(pairs), level)
 
 
-def _interval(pairs: Sequence[tuple[Sample, Sample | None]], level: float) -> Interval:
+@functools.lru_cache(maxsize=8192)
+def _interval(pairs: tuple[tuple[Sample, Sample | None], ...], level: float) -> Interval:
     """Raises ValueError where there is nothing to estimate."""
     if not pairs:
         raise ValueError("no seeds to estimate from")
@@ -172,10 +190,22 @@ def _quantile(values_S: Array, scale: float, freedom: int, q: float) -> float:
     if high - low < 1e-12 * max(abs(low), abs(high), scale):
         return low
     return float(
-        optimize.brentq(
-            lambda x: np.mean(special.stdtr(freedom, (x - values_S) / scale)) - q, low, high, xtol=1e-6 * scale
-        )
+        optimize.brentq(lambda x: np.mean(_student(freedom, (x - values_S) / scale)) - q, low, high, xtol=1e-6 * scale)
     )
+
+
+def _student(freedom: int, t_S: Array) -> Array:
+    """Student's distribution function, by its closed forms (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    cosine_S = 1 / (1 + t_S * t_S / freedom)  # of the angle atan(t / sqrt(freedom)), squared
+    odd = freedom % 2
+    term_S = t_S / math.sqrt(freedom) * (cosine_S if odd else np.sqrt(cosine_S))
+    sum_S = np.zeros_like(t_S) if freedom == 1 else term_S.copy()
+    for power in range(2 + odd, freedom - 1, 2):
+        term_S = term_S * cosine_S * ((power - 1) / power)
+        sum_S += term_S
+    if odd:
+        sum_S = (np.arctan(t_S / math.sqrt(freedom)) + sum_S) * (2 / math.pi)
+    return (1 + sum_S) / 2
 
 
 def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -45,7 +47,7 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
 def resolve(overrides: Mapping[str, Any]) -> Config:
     """Dotted overrides on the defaults -> a checked Config; raises ConfigError."""
     known = leaves()
-    merged: DictConfig = OmegaConf.structured(Config)
+    merged = copy.deepcopy(_defaults())
     for key, value in _renamed(overrides).items():
         if key not in known:
             _refuse_unknown(key, tuple(known))
@@ -76,6 +78,13 @@ def resolve(overrides: Mapping[str, Any]) -> Config:
     return config
 
 
+@functools.cache
+def _defaults() -> DictConfig:
+    """All settings with their defaults. Made once, since that takes most of the time of reading; copy before writing."""
+    made: DictConfig = OmegaConf.structured(Config)
+    return made
+
+
 def upgrade(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration, nested, with the present settings and names."""
     content = {key: dict(value) if isinstance(value, Mapping) else value for key, value in saved.items()}
@@ -100,7 +109,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(plain: Mapping[str, Any]) -> Config:
     """The Config that `to_dict` wrote; raises ConfigError on a foreign one."""
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), upgrade(plain)))
+        config = OmegaConf.to_object(OmegaConf.merge(_defaults(), upgrade(plain)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"this configuration was written by another version: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
