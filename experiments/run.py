@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         return 2
     if config.nodes * config.devices > 1 and not is_launched():
         return _launch(config, arguments)
-    return _run(config, " ".join([program, *options.settings]), options.stage)
+    return _run(config, configuration.without_credentials(" ".join([program, *options.settings])), options.stage)
 
 
 def _launch(config: configuration.Config, arguments: list[str]) -> int:

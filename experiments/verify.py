@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import INCIDENTAL, flat
+from cpdlm.config import INCIDENTAL, flat, is_name
 from cpdlm.files import owner, remove_partial
 from experiments.provenance import is_commit, run_git
 from experiments.records import MODES, Record, RecordError, load
@@ -223,6 +223,16 @@ def _words(record: Record) -> list[str]:
     words = shlex.split(record["command"])
     if words[:2] != ["python", "experiments/run.py"]:
         raise VerifyError(f"{record.path}: its command is {record['command']!r}, not `python experiments/run.py ...`")
+    names = [word.removeprefix("name=") for word in words if word.startswith("name=")]
+    trunk = record.config["model"]["trunk"]
+    for name in (record["name"], *names, *([Path(trunk).name] if trunk else [])):
+        if not is_name(name):
+            raise VerifyError(
+                f"{record.path}: {name!r} is not the name of a run; nothing is run outside its own folder"
+            )
+    for word in words[2:]:
+        if word.startswith("-") and not word.startswith("--stage="):
+            raise VerifyError(f"{record.path}: its command has the word {word!r}, which is not a setting")
     return words[1:]
 
 

@@ -23,6 +23,7 @@ from cpdlm.config import (
     parse,
     resolve,
     to_dict,
+    without_credentials,
 )
 from cpdlm.config.reading import OBSOLETE
 
@@ -55,6 +56,10 @@ BAD: list[tuple[str, str]] = [
     ("name=${nowhere}", "name='${nowhere}'"),
     ("name=${", "name='${'"),
     ("name=???", "name='???'"),
+    *(
+        (f"name={name}", f"name={name!r} must be the name of a folder")
+        for name in ("/", "..", "a/b", "../..", "x" * 201)
+    ),
     # ranges
     *(
         (f"{key}={entry.metadata['least'] - 1}", f"is too small; the least is {entry.metadata['least']}")
@@ -216,6 +221,32 @@ def test_a_foreign_config_is_refused() -> None:
         from_dict({"rank": "many"})
     with pytest.raises(ConfigError, match="too small"):
         from_dict({"rank": 0})
+    with pytest.raises(ConfigError, match="must be the name of a folder"):
+        from_dict({"name": "../../elsewhere"})
+
+
+def test_nothing_is_resolved_in_what_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "found")
+    for saved in ({"corpus": "${oc.env:SECRET}"}, {"data": {"cache": "a/${oc.env:SECRET}"}}, {"seed": "${rank}"}):
+        with pytest.raises(ConfigError, match=r"\$\{.*saved settings are values"):
+            from_dict(saved)
+    assert parse(["corpus=${oc.env:SECRET}"]).corpus == "found", "on the command line it is the user's own"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://me:p@ss@host/db", "postgresql://host/db"),
+        ("https://host/x?user=a&password=b&api_key=c&page=2", "https://host/x?user=a&password=***&api_key=***&page=2"),
+        ("sqlite:///runs/a@b.db", "sqlite:///runs/a@b.db"),
+        ("http://token@host:5000", "http://host:5000"),
+    ],
+)
+def test_what_logs_in_is_not_saved(address: str, shown: str) -> None:
+    config = parse([f"tracking.uri={address}"])
+    assert config.tracking.uri == address and to_dict(config)["tracking"]["uri"] == shown
+    assert f"uri: {shown}\n" in as_yaml(config).replace("'", "")
+    assert without_credentials(f"run.py tracking.uri={address} seed=1") == f"run.py tracking.uri={shown} seed=1"
 
 
 def test_earlier_settings_are_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,6 +235,18 @@ def test_a_run_needs_no_cache_for_its_tokenizer(tmp_path: Path) -> None:
         run_tokenizer(run)
 
 
+def test_an_exported_folder_does_not_say_where_things_lay(tmp_path: Path) -> None:
+    run = bpe_run(tmp_path)
+    evaluated = json.loads((run / "evaluate.json").read_text())
+    evaluated["command"] = f"python experiments/run.py corpus={tmp_path}/words.txt tracking.uri=x data.cache=~/here"
+    write_json(run / "evaluate.json", evaluated)
+    export.export(run, tmp_path / "mine")
+    for path in (tmp_path / "mine").glob("*.*"):
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "python experiments/run.py corpus=words.txt data.cache=here\n" in card
+
+
 def test_a_hugging_face_tokenizer_goes_with_its_model(tmp_path: Path) -> None:
     make_run(tmp_path / "bytes", {})
     export.export(tmp_path / "bytes", tmp_path / "source")

@@ -448,6 +448,9 @@ def test_verify_runs_a_record_again_at_its_commit(repository: Path, capfd: pytes
         ({"command": "rm everything"}, 2, "not `python experiments/run.py"),
         ({"command": "python experiments/run.py nonsense"}, 1, "exit code 1"),
         ({"schema": 99}, 2, "schema is 99"),
+        # What would be written outside the temporary folder, or is no setting.
+        ({"command": "python experiments/run.py name=../../out"}, 2, "'../../out' is not the name of a run"),
+        ({"command": "python experiments/run.py rank=2 --print-config"}, 2, "'--print-config', which is not a setting"),
     ],
 )
 def test_verify_says_what_cannot_be_repeated(

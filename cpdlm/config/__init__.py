@@ -3,9 +3,19 @@
 Nothing here imports torch, so that `--help` and every configuration error come before any slow import.
 """
 
-from cpdlm.config.checks import check
+from cpdlm.config.checks import check, is_name
 from cpdlm.config.presets import PRESETS
-from cpdlm.config.reading import as_yaml, expand, from_dict, help_text, parse, resolve, to_dict, upgrade
+from cpdlm.config.reading import (
+    as_yaml,
+    expand,
+    from_dict,
+    help_text,
+    parse,
+    resolve,
+    to_dict,
+    upgrade,
+    without_credentials,
+)
 from cpdlm.config.settings import (
     CHOICES,
     FAMILIES,
@@ -43,9 +53,11 @@ __all__ = [
     "flatten",
     "from_dict",
     "help_text",
+    "is_name",
     "leaves",
     "parse",
     "resolve",
     "to_dict",
     "upgrade",
+    "without_credentials",
 ]

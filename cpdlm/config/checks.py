@@ -16,7 +16,7 @@ def check(config: Config) -> None:
         check_choice(key, values[key], allowed)
     if not config.model.family.endswith(".json"):
         check_choice("model.family", config.model.family, FAMILIES)
-    for rules in (_ranges, _mixture, _heads, _text, _pretrained, _frozen, _processes):
+    for rules in (_ranges, _names, _mixture, _heads, _text, _pretrained, _frozen, _processes):
         for message in rules(config):
             raise ConfigError(message)
 
@@ -41,6 +41,19 @@ def _ranges(config: Config) -> Iterator[str]:
         if within and not WITHIN[within](value):
             hint = " (greedy is always measured)" if key == "decode.temperature" else ""
             yield f"{key}={value} must lie in {within}{hint}"
+
+
+def _names(config: Config) -> Iterator[str]:
+    if config.name and not is_name(config.name):
+        yield (
+            f"name={config.name!r} must be the name of a folder, not a path: no / or \\, at most 200 characters; "
+            "output=DIR says where it lies"
+        )
+
+
+def is_name(name: str) -> bool:
+    """Whether a folder of that name lies in the folder that it is put in."""
+    return 0 < len(name) <= 200 and name not in (".", "..") and not set(name) & set("/\\") and name.isprintable()
 
 
 def _mixture(config: Config) -> Iterator[str]:

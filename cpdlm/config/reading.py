@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -14,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cpdlm.config.checks import check, check_choice
 from cpdlm.config.presets import PRESETS
-from cpdlm.config.settings import Config, ConfigError, leaves
+from cpdlm.config.settings import Config, ConfigError, flat, leaves
 
 # Earlier names of settings, still read on the command line, in saved configurations and in records.
 ALIASES = {"loss.shortlist": "loss.draft_vocabulary", "decode.shortlist": "decode.draft_vocabulary"}
@@ -100,14 +101,24 @@ def upgrade(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dictionary, as saved with a run and in its record."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(plain, dict)
-    return plain  # type: ignore[return-value]
+    """Plain nested dictionary, as saved with a run and in its record; without what logs in at tracking.uri."""
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    plain["tracking"]["uri"] = without_credentials(plain["tracking"]["uri"])
+    return plain  # type: ignore[no-any-return]
+
+
+def without_credentials(text: str) -> str:
+    """An address, or a command that holds some, without user names, passwords and tokens."""
+    text = re.sub(r"://[^\s/?#]*@", "://", text)
+    return re.sub(r"(?i)([?&;][^=\s&;]*(?:passw|pwd|token|secret|key|sig|auth)[^=\s&;]*=)[^&;\s'\"]*", r"\1***", text)
 
 
 def from_dict(plain: Mapping[str, Any]) -> Config:
-    """The Config that `to_dict` wrote; raises ConfigError on a foreign one."""
+    """The Config that `to_dict` wrote; raises ConfigError on a foreign one. Nothing in it is resolved: it may come from
+    anyone, and ${oc.env:NAME} would read this machine's environment."""
+    for key, value in flat(plain).items():
+        if "${" in str(value):
+            raise ConfigError(f"{key}={value!r}: saved settings are values; write what ${{...}} stands for")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(_defaults(), upgrade(plain)))
     except OmegaConfBaseException as error:
@@ -119,7 +130,7 @@ def from_dict(plain: Mapping[str, Any]) -> Config:
 
 def as_yaml(config: Config) -> str:
     """As saved in a run's config.yaml."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def help_text(program: str) -> str:

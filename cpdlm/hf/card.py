@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+import re
+import shlex
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -67,11 +70,10 @@ def card(source: Path, config: Config, model: LanguageModel, name: str) -> str:
         **known,
     )
     if source.is_dir():
-        command = evaluated.get("command", "# the run was not evaluated: its command is not known")
-        command = " ".join(word for word in command.split(" ") if not word.startswith("tracking."))
+        command = _command(evaluated)
         made_by = command
         if not command.startswith("cpdlm speed-up"):  # which exports, too
-            made_by += f"\ncpdlm export {config.output}/{config.run_name} {name}"
+            made_by += f"\ncpdlm export {placeless(config.output)}/{config.run_name} {name}"
         measured = _measured(decoded)
     else:
         made_by = f"cpdlm export {source} {name}"
@@ -88,6 +90,23 @@ def card(source: Path, config: Config, model: LanguageModel, name: str) -> str:
     )
 
 
+def _command(evaluated: dict[str, Any]) -> str:
+    """What made the run, as it can be shown to others."""
+    if "command" not in evaluated:
+        return "# the run was not evaluated: its command is not known"
+    words = evaluated["command"].split(" ")
+    with contextlib.suppress(ValueError):
+        words = shlex.split(evaluated["command"])
+    return shlex.join(placeless(word) for word in words if not word.startswith("tracking."))
+
+
+def placeless(word: str) -> str:
+    """A word of a command, or a value of a setting, without where things lie on this machine: their names alone."""
+    key, value = re.fullmatch(r"((?:[\w.-]+=)?(?:hf:)?)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+    here = value.startswith(("/", "~")) or PureWindowsPath(value).is_absolute()
+    return key + PureWindowsPath(value).name if here else word
+
+
 def _facts(
     config: Config, model: LanguageModel, evaluated: dict[str, Any], decoded: dict[str, Any] | None
 ) -> dict[str, str]:
@@ -98,7 +117,7 @@ def _facts(
         "what decoding preserves": f"{own} own next-token distribution",
         "parameters": f"{sum(each.numel() for each in model.parameters()) / 1e6:.1f} M",
         "context": f"{model.context} tokens",
-        "tokenizer": f"{data.tokenizer}, {model.vocab_size} tokens",
+        "tokenizer": f"{placeless(data.tokenizer)}, {model.vocab_size} tokens",
         "data": _data(config, evaluated.get("data", {})),
         "training": f"{config.optim.steps} steps of {data.batch_rows} x {data.context} tokens, seed {config.seed}",
     }
@@ -121,7 +140,7 @@ def _data(config: Config, data: dict[str, Any]) -> str:
     )
     train = data.get("splits", {}).get("train")
     size = f", {train['tokens']:,} training tokens" if train else ""
-    return f"{config.corpus}{': ' + sources if sources else ''}{size}"
+    return f"{placeless(config.corpus)}{': ' + sources if sources else ''}{size}"
 
 
 def _measured(decoded: dict[str, Any] | None) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpdlm.config import Config, flat
+from cpdlm.config import Config, flat, without_credentials
 from cpdlm.files import is_gone, locked, owner, write_json
 from experiments.tracking.view import experiment_tags
 
@@ -292,5 +292,4 @@ def first_line(error: BaseException) -> str:
 
 def shown(uri: str) -> str:
     """The address without a user name and password."""
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    return without_credentials(uri)
