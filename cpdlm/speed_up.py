@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from cpdlm.bench.compare import Protocol, measure
 from cpdlm.bench.hardware import hardware
-from cpdlm.config import Config, parse
+from cpdlm.config import Config, parse, without_credentials
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import load_corpus
 from cpdlm.data.target import Target
@@ -81,7 +81,8 @@ def speed_up(model: str, folder: Path, settings: Sequence[str] = (), say: Say = 
     config = parse(words)
     check_folder(folder)
     home = run.train(config, say=say)
-    modes = _measured(config, shlex.join(["cpdlm", "speed-up", model, *settings, "--output", str(folder)]), say)
+    command = shlex.join(["cpdlm", "speed-up", model, *settings, "--output", str(folder)])
+    modes = _measured(config, without_credentials(command), say)
     export(home, folder)
     return SpeedUp(model, home, folder, modes)
 

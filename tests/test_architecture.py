@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,19 @@ def imports(path: Path) -> set[str]:
 def part(name: str) -> str | None:
     words = name.split(".")
     return words[1] if words[0] == "cpdlm" and len(words) > 1 else None
+
+
+def test_no_code_comes_with_a_model() -> None:
+    """transformers asks on the terminal, or takes what standard input says, unless it is told not to."""
+    said = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())) if not name(path).startswith("tests/") else []:
+            if isinstance(node, ast.Call) and re.fullmatch(
+                r"Auto\w+\.from_(pretrained|config)", ast.unparse(node.func)
+            ):
+                words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                said.append((f"{name(path)}:{node.lineno}", words.get("trust_remote_code")))
+    assert len(said) > 8 and not [where for where, word in said if word != "False"]
 
 
 def name(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from subprocess import PIPE, Popen
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,6 +241,22 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
     monkeypatch.setattr(one_cell, "report", lambda *given, **more: ("", []))  # it is drawn anew, and slow
     assert stamps and sweep.main(arguments) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}, "a finished cell was run or written again"
+
+
+def test_a_jobs_result_is_read_and_not_executed(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.mkdir, (tmp_path / "touched",)
+
+    path, job = tmp_path / "result.pkl", scheduler.Job("a", (), tmp_path / "log")
+    handle = SimpleNamespace(paths=SimpleNamespace(result_pickle=path))
+    for result, code in ((("success", 3), 3), (("error", "Traceback"), 1)):
+        path.write_bytes(pickle.dumps(result))
+        assert scheduler._result(job, handle) == code
+    path.write_bytes(pickle.dumps(("success", Hostile())))
+    with pytest.raises(pickle.UnpicklingError, match="it is not executed"):
+        scheduler._result(job, handle)
+    assert not (tmp_path / "touched").exists()
 
 
 class InProcess:

@@ -104,7 +104,8 @@ def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary, as saved with a run and in its record; without what logs in at tracking.uri."""
     plain: Any = OmegaConf.to_container(OmegaConf.structured(config))
     plain["tracking"]["uri"] = without_credentials(plain["tracking"]["uri"])
-    return plain  # type: ignore[no-any-return]
+    assert isinstance(plain, dict)
+    return plain
 
 
 def without_credentials(text: str) -> str:

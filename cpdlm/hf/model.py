@@ -78,7 +78,7 @@ class CpdlmConfig(PreTrainedConfig):
     def of(cls, model: LanguageModel) -> CpdlmConfig:
         """The configuration from which a model of this shape is built."""
         return cls(
-            text_config=model.trunk.body.config.to_dict(),
+            text_config=model.trunk.body.config.to_dict() | {"_name_or_path": ""},  # where it lay is not for others
             vocab_size=model.vocab_size,
             max_position_embeddings=model.context,
             frozen_target=model.frozen_target,
