@@ -9,7 +9,13 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
+import time
+import weakref
 from typing import NoReturn
+
+BEAT_SECONDS = 0.25  # between two looks at the clock
+PAUSE_SECONDS = 2.0  # between two looks that are called a pause
 
 
 def is_first_process() -> bool:
@@ -50,3 +56,31 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+class PauseWatch:
+    """Notices when this process stands still: stopped (SIGSTOP, Ctrl-Z), or its machine asleep.
+
+    A thread looks at the clock every BEAT_SECONDS. Whatever work goes on, it can do so: a look that comes PAUSE_SECONDS
+    late means that nothing ran. The thread ends with the watch.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._seconds, self._last = threading.Lock(), 0.0, time.monotonic()
+        threading.Thread(target=_beat, args=[weakref.ref(self)], daemon=True).start()
+
+    def total(self) -> float:
+        """Seconds of all pauses since the watch began, one that has just ended included."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._last > PAUSE_SECONDS:
+                self._seconds += now - self._last
+            self._last = now
+            return self._seconds
+
+
+def _beat(watch: weakref.ref[PauseWatch]) -> None:
+    while (alive := watch()) is not None:
+        alive.total()
+        del alive
+        time.sleep(BEAT_SECONDS)

@@ -31,11 +31,13 @@ from cpdlm.processes import is_first_process
 from cpdlm.training import checkpoints
 from cpdlm.training import run as training
 from cpdlm.training.checkpoints import run_folder
+from cpdlm.training.module import NonFiniteLoss, lower
 from experiments import tracking
 from experiments.measure import likelihood
 from experiments.provenance import provenance
 from experiments.records import build, load, summary_table, write
 from experiments.report import render
+from experiments.schema import non_finite
 
 EVALUATED, MEASURED = "evaluate.json", "decode.json"
 
@@ -48,6 +50,7 @@ def is_trained(config: Config) -> bool:
     checkpoints.check_same_run(folder, config)
     found = _read(folder / EVALUATED)
     same = _same(found.get("settings"), config.evaluate) and found.get("weights") == _weights_hash(config)
+    same = same and not non_finite(found["likelihood"])  # else it has diverged, and says so when it is evaluated
     # Older versions evaluated over the whole vocabulary what was trained on a shortlist: that is done again.
     return same and found["likelihood"].get("shortlist", {"tokens": 0})["tokens"] == config.loss.draft_vocabulary
 
@@ -102,7 +105,10 @@ def train(config: Config, command: str) -> bool:
 
 
 def _evaluate(prepared: training.Run, command: str) -> None:
-    """Evaluate the stored weights, whole and in their stored precision, as decoding reads them; leave evaluate.json."""
+    """Evaluate the stored weights, whole and in their stored precision, as decoding reads them; leave evaluate.json.
+
+    NonFiniteLoss where their likelihood on the test split is no number.
+    """
     config, corpus, began = prepared.config, prepared.corpus, time.monotonic()
     model = checkpoints.load_model(prepared.folder)
     if prepared.draft_vocabulary is not None:
@@ -116,6 +122,11 @@ def _evaluate(prepared: training.Run, command: str) -> None:
         training.training_device(),
         texts_V,
     )
+    if field := non_finite(held_out):
+        raise NonFiniteLoss(
+            f"{prepared.folder}: {field} on the test split is not finite: the run has diverged. {lower(config)}: "
+            "delete the folder and train again"
+        )
     data = corpus.describe() | _trunk_hash(config) | ({"written": prepared.written} if prepared.written else {})
     write_json(
         prepared.folder / EVALUATED,

@@ -43,7 +43,7 @@ def run(plan: Plan, launcher: Launcher) -> int:
         "data": lambda: _data(plan),
         "train": lambda: _train(plan, launcher, failures),
         "decode": lambda: _decode(plan, launcher, failures),
-        "report": lambda: _report(plan),
+        "report": lambda: _report(plan, failures),
     }
     try:
         for number, name in enumerate(STAGES, start=2):
@@ -162,19 +162,24 @@ def _decode(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
     return f"{len(jobs)} groups measured, {len(failures) - before} failed"
 
 
-def _report(plan: Plan) -> str:
+def _report(plan: Plan, failures: list[str]) -> str:
+    from cpdlm.training.checkpoints import RunError
     from experiments import cell as one
+    from experiments.records import RecordError
 
     written: list[tuple[Config, Path]] = []
     there = [(cell.config(str(plan.out)), plan.results / cell.folder / f"{cell.name}.json") for cell in plan.cells]
     ran_here = [(config, path) for config, path in there if config.run_name in plan.finished]
     for cell in plan.pending:
         config = cell.config(str(plan.out))
-        if one.is_trained(config):
-            command = "python experiments/run.py " + " ".join(cell.words(str(plan.out)))
-            folder = plan.results / cell.folder
-            path = one.write_record(config, command, folder, claim=cell.folder, profile=plan.title)
-            written.append((config, path))
+        command = "python experiments/run.py " + " ".join(cell.words(str(plan.out)))
+        folder = plan.results / cell.folder
+        try:
+            if one.is_trained(config):
+                path = one.write_record(config, command, folder, claim=cell.folder, profile=plan.title)
+                written.append((config, path))
+        except (RecordError, RunError) as error:
+            failures.append(f"{cell.name}: its record is not written: {error}")
     text, figures = one.report(plan.shown or plan.results, plan.out, publish=plan.publish)
     # A sweep that was killed here has written records that MLflow lacks.
     one.log([*written, *ran_here], plan.title, plan.out, plan.command, plan.experiment, text, figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 SCHEMA = 1
@@ -158,7 +159,8 @@ def validate(content: Any, where: str = "record") -> dict[str, Any]:
         schema = _shown(content.get("schema"))
         raise RecordError(f"{where}: schema is {schema}, this version reads {SCHEMA}; run the cell again")
     _check(content, FIELDS, "", where)
-    _check_finite(content, "", where)
+    if field := non_finite(content):
+        raise RecordError(f"{where}: {field} is not a finite number")
     horizon, terms = content["config"]["horizon"], content["likelihood"]["position_nll"]
     if len(terms) != horizon:
         raise RecordError(f"{where}: likelihood.position_nll has {len(terms)} entries, config.horizon is {horizon}")
@@ -209,15 +211,16 @@ def _check(value: Any, kind: Any, field: str, where: str) -> None:
         raise RecordError(f"{where}: {field} must be {names}, found {_shown(value)}")
 
 
-def _check_finite(value: Any, field: str, where: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RecordError(f"{where}: {field} is {value}, which is not a finite number")
+def non_finite(value: Any, field: str = "") -> str:
+    """The first field, by its dotted name, that holds a NaN or an infinity; "" where there is none."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else field
+    inside: Iterable[tuple[str, Any]] = ()
     if isinstance(value, dict):
-        for key, inner in value.items():
-            _check_finite(inner, f"{field}.{key}" if field else str(key), where)
-    if isinstance(value, list):
-        for index, inner in enumerate(value):
-            _check_finite(inner, f"{field}[{index}]", where)
+        inside = ((f"{field}.{key}" if field else str(key), inner) for key, inner in value.items())
+    elif isinstance(value, list):
+        inside = ((f"{field}[{index}]", inner) for index, inner in enumerate(value))
+    return next((found for name, inner in inside if (found := non_finite(inner, name))), "")
 
 
 def _shown(value: Any) -> str:

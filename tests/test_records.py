@@ -39,7 +39,7 @@ def test_a_record_survives_the_round_trip(tmp_path: Path) -> None:
         ("commit", None, "commit must be str, found None"),
         ("dirty", 1, "dirty must be bool, found 1"),
         ("likelihood.joint_nll.mean", "high", "likelihood.joint_nll.mean must be int or float, found 'high'"),
-        ("likelihood.joint_nll.mean", math.nan, "likelihood.joint_nll.mean is nan"),
+        ("likelihood.joint_nll.mean", math.nan, "likelihood.joint_nll.mean is not a finite number"),
         ("likelihood.position_nll", [], "likelihood.position_nll has 0 entries, config.horizon is 4"),
         ("training.curve", [{"loss": 1.0}], r"training.curve\[0\].step is missing"),
         ("training.steps", True, "training.steps must be int, found True"),

@@ -251,7 +251,7 @@ def test_heads_on_a_frozen_trunk_resume_from_a_checkpoint_without_it(
 @pytest.mark.parametrize("layout", ["untied", "tied"])
 def test_accumulated_micro_batches_train_as_the_whole_batch(layout: str, tmp_path: Path) -> None:
     """Ragged rows: a mean of the micro-batches' means would differ. Float64, so that nothing hides in rounding."""
-    states = []
+    states, losses = [], []
     for accumulate in (1, 2, 4):
         config = settings(
             **{
@@ -263,7 +263,11 @@ def test_accumulated_micro_batches_train_as_the_whole_batch(layout: str, tmp_pat
                 "optim.steps": 3,
             }
         )
-        states.append(train(config, tmp_path / str(accumulate))[1])
+        summary, state = train(config, tmp_path / str(accumulate))
+        states.append(state)
+        losses.append([entry["train/nll"] for entry in summary.curve])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # not the last micro-batch's alone
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
     for state in states[1:]:
         for name, value in states[0].items():
             torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-9, msg=name)

@@ -150,8 +150,15 @@ def load_target(config: Config) -> LanguageModel | None:
     return None
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of it is NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+
+
 def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageModel:
-    """The finished model of a run folder, in evaluation mode; raises RunError for a truncated or foreign one.
+    """The finished model of a run folder, in evaluation mode; RunError for a truncated, foreign or diverged one.
 
     trunk: what `load_target` gave for its config, where that is loaded already; it is shared, not copied.
     """
@@ -164,6 +171,11 @@ def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageMode
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} is truncated or not a safetensors file ({error}); delete it and run again") from error
+    if diverged := [name for name, tensor in state.items() if not is_finite(tensor)]:
+        raise RunError(
+            f"{path} is of a run that has diverged ({diverged[0]} is not finite); delete {folder} and train again with "
+            "a lower optim.lr"
+        )
     trunk = trunk or load_target(config)
     if trunk is not None and trunk.vocab_size != vocab_size:
         raise RunError(f"{path} has vocabulary {vocab_size}, its trunk {config.model.trunk} has {trunk.vocab_size}")

@@ -29,11 +29,12 @@ from tqdm import tqdm
 from cpdlm.config import Config
 from cpdlm.files import errors_named, write_json
 from cpdlm.model.language_model import LanguageModel
-from cpdlm.processes import is_srun, is_torchrun
+from cpdlm.processes import PauseWatch, is_srun, is_torchrun
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, RunError
 from cpdlm.training.flop_count import FlopCount, matmul_rate
 from cpdlm.training.module import MultiTokenModule
+from cpdlm.training.progress import ProgressBar
 
 
 class Interrupted(RuntimeError):
@@ -49,6 +50,7 @@ class Summary:
     """The record's `training` entry. Times in seconds or milliseconds as named; memory in bytes.
 
     curve: what was logged, by step. clock: the `seconds` in training steps at each of its entries.
+    paused: seconds in which a process of the run stood still; such a step counts as long as the median of the others.
     flops_per_token: counted on the first step; None in a run of several processes, as the next two.
     matmul_flops_per_second: rate of a large product (`flop_count.matmul_rate`).
     matmul_fraction: FLOPs done per second over that rate.
@@ -61,6 +63,7 @@ class Summary:
     step_ms_median: float = 0.0
     peak_memory_bytes: int = 0
     resumed: int = 0
+    paused: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
     clock: list[float] = field(default_factory=list)
     flops_per_token: float | None = None
@@ -76,6 +79,9 @@ class Journal(Callback):
         self.summary = Summary()
         self.stop_signal = 0
         self._step_ms: list[float] = []
+        self._spent: list[float] = []  # seconds of this step's micro-batches
+        self._paused = 0.0  # of them, those in which this process stood still
+        self._watch = PauseWatch()
         self._began = 0.0
         self._save_is_due = False
         self._flops: FlopCount | None = None
@@ -107,6 +113,10 @@ class Journal(Callback):
         # Lightning has put a SIGTERM handler before ours that ends the run with exit code 0 and no word.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.note_signal)
+        if tensor := pl_module.non_finite():
+            raise RunError(
+                f"{self.folder / CHECKPOINT} holds a diverged run ({tensor} is not finite); delete it to start again"
+            )
         if trainer.world_size == 1 and self.summary.matmul_flops_per_second is None:
             self.summary.matmul_flops_per_second = matmul_rate(pl_module.device, self.config.train.precision)
 
@@ -122,6 +132,7 @@ class Journal(Callback):
     ) -> None:
         if trainer.world_size == 1 and self.summary.flops_per_token is None:
             self._flops = FlopCount().__enter__()
+        self._paused -= self._watch.total()
         self._began = time.perf_counter()
 
     def on_train_batch_end(
@@ -129,14 +140,14 @@ class Journal(Callback):
     ) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        elapsed = time.perf_counter() - self._began
+        self._spent.append(time.perf_counter() - self._began)
+        self._paused += self._watch.total()
         self._stop_counting(batch["tokens_BT"].numel())
-        self.summary.seconds += elapsed
         self.summary.tokens += batch["tokens_BT"].numel() * trainer.world_size
-        self._step_ms.append(1000 * elapsed)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step, settings = trainer.global_step, self.config.train
+        self._time_step(trainer, step)
         self.summary.steps = step
         if step % settings.log_every == 0 or step == self.config.optim.steps:
             self._note(trainer, step, "train/")
@@ -148,6 +159,23 @@ class Journal(Callback):
             self.save(trainer)
         if self.stop_signal:
             trainer.should_stop = True
+
+    def _time_step(self, trainer: L.Trainer, step: int) -> None:
+        """A step in which a process stood still (SIGSTOP, a laptop's lid) says nothing of the speed: not timed."""
+        seconds, paused = sum(self._spent), self._paused
+        self._spent, self._paused = [], 0.0
+        if trainer.world_size > 1:  # the others waited for the one that stood still
+            paused = float(
+                trainer.strategy.reduce(torch.tensor(paused, device=trainer.strategy.root_device), reduce_op="max")
+            )
+        if paused:
+            self.summary.paused += paused
+            seconds = statistics.median(self._step_ms) / 1000 if self._step_ms else max(seconds - paused, 0.0)
+            if trainer.is_global_zero:
+                tqdm.write(f"step {step} is not timed: the run stood still for {paused:.1f} s in it", file=sys.stderr)
+        else:
+            self._step_ms.append(1000 * seconds)
+        self.summary.seconds += seconds
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._stop_counting(0)
@@ -168,7 +196,11 @@ class Journal(Callback):
                 self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Every process calls it; the first swaps the finished checkpoint in. A kill or a full disk costs nothing."""
+        """Every process calls it; the first swaps the finished checkpoint in. A kill or a full disk costs nothing.
+
+        NonFiniteLoss where the run has diverged: the checkpoint before it stays.
+        """
+        trainer.lightning_module.check_finite()
         partial = checkpoints.partial_checkpoint(self.folder)
         with errors_named(self.folder / CHECKPOINT):
             try:
@@ -201,43 +233,6 @@ class Journal(Callback):
             self.summary.clock.append(round(self.summary.seconds, 3))
 
 
-class ProgressBar(Callback):
-    """One line: step, loss, tokens per second, time left."""
-
-    def __init__(self, steps: int, label: str) -> None:
-        self.steps, self.label = steps, label
-        self.bar: tqdm | None = None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.bar = tqdm(
-                total=self.steps,
-                initial=trainer.global_step,
-                desc=self.label,
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=1.0 if sys.stderr.isatty() else 20.0,
-            )
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.bar is None:
-            return
-        rate = self.bar.format_dict["rate"] or 0.0
-        tokens = batch["tokens_BT"].numel() * trainer.world_size * trainer.accumulate_grad_batches
-        loss = trainer.callback_metrics.get("train/nll", trainer.callback_metrics.get("train/objective"))
-        self.bar.set_postfix_str(
-            f"loss {float(loss) if loss is not None else 0:.3f}, {rate * tokens:,.0f} tokens/s", refresh=False
-        )
-        self.bar.update(trainer.global_step - self.bar.n)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
 def fit(
     config: Config,
     model: LanguageModel,
@@ -262,6 +257,7 @@ def fit(
     module, journal = MultiTokenModule(config, model, watch), Journal(config, folder)
     trainer = build_trainer(config, [journal, ProgressBar(config.optim.steps, config.run_name)], logger)
     _run(trainer, module, data, journal)
+    module.check_finite()
     if journal.stop_signal and trainer.global_step < config.optim.steps:
         raise Interrupted(
             f"stopped at step {trainer.global_step} of {config.optim.steps}; {folder / CHECKPOINT} is saved. The same "

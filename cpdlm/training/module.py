@@ -8,18 +8,25 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from cpdlm.config import Config
 from cpdlm.model.language_model import LanguageModel, States, Terms
 from cpdlm.training import objective
+from cpdlm.training.checkpoints import is_finite
 from cpdlm.training.schedule import learning_rate_factor
 
 Batch = dict[str, Tensor]
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the batch."""
+    """The loss or a weight became NaN or infinite; the message names the step."""
+
+
+def lower(config: Config) -> str:
+    """What to try after a NonFiniteLoss."""
+    return f"A lower optim.lr (now {config.optim.lr}) or optim.clip (now {config.optim.clip}) usually helps"
 
 
 class MultiTokenModule(L.LightningModule):
@@ -38,6 +45,7 @@ class MultiTokenModule(L.LightningModule):
         self.validation_joint = MeanMetric()
         self.validation_first = MeanMetric()
         self.uses: list[objective.ComponentUse] = []  # of the micro-batches of this optimiser step
+        self.seen: dict[str, list[Tensor]] = {}  # what those micro-batches logged
         self.register_state_dict_post_hook(_without_frozen)
         # `checkpoints.check_checkpoint` looks for the names that must be there; FSDP2 asks for the frozen ones.
         self.strict_loading = all(parameter.requires_grad for parameter in model.parameters())
@@ -75,30 +83,34 @@ class MultiTokenModule(L.LightningModule):
         # The weights normalise the sum over micro-batches; Lightning takes their mean.
         loss = terms.loss * self.config.train.accumulate
         shared_loss = objective.global_sum(loss.detach()) / objective.world_size()
-        self.log("train/nll" if other is None else "train/objective", shared_loss)
+        self._log_mean("train/nll" if other is None else "train/objective", shared_loss)
         if self.model.heads is not None and self.config.rank > 1:
             loss = loss + self._balance(terms.log_weights_PR).to(loss.dtype)
         if not torch.isfinite(shared_loss):  # on all processes alike, so that none waits for another
             raise NonFiniteLoss(
                 f"the loss is {shared_loss.item()} at step {self.global_step}, batch {batch_index}; "
-                f"the checkpoint before it is kept. A lower optim.lr (now {self.config.optim.lr}) or optim.clip "
-                f"(now {self.config.optim.clip}) usually helps"
+                f"the checkpoint before it is kept. {lower(self.config)}"
             )
         return loss
+
+    def _log_mean(self, name: str, value: Tensor) -> None:
+        """Log the mean over the micro-batches of this optimiser step so far."""
+        self.seen.setdefault(name, []).append(value.detach())
+        self.log(name, torch.stack(self.seen[name]).mean())
 
     def _balance(self, log_weights_PR: Tensor) -> Tensor:
         """The weighted balance term of a micro-batch, 0 where there is none; logs how the components are used."""
         use = objective.component_use(log_weights_PR)
         self.uses.append(use)
-        self.log("train/weight_entropy", use.entropy)
-        self.log("train/effective_components", use.effective)
-        self.log("train/dead_components", use.dead.float())
-        for component, weight in enumerate(use.mean_R.detach(), start=1):
-            self.log(f"train/weight_{component}", weight)
+        self._log_mean("train/weight_entropy", use.entropy)
+        self._log_mean("train/effective_components", use.effective)
+        self._log_mean("train/dead_components", use.dead.float())
+        for component, weight in enumerate(use.mean_R, start=1):
+            self._log_mean(f"train/weight_{component}", weight)
         if self.config.balance not in ("switch", "kl"):
             return use.entropy.new_zeros(())
         balance = objective.switch_balance(use) if self.config.balance == "switch" else objective.kl_balance(use)
-        self.log("train/balance", balance.detach())
+        self._log_mean("train/balance", balance)
         return self.config.loss.balance_weight * balance
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -107,7 +119,7 @@ class MultiTokenModule(L.LightningModule):
             assert bias_R is not None
             with torch.no_grad():
                 bias_R += objective.bias_step(self.uses, self.config.loss.balance_rate).to(bias_R.dtype)
-        self.uses = []
+        self.uses, self.seen = [], {}
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         weights = objective.evaluation_weights(batch["successors_BT"], self.config.horizon)
@@ -143,6 +155,23 @@ class MultiTokenModule(L.LightningModule):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.config.optim.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
+
+    def non_finite(self) -> str:
+        """Name of a weight or buffer of this process that has a NaN or an infinity; "" where all are finite."""
+        for name, tensor in self.state_dict().items():
+            if not is_finite(tensor.to_local() if isinstance(tensor, DTensor) else tensor):
+                return name.removeprefix("model.")
+        return ""
+
+    def check_finite(self) -> None:
+        """NonFiniteLoss, on every process, where the weights of any have diverged."""
+        tensor = self.non_finite()
+        if self.trainer.strategy.reduce_boolean_decision(not tensor, all=True):
+            return
+        raise NonFiniteLoss(
+            f"{tensor or 'a weight of another process'} is not finite after step {self.global_step}: the run has "
+            f"diverged. No checkpoint of it is written; one from before it is kept. {lower(self.config)}"
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Optimiser state goes by parameter name, so that one mode resumes another's run.

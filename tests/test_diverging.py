@@ -1,0 +1,166 @@
+"""A run that diverges leaves the last good checkpoint and no model; a run that was stopped leaves no wrong speed."""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cpdlm.config import Config
+from cpdlm.training import checkpoints
+from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, WEIGHTS, RunError
+from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
+from cpdlm.training.run import Run
+from experiments import cell, pipeline
+from experiments.records import RecordError
+from experiments.scheduler import Local
+from experiments.suite import scratch, trunk
+from experiments.sweep_plan import Plan
+from tests.test_training import settings, train
+
+
+def poison_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The optimiser's step number `step` leaves a NaN, as an overflow does."""
+    original = MultiTokenModule.optimizer_step
+
+    def poisoned(self: MultiTokenModule, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named)
+        if self.global_step == step - 1:
+            self.model.unembedding.weight.data[0, 0] = math.nan
+
+    monkeypatch.setattr(MultiTokenModule, "optimizer_step", poisoned)
+
+
+def test_no_checkpoint_of_a_diverged_run_replaces_the_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(**{"train.checkpoint_every": 1})
+    poison_after(monkeypatch, 4)
+    with pytest.raises(NonFiniteLoss, match=r"weight is not finite after step 4.*lower optim\.lr"):
+        train(config, tmp_path)
+    held = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert held["global_step"] == 3
+    assert all(checkpoints.is_finite(tensor) for tensor in held["state_dict"].values())
+    monkeypatch.undo()
+    train(config, tmp_path)  # goes on from it
+    assert checkpoints.is_finished(tmp_path)
+
+
+def test_a_run_that_diverges_in_its_last_step_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_after(monkeypatch, 6)
+    with pytest.raises(NonFiniteLoss, match="after step 6"):
+        train(settings(**{"train.validate_every": 10}), tmp_path)
+    assert not (tmp_path / WEIGHTS).exists() and not (tmp_path / TRAINED).exists()
+
+
+def test_a_diverged_checkpoint_or_model_of_an_earlier_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings()
+    poison_after(monkeypatch, 5)
+    with pytest.raises(NonFiniteLoss):
+        train(config, tmp_path)
+    held = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    next(iter(held["state_dict"].values())).fill_(math.inf)
+    torch.save(held, tmp_path / CHECKPOINT)
+    with pytest.raises(RunError, match=r"last.ckpt holds a diverged run .*delete it to start again"):
+        train(config, tmp_path)
+    (tmp_path / CHECKPOINT).unlink()
+    monkeypatch.undo()
+    train(config, tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    state["trunk.body.norm.weight"][0] = math.nan
+    save_file(state, tmp_path / WEIGHTS, metadata={"vocab_size": "23"})
+    with pytest.raises(RunError, match=r"has diverged \(trunk.body.norm.weight is not finite\)"):
+        checkpoints.load_model(tmp_path)
+
+
+WATCHED = """
+import sys, time
+from cpdlm import processes
+processes.BEAT_SECONDS, processes.PAUSE_SECONDS = 0.02, 0.3
+watch = processes.PauseWatch()
+until = time.monotonic() + 0.1
+while time.monotonic() < until:
+    pass
+assert watch.total() == 0
+print("ready", flush=True)
+sys.stdin.readline()
+print(watch.total())
+"""
+
+
+def test_a_stopped_process_notices_for_how_long() -> None:
+    child = subprocess.Popen([sys.executable, "-c", WATCHED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGSTOP)
+    time.sleep(0.6)
+    child.send_signal(signal.SIGCONT)
+    said, _ = child.communicate("\n", timeout=30)
+    assert 0.5 < float(said) < 5
+
+
+def test_a_step_in_which_the_run_stood_still_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = MultiTokenModule.training_step
+    pauses = [0.0]
+
+    def stopped(self: MultiTokenModule, batch: Any, batch_index: int) -> Any:
+        if self.global_step == 3:
+            pauses[0] = 0.5
+            time.sleep(0.5)
+        return original(self, batch, batch_index)
+
+    monkeypatch.setattr(MultiTokenModule, "training_step", stopped)
+    monkeypatch.setattr("cpdlm.processes.PauseWatch.total", lambda self: pauses[0])
+    summary, _ = train(settings(**{"optim.steps": 4, "data.batch_rows": 1}), tmp_path)
+    assert "step 4 is not timed: the run stood still for 0.5 s" in capsys.readouterr().err
+    assert summary.paused == 0.5 and summary.tokens == 4 * 16
+    assert summary.seconds == pytest.approx(summary.clock[2] + 0.001 * summary.step_ms_median, abs=0.002)
+    assert summary.tokens_per_second == pytest.approx(summary.tokens / summary.seconds)
+
+
+def test_a_cell_without_a_record_stops_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [trunk("code", "smoke,trunk"), replace(scratch("code", 1, "smoke"), reference=None)]
+
+    def write(config: Config, command: str, folder: Path, **more: str) -> Path:
+        if config.run_name == cells[0].name:
+            raise RecordError("likelihood.joint_nll.mean is not a finite number")
+        return folder / config.run_name
+
+    told: list[Any] = []
+    monkeypatch.setattr("experiments.cell.is_trained", lambda config: True)
+    monkeypatch.setattr("experiments.cell.trained_by", lambda config: "")
+    monkeypatch.setattr("experiments.cell.write_record", write)
+    monkeypatch.setattr("experiments.cell.report", lambda *given, **more: ("the tables", []))
+    monkeypatch.setattr("experiments.cell.log", lambda records, *given: told.extend(records))
+    plan = Plan("test", cells, tmp_path / "out", tmp_path / "results", "command", stages=("report",))
+    assert pipeline.run(plan, Local(1)) == 1
+    said = capsys.readouterr()
+    assert f"failed: {cells[0].name}: its record is not written: likelihood.joint_nll" in said.err
+    assert "the tables" in said.out and [config.run_name for config, _ in told] == [cells[1].name]
+
+
+def test_weights_whose_likelihood_is_no_number_are_a_failed_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.measure.likelihood.evaluate", lambda *given: {"joint_nll": {"mean": math.nan}})
+    monkeypatch.setattr("cpdlm.training.checkpoints.load_model", lambda folder: None)
+    tokenizer = SimpleNamespace(decode=lambda ids: "")
+    corpus = SimpleNamespace(vocab_size=2, tokenizer=tokenizer, token_bytes=list, source_names=[])
+    data = SimpleNamespace(test_batches=list)
+    prepared = Run(settings(), tmp_path, corpus, data, None, {}, None, [], 0.0)  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteLoss, match=r"joint_nll.mean on the test split is not finite: the run has diverged"):
+        cell._evaluate(prepared, "command")
+    assert not list(tmp_path.iterdir())
