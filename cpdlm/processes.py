@@ -15,7 +15,7 @@ import weakref
 from typing import NoReturn
 
 BEAT_SECONDS = 0.25  # between two looks at the clock
-PAUSE_SECONDS = 2.0  # between two looks that are called a pause
+PAUSE_SECONDS = 1.0  # between two looks that are called a pause
 
 
 def is_first_process() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -214,6 +215,8 @@ def _decoded(
         with tqdm(total=decode.warmups + decode.repeats, desc=f"decoding, {mode}", unit="repeat") as bar:
 
             def say(line: str, bar: tqdm = bar) -> None:
+                if line.startswith("measured again"):
+                    tqdm.write(line, file=sys.stderr)
                 bar.set_postfix_str(line, refresh=False)
                 bar.update(int(line.startswith(("repeat", "warm-up"))))
 

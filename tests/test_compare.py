@@ -15,7 +15,7 @@ from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.compare import Protocol, Timing, measure
 from cpdlm.bench.contenders import Ours, hugging_face
 from cpdlm.bench.intervals import drawn, medians, of_median, of_ratio
-from cpdlm.bench.timers import Timer, forward_milliseconds
+from cpdlm.bench.timers import StoodStill, Timer, forward_milliseconds
 from cpdlm.config import resolve
 from cpdlm.decoding import Decoded, Sampling, decode
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -127,6 +127,31 @@ def test_the_ratio_of_times_is_taken_within_a_repeat() -> None:
     plain = Timing([[2 * s, 2 * s] for s in slow_minute], [[10, 10]] * 3, [])
     fast = Timing([[s, s] for s in slow_minute], [[10, 10]] * 3, [])
     assert compare.rate_ratio(fast, plain, 0) == pytest.approx({"median": 2.0, "low": 2.0, "high": 2.0})
+
+
+def test_a_call_in_which_the_process_stood_still_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    stood = [0.0]
+    monkeypatch.setattr("cpdlm.processes.PauseWatch.total", lambda self: stood[0])
+    calls = []
+
+    def stopped_once(prompt_T: torch.Tensor, seed: int) -> list[int]:
+        calls.append(seed)
+        if len(calls) == 4:
+            stood[0] += 30.0
+            time.sleep(0.3)
+        return [1, 2]
+
+    said: list[str] = []
+    contenders = {("plain", "a"): stopped_once}
+    protocol = Protocol(2, repeats=2, warmups=0)
+    timing = compare.interleaved(contenders, {"a": trunk()}, PROMPTS, protocol, said.append)["plain", "a"]
+    assert calls[3] == calls[4] and len(calls) == 7 and len(timing.texts) == 3
+    assert [len(repeat) for repeat in timing.seconds] == [3, 3] and np.max(timing.seconds) < 0.2
+    assert "measured again: the process stood still for 30.0 s" in said
+    always = iter(range(100))
+    monkeypatch.setattr("cpdlm.processes.PauseWatch.total", lambda self: float(next(always)))
+    with pytest.raises(StoodStill, match="5 times in a row"):
+        compare.interleaved(contenders, {"a": trunk()}, PROMPTS, protocol, said.append)
 
 
 def test_the_interval_of_a_speed_up_covers_prompts() -> None:

@@ -74,8 +74,8 @@ BAD: list[tuple[str, str]] = [
     ),
     ("loss.joint_fraction=0", "loss.joint_fraction=0.0 must lie in (0, 1]"),
     ("optim.floor=2", "optim.floor=2.0 must lie in [0, 1]"),
-    ("optim.lr=0", "optim.lr=0.0 must lie in (0, inf)"),
-    ("decode.temperature=0", "decode.temperature=0.0 must lie in (0, inf) (greedy is always measured)"),
+    ("optim.lr=0", "optim.lr=0.0 must lie in (0, 1e6]"),
+    ("decode.temperature=0", "decode.temperature=0.0 must lie in [1e-6, 1e6] (greedy is always measured)"),
     # combinations
     ("horizon=256 data.context=256", "horizon=256 does not fit data.context=256; lower the horizon"),
     ("horizon=1 rank=4", "rank=4 needs horizon of at least 2"),
@@ -102,7 +102,7 @@ BAD: list[tuple[str, str]] = [
     ),
     (
         "data.tokenizer=word",
-        "data.tokenizer='word': write bytes, bpe:SIZE with SIZE of at least 257, hf:NAME, or, with a pretrained trunk "
+        "data.tokenizer='word': write bytes, bpe:SIZE with SIZE from 257 to 1048576, hf:NAME, or, with a pretrained trunk "
         "(model=NAME), model",
     ),
     ("data.tokenizer=model", "data.tokenizer='model': write bytes, bpe:SIZE"),
@@ -123,6 +123,16 @@ BAD: list[tuple[str, str]] = [
     ),
     ("preset=cpu-heads", "is for heads on a frozen trunk: make one with preset=cpu-trunk,trunk"),
     ("devices=99", "each needs a row of its own: lower them to 4 together"),
+    ("seed=9223372036854775808", "seed=9223372036854775808 is too large; the most is 4294967295"),
+    ("rank=99999999999", "rank=99999999999 is too large; the most is 2147483647"),
+    ("train.timeout=99999999999999", "train.timeout=99999999999999 is too large"),
+    ("optim.beta1=1", "optim.beta1=1.0 must lie in [0, 1)"),
+    ("optim.beta2=1", "optim.beta2=1.0 must lie in [0, 1)"),
+    ("optim.lr=1e38", "optim.lr=1e+38 must lie in (0, 1e6]"),
+    ("optim.weight_decay=1e30", "optim.weight_decay=1e+30 must lie in [0, 1e6]"),
+    ("optim.lr=nan", "optim.lr=nan must lie in (0, 1e6]"),
+    ("decode.temperature=1e-300", "decode.temperature=1e-300 must lie in [1e-6, 1e6]"),
+    ("data.tokenizer=bpe:100000000000000000000", "write bytes, bpe:SIZE with SIZE from 257 to 1048576"),
     ("data.tokenizer=bpe:100", "data.tokenizer='bpe:100'"),
     ("data.tokenizer=bpe:big", "data.tokenizer='bpe:big'"),
     ("data.tokenizer=hf:", "data.tokenizer='hf:'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -245,17 +246,18 @@ def test_a_killed_run_goes_on_behind_its_last_rows(tmp_path: Path, monkeypatch: 
     counted = model.hidden
     monkeypatch.setattr(model, "hidden", lambda *given: (forwards.append(1), counted(*given))[1])
     whole = stored(model, tmp_path / "whole")[list(range(21))]
-    note, notes = states.write_json, []
+    checksum, done = states._Blocks._checksum, []
 
-    def killed(path: Path, content: dict[str, object]) -> None:
-        if len(notes) == 1:
+    def killed(parts: list[bytes]) -> int:
+        if len(done) == 1:
             raise KeyboardInterrupt
-        notes.append(note(path, content))
+        done.append(1)
+        return checksum(parts)
 
-    monkeypatch.setattr(states, "write_json", killed)
+    monkeypatch.setattr(states._Blocks, "_checksum", staticmethod(killed))
     with pytest.raises(KeyboardInterrupt):
         stored(model, tmp_path / "cut")
-    monkeypatch.setattr(states, "write_json", note)
+    monkeypatch.setattr(states._Blocks, "_checksum", staticmethod(checksum))
     forwards.clear()
     again = stored(model, tmp_path / "cut")[list(range(21))]
     assert len(forwards) == 2, "the first batch of three was done"
@@ -263,6 +265,34 @@ def test_a_killed_run_goes_on_behind_its_last_rows(tmp_path: Path, monkeypatch: 
     forwards.clear()
     stored(model, tmp_path / "cut")
     assert not forwards
+
+
+@pytest.mark.parametrize(
+    "name, damage, blocks",
+    [
+        ("hidden.bin", lambda content: content[:-1], 1),
+        ("hidden.bin", lambda content: b"", 3),
+        ("hidden.bin", lambda content: bytes(len(content)), 3),
+        ("hidden.bin", lambda content: b"\1" + content[1:], 1),
+        ("normaliser.bin", lambda content: content[:-4] + bytes(4), 1),
+        ("checksums.bin", lambda content: content[:5], 2),
+        ("checksums.bin", lambda content: bytes(len(content)), 3),
+    ],
+)
+def test_damaged_states_are_computed_again(
+    name: str, damage: Callable[[bytes], bytes], blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, forwards = make("common"), []
+    counted = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *given: (forwards.append(1), counted(*given))[1])
+    whole = stored(model, tmp_path)[list(range(21))]
+    (path,) = tmp_path.rglob(name)
+    whole = {key: value.clone() for key, value in whole.items()}
+    path.write_bytes(damage(path.read_bytes()))
+    forwards.clear()
+    again = stored(model, tmp_path)[list(range(21))]
+    assert len(forwards) == blocks
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
 
 
 def test_more_states_than_the_limit_are_refused_with_the_numbers(tmp_path: Path) -> None:

@@ -114,3 +114,8 @@ def test_what_does_not_fit_is_refused_before_any_step(base: dict[str, Any], monk
     (Path(base["corpus"]) / "0.py").write_text("pass\n" * 40)
     with pytest.raises(RunError, match="trained on other text: the corpus has changed since"):
         train(resolve(base | PLAIN))
+
+
+def test_heads_that_no_machine_can_hold_are_refused_before_they_are_made(base: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"rank=1000000000 horizon=4: heads of .*B parameters take .* GiB to train"):
+        train(resolve(base | {"rank": 1_000_000_000, "horizon": 4}), say=quiet)

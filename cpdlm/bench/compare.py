@@ -4,7 +4,8 @@ Every repeat runs, prompt after prompt, autoregressive decoding, each cell's spe
 generate on the same weights. The order rotates from repeat to repeat, so that a slow minute of the machine falls on all
 alike. Ratios are taken within a repeat; their median is reported, with a bootstrap interval over prompts and repeats.
 Tokens are counted from the ids, forwards by a hook on the trunk. All run for the same number of tokens (nothing stops
-at an eos), with the same seed per (prompt, repeat). The time split comes from a separate repeat over a few prompts,
+at an eos), with the same seed per (prompt, repeat). A call in which the process stood still (SIGSTOP, a laptop's lid)
+is made again. The time split comes from a separate repeat over a few prompts,
 with timers that synchronise.
 
 Letters: P prompts, K repeats, S resamples, T positions.
@@ -24,12 +25,14 @@ from torch import Tensor
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.contenders import Contender, Ours, hugging_face, theirs
 from cpdlm.bench.intervals import bounds, drawn, summed
-from cpdlm.bench.timers import PARTS, Timer, count_forwards, forward_milliseconds
+from cpdlm.bench.timers import PARTS, Timer, count_forwards, forward_milliseconds, undisturbed
 from cpdlm.config import DecodeConfig
 from cpdlm.decoding import Decoded, Sampling
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.processes import PauseWatch
 
 REFERENCE = "(next-token model)"  # no run is called so
+_Call = tuple[Decoded | list[int], float, int]  # what was decoded, its seconds, forwards that the hook counted
 SPLIT_PROMPTS = 4  # of which the time split is taken: shares of a decoding do not need them all
 
 
@@ -197,11 +200,15 @@ def seconds_by_part(
     CUDA these are the parts of forwards launched kernel by kernel, not of captured ones.
     """
     contender = Ours(model, protocol.new_tokens, sampling, protocol.draft, protocol.nodes)
-    total = dict.fromkeys(PARTS, 0.0)
+    total, watch = dict.fromkeys(PARTS, 0.0), PauseWatch()
     for index, prompt_T in enumerate(prompts_PT):
-        timer = Timer(prompt_T.device)
-        contender.timed(prompt_T, run_seed(protocol.seed, index, 0), timer)
-        for part, seconds in timer.seconds.items():
+
+        def once(prompt_T: Tensor = prompt_T, seed: int = run_seed(protocol.seed, index, 0)) -> dict[str, float]:
+            timer = Timer(prompt_T.device)
+            contender.timed(prompt_T, seed, timer)
+            return timer.seconds
+
+        for part, seconds in undisturbed(once, watch).items():
             total[part] += seconds
     return total
 
@@ -222,7 +229,7 @@ def interleaved(
         for contender in contenders.values():
             contender(prompts_PT[0], protocol.seed)
     timings = {key: Timing([], [], [[] for _ in prompts_PT]) for key in contenders}
-    timer = Timer(prompts_PT.device)
+    timer, watch = Timer(prompts_PT.device), PauseWatch()
     order = list(contenders)
     for repeat in range(protocol.repeats):
         say(f"repeat {repeat + 1}/{protocol.repeats}")
@@ -231,14 +238,19 @@ def interleaved(
             timing.tokens.append([])
             timing.forwards.append([])
         for index, prompt_T in enumerate(prompts_PT):
-            turn = (repeat + index) % len(order)
+            turn, seed = (repeat + index) % len(order), run_seed(protocol.seed, index, repeat)
             for key in order[turn:] + order[:turn]:
                 timing, contender = timings[key], contenders[key]
-                with count_forwards(models[key[1]]) as forwards:
-                    start = timer.now()
-                    result = contender(prompt_T, run_seed(protocol.seed, index, repeat))
-                    timing.seconds[repeat].append(timer.now() - start)
-                seen = contender.forwards(forwards.count) if isinstance(contender, Ours) else forwards.count
+
+                def once(key: tuple[str, str] = key, prompt_T: Tensor = prompt_T, seed: int = seed) -> _Call:
+                    with count_forwards(models[key[1]]) as forwards:
+                        start = timer.now()
+                        result = contenders[key](prompt_T, seed)
+                        return result, timer.now() - start, forwards.count
+
+                result, seconds, hooked = undisturbed(once, watch, say)
+                timing.seconds[repeat].append(seconds)
+                seen = contender.forwards(hooked) if isinstance(contender, Ours) else hooked
                 timing.forwards[repeat].append(seen)
                 if isinstance(result, Decoded):
                     assert seen == result.forwards, f"{key}: {seen} forwards were made, the loop says {result.forwards}"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,34 @@ from cpdlm.decoding import CapturedForwards, Sampling
 from cpdlm.decoding.captured import record
 from cpdlm.decoding.proposals import nothing
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.processes import PauseWatch
 
 PARTS = ("prefill", "draft", "trunk", "verify", "other")
+TRIES = 5  # of a timed call, where pauses fall into it
+
+
+Result = TypeVar("Result")
+
+
+class StoodStill(RuntimeError):
+    """The process was stopped again and again while it was timed: nothing can be measured here."""
+
+
+def undisturbed(
+    call: Callable[[], Result], watch: PauseWatch, say: Callable[[str], None] = lambda line: None
+) -> Result:
+    """The result of a timed call in which this process did not stand still; one in which it did is made again.
+
+    Raises StoodStill after TRIES of them.
+    """
+    for _ in range(TRIES):
+        before = watch.total()
+        result = call()
+        paused = watch.total() - before
+        if not paused:
+            return result
+        say(f"measured again: the process stood still for {paused:.1f} s")
+    raise StoodStill(f"{TRIES} times in a row this process stood still while it was timed; measure on a quiet machine")
 
 
 class ForwardCounter:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from cpdlm.config.settings import CHOICES, FAMILIES, WITHIN, Config, ConfigError, flatten, leaves
 
+MOST_TOKENS = 2**20  # of a vocabulary that is made here
+
 
 def check(config: Config) -> None:
     """Raise ConfigError on the first rule that the configuration breaks; it names the settings and their values."""
@@ -38,6 +40,8 @@ def _ranges(config: Config) -> Iterator[str]:
         value, least, within = values[key], entry.metadata["least"], entry.metadata["within"]
         if least is not None and value < least:
             yield f"{key}={value} is too small; the least is {least}"
+        if least is not None and value > entry.metadata["most"]:
+            yield f"{key}={value} is too large; the most is {entry.metadata['most']}"
         if within and not WITHIN[within](value):
             hint = " (greedy is always measured)" if key == "decode.temperature" else ""
             yield f"{key}={value} must lie in {within}{hint}"
@@ -96,11 +100,12 @@ def _text(config: Config) -> Iterator[str]:
     if data.column and not config.corpus.startswith("hf:"):
         yield f"data.column={data.column} is for corpus=hf:NAME, and this is corpus={config.corpus}; leave it out"
     kind, _, name = data.tokenizer.partition(":")
-    is_bpe = kind == "bpe" and name.isdigit() and int(name) >= 257
+    is_bpe = kind == "bpe" and name.isascii() and name.isdigit() and 257 <= int(name) <= MOST_TOKENS
     is_own = data.tokenizer == "model" and config.is_pretrained
     if not (data.tokenizer == "bytes" or is_bpe or is_own or (kind == "hf" and name)):
         yield (
-            f"data.tokenizer={data.tokenizer!r}: write bytes, bpe:SIZE with SIZE of at least 257, hf:NAME, or, "
+            f"data.tokenizer={data.tokenizer!r}: write bytes, bpe:SIZE with SIZE from 257 to {MOST_TOKENS}, "
+            "hf:NAME, or, "
             "with a pretrained trunk (model=NAME), model"
         )
 

@@ -14,16 +14,26 @@ class ConfigError(ValueError):
     """The user's mistake: names the setting, the value, and what to type instead. Entry points exit 2 on it."""
 
 
-def knob(default: Any, help: str, *, least: int | None = None, within: str = "") -> Any:
-    """A dataclass field with a line of meaning for `--help`. least: of an int. within: of a float, a key of WITHIN."""
-    return field(default=default, metadata={"help": help, "least": least, "within": within})
+MOST = 2**31 - 1  # of a count, where nothing else is said
+
+
+def knob(default: Any, help: str, *, least: int | None = None, most: int = MOST, within: str = "") -> Any:
+    """A dataclass field with a line of meaning for `--help`.
+
+    least, most: of an int. within: of a float, a key of WITHIN.
+    """
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "within": within})
 
 
 WITHIN: dict[str, Callable[[float], bool]] = {
     "[0, 1]": lambda value: 0 <= value <= 1,
+    "[0, 1)": lambda value: 0 <= value < 1,
     "(0, 1]": lambda value: 0 < value <= 1,
-    "[0, inf)": lambda value: 0 <= value < math.inf,
     "(0, inf)": lambda value: 0 < value < math.inf,
+    # What float32 can still multiply by itself.
+    "[0, 1e6]": lambda value: 0 <= value <= 1e6,
+    "(0, 1e6]": lambda value: 0 < value <= 1e6,
+    "[1e-6, 1e6]": lambda value: 1e-6 <= value <= 1e6,
 }
 
 
@@ -77,7 +87,9 @@ class DataConfig:
     column: str = knob(
         "", "corpus=hf:NAME: the column with the text (default: text, content, story, document or the only strings)"
     )
-    max_bytes: int = knob(0, "bytes of text to take from the corpus, documents in hash order (0 = all)", least=0)
+    max_bytes: int = knob(
+        0, "bytes of text to take from the corpus, documents in hash order (0 = all)", least=0, most=2**63 - 1
+    )
     cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
     bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")
     workers: int = knob(0, "data-loader worker processes", least=0)
@@ -91,6 +103,7 @@ class DataConfig:
         "tokens of training text whose hidden states under a frozen trunk are computed once and kept (0: none are; "
         "the trunk runs in every step); training then sees these tokens only",
         least=0,
+        most=2**63 - 1,
     )
     states_gib: float = knob(8.0, "most GiB of disk that kept hidden states may take", within="(0, inf)")
 
@@ -118,7 +131,7 @@ class ModelConfig:
     )
     tie_embeddings: bool = knob(True, "the unembedding is the input embedding")
     noise: float = knob(
-        0.2, "size of the maps' random start relative to identity; tells equal components apart", within="[0, inf)"
+        0.2, "size of the maps' random start relative to identity; tells equal components apart", within="[0, 1e6]"
     )
     anchor_width: int = knob(0, "hidden width of the map of anchor=token or blind (0 = width / 2)", least=0)
     adapter_layers: int = knob(
@@ -150,20 +163,20 @@ class LossConfig:
         1.0, "share of positions that train x_{t+2..t+n}; x_{t+1} always trains on all", within="(0, 1]"
     )
     chunk_mib: int = knob(32, "MiB of logits alive at once in the joint loss", least=1)
-    balance_weight: float = knob(0.01, "weight of the balance loss (balance=switch or kl)", within="[0, inf)")
-    balance_rate: float = knob(0.001, "step of the gate's bias buffer (balance=bias)", within="[0, inf)")
+    balance_weight: float = knob(0.01, "weight of the balance loss (balance=switch or kl)", within="[0, 1e6]")
+    balance_rate: float = knob(0.001, "step of the gate's bias buffer (balance=bias)", within="[0, 1e6]")
 
 
 @dataclass
 class OptimConfig:
     steps: int = knob(500, "optimiser steps", least=1)
-    lr: float = knob(2e-3, "peak learning rate", within="(0, inf)")
+    lr: float = knob(2e-3, "peak learning rate", within="(0, 1e6]")
     warmup: int = knob(50, "steps of linear warm-up", least=0)
     floor: float = knob(0.1, "final learning rate, as a share of the peak (cosine decay)", within="[0, 1]")
-    weight_decay: float = knob(0.1, "AdamW weight decay, on matrices only", within="[0, inf)")
-    beta1: float = knob(0.9, "AdamW beta 1", within="[0, 1]")
-    beta2: float = knob(0.95, "AdamW beta 2", within="[0, 1]")
-    clip: float = knob(1.0, "largest gradient norm (0 = no clipping)", within="[0, inf)")
+    weight_decay: float = knob(0.1, "AdamW weight decay, on matrices only", within="[0, 1e6]")
+    beta1: float = knob(0.9, "AdamW beta 1", within="[0, 1)")
+    beta2: float = knob(0.95, "AdamW beta 2", within="[0, 1)")
+    clip: float = knob(1.0, "largest gradient norm (0 = no clipping)", within="[0, 1e6]")
 
 
 @dataclass
@@ -192,7 +205,7 @@ class DecodeConfig:
     prompt_tokens: int = knob(64, "tokens of each prompt", least=1)
     new_tokens: int = knob(64, "tokens to write after each prompt", least=1)
     temperature: float = knob(
-        1.0, "temperature of the sampling runs (greedy is always measured too)", within="(0, inf)"
+        1.0, "temperature of the sampling runs (greedy is always measured too)", within="[1e-6, 1e6]"
     )
     top_k: int = knob(0, "keep the k likeliest tokens (0 = all)", least=0)
     top_p: float = knob(1.0, "keep the smallest set of tokens with this much probability", within="(0, 1]")
@@ -220,7 +233,7 @@ class Config:
     horizon: int = knob(4, "tokens per window: the pending token and horizon-1 drafts", least=1)
     size: str = knob("tiny", "trunk: " + " | ".join(SIZES))
     corpus: str = knob("code", "code | text | hf:NAME | a text file | a folder")
-    seed: int = knob(0, "seed of weights, data order and decoding", least=0)
+    seed: int = knob(0, "seed of weights, data order and decoding", least=0, most=2**32 - 1)
     balance: str = knob("switch", "keeps components in use: switch | kl | bias | none")
     anchor: str = knob(
         "none",

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-30  # logits divided by it are still float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -32,6 +34,11 @@ class Sampling:
             raise ValueError(
                 f"temperature={self.temperature} must be a finite number of at least 0; type 0 for greedy, 1 for the "
                 "model's own distribution"
+            )
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature={self.temperature} is too small to divide by; the least is {LEAST_TEMPERATURE:g}, or type 0 "
+                "for greedy"
             )
         if isinstance(self.top_k, bool) or self.top_k != int(self.top_k) or self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be a whole number of at least 0; type 0 to keep every token")

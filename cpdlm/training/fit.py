@@ -113,6 +113,7 @@ class Journal(Callback):
         # Lightning has put a SIGTERM handler before ours that ends the run with exit code 0 and no word.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.note_signal)
+        assert isinstance(pl_module, MultiTokenModule)
         if tensor := pl_module.non_finite():
             raise RunError(
                 f"{self.folder / CHECKPOINT} holds a diverged run ({tensor} is not finite); delete it to start again"
@@ -200,6 +201,7 @@ class Journal(Callback):
 
         NonFiniteLoss where the run has diverged: the checkpoint before it stays.
         """
+        assert isinstance(trainer.lightning_module, MultiTokenModule)
         trainer.lightning_module.check_finite()
         partial = checkpoints.partial_checkpoint(self.folder)
         with errors_named(self.folder / CHECKPOINT):

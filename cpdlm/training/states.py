@@ -1,10 +1,12 @@
 """Hidden states of a frozen trunk, computed once and kept on disk: all heads trained on it later skip its forwards.
 
-FOLDER/plan.json          what they are states of, and how many rows are done
+FOLDER/plan.json          what they are states of
 FOLDER/hidden.bin         (rows, T, D) in the trunk's precision: training from it equals training from the trunk
 FOLDER/normaliser.bin     (rows, T) float32, log sum_v exp(logit)
+FOLDER/checksums.bin      uint32 per block of BATCH_ROWS rows, crc32 of both: written once the block is on the disk
 
-A killed run goes on behind the last row that was noted as done.
+Blocks that are not as their checksum says, or have none, are computed again: those that a killed run had not come to,
+and those that were cut off, zeroed or changed since.
 
 Letters: B rows, T position, D width.
 """
@@ -14,9 +16,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,7 +31,7 @@ from cpdlm.data.batches import Rows
 from cpdlm.files import LOCK_SECONDS, errors_named, locked, remove_partial, write_json
 from cpdlm.model.language_model import LanguageModel
 
-PLAN, HIDDEN, NORMALISER = "plan.json", "hidden.bin", "normaliser.bin"
+PLAN, HIDDEN, NORMALISER, CHECKSUMS = "plan.json", "hidden.bin", "normaliser.bin", "checksums.bin"
 BATCH_ROWS = 8
 
 
@@ -76,9 +79,12 @@ def kept_states(
             f"{label} are more than data.states_gib={limit_gib:g}; keep fewer (data.states={most}), or raise the limit"
         )
     with kept_folder(cache / "states", plan, seconds) as folder:
-        if _done(folder) < rows.count:
-            say(f"{label}: {folder}")
-            _complete(model, rows, folder, plan, device)
+        blocks = _Blocks(folder, rows.count, rows.context * width * dtype.itemsize, rows.context * 4)
+        if wrong := blocks.wrong():
+            again = "" if len(wrong) == blocks.count else f", {len(wrong)} of {blocks.count} blocks to be computed"
+            say(f"{label}: {folder}{again}")
+            write_json(folder / PLAN, plan)
+            _compute(model, rows, blocks, wrong, device)
     return StoredStates(folder, rows.count, rows.context, width, dtype)
 
 
@@ -93,38 +99,81 @@ def kept_folder(parent: Path, plan: dict[str, Any], seconds: float) -> Iterator[
             yield folder
 
 
-def _complete(model: LanguageModel, rows: Rows, folder: Path, plan: dict[str, Any], device: torch.device) -> None:
-    done = _done(folder)
+class _Blocks:
+    """The files of a folder, block by block of BATCH_ROWS rows (the last may have fewer)."""
+
+    def __init__(self, folder: Path, rows: int, hidden_bytes: int, normaliser_bytes: int) -> None:
+        """The byte counts are those of one row."""
+        self.folder, self.rows, self.count = folder, rows, -(-rows // BATCH_ROWS)
+        self.row_bytes = {HIDDEN: hidden_bytes, NORMALISER: normaliser_bytes}
+
+    def rows_of(self, block: int) -> list[int]:
+        return list(range(block * BATCH_ROWS, min((block + 1) * BATCH_ROWS, self.rows)))
+
+    def wrong(self) -> list[int]:
+        """Blocks that are missing, or not as they were written. Reads all of them."""
+        try:
+            with contextlib.ExitStack() as opened:
+                files = [opened.enter_context(open(self.folder / name, "rb")) for name in self.row_bytes]
+                noted = np.fromfile(self.folder / CHECKSUMS, np.uint32)
+                return [
+                    block
+                    for block in range(self.count)
+                    if block >= len(noted) or self._checksum(self._read(files, block)) != noted[block]
+                ]
+        except FileNotFoundError:
+            return list(range(self.count))
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[Callable[[int, bytes, bytes], None]]:
+        """Takes (block, its hidden states, its normalisers)."""
+        with contextlib.ExitStack() as opened:
+            sizes = {name: self.rows * size for name, size in self.row_bytes.items()} | {CHECKSUMS: 4 * self.count}
+            files = {}
+            for name, size in sizes.items():
+                (self.folder / name).touch()
+                files[name] = opened.enter_context(open(self.folder / name, "r+b"))
+                files[name].truncate(size)
+
+            def write(block: int, *parts: bytes) -> None:
+                for (name, size), part in zip(self.row_bytes.items(), parts, strict=True):
+                    files[name].seek(block * BATCH_ROWS * size)
+                    files[name].write(part)
+                    files[name].flush()
+                files[CHECKSUMS].seek(4 * block)
+                files[CHECKSUMS].write(np.uint32(self._checksum(parts)).tobytes())
+                files[CHECKSUMS].flush()
+
+            yield write
+
+    def _read(self, files: list[BinaryIO], block: int) -> list[bytes]:
+        parts, rows = [], len(self.rows_of(block))
+        for file, size in zip(files, self.row_bytes.values(), strict=True):
+            file.seek(block * BATCH_ROWS * size)
+            parts.append(file.read(rows * size))
+        return parts
+
+    @staticmethod
+    def _checksum(parts: Iterable[bytes]) -> int:
+        checksum = 1  # so that a block of no bytes differs from a checksum of zero
+        for part in parts:
+            checksum = zlib.crc32(part, checksum)
+        return checksum
+
+
+def _compute(model: LanguageModel, rows: Rows, blocks: _Blocks, wanted: list[int], device: torch.device) -> None:
     model = model.to(device)
-    with (
-        open(folder / HIDDEN, "r+b" if done else "wb") as hidden_file,
-        open(folder / NORMALISER, "r+b" if done else "wb") as normaliser_file,
-        tqdm(total=rows.count, initial=done, desc="hidden states", unit="row") as bar,
-    ):
-        width, itemsize = model.trunk.width, model.trunk.embedding.dtype.itemsize
-        hidden_file.seek(done * rows.context * width * itemsize)
-        normaliser_file.seek(done * rows.context * 4)
-        while done < rows.count:
-            some = list(range(done, min(done + BATCH_ROWS, rows.count)))
+    total = sum(len(blocks.rows_of(block)) for block in wanted)
+    with blocks.writer() as write, tqdm(total=total, desc="hidden states", unit="row") as bar:
+        for block in wanted:
+            some = blocks.rows_of(block)
             batch = rows[some]
             with torch.inference_mode():
                 hidden_BTD = model.hidden(batch["tokens_BT"].to(device), batch["position_ids_BT"].to(device))
                 normaliser_BT = model.log_normaliser(hidden_BTD)
-            hidden_file.write(hidden_BTD.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            normaliser_file.write(normaliser_BT.cpu().numpy().tobytes())
-            hidden_file.flush()
-            normaliser_file.flush()
-            done = some[-1] + 1
-            write_json(folder / PLAN, plan | {"done": done})
+            hidden = hidden_BTD.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            write(block, hidden, normaliser_BT.cpu().float().numpy().tobytes())
             bar.update(len(some))
-
-
-def _done(folder: Path) -> int:
-    """Rows that are whole on the disk; 0 where the note of them cannot be read."""
-    try:
-        return int(json.loads((folder / PLAN).read_bytes())["done"])
-    except (OSError, ValueError, KeyError):
-        return 0
 
 
 def _numpy(dtype: torch.dtype) -> Any:
