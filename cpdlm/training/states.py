@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -146,7 +146,7 @@ class _Blocks:
 
             yield write
 
-    def _read(self, files: list[BinaryIO], block: int) -> list[bytes]:
+    def _read(self, files: Sequence[BinaryIO], block: int) -> list[bytes]:
         parts, rows = [], len(self.rows_of(block))
         for file, size in zip(files, self.row_bytes.values(), strict=True):
             file.seek(block * BATCH_ROWS * size)
