@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused_before_any_step(base: dict[str, Any], monk
         train(heads(base, **{"model.trunk": base["corpus"]}))
     with pytest.raises(ConfigError, match="decode.prompts=99999"):
         train(heads(base, **{"decode.prompts": 99999}))
-    for rank in (10**6, 10**18):
+    for rank in (10**6, 2 * 10**9):
         with pytest.raises(ConfigError, match=f"rank={rank} horizon=3: heads of .* take .* to train, and .* are free"):
             train(heads(base, rank=rank))
     assert not (Path(base["output"]) / "heads" / checkpoints.CONFIG).exists()
@@ -114,8 +114,3 @@ def test_what_does_not_fit_is_refused_before_any_step(base: dict[str, Any], monk
     (Path(base["corpus"]) / "0.py").write_text("pass\n" * 40)
     with pytest.raises(RunError, match="trained on other text: the corpus has changed since"):
         train(resolve(base | PLAIN))
-
-
-def test_heads_that_no_machine_can_hold_are_refused_before_they_are_made(base: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"rank=1000000000 horizon=4: heads of .*B parameters take .* GiB to train"):
-        train(resolve(base | {"rank": 1_000_000_000, "horizon": 4}), say=quiet)
