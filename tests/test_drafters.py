@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache as memoised
 from typing import Any
@@ -17,7 +18,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, MistralConfig
+from transformers import (
+    AutoModel,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    MistralConfig,
+    Olmo3Config,
+)
 
 from cpdlm.bench.contenders import hugging_face
 from cpdlm.config import resolve
@@ -442,45 +451,72 @@ def test_rows_that_end_early_leave_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 5 and sizes[-1] == 1
 
 
-def test_a_binding_attention_window_is_exact_or_refused() -> None:
-    """Layers count the window in slots, dead ones and other branches' included; a single chain has none."""
+NARROW: dict[str, Any] = {
+    "vocab_size": 17,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "sliding_window": 12,
+}
+MIXED = NARROW | {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16, "pad_token_id": 0}
+WINDOWED: dict[str, Callable[[], Any]] = {
+    "mistral": lambda: MistralConfig(**NARROW),
+    "gemma2": lambda: Gemma2Config(**MIXED),
+    "gemma3 with images": lambda: Gemma3Config(
+        text_config=Gemma3TextConfig(**MIXED),
+        vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+    ),
+    "olmo3": lambda: Olmo3Config(**MIXED),
+    "gpt-oss": lambda: GptOssConfig(**MIXED, num_local_experts=2, num_experts_per_tok=1),
+}
+
+
+def windowed(name: str) -> LanguageModel:
     torch.manual_seed(0)
-    shape = MistralConfig(
-        vocab_size=17,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        sliding_window=12,
-    )
-    model = (
-        LanguageModel(
-            Trunk(AutoModel.from_config(shape)),
-            17,
-            HeadsConfig(rank=2, horizon=4),
-            frozen_target=True,
-            context=64,
-            tie_embeddings=False,
-        )
-        .double()
-        .eval()
-    )
+    trunk = Trunk(AutoModel.from_config(WINDOWED[name]()))
+    shape = HeadsConfig(rank=2, horizon=4)
+    model = LanguageModel(trunk, 17, shape, frozen_target=True, context=64, tie_embeddings=False).eval()
+    model = model if name == "gpt-oss" else model.double()  # whose experts know no float64
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(2 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
-    prompts, generate = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])], hugging_face(model)
-    assert generate is not None
-    assert decode(model, prompts[0], 40, Sampling(0.0)).tokens == generate(prompts[0], 40, Sampling(0.0), 0)
-    short = [each.tokens for each in decode_batch(model, prompts, 4, Sampling(0.0))]
-    assert short == [generate(prompt, 4, Sampling(0.0), 0) for prompt in prompts]
+    return model
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_binding_attention_window_is_exact_for_rows_and_trees(name: str) -> None:
+    """Layers count the window in slots, dead ones and other branches' included; the text counts it in tokens."""
+    model, prompts = windowed(name), [torch.tensor(ids) for ids in ([1, 2, 3], [4, 5] * 8, [7])]
+    assert model.attention_window == 12
+    right = [decode(model, prompt, 40, Sampling(0.0), draft="none").tokens for prompt in prompts]
+    generate = hugging_face(model)
+    assert generate is not None and right == [generate(prompt, 40, Sampling(0.0), 0) for prompt in prompts]
+    for draft in ("none", "chain", "tree"):
+        rows = decode_batch(model, prompts, 40, Sampling(0.0), draft=draft, options=Options(nodes=6))
+        assert [each.tokens for each in rows] == right, draft
+    assert decode(model, prompts[1], 40, Sampling(0.0), draft="tree").tokens == right[1]
+    whole = decode_batch(model, prompts, 24, Sampling(0.0), draft="tree", options=Options(use_cache=False))
+    assert [each.tokens for each in whole] == [each[:24] for each in right]
+
+
+def test_a_window_that_cannot_be_masked_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not bind where the texts are shorter, however many dead slots there are."""
+    model, prompts = windowed("mistral"), [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
+    model.trunk.body.config.sliding_window = 48
+    right = [decode(model, prompt, 40, Sampling(0.0)).tokens for prompt in prompts]
+    monkeypatch.setattr(Trunk, "masks_windows", False)
+    monkeypatch.setattr(cache, "WASTE", 10.0)  # slots are not closed up for their number
+    assert [each.tokens for each in decode_batch(model, prompts, 40, Sampling(0.0))] == right
+    monkeypatch.setattr(LanguageModel, "hidden", None)
     for rows, draft in ((prompts, "chain"), (prompts[:1], "tree")):
         with pytest.raises(
-            ValueError, match="attend to the last 12 slots .* decode one row at a time, with draft='chain'"
+            ValueError, match="attend to the last 48 slots .* decode one row at a time, with draft='chain'"
         ):
-            decode_batch(model, rows, 40, Sampling(0.0), draft=draft)
+            decode_batch(model, rows, 50, Sampling(0.0), draft=draft)
 
 
 def test_unknown_names_and_sizes_are_refused() -> None:

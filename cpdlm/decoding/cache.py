@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding.model import DraftingModel
+from cpdlm.model.trunk import Mask
 
 # Close up once more than this share of the slots (and a handful of them) is dead in every row.
 WASTE, LEAST = 0.25, 16
+
+
+def window_refusal(window: int | None) -> str:
+    return (
+        f"some layers of this model attend to the last {window} slots of the cache alone, which the drafts of several "
+        "rows or of a tree would fill; decode one row at a time, with draft='chain'"
+    )
 
 
 class Text:
@@ -57,12 +65,11 @@ class Text:
         """
         positions_BS = live_BS = torch.ones_like(window_BS, dtype=torch.bool)
         if self.ragged or seen_BSS is not None:
-            if self.attention_window is not None and self.slots + window_BS.shape[1] > self.attention_window:
-                raise ValueError(
-                    f"some layers of this model attend to the last {self.attention_window} slots of the cache alone, "
-                    "which the drafts of several rows or of a tree would fill; decode one row at a time, with "
-                    "draft='chain'"
-                )
+            if self._binds(window_BS.shape[1]) and not self.model.masks_windows:
+                if self.ragged:
+                    self._close_up()
+                if self._binds(window_BS.shape[1]):
+                    raise ValueError(window_refusal(self.attention_window))
             if depth_BS is None:
                 depth_BS = torch.arange(window_BS.shape[1], device=self.device).expand_as(window_BS)
             # Drafts beyond the context are never emitted; any position will do for them.
@@ -99,6 +106,10 @@ class Text:
         if self.cache is not None:
             self.cache.batch_select_indices(index_B)
 
+    def _binds(self, size: int) -> bool:
+        """Whether a window of so many tokens would push others out of some layer's attention window."""
+        return self.attention_window is not None and self.slots + size > self.attention_window
+
     # --- one forward -----------------------------------------------------------------------------------------------
 
     def _run(self, window_BS: Tensor, positions_BS: Tensor, live_BS: Tensor, seen_BSS: Tensor | None) -> Tensor:
@@ -112,9 +123,19 @@ class Text:
             indices_BL = torch.arange(self.slots, device=self.device).unsqueeze(0)
         if self.cache is None:
             positions_BS = torch.cat([indices_BL, positions_BS], dim=1)
-        mask = torch.cat([before_BL, live_BS], dim=1)
+        mask: Mask = torch.cat([before_BL, live_BS], dim=1)
+        size = live_BS.shape[1]
+        if binds := self._binds(size) and self.model.masks_windows:
+            own_SS = torch.eye(size, dtype=torch.bool, device=self.device)
+            chain_SS = torch.ones_like(own_SS).tril()
+            seen_BSS = (chain_SS & live_BS.unsqueeze(1)) | own_SS if seen_BSS is None else seen_BSS
         if seen_BSS is not None:
-            mask = self._tree_mask(before_BL, seen_BSS, whole=self.cache is None)
+            mask = every = self._tree_mask(before_BL, seen_BSS, whole=self.cache is None)
+            if binds:
+                assert self.attention_window is not None
+                keys_BT = positions_BS if self.cache is None else torch.cat([indices_BL, positions_BS], dim=1)
+                far_BST = positions_BS.unsqueeze(2) - keys_BT.unsqueeze(1)
+                mask = every, every & (far_BST < self.attention_window).unsqueeze(1)
         return self.model.hidden(window_BS, positions_BS, self.cache, mask)
 
     def _tree_mask(self, before_BL: Tensor, seen_BSS: Tensor, whole: bool) -> Tensor:

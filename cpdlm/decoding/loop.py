@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cpdlm.decoding.cache import Text
+from cpdlm.decoding.cache import Text, window_refusal
 from cpdlm.decoding.captured import CapturedForwards
 from cpdlm.decoding.drafters import Maker, Uniforms, make_drafter
 from cpdlm.decoding.filtering import Sampling
@@ -127,6 +127,7 @@ def decode_batch(
     changes = options.target_scores is not None
     forwards: Forwards
     if options.forwards is None:
+        _check_window(model, len(prompts), texts.longest, draft, options.nodes)
         drafter = make_drafter(draft, sampling, uniforms, options.nodes, processed=changes)
         process = texts.processed if changes else None
         text = Text(model, len(prompts), device, options.use_cache)
@@ -273,6 +274,14 @@ def _check(
         raise ValueError(f"{len(generators)} generators for {len(prompts)} prompts; pass one for each row")
     if model.training:
         raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
+
+
+def _check_window(model: DraftingModel, rows: int, longest: int, draft: str | Maker, nodes: int) -> None:
+    size = nodes + 1 if draft == "tree" else model.horizon
+    apart = rows > 1 or draft == "tree"  # slots are not positions
+    window = model.attention_window if apart else None
+    if window is not None and longest + size > window and not model.masks_windows:
+        raise ValueError(window_refusal(window))
 
 
 def _check_prompt(model: DraftingModel, prompt_T: Tensor, max_new_tokens: int) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from cpdlm.model.trunk import Mask
+
 
 class DraftingModel(Protocol):
     """`cpdlm.model.language_model.LanguageModel` is one."""
@@ -33,6 +35,11 @@ class DraftingModel(Protocol):
         ...
 
     @property
+    def masks_windows(self) -> bool:
+        """Whether `hidden` takes two masks, the second for layers with such a window; asked where there are some."""
+        ...
+
+    @property
     def draft_ids(self) -> Tensor | None:
         """(V',) the tokens that drafts are made of, where the joint covers a draft vocabulary."""
         ...
@@ -40,7 +47,7 @@ class DraftingModel(Protocol):
     def new_cache(self) -> Any: ...
 
     def hidden(
-        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Mask | None = None
     ) -> Tensor:
         """(B, T, D) behind each token."""
         ...

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from cpdlm.config import ConfigError
-from cpdlm.model.trunk import Trunk, new_cache
+from cpdlm.model.trunk import Mask, Trunk, new_cache
 
 PROBE = 7  # tokens
 
@@ -67,7 +67,7 @@ class DraftTrunk(nn.Module):
         middle_BTD: Tensor,
         position_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); the rest as in `Trunk.forward`."""
         hidden_BTD: Tensor = self.trunk.embedded(middle_BTD, position_ids_BT, cache, mask)

@@ -30,7 +30,7 @@ from cpdlm.model.heads import Anchor, FactorHeads, HeadsConfig, no_map
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows
 from cpdlm.model.losses.joint_nll import joint_nll
-from cpdlm.model.trunk import Trunk, build_body, new_cache
+from cpdlm.model.trunk import Mask, Trunk, build_body, new_cache
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,10 @@ class LanguageModel(nn.Module):
     def attention_window(self) -> int | None:
         return self.trunk.attention_window
 
+    @property
+    def masks_windows(self) -> bool:
+        return self.trunk.masks_windows
+
     def train(self, mode: bool = True) -> LanguageModel:
         """A frozen trunk stays as it is in evaluation: pretrained ones may have dropout, and the target must not."""
         super().train(mode)
@@ -137,7 +141,7 @@ class LanguageModel(nn.Module):
         return new_cache() if self.draft_trunk is None else TwoCaches()
 
     def hidden(
-        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Tensor | None = None
+        self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Mask | None = None
     ) -> Tensor:
         """Hidden states (B, T, D); see `Trunk.forward`. With adapters the target's and the draft's, (B, T, 2D)."""
         if self.draft_trunk is None:

@@ -5,10 +5,13 @@ Letters: B batch, T position, D width.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import fields
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,6 +31,10 @@ from cpdlm.data.pretrained_files import brings_code
 
 # What this release of transformers calls the cache, among a model's arguments and in its outputs.
 CACHE = "cache" if "cache" in {each.name for each in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+# Boolean: which tokens count (B, L+T), or which token sees which (B, 1, T, L+T); of two of the latter, the second is for
+# layers with a sliding window.
+Mask = Tensor | tuple[Tensor, Tensor]
 
 
 class Trunk(nn.Module):
@@ -52,10 +59,37 @@ class Trunk(nn.Module):
         return weight
 
     @property
+    def config(self) -> Any:
+        """Of the text model: a body that reads images too keeps it inside its own."""
+        return self.body.config.get_text_config(decoder=True)
+
+    @property
     def attention_window(self) -> int | None:
         """To how many slots of the cache some layer looks back at most; None where all see all."""
+        if set(getattr(self.config, "layer_types", None) or [""]) == {"full_attention"}:
+            return None
         names = ("sliding_window", "attention_chunk_size", "window_size")
-        return min((size for name in names if (size := getattr(self.body.config, name, None))), default=None)
+        return min((size for name in names if (size := getattr(self.config, name, None))), default=None)
+
+    @cached_property
+    def masks_windows(self) -> bool:
+        """Whether two masks, one of them with the sliding window in it, do what the body does by itself.
+
+        Tried on six tokens and a window of three.
+        """
+        other = copy.copy(self.body)
+        other.config = copy.deepcopy(self.body.config)
+        other.config.get_text_config(decoder=True).sliding_window = 3
+        tokens_BT = torch.arange(6, device=self.embedding.device).remainder(len(self.embedding)).unsqueeze(0)
+        causal = torch.ones(1, 1, 6, 6, dtype=torch.bool, device=tokens_BT.device).tril()
+        try:
+            with torch.no_grad():
+                theirs_BTD = Trunk(other)(tokens_BT)
+                ours_BTD = self(tokens_BT, mask=(causal, causal.triu(-2)))
+                apart = (self(tokens_BT, mask=causal) - theirs_BTD).abs().max()
+        except Exception:  # whatever a body of another kind makes of two masks
+            return False
+        return bool(apart > 0) and bool((ours_BTD - theirs_BTD).abs().max() <= apart / 10)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(...,) ids -> (..., D) input embeddings."""
@@ -67,12 +101,11 @@ class Trunk(nn.Module):
         tokens_BT: Tensor,
         position_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D). With a cache, tokens_BT follow what it holds and are appended to it in place.
 
-        mask: boolean, (B, L+T) which tokens count, those in the cache first, or (B, 1, T, L+T) which token sees which.
-        Without one, positions that restart within a row separate documents: the attention is then block-diagonal.
+        mask: see `Mask`; tokens in the cache come first. Without one, positions that restart within a row separate documents: the attention is then block-diagonal.
         """
         hidden_BTD: Tensor = self._run(position_ids_BT, cache, mask, input_ids=tokens_BT).last_hidden_state
         return hidden_BTD
@@ -83,7 +116,7 @@ class Trunk(nn.Module):
         last: int,
         position_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`forward`, and the states (B, T, D) that go into the last `last` layers."""
         done = self._run(position_ids_BT, cache, mask, input_ids=tokens_BT, output_hidden_states=True)
@@ -94,24 +127,33 @@ class Trunk(nn.Module):
         embedded_BTD: Tensor,
         position_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> Tensor:
         """`forward` of what stands where the embedded tokens would."""
         hidden_BTD: Tensor = self._run(position_ids_BT, cache, mask, inputs_embeds=embedded_BTD).last_hidden_state
         return hidden_BTD
 
-    def _run(self, position_ids_BT: Tensor | None, cache: Cache | None, mask: Tensor | None, **inputs: Any) -> Any:
+    def _run(self, position_ids_BT: Tensor | None, cache: Cache | None, mask: Mask | None, **inputs: Any) -> Any:
         if mask is None and cache is None and position_ids_BT is not None:
             mask = _documents_apart(position_ids_BT)
-        if mask is not None and mask.dim() == 4:  # taken by the attention as it is, so in its own terms
-            mask = mask.new_zeros(mask.shape, dtype=self.embedding.dtype).masked_fill(~mask, -math.inf)
+        given: Any = mask
+        if isinstance(mask, tuple):
+            given = {"full_attention": self._added(mask[0]), "sliding_attention": self._added(mask[1])}
+            if "full_attention" not in (getattr(self.config, "layer_types", None) or []):
+                given = given["sliding_attention"]
+        elif mask is not None and mask.dim() == 4:
+            given = self._added(mask)
         return self.body(
             position_ids=position_ids_BT,
-            attention_mask=mask,
+            attention_mask=given,
             use_cache=cache is not None,
             **{CACHE: cache},
             **inputs,
         )
+
+    def _added(self, mask: Tensor) -> Tensor:
+        """A mask of four dimensions in the attention's own terms, which takes it as it is."""
+        return mask.new_zeros(mask.shape, dtype=self.embedding.dtype).masked_fill(~mask, -math.inf)
 
     def layers(self) -> list[nn.Module]:
         """The transformer blocks, in order: what FSDP shards one by one."""
@@ -187,17 +229,18 @@ def _build_foreign_body(path: str, vocab_size: int, context: int) -> PreTrainedM
                 f"model.family={path} brings code of its own (auto_map), which is not executed"
             ) from error
         raise ConfigError(f"model.family={path} is not a Hugging Face config: {str(error).splitlines()[0]}") from error
-    longest = getattr(shape, "max_position_embeddings", None) or context
+    text = shape.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None) or context
     if longest < context:
         raise ConfigError(f"model.family={path} has a context of {longest}, data.context={context}; lower data.context")
-    shape.vocab_size = vocab_size
+    text.vocab_size = vocab_size
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(shape, token, None)
+        setattr(text, token, None)
     try:
         whole = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
     except ValueError as error:
         raise ConfigError(f"model.family={path} is not a causal language model's config: {error}") from error
-    kinds = {"full_attention", "sliding_attention", "chunked_attention", *(getattr(shape, "layer_types", None) or [])}
+    kinds = {"full_attention", "sliding_attention", "chunked_attention", *(getattr(text, "layer_types", None) or [])}
     if getattr(whole, "_is_stateful", False) or len(kinds) > 3:
         raise ConfigError(
             f"model.family={path} is a {shape.model_type} model, which keeps a state that cannot be rolled back behind "
