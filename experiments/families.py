@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm.config import INCIDENTAL, flat
-from experiments.records import LAWS, Record, counted, decoding_hardware, training_hardware
+from experiments.records import VARIANTS, Record, counted, decoding_hardware, training_hardware
 
 # What comparable records may differ in: settings that change no result, and the dials that a family is laid out along.
 _FREE = (
@@ -32,6 +32,9 @@ _CONSEQUENCES = ("data.sha256", "data.vocab_size", "trunk")
 Cells = dict[int, Record]  # seed -> record
 
 
+TARGETS = {"own": "self target", "common": "shared frozen target"}
+
+
 @dataclass
 class Family:
     """Records that differ in rank, seed and variant only: what may be compared. settings: everything they share."""
@@ -39,7 +42,9 @@ class Family:
     settings: dict[str, Any]
     label: str = ""
     cells: dict[tuple[str, int], Cells] = field(default_factory=dict)
-    reference: list[Record] = field(default_factory=list)  # next-token trunks of equal training, or the common target
+    reference: list[Record] = field(
+        default_factory=list
+    )  # next-token trunks of equal training, or the shared frozen target
 
     @property
     def target(self) -> str:
@@ -75,9 +80,9 @@ class Family:
         return sorted({rank for _, rank in self.cells})
 
     def variants(self) -> list[str]:
-        """The variants that it has, those of LAWS first."""
+        """The variants that it has, those of VARIANTS first."""
         found = {variant for variant, _ in self.cells}
-        return [distribution for distribution in LAWS if distribution in found] + sorted(found - set(LAWS))
+        return [distribution for distribution in VARIANTS if distribution in found] + sorted(found - set(VARIANTS))
 
     def ranks(self, variant: str = "untied") -> list[int]:
         return sorted(rank for kind, rank in self.cells if kind == variant)
@@ -175,7 +180,7 @@ def _label(ordered: list[Family]) -> None:
     plain: dict[str, list[Family]] = {}
     for family in ordered:
         s = family.settings
-        text = f"{s['corpus']}, {family.size}, n={s['horizon']}, {s['target']} target"
+        text = f"{s['corpus']}, {family.size}, n={s['horizon']}, {TARGETS[family.target]}"
         plain.setdefault(text, []).append(family)
     for text, members in plain.items():
         usual = members[0].settings  # of the largest: the others say in what they differ from it

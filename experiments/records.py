@@ -21,10 +21,10 @@ from experiments.provenance import provenance
 from experiments.schema import PARTS, SCHEMA, RecordError, validate, with_nulls
 
 __all__ = [
-    "LAWS",
     "MODES",
     "PARTS",
     "SCHEMA",
+    "VARIANTS",
     "Record",
     "RecordError",
     "build",
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MODES = ("greedy", "sampling")
-LAWS = ("untied", "tied", "anchored", "blind")
+VARIANTS = ("untied", "tied", "token-conditioned", "blind")
 
 
 class NotACell(RecordError):
@@ -186,14 +186,16 @@ def load_all(root: Path) -> tuple[list[Record], list[str]]:
 
 
 def variant_of(config: Mapping[str, Any]) -> str:
-    """One of LAWS, and the sizes that a cell has of its own, such as "untied, mlp 1024". config: nested settings.
+    """One of VARIANTS, and the sizes that a cell has of its own, such as "untied, mlp 1024". config: nested settings.
 
-    untied: the paper's distribution. tied: one next-token head. anchored: tied, and the rest also sees x_{t+1}. blind:
+    untied: the paper's distribution. tied: one next-token head. token-conditioned: tied, and the rest also sees x_{t+1}. blind:
     its control, which sees h_t in place of x_{t+1}. Sizes: hidden units of perceptron maps (mlp), rank of low-rank maps
     (low), hidden units of the token's map (anchor), layers with adapters.
     """
     model, anchor = config["model"], config["anchor"]
-    distribution = {"token": "anchored", "blind": "blind"}.get(anchor, "tied" if model["tie_first"] else "untied")
+    distribution = {"token": "token-conditioned", "blind": "blind"}.get(
+        anchor, "tied" if model["tie_first"] else "untied"
+    )
     sizes = {"mlp": "map_hidden", "low": "map_rank", "anchor": "anchor_width", "adapters": "adapter_layers"}
     return ", ".join([distribution, *(f"{name} {model[key]}" for name, key in sizes.items() if model[key])])
 

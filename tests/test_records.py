@@ -259,6 +259,6 @@ def test_families_along_one_setting() -> None:
     assert groups("seed") == []
     assert len(groups("horizon", "balance")[0]) == 4
     assert {family.label for family in families if family.horizon == 4} == {
-        "code, tiny, n=4, own target",
-        "code, tiny, n=4, own target, balance=none",
+        "code, tiny, n=4, self target",
+        "code, tiny, n=4, self target, balance=none",
     }

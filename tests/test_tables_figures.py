@@ -53,11 +53,14 @@ def test_the_claims_table_has_expected_measured_verdict_and_record(drawn: tuple[
 
 def test_paired_differences_have_interval_and_spread(drawn: tuple[Path, Report]) -> None:
     rows = list(csv.DictReader((drawn[0] / "tables" / "paired.csv").open()))
-    assert all(row["rank"] != "1" for row in rows) and {row["variant"] for row in rows} >= {"untied", "anchored"}
+    assert all(row["rank"] != "1" for row in rows) and {row["variant"] for row in rows} >= {
+        "untied",
+        "token-conditioned",
+    }
     row = next(
         row
         for row in rows
-        if (row["variant"], row["rank"], row["setting"]) == ("untied", "8", "code, tiny, n=4, own target")
+        if (row["variant"], row["rank"], row["setting"]) == ("untied", "8", "code, tiny, n=4, self target")
     )
     text = row["joint NLL (nats), minus rank 1"]
     mean, low, high, spread = map(float, re.findall(r"[+-]?\d+\.\d+", text))
@@ -75,19 +78,19 @@ def test_cells_have_every_variant_controls_and_added_parameters(drawn: tuple[Pat
         for row in rows
         if row["setting"].startswith("code, small")
     }
-    assert found["anchored", "8"] == found["anchored", "1"] == "+20,000"
+    assert found["token-conditioned", "8"] == found["token-conditioned", "1"] == "+20,000"
     assert found["untied", "1"] == "-"
 
 
 def test_cells_need_no_untied_one() -> None:
     contents = [made(rank, 0, claim="beyond", anchor="token") for rank in (1, 8)]
     families, _ = families_of(Record(content["name"], content) for content in contents)
-    assert [row[1:3] for row in cells_table(families).rows] == [("anchored", "1"), ("anchored", "8")]
+    assert [row[1:3] for row in cells_table(families).rows] == [("token-conditioned", "1"), ("token-conditioned", "8")]
 
 
 def test_cells_stand_beside_a_next_token_model_of_equal_training(drawn: tuple[Path, Report]) -> None:
     rows = list(csv.DictReader((drawn[0] / "tables" / "references.csv").open()))
-    rows = [row for row in rows if row["setting"] == "code, tiny, n=4, own target"]
+    rows = [row for row in rows if row["setting"] == "code, tiny, n=4, self target"]
     assert [row["rank"] for row in rows] == ["1", "2", "4", "8"] and {row["pairs of seeds"] for row in rows} == {"1"}
     own, over, own_plain = (
         float(rows[3][key].split()[0])
@@ -223,7 +226,7 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
     shown = {(row[1], row[2]) for row in table.rows}
     assert shown >= {
         ("eq14", "untied"),
-        ("eq14", "anchored"),
+        ("eq14", "token-conditioned"),
         ("eq14", "anchored, anchor 99"),
         ("eq14", "tied, low 64"),
         ("eq14", "tied, mlp 32"),

@@ -27,7 +27,7 @@ from experiments.claims.verdict import (
     trained,
     underpowered,
 )
-from experiments.families import Cells, Family, along
+from experiments.families import TARGETS, Cells, Family, along
 from experiments.records import counted
 from experiments.stats import Interval, Sample, difference, estimate, over_seeds, shared_seeds
 
@@ -67,7 +67,7 @@ def _row(group: list[Family]) -> Verdict | None:
     shared = set(base).intersection(*(shared_seeds(cells, base) for cells in balanced.values()))
     found = _lowers(base, balanced, len(shared))
     corpus = others[0].settings["corpus"]
-    setting = f"{corpus}, {without.size}, n={without.horizon}, {without.target} target, rank {CLAIM.top}"
+    setting = f"{corpus}, {without.size}, n={without.horizon}, {TARGETS[without.target]}, rank {CLAIM.top}"
     row = Verdict(
         CLAIM,
         f"{setting}, {counted(len(shared), 'seed')}",
@@ -118,6 +118,9 @@ def answer(verdicts: Sequence[Verdict]) -> Answer:
 
 
 def _shown(verdict: Verdict) -> tuple[str, str]:
-    """The balance that the star has elsewhere comes first, since its family is the largest."""
-    number = verdict.numbers[0] if verdict.numbers else None
-    return plain_answer(verdict), number.short(f"with {number.name.partition(' - ')[0]}") if number else "-"
+    """The balance that the star has elsewhere, and the one with the widest interval, which decides what was seen."""
+    if not verdict.numbers:
+        return plain_answer(verdict), "-"
+    widest = max(verdict.numbers, key=lambda number: number.interval.high - number.interval.low)
+    shown = dict.fromkeys((verdict.numbers[0], widest))
+    return plain_answer(verdict), "; ".join(each.short(f"with {each.name.partition(' - ')[0]}") for each in shown)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from experiments.families import Cells, Family
-from experiments.records import LAWS, MODES
+from experiments.records import MODES, VARIANTS
 from experiments.report.table import Table, described, shown, signed, with_spread
 from experiments.stats import difference, over_seeds, shared_seeds
 
@@ -91,7 +91,11 @@ def paired_table(families: list[Family]) -> Table:
     """Every rank against rank 1 of its variant, paired: mean, interval and spread."""
     families = [family for family in families if not family.is_timing]
     places = [
-        (family, variant, rank) for family in families for variant in LAWS for rank in family.ranks(variant) if rank > 1
+        (family, variant, rank)
+        for family in families
+        for variant in VARIANTS
+        for rank in family.ranks(variant)
+        if rank > 1
     ]
     rows = [row for place in places if (row := _paired(*place)) is not None]
     header = (
@@ -102,7 +106,7 @@ def paired_table(families: list[Family]) -> Table:
         *(f"{name}, minus rank 1" for *_, name in _PAIRED),
         *(f"speed over rank 1, {mode}" for mode in MODES),
     )
-    compared = [r for f in families for variant in LAWS if (variant, 1) in f.cells for r in f.records(variant)]
+    compared = [r for f in families for variant in VARIANTS if (variant, 1) in f.cells for r in f.records(variant)]
     caption = (
         "Every rank against rank 1 of the same variant, target and seed, on the same test rows or prompts: mean over "
         "seeds, 95% interval (bootstrap over rows or prompts, expanded where they are few, and t over seeds), ± "

@@ -50,7 +50,7 @@ def time_split(families: list[Family]) -> Drawn | str:
         return "no timed records of two or more ranks"
     from matplotlib.ticker import MaxNLocator
 
-    counts = [1 + len(family.ranks()) + len(family.ranks("anchored")) for family in shown]
+    counts = [1 + len(family.ranks()) + len(family.ranks("token-conditioned")) for family in shown]
     figure, axes = grid(len(shown), 1, ratios=[0.16 * count + 0.1 for count in counts])
     for (axis,), family in zip(axes, shown, strict=True):
         rows_axis(axis, _bars(axis, family))
@@ -65,7 +65,7 @@ def time_split(families: list[Family]) -> Drawn | str:
         "Time per token when sampling: AR decoding, and speculative decoding split by timers in a repeat of its own "
         "(scaled to the median untimed rate). trunk: hidden states; verify: the target's distribution at all n "
         "positions and the acceptance test.",
-        [record for f in shown for variant in ("untied", "anchored") for record in f.records(variant)],
+        [record for f in shown for variant in ("untied", "token-conditioned") for record in f.records(variant)],
     )
 
 
@@ -78,7 +78,7 @@ def _bars(axis: Axes, family: Family) -> list[str]:
     ]
     names = ["AR"]
     _part(axis, 0, float(np.mean(alone)), "AR", ("0.55", "xxxx"))
-    for variant, word in (("untied", ""), ("anchored", ", token-conditioned")):
+    for variant, word in (("untied", ""), ("token-conditioned", ", token-conditioned")):
         for rank in family.ranks(variant):
             modes = modes_of(family.cells[variant, rank], _MODE)
             left = 0.0
@@ -143,7 +143,7 @@ def _by_trunk(families: list[Family]) -> list[tuple[int, Family, str]]:
     """(parameters, family, variant) of the largest comparison on each trunk in each precision, by size."""
     found: dict[tuple[str, str], tuple[int, Family, str]] = {}
     for family in families:
-        variant = "anchored" if family.is_pretrained else "untied"
+        variant = "token-conditioned" if family.is_pretrained else "untied"
         timed = any(modes_of(family.cells[variant, rank], _MODE) for rank in family.ranks(variant))
         if timed and family.horizon == _HORIZON and family.target == "common":
             size = int(family.records(variant)[0]["parameters"]["trunk"])

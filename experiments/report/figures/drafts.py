@@ -71,7 +71,9 @@ def acceptance(families: list[Family]) -> Drawn | str:
     shown = [family for family in decoded(families) if family.horizon > 2]
     if not shown:
         return "no decoding records of two or more ranks"
-    variants = [variant for variant in ("untied", "anchored") if any(family.ranks(variant) for family in shown)]
+    variants = [
+        variant for variant in ("untied", "token-conditioned") if any(family.ranks(variant) for family in shown)
+    ]
     figure, axes = grid(len(shown), 2 * len(variants), width=WIDE, share_y="row")
     # One look per rank in every panel, whichever ranks a panel has.
     ranks = sorted({rank for family in shown for variant in variants for rank in family.ranks(variant)})

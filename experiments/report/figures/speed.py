@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from experiments.families import Family, along
+from experiments.families import TARGETS, Family, along
 from experiments.records import MODES
 from experiments.report.figures.style import (
     BY_MODE,
@@ -44,7 +44,7 @@ def readme(families: list[Family]) -> Drawn | str:
     shown = _pretrained(families)
     if not shown:
         return "no decoding records of two or more ranks on a pretrained model"
-    variant = next(v for v in ("anchored", "tied", "untied") if len(shown[0].ranks(v)) > 1)
+    variant = next(v for v in ("token-conditioned", "tied", "untied") if len(shown[0].ranks(v)) > 1)
     shown = [family for family in shown if len(family.ranks(variant)) > 1]
     settings = [(family, mode) for family in shown for mode in MODES]
     ranks = sorted({rank for family in shown for rank in family.ranks(variant)})
@@ -176,11 +176,10 @@ def _row_name(rows: Sequence[tuple[Family, str, int]], index: int) -> str:
 def _brief(family: Family) -> str:
     """A label of one line: what it shares with most others is left out."""
     said = {
-        "common target": "",
+        TARGETS["common"]: "",
         "n=4": "",
         "data.states=100000": "",
         "decode.prompts=12": "",
-        "own target": "self target",
         "model.dtype=float32": "float32",
     }
     parts = [said.get(part, part) for part in family.label.split(", ")]

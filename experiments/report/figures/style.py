@@ -82,7 +82,7 @@ SERIES: tuple[Look, ...] = (
     (SKY, "X", "-."),
 )
 # The same of a variant of the heads, as records name it.
-VARIANTS = {"untied": (BLUE, "o", "-"), "tied": (ORANGE, "s", "--"), "anchored": (GREEN, "^", "-.")}
+VARIANTS = {"untied": (BLUE, "o", "-"), "tied": (ORANGE, "s", "--"), "token-conditioned": (GREEN, "^", "-.")}
 BY_MODE = {"greedy": (RED, "s", "none"), "sampling": (BLUE, "o", "none")}
 FILLS = {
     "prefill": (BLACK, ""),
@@ -304,8 +304,6 @@ def modes_of(cells: Cells, mode: str) -> list[dict[str, Any]]:
 
 
 _WORDS = (
-    ("common target", "shared frozen target"),
-    ("own target", "self target"),
     ("anchored", "token-conditioned"),
     ("plain", "AR"),
     ("shortlist", "draft vocabulary"),
