@@ -401,9 +401,9 @@ def test_c6_is_contradicted_only_where_every_rank_was_decoded() -> None:
 
 def test_c6_judges_each_kind_of_draft_by_itself_and_is_no_matter_of_c3_and_c4() -> None:
     tied = [made(rank, 0, **TIED) for rank in (1, 4)]
-    anchored = [made(rank, 0, **TIED, anchor="token") for rank in (1, 4)]
-    found = judged("C6 heads", *tied, *anchored)
-    assert [", anchored, " in verdict.setting for verdict in found] == [False, True]
+    conditioned = [made(rank, 0, **TIED, anchor="token") for rank in (1, 4)]
+    found = judged("C6 heads", *tied, *conditioned)
+    assert [", token-conditioned, " in verdict.setting for verdict in found] == [False, True]
     untied = [made(rank, 0, **PRETRAINED) for rank in (1, 2, 4, 8)]
     for claim in ("C3", "C4"):
         assert judged(claim, *untied)[0].reason.startswith("no records")

@@ -227,7 +227,7 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
     assert shown >= {
         ("eq14", "untied"),
         ("eq14", "token-conditioned"),
-        ("eq14", "anchored, anchor 99"),
+        ("eq14", "token-conditioned, anchor 99"),
         ("eq14", "tied, low 64"),
         ("eq14", "tied, mlp 32"),
         ("blend", "tied"),
