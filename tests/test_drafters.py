@@ -523,8 +523,9 @@ def test_unknown_names_and_sizes_are_refused() -> None:
     model, prompt = toy("common"), torch.tensor([1])
     with pytest.raises(ValueError, match="draft='forest' is not one of none, chain, block, tree"):
         decode(model, prompt, 2, Sampling(0.0), draft="forest")
-    with pytest.raises(ValueError, match="nodes=0 drafts nothing"):
-        decode(model, prompt, 2, Sampling(0.0), draft="tree", options=Options(nodes=0))
+    for nodes in (0, 2.5):
+        with pytest.raises(ValueError, match=f"nodes={nodes} is no number of drafts; pass a whole number"):
+            decode(model, prompt, 2, Sampling(0.0), draft="tree", options=Options(nodes=nodes))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 generators for 2 prompts; pass one for each row"):
         decode_batch(model, [prompt, prompt], 2, Sampling(), [torch.Generator()])
     with pytest.raises(ValueError, match="there is no prompt"):

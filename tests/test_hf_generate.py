@@ -391,6 +391,33 @@ def test_what_speculation_cannot_do_is_refused_by_name(name: str) -> None:
         wrapped("common").generate(**({"inputs": torch.tensor([[1, 2]]), "max_new_tokens": 4} | chosen))
 
 
+class Forbid(LogitsProcessor):
+    """Nothing may follow a text of six tokens."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -math.inf) if input_ids.shape[1] >= 6 else scores
+
+
+def test_processors_that_forbid_every_token_are_no_diverged_run() -> None:
+    with pytest.raises(ValueError, match="the logits processors forbid every token at 6 .the prompt is 0..1.; loosen"):
+        wrapped("common").generate(torch.tensor([[1, 2]]), logits_processor=[Forbid()], max_new_tokens=9)
+
+
+def test_a_length_that_no_call_asks_for_ends_at_the_context() -> None:
+    """As pipeline(...) without options, whose default is 256 new tokens."""
+    longer = GenerationConfig(max_new_tokens=256)
+    with pytest.warns(UserWarning, match="the text ends at the model's context of 64 tokens"):
+        done = wrapped("common").generate(torch.tensor([[1, 2]]), longer)
+    assert done.shape[1] == 64 and done.tolist() == stock("common", torch.tensor([[1, 2]]), max_length=64).tolist()
+
+
+def test_a_frozen_target_decodes_while_its_heads_train() -> None:
+    ids = torch.tensor([[1, 2, 5, 3]])
+    expected = wrapped("common").generate(ids, max_new_tokens=9)
+    training = wrap(copy.deepcopy(wrapped("common").model)).train()
+    assert torch.equal(training.generate(ids, max_new_tokens=9), expected)
+
+
 def ids_like(tokenizer_size: int) -> PreTrainedTokenizerFast:
     letters = {chr(97 + place): place for place in range(tokenizer_size)}
     model = TokenizerModel(WordLevel(letters, unk_token="a"))

@@ -125,3 +125,31 @@ def test_the_loss_is_that_of_the_target() -> None:
     with pytest.raises(ValueError, match="nonsense: this model maps input_ids to logits, nothing else"):
         model(ids, nonsense=None)
     assert model(ids, inputs_embeds=None, output_attentions=False).logits.shape == (2, 4, 17)
+
+
+@pytest.mark.parametrize("change", [{"new_num_tokens": 20}, {"pad_to_multiple_of": 8}])
+def test_other_embeddings_are_refused_before_anything_changes(change: dict[str, int], tmp_path: Path) -> None:
+    """The trunk's table alone grew, and what was saved then could not be loaded."""
+    model = wrap(copy.deepcopy(wrapped("common").model))
+    with pytest.raises(ValueError, match="heads are made for its 17 tokens; change the base model's"):
+        model.resize_token_embeddings(**change)
+    with pytest.raises(ValueError, match="heads are made for its 17 tokens"):
+        model.set_input_embeddings(torch.nn.Embedding(20, 64))
+    assert model.resize_token_embeddings(17) is model.get_input_embeddings()
+    same_weights(model.model, wrapped("common").model)
+
+
+def test_a_draft_vocabulary_is_a_list_as_well(tmp_path: Path) -> None:
+    model = wrap(copy.deepcopy(wrapped("common").model))
+    model.use_draft_vocabulary([3, 5, 11])
+    assert model.model.draft_ids is not None and model.model.draft_ids.tolist() == model.config.draft_ids == [3, 5, 11]
+    for wrong in ([0.5, 1.5], ["a"], [], [[1, 2]], 3):
+        with pytest.raises(ValueError, match="a draft vocabulary is"):
+            model.use_draft_vocabulary(wrong)  # type: ignore[arg-type]
+
+
+def test_a_loss_that_trains_nothing_says_how_heads_train() -> None:
+    model, ids_BT = wrap(copy.deepcopy(wrapped("common").model)).train(), torch.tensor([[1, 2, 5, 3]])
+    with pytest.raises(ValueError, match="the frozen target's and trains nothing; heads train with cpdlm speed-up"):
+        model(input_ids=ids_BT, labels=ids_BT)
+    assert model.eval()(input_ids=ids_BT, labels=ids_BT).loss > 0

@@ -206,6 +206,21 @@ def test_it_decodes_as_far_as_the_model_goes_however_short_it_was_trained(name: 
     )
 
 
+def test_a_prompt_holds_any_id_that_is_embedded(tmp_path: Path) -> None:
+    """The table of outputs may be shorter; and a config may ask for tuples, which nothing here reads."""
+    folder = saved(SHAPES["llama untied"], tmp_path, return_dict=False)
+    base = load_pretrained(str(folder), torch.float32, CONTEXT)
+    whole = AutoModelForCausalLM.from_pretrained(folder, return_dict=True).eval()
+    longer = torch.nn.Embedding.from_pretrained(torch.cat([base.trunk.embedding, torch.randn(3, 32)]))
+    base.trunk.body.set_input_embeddings(longer)
+    whole.set_input_embeddings(longer)
+    prompt_T = torch.tensor([V + 2, 5, V])
+    theirs = whole.generate(prompt_T[None], max_new_tokens=9, do_sample=False, eos_token_id=None)[0, 3:].tolist()
+    assert decode(with_heads(base), prompt_T, 9, Sampling(0.0)).tokens == theirs
+    with pytest.raises(ValueError, match=f"token id {V + 3}, the vocabulary is 0..{V + 2}"):
+        decode(with_heads(base), torch.tensor([V + 3]), 9, Sampling(0.0))
+
+
 def test_rotary_frequencies_that_change_with_the_length_bound_the_context(tmp_path: Path) -> None:
     """Keys in a cache keep the frequencies that they were made with; on the shorter side the text is that of generate."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}

@@ -178,8 +178,8 @@ def make_drafter(
         return name(sampling, uniforms)
     if name not in DRAFTERS:
         raise ValueError(f"draft={name!r} is not one of {', '.join(DRAFTERS)}")
-    if nodes < 1:
-        raise ValueError(f"nodes={nodes} drafts nothing; pass at least 1")
+    if not isinstance(nodes, int) or nodes < 1:
+        raise ValueError(f"nodes={nodes} is no number of drafts; pass a whole number, at least 1")
     target_distribution = _normalised if processed else None
     if name in ("tree", "window", "path"):
         return DeterministicDraft(name, sampling, uniforms, nodes, target_distribution)

@@ -193,7 +193,7 @@ class _Texts:
             if row in self.done:
                 continue
             if following >= self.vocab_size:
-                raise ValueError(self._broken(row, accepted))
+                raise ValueError(self._broken(row, drafts[:accepted]))
             tokens = self._emit(row, [*drafts[:accepted], following], min(accepted + 1, len(drafts)))
             if self.options.on_tokens is not None:
                 self.options.on_tokens(row, tokens)
@@ -218,10 +218,17 @@ class _Texts:
             written.accepted[depth] += depth < accepted
         return tokens
 
-    def _broken(self, row: int, accepted: int) -> str:
+    def _broken(self, row: int, accepted: list[int]) -> str:
         which, prompt = f" of row {row}" if len(self.prompts) > 1 else "", len(self.prompts[row])
+        text, change = [*self.written[row].tokens, *accepted], self.options.target_scores
+        scores_V = torch.zeros(self.vocab_size, device=self.prompts[row].device)
+        if change is not None and not bool((change(row, text, scores_V) > -math.inf).any()):
+            return (
+                f"the logits processors forbid every token at {prompt + len(text)}{which} (the prompt is "
+                f"0..{prompt - 1}); loosen them, or end the text there with a stopping criterion"
+            )
         return (
-            f"the target distribution of token {prompt + len(self.written[row].tokens) + accepted}{which} "
+            f"the target distribution of token {prompt + len(text)}{which} "
             f"(the prompt is 0..{prompt - 1}) is NaN or -inf alone; check the weights (a diverged run?) or use a wider "
             "precision"
         )
@@ -272,7 +279,7 @@ def _check(
         )
     if generators and len(generators) != len(prompts):
         raise ValueError(f"{len(generators)} generators for {len(prompts)} prompts; pass one for each row")
-    if model.training:
+    if model.training and not getattr(model, "frozen_target", False):  # a frozen one stays in evaluation
         raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
 
 
@@ -301,9 +308,9 @@ def _check_prompt(model: DraftingModel, prompt_T: Tensor, max_new_tokens: int) -
             f"a prompt of {len(prompt_T)} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
             f"{model.context}; pass {advice}"
         )
-    least, most = int(prompt_T.min()), int(prompt_T.max())
-    if least < 0 or most >= model.vocab_size:
+    least, most, known = int(prompt_T.min()), int(prompt_T.max()), getattr(model, "embedded", model.vocab_size)
+    if least < 0 or most >= known:
         raise ValueError(
-            f"the prompt holds token id {least if least < 0 else most}, the vocabulary is 0..{model.vocab_size - 1}; "
+            f"the prompt holds token id {least if least < 0 else most}, the vocabulary is 0..{known - 1}; "
             "encode the prompt with the tokenizer that the model was trained with"
         )

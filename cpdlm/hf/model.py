@@ -172,16 +172,30 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
             model.model.use_draft_vocabulary(torch.tensor(model.config.draft_ids))
         return (model, info) if output_loading_info else model
 
-    def use_draft_vocabulary(self, ids: Tensor | None) -> None:
-        """Draft from these tokens only, or from all (None), and save it so; see `LanguageModel.use_shortlist`."""
+    def use_draft_vocabulary(self, ids: Tensor | Sequence[int] | None) -> None:
+        """Draft from these tokens only, or from all (None), and save it so; see `LanguageModel.use_draft_vocabulary`."""
         self.model.use_draft_vocabulary(ids)
-        self.config.draft_ids = ids.tolist() if ids is not None else None
+        self.config.draft_ids = self.model.draft_ids.tolist() if self.model.draft_ids is not None else None
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Nothing: a `LanguageModel` starts its own weights, its body does as its own class says."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
         embeddings: torch.nn.Module = self.model.trunk.body.get_input_embeddings()
+        return embeddings
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Refused with ValueError: target, heads and draft vocabulary are made for the tokens that there are."""
+        raise ValueError(
+            f"this model's heads are made for its {self.model.vocab_size} tokens; change the base model's embeddings "
+            "(resize_token_embeddings) and make heads for that: cpdlm speed-up FOLDER"
+        )
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *more: Any, **options: Any) -> Any:
+        """The embeddings as they are; ValueError, with nothing changed, for another number of tokens than theirs."""
+        embeddings = self.get_input_embeddings()
+        if new_num_tokens not in (None, self.model.embedded) or options.get("pad_to_multiple_of"):
+            self.set_input_embeddings(embeddings)
         return embeddings
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -229,6 +243,11 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
         logits_BTV = self.scores(hidden_BTD[:, positions])
         loss = None
         if labels is not None:
+            if self.training and torch.is_grad_enabled() and not logits_BTV.requires_grad:
+                raise ValueError(
+                    "this loss is the frozen target's and trains nothing; heads train with cpdlm speed-up, or with "
+                    "cpdlm.training.run.train. For the loss alone: model.eval()"
+                )
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         held: dict[str, Any] = {CACHE: cache}
         output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **held)

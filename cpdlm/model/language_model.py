@@ -16,6 +16,7 @@ D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,11 @@ class LanguageModel(nn.Module):
             check_draft_trunk(trunk, self.draft_trunk)
 
     @property
+    def embedded(self) -> int:
+        """Ids that a prompt may hold: a table of inputs may be longer than that of outputs."""
+        return self.trunk.embedding.shape[0]
+
+    @property
     def attention_window(self) -> int | None:
         return self.trunk.attention_window
 
@@ -192,7 +198,7 @@ class LanguageModel(nn.Module):
         """(V, D) unembeddings of the tokens that drafts are made of."""
         return self.unembedding.weight if self._draft_table_VD is None else self._draft_table_VD
 
-    def use_draft_vocabulary(self, ids: Tensor | None) -> None:
+    def use_draft_vocabulary(self, ids: Tensor | Sequence[int] | None) -> None:
         """Draft from these tokens only, (V',) distinct ids (None: from all); the target keeps the whole vocabulary.
 
         The draft's unembedding then costs V'/V of the whole. Its rows are copied: call this again after the weights
@@ -208,6 +214,11 @@ class LanguageModel(nn.Module):
                 "separate heads (model.head=separate) have no unembedding in common to restrict; "
                 "use model.head=shared, or no draft vocabulary"
             )
+        if not isinstance(ids, Tensor):
+            try:
+                ids = torch.tensor(list(ids))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"a draft vocabulary is a list of token ids, or a tensor; got {type(ids)}") from error
         if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32) or not len(ids):
             raise ValueError(
                 f"a draft vocabulary is a row of token ids, shape (V',), int64; got {ids.dtype} {tuple(ids.shape)}"

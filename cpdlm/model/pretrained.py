@@ -75,6 +75,8 @@ def load_pretrained(
 
 def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
     text = whole.config.get_text_config()
+    for each in (whole.config, text):
+        each.return_dict = True  # some checkpoints say otherwise; nothing here reads tuples
     unembedding = whole.get_output_embeddings()
     try:
         body = getattr(whole, whole.base_model_prefix)
