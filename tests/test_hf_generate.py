@@ -394,6 +394,8 @@ def test_what_speculation_cannot_do_is_refused_by_name(name: str) -> None:
 class Forbid(LogitsProcessor):
     """Nothing may follow a text of six tokens."""
 
+    stateless = True
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return torch.full_like(scores, -math.inf) if input_ids.shape[1] >= 6 else scores
 

@@ -146,9 +146,8 @@ class SpeculativeGenerationMixin(GenerationMixin):
                 stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
                 kwargs["stop_strings"] = None
 
-            asked_for = [kwargs[name] for name in ("max_new_tokens", "max_length") if kwargs.get(name) is not None]
-            loop = partial(_loop, streamer=streamer, draft=draft, nodes=nodes, exact_length=bool(asked_for))
-            kwargs["custom_generate"] = loop
+            exact = any(kwargs.get(name) is not None for name in ("max_new_tokens", "max_length"))
+            kwargs["custom_generate"] = partial(_loop, streamer=streamer, draft=draft, nodes=nodes, exact=exact)
         done: Tensor | GenerateDecoderOnlyOutput = stock.generate(
             inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
         )
@@ -183,6 +182,7 @@ class _Call:
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
     options: GenerationConfig
+    exact: bool
 
     def prompts(self) -> list[Tensor]:
         """(T,) each, without padding. ValueError for one that is empty or padded on the right."""
@@ -198,10 +198,10 @@ class _Call:
     def ends(self) -> list[int]:
         return [int(token) for each in self.criteria if type(each) is EosTokenCriteria for token in each.eos_token_id]
 
-    def new_tokens(self, context: int, exact: bool) -> int:
-        """How many are asked for; where a call does not say (exact), but a default does, at most what there is room for."""
+    def new_tokens(self, context: int) -> int:
+        """How many are asked for, or where a default says it (not exact) at most as many as there is room for."""
         longest = min(each.max_length for each in self.criteria if type(each) is MaxLengthCriteria)
-        if longest > context > self.text_BT.shape[1] and not exact:
+        if longest > context > self.text_BT.shape[1] and not self.exact:
             warnings.warn(f"the text ends at the model's context of {context} tokens", stacklevel=2)
             longest = context
         return int(longest) - self.text_BT.shape[1]
@@ -243,29 +243,22 @@ def _loop(
     streamer: Any,
     draft: str,
     nodes: int,
-    exact_length: bool,
+    exact: bool,
     **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """What stock `generate` calls in place of a loop of its own, with these names."""
     mask_BT = prepared.get("attention_mask")  # absent where nothing is padding
-    call = _Call(input_ids.to(model.device), mask_BT, logits_processor, stopping_criteria, generation_config)
-    sequences_BT = _speculate(model, call, streamer, draft, nodes, exact_length).to(input_ids.device)
+    call = _Call(input_ids.to(model.device), mask_BT, logits_processor, stopping_criteria, generation_config, exact)
+    sequences_BT = _speculate(model, call, streamer, draft, nodes).to(input_ids.device)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences_BT)  # type: ignore[arg-type]
     return sequences_BT
 
 
-def _speculate(
-    model: CpdlmForCausalLM, call: _Call, streamer: Any, draft: str, nodes: int, exact_length: bool
-) -> Tensor:
+def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, draft: str, nodes: int) -> Tensor:
     """(B, T + new): the loop, on what stock `generate` has prepared."""
     _check_options(call.options, call.processors)
-    prompts, ends, most, stop = (
-        call.prompts(),
-        call.ends(),
-        call.new_tokens(model.model.context, exact_length),
-        call.stop(),
-    )
+    prompts, ends, most, stop = call.prompts(), call.ends(), call.new_tokens(model.model.context), call.stop()
     rows, longest = call.text_BT.shape
     device, options = call.text_BT.device, call.options
     pad = int(options.pad_token_id) if options.pad_token_id is not None else ends[0] if ends else None
