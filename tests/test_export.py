@@ -239,6 +239,7 @@ def test_an_exported_folder_does_not_say_where_things_lay(tmp_path: Path) -> Non
     run = bpe_run(tmp_path)
     evaluated = json.loads((run / "evaluate.json").read_text())
     evaluated["command"] = f"python experiments/run.py corpus={tmp_path}/words.txt tracking.uri=x data.cache=~/here"
+    evaluated["data"]["sources"] = [{"name": f"{tmp_path}/set"}]
     write_json(run / "evaluate.json", evaluated)
     export.export(run, tmp_path / "mine")
     for path in (tmp_path / "mine").glob("*.*"):

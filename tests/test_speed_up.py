@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from cpdlm import cli, speed_up
+from cpdlm.hf.load import run_tokenizer
 from tests.test_suite import TINY, TINY_RETROFIT, small_pretrained
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,10 @@ def test_a_model_becomes_a_faster_folder(
     assert not [path for path in Path("fast").iterdir() if str(tmp_path).encode() in path.read_bytes()]
     assert f"cpdlm speed-up {model.name} " in card and "--output fast" in card and "cpdlm export" not in card
     assert "tokens per forward" in card
+    shutil.rmtree(tmp_path / "cache")
+    model.rename(tmp_path / "moved")
+    words_T = run_tokenizer(home).encode(["def f1("])[0]
+    assert words_T.tolist() == ids[0, -len(words_T) :].tolist(), "the run's folder is not whole without the cache"
 
 
 def test_a_folder_that_holds_something_else_is_named_before_any_work(

@@ -133,7 +133,7 @@ def _facts(
 
 def _data(config: Config, data: dict[str, Any]) -> str:
     sources = ", ".join(
-        f"{each['name']} {each.get('version', '')} ({each.get('licence', 'licence unknown')}"
+        f"{placeless(each['name'])} {each.get('version', '')} ({each.get('licence', 'licence unknown')}"
         f"{', held out for testing' if each.get('held_out') else ''})"
         for each in data.get("sources") or []
         if isinstance(each, dict) and "name" in each
