@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 from typing import NoReturn
 
-from cpdlm.config import ConfigError
+from cpdlm.config import ConfigError, check_words
 
 
 class Command(argparse.ArgumentParser):
@@ -19,6 +19,7 @@ class Command(argparse.ArgumentParser):
         self.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings)
 
     def read(self, arguments: list[str]) -> argparse.Namespace:
+        check_words(arguments)
         return self.parse_intermixed_args(arguments)
 
     def error(self, message: str) -> NoReturn:

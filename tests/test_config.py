@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -222,6 +223,12 @@ def test_round_trips() -> None:
     again = OmegaConf.to_container(OmegaConf.create(as_yaml(config)))
     assert isinstance(again, dict) and from_dict(again) == config  # type: ignore[arg-type]
     assert set(flatten(config)) == set(leaves())
+
+
+def test_a_word_that_is_not_utf8_is_refused_as_it_is_typed() -> None:
+    with pytest.raises(ConfigError, match=r"corpus=caf\\xe9 is not UTF-8"):
+        parse([os.fsdecode(b"corpus=caf\xe9")])
+    assert parse(["corpus=caf\xe9"]).corpus == "caf\xe9"
 
 
 def test_a_foreign_config_is_refused() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cpdlm.config import ConfigError
+from cpdlm.data import tokenizer as tokenizer_module
 from cpdlm.data.tokenizer import BpeTokenizer, BytesTokenizer, HubTokenizer, SavedTokenizer, build_tokenizer
 
 TEXTS = [
@@ -116,6 +119,32 @@ def test_a_prompt_begins_as_the_model_has_seen_texts_begin(bpe: BpeTokenizer, tm
             else:
                 with pytest.raises(ConfigError, match="has no chat template"):
                     theirs.prompt("def", chat=True)
+
+
+def test_a_chat_template_may_raise_and_need_not_end(
+    bpe: BpeTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setattr(tokenizer_module, "TEMPLATE_SECONDS", 0.3)
+    before = threading.active_count()
+    bpe.save(tmp_path)
+    model = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE), eos_token="<|endoftext|>")
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    for template, why in (
+        ("{{ raise_exception('no such role') }}", "TemplateError: no such role"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        (loop, "TimeoutError: it was not done after 0.3 s"),
+    ):
+        model.chat_template = template
+        model.save_pretrained(tmp_path / "hf")
+        theirs = build_tokenizer(f"hf:{tmp_path / 'hf'}", [])
+        with pytest.raises(ConfigError, match=f"the chat template of .* cannot be used: {why}; leave --chat out"):
+            theirs.prompt("def", chat=True)
+    until = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert threading.active_count() == before, "the template is stopped, too"
 
 
 def test_missing_hub_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ from cpdlm.hf import CpdlmForCausalLM, export
 from cpdlm.hf.load import Loaded
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.pretrained import load_pretrained
+from cpdlm.training.plan import make_plan
 
 V, CONTEXT = 67, 48
 SMALL: dict[str, Any] = {
@@ -357,6 +358,18 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(folders: dict[s
         load_pretrained(str(tmp_path), torch.float32, CONTEXT, available_bytes=1000)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load_pretrained(str(tmp_path), torch.float32, CONTEXT)
+
+
+def test_absurd_layer_counts_are_refused_before_they_are_built(folders: dict[str, Path], tmp_path: Path) -> None:
+    shape = json.loads((folders["llama tied"] / "config.json").read_text())
+    shape.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 10**9}))
+    with pytest.raises(
+        ConfigError, match=r"has 1,000,000,000 layers by its config.json, at least [\d,]+ GiB, and .* free"
+    ):
+        load_pretrained(str(tmp_path), torch.float32, CONTEXT)
+    with pytest.raises(ConfigError, match=r"has 1,000,000,000 layers by its config.json"):
+        make_plan(parse([f"model={tmp_path}", "data.tokenizer=model"]))
 
 
 @pytest.mark.parametrize(

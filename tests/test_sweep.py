@@ -16,6 +16,7 @@ from made_records import made
 
 from cpdlm.config import ConfigError, to_dict
 from cpdlm.training import checkpoints
+from experiments import cell as one_cell
 from experiments import cost, pipeline, scheduler, sweep, sweep_plan
 from experiments.claims import CLAIMS
 from experiments.profiles import PROFILES, SCALES, study
@@ -325,6 +326,14 @@ def test_records_of_other_code_are_not_added_to_without_a_word(tmp_path: Path) -
         == 0
     )
     assert bool(sweep_plan.mixed_code(small([old, new], tmp_path))) is not same
+
+
+@pytest.mark.parametrize("name", ["evaluate.json", "decode.json", "train.json"])
+def test_an_odd_file_of_a_stage_is_named_in_one_sentence(name: str, tmp_path: Path) -> None:
+    for content in (b"[]", b"{}", b'{"likelihood": 3, "seconds": "x"}', b'"\xff"', b"{", b"[" * 100_000):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(checkpoints.RunError, match=f"{name} is damaged .*delete it, and the same command makes it"):
+            one_cell._read(tmp_path / name)
 
 
 def test_records_that_a_killed_report_left_are_logged_by_the_next(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import subprocess
 import sys
 import warnings
@@ -312,6 +313,16 @@ def test_the_dashboard_listens_on_this_machine_only(tmp_path: Path) -> None:
     assert words[words.index("--backend-store-uri") + 1] == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
     environment = command.server_environment()
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == environment["DO_NOT_TRACK"] == "true"
+
+
+def test_a_dashboard_on_a_taken_port_says_so_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        assert command.main(["ui", str(tmp_path), "--port", str(port)]) == 2
+    said = capsys.readouterr().err
+    assert f"error: port {port} of 127.0.0.1 cannot be used" in said and "Address already in use" in said
 
 
 def test_a_users_password_is_not_kept(tmp_path: Path) -> None:

@@ -378,9 +378,16 @@ def test_a_checkpoint_that_is_damaged_foreign_or_of_other_weights_is_refused(
     for foreign in ({"weights": torch.zeros(2)}, torch.zeros(2), {"global_step": 3, "state_dict": {}}):
         torch.save(foreign, checkpoint)
         refused("is not a checkpoint of this program")
-    del content["state_dict"]["model.heads.gate.weight"]
-    torch.save(content, checkpoint)
-    refused(r"lacks \['model.heads.gate.weight'\]")
+    weights, name = content["state_dict"], "model.heads.gate.weight"
+    for damage, why in (
+        ({"optimizer_states": []}, "holds no state of the optimiser"),
+        ({"state_dict": weights | {name: weights[name].T}}, "does not fit this run .*size mismatch"),
+        ({"state_dict": {key: weights[key] for key in weights if key != name}}, rf"lacks \['{name}'\]"),
+        ({"loops": {}}, "does not fit this run"),
+        ({"callbacks": {"Journal": {"summary": {"x": 1}, "step_ms": []}}}, "does not fit this run .*argument 'x'"),
+    ):
+        torch.save(content | damage, checkpoint)
+        refused(why)
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -7,6 +7,7 @@ from cpdlm.config.checks import check, is_name
 from cpdlm.config.presets import PRESETS
 from cpdlm.config.reading import (
     as_yaml,
+    check_words,
     expand,
     from_dict,
     help_text,
@@ -48,6 +49,7 @@ __all__ = [
     "as_yaml",
     "but_rank",
     "check",
+    "check_words",
     "expand",
     "flat",
     "flatten",

@@ -26,6 +26,7 @@ OBSOLETE = {"data.processes": "a corpus is read by one process and tokenised by 
 def parse(arguments: list[str]) -> Config:
     """`key=value` words -> a checked Config; raises ConfigError."""
     given: dict[str, str] = {}
+    check_words(arguments)
     for word in arguments:
         key, separator, value = word.partition("=")
         if not separator or not key:
@@ -34,6 +35,16 @@ def parse(arguments: list[str]) -> Config:
             print(f"{word} is ignored: {OBSOLETE[key]}", file=sys.stderr)
         given |= {"model.trunk": value, "model.family": "pretrained"} if key == "model" else {key: value}
     return resolve(expand(given))
+
+
+def check_words(words: list[str]) -> None:
+    """ConfigError for a word with bytes that are not UTF-8, which no configuration or record can hold."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            shown = word.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise ConfigError(f"{shown} is not UTF-8; give the file or folder a name that is") from error
 
 
 def expand(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ that bits per byte can be computed from ids alone.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import threading
 import warnings
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -23,6 +25,7 @@ from cpdlm.data.pretrained_files import brings_code, check_hub
 from cpdlm.files import write_json
 
 END = "<|endoftext|>"
+TEMPLATE_SECONDS = 10.0  # that a chat template may take for one prompt
 DESCRIBED = "tokenizer.json"  # name, size, bos and eos of a stored tokenizer
 TRAINING_BYTES = 8 * 2**20  # a BPE is trained on this much of the train split, documents in hash order
 
@@ -195,9 +198,33 @@ class HubTokenizer:
             return [int(each) for each in self._model(content, verbose=False)["input_ids"]]
         if not self._model.chat_template:
             raise _no_template(self.name)
-        turns = [{"role": "user", "content": content}]
-        prompt = self._model.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompt = self._turn(content)
         return [int(each) for each in self._model(prompt, add_special_tokens=False, verbose=False)["input_ids"]]
+
+    def _turn(self, content: str) -> str:
+        """By the chat template: a foreign program, which may raise and need not end."""
+        turns: list[dict[str, str]] = [{"role": "user", "content": content}]
+        done: list[str | Exception] = []
+
+        def render() -> None:
+            try:
+                done.append(str(self._model.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)))
+            except Exception as error:
+                done.append(error)
+
+        thread = threading.Thread(target=render, daemon=True)
+        thread.start()
+        thread.join(TEMPLATE_SECONDS)
+        if not done:
+            assert thread.ident is not None
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TimeoutError))
+            done.append(TimeoutError(f"it was not done after {TEMPLATE_SECONDS:g} s"))
+        if isinstance(done[0], str):
+            return done[0]
+        raise ConfigError(
+            f"the chat template of the tokenizer {self.name} cannot be used: {type(done[0]).__name__}: "
+            f"{(str(done[0]).splitlines() or [''])[0]}; leave --chat out, or mend the template"
+        ) from done[0]
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return str(self._model.decode([int(i) for i in ids], skip_special_tokens=True))

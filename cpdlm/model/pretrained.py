@@ -28,6 +28,8 @@ from cpdlm.model.trunk import Trunk, new_cache
 
 PROBE = 12  # tokens
 GIB = 2**30
+MANY_LAYERS = 1000
+LAYER_BYTES = 50_000  # of the Python objects of a layer without weights, at least
 
 
 def load_pretrained(
@@ -43,6 +45,8 @@ def load_pretrained(
     be cropped or whose logits are not U h.
     """
     label = label or source
+    available = free_bytes(label) if available_bytes is None else available_bytes
+    check_layers(source, dtype.itemsize, label, available)
     shape = _shape(source, label)
     longest = _longest(shape) or context
     _check_shape(shape, context, longest, label)
@@ -53,7 +57,7 @@ def load_pretrained(
             raise ConfigError(
                 f"model={label} is a {shape.model_type} model, not a causal language model; give one that is"
             ) from error
-    _check_memory(empty, dtype, label, free_bytes(label) if available_bytes is None else available_bytes)
+    _check_memory(empty, dtype, label, available)
     if empty.get_output_embeddings() is None:
         raise ConfigError(
             f"model={label} ({type(empty).__name__}) has no output embedding, so no next-token distribution; "
@@ -290,6 +294,27 @@ def _check_shape(shape: Any, context: int, longest: int, label: str) -> None:
                 f"model={label} keeps a state in some layers ({type(layer).__name__}) that cannot be cropped to an "
                 "earlier token, as rejected drafts need; give a model with an ordinary key-value cache"
             )
+
+
+def check_layers(source: str, itemsize: int, label: str, available: int) -> None:
+    """ConfigError where the layers alone take more than is free, before they are built one by one.
+
+    A layer counts as width^2 weights of `itemsize` bytes, which is fewer than any has, and its modules as LAYER_BYTES.
+    As many as MANY_LAYERS are built, and counted exactly.
+    """
+    try:  # as it is written: the library's own classes make lists of all layers
+        written = json.loads((Path(source) / "config.json").read_bytes())
+        text = written | (written.get("text_config") or {})
+    except (OSError, ValueError, TypeError, AttributeError):  # a hub name; `_shape` says what else is wrong
+        return
+    layers, width = (text.get(name) for name in ("num_hidden_layers", "hidden_size"))
+    layers, width = (value if isinstance(value, int) else 0 for value in (layers, width))
+    need = layers * (width * width * itemsize + LAYER_BYTES)
+    if layers > MANY_LAYERS and need > available:
+        raise ConfigError(
+            f"model={label} has {layers:,} layers by its config.json, at least {need / GIB:,.0f} GiB, and "
+            f"{available / GIB:.1f} GiB are free; look at num_hidden_layers, or give a smaller model"
+        )
 
 
 def _check_memory(empty: nn.Module, dtype: torch.dtype, label: str, available: int) -> None:

@@ -265,9 +265,20 @@ def check_checkpoint(path: Path, needed: Iterable[str] = ()) -> None:
         ) from error
     if foreign:
         raise RunError(f"{path} is not a checkpoint of this program; delete it to start again")
-    held = sharded or content["state_dict"]
+    held = sharded or content.get("state_dict") or {}
+    if not sharded and not content.get("optimizer_states"):
+        raise RunError(f"{path} holds no state of the optimiser; delete it to start again")
     if absent := [name for name in needed if name not in held]:
         raise RunError(f"{path} does not fit this run: it lacks {absent[:3]}; delete it to start again")
+
+
+def refuse_misfit(path: Path, error: Exception) -> None:
+    """RunError for a checkpoint that could not be restored; nothing where `error` says something else."""
+    if not isinstance(error, RunError | ConfigError | torch.OutOfMemoryError):
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(
+            f"{path} does not fit this run ({type(error).__name__}: {reason}); delete it to start again"
+        ) from error
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -78,6 +78,7 @@ class Journal(Callback):
         self.config, self.folder = config, folder
         self.summary = Summary()
         self.stop_signal = 0
+        self.is_restored = False
         self._step_ms: list[float] = []
         self._spent: list[float] = []  # seconds of this step's micro-batches
         self._paused = 0.0  # of them, those in which this process stood still
@@ -110,6 +111,7 @@ class Journal(Callback):
         trainer.strategy.barrier()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.is_restored = True
         # Lightning has put a SIGTERM handler before ours that ends the run with exit code 0 and no word.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.note_signal)
@@ -294,13 +296,15 @@ def _run(trainer: L.Trainer, module: MultiTokenModule, data: L.LightningDataModu
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         try:
             trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
-        except RuntimeError as error:
-            if trainer.world_size > 1 and _is_lost(error):
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            if trainer.world_size > 1 and isinstance(error, RuntimeError) and _is_lost(error):
                 raise ProcessLost(
                     f"process {trainer.global_rank} of {trainer.world_size}: another one stopped (its own message says "
                     f"why), was killed, or did not answer within train.timeout={config.train.timeout} s; "
                     "the same command " + (f"continues from {checkpoint}" if checkpoint.exists() else "starts again")
                 ) from error
+            if checkpoint.exists() and not journal.is_restored:
+                checkpoints.refuse_misfit(checkpoint, error)
             raise
 
 

@@ -212,8 +212,8 @@ def read_inputs(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        content: dict[str, Any] = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
     return content
 

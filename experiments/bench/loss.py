@@ -19,6 +19,7 @@ import json
 import math
 import resource
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -314,7 +315,7 @@ def in_fresh_process(sides: Sequence[str], options: argparse.Namespace, **change
             code = subprocess.run(
                 [sys.executable, __file__, *words, "--sides", *sides], stdout=out, stderr=err, timeout=options.seconds
             ).returncode
-            why = f"killed by signal {-code} (out of memory?)" if code < 0 else ""
+            why = f"killed by {signal.Signals(-code).name}" if code < 0 else ""
         except subprocess.TimeoutExpired:
             why = f"not done in {options.seconds} s"
         out.seek(0), err.seek(0)

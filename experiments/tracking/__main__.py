@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     where = os.environ.get("MLFLOW_TRACKING_URI", "")
     if options.command == "ui":
+        if taken := _why_taken(options.port):
+            print(f"error: port {options.port} of 127.0.0.1 {taken}; give another one: --port NUMBER", file=sys.stderr)
+            return 2
         output = options.output or _newest_store()
         output.mkdir(parents=True, exist_ok=True)
         options.uri, options.prefix, options.figures = where or default_uri(output), "cpdlm", Path("paper_figures")
@@ -47,6 +51,17 @@ def main(arguments: list[str]) -> int:
         print(f"MLflow over {shown(options.uri)}: {url} after some 20 s; Ctrl-C stops it", flush=True)
         os.execvpe(sys.executable, server_argv(output, where, options.port), server_environment())
     return 0
+
+
+def _why_taken(port: int) -> str:
+    """Why the dashboard cannot listen there; "" where it can. The server itself would say so after a minute of tries."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            return f"cannot be used ({error})"
+    return ""
 
 
 def _newest_store() -> Path:
