@@ -344,7 +344,7 @@ def test_records_that_a_killed_report_left_are_logged_by_the_next(
     logged: list[Path] = []
     monkeypatch.setattr("experiments.cell.report", lambda *arguments, **named: ("", []))
     monkeypatch.setattr("experiments.cell.log", lambda pairs, *rest: logged.extend(path for _, path in pairs))
-    assert "0 records written, 1 were there" in pipeline._report(small([cell], tmp_path))
+    assert "0 records written, 1 were there" in pipeline._report(small([cell], tmp_path), [])
     assert logged == [tmp_path / "results" / cell.folder / f"{cell.name}.json"] and logged[0].is_file()
 
 
