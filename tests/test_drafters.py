@@ -570,3 +570,16 @@ def test_scores_changed_by_the_caller_are_the_target() -> None:
         )
         counts = Counter(tuple(each.tokens) for each in done)
         assert oracle.p_value(counts, right) > oracle.FALSE_ALARM, draft
+
+
+@pytest.mark.parametrize("draft", DRAFTERS)
+def test_greedy_tells_logits_apart_that_are_an_ulp_apart(draft: str) -> None:
+    """Log-probabilities in float32 would be equal, and the smaller id would win."""
+    model = windowed("mistral").float()
+    logits_V = torch.zeros(17)
+    logits_V[3] = 0.1
+    logits_V[0] = logits_V[3].nextafter(torch.tensor(0.0))
+    model.output = lambda hidden, table: logits_V.expand(*hidden.shape[:-1], 17)  # type: ignore[assignment]
+    log_probs_V = model.target_log_probs(torch.zeros(1, 1, 32)).flatten()
+    assert log_probs_V[0] == log_probs_V[3]
+    assert decode(model, torch.tensor([1, 2]), 8, Sampling(0.0), draft=draft).tokens == [3] * 8

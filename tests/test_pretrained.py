@@ -338,7 +338,7 @@ def test_what_decoding_cannot_rely_on_is_refused_by_name(name: str, tmp_path: Pa
     folder = saved(shape, tmp_path)
     if name == "a biased output":
         model = AutoModelForCausalLM.from_pretrained(folder)
-        torch.nn.init.normal_(model.lm_head.bias)
+        torch.nn.init.normal_(model.lm_head.bias, std=1e-6)  # less than a probe can tell
         model.save_pretrained(folder)
     with pytest.raises(ConfigError, match=message) as raised:
         load_pretrained(str(folder), torch.float32, CONTEXT, "my-model")

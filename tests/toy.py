@@ -127,6 +127,9 @@ class ToyModel:
         code = hidden[..., 0].long()
         return self.first(code) if self.layout == "untied" else self.own[code]
 
+    def target_scores(self, hidden: Tensor) -> Tensor:
+        return self.target_log_probs(hidden)
+
     def first(self, code: Tensor) -> Tensor:
         return torch.logsumexp(self.weights[code].unsqueeze(-1) + self.factors[code][..., 0, :, :], dim=-2)
 

@@ -56,7 +56,8 @@ def verify_greedy(target_BSV: Tensor, tokens_BK: Tensor) -> tuple[Tensor, Tensor
     target_BSV: log-probabilities or any scores that rank alike.
     """
     vocabulary, drafts = target_BSV.shape[-1], tokens_BK.shape[1]
-    value_BS, best_BS = target_BSV.max(dim=-1)
+    best_BS = target_BSV.argmax(dim=-1)  # of ties the one that everybody's argmax takes
+    value_BS = target_BSV.gather(-1, best_BS.unsqueeze(-1)).squeeze(-1)
     best_BS = best_BS.masked_fill(~(value_BS > -math.inf), vocabulary)  # no draft equals V: NaN rejects
     if drafts == 0:
         return torch.zeros_like(best_BS[:, 0]), best_BS[:, 0]

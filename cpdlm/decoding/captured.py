@@ -100,6 +100,7 @@ class CapturedForwards:
         self.device = device or next(model.parameters()).device  # type: ignore[attr-defined]
         self._check_model()
         self.uniforms: Uniforms | None = None
+        self._target = model.target_scores if sampling.greedy else model.target_log_probs
         self._depth = 0 if draft == "none" else model.horizon - 1
         self._noise = None if sampling.greedy else _Noise(rows, self.device)
         self._drafter = make_drafter(draft, sampling, self._noise, nodes)
@@ -163,7 +164,7 @@ class CapturedForwards:
         assert len(prompts) == self.rows
         self.cache.reset()  # a NaN that an earlier text left behind would count for more than the mask
         hidden_BD, lengths_B = self._prefill(prompts)
-        target_B1V = self.model.target_log_probs(hidden_BD[:, None])
+        target_B1V = self._target(hidden_BD[:, None])
         if self._noise is not None:
             self._noise.direct = self.uniforms
         acceptance = self._drafter.verify(target_B1V, nothing(self._pending_B))
@@ -207,7 +208,7 @@ class CapturedForwards:
         proposal = self.propose()
         window_BS = torch.cat([self._pending_B[:, None], proposal.tokens_BK], dim=1)
         hidden_BSD = self.run(window_BS, proposal)
-        acceptance = self._drafter.verify(self.model.target_log_probs(hidden_BSD), proposal)
+        acceptance = self._drafter.verify(self._target(hidden_BSD), proposal)
         self._commit(acceptance, hidden_BSD)
         self._out_BX = packed(acceptance, self._out_BX)
 

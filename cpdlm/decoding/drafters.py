@@ -149,7 +149,8 @@ class DeterministicDraft:
     def _choices(self, target_BSV: Tensor) -> Tensor:
         """(B, S) the target's choice behind each token; V where it is no distribution."""
         if self.uniforms is None:
-            value_BS, best_BS = target_BSV.max(dim=-1)
+            best_BS = target_BSV.argmax(dim=-1)
+            value_BS = target_BSV.gather(-1, best_BS.unsqueeze(-1)).squeeze(-1)
             return best_BS.masked_fill(~(value_BS > -math.inf), target_BSV.shape[-1])
         return draw(self.target_distribution(target_BSV), self.uniforms(target_BSV.shape[1]))
 

@@ -106,7 +106,8 @@ class GrowingForwards:
         return self._accept(proposal)
 
     def _accept(self, proposal: Proposal) -> Outcome:
-        target_BSV = self.model.target_log_probs(self.hidden_BSD)
+        greedy = self.uniforms is None
+        target_BSV = (self.model.target_scores if greedy else self.model.target_log_probs)(self.hidden_BSD)
         if self.process is not None:
             target_BSV = self.process(target_BSV, proposal)
         self.acceptance = self.drafter.verify(target_BSV, proposal)

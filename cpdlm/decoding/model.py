@@ -56,6 +56,10 @@ class DraftingModel(Protocol):
         """(..., V), or scores that rank and normalise alike."""
         ...
 
+    def target_scores(self, hidden: Tensor) -> Tensor:
+        """(..., V) that rank as the target does, from which greedy takes the argmax."""
+        ...
+
     def draft_joint(self, hidden_BD: Tensor, pending_B: Tensor) -> Any:
         """The `Joint` of what follows the pending token, or what the drafter given as `draft` takes in its place."""
         ...

@@ -374,7 +374,7 @@ class _WithScores(ModelProxy):
 
     def __init__(self, wrapped: CpdlmForCausalLM) -> None:
         super().__init__(wrapped.model)
-        self.target_log_probs = wrapped.scores
+        self.target_log_probs = self.target_scores = wrapped.scores
 
 
 class _Stream:

@@ -27,7 +27,8 @@ from cpdlm.config import ConfigError
 from cpdlm.decoding import Captures
 from cpdlm.hf.generate import SpeculativeGenerationMixin
 from cpdlm.model.heads import HeadsConfig
-from cpdlm.model.language_model import LanguageModel, Output
+from cpdlm.model.language_model import LanguageModel
+from cpdlm.model.output import Output
 from cpdlm.model.trunk import CACHE, Trunk
 
 
@@ -199,14 +200,9 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
         return embeddings
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V), whose softmax is the target p.
-
-        Where the target is the softmax of the unembedding's logits, these: processors that are not blind to a constant
-        (repetition_penalty) then do here what they do to the trunk. Else log p.
-        """
-        if self.model.first_is_tied or self.model.frozen_target:
-            return self.model.target_logits(hidden, self.model.unembedding.weight)
-        return self.model.next_token_log_probs(hidden)
+        """`LanguageModel.target_scores`: processors that are not blind to a constant (repetition_penalty) then do here
+        what they do to the trunk."""
+        return self.model.target_scores(hidden)
 
     def forward(
         self,

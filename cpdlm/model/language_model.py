@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -31,6 +30,7 @@ from cpdlm.model.heads import Anchor, FactorHeads, HeadsConfig, no_map
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows
 from cpdlm.model.losses.joint_nll import joint_nll
+from cpdlm.model.output import Output
 from cpdlm.model.trunk import Mask, Trunk, build_body, new_cache
 
 
@@ -56,21 +56,6 @@ class States:
 
     hidden_BTD: Tensor
     log_normaliser_BT: Tensor
-
-
-@dataclass(frozen=True)
-class Output:
-    """Logits softcap * tanh(scale * U h / softcap), as pretrained models have them; a softcap of 0 is none."""
-
-    scale: float = 1.0
-    softcap: float = 0.0
-
-    def __call__(self, hidden: Tensor, table_VD: Tensor) -> Tensor:
-        """(..., D) and (V, D) -> (..., V)."""
-        logits = F.linear(hidden, table_VD)
-        if self.scale != 1:
-            logits = logits * self.scale
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
 class LanguageModel(nn.Module):
@@ -236,7 +221,7 @@ class LanguageModel(nn.Module):
         self._draft_index_V = index_V
 
     def _trunk_log_probs(self, hidden: Tensor) -> Tensor:
-        return log_normalise(self.target_logits(hidden, self.unembedding.weight))
+        return log_normalise(self.target_logits(hidden))
 
     def _seen(self, hidden: Tensor, pending: Tensor | None) -> Tensor:
         """What gate and factors see. No token beyond x_{t+1} enters."""
@@ -320,18 +305,27 @@ class LanguageModel(nn.Module):
         """(B, T) log sum_v exp(logit) of the target over the vocabulary, float32, a row's chunk at a time."""
         flat_PD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         chunk = max(1, self.chunk_bytes // (4 * self.vocab_size))
-        parts = [
-            self.target_logits(part_CD, self.unembedding.weight).float().logsumexp(dim=-1)
-            for part_CD in flat_PD.split(chunk)
-        ]
+        parts = [self.target_logits(part_CD).float().logsumexp(dim=-1) for part_CD in flat_PD.split(chunk)]
         return torch.cat(parts).view(hidden_BTD.shape[:-1])
 
-    def target_logits(self, hidden: Tensor, table_VD: Tensor) -> Tensor:
-        """(..., V) logits of the next-token softmax, of the tokens whose unembeddings table_VD (V, D) holds.
+    def target_logits(self, hidden: Tensor, table_VD: Tensor | None = None) -> Tensor:
+        """(..., V) logits of the next-token softmax, of the tokens whose unembeddings table_VD (V, D) holds; else of
+        all. Drafts are scaled alike, and not capped."""
+        return self.output(hidden[..., : self.trunk.width], self.unembedding if table_VD is None else table_VD)
 
-        Drafts are scaled alike, and not capped.
+    def target_scores(self, hidden: Tensor) -> Tensor:
+        """(..., V), whose softmax is the target p: its logits where it is a softmax, else log p.
+
+        In float32, logits that are an ulp apart may have equal log-probabilities.
         """
-        return self.output(hidden[..., : self.trunk.width], table_VD)
+        if self.first_is_tied or self.frozen_target:
+            return self.target_logits(hidden)
+        if type(self.unembedding) is not nn.Linear:
+            raise ValueError(
+                f"the unembedding is a {type(self.unembedding).__name__}, whose adapter the heads do not see; merge "
+                "it first (merge_and_unload of peft)"
+            )
+        return self.next_token_log_probs(hidden)
 
     def _first_nll(self, hidden_BTD: Tensor, future_BTN: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
         picked_BT = weight_BT != 0

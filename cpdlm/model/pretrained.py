@@ -23,7 +23,8 @@ from transformers.utils import cached_file
 from cpdlm.config import ConfigError
 from cpdlm.data.pretrained_files import brings_code, free_memory
 from cpdlm.model.heads import HeadsConfig
-from cpdlm.model.language_model import LanguageModel, Output
+from cpdlm.model.language_model import LanguageModel
+from cpdlm.model.output import Output
 from cpdlm.model.trunk import Trunk, new_cache
 
 PROBE = 12  # tokens
@@ -90,6 +91,12 @@ def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
             f"model={label} ({type(whole).__name__}) has no body that can be run without its output layer "
             f"({_first_line(error)}); it cannot be the trunk here"
         ) from error
+    bias_V = getattr(unembedding, "bias", None)
+    if bias_V is not None and bool(bias_V.any()):  # bfloat16 is too coarse for the probe to tell a small one
+        raise ConfigError(
+            f"model={label} ({type(whole).__name__}): its logits are not softcap(scale * U h), its output layer has a "
+            "bias; it cannot be the target here"
+        )
     model = LanguageModel(
         Trunk(body),
         unembedding.weight.shape[0],
@@ -202,7 +209,7 @@ def _packed(trunk: Trunk, tokens_BT: Tensor, half: int) -> Tensor:
 
 
 def _logits(model: LanguageModel, hidden_BTD: Tensor) -> Tensor:
-    return model.target_logits(hidden_BTD, model.unembedding.weight).float()
+    return model.target_logits(hidden_BTD).float()
 
 
 def _close(ours: Tensor, theirs: Tensor, near: float) -> bool:
