@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.bench import loss
+from experiments.bench import loss, loss_sides
 
-TOY = ["--positions", "6", "--vocab", "40", "--width", "8", "--rank", "2", "--horizon", "3", "--repeats", "1", "--cpu"]
+TOY = ["--quick", "--cpu"]
 
 
 def row_nll(rows_MD: Tensor, table_VD: Tensor, tokens_M: Tensor) -> Tensor:
@@ -21,17 +19,17 @@ def row_nll(rows_MD: Tensor, table_VD: Tensor, tokens_M: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_a_fused_cross_entropy_per_row_gives_the_joint_loss(at_once: bool) -> None:
-    found = loss.errors(
-        lambda case, positions: loss.fused(case, positions, row_nll, at_once), torch.float64, torch.device("cpu")
+    found = loss_sides.errors(
+        lambda case, positions: loss_sides.fused(case, positions, row_nll, at_once), torch.float64, torch.device("cpu")
     )
     assert len(found) == 6 and max(found.values()) < 1e-12, found
 
 
 @pytest.mark.parametrize("side", ["bounded", "dense"])
 def test_our_sides_against_float64(side: str) -> None:
-    found = loss.errors(loss.make(side, 1), torch.float32, torch.device("cpu"))
+    found = loss_sides.errors(loss_sides.make(side, 1), torch.float32, torch.device("cpu"))
     assert max(found.values()) < 1e-5, found
-    found = loss.errors(loss.make(side, 1), torch.bfloat16, torch.device("cpu"))
+    found = loss_sides.errors(loss_sides.make(side, 1), torch.bfloat16, torch.device("cpu"))
     assert 1e-5 < max(found.values()) < 0.05, found
 
 
@@ -44,9 +42,9 @@ def test_a_side_that_fails_is_recorded_beside_those_that_do_not() -> None:
     assert "not done" in loss.in_fresh_process(["dense"], options)["dense"]["failed"]
 
 
-def test_growth_measures_every_dimension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_measures_every_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = {"seconds": 1.0, "peak_bytes": 1}
     monkeypatch.setattr(loss, "in_fresh_process", lambda sides, options, **changes: {"bounded": cell})
     record = loss.growth(loss.parse([*TOY, "--growth"]))
-    for name in loss.DIMENSIONS:
+    for name in loss_sides.DIMENSIONS:
         assert len({found[name] for found in record["cells"]}) >= 2, name

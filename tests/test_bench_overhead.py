@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cpdlm.training.plan import make_plan
-from experiments.bench import overhead
-from experiments.bench.overhead import PLAIN, RECIPES, WHOLE, configure
+from experiments.bench import fresh, overhead
+from experiments.bench.overhead import NEXT_TOKEN, RECIPES, WHOLE, configure
 
 VOCAB = 64
 
@@ -16,9 +16,9 @@ VOCAB = 64
 def test_every_recipe_costs_less_than_the_whole_and_more_than_none() -> None:
     settings = {"size": "micro", "data.tokenizer": "bytes"}
     cost = {recipe: make_plan(configure(recipe, 257, **settings)).flops_per_token for recipe in RECIPES}
-    for recipe in RECIPES.keys() - {PLAIN, WHOLE}:
+    for recipe in RECIPES.keys() - {NEXT_TOKEN, WHOLE}:
         assert cost[recipe] < cost[WHOLE], recipe
-        assert cost[recipe] > cost[PLAIN] or "frozen" in recipe, recipe
+        assert cost[recipe] > cost[NEXT_TOKEN] or "frozen" in recipe, recipe
     assert cost["tied, 1/16"] < cost["tied, 1/4"] < cost["tied"]
     assert cost["frozen, 1/4, shortlist"] < cost["frozen, 1/4"]
 
@@ -36,19 +36,16 @@ def test_timed_cells_are_set_against_the_next_token_step(monkeypatch: pytest.Mon
     answer = '{"step_ms": %d, "peak_bytes": %d, "planned_bytes": 1, "flops": {"trunk": %d}}'
     order: list[str] = []
 
-    class Done:
-        returncode, stderr = 0, ""
+    def run(what: str, words: list[str]) -> str:
+        order.append(WHOLE if WHOLE in words else NEXT_TOKEN)
+        turn = (len(order) + 1) // 2
+        return answer % ((300 * turn + 10, turn, 4) if WHOLE in words else (100 * turn, 1, 1))
 
-        def __init__(self, words: list[str]) -> None:
-            order.append(WHOLE if WHOLE in words else PLAIN)
-            turn = (len(order) + 1) // 2
-            self.stdout = answer % ((300 * turn + 10, turn, 4) if WHOLE in words else (100 * turn, 1, 1))
-
-    monkeypatch.setattr(overhead.subprocess, "run", lambda words, **options: Done(words))
-    record = overhead.timed(overhead.parse(["time", "--sizes", "micro", "--recipes", PLAIN, WHOLE]))
-    assert order == [PLAIN, WHOLE, WHOLE, PLAIN, PLAIN, WHOLE]
-    plain, whole = record["cells"]
-    assert plain["overhead"] == {"median": 0, "low": 0, "high": 0} and (plain["bound"], whole["bound"]) == (0, 3)
+    monkeypatch.setattr(fresh, "run", run)
+    cells = overhead.timed(overhead.parse(["time", "--sizes", "micro", "--recipes", NEXT_TOKEN, WHOLE]))
+    assert order == [NEXT_TOKEN, WHOLE, WHOLE, NEXT_TOKEN, NEXT_TOKEN, WHOLE]
+    base, whole = cells
+    assert base["overhead"] == {"median": 0, "low": 0, "high": 0} and (base["bound"], whole["bound"]) == (0, 3)
     assert whole["step_ms"] == {"median": 610, "low": 310, "high": 910} and whole["repeats"] == [310, 610, 910]
     assert whole["overhead"] == pytest.approx({"median": 2.05, "low": 2 + 0.1 / 3, "high": 2.1})
     assert whole["peak_bytes"] == 3

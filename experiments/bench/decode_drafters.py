@@ -67,7 +67,7 @@ def _race(bench: Bench, mode: str, split: str, draws: int) -> list[dict[str, dic
 
 
 def suggested(cells: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Per mode: the drafter that was fastest on the validation prompts (geometric mean of all heads, over the chain)."""
+    """Per mode: the fastest drafter on the validation prompts, by the geometric mean of all heads over the chain."""
     best = {}
     for mode in DRAFTERS:
         gains: dict[str, float] = {}

@@ -11,19 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-OUTPUT = ROOT / "results" / "benchmarks" / "processes.json"
+from experiments.bench import fresh, record
+
 QUICK = "--size micro --steps 12 --context 32 --repeats 1"
+SETTINGS = ("corpus", "processes", "size", "rows", "context", "steps", "train_bytes", "repeats")
 
 
 def train_once(options: argparse.Namespace, parallel: str, count: int, folder: Path) -> dict[str, float]:
@@ -48,16 +47,10 @@ def train_once(options: argparse.Namespace, parallel: str, count: int, folder: P
         f"output={folder}",
         "name=run",
     ]
-    threads = max(1, cores() // count)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / "run.py"), *words, "--stage=train"],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{parallel} with {count} processes ended with {done.returncode}\n{done.stderr[-2000:]}")
+    threads = max(1, (options.threads or cores()) // count)
+    script = str(record.ROOT / "experiments" / "run.py")
+    name = f"{parallel} with {count} processes"
+    fresh.run(name, [script, *words, "--stage=train"], {"OMP_NUM_THREADS": str(threads)})
     trained = json.loads((folder / "run" / "train.json").read_text())
     return {
         "step_ms": trained["step_ms_median"],
@@ -71,70 +64,46 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def tasks(options: argparse.Namespace) -> dict[str, tuple[str, int]]:
-    """Label -> how the processes share the training, and how many there are."""
-    return {f"train {way} {count}": (way, count) for way in ("ddp", "fsdp") for count in options.processes}
+def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Label -> what was measured of so many processes that share the training in this way."""
+    tasks = {f"train {way} {count}": (way, count) for way in ("ddp", "fsdp") for count in options.processes}
+    runs: dict[str, list[dict[str, float]]] = {label: [] for label in tasks}
+    for label in fresh.by_turns(tasks, options.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            found = train_once(options, *tasks[label], Path(folder))
+        runs[label].append(found)
+        record.say(f"{label:<28} " + ", ".join(f"{key} {value:,.1f}" for key, value in found.items()))
+    cells = {}
+    for label, each in runs.items():
+        cell = fresh.medians(each, each[0])
+        rate = 1000 * cell["tokens_per_step"] / cell["step_ms"]
+        cells[label] = cell | {"repeats": each, "tokens_per_second": rate}
+    return cells
 
 
-def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """The record."""
-    import torch  # noqa: F401 - so that the hardware entry knows of threads and accelerator
-
-    from experiments.provenance import provenance
-
-    every, runs = tasks(options), dict[str, list[dict[str, float]]]()
-    for repeat in range(options.repeats):
-        for label in list(every) if repeat % 2 == 0 else reversed(every):
-            with tempfile.TemporaryDirectory() as folder:
-                found = train_once(options, *every[label], Path(folder))
-            runs.setdefault(label, []).append(found)
-            print(f"{label:<28} " + ", ".join(f"{key} {value:,.1f}" for key, value in found.items()), file=sys.stderr)
-    cells: dict[str, dict[str, Any]] = {
-        label: {
-            **{key: statistics.median(run[key] for run in runs[label]) for key in runs[label][0]},
-            "repeats": runs[label],
-        }
-        for label in every
-    }
-    for cell in cells.values():
-        cell["tokens_per_second"] = 1000 * cell["tokens_per_step"] / cell["step_ms"]
-    settings = {key: value for key, value in vars(options).items() if key not in ("output", "cache", "quick")}
-    return {
-        "benchmark": "processes",
-        "command": shlex.join(["python", "experiments/bench/processes.py", *arguments]),
-        **provenance(),
-        "settings": settings,
-        "cells": cells,
-    }
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = record.parser(__doc__)
+    add = parser.add_argument
+    add("--corpus", default="code")
+    add("--processes", nargs="+", type=int, default=sorted({1, 2, cores()}))
+    add("--size", default="small", help="trunk of the training runs")
+    add("--rows", type=int, default=4)
+    add("--context", type=int, default=128)
+    add("--steps", type=int, default=30)
+    add("--train-bytes", type=int, default=1_000_000)
+    add("--repeats", type=int, default=3)
+    add("--cache", default=".cache/cpdlm")
+    return record.parse(parser, arguments, QUICK)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--corpus", default="code")
-    parser.add_argument("--processes", nargs="+", type=int, default=sorted({1, 2, cores()}))
-    parser.add_argument("--size", default="small", help="trunk of the training runs")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--train-bytes", type=int, default=1_000_000)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cache", default=".cache/cpdlm")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--quick", action="store_true", help="seconds, measures nothing")
-    if "--quick" in arguments:
-        arguments = [*shlex.split(QUICK), *arguments]
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    from cpdlm.files import write_json
-
-    record = measure(options, arguments)
-    write_json(options.output, record)
-    for label, cell in record["cells"].items():
+    record.settle(options)
+    found = record.begin("processes", "processes", arguments, record.chosen(options, SETTINGS))
+    found["cells"] = measure(options)
+    record.write(options, "processes", found)
+    for label, cell in found["cells"].items():
         print(f"{label:<28} {cell['step_ms']:8.1f} ms per step")
-    print(f"record: {options.output}")
     return 0
 
 

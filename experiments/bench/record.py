@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -47,6 +48,15 @@ def device(options: argparse.Namespace) -> torch.device:
     if options.threads:
         torch.set_num_threads(options.threads)
     return torch.device("cpu")
+
+
+def settle(options: argparse.Namespace) -> None:
+    """--cpu and --threads for what chooses its device by itself, here and in the processes that are started."""
+    if options.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+        torch.set_num_threads(options.threads)
 
 
 def begin(benchmark: str, script: str, arguments: Sequence[str], settings: dict[str, Any], seed: int = 0) -> Record:

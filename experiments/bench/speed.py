@@ -1,4 +1,4 @@
-"""How much of the tokens per forward becomes time: speed-up per token, its limit and the floor of every cell, one record.
+"""How much of the tokens per forward becomes time: speed-up per token, its limit, the floor of a forward; one record.
 
     python experiments/bench/speed.py [--quick] [--size 56m --vocab 8192 --ranks 1 2 4 8 --horizons 4 8 ...]
 
@@ -8,13 +8,13 @@ The speed-up measured is that of this pattern and of nothing else; what carries 
 
     speed-up / tokens per forward         its limit t(1) / t(n)           floor of a forward = t(n) + draft
 
-with t(k) the target's time for k tokens behind a cached text, output layer included, and the draft's time measured alone.
-Contenders of a group (one dtype, mode and batch: autoregressive decoding, `generate` on the same weights, all cells) take
-turns in one process. Single calls are timed right after the decoding that they explain, and ratios are taken within a
-repeat. Speed-ups count the prompt's forward; forwards against the floor do not.
+with t(k) the target's time for k tokens behind a cached text, output layer included, and the draft's time alone.
+Contenders of a group (one dtype, mode and batch: autoregressive decoding, `generate` on the same weights, all cells)
+take turns in one process. Single calls are timed right after the decoding that they explain, and ratios are taken
+within a repeat. Speed-ups count the prompt's forward; forwards against the floor do not.
 
-On a GPU forwards are captured (`cpdlm.decoding.captured`), and so are the calls that they are held against. The ranks of
---batch-ranks at the first horizon and the last dtype are measured with launched kernels, too (`captured: false`).
+On a GPU forwards are captured (`cpdlm.decoding.captured`), and so are the calls that they are held against. The ranks
+of --batch-ranks at the first horizon and the last dtype are measured with launched kernels, too (`captured: false`).
 
 Letters: B batch, T position.
 """

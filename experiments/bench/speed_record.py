@@ -1,7 +1,7 @@
 """What the speed benchmark records of a group: speed-up, its limit, the floor of a forward, the targets; and its print.
 
-The keys are those of the records on disk: a "pass" is a target forward, "plain" autoregressive decoding, "conversion" the
-speed-up per token per forward, "shortlist" the draft vocabulary.
+The keys are those of the records on disk: a "pass" is a target forward, "plain" autoregressive decoding, "conversion"
+the speed-up per token per forward, "shortlist" the draft vocabulary.
 """
 
 from __future__ import annotations
