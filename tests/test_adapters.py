@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_pretrained import CONTEXT, SHAPES, V, saved, with_heads
-from test_suite import TINY, TINY_RETROFIT, small_pretrained
+from tiny import TINY, TINY_RETROFIT, small_pretrained
 from transformers import AutoModelForCausalLM
 
 from cpdlm.bench.compare import Protocol, measure

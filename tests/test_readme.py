@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import TINY, TINY_RETROFIT, small_pretrained
 
 from cpdlm.config import parse
-from tests.test_suite import TINY, TINY_RETROFIT, small_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -134,7 +134,7 @@ SWEEP = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {root!r} + '/tests']
-from test_suite import TINY
+from tiny import TINY
 from experiments import sweep
 from experiments.suite import Cell
 here = Path({folder!r})

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY, TINY_RETROFIT, small_pretrained
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from cpdlm import cli, speed_up
 from cpdlm.hf.load import run_tokenizer
-from tests.test_suite import TINY, TINY_RETROFIT, small_pretrained
 
 ROOT = Path(__file__).parents[1]
 
