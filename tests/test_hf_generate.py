@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer as TokenizerModel
@@ -524,6 +525,29 @@ def test_a_target_of_nan_is_named(chosen: dict[str, Any]) -> None:
         model.model.trunk.body.norm.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="the target distribution of token 2 .* is NaN or -inf alone"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, **chosen)
+
+
+def test_an_adapter_on_the_unembedding_is_the_targets_too() -> None:
+    torch.manual_seed(4)
+    config = peft.LoraConfig(r=2, target_modules=["unembedding"], init_lora_weights=False, lora_alpha=16)
+    adapted = peft.get_peft_model(wrap(copy.deepcopy(real(*COMMON))), config).eval()
+    chosen = {"max_new_tokens": 24, "pad_token_id": 0}
+    ours = adapted.generate(**batch(3), **chosen)
+    assert ours.tolist() != stock("common", **batch(3), **chosen).tolist(), "the adapter matters"
+    merged = adapted.merge_and_unload()
+    assert ours.tolist() == plain(merged.model).generate(**batch(3), **chosen).tolist()
+    own = peft.get_peft_model(wrap(copy.deepcopy(real(*OWN))), config).eval()
+    with pytest.raises(ValueError, match="whose adapter the heads do not see; merge it first"):
+        own.generate(**batch(1), **chosen)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_learnt_prompts_are_refused(kind: str) -> None:
+    shape = {"num_layers": 2, "token_dim": 64, "num_attention_heads": 4, "num_transformer_submodules": 1}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3, **shape)
+    tuned = peft.get_peft_model(wrap(copy.deepcopy(real(*COMMON))), config).eval()
+    with pytest.raises(ValueError, match="prompt or prefix tuning .* which this loop does not see"):
+        tuned.generate(**batch(1), max_new_tokens=4)
 
 
 # --- slow -------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from cpdlm.decoding import ModelProxy, Options, Sampling, decode_batch
+from cpdlm.hf.stream import Stream
 
 if TYPE_CHECKING:
     from cpdlm.hf.model import CpdlmForCausalLM
@@ -125,6 +126,11 @@ class SpeculativeGenerationMixin(GenerationMixin):
                 return getattr(self.generation_config, name, None)
 
             _check_arguments(kwargs, asked)
+            if "prepare_inputs_for_generation" in vars(self):  # peft puts its own in place where prompts are learnt
+                raise ValueError(
+                    "prompt or prefix tuning (peft) puts learnt states before the text, which this loop does not see; "
+                    "give LoRA or another adapter of the weights"
+                )
             if named := _perhaps_stateful(logits_processor or (), stopping_criteria or ()):
                 warnings.warn(
                     f"{named} may keep something between calls: one token per forward is written, without drafts; give "
@@ -265,7 +271,7 @@ def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, draft: str, 
     if pad is None and stop is not None and rows > 1:
         raise ValueError("rows that stop at different lengths need padding: pass pad_token_id (or eos_token_id)")
     sampling, exactly = _sampling(options, call.processors)
-    stream = _Stream(streamer, rows) if streamer is not None else None
+    stream = Stream(streamer, rows) if streamer is not None else None
     generators = None
     if not sampling.greedy:
         seeds = torch.randint(2**63 - 1, (rows,)).tolist()
@@ -375,24 +381,3 @@ class _WithScores(ModelProxy):
     def __init__(self, wrapped: CpdlmForCausalLM) -> None:
         super().__init__(wrapped.model)
         self.target_log_probs = self.target_scores = wrapped.scores
-
-
-class _Stream:
-    """Hands tokens to a streamer as stock `generate` does: one of every row at a time, pad where a row has ended."""
-
-    def __init__(self, streamer: Any, rows: int) -> None:
-        self.streamer, self.sent = streamer, 0
-        self.texts: list[list[int]] = [[] for _ in range(rows)]
-
-    def put(self, row: int, tokens: list[int]) -> None:
-        self.texts[row].extend(tokens)
-        self._send(min(len(text) for text in self.texts), None)
-
-    def end(self, pad: int | None) -> None:
-        self._send(max(len(text) for text in self.texts), pad)
-        self.streamer.end()
-
-    def _send(self, until: int, pad: int | None) -> None:
-        for index in range(self.sent, until):
-            self.streamer.put(torch.tensor([text[index] if index < len(text) else pad for text in self.texts]))
-        self.sent = max(self.sent, until)
