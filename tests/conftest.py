@@ -62,8 +62,8 @@ def drawn(made_results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 def forget_draws() -> None:
-    stats._counts.cache_clear()
-    stats._normals.cache_clear()
+    for cached in (stats._counts, stats._normals, stats._resampled, stats._interval):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -226,7 +226,7 @@ def test_greedy_marks_a_target_of_nan_or_minus_infinity() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("rank", [1, 3])
-def test_the_library_passes(rank: int, setting: str) -> None:
+def test_the_library_is_accepted(rank: int, setting: str) -> None:
     counts, _ = simulate(EXACT, Step(rank), SETTINGS[setting])
     assert oracle.p_value(counts, truth(rank, setting)) > oracle.FALSE_ALARM
 

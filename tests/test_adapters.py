@@ -94,13 +94,13 @@ def test_greedy_text_is_that_of_generate_and_caches_roll_back(name: str, folders
             assert with_cache == without
 
 
-def test_the_second_run_is_timed_and_passes_count_once(folders: dict[str, Path]) -> None:
+def test_the_second_run_is_timed_and_forwards_count_once(folders: dict[str, Path]) -> None:
     model = adapted(folders["llama tied"])
     found = measure({"one": model}, torch.arange(3, 11).view(2, 4), Sampling(0.0), Protocol(8, repeats=1, warmups=0))
     assert found["one"]["tokens"] == 16 and found["one"]["passes"] <= 16
 
 
-def test_captured_passes_are_not_for_adapters(folders: dict[str, Path]) -> None:
+def test_captured_forwards_are_not_for_adapters(folders: dict[str, Path]) -> None:
     model = adapted(folders["qwen2"])
     assert Captures(model, on="cpu")(1, 20, Sampling(0.0)) is None
     with pytest.raises(ValueError, match="adapters for the draft keep a second cache"):

@@ -103,7 +103,7 @@ def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
     assert modes["r2"]["other_than_generate"] == same and modes["own"]["other_than_generate"] is None
 
 
-def test_speed_over_rank_1_is_over_the_cell_of_the_same_law() -> None:
+def test_speed_over_rank_1_is_over_the_cell_of_the_same_variant() -> None:
     """Two laws in one group: each rank 2 is held against its own rank 1, and a cell without one against none."""
     models = {"u1": cell(1), "u2": cell(2), "t1": cell(1, **{"model.tie_first": True})}
     models |= {"t2": cell(2, **{"model.tie_first": True}), "a2": cell(2, anchor="token")}

@@ -190,7 +190,7 @@ def test_known_states_change_nothing() -> None:
         assert torch.equal(with_trunk.rest_nll_P, from_states.rest_nll_P)
 
 
-def test_on_a_shortlist_the_loss_is_that_of_the_tokens_on_it() -> None:
+def test_on_a_draft_vocabulary_the_loss_is_that_of_its_tokens() -> None:
     model, batch = make("common", **{"model.tie_first": True}), rows()
     listed = torch.tensor([0, 2, 3, 5, 7, 10])
     model.use_draft_vocabulary(listed)

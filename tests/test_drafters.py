@@ -270,7 +270,7 @@ def test_block_verification_is_the_oracles(seed: int) -> None:
 
 
 @pytest.mark.parametrize("verify", [accept.verify, accept.verify_block])
-def test_a_broken_law_behind_a_good_draft_loses_nothing(verify: Any) -> None:
+def test_a_broken_distribution_behind_a_good_draft_loses_nothing(verify: Any) -> None:
     """Of the first token, q(x) P(accepted | x) + P(none) residual(x), on a grid of draws: the target's, though q is
     far from it and the next q is NaN."""
     p, q = [0.7, 0.2, 0.1], [0.1, 0.3, 0.6]

@@ -24,7 +24,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_filtered_is_the_oracles_law(setting: tuple[float, int, float]) -> None:
+def test_filtered_is_the_oracles_distribution(setting: tuple[float, int, float]) -> None:
     generator = torch.Generator().manual_seed(0)
     log_probs = (2 * torch.randn(50, 5, generator=generator, dtype=torch.float64)).log_softmax(-1)
     distribution = filtered(log_probs, Sampling(*setting))
@@ -65,7 +65,7 @@ def test_draw_reaches_tokens_too_rare_for_a_sum_in_float32() -> None:
 
 
 @pytest.mark.parametrize("row", [[math.nan, 1.0, 1.0], [0.0, 0.0, 0.0], [math.nan] * 3, [math.inf, 0.0, 0.0]])
-def test_draw_marks_what_is_no_law(row: list[float]) -> None:
+def test_draw_marks_what_is_no_distribution(row: list[float]) -> None:
     assert draw(torch.tensor([row]), torch.tensor([0.5], dtype=torch.float64)).item() == 3
 
 

@@ -129,7 +129,7 @@ def test_bias_buffer_takes_the_place_of_the_gates_bias() -> None:
     torch.testing.assert_close(heads.first(hidden_PD, table_VD).log_weights_R, expected)
 
 
-def test_anchor_starts_as_the_identity_and_learns_from_the_first_step() -> None:
+def test_the_token_condition_starts_as_the_identity_and_learns_from_the_first_step() -> None:
     anchor = Anchor(D, 4).double()
     hidden_PD, embedded_PD = torch.randn(P, D, dtype=torch.float64), torch.randn(P, D, dtype=torch.float64)
     assert torch.equal(anchor(hidden_PD, embedded_PD), hidden_PD)

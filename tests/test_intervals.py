@@ -46,7 +46,7 @@ def test_differences_are_paired() -> None:
     assert 0 < found["low"] < found["mean"] < found["high"] < alone["high"] - alone["low"]
 
 
-def test_plain_decoding_has_no_seeds() -> None:
+def test_autoregressive_decoding_has_no_seeds() -> None:
     one, plain = written(np.full((2, 2, 3), 2.0), seconds=4.0), written(np.ones((1, 2, 3)), seconds=6.0)
     assert interval(speedup, one, plain)["mean"] == pytest.approx(1.5)
     assert interval(speedup_per_token_per_forward, one, plain) == {

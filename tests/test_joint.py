@@ -44,7 +44,7 @@ def close(ours: Tensor, theirs: Tensor | list[float], tolerance: float = 1e-12) 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_log_prob_is_the_formula_and_sums_to_one(shape: tuple[int, int, int]) -> None:  # law 1
+def test_log_prob_is_the_formula_and_sums_to_one(shape: tuple[int, int, int]) -> None:
     joint = make(*shape)
     tokens = every_window(shape[2], shape[1])
     distribution = spread(joint, len(tokens)).log_prob(tokens).exp()
@@ -53,7 +53,7 @@ def test_log_prob_is_the_formula_and_sums_to_one(shape: tuple[int, int, int]) ->
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_marginal_is_the_sum_over_later_tokens(shape: tuple[int, int, int]) -> None:  # law 2
+def test_marginal_is_the_sum_over_later_tokens(shape: tuple[int, int, int]) -> None:
     _, horizon, vocab = shape
     joint = make(*shape)
     for k in range(1, horizon + 1):
@@ -73,7 +73,7 @@ def test_marginal_is_the_sum_over_later_tokens(shape: tuple[int, int, int]) -> N
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chain_terms_are_the_conditionals(shape: tuple[int, int, int]) -> None:  # law 3
+def test_chain_terms_are_the_conditionals(shape: tuple[int, int, int]) -> None:
     _, horizon, vocab = shape
     joint = make(*shape)
     tokens = every_window(vocab, horizon)
@@ -86,7 +86,7 @@ def test_chain_terms_are_the_conditionals(shape: tuple[int, int, int]) -> None: 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_conditionals_are_the_chain_over_the_vocabulary(shape: tuple[int, int, int]) -> None:  # law 3
+def test_conditionals_are_the_chain_over_the_vocabulary(shape: tuple[int, int, int]) -> None:
     """And stepwise re-weighting gives the same; a token of -1 tells nothing."""
     rank, horizon, vocab = shape
     joint = make(*shape)
@@ -109,7 +109,7 @@ def test_conditionals_are_the_chain_over_the_vocabulary(shape: tuple[int, int, i
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 1])
-def test_conditioning_is_bayes_and_twice_is_once(shape: tuple[int, int, int]) -> None:  # law 4
+def test_conditioning_is_bayes_and_twice_is_once(shape: tuple[int, int, int]) -> None:
     rank, horizon, vocab = shape
     joint = make(*shape)
     weights, factors = plain(joint)
@@ -128,7 +128,7 @@ def test_conditioning_is_bayes_and_twice_is_once(shape: tuple[int, int, int]) ->
                 close(twice.log_factors_NRV, joint.log_factors_NRV[2:])
 
 
-def test_rank_one_is_independent_heads() -> None:  # law 5
+def test_rank_one_is_independent_heads() -> None:
     joint = make(1, 3, 5)
     tokens = every_window(5, 3)
     alone = sum(joint.log_factors_NRV[s, 0][tokens[:, s]] for s in range(3))
@@ -138,7 +138,7 @@ def test_rank_one_is_independent_heads() -> None:  # law 5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_agrees_with_torch_distributions(shape: tuple[int, int, int]) -> None:  # law 5
+def test_agrees_with_torch_distributions(shape: tuple[int, int, int]) -> None:
     joint = make(*shape)
     mixture = MixtureSameFamily(
         Categorical(logits=joint.log_weights_R),
@@ -148,7 +148,7 @@ def test_agrees_with_torch_distributions(shape: tuple[int, int, int]) -> None:  
     close(spread(joint, len(tokens)).log_prob(tokens), mixture.log_prob(tokens))
 
 
-def test_permuting_components_changes_nothing() -> None:  # law 6
+def test_permuting_components_changes_nothing() -> None:
     joint = make(4, 3, 3)
     order = torch.tensor([2, 0, 3, 1])
     shuffled = Joint(joint.log_weights_R[order], joint.log_factors_NRV[:, order])
@@ -160,7 +160,7 @@ def test_permuting_components_changes_nothing() -> None:  # law 6
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (3, 3, 3)])
-def test_samples_follow_log_prob(shape: tuple[int, int, int]) -> None:  # law 7
+def test_samples_follow_log_prob(shape: tuple[int, int, int]) -> None:
     """Chi-square over all windows of 60 000 draws; the seed is fixed, a fresh one would fail with probability 1e-6."""
     joint, draws = make(*shape, seed=1), 60_000
     distribution = [oracle.probability(*plain(joint), window) for window in oracle.windows(shape[2], shape[1])]
@@ -217,7 +217,7 @@ def test_is_immutable_normalised_and_at_least_float32() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_scores_are_the_law_that_they_normalise_to(dtype: torch.dtype) -> None:
+def test_scores_are_the_distribution_that_they_normalise_to(dtype: torch.dtype) -> None:
     """Normalised when asked for, in whatever form, is normalised at once."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, 3, generator=generator, dtype=torch.float64).log_softmax(-1)

@@ -79,7 +79,7 @@ class Embeddings:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_states_see_no_later_token(family: str) -> None:  # law 14
+def test_hidden_states_see_no_later_token(family: str) -> None:
     model = make(family=family)
     seen = Embeddings(model)
     hidden_BTD = model.hidden(rows()["tokens_BT"])
@@ -93,7 +93,7 @@ def test_hidden_states_see_no_later_token(family: str) -> None:  # law 14
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ["untied", "tied", "anchored"])
-def test_nothing_beyond_the_fixed_token_leaks_into_the_law(layout: str, family: str) -> None:
+def test_nothing_beyond_the_pending_token_leaks_into_the_draft(layout: str, family: str) -> None:
     """The loss of position t depends on the tokens up to t and, anchored, on the embedding of x_{t+1}, and no other."""
     for t in (0, 3, T - 1):
         model, batch = make(layout, family), rows(1)
@@ -114,14 +114,14 @@ def test_nothing_beyond_the_fixed_token_leaks_into_the_law(layout: str, family: 
             assert len(seen.calls) == 1
 
 
-def test_the_anchored_law_moves_with_the_fixed_token_alone() -> None:
+def test_the_token_conditioned_draft_moves_with_the_pending_token_alone() -> None:
     model, hidden_BD = make("anchored"), torch.randn(1, 64, dtype=torch.float64)
     one, two = (model.draft_joint(hidden_BD, torch.tensor([token])) for token in (3, 4))
     assert (one.log_weights_R - two.log_weights_R).abs().max() > 1e-4
     assert (one.log_factors_NRV - two.log_factors_NRV).abs().max() > 1e-4
 
 
-def test_the_anchor_starts_as_the_law_without_it() -> None:
+def test_the_token_conditioned_draft_starts_as_the_draft_without_it() -> None:
     torch.manual_seed(0)
     model = build_language_model(resolve({"size": "micro", "rank": R, "horizon": N, "anchor": "token"}), V).double()
     hidden_BD = torch.randn(2, 64, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_the_anchor_starts_as_the_law_without_it() -> None:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_target_and_draft_laws_of_each_layout(layout: str) -> None:
+def test_target_and_draft_distributions_of_each_layout(layout: str) -> None:
     model = make(layout)
     hidden_BTD = model.hidden(rows()["tokens_BT"])
     softmax = (hidden_BTD @ model.unembedding.weight.T).log_softmax(-1)
@@ -158,7 +158,7 @@ def test_target_and_draft_laws_of_each_layout(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [name for name in WITH_MIXTURE if name != "separate"])
-def test_a_shortlist_is_the_law_restricted_to_it(layout: str) -> None:
+def test_a_draft_vocabulary_restricts_the_distribution_to_it(layout: str) -> None:
     """Every factor renormalised on the list, untied the first one, too; the target and the joint stay as they are."""
     model, ids, pending_B = make(layout), torch.tensor([7, 0, 4, 9]), torch.tensor([4, 3])  # 4 is on the list, 3 is not
     hidden_BD = model.hidden(rows()["tokens_BT"])[:, -1]
@@ -180,7 +180,7 @@ def test_a_shortlist_is_the_law_restricted_to_it(layout: str) -> None:
     assert model.draft_ids is None and model.draft_joint(hidden_BD, pending_B).vocab_size == V
 
 
-def test_a_shortlist_of_everything_is_the_whole_law() -> None:
+def test_a_draft_vocabulary_of_everything_is_the_whole_distribution() -> None:
     model, pending_B = make("untied"), torch.tensor([4, 3])
     hidden_BD = model.hidden(rows()["tokens_BT"])[:, -1]
     whole, ids = model.draft_joint(hidden_BD, pending_B), torch.randperm(V)
@@ -190,7 +190,7 @@ def test_a_shortlist_of_everything_is_the_whole_law() -> None:
     torch.testing.assert_close(draft.log_weights_R, whole.log_weights_R)
 
 
-def test_a_shortlist_moves_with_the_model() -> None:
+def test_a_draft_vocabulary_moves_with_the_model() -> None:
     model = make("untied")
     model.use_draft_vocabulary(torch.tensor([1, 2]))
     model.bfloat16()
@@ -211,13 +211,13 @@ def test_a_shortlist_moves_with_the_model() -> None:
         ("untied", [], "a row of token ids"),
     ],
 )
-def test_what_is_no_shortlist_is_refused(layout: str, ids: list[Any], message: str) -> None:
+def test_what_is_no_draft_vocabulary_is_refused(layout: str, ids: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(layout).use_draft_vocabulary(torch.tensor(ids))
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_forward_is_the_law_and_its_chain_sums_to_the_joint(layout: str) -> None:  # law 16
+def test_forward_is_the_distribution_and_its_chain_sums_to_the_joint(layout: str) -> None:
     model, batch = make(layout), rows()
     if layout == "plain":
         batch["future_BTN"], batch["successors_BT"] = batch["future_BTN"][..., :1], torch.ones(2, T, dtype=torch.long)
@@ -300,7 +300,7 @@ def test_cache_equals_no_cache(family: str, split: list[int]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cache_after_rollback_is_cache_recomputed(family: str) -> None:  # law 12
+def test_cache_after_rollback_is_cache_recomputed(family: str) -> None:
     model, tokens_BT = make(family=family), rows(1)["tokens_BT"]
     other = (tokens_BT + 1) % V
     cache = model.new_cache()

@@ -29,7 +29,7 @@ def _batch(rows: int, length: int, horizon: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("words", ["rank=3", "rank=3 anchor=token", "rank=2 model.tie_first=true", "rank=1 horizon=1"])
-def test_reported_numbers_are_the_plain_averages(words: str) -> None:
+def test_reported_numbers_are_simple_averages(words: str) -> None:
     config = parse([*words.split(), "size=micro", *([] if "horizon" in words else ["horizon=3"])])
     torch.manual_seed(0)
     model = build_language_model(config, V).double().eval()
@@ -78,7 +78,9 @@ def test_reported_numbers_are_the_plain_averages(words: str) -> None:
 
 
 @pytest.mark.parametrize("words", ["", "model.tie_first=true", "anchor=token"])
-def test_on_a_shortlist_all_is_of_the_restricted_law(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_draft_vocabulary_all_is_of_the_restricted_distribution(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By enumeration of all windows of listed tokens: likelihoods over covered windows, kept shares at every position."""
     monkeypatch.setattr(likelihood, "STRIDE", 1)
     torch.manual_seed(0)

@@ -125,7 +125,7 @@ def test_every_planted_fault_is_rejected_by_the_whole_decoder(
 @pytest.mark.parametrize(
     ("variant", "setting"), [("component throughout", "unfiltered"), ("filtered components throughout", "all")]
 )
-def test_the_wasteful_variants_pass(variant: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wasteful_variants_are_accepted(variant: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, WASTEFUL[variant])
     model, sampling = toy("common"), FILTERS[setting]
     assert oracle.p_value(sequences(model, sampling), truth(model, sampling)) > oracle.FALSE_ALARM

@@ -137,7 +137,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_target_is_the_models_own_law(name: str, dtype: torch.dtype, folders: dict[str, Path]) -> None:
+def test_the_target_is_the_models_own_distribution(name: str, dtype: torch.dtype, folders: dict[str, Path]) -> None:
     base = load_pretrained(str(folders[name]), dtype, CONTEXT)
     whole = AutoModelForCausalLM.from_pretrained(folders[name], dtype=dtype).eval()
     tokens_BT = torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(3))

@@ -91,7 +91,7 @@ def drawn(root: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((root / "tables" / "speed.csv").open()))
 
 
-def test_a_record_of_old_without_captured_passes(tmp_path: Path) -> None:
+def test_a_record_of_old_without_captured_forwards(tmp_path: Path) -> None:
     save(tmp_path, decode_speed=record([group(1), group(16)]))
     rows = drawn(tmp_path)
     assert list(rows[0])[:6] == ["dtype", "mode", "batch", "rank", "n", "draft vocabulary"], (

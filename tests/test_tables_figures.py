@@ -200,7 +200,7 @@ def test_tables_need_no_matplotlib(made_results: Path, tmp_path: Path, monkeypat
 PRETRAINED = {"model__trunk": "smollm2", "model__family": "pretrained", "data__tokenizer": "model", "claim": "C6"}
 
 
-def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
+def test_the_table_of_pretrained_models_tells_every_dial_apart(tmp_path: Path) -> None:
     """What a row was trained for, on which text, with which maps: no two cells of the grid share a row or lose one."""
     tied = PRETRAINED | {"model__tie_first": True, "loss__objective": "eq14"}
     cells = [
@@ -237,7 +237,7 @@ def test_the_table_of_retrofits_tells_every_dial_apart(tmp_path: Path) -> None:
     }
 
 
-def test_the_table_of_retrofits_says_what_became_of_drafts_and_components() -> None:
+def test_the_table_of_pretrained_models_says_what_became_of_drafts_and_components() -> None:
     content = made(
         8,
         **PRETRAINED,

@@ -132,7 +132,7 @@ def golden_losses(layout: str) -> list[float]:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_golden_training_steps(layout: str) -> None:  # law 15
+def test_golden_training_steps(layout: str) -> None:
     assert golden_losses(layout) == pytest.approx(GOLDEN[layout], rel=1e-6), (
         f"Training {layout!r} computes something else than it did: a bug, unless the distribution, the loss, the "
         "optimiser or the schedule was meant to change. Then run `python -m tests.test_training`, paste what it prints "
@@ -274,7 +274,7 @@ def test_accumulated_micro_batches_train_as_the_whole_batch(layout: str, tmp_pat
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_recomputed_activations_change_nothing_but_the_passes(family: str, tmp_path: Path) -> None:
+def test_recomputed_activations_change_nothing_but_the_forwards(family: str, tmp_path: Path) -> None:
     states, forwards = [], []
     for recompute in (False, True):
         config = settings(
