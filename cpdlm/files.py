@@ -28,6 +28,16 @@ PARTIAL_SECONDS = 7 * 86400.0  # after which what another host left unfinished i
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the file system has no such locks
 
 
+def default_cache() -> Path:
+    """Where the library keeps what it downloads: .cache/cpdlm of the working folder where that is (a checkout of this
+    project), else the user's cache."""
+    here = Path(".cache") / "cpdlm"
+    if here.is_dir():
+        return here
+    home = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home).expanduser() / "cpdlm"
+
+
 class WriteError(OSError):
     """A place that cannot be written: names it and what to do. What was there before is still there."""
 
@@ -151,7 +161,7 @@ def errors_named(path: Path) -> Iterator[None]:
     except OSError as error:
         raise WriteError(
             f"cannot write {path}: {error.strerror or error}; make it writable, free some space or choose another "
-            "folder (output=DIR), and run the same command again: nothing that was there is lost",
+            "folder (output=DIR, data.cache=DIR), and run the same command again: nothing that was there is lost",
         ) from error
 
 

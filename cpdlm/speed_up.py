@@ -24,7 +24,7 @@ from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import load_corpus
 from cpdlm.data.target import Target
 from cpdlm.decoding import Sampling
-from cpdlm.files import write_json
+from cpdlm.files import default_cache, write_json
 from cpdlm.hf.export import check_folder, export
 from cpdlm.hf.load import read_json
 from cpdlm.training import checkpoints, run
@@ -77,7 +77,7 @@ def speed_up(model: str, folder: Path, settings: Sequence[str] = (), say: Say = 
     takes lines for the user. Raises ConfigError for settings that do not fit, RunError for folders that cannot be
     used, and what `training.run.train` raises.
     """
-    words = [*SETTINGS, f"model={model}", *settings]
+    words = [*SETTINGS, f"data.cache={default_cache()}", f"model={model}", *settings]
     config = parse(words)
     check_folder(folder)
     home = run.train(config, say=say)

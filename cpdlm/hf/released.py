@@ -20,7 +20,7 @@ from cpdlm.config import Config, from_dict, to_dict
 from cpdlm.data.pretrained_files import NAMED
 from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import HubTokenizer, Tokenizer
-from cpdlm.files import replaced
+from cpdlm.files import default_cache, replaced
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training.checkpoints import (
     WEIGHTS,
@@ -97,6 +97,8 @@ def _read(name: str) -> tuple[dict[str, Any], Config, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = {key: json.loads(value) for key, value in file.metadata().items()}
-        return facts, from_dict(facts["config"]), load_file(path)
+        config = from_dict(facts["config"])
+        config.data.cache = str(default_cache())  # that of the training is not here
+        return facts, config, load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); install the package again") from error
