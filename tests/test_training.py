@@ -433,7 +433,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with monkeypatch.context() as patch:
-        patch.setattr("tempfile.mkstemp", read_only)
+        patch.setattr(Path, "touch", read_only)
         with pytest.raises(WriteError, match="cannot write .*Read-only file system.*output=DIR"):
             checkpoints.open_run(tmp_path, settings())
 
