@@ -126,7 +126,7 @@ def test_on_a_draft_vocabulary_all_is_of_the_restricted_distribution(
     assert sum(term["mean"] for term in report["position_nll"]) == pytest.approx(np.mean(nll))
     assert [each["mean"] for each in report["kept_by_depth"]] == pytest.approx(list(np.mean(kept, axis=0)), rel=1e-5)
     model.use_draft_vocabulary(torch.tensor([9]))
-    with pytest.raises(ValueError, match=r"the shortlist of 1 tokens covers none of the \d+ test windows"):
+    with pytest.raises(ValueError, match=r"the draft vocabulary of 1 tokens covers none of the \d+ test windows"):
         likelihood.evaluate(model, [_only(batch, 1)], np.arange(V), ["a", "b"])
     model.use_draft_vocabulary(None)
     assert "shortlist" not in likelihood.evaluate(model, [batch], np.arange(V), ["a", "b"])

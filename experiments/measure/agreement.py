@@ -1,9 +1,9 @@
-"""Why drafts are kept or not, without a decoding loop: the joint against the target at every position of the target's own text.
+"""Why drafts are accepted or not, without a decoding loop: the joint against the target at every position of its text.
 
-At each position the drafts that a pass would make there are compared with what the target wrote. That isolates the joint
-from where windows happen to begin, and answers two questions apart: does conditioning on the drafts before (which only a
-rank above 1 can do) change the argmax, and is it then right more often; and how much mass do the two laws share, which is
-what sampling keeps.
+At each position the drafts that a forward would make there are compared with what the target wrote. That isolates the
+joint from where windows happen to begin, and answers two questions apart. Does conditioning on the drafts before (which
+only a rank above 1 can do) change the argmax, and is it then right more often? How much mass do p and q share, which is
+what sampling accepts?
 
 Letters: Q positions, K drafts (depth k+2 is draft k), T position, V vocabulary.
 """
@@ -23,11 +23,11 @@ from cpdlm.model.language_model import LanguageModel
 def agreement(model: LanguageModel, texts_PT: Tensor, prompt_tokens: int, nodes: int) -> dict[str, Any]:
     """Shares over all positions whose window lies in the written part; lists go by depth 2..N.
 
-    texts_PT: prompts and what the target wrote behind them. right: draft k is the target's token; kept: so are all before
-    it. Of `chain` (argmaxes of the conditionals), `marginals` (of each position alone, as rank 1 does), `window` and
-    `path` (beam of `nodes`). told: argmax of the conditional given the true tokens. overlap: sum_v min(p, q) given the true
-    tokens. changed: where the drafts before are right, the share whose argmax conditioning changed, and of those how
-    many became right and how many were right before.
+    texts_PT: prompts and what the target wrote behind them. right: draft k is the target's token; kept: so are all
+    before it. Of `chain` (argmaxes of the conditionals), `marginals` (of each position alone, as rank 1 does), `window`
+    and `path` (beam of `nodes`). told: argmax of the conditional given the true tokens. overlap: sum_v min(p, q) given
+    the true tokens. changed: where the drafts before are right, the share whose argmax conditioning changed, and of
+    those how many became right and how many were right before.
     """
     sums: dict[str, Tensor] = {}
     count = 0

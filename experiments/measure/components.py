@@ -2,7 +2,7 @@
 
 Responsible means its posterior weight once the whole window is known, w_a prod_s p_a^(s)(x_s) over the sum of all.
 
-Letters: T position, P positions picked, N horizon, R rank, V vocabulary, C class of token, K kept tokens.
+Letters: T position, P positions picked, N horizon, R rank, V vocabulary, C class of token, K top tokens.
 """
 
 from __future__ import annotations
@@ -60,21 +60,23 @@ class Components:
         t_P = whole_T.nonzero().squeeze(-1)
         unbroken = int((t_P == t_P[0] + torch.arange(len(t_P))).sum())
         if len(self.examples) < self.EXAMPLES and unbroken >= self.LENGTH // 2:
-            kept = slice(0, min(unbroken, self.LENGTH))
+            shown = slice(0, min(unbroken, self.LENGTH))
             self.examples.append(
                 {
                     "source": source,
-                    "tokens": [self.texts[int(token)] for token in token_P[kept]],
-                    "component": component_P[kept].tolist(),
-                    "share": [round(float(share), 3) for share in share_P[kept]],
+                    "tokens": [self.texts[int(token)] for token in token_P[shown]],
+                    "component": component_P[shown].tolist(),
+                    "share": [round(float(share), 3) for share in share_P[shown]],
                 }
             )
 
     def summary(self) -> dict[str, Any]:
-        """class_share[a][c]: share of all windows that component a explains and that begin with class c; sums to 1.
-        certainty: mean largest posterior weight. top_tokens: first tokens by what they add to KL(p(v|a) || p(v)), with the
-        share of a's windows that begin so and that over everyone's (lift). examples: stretches of test text, with the
-        likeliest component (counted from 0) of the window that begins at each token, and its posterior weight.
+        """The record's `components` entry.
+
+        class_share[a][c]: share of all windows that component a explains and that begin with class c; sums to 1.
+        certainty: mean largest posterior weight. top_tokens: first tokens by what they add to KL(p(v|a) || p(v)), with
+        the share of a's windows that begin so and that over everyone's (lift). examples: stretches of test text, with
+        the likeliest component (counted from 0) of the window that begins at each token, and its posterior weight.
         """
         joint_RV = self.mass_RV / self.mass_RV.sum()
         class_V = torch.tensor([token_class(text) for text in self.texts])

@@ -1,11 +1,11 @@
 """Held-out likelihoods: the joint, its chain-rule terms, the first token, and bits per byte.
 
-The joint and its terms are averaged over positions with all n successors; bits per byte is of the target law (what
+The joint and its terms are averaged over positions with all n successors; bits per byte is of the target p (what
 decoding writes) over every token with a predecessor in its document.
 
-A model that drafts from a shortlist is measured as it drafts: its joint is the law restricted to the list, averaged over
-the windows that the list covers (a window with another token has no draft probability, and no finite likelihood), and
-what the target puts on other tokens counts as lost in the kept shares, at every position.
+A model with a draft vocabulary is measured as it drafts. Its joint is the distribution restricted to that vocabulary,
+averaged over the windows that it covers: a window with another token has no draft probability, and no finite likelihood.
+What the target puts on other tokens counts as lost in the accepted shares, at every position.
 
 Letters: B batch, T position, P positions picked, N horizon, K factors of the mixture, R rank, V vocabulary, D width.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.losses.draft import overlap
 from experiments.measure.components import Components
 
+ROW = ("successors_BT", "future_BTN", "source_B")  # what is read of a row of a batch
 CHUNK_BYTES = 64 * 2**20
-STRIDE = 8  # positions between those whose draft laws are held against the target
+STRIDE = 8  # positions between those whose draft q is held against the target p
 
 
 @torch.no_grad()
@@ -41,110 +43,148 @@ def evaluate(
     """The record's `likelihood` entry, in nats (and bits per byte).
 
     batches: as the data module's, one row per sequence, with `source_B` (index into source_names). token_bytes_V: how
-    many bytes of text each token stands for (0 for special tokens). token_texts_V: the text of each token ("" for special
-    ones); with it, a mixture's entry has `components`, too. With a shortlist `positions`, the joint, its terms, the weights
-    and the components are of the windows that it covers, and `shortlist` says how many it does.
+    many bytes of text each token stands for (0 for special tokens). token_texts_V: the text of each token ("" for
+    special ones); with it, a mixture's entry has `components`, too. With a draft vocabulary `positions`, the joint, its
+    terms, the weights and the components are of the windows that it covers, and `shortlist` says how many it does.
+    Raises ConfigError where no window has all successors, or none is covered.
     """
     model = model.to(device).eval()
     bytes_V = torch.as_tensor(token_bytes_V, dtype=torch.float64)
-    rows: list[dict[str, Any]] = []
-    weights_R = torch.zeros(model.rank, dtype=torch.float64)
-    entropy, whole = 0.0, 0
-    kept_PN: list[Tensor] = []
     components = Components(model, token_texts_V) if token_texts_V and model.rank > 1 else None
+    sums = _Sums([], torch.zeros(model.rank, dtype=torch.float64), 0.0, 0, [])
     for batch in batches:
         hidden_BTD = model.hidden(batch["tokens_BT"].to(device), batch["position_ids_BT"].to(device))
-        for index in range(len(hidden_BTD)):
-            successors_T, future_TN = batch["successors_BT"][index], batch["future_BTN"][index]
-            hidden_TD = hidden_BTD[index]
-            exists_T = successors_T > 0
-            token_P = future_TN[exists_T][:, 0]
-            target_P = _gathered(model.target_log_probs(hidden_TD[exists_T.to(device)]), token_P.to(device))
-            whole_T = successors_T >= model.horizon
-            covered_T = whole_T & _covered(model, future_TN.to(device)).cpu()
-            whole += int(whole_T.sum())
-            terms_PN, log_weights_PR, log_posterior_PR = position_terms(
-                model, hidden_TD[covered_T.to(device)], future_TN[covered_T].to(device)
-            )
-            weights_PR = log_weights_PR.double().exp().cpu()
-            weights_R += weights_PR.sum(dim=0)
-            entropy += float(-(weights_PR * log_weights_PR.double().cpu()).sum())
-            rows.append(
-                {
-                    "source": int(batch["source_B"][index]) if "source_B" in batch else 0,
-                    "terms": -terms_PN.double().sum(dim=0).cpu().numpy(),
-                    "positions": int(covered_T.sum()),
-                    "target": -float(target_P.double().sum()),
-                    "bytes": float(bytes_V[token_P].sum()),
-                }
-            )
-            if components is not None:
-                components.add(log_posterior_PR, future_TN, covered_T, source_names[rows[-1]["source"]])
-            kept_PN.append(kept_shares(model, hidden_TD, future_TN.to(device), whole_T.to(device)))
-    positions = sum(row["positions"] for row in rows)
-    if not whole:
+        for index, hidden_TD in enumerate(hidden_BTD):
+            row = {name: batch[name][index] for name in ROW if name in batch}
+            _add(sums, model, row, hidden_TD, bytes_V, components, source_names)
+    _check_positions(sums, model)
+    return _summary(sums, model, components, source_names)
+
+
+@dataclass
+class _Sums:
+    """Of all rows. entropy: of the gate's weights, summed; whole: windows with all successors; shares: per row (P, K)."""
+
+    rows: list[dict[str, Any]]
+    weights_R: Tensor
+    entropy: float
+    whole: int
+    shares: list[Tensor]
+
+    @property
+    def positions(self) -> int:
+        return sum(row["positions"] for row in self.rows)
+
+
+def _add(
+    sums: _Sums,
+    model: LanguageModel,
+    row: dict[str, Tensor],
+    hidden_TD: Tensor,
+    bytes_V: Tensor,
+    components: Components | None,
+    source_names: list[str],
+) -> None:
+    """One row of a batch."""
+    device = hidden_TD.device
+    successors_T, future_TN = row["successors_BT"], row["future_BTN"]
+    exists_T = successors_T > 0
+    token_P = future_TN[exists_T][:, 0]
+    target_P = _gathered(model.target_log_probs(hidden_TD[exists_T.to(device)]), token_P.to(device))
+    whole_T = successors_T >= model.horizon
+    covered_T = whole_T & _covered(model, future_TN.to(device)).cpu()
+    terms_PN, log_weights_PR, log_posterior_PR = position_terms(
+        model, hidden_TD[covered_T.to(device)], future_TN[covered_T].to(device)
+    )
+    weights_PR = log_weights_PR.double().exp().cpu()
+    sums.whole += int(whole_T.sum())
+    sums.weights_R += weights_PR.sum(dim=0)
+    sums.entropy += float(-(weights_PR * log_weights_PR.double().cpu()).sum())
+    source = int(row["source_B"]) if "source_B" in row else 0
+    sums.rows.append(
+        {
+            "source": source,
+            "terms": -terms_PN.double().sum(dim=0).cpu().numpy(),
+            "positions": int(covered_T.sum()),
+            "target": -float(target_P.double().sum()),
+            "bytes": float(bytes_V[token_P].sum()),
+        }
+    )
+    if components is not None:
+        components.add(log_posterior_PR, future_TN, covered_T, source_names[source])
+    sums.shares.append(accepted_shares(model, hidden_TD, future_TN.to(device), whole_T.to(device)))
+
+
+def _check_positions(sums: _Sums, model: LanguageModel) -> None:
+    if not sums.whole:
         raise ConfigError(
-            f"no test position has all {model.horizon} successors, the documents are too short; lower horizon={model.horizon}"
+            f"no test position has all {model.horizon} successors, the documents are too short; "
+            f"lower horizon={model.horizon}"
         )
-    if not positions:
+    if not sums.positions:
+        size = len(model.draft_ids) if model.draft_ids is not None else 0
         raise ConfigError(
-            f"the shortlist of {len(model.draft_ids) if model.draft_ids is not None else 0} tokens covers none of the {whole:,} "
-            "test windows; raise loss.draft_vocabulary"
+            f"the draft vocabulary of {size} tokens covers none of the {sums.whole:,} test windows; "
+            "raise loss.draft_vocabulary"
         )
-    mean_R = (weights_R / positions).clamp_min(1e-12)
-    joint = [row["terms"].sum() for row in rows]
+
+
+def _summary(
+    sums: _Sums, model: LanguageModel, components: Components | None, source_names: list[str]
+) -> dict[str, Any]:
+    rows, positions = sums.rows, sums.positions
+    counts, joint = [row["positions"] for row in rows], [row["terms"].sum() for row in rows]
+    terms = [[row["terms"][k] for row in rows] for k in range(model.horizon)]
     by_source: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["positions"]:
             by_source.setdefault(source_names[row["source"]], []).append(row)
-    return (
-        {
-            "split": "test",
-            "rows": len(rows),
-            "positions": positions,
-            "joint_nll": _ratio(joint, [row["positions"] for row in rows]),
-            "position_nll": [
-                _ratio([row["terms"][k] for row in rows], [row["positions"] for row in rows])
-                for k in range(model.horizon)
-            ],
-            "first_token_nll": _ratio([row["terms"][0] for row in rows], [row["positions"] for row in rows]),
-            "bits_per_byte": _bits_per_byte(rows),
-            "kept_by_depth": _by_depth(torch.cat(kept_PN), model),
-            "per_source": {name: _of_source(mine) for name, mine in by_source.items()},
-            # Row by row, so that two models can be compared on the same rows.
-            "per_row": {
-                "positions": [row["positions"] for row in rows],
-                "joint_nll": [round(float(value), 3) for value in joint],
-                "first_token_nll": [round(float(row["terms"][0]), 3) for row in rows],
-                "position_nll": [[round(float(row["terms"][k]), 3) for row in rows] for k in range(model.horizon)],
-                "target_nll": [round(row["target"], 3) for row in rows],
-                "bytes": [row["bytes"] for row in rows],
-            },
-            "weights": {
-                "entropy_mean": entropy / positions,
-                "effective": float(torch.exp(-(mean_R * mean_R.log()).sum())),
-                "dead": int((mean_R < 0.1 / model.rank).sum()),
-                "mean": [float(value) for value in mean_R],
-            },
-        }
-        | ({"components": components.summary()} if components is not None else {})
-        | (
-            {"shortlist": {"tokens": len(model.draft_ids), "windows": positions / whole}}
-            if model.draft_ids is not None
-            else {}
-        )
-    )
+    mean_R = (sums.weights_R / positions).clamp_min(1e-12)
+    found: dict[str, Any] = {
+        "split": "test",
+        "rows": len(rows),
+        "positions": positions,
+        "joint_nll": _ratio(joint, counts),
+        "position_nll": [_ratio(each, counts) for each in terms],
+        "first_token_nll": _ratio(terms[0], counts),
+        "bits_per_byte": _bits_per_byte(rows),
+        "kept_by_depth": _by_depth(torch.cat(sums.shares), model),
+        "per_source": {name: _of_source(mine) for name, mine in by_source.items()},
+        # Row by row, so that two models can be compared on the same rows.
+        "per_row": {
+            "positions": counts,
+            "joint_nll": [round(float(value), 3) for value in joint],
+            "first_token_nll": [round(float(value), 3) for value in terms[0]],
+            "position_nll": [[round(float(value), 3) for value in each] for each in terms],
+            "target_nll": [round(row["target"], 3) for row in rows],
+            "bytes": [row["bytes"] for row in rows],
+        },
+        "weights": {
+            "entropy_mean": sums.entropy / positions,
+            "effective": float(torch.exp(-(mean_R * mean_R.log()).sum())),
+            "dead": int((mean_R < 0.1 / model.rank).sum()),
+            "mean": [float(value) for value in mean_R],
+        },
+    }
+    if components is not None:
+        found["components"] = components.summary()
+    if model.draft_ids is not None:
+        found["shortlist"] = {"tokens": len(model.draft_ids), "windows": positions / sums.whole}
+    return found
 
 
 def _covered(model: LanguageModel, future_TN: Tensor) -> Tensor:
-    """(T,) bool: whether drafts can be made of all tokens that the mixture covers; a tied x_{t+1} is not one of them."""
+    """(T,) bool: whether drafts can be made of all tokens of the mixture, of which a tied x_{t+1} is none."""
     return (model.indices(future_TN[:, 1 if model.first_is_tied else 0 :]) >= 0).all(dim=-1)
 
 
 @torch.no_grad()
 def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Chain-rule log-probabilities (P, N), which sum to the joint's, the gate's log-weights (P, R), and the log-posterior
-    (P, R) over components once the window is known. With a shortlist of the law restricted to it: it has the tokens."""
+    """Chain-rule log-probabilities (P, N), the gate's log-weights (P, R) and the log-posterior (P, R) over components.
+
+    The terms sum to the joint's; the posterior is of the known window. With a draft vocabulary, which has to have the
+    tokens, all are of the distribution restricted to it.
+    """
     if model.heads is None:
         certain_PR = torch.zeros(len(hidden_PD), 1, device=hidden_PD.device)
         first_P = _gathered(model.next_token_log_probs(hidden_PD), future_PN[:, 0])
@@ -166,12 +206,12 @@ def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -
 
 
 @torch.no_grad()
-def kept_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, whole_T: Tensor) -> Tensor:
-    """(P, K) alpha = sum_v min(p, q) at every `STRIDE`-th whole position of a row, per draft: the chance that a draft drawn
-    there is kept if all before it are the text's own. 1 - alpha is the total variation of target and draft law.
+def accepted_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, whole_T: Tensor) -> Tensor:
+    """(P, K) alpha = sum_v min(p, q) at every `STRIDE`-th whole position of a row, per draft.
 
-    With a shortlist q is the law on the list, and p there is not renormalised: what it has elsewhere is lost. A token before
-    that is not on the list tells nothing of the component.
+    The chance that a draft drawn there is accepted if all before it are the text's own; 1 - alpha is the total variation
+    of p and q. With a draft vocabulary q is the distribution on it, and p is not renormalised: what it has elsewhere is
+    lost. A token before that is not in the vocabulary tells nothing of the component.
     """
     if model.heads is None:
         return hidden_TD.new_zeros(0, 0)
@@ -192,12 +232,12 @@ def kept_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, whol
     return torch.cat(shares)
 
 
-def _by_depth(kept_PK: Tensor, model: LanguageModel) -> list[dict[str, float]]:
+def _by_depth(shares_PK: Tensor, model: LanguageModel) -> list[dict[str, float]]:
     """Depth 1 is x_{t+1}. The error is over positions."""
     first = 2 if model.first_is_tied else 1
     return [
         {"depth": first + k, "mean": float(each_P.mean()), "sem": float(each_P.std() / max(1, len(each_P)) ** 0.5)}
-        for k, each_P in enumerate(kept_PK.double().cpu().T)
+        for k, each_P in enumerate(shares_PK.double().cpu().T)
         if len(each_P) > 1
     ]
 
