@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from cpdlm.decoding.filtering import Sampling, draw, filtered
+from cpdlm.decoding.filtering import LEAST_TEMPERATURE, Sampling, draw, filtered
 from tests import oracle
 
 SETTINGS = [
@@ -48,7 +48,7 @@ def test_filtered_is_what_transformers_does(setting: tuple[float, int, float]) -
 
 def test_a_tiny_temperature_is_the_argmax_and_half_precision_is_widened() -> None:
     log_probs = torch.tensor([[0.1, 0.5, 0.4]]).log()
-    assert filtered(log_probs, Sampling(1e-40)).tolist() == [[0.0, 1.0, 0.0]]
+    assert filtered(log_probs, Sampling(LEAST_TEMPERATURE)).tolist() == [[0.0, 1.0, 0.0]]
     assert filtered(log_probs.bfloat16(), Sampling(0.9)).dtype == torch.float32
 
 

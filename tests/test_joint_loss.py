@@ -1,4 +1,4 @@
-"""Law 8: the bounded-memory loss is the dense loss, in value and every gradient, and its memory is bounded."""
+"""The bounded-memory loss is the dense loss, in value and every gradient, and its memory is bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reported likelihoods against plain sums, and law 16: the chain-rule terms sum to the joint."""
+"""Reported likelihoods against plain sums, and the identity behind them: the chain-rule terms sum to the joint."""
 
 from __future__ import annotations
 
