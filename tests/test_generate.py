@@ -225,6 +225,7 @@ def test_a_folder_that_cannot_be_used_is_named(run: Path, tmp_path: Path, capsys
         (tmp_path / "theirs" / name).replace(tmp_path / "other" / name)
     assert "the weights 257; they do not belong together" in error(tmp_path / "other")
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
+    (tmp_path / "words.txt").unlink()
     assert "the tokenizer of" in error(bpe)
 
 
