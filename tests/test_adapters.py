@@ -179,7 +179,7 @@ def test_a_cell_with_adapters_runs_to_a_valid_record(tmp_path: Path) -> None:
     ]
     assert run.main(words) == 0
     record = load(tmp_path / "runs" / "one" / "one.json")
-    assert record.variant == "anchored, adapters 1" and record["parameters"]["adapters"] > 0
+    assert record.variant == "token-conditioned, adapters 1" and record["parameters"]["adapters"] > 0
     assert record["training"]["curve"][-1]["validation/greedy_tokens_per_pass"] >= 1
     assert record["decoding"]["modes"]["greedy"]["tokens"] == 2 * 8
     assert not (tmp_path / "cache" / "states").exists(), "its states change with every step"
