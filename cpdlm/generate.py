@@ -107,10 +107,11 @@ def run(request: Request, out: TextIO) -> None:
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
     if request.max_new_tokens is not None and request.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={request.max_new_tokens} writes nothing; give at least 1")
-    if request.prompt == "":
+    prompt = _standard_input() if request.prompt is None else request.prompt
+    if not prompt:
         raise ConfigError(_EMPTY)
     loaded = load(request.model, request.draft_vocabulary == "own", widen=True)
-    ids, new_tokens = _prompt(request, loaded)
+    ids, new_tokens = _prompt(prompt, request, loaded)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device)
     captures = {draft: Captures(model) for draft in (request.draft, "none")}
@@ -137,10 +138,9 @@ def run(request: Request, out: TextIO) -> None:
         print(_speed(lambda: write(request.draft), lambda: write("none")), file=sys.stderr)
 
 
-def _prompt(request: Request, loaded: Loaded) -> tuple[list[int], int]:
+def _prompt(prompt: str | bytes, request: Request, loaded: Loaded) -> tuple[list[int], int]:
     """(ids of the prompt, how many tokens to write). ConfigError where they do not fit the context."""
-    prompt = _standard_input() if request.prompt is None else request.prompt
-    ids = loaded.tokenizer.prompt(prompt, request.chat) if prompt else []
+    ids = loaded.tokenizer.prompt(prompt, request.chat)
     if not ids:
         raise ConfigError(_EMPTY)
     context = loaded.model.context

@@ -26,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BertConfig,
+    BloomConfig,
     CohereConfig,
     DistilBertConfig,
     Gemma2Config,
@@ -38,6 +39,7 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     PhiConfig,
     PreTrainedConfig,
@@ -293,6 +295,8 @@ REFUSED = {
         MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
         "cannot be cropped",
     ),
+    "ALiBi": (BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4), "is a bloom model with ALiBi"),
+    "no cache": (OpenAIGPTConfig(vocab_size=V, n_embd=32, n_layer=2, n_head=4), "has no key-value cache"),
     "a biased output": (PhiConfig(**SMALL), "its logits are not softcap"),
     "masks of its own": (
         GPTNeoConfig(

@@ -163,6 +163,8 @@ def _probe(model: LanguageModel, whole: PreTrainedModel, label: str) -> None:
             f"{kind}: its logits are not softcap(scale * U h), they {apart} (a bias in the output layer?); "
             "it cannot be the target here"
         )
+    if not _caches(model.trunk, tokens_BT):
+        raise ConfigError(f"{kind} has no key-value cache, which drafts are verified with; give a model with one")
     trials = {
         "keeps a state that cannot be cropped to an earlier token, as rejected drafts need; "
         "give a model with an ordinary key-value cache": _cropped,
@@ -177,6 +179,16 @@ def _probe(model: LanguageModel, whole: PreTrainedModel, label: str) -> None:
             holds = False
         if not holds:
             raise ConfigError(f"{kind} {fault}")
+
+
+def _caches(trunk: Trunk, tokens_BT: Tensor) -> bool:
+    """False for a model that takes a cache and keeps nothing in it; of one that fails, the trials say why."""
+    cache = new_cache()
+    try:
+        trunk(tokens_BT, cache=cache)
+    except Exception:
+        return True
+    return len(cache.layers) > 0
 
 
 def _cropped(trunk: Trunk, tokens_BT: Tensor, half: int) -> Tensor:
@@ -282,6 +294,12 @@ def _check_shape(shape: Any, context: int, longest: int, label: str) -> None:
         raise ConfigError(
             f"model={label} is a {shape.model_type} model, not a causal language model: it has an encoder; "
             "give one without"
+        )
+    attention = getattr(shape, "attn_config", None)
+    if "bloom" in shape.model_type or getattr(shape, "alibi", False) or getattr(attention, "alibi", False):
+        raise ConfigError(
+            f"model={label} is a {shape.model_type} model with ALiBi, whose positions follow from its mask: rows with "
+            "dead slots, trees and packed documents would shift them; give a model with rotary or learned positions"
         )
     if longest < context:
         raise ConfigError(f"model={label} has a context of {longest} tokens; lower data.context={context}")
