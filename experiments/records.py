@@ -120,7 +120,7 @@ class Record:
 def build(config: Config, origin: dict[str, Any] | None = None, **parts: Any) -> dict[str, Any]:
     """A validated record.
 
-    parts: claim, profile, command, data, seconds, parameters, training, likelihood and decoding, as the schema has them.
+    parts: claim, profile, command, data, seconds, parameters, training, likelihood, decoding, as the schema has them.
     origin: what `provenance` returned when the cell ran (default: taken now).
     """
     mine = {"schema": SCHEMA, "name": config.run_name, "config": to_dict(config), "seed": config.seed}
@@ -188,9 +188,9 @@ def load_all(root: Path) -> tuple[list[Record], list[str]]:
 def variant_of(config: Mapping[str, Any]) -> str:
     """One of VARIANTS, and the sizes that a cell has of its own, such as "untied, mlp 1024". config: nested settings.
 
-    untied: the paper's distribution. tied: one next-token head. token-conditioned: tied, and the rest also sees x_{t+1}. blind:
-    its control, which sees h_t in place of x_{t+1}. Sizes: hidden units of perceptron maps (mlp), rank of low-rank maps
-    (low), hidden units of the token's map (anchor), layers with adapters.
+    untied: the paper's distribution. tied: one next-token head. token-conditioned: tied, and the rest also sees
+    x_{t+1}. blind: its control, which sees h_t in place of x_{t+1}. Sizes: hidden units of perceptron maps (mlp), rank
+    of low-rank maps (low), hidden units of the token's map (anchor), layers with adapters.
     """
     model, anchor = config["model"], config["anchor"]
     distribution = {"token": "token-conditioned", "blind": "blind"}.get(

@@ -92,7 +92,7 @@ def resolve(overrides: Mapping[str, Any]) -> Config:
 
 @functools.cache
 def _defaults() -> DictConfig:
-    """All settings with their defaults. Made once, since that takes most of the time of reading; copy before writing."""
+    """All settings with their defaults, made once since that is most of the time of reading. Copy before writing."""
     made: DictConfig = OmegaConf.structured(Config)
     return made
 

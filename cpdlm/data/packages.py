@@ -103,7 +103,8 @@ def _pip_download(pinned: str, folder: Path, by_hand: str) -> None:
         if any(os.strerror(number) in outcome.stderr for number in (errno.ENOSPC, errno.EDQUOT)):
             raise ConfigError(
                 f"{pinned} could not be downloaded: the disk of {folder.parent} or of pip's temporary folder "
-                f"({tempfile.gettempdir()}) is full; free some space, or give other folders (data.cache=DIR, TMPDIR=DIR)"
+                f"({tempfile.gettempdir()}) is full; free some space, or give other folders "
+                f"(data.cache=DIR, TMPDIR=DIR)"
             )
     reason = (outcome.stderr.strip() or "no message").splitlines()[-1]
     raise ConfigError(

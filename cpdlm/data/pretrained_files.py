@@ -91,7 +91,7 @@ def checkpoint_folder(name: str, cache: str, bundle: str = "") -> str:
 
 @lru_cache(maxsize=8)
 def check_hub(name: str, setting: str) -> None:
-    """ConfigError for a name that the hub does not know, or that is not on this machine while the hub cannot be reached.
+    """ConfigError for a name that the hub does not know, or that is not here while the hub cannot be reached.
 
     Asked once, without the half minute of retries that follows otherwise.
     """

@@ -8,8 +8,8 @@ FOLDER/texts.bin        the documents, end to end; offsets.npy: where each begin
        shards/I.lock    held by the process that reads shard I
 
 The first process that finds a shard free reads it, be it of a distributed run or of another machine with the same
-folder. The text is that of the stream from its beginning, whoever read it. A killed process loses what it read since its last
-note; the next one goes on from there.
+folder. The text is that of the stream from its beginning, whoever read it. A killed process loses what it read since
+its last note; the next one goes on from there.
 """
 
 from __future__ import annotations

@@ -174,7 +174,8 @@ class HubTokenizer:
             ) from error
         if len(self._model) <= len(self._model.all_special_ids):  # what the library makes of a folder without one
             raise ConfigError(
-                f"data.tokenizer={name}: {source} holds no tokenizer (tokenizer.json and its like); put the model's own "
+                f"data.tokenizer={name}: {source} holds no tokenizer (tokenizer.json and its like); put the "
+                f"model's own "
                 "there, or name it: data.tokenizer=hf:NAME"
             )
         if self._model.eos_token_id is None:

@@ -37,7 +37,8 @@ class Sampling:
             )
         if 0 < self.temperature < LEAST_TEMPERATURE:
             raise ValueError(
-                f"temperature={self.temperature} is too small to divide by; the least is {LEAST_TEMPERATURE:g}, or type 0 "
+                f"temperature={self.temperature} is too small to divide by; the least is "
+                f"{LEAST_TEMPERATURE:g}, or type 0 "
                 "for greedy"
             )
         if isinstance(self.top_k, bool) or self.top_k != int(self.top_k) or self.top_k < 0:

@@ -32,8 +32,8 @@ from cpdlm.data.pretrained_files import brings_code
 # What this release of transformers calls the cache, among a model's arguments and in its outputs.
 CACHE = "cache" if "cache" in {each.name for each in fields(BaseModelOutputWithPast)} else "past_key_values"
 
-# Boolean: which tokens count (B, L+T), or which token sees which (B, 1, T, L+T); of two of the latter, the second is for
-# layers with a sliding window.
+# Boolean: which tokens count (B, L+T), or which token sees which (B, 1, T, L+T). Of two of the latter, the second is
+# for # layers with a sliding window.
 Mask = Tensor | tuple[Tensor, Tensor]
 
 
@@ -105,7 +105,8 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, D). With a cache, tokens_BT follow what it holds and are appended to it in place.
 
-        mask: see `Mask`; tokens in the cache come first. Without one, positions that restart within a row separate documents: the attention is then block-diagonal.
+        mask: see `Mask`; tokens in the cache come first. Without one, positions that restart within a row separate
+        documents: the attention is then block-diagonal.
         """
         hidden_BTD: Tensor = self._run(position_ids_BT, cache, mask, input_ids=tokens_BT).last_hidden_state
         return hidden_BTD

@@ -235,7 +235,11 @@ def _check_vocabulary(config: Config, corpus: Corpus | HubTokenizer, trunk: Lang
         raise RunError(
             f"data.tokenizer={config.data.tokenizer} has {corpus.vocab_size} tokens, model={target.name} embeds "
             f"{trunk.vocab_size}: the tokenizer is another model's; "
-            f"{'put its own into its folder, or name it: data.tokenizer=hf:NAME' if own else 'type data.tokenizer=model'}"
+            + (
+                "put its own into its folder, or name it: data.tokenizer=hf:NAME"
+                if own
+                else "type data.tokenizer=model"
+            )
         )
     if target.kind == "run" and trunk.vocab_size != corpus.vocab_size:
         raise RunError(

@@ -1,7 +1,7 @@
 """What README.md and docs/reproducing.md say about results: blocks between markers, generated from the records.
 
-`<!-- claims:begin -->` to `<!-- claims:end -->` is a row per claim, `sceptic` what a sceptical reader asks first, `reruns`
-another group's numbers beside ours, `compute` what the records took.
+`<!-- claims:begin -->` to `<!-- claims:end -->` is a row per claim, `sceptic` what a sceptical reader asks first,
+`reruns` another group's numbers beside ours, `compute` what the records took.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def claims_block(families: Sequence[Family], verdicts: Sequence[Verdict]) -> str
     used = {path for verdict in verdicts for path in verdict.records}
     records = [record for family in families for record in family.records() if record.path in used]
     line = (
-        f"From {counted(len(records), 'record')} on {_machines(records)}. Brackets are intervals. Every setting, rule and "
-        f"record: [{ALL_ROWS}]({ALL_ROWS})."
+        f"From {counted(len(records), 'record')} on {_machines(records)}. Brackets are intervals. Every setting, "
+        f"rule and record: [{ALL_ROWS}]({ALL_ROWS})."
     )
     return "\n".join(["| | question | answer | number |", "| --- | --- | --- | --- |", *rows, "", line])
 
@@ -91,8 +91,8 @@ def _rank(families: Sequence[Family]) -> str:
         tokens, speed = difference(top, one, "tokens_per_pass"), over_seeds(top, "speedup_over_rank1")
         if tokens is not None and speed is not None:
             return (
-                f"What rank 8 buys over rank 1: {tokens.text(2, sign=True)} tokens per forward, {speed.text(2)} times the "
-                f"speed (sampling, {_trunk(top)} {family.settings['corpus']} model)."
+                f"What rank 8 buys over rank 1: {tokens.text(2, sign=True)} tokens per forward, {speed.text(2)} "
+                f"times the speed (sampling, {_trunk(top)} {family.settings['corpus']} model)."
             )
     return ""
 

@@ -1,4 +1,4 @@
-"""What `docs/reproducing.md` shows of the records: another group's re-run beside ours, and the compute that was spent."""
+"""What `docs/reproducing.md` shows of the records: another group's re-run beside ours, and the compute spent."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from experiments.families import Family
 from experiments.records import Record
 from experiments.stats import over_seeds
 
-# Accepted of the window's 4 tokens, and the sum of their cross-entropies: MTPC's public code on a frozen 2048-wide trunk
-# (n = 4, .9 KL + .1 CE).
+# Accepted of the window's 4 tokens, and the sum of their cross-entropies: MTPC's public code on a frozen 2048-wide
+# trunk (n = 4, .9 KL + .1 CE).
 THEIRS = {1: (1.34, 20.32), 2: (1.29, 19.58), 4: (1.32, 18.89)}
 
 
