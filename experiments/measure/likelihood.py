@@ -4,7 +4,7 @@ The joint and its terms are averaged over positions with all n successors; bits 
 decoding writes) over every token with a predecessor in its document.
 
 A model with a draft vocabulary is measured as it drafts. Its joint is the distribution restricted to that vocabulary,
-averaged over the windows that it covers: a window with another token has no draft probability, and no finite likelihood.
+averaged over the windows that it covers: one with another token has no draft probability, and no finite likelihood.
 What the target puts on other tokens counts as lost in the accepted shares, at every position.
 
 Letters: B batch, T position, P positions picked, N horizon, K factors of the mixture, R rank, V vocabulary, D width.
@@ -63,7 +63,7 @@ def evaluate(
 
 @dataclass
 class _Sums:
-    """Of all rows. entropy: of the gate's weights, summed; whole: windows with all successors; shares: per row (P, K)."""
+    """Of all rows. entropy: of the gate's weights, summed; whole: windows with all successors; shares: a row's (P, K)."""
 
     rows: list[dict[str, Any]]
     weights_R: Tensor
@@ -209,8 +209,8 @@ def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -
 def accepted_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, whole_T: Tensor) -> Tensor:
     """(P, K) alpha = sum_v min(p, q) at every `STRIDE`-th whole position of a row, per draft.
 
-    The chance that a draft drawn there is accepted if all before it are the text's own; 1 - alpha is the total variation
-    of p and q. With a draft vocabulary q is the distribution on it, and p is not renormalised: what it has elsewhere is
+    The chance that a draft drawn there is accepted if all before it are the text's own; 1 - alpha is the total
+    variation of p and q. With a draft vocabulary q is the distribution on it, and p is not renormalised: what it has elsewhere is
     lost. A token before that is not in the vocabulary tells nothing of the component.
     """
     if model.heads is None:

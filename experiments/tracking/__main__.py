@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _why_taken(port: int) -> str:
-    """Why the dashboard cannot listen there; "" where it can. The server itself would say so after a minute of tries."""
+    """Why the dashboard cannot listen there; "" where it can. The server itself says so after a minute of tries."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
