@@ -144,14 +144,8 @@ class SpeculativeGenerationMixin(GenerationMixin):
                 return plainly
             tokenizer, stop_strings = kwargs.pop("tokenizer", None), asked("stop_strings")
             if stop_strings:
-                if tokenizer is None:
-                    raise ValueError(
-                        "stop_strings need the tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)"
-                    )
-                criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)
-                stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
+                stopping_criteria = _with_stop_strings(stopping_criteria, stop_strings, tokenizer)
                 kwargs["stop_strings"] = None
-
             exact = any(kwargs.get(name) is not None for name in ("max_new_tokens", "max_length"))
             kwargs["custom_generate"] = partial(_loop, streamer=streamer, draft=draft, nodes=nodes, exact=exact)
         done: Tensor | GenerateDecoderOnlyOutput = stock.generate(
@@ -301,6 +295,12 @@ def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, draft: str, 
     width = max(len(each.tokens) for each in done)
     new = [[*each.tokens, *[pad] * (width - len(each.tokens))] for each in done]
     return torch.cat([call.text_BT, torch.tensor(new, dtype=torch.long, device=device)], dim=1)
+
+
+def _with_stop_strings(criteria: Iterable[Any] | None, stop_strings: Any, tokenizer: Any) -> StoppingCriteriaList:
+    if tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
+    return StoppingCriteriaList([*(criteria or []), StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)])
 
 
 def _check_arguments(given: dict[str, Any], asked: Callable[[str], Any]) -> None:

@@ -174,7 +174,7 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
         return (model, info) if output_loading_info else model
 
     def use_draft_vocabulary(self, ids: Tensor | Sequence[int] | None) -> None:
-        """Draft from these tokens only, or from all (None), and save it so; see `LanguageModel.use_draft_vocabulary`."""
+        """Draft from these tokens only, or all (None), and save it so; see `LanguageModel.use_draft_vocabulary`."""
         self.model.use_draft_vocabulary(ids)
         self.config.draft_ids = self.model.draft_ids.tolist() if self.model.draft_ids is not None else None
 

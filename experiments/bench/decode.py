@@ -1,6 +1,6 @@
 """Ways to draft, measured side by side: every drafter and rank, filters, and the baselines; three records.
 
-    python experiments/bench/decode.py --runs runs/cpu-full --train-hydra runs/hydra   # once, a minute a corpus and seed
+    python experiments/bench/decode.py --runs runs/cpu-full --train-hydra runs/hydra  # once, a minute a corpus and seed
     python experiments/bench/decode.py --runs runs/cpu-full --only acceptance          # not timed
     python experiments/bench/decode.py --runs runs/cpu-full --hydra runs/hydra --assistant runs/ASSISTANT ...
 

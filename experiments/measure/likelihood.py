@@ -210,8 +210,8 @@ def accepted_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, 
     """(P, K) alpha = sum_v min(p, q) at every `STRIDE`-th whole position of a row, per draft.
 
     The chance that a draft drawn there is accepted if all before it are the text's own; 1 - alpha is the total
-    variation of p and q. With a draft vocabulary q is the distribution on it, and p is not renormalised: what it has elsewhere is
-    lost. A token before that is not in the vocabulary tells nothing of the component.
+    variation of p and q. With a draft vocabulary q is the distribution on it, and p is not renormalised: what it
+    has elsewhere is lost. A token before that is not in the vocabulary tells nothing of the component.
     """
     if model.heads is None:
         return hidden_TD.new_zeros(0, 0)
