@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm import config as configuration
-from cpdlm.config import FAMILIES, SIZES, Config, from_dict, to_dict
+from cpdlm.config import FAMILIES, SIZES, Config, ConfigError, from_dict, to_dict
 from cpdlm.files import write_json
 from cpdlm.training.flops import Shape, draft_flops
 from experiments.provenance import provenance
-from experiments.schema import PARTS, SCHEMA, RecordError, validate, with_nulls
+from experiments.schema import PARTS, SCHEMA, RecordError, check_settings, validate, with_nulls
 
 __all__ = [
     "MODES",
@@ -102,7 +102,11 @@ class Record:
         if self.config["size"] not in SIZES or family not in FAMILIES or self.is_pretrained or self.horizon == 1:
             return None
         parts = self.content["parameters"]
-        shape = Shape.of(from_dict(self.config), self.content["data"]["vocab_size"])
+        try:
+            config = from_dict(self.config)
+        except ConfigError:  # settings that no run of this version has
+            return None
+        shape = Shape.of(config, self.content["data"]["vocab_size"])
         return draft_flops(shape, parts["heads"] + parts["gate"] + parts["anchor"])
 
     def trained_bytes(self) -> int:
@@ -146,6 +150,7 @@ def load(path: Path, root: Path | None = None) -> Record:
     if isinstance(content, dict) and "benchmark" in content and "schema" not in content:
         raise NotACell(f"{path} is a benchmark's record, not a cell's")
     content = upgrade(validate(content, str(path)))
+    check_settings(content["config"], str(path))  # by their present names
     return Record(path.relative_to(root).as_posix() if root else path.as_posix(), content)
 
 

@@ -1,16 +1,57 @@
-"""The schema of a record: the type of every field that is read here. Other fields are kept as they are."""
+"""The schema of a record: type and range of every field that is read here. Other fields are kept as they are.
+
+A range says what can be, not what is likely: a number beyond it would stop a table or a figure, or make it absurd.
+"""
 
 from __future__ import annotations
 
+import datetime
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from cpdlm.config import CHOICES, flat, leaves, out_of_range
 
 SCHEMA = 1
 PARTS = ("prefill", "draft", "trunk", "verify", "other")
 NUMBER = (int, float)
-_MEAN = {"mean": NUMBER, "sem": NUMBER}
-_MEDIAN = {"median": NUMBER, "low": NUMBER, "high": NUMBER}
+
+
+@dataclass(frozen=True)
+class Within:
+    """A number from least to most. kind: int or NUMBER."""
+
+    kind: Any
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Each:
+    """An object whose every value is of this kind, whatever its key."""
+
+    kind: Any
+
+
+@dataclass(frozen=True)
+class Some:
+    """A list that is not empty, of this kind."""
+
+    kind: Any
+
+
+COUNT, POSITIVE = Within(int, 0, 2**53), Within(int, 1, 2**53)
+FEW = Within(int, 1, 10_000)  # ranks, horizons, depths
+REAL = Within(NUMBER, -1e6, 1e6)
+NATS = Within(NUMBER, -1e9, 1e9)  # sums over a row
+AMOUNT = Within(NUMBER, 0, 1e12)
+ABOVE = Within(NUMBER, 1e-9, 1e12)  # what is divided by, or whose logarithm is taken
+SHARE = Within(NUMBER, 0, 1 + 1e-6)
+FLOPS = Within(NUMBER, 1, 1e24)
+_MEAN = {"mean": Within(NUMBER, 0, 1e6), "sem": Within(NUMBER, 0, 1e6)}
+_MEDIAN = {"median": ABOVE, "low": ABOVE, "high": ABOVE}
 
 
 class RecordError(ValueError):
@@ -29,31 +70,40 @@ class Optional(Maybe):
 
 
 _MODE: dict[str, Any] = {
-    "temperature": NUMBER,
-    "top_k": int,
-    "top_p": NUMBER,
-    "prompts": int,
-    "new_tokens": int,
-    "repeats": int,
-    "tokens": int,
-    "passes": int,
-    "tokens_per_pass": {"mean": NUMBER, "low": NUMBER, "high": NUMBER},
-    "emitted_histogram": [int],
-    "acceptance_by_depth": [{"depth": int, "reached": int, "accepted": int}],
-    "per_prompt": {"tokens": [NUMBER], "passes": [NUMBER]},
-    "drafts_per_prompt": {"reached": [[int]], "accepted": [[int]]},
-    "tokens_per_second": {"plain": NUMBER, "speculative": NUMBER, "generate": Maybe(NUMBER)},
+    "temperature": AMOUNT,
+    "top_k": COUNT,
+    "top_p": SHARE,
+    "prompts": POSITIVE,
+    "new_tokens": POSITIVE,
+    "repeats": POSITIVE,
+    "tokens": POSITIVE,
+    "passes": POSITIVE,
+    "tokens_per_pass": {"mean": ABOVE, "low": ABOVE, "high": ABOVE},
+    "emitted_histogram": Some(COUNT),
+    "acceptance_by_depth": [{"depth": FEW, "reached": COUNT, "accepted": COUNT}],
+    "per_prompt": {"tokens": [ABOVE], "passes": [ABOVE]},
+    "drafts_per_prompt": {"reached": [[COUNT]], "accepted": [[COUNT]]},
+    "tokens_per_second": {"plain": ABOVE, "speculative": ABOVE, "generate": Maybe(ABOVE)},
     "speedup": _MEDIAN,
     "speedup_over_rank1": Maybe(_MEDIAN),
     "speedup_over_trunk": Maybe(_MEDIAN),
     "plain_over_generate": Maybe(_MEDIAN),
-    "other_than_generate": Maybe({"prompts": int, "of": int, "first_token": Maybe(int)}),
-    "conversion": NUMBER,
-    "conversion_limit": NUMBER,
-    "t1_ms": NUMBER,
-    "tn_ms": NUMBER,
-    "seconds_by_part": dict.fromkeys(PARTS, NUMBER),
-    "repeat_seconds": {"plain": [NUMBER], "speculative": [NUMBER]},
+    "other_than_generate": Maybe({"prompts": COUNT, "of": COUNT, "first_token": Maybe(COUNT)}),
+    "conversion": ABOVE,
+    "conversion_limit": ABOVE,
+    "t1_ms": ABOVE,
+    "tn_ms": ABOVE,
+    "seconds_by_part": dict.fromkeys(PARTS, AMOUNT),
+    "repeat_seconds": {"plain": [ABOVE], "speculative": [ABOVE]},
+}
+
+HARDWARE = {
+    "machine": str,
+    "processor": str,
+    "cores": POSITIVE,
+    "threads": Maybe(COUNT),
+    "memory_gib": Maybe(AMOUNT),
+    "accelerator": str,
 }
 
 FIELDS: dict[str, Any] = {
@@ -63,80 +113,85 @@ FIELDS: dict[str, Any] = {
     "profile": str,
     "command": str,
     "config": {
-        "rank": int,
-        "horizon": int,
+        "rank": FEW,
+        "horizon": FEW,
         "size": str,
         "corpus": str,
-        "seed": int,
+        "seed": COUNT,
         "anchor": str,
         "model": {"trunk": str, "tie_first": bool},
-        "optim": {"steps": int},
-        "data": {"tokenizer": str, "context": int},
+        "optim": {"steps": POSITIVE},
+        "data": {"tokenizer": str, "context": POSITIVE},
     },
     "commit": str,
     "dirty": bool,
-    "seed": int,
+    "seed": COUNT,
     "started": str,
-    "hardware": {
-        "machine": str,
-        "processor": str,
-        "cores": int,
-        "threads": Maybe(int),
-        "memory_gib": Maybe(NUMBER),
-        "accelerator": str,
-    },
-    "versions": {"python": str},
+    "hardware": HARDWARE,
+    "versions": Each(str),
     "data": {
         "corpus": str,
         "sha256": str,
         "tokenizer": str,
-        "vocab_size": int,
-        "splits": {},
+        "vocab_size": Within(int, 2, 2**31),
+        "splits": Each({}),
         "trunk_sha256": Optional(str),
     },
-    "seconds": {},
-    "parameters": {"trunk": int, "heads": int, "gate": int, "anchor": int, "total": int, "trained": int},
+    "seconds": Each(AMOUNT),
+    "parameters": {
+        "trunk": POSITIVE,
+        "heads": COUNT,
+        "gate": COUNT,
+        "anchor": COUNT,
+        "total": POSITIVE,
+        "trained": COUNT,
+    },
     "training": {
-        "steps": int,
-        "tokens": int,
-        "tokens_per_second": NUMBER,
-        "step_ms_median": NUMBER,
-        "peak_memory_bytes": int,
-        "curve": [{"step": NUMBER}],
-        "resumed": int,
-        "seconds": NUMBER,
-        "clock": [NUMBER],
-        "flops_per_token": Maybe(NUMBER),
-        "matmul_flops_per_second": Maybe(NUMBER),
-        "matmul_fraction": Maybe(NUMBER),
+        "steps": POSITIVE,
+        "tokens": POSITIVE,
+        "tokens_per_second": ABOVE,
+        "step_ms_median": ABOVE,
+        "peak_memory_bytes": COUNT,
+        "curve": [Each(REAL)],
+        "resumed": COUNT,
+        "seconds": ABOVE,
+        "clock": [AMOUNT],
+        "flops_per_token": Maybe(FLOPS),
+        "matmul_flops_per_second": Maybe(FLOPS),
+        "matmul_fraction": Maybe(ABOVE),
     },
     "likelihood": {
         "split": str,
-        "rows": int,
-        "positions": int,
+        "rows": POSITIVE,
+        "positions": POSITIVE,
         "joint_nll": _MEAN,
         "position_nll": [_MEAN],
         "first_token_nll": _MEAN,
-        "bits_per_byte": Maybe(NUMBER),
-        "per_source": {},
-        "kept_by_depth": Optional([{"depth": int, "mean": NUMBER, "sem": NUMBER}]),
+        "bits_per_byte": Maybe(AMOUNT),
+        "per_source": Each({}),
+        "kept_by_depth": Optional([{"depth": FEW, "mean": SHARE, "sem": AMOUNT}]),
         "per_row": {
-            "positions": [NUMBER],
-            "joint_nll": [NUMBER],
-            "first_token_nll": [NUMBER],
-            "position_nll": Optional([[NUMBER]]),
-            "target_nll": Optional([NUMBER]),
-            "bytes": Optional([NUMBER]),
+            "positions": Some(POSITIVE),
+            "joint_nll": [NATS],
+            "first_token_nll": [NATS],
+            "position_nll": Optional([[NATS]]),
+            "target_nll": Optional([NATS]),
+            "bytes": Optional([AMOUNT]),
         },
-        "shortlist": Optional({"tokens": int, "windows": NUMBER}),
-        "weights": {"entropy_mean": NUMBER, "effective": NUMBER, "dead": int, "mean": [NUMBER]},
+        "shortlist": Optional({"tokens": COUNT, "windows": SHARE}),
+        "weights": {
+            "entropy_mean": Within(NUMBER, -1e-6, 100),
+            "effective": AMOUNT,
+            "dead": COUNT,
+            "mean": [SHARE],
+        },
         "components": Optional(
             {
                 "classes": [str],
-                "class_share": [[NUMBER]],
-                "certainty": NUMBER,
-                "top_tokens": [[{"token": str, "share": NUMBER, "lift": NUMBER}]],
-                "examples": [{"source": str, "tokens": [str], "component": [int], "share": [NUMBER]}],
+                "class_share": [[SHARE]],
+                "certainty": SHARE,
+                "top_tokens": [[{"token": str, "share": SHARE, "lift": AMOUNT}]],
+                "examples": [{"source": str, "tokens": [str], "component": [COUNT], "share": [SHARE]}],
             }
         ),
     },
@@ -144,7 +199,7 @@ FIELDS: dict[str, Any] = {
         {
             "group": [str],
             "rank_one": Maybe(str),
-            "origin": {"commit": str, "dirty": bool, "hardware": {}},
+            "origin": {"commit": str, "dirty": bool, "hardware": HARDWARE},
             "modes": {"greedy": _MODE, "sampling": _MODE},
         }
     ),
@@ -161,19 +216,69 @@ def validate(content: Any, where: str = "record") -> dict[str, Any]:
     _check(content, FIELDS, "", where)
     if field := non_finite(content):
         raise RecordError(f"{where}: {field} is not a finite number")
-    horizon, terms = content["config"]["horizon"], content["likelihood"]["position_nll"]
-    if len(terms) != horizon:
-        raise RecordError(f"{where}: likelihood.position_nll has {len(terms)} entries, config.horizon is {horizon}")
-    if content["seed"] != content["config"]["seed"]:
-        raise RecordError(f"{where}: seed is {content['seed']}, config.seed is {content['config']['seed']}")
-    for mode, measured in (content["decoding"] or {"modes": {}})["modes"].items():
-        tokens, forwards = (len(measured["per_prompt"][key]) for key in ("tokens", "passes"))
-        if [tokens, forwards] != [measured["prompts"]] * 2:
-            raise RecordError(
-                f"{where}: decoding.modes.{mode}.per_prompt has {tokens} tokens and {forwards} passes for "
-                f"{measured['prompts']} prompts"
-            )
+    check_settings(content["config"], where)
+    for said in _disagreements(content):
+        raise RecordError(f"{where}: {said}")
     return content
+
+
+@functools.cache
+def _known() -> dict[str, Any]:
+    return leaves()
+
+
+def check_settings(config: Mapping[str, Any], where: str) -> None:
+    """RecordError for a setting of a wrong type or beyond its range; names that are no settings are left alone."""
+    kinds, known = {"int": int, "float": NUMBER, "str": str, "bool": bool}, _known()
+    for group in {key.partition(".")[0] for key in known if "." in key} & config.keys():
+        _check(config[group], {}, f"config.{group}", where)
+    for key, value in flat(config).items():
+        if key in known:
+            _check(value, kinds[known[key].type], f"config.{key}", where)
+            for said in out_of_range(key, value):
+                raise RecordError(f"{where}: config.{said}")
+        if key in CHOICES and value not in CHOICES[key]:
+            raise RecordError(f"{where}: config.{key} is {_shown(value)}, none of {', '.join(CHOICES[key])}")
+
+
+def check_kind(value: Any, kind: Any, field: str) -> None:
+    """RecordError where a value is not of this kind."""
+    _check(value, kind, field, "benchmark")
+
+
+def _disagreements(content: dict[str, Any]) -> Iterator[str]:
+    """Fields that do not fit one another, in words."""
+    config, likelihood, training = content["config"], content["likelihood"], content["training"]
+    horizon, per_row, steps = config["horizon"], likelihood["per_row"], training["curve"]
+    if content["seed"] != config["seed"]:
+        yield f"seed is {content['seed']}, config.seed is {config['seed']}"
+    try:
+        datetime.datetime.fromisoformat(content["started"])
+    except ValueError:
+        yield f"started is {_shown(content['started'])}, which is no time"
+    if any("step" not in entry for entry in steps):
+        yield "training.curve has an entry without a step"
+    yield from _lengths("likelihood", {"position_nll": likelihood["position_nll"]}, horizon, "config.horizon")
+    yield from _lengths("training", {"clock": training["clock"]}, len(steps), "the length of training.curve")
+    for key, values in per_row.items():
+        by_position = key == "position_nll" and values
+        if by_position:
+            yield from _lengths("likelihood.per_row", {key: values}, horizon, "config.horizon")
+        for each in values if by_position else [values]:
+            yield from _lengths("likelihood.per_row", {key: each}, likelihood["rows"], "likelihood.rows")
+    for mode, measured in (content["decoding"] or {"modes": {}})["modes"].items():
+        at, drafts = f"decoding.modes.{mode}", measured["drafts_per_prompt"]
+        yield from _lengths(f"{at}.per_prompt", measured["per_prompt"], measured["prompts"], "prompts")
+        yield from _lengths(f"{at}.drafts_per_prompt", drafts, horizon - 1, "config.horizon - 1")
+        for each in (*drafts["reached"], *drafts["accepted"]):
+            yield from _lengths(f"{at}.drafts_per_prompt", {"[]": each}, measured["prompts"], "prompts")
+        yield from _lengths(f"{at}.repeat_seconds", measured["repeat_seconds"], measured["repeats"], "repeats")
+
+
+def _lengths(field: str, lists: Mapping[str, Any], length: int, of: str) -> Iterator[str]:
+    for key, values in lists.items():
+        if isinstance(values, list) and len(values) != length:
+            yield f"{field}.{key} has {len(values)} entries, {of} is {length}"
 
 
 def with_nulls(value: Any, kind: Any = None) -> Any:
@@ -191,7 +296,19 @@ def _check(value: Any, kind: Any, field: str, where: str) -> None:
         if value is None:
             return
         kind = kind.kind
-    if isinstance(kind, dict):
+    if isinstance(kind, Within):
+        _check(value, kind.kind, field, where)
+        if not kind.least <= value <= kind.most:
+            raise RecordError(f"{where}: {field} is {_shown(value)}; it lies from {kind.least:g} to {kind.most:g}")
+    elif isinstance(kind, Each):
+        _check(value, {}, field, where)
+        for key, item in value.items():
+            _check(item, kind.kind, f"{field}.{key}", where)
+    elif isinstance(kind, Some):
+        _check(value, [kind.kind], field, where)
+        if not value:
+            raise RecordError(f"{where}: {field} is empty")
+    elif isinstance(kind, dict):
         if not isinstance(value, dict):
             raise RecordError(f"{where}: {field} must be an object, found {_shown(value)}")
         for key, inner in kind.items():

@@ -3,7 +3,7 @@
 Nothing here imports torch, so that `--help` and every configuration error come before any slow import.
 """
 
-from cpdlm.config.checks import check, is_name
+from cpdlm.config.checks import check, is_name, out_of_range
 from cpdlm.config.presets import PRESETS
 from cpdlm.config.reading import (
     as_yaml,
@@ -57,6 +57,7 @@ __all__ = [
     "help_text",
     "is_name",
     "leaves",
+    "out_of_range",
     "parse",
     "resolve",
     "to_dict",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cpdlm.config.settings import CHOICES, FAMILIES, WITHIN, Config, ConfigError, flatten, leaves
 
@@ -35,16 +37,26 @@ def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _ranges(config: Config) -> Iterator[str]:
-    values = flatten(config)
-    for key, entry in leaves().items():
-        value, least, within = values[key], entry.metadata["least"], entry.metadata["within"]
-        if least is not None and value < least:
-            yield f"{key}={value} is too small; the least is {least}"
-        if least is not None and value > entry.metadata["most"]:
-            yield f"{key}={value} is too large; the most is {entry.metadata['most']}"
-        if within and not WITHIN[within](value):
-            hint = " (greedy is always measured)" if key == "decode.temperature" else ""
-            yield f"{key}={value} must lie in {within}{hint}"
+    for key, value in flatten(config).items():
+        yield from out_of_range(key, value)
+
+
+@functools.cache
+def _known() -> dict[str, Any]:
+    return leaves()
+
+
+def out_of_range(key: str, value: Any) -> Iterator[str]:
+    """What is wrong with a setting's number, in words; nothing where it lies in its range."""
+    rules = _known()[key].metadata
+    least, most, within = rules["least"], rules["most"], rules["within"]
+    if least is not None and value < least:
+        yield f"{key}={value} is too small; the least is {least}"
+    if least is not None and value > most:
+        yield f"{key}={value} is too large; the most is {most}"
+    if within and not WITHIN[within](value):
+        hint = " (greedy is always measured)" if key == "decode.temperature" else ""
+        yield f"{key}={value} must lie in {within}{hint}"
 
 
 def _names(config: Config) -> Iterator[str]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from experiments.schema import HARDWARE, Optional, RecordError, check_kind, non_finite
 
 Benchmark = dict[str, Any]
+Result = TypeVar("Result")
+# What code raises on content that is not as it expects.
+ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # name of the record -> (what its `benchmark` begins with, what makes it)
 KINDS = {
     "decode_acceptance": ("decoding acceptance", "experiments/bench/decode.py"),
@@ -32,10 +38,26 @@ def read_benchmark(results: Path, name: str) -> Benchmark | str:
         return f"no record benchmarks/{path.name} (python {maker} makes it)"
     try:
         record: Benchmark = json.loads(path.read_bytes())
-    except ValueError as error:
+        check_kind(record, {}, "the record")
+        check_kind(record.get("hardware"), Optional(HARDWARE), "hardware")
+        if field := non_finite(record):
+            raise RecordError(f"{field} is not a finite number")
+    except (OSError, RecursionError, ValueError) as error:  # RecordError is a ValueError
         return f"benchmarks/{path.name} is damaged ({error}); make it again with {maker}"
     if kind and not str(record.get("benchmark")).startswith(kind):
         return f"benchmarks/{path.name} is not a record of {kind!r}; {maker} makes one"
     if maker.endswith("decode.py") and "targets" not in record:
         return f"benchmarks/{path.name} is of an earlier version; make it again with {maker}"
     return record
+
+
+def made_of(name: str, make: Callable[..., Result], *given: Any) -> Result | str:
+    """What `make` makes of records of benchmarks or, where their content is not as it expects, why there is nothing.
+
+    name: of the record or records, for the reason. One odd record takes its own table or figure out, not the report.
+    """
+    try:
+        return make(*given)
+    except ODD as error:
+        said = f"{type(error).__name__}: {error}".rstrip(": ")
+        return f"benchmarks/{name}.json has content that cannot be shown ({said}); make it again"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records import MODES, machine_text
-from experiments.report.benchmarks import Benchmark, read_benchmark
+from experiments.report.benchmarks import Benchmark, made_of, read_benchmark
 from experiments.report.figures import Shown, one
 from experiments.report.figures.benchmarks import ways_to_draft
 from experiments.report.table import Made, Table, title_of
@@ -25,7 +25,7 @@ CHOSEN = "Chosen: the drafter and verifier that were fastest on the validation p
 def tables(root: Path) -> list[Made]:
     """Every table of the records under root/benchmarks."""
     return [
-        Made(name, title_of(make), record if isinstance(record, str) else make(record))
+        Made(name, title_of(make), record if isinstance(record, str) else made_of(benchmark, make, record))
         for name, (benchmark, make) in TABLES.items()
         for record in [read_benchmark(root, benchmark)]
     ]
@@ -37,7 +37,9 @@ def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
     return one(
         "decoding",
         _TITLE,
-        record if isinstance(record, str) else (record, f"{_CAPTION} {_described(record)}"),
+        record
+        if isinstance(record, str)
+        else made_of("decode_baselines", lambda: (record, f"{_CAPTION} {_described(record)}")),
         ways_to_draft,
         folder,
     )

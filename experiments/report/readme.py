@@ -13,7 +13,7 @@ from cpdlm.files import write_bytes
 from experiments.claims import Verdict, answers
 from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted, decoding_hardware
-from experiments.report.benchmarks import Benchmark, read_benchmark
+from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
 from experiments.report.reproducing import compute_table, reruns_table
 from experiments.stats import difference, over_seeds
 
@@ -105,6 +105,13 @@ def _lookup(results: Path) -> str:
     record = read_benchmark(results, "decode_baselines")
     if isinstance(record, str):
         return ""
+    try:
+        return _best_of_both(record)
+    except ODD:  # its table says so
+        return ""
+
+
+def _best_of_both(record: Benchmark) -> str:
     parts = []
     for mode in MODES:
         best = [_best(record, kind, mode) for kind in ("lookup", "heads")]
@@ -171,5 +178,5 @@ def _gpu(results: Path, families: Sequence[Family]) -> str:
     ]
     for path in sorted((results / "benchmarks").glob("decode_*.json")):
         record = read_benchmark(results, path.stem)
-        machines += [] if isinstance(record, str) else [record["hardware"]]
+        machines += [] if isinstance(record, str) or "hardware" not in record else [record["hardware"]]
     return "" if any(each["accelerator"] != "none" for each in machines) else "No speed was measured on a GPU."

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from experiments.records import machine_text
-from experiments.report.benchmarks import Benchmark, read_benchmark
+from experiments.report.benchmarks import Benchmark, made_of, read_benchmark
 from experiments.report.figures import Shown, one
 from experiments.report.figures.benchmarks import training_overhead
 from experiments.report.table import Made, Table, title_of
@@ -30,7 +30,9 @@ def tables(root: Path) -> list[Made]:
     for name, (wanted, make) in TABLES.items():
         records = [read_benchmark(root, each) for each in wanted]
         missing = [record for record in records if isinstance(record, str)]
-        made.append(Made(name, title_of(make), missing[0] if missing else make(name, *records)))
+        made.append(
+            Made(name, title_of(make), missing[0] if missing else made_of(" or ".join(wanted), make, name, *records))
+        )
     return made
 
 
@@ -40,7 +42,9 @@ def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
     return one(
         "overhead_sizes",
         _TITLE,
-        record if isinstance(record, str) else (record, f"{_CAPTION} {_conditions(record)} {_described(record)}"),
+        record
+        if isinstance(record, str)
+        else made_of("training_overhead", lambda: (record, f"{_CAPTION} {_conditions(record)} {_described(record)}")),
         training_overhead,
         folder,
     )

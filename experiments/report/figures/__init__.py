@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.families import Family
+from experiments.report.benchmarks import made_of
 from experiments.report.figures import components, cost, drafts, likelihood, speed, training
 from experiments.report.figures.style import STYLE, Drawn, Plot, save
 from experiments.report.table import described
@@ -92,7 +93,12 @@ def one(
     folder: Path,
 ) -> tuple[list[Path], Shown]:
     """Draw the figure of a benchmark's record. given: the record and the caption, or why there is none."""
-    return _drawn(name, title, lambda: given if isinstance(given, str) else (plot(given[0]), given[1]), folder)
+    return _drawn(
+        name,
+        title,
+        lambda: given if isinstance(given, str) else made_of(name, lambda: (plot(given[0]), given[1])),
+        folder,
+    )
 
 
 def _drawn(
