@@ -253,8 +253,10 @@ def _disagreements(content: dict[str, Any]) -> Iterator[str]:
     if content["seed"] != config["seed"]:
         yield f"seed is {content['seed']}, config.seed is {config['seed']}"
     try:
-        datetime.datetime.fromisoformat(content["started"])
+        then = datetime.datetime.fromisoformat(content["started"])
     except ValueError:
+        then = datetime.datetime.min
+    if not 2000 <= then.year < 2200:
         yield f"started is {_shown(content['started'])}, which is no time"
     if any("step" not in entry for entry in steps):
         yield "training.curve has an entry without a step"
@@ -326,6 +328,8 @@ def _check(value: Any, kind: Any, field: str, where: str) -> None:
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
         raise RecordError(f"{where}: {field} must be {names}, found {_shown(value)}")
+    elif isinstance(value, str) and "\x00" in value:  # no command, path or store takes it
+        raise RecordError(f"{where}: {field} has a zero byte: {_shown(value)}")
 
 
 def non_finite(value: Any, field: str = "") -> str:

@@ -229,7 +229,7 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         term = likelihood["position_nll"][index]
         return Sample(mean=term["mean"], sem=term["sem"])
     if quantity == "bits_per_byte":
-        if sum(rows["bytes"] or ()):
+        if rows["target_nll"] and sum(rows["bytes"] or ()):
             return Sample.ratio(np.asarray(rows["target_nll"]) / math.log(2), rows["bytes"])
         return None if likelihood[quantity] is None else Sample(mean=likelihood[quantity])
     if quantity == "joint_bits_per_byte":

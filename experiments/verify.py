@@ -220,7 +220,10 @@ def _run(record: Record, words: list[str], tree: Path, output: Path, root: Path)
 
 def _words(record: Record) -> list[str]:
     """The words after `python` of the record's command; raises VerifyError for one that is not of this suite."""
-    words = shlex.split(record["command"])
+    try:
+        words = shlex.split(record["command"])
+    except ValueError:  # a quotation without an end
+        words = []
     if words[:2] != ["python", "experiments/run.py"]:
         raise VerifyError(f"{record.path}: its command is {record['command']!r}, not `python experiments/run.py ...`")
     names = [word.removeprefix("name=") for word in words if word.startswith("name=")]

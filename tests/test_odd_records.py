@@ -15,6 +15,8 @@ from experiments.records import load, load_all
 from experiments.report import decoding, scaling, speed
 from experiments.report.benchmarks import made_of, read_benchmark
 from experiments.schema import RecordError, validate
+from experiments.stats import measured
+from experiments.verify import VerifyError, _words
 from tests.made_records import made
 
 ODD: list[tuple[str, Any]] = [
@@ -26,6 +28,8 @@ ODD: list[tuple[str, Any]] = [
     ("config.model.dtype", "float7"),
     ("config.decode.top_p", 1.5),
     ("started", "yesterday"),
+    ("started", "0001-01-01"),
+    ("command", "python\x00"),
     ("seconds.train", -1.0),
     ("versions.torch", 2),
     ("data.vocab_size", -257),
@@ -58,6 +62,20 @@ def test_a_value_that_cannot_be_is_named(field: str, value: Any) -> None:
     inside[last] = value
     with pytest.raises(RecordError, match=field.replace(".", r"\.")):
         validate(content)
+
+
+def test_target_likelihoods_may_be_absent(tmp_path: Path) -> None:
+    content = made(2)
+    content["likelihood"]["per_row"] |= {"bytes": [100.0] * content["likelihood"]["rows"], "target_nll": None}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert measured(load(tmp_path / "a.json"), "bits_per_byte") is not None
+
+
+def test_a_command_that_cannot_be_read_is_not_run_again(tmp_path: Path) -> None:
+    content = made(2) | {"command": "python experiments/run.py 'rank=2"}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(VerifyError, match="its command is"):
+        _words(load(tmp_path / "a.json"))
 
 
 def test_a_bad_record_is_left_out_and_the_others_stay(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from experiments.schema import HARDWARE, Optional, RecordError, check_kind, non_
 
 Benchmark = dict[str, Any]
 Result = TypeVar("Result")
+_MACHINE = {key: HARDWARE[key] for key in ("accelerator", "processor", "cores", "threads")}  # what is said of it
 # What code raises on content that is not as it expects.
 ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # name of the record -> (what its `benchmark` begins with, what makes it)
@@ -39,7 +40,7 @@ def read_benchmark(results: Path, name: str) -> Benchmark | str:
     try:
         record: Benchmark = json.loads(path.read_bytes())
         check_kind(record, {}, "the record")
-        check_kind(record.get("hardware"), Optional(HARDWARE), "hardware")
+        check_kind(record.get("hardware"), Optional(_MACHINE), "hardware")
         if field := non_finite(record):
             raise RecordError(f"{field} is not a finite number")
     except (OSError, RecursionError, ValueError) as error:  # RecordError is a ValueError
