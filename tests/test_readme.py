@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tiny import TINY, TINY_RETROFIT, small_pretrained
 
 from cpdlm.config import parse
+from experiments import plan, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -52,19 +54,16 @@ def test_scripts_exist_and_explain_themselves(command: str) -> None:
     assert all((ROOT / path).exists() for path in paths)
 
 
-@pytest.mark.parametrize("script", ["sweep", "plan"])
-def test_scripts_of_the_suite_take_the_words_that_the_pages_give(script: str) -> None:
-    for command in (c for c in commands() if c.startswith(f"python experiments/{script}.py")):
+@pytest.mark.parametrize("script", [sweep, plan])
+def test_scripts_of_the_suite_take_the_words_that_the_pages_give(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for command in (c for c in commands() if c.startswith(f"python {script.__name__.replace('.', '/')}.py")):
         words = [word for word in shlex.split(command)[2:] if "NAME" not in word]
-        extra = ["--dry-run"] if script == "sweep" else []
-        done = subprocess.run(
-            [sys.executable, f"experiments/{script}.py", *words, *extra],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0 or "mix=yes" in done.stderr, f"{command}\n{done.stderr[-1000:]}"
+        code = script.main([*words, "--dry-run"] if script is sweep else words)
+        said = capsys.readouterr().err
+        assert code == 0 or "mix=yes" in said, f"{command}\n{said[-1000:]}"
 
 
 def run(words: list[str], folder: Path, command: str) -> str:
