@@ -16,6 +16,7 @@ from tiny import TINY, TINY_RETROFIT, small_pretrained
 
 from cpdlm.config import parse
 from experiments import plan, sweep
+from experiments.cost import CostModel
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -56,9 +57,13 @@ def test_scripts_exist_and_explain_themselves(command: str) -> None:
 
 @pytest.mark.parametrize("script", [sweep, plan])
 def test_scripts_of_the_suite_take_the_words_that_the_pages_give(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType,
+    cost_model: CostModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(CostModel, "of", lambda *given: cost_model)  # fitted once
     for command in (c for c in commands() if c.startswith(f"python {script.__name__.replace('.', '/')}.py")):
         words = [word for word in shlex.split(command)[2:] if "NAME" not in word]
         code = script.main([*words, "--dry-run"] if script is sweep else words)
