@@ -147,7 +147,7 @@ class SpeculativeGenerationMixin(GenerationMixin):
                 stopping_criteria = _with_stop_strings(stopping_criteria, stop_strings, tokenizer)
                 kwargs["stop_strings"] = None
             exact = any(kwargs.get(name) is not None for name in ("max_new_tokens", "max_length"))
-            kwargs["custom_generate"] = partial(_loop, streamer=streamer, draft=draft, nodes=nodes, exact=exact)
+            kwargs["custom_generate"] = partial(_loop, streamer=streamer, drafting=(draft, nodes), exact=exact)
         done: Tensor | GenerateDecoderOnlyOutput = stock.generate(
             inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
         )
@@ -241,15 +241,14 @@ def _loop(
     generation_config: GenerationConfig,
     *,
     streamer: Any,
-    draft: str,
-    nodes: int,
+    drafting: tuple[str, int],
     exact: bool,
     **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """What stock `generate` calls in place of a loop of its own, with these names."""
+    """What stock `generate` calls in place of a loop of its own, with these names. drafting: draft and nodes."""
     mask_BT = prepared.get("attention_mask")  # absent where nothing is padding
     call = _Call(input_ids.to(model.device), mask_BT, logits_processor, stopping_criteria, generation_config, exact)
-    sequences_BT = _speculate(model, call, streamer, draft, nodes).to(input_ids.device)
+    sequences_BT = _speculate(model, call, streamer, *drafting).to(input_ids.device)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences_BT)  # type: ignore[arg-type]
     return sequences_BT

@@ -63,7 +63,7 @@ def evaluate(
 
 @dataclass
 class _Sums:
-    """Of all rows. entropy: of the gate's weights, summed; whole: windows with all successors; shares: a row's (P, K)."""
+    """Of all rows. entropy: of the gate's weights, summed; whole: windows with all successors; shares: (P, K) a row."""
 
     rows: list[dict[str, Any]]
     weights_R: Tensor
