@@ -125,12 +125,7 @@ class SpeculativeGenerationMixin(GenerationMixin):
                         return value
                 return getattr(self.generation_config, name, None)
 
-            _check_arguments(kwargs, asked)
-            if "prepare_inputs_for_generation" in vars(self):  # peft puts its own in place where prompts are learnt
-                raise ValueError(
-                    "prompt or prefix tuning (peft) puts learnt states before the text, which this loop does not see; "
-                    "give LoRA or another adapter of the weights"
-                )
+            _check_arguments(self, kwargs, asked)
             if named := _perhaps_stateful(logits_processor or (), stopping_criteria or ()):
                 warnings.warn(
                     f"{named} may keep something between calls: one token per forward is written, without drafts; give "
@@ -302,8 +297,13 @@ def _with_stop_strings(criteria: Iterable[Any] | None, stop_strings: Any, tokeni
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)])
 
 
-def _check_arguments(given: dict[str, Any], asked: Callable[[str], Any]) -> None:
+def _check_arguments(model: Any, given: dict[str, Any], asked: Callable[[str], Any]) -> None:
     """Raise ValueError for an argument that stock `generate` would take and our loop could not follow."""
+    if "prepare_inputs_for_generation" in vars(model):  # peft puts its own in place where prompts are learnt
+        raise ValueError(
+            "prompt or prefix tuning (peft) puts learnt states before the text, which this loop does not see; "
+            "give LoRA or another adapter of the weights"
+        )
     if given.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds: this model reads token ids; pass input_ids")
     for name in ("assistant_model", "negative_prompt_ids", "cache", "past_key_values", "position_ids", "synced_gpus"):
