@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiments.bench import overhead
+from experiments.bench import fresh, overhead
 from experiments.report import scaling
 from experiments.report.table import write_made
 
@@ -35,7 +35,7 @@ def records() -> dict[str, dict[str, Any]]:
             "flops": {"trunk": 1.0, "window": cost},
             "by_seed": (by_seed := [{"tokens_per_pass": rate, "joint_nll": 2.0} for rate in rates]),
         }
-        | overhead.summed_up(by_seed)
+        | {key: fresh.spread([one[key] for one in by_seed], "mean") for key in by_seed[0]}
         for recipe, cost, rates in (
             ("whole", 9.0, (2.0, 2.0)),
             ("1/4", 3.0, (1.96, 1.98)),
