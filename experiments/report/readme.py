@@ -79,7 +79,14 @@ def _machines(records: Sequence[Record]) -> str:
 
 def sceptic_block(results: Path, families: Sequence[Family]) -> str:
     """A bullet per line, each of at most 200 characters; one whose records are missing is left out."""
-    lines = [_rank(families), _lookup(results), _released(families), _precision(families), _gpu(results, families)]
+    lines = [
+        _rank(families),
+        _lookup(results),
+        _released(families),
+        _precision(families),
+        _near_ties(families),
+        _gpu(results, families),
+    ]
     return "\n".join(f"- {line}" for line in lines if line)
 
 
@@ -162,6 +169,19 @@ def _precision(families: Sequence[Family]) -> str:
         if speed is not None
     ]
     return f"Without bf16 instructions drafting loses time. Rank 1 on SmolLM2, sampling: {', '.join(shown)}."
+
+
+def _near_ties(families: Sequence[Family]) -> str:
+    """Greedy texts that differ from those of `generate`, rank 1 on SmolLM2, by precision."""
+    shown = []
+    for folder in ("C6", "C6-float32"):
+        cells = _pretrained(families, folder, 1, "token-conditioned")
+        found = [mode["other_than_generate"] for each in cells.values() if (mode := each.mode("greedy"))]
+        if not found or None in found:
+            return ""
+        differing, of = (sum(one[key] for one in found) for key in ("prompts", "of"))
+        shown.append(f"{differing} of {of} in {_precision_of(cells)}")
+    return f"Greedy texts that differ from `generate` at near-ties, SmolLM2: {', '.join(shown)}."
 
 
 def _precision_of(cells: Cells) -> str:
