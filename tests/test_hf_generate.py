@@ -497,7 +497,7 @@ def test_what_transformers_has_no_more_is_where_the_refusal_says(name: str, monk
 
 @pytest.mark.parametrize("name", ["attentions", "hidden_states"])
 def test_what_the_loop_does_not_return_is_had_from_the_trunk(name: str) -> None:
-    model, output = wrap(real(*COMMON)), f"output_{name}"
+    model, output = wrap(copy.deepcopy(real(*COMMON))), f"output_{name}"  # whose attention is set below
     with pytest.raises(ValueError, match=rf"model.model.trunk.body\(sequences, {output}=True\)"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, return_dict_in_generate=True, **{output: True})
     sequences = model.generate(torch.tensor([[1, 2]]), max_new_tokens=4)

@@ -6,7 +6,6 @@ Letters: B batch, T position, D width.
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
@@ -153,8 +152,8 @@ class Trunk(nn.Module):
         )
 
     def _added(self, mask: Tensor) -> Tensor:
-        """A mask of four dimensions in the attention's own terms, which takes it as it is."""
-        return mask.new_zeros(mask.shape, dtype=self.embedding.dtype).masked_fill(~mask, -math.inf)
+        """A mask of four dimensions, as attention adds it. Not -inf: a padding row that sees nothing would be NaN."""
+        return mask.new_zeros(mask.shape, dtype=self.embedding.dtype).masked_fill(~mask, torch.finfo(self.embedding.dtype).min)
 
     def layers(self) -> list[nn.Module]:
         """The transformer blocks, in order: what FSDP shards one by one."""
