@@ -12,6 +12,7 @@ import sys
 import types
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,7 +86,8 @@ def test_pip_never_asks_and_is_not_waited_for_for_ever(tmp_path: Path, monkeypat
     pip.write_text(f"#!/bin/sh\necho '{full}' >&2\nexit 1")
     pip.chmod(0o755)
     monkeypatch.setattr(packages.sys, "executable", str(pip))
-    monkeypatch.setattr(packages.time, "sleep", lambda seconds: pytest.fail("a full disk is not tried again"))
+    again = SimpleNamespace(sleep=lambda seconds: pytest.fail("a full disk is not tried again"))
+    monkeypatch.setattr(packages, "time", again)  # this module's alone: threads of the runner sleep, too
     with pytest.raises(ConfigError, match=r"sympy==1\.14\.0 .*disk of .*cache.* is full; free some space"):
         sources.locate(config(tmp_path), progress=False).read()
     pip.write_text("#!/bin/sh\nexec sleep 60")

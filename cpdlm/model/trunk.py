@@ -153,7 +153,8 @@ class Trunk(nn.Module):
 
     def _added(self, mask: Tensor) -> Tensor:
         """A mask of four dimensions, as attention adds it. Not -inf: a padding row that sees nothing would be NaN."""
-        return mask.new_zeros(mask.shape, dtype=self.embedding.dtype).masked_fill(~mask, torch.finfo(self.embedding.dtype).min)
+        dtype = self.embedding.dtype
+        return mask.new_zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
     def layers(self) -> list[nn.Module]:
         """The transformer blocks, in order: what FSDP shards one by one."""
