@@ -34,7 +34,9 @@ def main() -> int:
         if not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement.name} is {found}, {requirement.specifier} is needed")
     if wrong:
-        print(f"error: {sys.executable}: {'; '.join(wrong)}. Install them there, or leave out --python", file=sys.stderr)
+        print(
+            f"error: {sys.executable}: {'; '.join(wrong)}. Install them there, or leave out --python", file=sys.stderr
+        )
     return 2 if wrong else 0
 
 

@@ -99,8 +99,9 @@ def test_conditionals_are_the_chain_over_the_vocabulary(shape: tuple[int, int, i
             before = oracle.probability(weights, factors, window[:k])
             exact = [oracle.probability(weights, factors, (*window[:k], v)) / before for v in range(vocab)]
             close(whole[k], exact)
-            close(joint.mixed(k, steps)[0] / steps.sum(), exact)
-            steps = joint.reweighted(k, steps, torch.tensor([window[k]]))
+            step = joint.step(k, None)
+            close(step.mixed(steps)[0] / steps.sum(), exact)
+            steps = step.reweighted(steps, torch.tensor([[window[k]]]))[0]
     untold = joint.conditionals(torch.full((horizon,), -1))
     close(untold, joint.marginals())
     for k in range(horizon):

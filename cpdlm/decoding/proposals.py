@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cpdlm.decoding.filtering import Sampling, draw, filtered
-from cpdlm.model.joint import Joint
+from cpdlm.model.joint import Joint, Step
 
 # Between equally likely prefixes the shorter one goes first, or a node could be chosen without its parent.
 _TIE = 1e-4
@@ -65,29 +66,31 @@ def nothing(like: Tensor) -> Proposal:
 
 def greedy_chain(joint: Joint, count: int) -> Tensor:
     """Drafts (B, K): the argmax of each conditional in turn. joint: batch (B,), at least `count` factors."""
-    if joint.rank == 1:
+    if joint.rank == 1 and joint.is_independent:
         return joint.scores_NRV[:, :count, 0].argmax(dim=-1)
     joint = joint.marginal(count)
     weights_B1R = joint.weights_R.unsqueeze(1)
     tokens: list[Tensor] = []
     for k in range(count):
-        tokens.append(joint.mixed(k, weights_B1R).argmax(dim=-1))
-        weights_B1R = _posterior(joint, weights_B1R, k, tokens[-1])
+        step = joint.step(k, tokens[-1] if tokens else None)
+        tokens.append(step.mixed(weights_B1R).argmax(dim=-1))
+        weights_B1R = _posterior(step, weights_B1R, tokens[-1])
     return torch.cat(tokens, dim=1)
 
 
 def sampled_chain(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
     """-> (tokens_BK, probs_BKV): drafts, and the distribution q from which each was drawn given those before it.
 
-    uniforms_BS: (B, K+1) float64 in [0, 1). Where nothing is filtered the component is drawn first and then all tokens
-    at once, which has the same distribution as the chain; q is the mixture's conditional all the same.
+    uniforms_BS: (B, K+1) float64 in [0, 1). Where nothing is filtered and tokens depend on their component alone, that
+    is drawn first and then all tokens at once, which has the same distribution as the chain; q is the mixture's
+    conditional all the same.
     """
     joint = joint.marginal(count)
-    if joint.rank == 1:
+    if joint.rank == 1 and joint.is_independent:
         scores_BKV = joint.scores_NRV[:, :, 0]
         probs_BKV = joint.factors_NRV[:, :, 0] if sampling.unfiltered else filtered(scores_BKV, sampling)
         return _draw_draft(probs_BKV, uniforms_BS[:, :count]), probs_BKV
-    if sampling.unfiltered:
+    if sampling.unfiltered and joint.is_independent:
         component_B = _draw_draft(joint.weights_R, uniforms_BS[:, 0])
         drawn_BKV = joint.factors_NRV.take_along_dim(component_B[:, None, None, None], dim=2).squeeze(2)
         tokens_BK = _draw_draft(drawn_BKV, uniforms_BS[:, 1 : count + 1])
@@ -96,16 +99,15 @@ def sampled_chain(joint: Joint, count: int, sampling: Sampling, uniforms_BS: Ten
     tokens: list[Tensor] = []
     probs: list[Tensor] = []
     for k in range(count):
-        probs.append(filtered(joint.mixed(k, weights_B1R).log(), sampling))
+        step = joint.step(k, tokens[-1] if tokens else None)
+        probs.append(filtered(step.mixed(weights_B1R).log(), sampling))
         tokens.append(_draw_draft(probs[-1], uniforms_BS[:, k : k + 1]))
-        weights_B1R = _posterior(joint, weights_B1R, k, tokens[-1])
+        weights_B1R = _posterior(step, weights_B1R, tokens[-1])
     return torch.cat(tokens, dim=1), torch.cat(probs, dim=1)
 
 
-def _posterior(joint: Joint, weights_B1R: Tensor, k: int, token_B1: Tensor) -> Tensor:
-    if k + 1 == joint.horizon:
-        return weights_B1R  # nobody asks
-    weights_B1R = joint.reweighted(k, weights_B1R, token_B1)
+def _posterior(step: Step, weights_B1R: Tensor, token_B1: Tensor) -> Tensor:
+    weights_B1R = step.reweighted(weights_B1R, token_B1.unsqueeze(-1)).squeeze(2)
     return weights_B1R / weights_B1R.sum(dim=-1, keepdim=True)
 
 
@@ -145,15 +147,17 @@ def beam(joint: Joint, depth: int, width: int) -> Beam:
     # Unnormalised posterior of each prefix: its sum over components is the prefix's probability.
     weights_BMR = joint.weights_R.unsqueeze(1)
     levels: list[tuple[Tensor, Tensor, Tensor]] = []
+    before_BM: Tensor | None = None
     for level in range(depth):
+        step = joint.step(level, before_BM)
         # No prefix has more than `width` extensions among the `width` likeliest: first each one's, then all together.
-        top_BMC, token_BMC = joint.mixed(level, weights_BMR).topk(offspring, dim=-1)
+        top_BMC, token_BMC = step.mixed(weights_BMR).topk(offspring, dim=-1)
         prob_BM, index_BM = top_BMC.flatten(1).topk(min(width, top_BMC[0].numel()), dim=-1)
-        token_BM, parent_BM = token_BMC.flatten(1).gather(1, index_BM), index_BM // offspring
-        parents_BMR = weights_BMR.gather(1, parent_BM.unsqueeze(-1).expand(-1, -1, joint.rank))
-        weights_BMR = joint.reweighted(level, parents_BMR, token_BM)
-        short, pad = width - token_BM.shape[1], torch.nn.functional.pad
-        levels.append((pad(token_BM, (0, short)), pad(parent_BM, (0, short)), pad(prob_BM, (0, short)).log()))
+        children_BER = step.reweighted(weights_BMR, token_BMC).flatten(1, 2)
+        weights_BMR = children_BER.gather(1, index_BM.unsqueeze(-1).expand(-1, -1, joint.rank))
+        token_BM, short, pad = token_BMC.flatten(1).gather(1, index_BM), width - index_BM.shape[1], functional.pad
+        before_BM = pad(token_BM, (0, short))
+        levels.append((before_BM, pad(index_BM // offspring, (0, short)), pad(prob_BM, (0, short)).log()))
         weights_BMR = pad(weights_BMR, (0, 0, 0, short))
     tokens, parents, log_probs = (torch.stack(each, dim=1) for each in zip(*levels, strict=True))
     return Beam(tokens, parents, log_probs)
