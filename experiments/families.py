@@ -87,6 +87,9 @@ class Family:
     def ranks(self, variant: str = "untied") -> list[int]:
         return sorted(rank for kind, rank in self.cells if kind == variant)
 
+    def by_rank(self, variant: str = "untied") -> dict[int, Cells]:
+        return {rank: self.cells[variant, rank] for rank in self.ranks(variant)}
+
     def records(self, variant: str | None = None) -> list[Record]:
         return [
             record
@@ -139,6 +142,18 @@ def along(families: Iterable[Family], *free: str) -> list[list[Family]]:
         kept = {key: value for key, value in family.settings.items() if not key.startswith(free)}
         groups.setdefault(json.dumps(kept, sort_keys=True), []).append(family)
     return sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
+
+
+def trained_longer(family: Family, families: Iterable[Family]) -> list[Cells]:
+    """Rank-1 cells that differ from the family in having had more steps, by steps."""
+    others = [
+        other
+        for other in families
+        if other.settings["optim.steps"] > family.settings["optim.steps"]
+        and 1 in other.ranks()
+        and along([family, other], "optim.steps", "optim.warmup")
+    ]
+    return [other.cells["untied", 1] for other in sorted(others, key=lambda other: other.settings["optim.steps"])]
 
 
 def trunk_records(records: Iterable[Family]) -> list[Record]:

@@ -114,6 +114,12 @@ class Record:
         narrow = self.config["model"]["dtype"] == "bfloat16"
         return int(self.content["parameters"]["trained"]) * (2 if narrow else 4)
 
+    @property
+    def step_seconds(self) -> float:
+        """In training steps: without validation, checkpoints and pauses."""
+        training = self.content["training"]
+        return float(training["steps"] * training["step_ms_median"] / 1000)
+
     def mode(self, name: str) -> dict[str, Any] | None:
         """The `greedy` or `sampling` part, None where this cell was not decoded so."""
         decoding = self.content["decoding"]

@@ -10,8 +10,7 @@ import pytest
 from made_records import ORIGIN, made, suite
 
 from experiments import claims, stats
-from experiments.claims import CONTRADICTED, HOLDS, NO_DIFFERENCE, NOT_RUN, UNDERPOWERED
-from experiments.claims.verdict import underpowered
+from experiments.claims.verdict import CONTRADICTED, HOLDS, NO_DIFFERENCE, NOT_RUN, UNDERPOWERED
 from experiments.families import families_of
 from experiments.records import Record
 from experiments.stats import Interval, Sample, contrast, estimate
@@ -76,10 +75,10 @@ def test_the_word_follows_the_truth(claim: str, truth: dict[str, Any], word: str
 def test_what_could_have_been_seen_is_the_widest_half_width() -> None:
     difference, ratio = claims.CLAIMS[0], claims.CLAIMS[3]
     narrow, wide = Interval(0.0, -0.1, 0.1, 0.95, 3), Interval(0.1, -0.2, 0.4, 0.95, 3)
-    assert underpowered(difference, [narrow, wide], "").extent == "(could have seen 0.3 nats or more)"
-    assert underpowered(ratio, [Interval(1.0, 0.8, 1.25, 0.95, 3)], "").extent == "(could have seen 1.25x or more)"
+    assert difference.underpowered([narrow, wide], "").extent == "(could have seen 0.3 nats or more)"
+    assert ratio.underpowered([Interval(1.0, 0.8, 1.25, 0.95, 3)], "").extent == "(could have seen 1.25x or more)"
     alone = Interval(0.0, -np.inf, np.inf, 0.95, 1)
-    assert "nothing" in underpowered(difference, [alone], "").extent
+    assert "nothing" in difference.underpowered([alone], "").extent
 
 
 def test_one_seed_decides_over_rows_or_prompts_alone_and_says_so() -> None:
@@ -210,13 +209,13 @@ def test_equal_wall_clock_has_a_row_of_its_own() -> None:
     # Rank 1 gains more from the time than rank 8 from its rank; the README's row says so.
     other = equal_time(1.0, first=0.0, slope=0.0, gain=2.0)
     assert other[1].word == CONTRADICTED
-    assert "yes (in 1 other setting: 1 contradict)" in claims.c1_likelihood.answer(other).answer
+    assert "yes (in 1 other setting: 1 contradict)" in claims.answers(other)[0].answer
 
 
 def test_a_cell_of_another_wall_clock_or_machine_is_not_taken_for_equal() -> None:
     for longer in (0.95, 2.0):
         verdict = equal_time(longer)[1]
-        assert (verdict.word, verdict.numbers) == (NOT_RUN, [])
+        assert verdict.word == NOT_RUN and not verdict.numbers
         assert verdict.reason == f"rank 1 was trained for {longer:.2f} times rank 8's time; 1 to 1.33 counts as equal"
     origin = copy.deepcopy(ORIGIN)
     origin["hardware"]["processor"] = "Another CPU"

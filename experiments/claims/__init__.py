@@ -13,60 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.claims import (
-    c1_likelihood,
-    c2_first_token,
-    c3_acceptance,
-    c4_speed,
-    c5_balance,
-    c6_heads,
-    c6_rank,
-    c7_scale,
-    c8_overhead,
-)
-from experiments.claims.c2_first_token import equal_level
-from experiments.claims.verdict import (
-    CONTRADICTED,
-    HOLDS,
-    NO_DIFFERENCE,
-    NOT_RUN,
-    UNDERPOWERED,
-    Answer,
-    Claim,
-    Number,
-    Verdict,
-    seeds_text,
-)
+from experiments.claims import c1_likelihood as c1
+from experiments.claims import c2_first_token as c2
+from experiments.claims import c3_acceptance as c3
+from experiments.claims import c4_speed as c4
+from experiments.claims import c5_balance as c5
+from experiments.claims import c6_heads, c6_rank
+from experiments.claims import c7_scale as c7
+from experiments.claims import c8_overhead as c8
+from experiments.claims.verdict import Answer, Claim, Verdict, headline
 from experiments.families import Family
 
-__all__ = [
-    "CLAIMS",
-    "CONTRADICTED",
-    "HOLDS",
-    "NOT_RUN",
-    "NO_DIFFERENCE",
-    "UNDERPOWERED",
-    "Answer",
-    "Claim",
-    "Number",
-    "Verdict",
-    "answers",
-    "equal_level",
-    "judge",
-    "seeds_text",
-]
-
-_PAGES = (
-    c1_likelihood,
-    c2_first_token,
-    c3_acceptance,
-    c4_speed,
-    c5_balance,
-    c6_heads,
-    c6_rank,
-    c7_scale,
-    c8_overhead,
-)
+_PAGES = (c1, c2, c3, c4, c5, c6_heads, c6_rank, c7, c8)
 CLAIMS: tuple[Claim, ...] = tuple(page.CLAIM for page in _PAGES)
 
 
@@ -77,5 +35,5 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
 
 def answers(verdicts: Sequence[Verdict]) -> list[Answer]:
     """One row per claim that the verdicts are of, in the order of CLAIMS."""
-    by_claim = [(page, [verdict for verdict in verdicts if verdict.claim == page.CLAIM]) for page in _PAGES]
-    return [page.answer(found) for page, found in by_claim if found]
+    by_page = [(page, [verdict for verdict in verdicts if verdict.claim == page.CLAIM]) for page in _PAGES]
+    return [headline(found, page.shown) for page, found in by_page if found]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from experiments import star
 from experiments.claims.equal_time import equal_time
 from experiments.claims.ranks import at_top_rank, judged, over_ranks, trend
-from experiments.claims.verdict import Answer, Claim, Verdict, headline
+from experiments.claims.verdict import Claim, Verdict
 from experiments.families import Family
 
 CLAIM = Claim(
@@ -40,5 +40,4 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
     )
 
 
-def answer(verdicts: Sequence[Verdict]) -> Answer:
-    return headline(verdicts, at_top_rank)
+shown = at_top_rank

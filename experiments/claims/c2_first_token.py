@@ -10,20 +10,7 @@ from collections.abc import Sequence
 
 from experiments import star
 from experiments.claims.ranks import at_top_rank, judged, over_ranks
-from experiments.claims.verdict import (
-    CONTRADICTED,
-    HOLDS,
-    NOT_RUN,
-    Answer,
-    Claim,
-    Finding,
-    Number,
-    Verdict,
-    headline,
-    is_nothing,
-    percent,
-    underpowered,
-)
+from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Verdict, percent
 from experiments.families import Cells, Family
 from experiments.stats import difference
 
@@ -61,24 +48,18 @@ def _equal(claim: Claim, cells: dict[int, Cells]) -> Finding:
     level = equal_level(len(ranks))
     found = {rank: difference(cells[rank], cells[1], claim.quantity, level=level) for rank in ranks}
     gaps = {rank: gap for rank, gap in found.items() if gap is not None}
-    numbers = [
-        Number(f"rank {rank} - rank 1 {percent(level)}:", gap, claim.digits, claim.unit, sign=True)
-        for rank, gap in gaps.items()
-    ]
+    numbers = [claim.number(f"rank {rank} - rank 1 {percent(level)}:", gap, sign=True) for rank, gap in gaps.items()]
     outside = [rank for rank, gap in gaps.items() if gap.low > claim.margin or gap.high < -claim.margin]
     alone = [rank for rank in ranks if rank not in gaps]
     if outside:
-        which = ", ".join(map(str, outside))
-        return Finding(
-            CONTRADICTED, f"rank {which} differs from rank 1 by more than {claim.margin:g} {claim.unit}", numbers
-        )
+        which = f"rank {', '.join(map(str, outside))} differs from rank 1"
+        return Finding(CONTRADICTED, f"{which} by more than {claim.margin:g} {claim.unit}", numbers)
     if alone:
         return Finding(NOT_RUN, f"rank {', '.join(map(str, alone))} shares no seed with rank 1", numbers)
-    if all(is_nothing(claim, gap) for gap in gaps.values()):
+    crossing = [gap for gap in gaps.values() if not claim.is_nothing(gap)]
+    if not crossing:
         return Finding(HOLDS, "", numbers)
-    crossing = [gap for gap in gaps.values() if not is_nothing(claim, gap)]
-    return underpowered(claim, crossing, f"an interval crosses the margin of {claim.margin:g} {claim.unit}", numbers)
+    return claim.underpowered(crossing, f"an interval crosses the margin of {claim.margin:g} {claim.unit}", numbers)
 
 
-def answer(verdicts: Sequence[Verdict]) -> Answer:
-    return headline(verdicts, at_top_rank)
+shown = at_top_rank

@@ -12,7 +12,7 @@ from dataclasses import replace
 from experiments import star
 from experiments.claims.equal_time import equal_time
 from experiments.claims.ranks import at_top_rank, judged, over_ranks, trend
-from experiments.claims.verdict import Answer, Claim, Number, Verdict, headline
+from experiments.claims.verdict import Claim, Number, Verdict
 from experiments.families import Family
 from experiments.stats import over_seeds
 
@@ -43,7 +43,7 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
 
 def _rows(family: Family, ours: list[Family]) -> list[Verdict]:
     row = judged(CLAIM, family, trend)
-    return [replace(row, beside=row.beside + _own_target(family, ours)), *equal_time(CLAIM, family, ours)]
+    return [replace(row, beside=[*row.beside, *_own_target(family, ours)]), *equal_time(CLAIM, family, ours)]
 
 
 def _own_target(family: Family, ours: list[Family]) -> list[Number]:
@@ -57,11 +57,10 @@ def _own_target(family: Family, ours: list[Family]) -> list[Number]:
         for rank in other.ranks()
     ]
     return [
-        Number(f"target trained with the heads ({other.size}), rank {rank}:", mean, CLAIM.digits, CLAIM.unit)
+        CLAIM.number(f"target trained with the heads ({other.size}), rank {rank}:", mean)
         for other, rank, mean in means
         if mean is not None
     ]
 
 
-def answer(verdicts: Sequence[Verdict]) -> Answer:
-    return headline(verdicts, at_top_rank)
+shown = at_top_rank

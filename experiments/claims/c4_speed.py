@@ -9,20 +9,7 @@ from collections.abc import Sequence
 
 from experiments import star
 from experiments.claims.ranks import judged, over_ranks
-from experiments.claims.verdict import (
-    CONTRADICTED,
-    HOLDS,
-    NOT_RUN,
-    Answer,
-    Claim,
-    Finding,
-    Number,
-    Verdict,
-    headline,
-    percent,
-    plain_answer,
-    underpowered,
-)
+from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Verdict, percent
 from experiments.families import Cells, Family
 from experiments.stats import Interval, over_seeds
 
@@ -64,8 +51,8 @@ def _faster(claim: Claim, cells: dict[int, Cells]) -> Finding:
     # Reported: the rank whose weaker interval is best.
     best = max(both, key=lambda rank: min(interval.low for interval in both[rank]))
     numbers = [
-        Number(f"rank {best} over autoregressive {percent(level)}:", both[best][0], claim.digits, claim.unit),
-        Number(f"over rank 1 {percent(level)}:", both[best][1], claim.digits, claim.unit),
+        claim.number(f"rank {best} over autoregressive {percent(level)}:", both[best][0]),
+        claim.number(f"over rank 1 {percent(level)}:", both[best][1]),
     ]
     if all(interval.low > 1 for interval in both[best]):
         return Finding(HOLDS, "", numbers)
@@ -82,26 +69,21 @@ def _faster(claim: Claim, cells: dict[int, Cells]) -> Finding:
         return Finding(NOT_RUN, f"rank {missing} was not measured side by side with rank 1", numbers)
     nearest = max(open_, key=lambda pair: min(interval.low for interval in pair))
     why = "for no rank are both intervals above 1, and for some neither is below"
-    return underpowered(claim, [interval for interval in nearest if interval.low <= 1], why, numbers)
+    return claim.underpowered([interval for interval in nearest if interval.low <= 1], why, numbers)
 
 
-def answer(verdicts: Sequence[Verdict]) -> Answer:
-    return headline(verdicts, _shown)
-
-
-def _shown(verdict: Verdict) -> tuple[str, str]:
+def shown(verdict: Verdict) -> tuple[str, str]:
     if len(verdict.numbers) != 2:
-        return plain_answer(verdict), "-"
+        return verdict.plain, "-"
     words = [
         f"{rival}: {_beaten(number.interval)}"
         for rival, number in zip(("than AR", "than rank 1"), verdict.numbers, strict=True)
     ]
     rank = verdict.numbers[0].name.partition(" over")[0]
-    shown = (number.short() for number in verdict.numbers)
-    return "; ".join(words), f"{rank}: {'; '.join(shown)}"
+    return "; ".join(words), f"{rank}: {'; '.join(number.short() for number in verdict.numbers)}"
 
 
 def _beaten(ratio: Interval) -> str:
     if ratio.low > 1:
         return "yes"
-    return "no" if ratio.high < 1 else Verdict(CLAIM, "", "", "").found(underpowered(CLAIM, [ratio], "")).phrase
+    return "no" if ratio.high < 1 else CLAIM.underpowered([ratio], "").phrase

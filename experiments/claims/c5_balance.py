@@ -9,27 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments import star
-from experiments.claims.verdict import (
-    CONTRADICTED,
-    HOLDS,
-    Answer,
-    Claim,
-    Finding,
-    Number,
-    Verdict,
-    complete,
-    headline,
-    is_nothing,
-    no_difference,
-    percent,
-    plain_answer,
-    too_few,
-    trained,
-    underpowered,
-)
+from experiments.claims.verdict import CONTRADICTED, HOLDS, Claim, Finding, Number, Verdict, percent, trained
 from experiments.families import TARGETS, Cells, Family, along
 from experiments.records import counted
-from experiments.stats import Interval, Sample, difference, estimate, over_seeds, shared_seeds
+from experiments.stats import Interval, difference, over_seeds, shared_seeds
 
 CLAIM = Claim(
     id="C5",
@@ -55,7 +38,7 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
     ours = trained(families)
     groups = along((family for family in ours if ("untied", CLAIM.top) in family.cells), *_BALANCES)
     rows = [row for group in groups if (row := _row(group)) is not None]
-    return complete(CLAIM, rows, f"no records of rank {CLAIM.top} with balance=none and with another", ours)
+    return CLAIM.complete(rows, f"no records of rank {CLAIM.top} with balance=none and with another", ours)
 
 
 def _row(group: list[Family]) -> Verdict | None:
@@ -68,16 +51,13 @@ def _row(group: list[Family]) -> Verdict | None:
     found = _lowers(base, balanced, len(shared))
     corpus = others[0].settings["corpus"]
     setting = f"{corpus}, {without.size}, n={without.horizon}, {TARGETS[without.target]}, rank {CLAIM.top}"
-    row = Verdict(
+    return found.of(
         CLAIM,
         f"{setting}, {counted(len(shared), 'seed')}",
-        found.word,
-        found.reason,
         beside=[number for family in group for number in _component_use(family)],
         records=[record.path for family in group for _, record in sorted(_top(family).items())],
         seeds=len(shared),
     )
-    return row.found(found)
 
 
 def _top(family: Family) -> Cells:
@@ -88,39 +68,34 @@ def _lowers(base: Cells, balanced: dict[str, Cells], shared: int) -> Finding:
     level = 1 - 0.05 / len(balanced)
     found = {name: difference(cells, base, CLAIM.quantity, level=level) for name, cells in balanced.items()}
     gaps: dict[str, Interval] = {name: gap for name, gap in found.items() if gap is not None}
-    numbers = [
-        Number(f"{name} - none {percent(level)}:", gap, CLAIM.digits, CLAIM.unit, sign=True)
-        for name, gap in gaps.items()
-    ]
-    if few := too_few(CLAIM, shared, gaps.values(), numbers):
+    numbers = [CLAIM.number(f"{name} - none {percent(level)}:", gap, sign=True) for name, gap in gaps.items()]
+    if few := CLAIM.too_few(shared, gaps.values(), numbers):
         return few
-    if any(gap.high < 0 and not is_nothing(CLAIM, gap) for gap in gaps.values()):
+    if any(gap.high < 0 and not CLAIM.is_nothing(gap) for gap in gaps.values()):
         return Finding(HOLDS, "", numbers)
-    undecided = [gap for gap in gaps.values() if gap.low <= 0 and not is_nothing(CLAIM, gap)]
+    undecided = [gap for gap in gaps.values() if gap.low <= 0 and not CLAIM.is_nothing(gap)]
     if undecided:
-        return underpowered(CLAIM, undecided, "no interval is below 0, and some reach beyond the margin", numbers)
-    if all(is_nothing(CLAIM, gap) for gap in gaps.values()):
-        return no_difference(CLAIM, "", numbers)
+        return CLAIM.underpowered(undecided, "no interval is below 0, and some reach beyond the margin", numbers)
+    if all(CLAIM.is_nothing(gap) for gap in gaps.values()):
+        return CLAIM.no_difference(numbers)
     return Finding(CONTRADICTED, f"no balance lowers it by more than {CLAIM.margin:g} {CLAIM.unit}", numbers)
 
 
 def _component_use(family: Family) -> list[Number]:
     """Effective components (exp of the entropy of the mean weights) and tokens per forward."""
     cells = _top(family)
-    effective = estimate([Sample(mean=r["likelihood"]["weights"]["effective"]) for _, r in sorted(cells.items())])
-    rate = over_seeds(cells, "tokens_per_pass")
-    found = [Number(f"{family.balance}:", effective, 2, "effective components")]
-    return found + ([Number(f"{family.balance}:", rate, 3, "tokens per forward")] if rate is not None else [])
+    asked = (("effective", 2, "effective components"), ("tokens_per_pass", 3, "tokens per forward"))
+    return [
+        Number(f"{family.balance}:", value, digits, unit)
+        for quantity, digits, unit in asked
+        if (value := over_seeds(cells, quantity)) is not None
+    ]
 
 
-def answer(verdicts: Sequence[Verdict]) -> Answer:
-    return headline(verdicts, _shown)
-
-
-def _shown(verdict: Verdict) -> tuple[str, str]:
+def shown(verdict: Verdict) -> tuple[str, str]:
     """The balance that the star has elsewhere, and the one with the widest interval, which decides what was seen."""
     if not verdict.numbers:
-        return plain_answer(verdict), "-"
+        return verdict.plain, "-"
     widest = max(verdict.numbers, key=lambda number: number.interval.high - number.interval.low)
-    shown = dict.fromkeys((verdict.numbers[0], widest))
-    return plain_answer(verdict), "; ".join(each.short(f"with {each.name.partition(' - ')[0]}") for each in shown)
+    both = dict.fromkeys((verdict.numbers[0], widest))
+    return verdict.plain, "; ".join(each.short(f"with {each.name.partition(' - ')[0]}") for each in both)

@@ -10,23 +10,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cpdlm.config import LossConfig
 from experiments import pretrained
-from experiments.claims.verdict import (
-    CONTRADICTED,
-    HOLDS,
-    NOT_RUN,
-    Answer,
-    Claim,
-    Finding,
-    Number,
-    Verdict,
-    complete,
-    headline,
-    percent,
-    plain_answer,
-    underpowered,
-)
+from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Number, Verdict, percent
 from experiments.families import Cells, Family
 from experiments.records import Record, counted
 from experiments.stats import Interval, over_seeds
@@ -51,48 +36,45 @@ CLAIM = Claim(
 def judge(families: Sequence[Family]) -> list[Verdict]:
     """A row per setting and kind of draft."""
     rows = [_row(family, variant) for family, variant in settings(families)]
-    return complete(CLAIM, rows, "no records of heads on a pretrained model", [])
+    return CLAIM.complete(rows, "no records of heads on a pretrained model")
 
 
 def settings(families: Sequence[Family]) -> list[tuple[Family, str]]:
     """(family, variant) of heads on a pretrained model, the longest trained first. Cells of a short training, by which
     the objective was chosen, do not count."""
-    usable = [family for family in families if family.is_pretrained and not _is_screen(family)]
-    return [(family, variant) for family in sorted(usable, key=_longest, reverse=True) for variant in family.variants()]
-
-
-def _is_screen(family: Family) -> bool:
-    return all(record["claim"] == "C6-screen" for record in family.records())
-
-
-def _longest(family: Family) -> int:
-    return positions(family.records()[0])
+    usable = [
+        family
+        for family in families
+        if family.is_pretrained and not all(record["claim"] == "C6-screen" for record in family.records())
+    ]
+    usable.sort(key=lambda family: positions(family.records()[0]), reverse=True)
+    return [(family, variant) for family in usable for variant in family.variants()]
 
 
 def positions(record: Record) -> int:
     """Positions that trained the window, of all steps."""
-    fraction = record.config["loss"].get("joint_fraction", LossConfig.joint_fraction)
-    return round(record["training"]["tokens"] * fraction)
+    return round(record["training"]["tokens"] * record.config["loss"]["joint_fraction"])
 
 
-def row(claim: Claim, family: Family, variant: str, finding: Finding, beside: list[Number]) -> Verdict:
-    cells = {rank: family.cells[variant, rank] for rank in family.ranks(variant)}
-    fewest, most = (choose(map(len, cells.values())) for choose in (min, max))
-    seeds = counted(most, "seed") if fewest == most else f"{fewest} to {most} seeds by rank"
-    return Verdict(
+def row(claim: Claim, family: Family, variant: str, finding: Finding, beside: Sequence[Number] = ()) -> Verdict:
+    seeds = [len(cells) for cells in family.by_rank(variant).values()]
+    fewest, most = min(seeds), max(seeds)
+    said = counted(most, "seed") if fewest == most else f"{fewest} to {most} seeds by rank"
+    return finding.of(
         claim,
-        f"{family.label}, {variant}, {seeds}",
-        finding.word,
-        finding.reason,
+        f"{family.label}, {variant}, {said}",
         beside=beside,
         records=[record.path for record in family.records(variant)],
         seeds=fewest,
-    ).found(finding)
+    )
 
 
 def _row(family: Family, variant: str) -> Verdict:
-    cells = {rank: family.cells[variant, rank] for rank in family.ranks(variant)}
-    found, (why, beside) = _faster(cells), _why(family.horizon, cells)
+    cells = family.by_rank(variant)
+    level = 1 - 0.05 / len(cells)  # Bonferroni over the ranks
+    speeds = {rank: over_seeds(by_seed, CLAIM.quantity, level=level) for rank, by_seed in cells.items()}
+    found = some_rank(CLAIM, speeds, level, "autoregressive decoding")
+    why, beside = _why(family.horizon, cells)
     found = replace(found, reason="; ".join(part for part in (found.reason, *why) if part))
     measured = [("tokens_per_pass", "tokens per forward"), ("speedup", "x"), ("speedup_over_rank1", "x rank 1")]
     beside += [
@@ -105,27 +87,20 @@ def _row(family: Family, variant: str) -> Verdict:
     return row(CLAIM, family, variant, found, beside)
 
 
-def _faster(cells: dict[int, Cells]) -> Finding:
-    """Some rank beats autoregressive decoding; Bonferroni over the ranks."""
-    level = 1 - 0.05 / len(cells)
-    found = {rank: over_seeds(by_seed, "speedup", level=level) for rank, by_seed in cells.items()}
-    over_ar = {rank: interval for rank, interval in found.items() if interval is not None}
-    return some_rank(CLAIM, list(cells), over_ar, level, "autoregressive decoding")
-
-
-def some_rank(claim: Claim, ranks: list[int], ratios: dict[int, Interval], level: float, rival: str) -> Finding:
-    """Whether for some rank the ratio is surely above 1. ratios: at `level`, of the ranks that were measured."""
+def some_rank(claim: Claim, found: dict[int, Interval | None], level: float, rival: str) -> Finding:
+    """Whether for some rank the ratio is surely above 1. found: at `level`, None where it was not measured."""
+    ratios = {rank: interval for rank, interval in found.items() if interval is not None}
     if not ratios:
         return Finding(NOT_RUN, f"no speed over {rival} was measured")
     faster = {rank: interval for rank, interval in ratios.items() if interval.low > 1}
     best = max(faster or ratios, key=lambda rank: ratios[rank].mean)
-    numbers = [Number(f"rank {best} over {rival} {percent(level)}:", ratios[best], claim.digits, claim.unit)]
+    numbers = [claim.number(f"rank {best} over {rival} {percent(level)}:", ratios[best])]
     if faster:
         return Finding(HOLDS, "", numbers)
     undecided = [interval for interval in ratios.values() if interval.high >= 1]
     if undecided:
-        return underpowered(claim, undecided, "for no rank is the interval above 1, and for some not below", numbers)
-    if missing := [str(rank) for rank in ranks if rank not in ratios]:
+        return claim.underpowered(undecided, "for no rank is the interval above 1, and for some not below", numbers)
+    if missing := [str(rank) for rank in found if rank not in ratios]:
         why = f"every other rank is slower than {rival}, but rank {', '.join(missing)} was not decoded"
         return Finding(NOT_RUN, why, numbers)
     return Finding(CONTRADICTED, f"every rank is slower than {rival}", numbers)
@@ -154,13 +129,9 @@ def _why(horizon: int, cells: dict[int, Cells]) -> tuple[list[str], list[Number]
     return words, numbers
 
 
-def answer(verdicts: Sequence[Verdict]) -> Answer:
-    return headline(verdicts, shown)
-
-
 def shown(verdict: Verdict) -> tuple[str, str]:
     """The number is that of the best rank, which its name begins with."""
     if not verdict.numbers:
-        return plain_answer(verdict), "-"
+        return verdict.plain, "-"
     number = verdict.numbers[0]
-    return plain_answer(verdict), number.short(f"at {number.name.partition(' over')[0]}")
+    return verdict.plain, number.short(f"at {number.name.partition(' over')[0]}")

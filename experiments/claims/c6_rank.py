@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments import pretrained
-from experiments.claims.c6_heads import row, settings, shown, some_rank
-from experiments.claims.verdict import Answer, Claim, Verdict, complete, headline
+from experiments.claims import c6_heads
+from experiments.claims.verdict import Claim, Verdict
 from experiments.families import Family
 from experiments.stats import over_seeds
 
@@ -33,17 +33,15 @@ CLAIM = Claim(
 
 def judge(families: Sequence[Family]) -> list[Verdict]:
     """A row per setting and kind of draft that has a rank above 1."""
-    rows = [_row(family, variant) for family, variant in settings(families) if family.ranks(variant)[-1] > 1]
-    return complete(CLAIM, rows, "no records of a rank above 1 on a pretrained model", [])
+    rows = [_row(family, variant) for family, variant in c6_heads.settings(families) if family.ranks(variant)[-1] > 1]
+    return CLAIM.complete(rows, "no records of a rank above 1 on a pretrained model")
 
 
 def _row(family: Family, variant: str) -> Verdict:
-    above = [rank for rank in family.ranks(variant) if rank > 1]
+    above = {rank: cells for rank, cells in family.by_rank(variant).items() if rank > 1}
     level = 1 - 0.05 / len(above)
-    found = {rank: over_seeds(family.cells[variant, rank], CLAIM.quantity, level=level) for rank in above}
-    ratios = {rank: interval for rank, interval in found.items() if interval is not None}
-    return row(CLAIM, family, variant, some_rank(CLAIM, above, ratios, level, "rank 1"), [])
+    found = {rank: over_seeds(cells, CLAIM.quantity, level=level) for rank, cells in above.items()}
+    return c6_heads.row(CLAIM, family, variant, c6_heads.some_rank(CLAIM, found, level, "rank 1"))
 
 
-def answer(verdicts: Sequence[Verdict]) -> Answer:
-    return headline(verdicts, shown)
+shown = c6_heads.shown

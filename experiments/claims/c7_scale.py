@@ -9,25 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments import star
-from experiments.claims.verdict import (
-    CONTRADICTED,
-    HOLDS,
-    NOT_RUN,
-    Answer,
-    Claim,
-    Finding,
-    Number,
-    Verdict,
-    complete,
-    headline,
-    is_nothing,
-    no_difference,
-    percent,
-    plain_answer,
-    too_few,
-    trained,
-    underpowered,
-)
+from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Number, Verdict, percent, trained
 from experiments.families import Cells, Family, along
 from experiments.records import counted
 from experiments.stats import Interval, difference, over_seeds, shared_seeds
@@ -62,23 +44,19 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
     ours = [family for family in trained(families) if family.target == CLAIM.target]
     both = [family for family in ours if {1, CLAIM.top} <= set(family.ranks())]
     missing = f"no records of ranks 1 and {CLAIM.top} that differ in size, training length or text"
-    return complete(CLAIM, [_row(group) for group in along(both, *_TRUNKS)], missing, ours)
+    return CLAIM.complete([_row(group) for group in along(both, *_TRUNKS)], missing, ours)
 
 
 def _row(group: list[Family]) -> Verdict:
     cells = [(family, family.cells["untied", CLAIM.top], family.cells["untied", 1]) for family in group]
     seeds = min(len(shared_seeds(top, one)) for _, top, one in cells)
-    found = _everywhere(group, seeds)
-    row = Verdict(
+    return _everywhere(group, seeds).of(
         CLAIM,
         f"n={group[0].horizon}, frozen targets, {counted(len(group), 'setting')}, {counted(seeds, 'seed')}",
-        found.word,
-        found.reason,
         beside=[number for family, top, one in cells for number in _gains(family, top, one)],
         records=[record.path for _, top, one in cells for each in (one, top) for _, record in sorted(each.items())],
         seeds=seeds,
     )
-    return row.found(found)
 
 
 def _everywhere(group: list[Family], seeds: int) -> Finding:
@@ -89,19 +67,19 @@ def _everywhere(group: list[Family], seeds: int) -> Finding:
         if gap is not None:
             gaps[_setting(family)] = gap
     numbers = [
-        Number(f"{name}, rank {CLAIM.top} - rank 1 {percent(level)}:", gap, CLAIM.digits, CLAIM.unit, sign=True)
+        CLAIM.number(f"{name}, rank {CLAIM.top} - rank 1 {percent(level)}:", gap, sign=True)
         for name, gap in gaps.items()
     ]
     trunks, steps = ({family.settings[key] for family in group} for key in ("size", "optim.steps"))
-    flat = [name for name, gap in gaps.items() if is_nothing(CLAIM, gap)]
+    flat = [name for name, gap in gaps.items() if CLAIM.is_nothing(gap)]
     down = [name for name, gap in gaps.items() if gap.high < 0 and name not in flat]
     if len(trunks) < SIZES_NEEDED or len(steps) < LENGTHS_NEEDED:
         there = f"{counted(len(trunks), 'trunk size')} and {counted(len(steps), 'training length')}"
         return Finding(NOT_RUN, f"{there}, the rule needs {SIZES_NEEDED} and {LENGTHS_NEEDED}", numbers)
-    if few := too_few(CLAIM, seeds, gaps.values(), numbers):
+    if few := CLAIM.too_few(seeds, gaps.values(), numbers):
         return few
     if flat and len(flat) == len(group):
-        return no_difference(CLAIM, "", numbers)
+        return CLAIM.no_difference(numbers)
     if down or flat:
         return Finding(CONTRADICTED, f"no gain for {'; '.join(down + flat)}", numbers)
     if len(gaps) < len(group):
@@ -110,7 +88,7 @@ def _everywhere(group: list[Family], seeds: int) -> Finding:
     if not undecided:
         return Finding(HOLDS, "", numbers)
     why = f"{len(undecided)} of {len(gaps)} intervals include 0 and reach beyond the margin"
-    return underpowered(CLAIM, undecided, why, numbers)
+    return CLAIM.underpowered(undecided, why, numbers)
 
 
 def _setting(family: Family) -> str:
@@ -136,14 +114,10 @@ def _gains(family: Family, top: Cells, one: Cells) -> list[Number]:
     return found
 
 
-def answer(verdicts: Sequence[Verdict]) -> Answer:
-    return headline(verdicts, _range)
-
-
-def _range(verdict: Verdict) -> tuple[str, str]:
+def shown(verdict: Verdict) -> tuple[str, str]:
     if not verdict.numbers:
-        return plain_answer(verdict), "-"
+        return verdict.plain, "-"
     gains = [number.interval for number in verdict.numbers]
     low, high = min(gap.mean for gap in gains), max(gap.mean for gap in gains)
     above = f"above 0 in {sum(gap.low > 0 for gap in gains)} of {len(gains)}"
-    return plain_answer(verdict), f"{low:+.2f} to {high:+.2f} at rank {CLAIM.top}; {above}"
+    return verdict.plain, f"{low:+.2f} to {high:+.2f} at rank {CLAIM.top}; {above}"

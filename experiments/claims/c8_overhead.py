@@ -10,22 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments import star
-from experiments.claims.verdict import (
-    CONTRADICTED,
-    HOLDS,
-    NOT_RUN,
-    Answer,
-    Claim,
-    Finding,
-    Number,
-    Verdict,
-    complete,
-    headline,
-    on_gpu,
-    plain_answer,
-    too_few,
-    underpowered,
-)
+from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Verdict, on_gpu
 from experiments.families import Cells, Family
 from experiments.records import Record, counted
 from experiments.stats import Interval, Sample, contrast, estimate
@@ -54,7 +39,7 @@ _OVER_NEXT = "forward with draft over a next-token model's"
 def judge(families: Sequence[Family]) -> list[Verdict]:
     """A row per setting of the timing cells, which were trained for a few steps with nothing beside them."""
     timed = [family for family in families if family.is_timing and not family.is_pretrained]
-    return complete(CLAIM, [_row(family) for family in timed], "no timing cells", timed)
+    return CLAIM.complete([_row(family) for family in timed], "no timing cells", timed)
 
 
 def _row(family: Family) -> Verdict:
@@ -62,14 +47,14 @@ def _row(family: Family) -> Verdict:
     the same weights, whose first token a model of rank r mixes from r distributions; beside it, over a next-token
     model's forward."""
     plain = {record.seed: record for record in family.reference}
-    cells = {rank: family.cells["untied", rank] for rank in family.ranks()}
+    cells = family.by_rank()
     ratios = {
         _STEP: {rank: _step_ratio(by_seed, plain) for rank, by_seed in cells.items()},
         _FORWARD: {rank: _forward_ratio(by_seed, "speedup") for rank, by_seed in cells.items()},
         _OVER_NEXT: {rank: _forward_ratio(by_seed, "speedup_over_trunk") for rank, by_seed in cells.items()},
     }
     numbers = {
-        (rank, what): Number(f"rank {rank}, {what}:", ratio, CLAIM.digits, CLAIM.unit)
+        (rank, what): CLAIM.number(f"rank {rank}, {what}:", ratio)
         for what, by_rank in ratios.items()
         for rank, ratio in by_rank.items()
         if ratio is not None
@@ -78,43 +63,34 @@ def _row(family: Family) -> Verdict:
     seeds = len(set(cells.get(CLAIM.top, {})) & set(plain))
     found = _is_low(ratios[_STEP].get(CLAIM.top), ratios[_FORWARD].get(CLAIM.top), seeds)
     hardware = "one GPU" if on_gpu(family) else f"{family.records()[0]['hardware']['cores']} cores"
-    row = Verdict(
+    return replace(found, numbers=deciding).of(
         CLAIM,
         f"{family.label}, {hardware}, {counted(seeds, 'seed')}",
-        found.word,
-        found.reason,
         beside=list(numbers.values()),
         records=[record.path for record in family.records("untied")],
         seeds=seeds,
     )
-    return row.found(replace(found, numbers=deciding))
 
 
 def _is_low(step: Interval | None, drafting: Interval | None, seeds: int) -> Finding:
     limit = 1 + CLAIM.margin
     if step is None or drafting is None:
         return Finding(NOT_RUN, f"no cell of rank {CLAIM.top} beside a next-token model, timed alone and decoded")
-    if few := too_few(CLAIM, seeds, (step, drafting)):
+    if few := CLAIM.too_few(seeds, (step, drafting)):
         return few
     if step.high < limit and drafting.high < limit:
         return Finding(HOLDS)
     slow = [what for what, ratio in (("training", step), ("sampling", drafting)) if ratio.low > limit]
     if slow:
-        return Finding(
-            CONTRADICTED, f"{' and '.join(slow)} take{'s' * (len(slow) == 1)} more than {limit:g} times as long"
-        )
+        take = f"{' and '.join(slow)} take{'s' * (len(slow) == 1)}"
+        return Finding(CONTRADICTED, f"{take} more than {limit:g} times as long")
     crossing = [ratio for ratio in (step, drafting) if ratio.high >= limit]
-    return underpowered(CLAIM, crossing, f"an interval crosses {limit:g}")
+    return CLAIM.underpowered(crossing, f"an interval crosses {limit:g}")
 
 
-def answer(verdicts: Sequence[Verdict]) -> Answer:
-    return headline(verdicts, _shown)
-
-
-def _shown(verdict: Verdict) -> tuple[str, str]:
-    places = ("per training step", "per forward with draft")
-    shown = [number.short(place) for place, number in zip(places, verdict.numbers, strict=False)]
-    return plain_answer(verdict), "; ".join(shown) or "-"
+def shown(verdict: Verdict) -> tuple[str, str]:
+    places = zip(("per training step", "per forward with draft"), verdict.numbers, strict=False)
+    return verdict.plain, "; ".join(number.short(place) for place, number in places) or "-"
 
 
 def _step_ratio(cells: Cells, plain: Cells) -> Interval | None:

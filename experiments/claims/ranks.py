@@ -6,21 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from experiments.claims.verdict import (
-    CONTRADICTED,
-    HOLDS,
-    NOT_RUN,
-    Claim,
-    Finding,
-    Number,
-    Verdict,
-    complete,
-    plain_answer,
-    sign,
-    signed,
-    too_few,
-    trained,
-)
+from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Number, Verdict, sign, trained
 from experiments.families import Cells, Family
 from experiments.records import counted
 from experiments.stats import difference, over_seeds, shared_seeds
@@ -38,12 +24,12 @@ def over_ranks(claim: Claim, families: Sequence[Family], rows: Rows) -> list[Ver
     whole = [family for family in usable if {1, claim.top} <= set(family.ranks())]
     found = [row for family in whole or usable for row in rows(family, ours)]
     missing = f"no records of two or more ranks with {TARGETS[claim.target]} and anchor=none"
-    return complete(claim, found, missing, [family for family in ours if family.target == claim.target])
+    return claim.complete(found, missing, [family for family in ours if family.target == claim.target])
 
 
 def judged(claim: Claim, family: Family, rule: Rule) -> Verdict:
     """The rule on the family's cells of the paper's distribution; the means by rank and greedy beside it."""
-    cells = {rank: family.cells["untied", rank] for rank in family.ranks()}
+    cells = family.by_rank()
     missing = [rank for rank in (1, claim.top) if rank not in cells]
     means, greedy = (_means(claim, cells, mode) for mode in ("sampling", "greedy"))
     shared = [] if missing else shared_seeds(cells[1], cells[claim.top])
@@ -52,23 +38,20 @@ def judged(claim: Claim, family: Family, rule: Rule) -> Verdict:
         found = Finding(NOT_RUN, f"no cell of rank {lacking} (there is {there})", means)
     else:
         found = rule(claim, cells)
-        few = too_few(claim, len(shared), [number.interval for number in found.numbers], found.numbers)
-        found = few or found
-    row = Verdict(
+        found = claim.too_few(len(shared), [each.interval for each in found.numbers], found.numbers) or found
+    beside = means * bool(found.numbers and not missing) + greedy * (claim.target == "common")
+    return replace(found, numbers=found.numbers or means).of(
         claim,
         f"{family.label}, {counted(len(shared), 'seed')}",
-        found.word,
-        found.reason,
-        beside=means * bool(found.numbers and not missing) + greedy * (claim.target == "common"),
+        beside=beside,
         records=[record.path for record in family.records("untied")],
         seeds=len(shared),
     )
-    return row.found(found if found.numbers else replace(found, numbers=means))
 
 
 def _means(claim: Claim, cells: dict[int, Cells], mode: str) -> list[Number]:
     return [
-        Number(f"{'greedy, ' * (mode == 'greedy')}rank {rank}:", mean, claim.digits, claim.unit)
+        claim.number(f"{'greedy, ' * (mode == 'greedy')}rank {rank}:", mean)
         for rank, by_seed in cells.items()
         if (mean := over_seeds(by_seed, claim.quantity, mode)) is not None
     ]
@@ -80,23 +63,21 @@ def trend(claim: Claim, cells: dict[int, Cells]) -> Finding:
     total = difference(cells[claim.top], cells[1], claim.quantity)
     if total is None:
         return Finding(NOT_RUN, f"the records hold no {claim.quantity}")
-    numbers = [Number(f"rank {claim.top} - rank 1:", total, claim.digits, claim.unit, sign=True)]
+    numbers = [claim.number(f"rank {claim.top} - rank 1:", total, sign=True)]
     ranks, apart = [rank for rank in sorted(cells) if rank <= claim.top], ""
     for low, high in itertools.pairwise(ranks):
         step = difference(cells[high], cells[low], claim.quantity, level=1 - 0.05 / (len(ranks) - 1))
         if step is None:
             apart = apart or f"rank {high} shares no seed with rank {low}"
         elif sign(step) == -claim.wanted:
-            numbers.append(Number(f"rank {high} - rank {low}:", step, claim.digits, claim.unit, sign=True))
+            numbers.append(claim.number(f"rank {high} - rank {low}:", step, sign=True))
             return Finding(CONTRADICTED, f"the step from rank {low} to rank {high} goes the other way", numbers)
-    found = signed(claim, total, numbers)
+    found = claim.signed(total, numbers)
     return Finding(NOT_RUN, apart, numbers) if apart and found.word == HOLDS else found
 
 
 def at_top_rank(verdict: Verdict) -> tuple[str, str]:
     """The answer and the difference of the top rank to rank 1, in two digits."""
-    number = next(
-        (each for each in verdict.numbers if each.name.startswith(f"rank {verdict.claim.top} - rank 1")), None
-    )
-    shown = replace(number, digits=2).short(f"at rank {verdict.claim.top}") if number else "-"
-    return plain_answer(verdict), shown
+    top = f"rank {verdict.claim.top}"
+    number = next((each for each in verdict.numbers if each.name.startswith(f"{top} - rank 1")), None)
+    return verdict.plain, replace(number, digits=2).short(f"at {top}") if number else "-"

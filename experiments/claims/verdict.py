@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from experiments.families import Family
 from experiments.records import Record, counted
@@ -13,6 +13,75 @@ from experiments.suite import Arm
 
 HOLDS, CONTRADICTED, NO_DIFFERENCE = "holds", "contradicted", "no difference"
 UNDERPOWERED, NOT_RUN = "underpowered", "not run"
+
+
+@dataclass(frozen=True)
+class Number:
+    """One measured number of a verdict, with its interval."""
+
+    name: str
+    interval: Interval
+    digits: int
+    unit: str
+    sign: bool = False
+
+    def text(self) -> str:
+        return f"{self.name} {self.interval.text(self.digits, self.sign)} {self.unit}"
+
+    def short(self, where: str = "") -> str:
+        """For one cell of a table of few words: "+0.26 nats WHERE [0.13, 0.38]"."""
+        low, high = (f"{end:.{self.digits}f}" for end in (self.interval.low, self.interval.high))
+        mean = f"{self.interval.mean:{'+' * self.sign}.{self.digits}f}{' ' * (self.unit != 'x')}{self.unit}"
+        return " ".join(part for part in (mean, where, f"[{low}, {high}]") if part)
+
+
+Numbers = Sequence[Number]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule makes of the cells of one setting. numbers: those that decided. extent: how far the word reaches."""
+
+    word: str
+    reason: str = ""
+    numbers: Numbers = ()
+    extent: str = ""
+
+    @property
+    def phrase(self) -> str:
+        """One of: holds; contradicted; no difference within ±x; underpowered (could have seen y or more); not run."""
+        return f"{self.word} {self.extent}".strip()
+
+    @property
+    def plain(self) -> str:
+        return {HOLDS: "yes", CONTRADICTED: "no"}.get(self.word, self.phrase)
+
+    def of(self, claim: Claim, setting: str, **more: object) -> Verdict:
+        """more: of the fields of a verdict."""
+        return Verdict(**vars(self) | {"claim": claim, "setting": setting} | more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict(Finding):
+    """The finding of a claim in one setting (what its records share).
+
+    numbers decide; beside are reported next to them. expected: what the paper says of this setting, where that is not
+    what it says of the claim.
+    """
+
+    claim: Claim
+    setting: str
+    beside: Numbers = ()
+    records: list[str] = field(default_factory=list)
+    seeds: int = 0
+    expected: str = ""
+
+    @property
+    def verdict(self) -> str:
+        return f"{self.phrase}: {self.reason}" if self.reason else self.phrase
+
+    def measured(self) -> str:
+        return "; ".join(number.text() for number in self.numbers) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -50,71 +119,52 @@ class Claim:
     def name(self) -> str:
         return f"{self.id} {self.part}".strip()
 
+    def number(self, name: str, interval: Interval, sign: bool = False) -> Number:
+        return Number(name, interval, self.digits, self.unit, sign)
 
-@dataclass(frozen=True)
-class Number:
-    """One measured number of a verdict, with its interval."""
+    def is_nothing(self, gap: Interval) -> bool:
+        """Surely inside the margin: counts as no difference, whatever its sign."""
+        return -self.margin < gap.low and gap.high < self.margin
 
-    name: str
-    interval: Interval
-    digits: int
-    unit: str
-    sign: bool = False
+    def no_difference(self, numbers: Numbers) -> Finding:
+        return Finding(NO_DIFFERENCE, "", numbers, f"within ±{self.margin:g} {self.unit}")
 
-    def text(self) -> str:
-        return f"{self.name} {self.interval.text(self.digits, self.sign)} {self.unit}"
+    def underpowered(self, open_: Iterable[Interval], reason: str, numbers: Numbers = ()) -> Finding:
+        """open_: the intervals that decide nothing, at least one. What could have been seen is the largest half-width
+        among them, for ratios as a factor: an effect of that size would have moved its interval clear of no effect."""
+        if self.unit == "x":
+            widest = max(math.sqrt(interval.high / interval.low) for interval in open_)
+            size = f"{widest:.2f}x"
+        else:
+            widest = max((interval.high - interval.low) / 2 for interval in open_)
+            size = f"{widest:.2g} {self.unit}"
+        seen = f"{size} or more" if math.isfinite(widest) else "nothing: one row or prompt has no interval"
+        return Finding(UNDERPOWERED, reason, numbers, f"(could have seen {seen})")
 
-    def short(self, where: str = "") -> str:
-        """For one cell of a table of few words: "+0.26 nats WHERE [0.13, 0.38]"."""
-        low, high = (f"{end:.{self.digits}f}" for end in (self.interval.low, self.interval.high))
-        mean = f"{self.interval.mean:{'+' * self.sign}.{self.digits}f}{' ' * (self.unit != 'x')}{self.unit}"
-        return " ".join(part for part in (mean, where, f"[{low}, {high}]") if part)
+    def signed(self, gap: Interval, numbers: Numbers) -> Finding:
+        """Of one difference that should have the wanted sign."""
+        if self.is_nothing(gap):
+            return self.no_difference(numbers)
+        if sign(gap) == self.wanted:
+            return Finding(HOLDS, "", numbers)
+        if sign(gap) == -self.wanted:
+            return Finding(CONTRADICTED, "the difference goes the other way", numbers)
+        return self.underpowered([gap], "the interval includes 0 and reaches beyond the margin", numbers)
 
+    def too_few(self, seeds: int, intervals: Iterable[Interval], numbers: Numbers = ()) -> Finding | None:
+        """Where there are fewer seeds than the rule needs: nothing is decided, whatever the intervals."""
+        if seeds >= self.seeds:
+            return None
+        reason, known = f"{counted(seeds, 'shared seed')}, the rule needs {self.seeds}", list(intervals)
+        return self.underpowered(known, reason, numbers) if seeds and known else Finding(NOT_RUN, reason, numbers)
 
-@dataclass(frozen=True)
-class Finding:
-    """What a rule makes of the cells of one setting. extent: how far the word reaches. numbers: those that decided."""
-
-    word: str
-    reason: str = ""
-    numbers: list[Number] = field(default_factory=list)
-    extent: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The finding of a claim in one setting (what its records share).
-
-    numbers decide; beside are reported next to them. expected: what the paper says of this setting, where that is not
-    what it says of the claim.
-    """
-
-    claim: Claim
-    setting: str
-    word: str
-    reason: str
-    numbers: list[Number] = field(default_factory=list)
-    beside: list[Number] = field(default_factory=list)
-    records: list[str] = field(default_factory=list)
-    seeds: int = 0
-    expected: str = ""
-    extent: str = ""
-
-    @property
-    def phrase(self) -> str:
-        """One of: holds; contradicted; no difference within ±x; underpowered (could have seen y or more); not run."""
-        return f"{self.word} {self.extent}".strip()
-
-    @property
-    def verdict(self) -> str:
-        return f"{self.phrase}: {self.reason}" if self.reason else self.phrase
-
-    def measured(self) -> str:
-        return "; ".join(number.text() for number in self.numbers) or "nothing"
-
-    def found(self, finding: Finding) -> Verdict:
-        """With what a rule found."""
-        return replace(self, word=finding.word, reason=finding.reason, numbers=finding.numbers, extent=finding.extent)
+    def complete(self, rows: list[Verdict], missing: str, about: Sequence[Family] = ()) -> list[Verdict]:
+        """The rows, or one that says what is missing; and one for the GPU where `about` was measured on none."""
+        found = rows or [Finding(NOT_RUN, missing).of(self, "-")]
+        if self.gpu_arms and not any(on_gpu(family) for family in about):
+            reason = f"no records of a GPU; python experiments/sweep.py claim={self.id} profile=gpu"
+            found = [*found, Finding(NOT_RUN, reason).of(self, "one GPU")]
+        return found
 
 
 @dataclass(frozen=True)
@@ -126,10 +176,10 @@ class Answer:
     number: str
 
 
-Shorten = Callable[[Verdict], tuple[str, str]]
+_OTHERS = {HOLDS: "hold", CONTRADICTED: "contradict", NO_DIFFERENCE: "no difference", UNDERPOWERED: "underpowered"}
 
 
-def headline(verdicts: Sequence[Verdict], shorten: Shorten) -> Answer:
+def headline(verdicts: Sequence[Verdict], shorten: Callable[[Verdict], tuple[str, str]]) -> Answer:
     """The deciding setting is the first that was run: each claim's rows come with the most evidence first. Words that
     other settings have are counted behind the answer."""
     run = [verdict for verdict in verdicts if verdict.word != NOT_RUN]
@@ -137,31 +187,15 @@ def headline(verdicts: Sequence[Verdict], shorten: Shorten) -> Answer:
         return Answer(verdicts[0].claim, NOT_RUN, "-")
     answer, number = shorten(run[0])
     words = [verdict.word for verdict in run[1:]]
-    others = [f"{words.count(word)} {_OTHERS[word]}" for word in _OTHERS if word in words]
+    others = [f"{words.count(word)} {said}" for word, said in _OTHERS.items() if word in words]
     if set(words) - {run[0].word}:
         answer += f" (in {counted(len(words), 'other setting')}: {', '.join(others)})"
     return Answer(verdicts[0].claim, answer, number)
 
 
-_OTHERS = {HOLDS: "hold", CONTRADICTED: "contradict", NO_DIFFERENCE: "no difference", UNDERPOWERED: "underpowered"}
-
-
-def plain_answer(verdict: Verdict) -> str:
-    return {HOLDS: "yes", CONTRADICTED: "no"}.get(verdict.word, verdict.phrase)
-
-
 def trained(families: Sequence[Family]) -> list[Family]:
     """Families on trunks of ours whose cells were trained, not only timed."""
     return [family for family in families if not family.is_pretrained and not family.is_timing]
-
-
-def complete(claim: Claim, rows: list[Verdict], missing: str, about: Sequence[Family]) -> list[Verdict]:
-    """The rows of a claim, or one that says what is missing; and one for the GPU where `about` was measured on none."""
-    found = rows or [Verdict(claim, "-", NOT_RUN, missing)]
-    if claim.gpu_arms and not any(on_gpu(family) for family in about):
-        reason = f"no records of a GPU; python experiments/sweep.py claim={claim.id} profile=gpu"
-        found = [*found, Verdict(claim, "one GPU", NOT_RUN, reason)]
-    return found
 
 
 def on_gpu(family: Family) -> bool:
@@ -170,49 +204,6 @@ def on_gpu(family: Family) -> bool:
 
 def sign(interval: Interval) -> int:
     return 1 if interval.low > 0 else -1 if interval.high < 0 else 0
-
-
-def is_nothing(claim: Claim, gap: Interval) -> bool:
-    """Surely inside the margin: counts as no difference, whatever its sign."""
-    return -claim.margin < gap.low and gap.high < claim.margin
-
-
-def no_difference(claim: Claim, reason: str = "", numbers: Sequence[Number] = ()) -> Finding:
-    return Finding(NO_DIFFERENCE, reason, list(numbers), f"within ±{claim.margin:g} {claim.unit}")
-
-
-def underpowered(claim: Claim, open_: Iterable[Interval], reason: str, numbers: Sequence[Number] = ()) -> Finding:
-    """open_: the intervals that decide nothing, at least one. What could have been seen is the largest half-width among
-    them, for ratios as a factor: an effect of that size would have moved its interval clear of no effect."""
-    if claim.unit == "x":
-        widest = max(math.sqrt(interval.high / interval.low) for interval in open_)
-        size = f"{widest:.2f}x"
-    else:
-        widest = max((interval.high - interval.low) / 2 for interval in open_)
-        size = f"{widest:.2g} {claim.unit}"
-    seen = f"{size} or more" if math.isfinite(widest) else "nothing: one row or prompt has no interval"
-    return Finding(UNDERPOWERED, reason, list(numbers), f"(could have seen {seen})")
-
-
-def signed(claim: Claim, gap: Interval, numbers: Sequence[Number] = ()) -> Finding:
-    """Of one difference that should have the wanted sign."""
-    if is_nothing(claim, gap):
-        return no_difference(claim, "", numbers)
-    if sign(gap) == claim.wanted:
-        return Finding(HOLDS, "", list(numbers))
-    if sign(gap) == -claim.wanted:
-        return Finding(CONTRADICTED, "the difference goes the other way", list(numbers))
-    return underpowered(claim, [gap], "the interval includes 0 and reaches beyond the margin", numbers)
-
-
-def too_few(claim: Claim, seeds: int, intervals: Iterable[Interval], numbers: Sequence[Number] = ()) -> Finding | None:
-    """Where there are fewer seeds than the rule needs: nothing is decided, whatever the intervals."""
-    if seeds >= claim.seeds:
-        return None
-    reason, known = f"{counted(seeds, 'shared seed')}, the rule needs {claim.seeds}", list(intervals)
-    if not seeds or not known:
-        return Finding(NOT_RUN, reason, list(numbers))
-    return underpowered(claim, known, reason, numbers)
 
 
 def percent(level: float) -> str:

@@ -16,7 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from cpdlm.files import write_bytes
-from experiments.claims import CONTRADICTED, HOLDS, Claim, Verdict, answers
+from experiments.claims import Claim, Verdict, answers
+from experiments.claims.verdict import CONTRADICTED, HOLDS
 from experiments.records import MODES, Record, decoding_hardware, training_hardware
 from experiments.report.figures import ADDING, FIGURES, Shown, command
 from experiments.report.figures.style import COLUMN, DPI, worded

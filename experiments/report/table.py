@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpdlm.files import write_bytes
-from experiments.claims import seeds_text
+from experiments.claims.verdict import seeds_text
 from experiments.records import MODES, Record, counted, decoding_hardware, training_hardware
 from experiments.stats import Interval
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.claims import CLAIMS, equal_level
+from experiments.claims import c2_first_token
 from experiments.families import Family
 from experiments.report.figures.style import (
     COLUMN,
@@ -64,11 +64,11 @@ def first_token(families: list[Family]) -> Drawn | str:
     shown = widest([f for f in families if f.target == "own" and 1 in f.ranks()])
     if not shown:
         return "no from-scratch records of two or more ranks"
-    margin = next(claim.margin for claim in CLAIMS if claim.id == "C2")
+    margin = c2_first_token.CLAIM.margin
     figure, axes = grid(1, len(shown), width=COLUMN if len(shown) == 1 else WIDE, height=2.0)
     for axis, family in zip(axes[0], shown, strict=True):
         ranks, base = family.ranks(), family.cells["untied", 1]
-        start, level = _mean(over_seeds(base, "first_token_nll")), equal_level(len(ranks) - 1)
+        start, level = _mean(over_seeds(base, "first_token_nll")), c2_first_token.equal_level(len(ranks) - 1)
         axis.axhspan(
             start - margin, start + margin, color="0.9", linewidth=0, zorder=0, label=rf"margin of $\pm${margin:g} nats"
         )

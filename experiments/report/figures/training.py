@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.families import Cells, Family, along
+from experiments.families import Cells, Family, along, trained_longer
 from experiments.report.figures.style import (
     BLACK,
     BLUE,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def equal_time(families: list[Family]) -> Drawn | str:
     """Held-out joint NLL and tokens per forward against the time spent in training."""
-    found = [(family, _longer(family, families)) for family in widest(families) if 1 in family.ranks()]
+    found = [(family, trained_longer(family, families)) for family in widest(families) if 1 in family.ranks()]
     shown = [each for each in found if each[1]][:2] or found[:2]
     if not shown:
         return "no records of rank 1 and a higher one"
@@ -57,18 +57,6 @@ def equal_time(families: list[Family]) -> Drawn | str:
             for record in (*family.records("untied"), *(r for cells in longer for r in cells.values()))
         ],
     )
-
-
-def _longer(family: Family, families: list[Family]) -> list[Cells]:
-    """Rank 1 of the same settings trained for more steps, by steps."""
-    others = [
-        other
-        for other in families
-        if other.settings["optim.steps"] > family.settings["optim.steps"]
-        and 1 in other.ranks()
-        and along([family, other], "optim.steps", "optim.warmup")
-    ]
-    return [other.cells["untied", 1] for other in sorted(others, key=lambda f: f.settings["optim.steps"])]
 
 
 def _against_time(axis: Axes, family: Family, longer: list[Cells], quantity: str) -> None:
@@ -103,8 +91,7 @@ def _against_time(axis: Axes, family: Family, longer: list[Cells], quantity: str
 
 def _seconds(cells: Cells) -> float:
     """Mean over seeds of the time in training steps, without validation, checkpoints and pauses."""
-    training = [record["training"] for record in cells.values()]
-    return float(np.mean([each["steps"] * each["step_ms_median"] / 1000 for each in training]))
+    return float(np.mean([record.step_seconds for record in cells.values()]))
 
 
 def balance(families: list[Family]) -> Drawn | str:
