@@ -24,6 +24,7 @@ from cpdlm.config import ConfigError, resolve
 from cpdlm.decoding import Options, Sampling, decode_batch
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.pretrained import load_pretrained
+from tests.made_pretrained import continued
 
 LIST = Path(__file__).with_suffix(".json")
 VOCABULARY, CONTEXT, NEW, LARGEST = 67, 32, 20, 8_000_000
@@ -119,16 +120,7 @@ def _compared(folder: Path, base: LanguageModel) -> str:
     settings |= {"data.context": CONTEXT, "decode.prompt_tokens": 4, "decode.new_tokens": 4}
     model = build_language_model(resolve(settings), base.vocab_size, base).eval()
     prompts = [torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(7)) for length in (7, 4)]
-    theirs = [
-        whole.generate(
-            each[None],
-            attention_mask=torch.ones_like(each[None]),
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=None,
-        )[0, len(each) :].tolist()
-        for each in prompts
-    ]
+    theirs = [continued(whole, each, NEW) for each in prompts]
     for draft in ("chain", "tree"):
         ours = decode_batch(model, prompts, NEW, Sampling(0.0), draft=draft, options=Options(nodes=5))
         if [each.tokens for each in ours] != theirs:

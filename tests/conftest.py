@@ -67,6 +67,14 @@ def forget_draws() -> None:
 
 
 @pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small random models of other architectures, as folders by their names in `made_pretrained.SHAPES`."""
+    from made_pretrained import SHAPES, saved
+
+    return {name: saved(shape, tmp_path_factory.mktemp("model")) for name, shape in SHAPES.items()}
+
+
+@pytest.fixture(scope="session")
 def committed() -> list[records.Record]:
     """The records under results/, read once."""
     return records.load_all(Path(__file__).parent.parent / "results")[0]

@@ -107,6 +107,11 @@ BAD: list[tuple[str, str]] = [
         "(model=NAME), model",
     ),
     ("data.tokenizer=model", "data.tokenizer='model': write bytes, bpe:SIZE"),
+    ("preset=retrofit", "with a pretrained trunk (model=NAME), model"),
+    ("model=x", "data.tokenizer=bytes is not the tokenizer of the pretrained model x"),
+    ("model=x data.tokenizer=bpe:999", "type data.tokenizer=model"),
+    ("model.family=pretrained data.tokenizer=model", "needs the model: type model=NAME"),
+    ("model.dtype=bfloat16", "model.dtype=bfloat16 is for pretrained trunks"),
     ("data.text=greedy", "data.text=greedy is for heads on a frozen model: give model=NAME"),
     (
         "data.text=greedy model.trunk=runs/t",
@@ -306,6 +311,8 @@ def test_what_follows_from_the_settings() -> None:
     assert not parse([]).first_is_tied and parse(["anchor=token"]).first_is_tied
     assert parse(["model.tie_first=true"]).first_is_tied and parse(["preset=trunk"]).first_is_tied
     assert parse([]).target == "own" and parse(["model.trunk=runs/t"]).target == "common"
+    retrofit = parse(["preset=retrofit", "model=some/SmolLM2-135M.gguf", "rank=8"])
+    assert retrofit.is_pretrained and retrofit.run_name == "code-smollm2-135m-common-r8-n4-none-tied-eq14-s0"
 
 
 def test_the_56m_layout_has_56_3_million_parameters() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import metadata_load
+from made_pretrained import SHAPES, V, saved, word_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_pretrained import SHAPES, V, saved, word_tokenizer
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
