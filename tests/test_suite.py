@@ -118,14 +118,6 @@ def test_the_axes_of_the_star_are_whole() -> None:
     }
 
 
-@pytest.mark.parametrize(("scale", "jobs", "hours"), [("cpu", 2, 6.0), ("gpu", 1, 25 / 60)])
-def test_the_star_fits_its_budget(scale: str, jobs: int, hours: float, cost_model: cost.CostModel) -> None:
-    cells = study("all", scale)
-    assert len({cell.setting for cell in cells}) <= 60
-    model = cost_model if scale == "cpu" else cost.CostModel.of([], scale)
-    assert cost.wall_seconds(cells, cost.estimates(model, cells), jobs) / 3600 <= hours
-
-
 def test_every_claim_has_cells() -> None:
     assert list(dict.fromkeys(each.id for each in CLAIMS)) == [f"C{number}" for number in range(1, 9)]
     for each in CLAIMS:
