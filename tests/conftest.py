@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 # Before any library reads them; processes that tests start inherit them.
 os.environ |= {
@@ -51,19 +53,29 @@ def made_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def drawn(made_results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    """The report on them: (folder, report); of a tenth of the resamples, which are most of its time."""
+    """The report on them: (folder, report)."""
     folder = tmp_path_factory.mktemp("figures")
+    with a_tenth_of_the_resamples():
+        return folder, render(made_results, folder)
+
+
+@pytest.fixture
+def few_resamples() -> Iterator[None]:
+    with a_tenth_of_the_resamples():
+        yield
+
+
+@contextlib.contextmanager
+def a_tenth_of_the_resamples() -> Iterator[None]:
+    """They are most of an interval's time."""
+    cached = (stats._counts, stats._normals, stats._resampled, stats._interval)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stats, "RESAMPLES", stats.RESAMPLES // 10)
-        forget_draws()
-        report = render(made_results, folder)
-    forget_draws()
-    return folder, report
-
-
-def forget_draws() -> None:
-    for cached in (stats._counts, stats._normals, stats._resampled, stats._interval):
-        cached.cache_clear()
+        for each in cached:
+            each.cache_clear()
+        yield
+    for each in cached:
+        each.cache_clear()
 
 
 @pytest.fixture(scope="session")

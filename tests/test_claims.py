@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from made_records import ORIGIN, made, suite
 
-from experiments import claims, stats
+from experiments import claims
 from experiments.claims.verdict import CONTRADICTED, HOLDS, NO_DIFFERENCE, NOT_RUN, UNDERPOWERED
 from experiments.families import families_of
 from experiments.records import Record
-from experiments.stats import Interval, Sample, contrast, estimate
+from experiments.stats import Interval
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
 COMMON = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"}
 
 
@@ -48,12 +49,7 @@ def test_claims_are_in_order_and_their_rules_name_their_margins() -> None:
         ("C1", {"slope": 0.05}, HOLDS, "holds"),
         ("C1", {"slope": -0.05}, CONTRADICTED, "goes the other way"),
         ("C1", {"slope": 0.0, "noise": 0.0001}, NO_DIFFERENCE, "no difference within ±0.01 nats"),
-        (
-            "C1",
-            {"slope": 0.002, "noise": 0.0001},
-            NO_DIFFERENCE,
-            "no difference within",
-        ),  # surely down, by next to nothing
+        ("C1", {"slope": 0.002, "noise": 0.0001}, NO_DIFFERENCE, "within"),  # surely down, by next to nothing
         ("C1", {"slope": 0.0, "noise": 0.05}, UNDERPOWERED, "(could have seen"),
         ("C2", {"first": 0.0}, HOLDS, ""),
         ("C2", {"first": 0.05}, CONTRADICTED, "rank 2, 4, 8 differs from rank 1 by more than 0.02 nats"),
@@ -223,17 +219,6 @@ def test_a_cell_of_another_wall_clock_or_machine_is_not_taken_for_equal() -> Non
     assert verdict.word == NOT_RUN and "trained on different kinds of hardware" in verdict.reason
 
 
-def test_equal_wall_clock_is_that_of_the_shared_seeds() -> None:
-    """Seed 2 of rank 8, which was slow and on another machine, has no partner."""
-    short, long = timed(1.0)
-    short[-1]["training"]["step_ms_median"] = 400.0
-    equal_clock = judged("C1", *short, *long[:2])[1]
-    assert equal_clock.numbers[0].name == "rank 8 - rank 1 trained for 1.00 times its time:"
-    assert len(equal_clock.records) == 4
-    short[-1]["hardware"] = short[-1]["hardware"] | {"processor": "Another CPU"}
-    assert judged("C1", *short, *long[:2])[1].numbers == equal_clock.numbers
-
-
 # --- balance, sizes and lengths, overhead ----------------------------------------------------------------------------
 
 
@@ -300,14 +285,6 @@ def test_c7_must_hold_at_every_size_and_length(changes: dict[tuple[str, int], fl
     assert verdict.setting == "n=4, frozen targets, 6 settings, 3 seeds"
 
 
-def test_c7_counts_in_bytes_beside_tokens() -> None:
-    beside = [number.text() for number in everywhere(STAR).beside]
-    units = ["nats", "bits per byte of the joint", *["bytes per forward", "x"] * 2]
-    for size, steps in STAR:
-        of = [text for text in beside if text.startswith(f"code {size} {steps} steps, rank ")]
-        assert [text.split("] ")[1] for text in of] == units
-
-
 def test_c7_says_which_sizes_and_lengths_are_missing() -> None:
     few = everywhere({key: pace for key, pace in STAR.items() if key[0] != "micro"})
     assert (few.word, few.reason) == (NOT_RUN, "3 trunk sizes and 3 training lengths, the rule needs 4 and 3")
@@ -340,13 +317,6 @@ def test_c8_reads_steps_and_forwards(step: float, speed: float, seeds: int, word
     assert verdict.word == word and reason in verdict.reason
     assert verdict.numbers[0].interval.mean == pytest.approx(step)
     assert len(verdict.numbers) == 2 and ", 2 cores, " in verdict.setting
-
-
-def test_timing_cells_say_nothing_about_likelihoods() -> None:
-    contents = [made(rank, seed, claim="C8") for rank in (1, 8) for seed in range(3)]
-    for claim in ("C1", "C2"):
-        assert judged(claim, *contents)[0].word == NOT_RUN
-    assert judged("C8", *contents)[0].reason.startswith("no cell of rank 8 beside a next-token model")
 
 
 # --- heads on a pretrained model -------------------------------------------------------------------------------------
@@ -408,25 +378,6 @@ def test_c6_judges_each_kind_of_draft_by_itself_and_is_no_matter_of_c3_and_c4() 
         assert judged(claim, *untied)[0].reason.startswith("no records")
 
 
-def test_c6_says_why_from_accepted_drafts_and_components_in_use() -> None:
-    contents = [made(rank, 0, **TIED) for rank in (1, 2, 8)]
-    for content in contents:
-        rank = content["config"]["rank"]
-        content["likelihood"]["kept_by_depth"] = [
-            {"depth": depth, "mean": 0.6 / depth + rank / 100, "sem": 0.01} for depth in (2, 3, 4)
-        ]
-    contents[2]["likelihood"]["weights"] |= {"effective": 1.18, "dead": 7}
-    (verdict,) = judged("C6 heads", *contents)
-    assert verdict.verdict == (
-        "holds: a target forward over 4 tokens takes 1.18 times as long as one over 1; of rank 1's drafts 0.31, 0.21, 0.16 "
-        "are accepted at depths 2, 3, 4; of rank 8's drafts 0.38, 0.28, 0.23 are accepted at depths 2, 3, 4; components "
-        "collapsed (1.2 of 8 in use)"
-    )
-    beside = [number.text() for number in verdict.beside]
-    assert "rank 8: 1.18 [1.18, 1.18] effective components" in beside
-    assert any(text.startswith("rank 2, depth 3: 0.22") and text.endswith(" accepted") for text in beside)
-
-
 def test_c6_the_longest_training_answers_and_the_screen_does_not_count() -> None:
     longer = made(1, 0, **TIED, optim__steps=9000, name="one-long")
     longer["training"]["tokens"] *= 20
@@ -435,50 +386,3 @@ def test_c6_the_longest_training_answers_and_the_screen_does_not_count() -> None
     assert found[0].records == ["C6/one-long.json"] and len(found) == 2
     assert len(judged("C6 rank", longer)) == 1 and judged("C6 rank", longer)[0].word == NOT_RUN
     assert judged("C6 heads", screen)[0].reason == "no records of heads on a pretrained model"
-
-
-# --- intervals -------------------------------------------------------------------------------------------------------
-
-
-def test_seeds_alone_give_the_t_interval() -> None:
-    """Four exact values 1..4: mean 2.5, standard error 0.6455, t(3) = 3.182. Monte Carlo error is about 5%."""
-    found = estimate([Sample(mean=value) for value in (1.0, 2.0, 3.0, 4.0)])
-    assert (found.mean, found.seeds) == (2.5, 4)
-    assert found.high - found.mean == pytest.approx(3.182 * 0.6455, rel=0.12)
-    assert found.mean - found.low == pytest.approx(3.182 * 0.6455, rel=0.12)
-
-
-def test_rows_alone_give_the_normal_interval() -> None:
-    values = np.random.default_rng(1).normal(5, 2, 400)
-    found = estimate([Sample.ratio(values.tolist(), [1.0] * 400)])
-    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
-
-
-def test_pairing_removes_the_rows_that_both_share() -> None:
-    rows = np.random.default_rng(2).normal(5, 3, 100)
-    pair = Sample.ratio((rows + 0.1).tolist(), [1.0] * 100), Sample.ratio(rows.tolist(), [1.0] * 100)
-    found = contrast([pair])
-    assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.1))
-
-
-def test_between_seed_variation_widens_the_interval() -> None:
-    rows = np.random.default_rng(3).normal(5, 0.1, 100)
-    same = [Sample.ratio(rows.tolist(), [1.0] * 100)] * 3
-    moved = [Sample.ratio((rows + shift).tolist(), [1.0] * 100) for shift in (-0.5, 0.0, 0.5)]
-    assert estimate(moved).high - estimate(moved).low > 10 * (estimate(same).high - estimate(same).low)
-
-
-def test_coverage_with_three_seeds() -> None:
-    """95% intervals over 3 seeds and 40 rows cover the truth. 200 trials; below 0.90 has probability under 0.002."""
-    generator, inside = np.random.default_rng(4), 0
-    for _ in range(200):
-        rows = generator.normal(0, 0.3, 40)
-        samples = [Sample.ratio((rows + generator.normal(0, 0.2)).tolist(), [1.0] * 40) for _ in range(3)]
-        found = estimate(samples)
-        inside += found.low < 0 < found.high
-    assert inside >= 180, inside
-
-
-def test_intervals_are_the_same_every_time() -> None:
-    cells = {seed: Record("x", made(2, seed)) for seed in range(3)}
-    assert stats.over_seeds(cells, "joint_nll") == stats.over_seeds(cells, "joint_nll")

@@ -63,15 +63,6 @@ def test_the_joint_and_the_drafts_can_be_counted_in_bytes() -> None:
     assert measured(record(bytewise), "joint_bits_per_byte") is measured(record(bytewise), "bytes_per_pass") is None
 
 
-def test_training_quantities_have_a_t_interval_over_seeds() -> None:
-    cells = {seed: record(made(2, seed)) for seed in range(3)}
-    found = over_seeds(cells, "training:step_ms_median")
-    steps = [cell["training"]["step_ms_median"] for cell in cells.values()]
-    assert isinstance(found, Interval) and found.mean == pytest.approx(np.mean(steps))
-    assert (found.high - found.low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * np.std(steps, ddof=1) / math.sqrt(3))
-    assert over_seeds(cells, "training:nothing") is None
-
-
 def test_seeds_and_prompts_add_as_a_brute_force_draw_has_it() -> None:
     """99.4%, where draws of t with two degrees of freedom would say little: the tail is exact."""
     samples = [Sample(mean=mean, sem=0.1) for mean in (1.0, 1.1, 1.3)]
@@ -113,6 +104,32 @@ def test_the_interval_of_a_recorded_ratio_is_expanded_as_well() -> None:
     assert narrow.exp().low == pytest.approx(1.1, rel=0.01)
     factor = (wide.high - wide.low) / (narrow.high - narrow.low)
     assert factor == pytest.approx(stats.t.ppf(0.975, 3) / 1.96 * math.sqrt(4 / 3), rel=1e-3)
+
+
+def test_seeds_alone_give_the_t_interval() -> None:
+    """Four exact values 1..4: mean 2.5, standard error 0.6455, t(3) = 3.182."""
+    found = estimate([Sample(mean=value) for value in (1.0, 2.0, 3.0, 4.0)])
+    assert (found.mean, found.seeds) == (2.5, 4)
+    assert (found.high - 2.5, 2.5 - found.low) == pytest.approx((3.182 * 0.6455,) * 2, rel=0.12)
+
+
+def test_rows_alone_give_the_normal_interval_and_seeds_that_differ_a_wider_one() -> None:
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    found = estimate([Sample.ratio(values.tolist(), [1.0] * 400)])
+    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
+    moved = estimate([Sample.ratio((values + shift).tolist(), [1.0] * 400) for shift in (-5, 0, 5)])
+    assert moved.high - moved.low > 10 * (found.high - found.low)
+
+
+def test_coverage_with_three_seeds() -> None:
+    """95% intervals over 3 seeds and 40 rows cover the truth. 200 trials; below 0.90 has probability under 0.002."""
+    generator, inside = np.random.default_rng(4), 0
+    for _ in range(200):
+        rows = generator.normal(0, 0.3, 40)
+        samples = [Sample.ratio((rows + generator.normal(0, 0.2)).tolist(), [1.0] * 40) for _ in range(3)]
+        found = estimate(samples)
+        inside += found.low < 0 < found.high
+    assert inside >= 180, inside
 
 
 def test_pairing_removes_what_all_cells_share() -> None:
