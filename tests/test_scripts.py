@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import runpy
@@ -12,14 +11,11 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
-from made_records import made
 from packaging.requirements import Requirement
 
-from experiments import verify
-from experiments.records import Record
+from experiments.profiles import PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("reproduce.sh", "dev", ".ci/run", "requirements/environment.sh")
@@ -101,17 +97,12 @@ def test_scripts_are_bash_and_name_no_machine(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["reproduce.sh", "dev"])
-def test_help_needs_no_environment(name: str, machine: Machine) -> None:
+def test_help_needs_no_environment_and_names_every_profile(name: str, machine: Machine) -> None:
     done = machine(name, "--help", cwd=Path("/"))
     assert done.returncode == 0 and done.stdout.startswith(f"usage: ./{name}")
     assert machine.asked() == []
-
-
-def test_help_names_every_profile() -> None:
-    from experiments.profiles import PROFILES
-
-    page = script(ROOT, "reproduce.sh", "--help").stdout
-    assert all(re.search(rf"^ .*\b{name} ", page, flags=re.MULTILINE) for name in PROFILES)
+    for profile in PROFILES if name == "reproduce.sh" else ():
+        assert re.search(rf"^ .*\b{profile} ", done.stdout, flags=re.MULTILINE), profile
 
 
 @pytest.mark.parametrize(
@@ -136,11 +127,10 @@ def test_what_the_sweep_knows_is_handed_to_it(machine: Machine, tmp_path: Path) 
     assert "sweep profile=smoke out=runs/x only=data,train" in done.stdout
 
 
-@pytest.mark.parametrize("profile", ["gpu", "retrofit-gpu", "paper", "retrofit", "cpu"])
-def test_a_profile_for_a_gpu_warns_where_there_is_none(profile: str, machine: Machine) -> None:
-    said = machine("reproduce.sh", "--only", "set-up", "--profile", profile).stdout
-    assert (f"profile {profile} would take days" in said) == (profile in ("gpu", "retrofit-gpu", "paper"))
-    assert "sweep" not in said
+def test_a_profile_for_a_gpu_warns_where_there_is_none(machine: Machine) -> None:
+    for profile, warns in (("retrofit-gpu", True), ("paper", True), ("cpu", False)):
+        said = machine("reproduce.sh", "--only", "set-up", "--profile", profile).stdout
+        assert (f"profile {profile} would take days" in said) == warns and "sweep" not in said
 
 
 # --- a given interpreter ---------------------------------------------------------------------------------------------
@@ -170,15 +160,13 @@ def test_set_up_installs_torch_first_and_only_once(machine: Machine) -> None:
     assert "torch.txt" in asked[1] and "requirements/cpu.txt" in asked[2]
     assert all(line.startswith("torch==") for line in (machine.tree / ".venv/torch.txt").read_text().splitlines())
     assert "skipped: .venv is complete (cpu)" in machine("dev", "setup").stdout and machine.asked() == []
-
-
-def test_a_changed_lock_is_installed_again(machine: Machine) -> None:
-    machine("dev", "setup")
-    machine.asked()
+    # A changed lock is installed again; an environment that does not run is made again.
     with (machine.tree / "requirements/cpu.txt").open("a") as lock:
         lock.write("another==1.0\n")
     assert machine("dev", "setup").returncode == 0
     assert [line.split()[0] for line in machine.asked()] == ["install"] * 3
+    (machine.tree / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
+    assert machine("dev", "setup").returncode == 0 and machine.asked()[0] == "venv"
 
 
 def test_a_failed_set_up_says_so_and_continues(machine: Machine) -> None:
@@ -200,20 +188,6 @@ def test_a_gpu_changes_variant_and_profile(machine: Machine) -> None:
     asked = machine.asked()
     assert asked[0] == "venv" and "requirements/cuda.txt" in asked[-2] and "extra-index-url" not in "".join(asked)
     assert "sweep profile=gpu" in done.stdout
-
-
-def test_a_broken_environment_is_made_again(machine: Machine) -> None:
-    machine("dev", "setup")
-    machine.asked()
-    (machine.tree / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
-    assert machine("dev", "setup").returncode == 0
-    assert machine.asked()[0] == "venv"
-
-
-def test_a_missing_python_is_named(machine: Machine) -> None:
-    for name in ("python3.11", "python3.12", "python3.13", "python3"):
-        machine.program(name, "#!/bin/sh\nexit 1\n")
-    assert "apt install python3.11-venv" in machine("dev", "setup").stderr
 
 
 # --- dev -------------------------------------------------------------------------------------------------------------
@@ -241,14 +215,13 @@ sys.exit(int(os.environ.get("FAILS", "0")) if slow else 0)
 """
 
 
+SECONDS = r"set-up \d+ s, tests \d+ s, slow tests \d+ s, smoke \d+ s, skipped tests \d+ s"
+
+
 @pytest.mark.parametrize(
     ("listed", "fails", "last"),
     [
-        (
-            "tests/test_a.py::tFalse\n",
-            "0",
-            r"ci: all passed \(set-up \d+ s, tests \d+ s, slow tests \d+ s, smoke \d+ s, skipped tests \d+ s\)",
-        ),
+        ("tests/test_a.py::tFalse\n", "0", rf"ci: all passed \({SECONDS}\)"),
         ("", "0", r"ci: failed: skipped tests \(exit 1\) .*"),
         ("tests/test_a.py::tFalse\n", "1", r"ci: failed: slow tests \(exit 1\) .*"),
     ],
@@ -310,29 +283,29 @@ def test_the_cpu_lock_is_the_cuda_lock_without_cuda() -> None:
 
 # --- skipped tests ---------------------------------------------------------------------------------------------------
 
-REPORT = """<?xml version="1.0" encoding="utf-8"?><testsuites><testsuite name="pytest">
-<testcase classname="tests.test_a" name="test_ran" file="tests/test_a.py" line="1" time="0.1" />
-<testcase classname="tests.test_a" name="test_one[x-1]" file="tests/test_a.py"><skipped type="pytest.skip" message="no GPU" /></testcase>
-<testcase classname="tests.test_a.TestIt" name="test_two" file="tests/test_a.py"><skipped type="pytest.skip" /></testcase>
-<testcase classname="tests.test_a" name="test_known" file="tests/test_a.py"><skipped type="pytest.xfail" /></testcase>
-<testcase classname="" name="tests.test_b"><skipped type="pytest.skip" /></testcase>
-</testsuite></testsuites>"""
+CASE = '<testcase classname="tests.test_a" file="tests/test_a.py" name="{}">{}</testcase>'
+REPORT = "".join(
+    [
+        '<?xml version="1.0"?><testsuites><testsuite name="pytest">',
+        CASE.format("test_ran", ""),
+        *(
+            CASE.format(name, '<skipped type="pytest.skip" message="no GPU" />')
+            for name in ("test_one[x-1]", "test_two")
+        ),
+        CASE.format("test_known", '<skipped type="pytest.xfail" />'),
+        '<testcase classname="" name="tests.test_b"><skipped type="pytest.skip" /></testcase>',
+        "</testsuite></testsuites>",
+    ]
+)
+ONE, TWO = "tests/test_a.py::test_one[x-1]", "tests/test_a.py::test_two"
 
 
 @pytest.mark.parametrize(
     ("listed", "code", "said"),
     [
-        (
-            "# why\ntests/test_a.py::test_one[x-1] # no GPU\ntests/test_a.py::TestIt::test_two\n? tests/test_b.py\n? tests/test_c.py\n",
-            0,
-            "skipped tests: 3",
-        ),
-        ("tests/test_a.py::test_one[x-1]\ntests/test_b.py\n", 1, "not in LIST: tests/test_a.py::TestIt::test_two"),
-        (
-            "tests/test_a.py::test_one[x-1]\ntests/test_a.py::TestIt::test_two\ntests/test_b.py\ntests/test_a.py::test_ran\n",
-            1,
-            "not skipped: tests/test_a.py::test_ran",
-        ),
+        (f"# why\n{ONE} # no GPU\n{TWO}\n? tests/test_b.py\n? tests/test_c.py\n", 0, "skipped tests: 3"),
+        (f"{ONE}\ntests/test_b.py\n", 1, f"not in LIST: {TWO}"),
+        (f"{ONE}\n{TWO}\ntests/test_b.py\ntests/test_a.py::test_ran\n", 1, "not skipped: tests/test_a.py::test_ran"),
     ],
 )
 def test_skips_are_compared(
@@ -343,124 +316,3 @@ def test_skips_are_compared(
     main = runpy.run_path(str(ROOT / ".ci/skips.py"))["main"]
     assert main([str(tmp_path / "list"), str(tmp_path / "report.xml")]) == code
     assert said.replace("LIST", str(tmp_path / "list")) in capsys.readouterr().out
-
-
-def test_the_committed_list_of_skips_names_real_files() -> None:
-    for names in runpy.run_path(str(ROOT / ".ci/skips.py"))["listed"]((ROOT / "tests/skips.txt").read_text()):
-        assert all((ROOT / name.split("::")[0]).is_file() for name in names)
-
-
-# --- verify ----------------------------------------------------------------------------------------------------------
-
-
-def record(content: dict[str, Any]) -> Record:
-    return Record("made.json", content)
-
-
-def differing(change: Any) -> list[str]:
-    content = made(4)
-    change(content)
-    return [line.what for line in verify.compare(record(made(4)), record(content)) if line.agrees is False]
-
-
-def test_verify_judges_results_and_only_shows_speeds() -> None:
-    assert differing(lambda r: None) == []
-    assert (
-        differing(lambda r: r["likelihood"]["joint_nll"].update(mean=r["likelihood"]["joint_nll"]["mean"] + 9e-4)) == []
-    )
-    assert differing(
-        lambda r: r["likelihood"]["joint_nll"].update(mean=r["likelihood"]["joint_nll"]["mean"] + 2e-3)
-    ) == ["joint NLL (nats)"]
-    assert differing(lambda r: r["data"].update(sha256="cd" * 32)) == ["data sha256"]
-    assert differing(lambda r: r["config"]["optim"].update(lr=1.0)) == ["optim.lr"]
-    assert differing(lambda r: r["config"].update(output="elsewhere")) == []
-    assert differing(lambda r: r["config"]["data"].update(cache="elsewhere")) == []
-    assert differing(lambda r: r["config"]["model"].update(trunk="runs/other")) == ["model.trunk"]
-    greedy = made(4)["decoding"]["modes"]["greedy"]["tokens_per_pass"]
-    pace = {"mean": greedy["high"] + 0.01}
-    assert differing(lambda r: r["decoding"]["modes"]["greedy"]["tokens_per_pass"].update(pace)) == [
-        "greedy: tokens per target forward"
-    ]
-    assert differing(lambda r: r["decoding"]["modes"]["greedy"]["speedup"].update(median=0.1)) == []
-    assert differing(lambda r: r["hardware"].update(processor="Another")) == []
-
-
-STUB = """
-import json, pathlib, sys
-given = dict(word.split("=", 1) for word in sys.argv[1:])
-record = json.loads(pathlib.Path("template.json").read_text())
-folder = pathlib.Path(given["output"]) / record["name"]
-folder.mkdir(parents=True)
-(folder / (record["name"] + ".json")).write_text(json.dumps(record))
-"""
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A repository whose run.py writes the record it was committed with."""
-    root = tmp_path / "repository"
-    (root / "experiments").mkdir(parents=True)
-    (root / "results/C1").mkdir(parents=True)
-    (root / "experiments/run.py").write_text(STUB)
-    (root / "template.json").write_text(json.dumps(made(4)))
-    commit(root)
-    return root
-
-
-def git(root: Path, *words: str) -> str:
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    return subprocess.run(
-        ["git", "-C", str(root), *identity, *words], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def commit(root: Path) -> None:
-    git(root, "init", "-q")
-    git(root, "add", "-A")
-    git(root, "commit", "-q", "-m", "one")
-
-
-def save(root: Path, **changes: Any) -> Path:
-    content = made(4) | {"commit": git(root, "rev-parse", "HEAD")} | changes
-    path = root / "results/C1" / f"{content['name']}.json"
-    path.write_text(json.dumps(content))
-    return path
-
-
-def test_verify_runs_a_record_again_at_its_commit(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = save(repository)
-    (repository / "experiments/run.py").write_text("raise SystemExit(7)")  # the code of today must not matter
-    assert verify.main([str(path)], repository) == 0
-    assert "judged quantities agree" in capfd.readouterr().out
-    likelihood = made(4)["likelihood"]
-    likelihood["first_token_nll"]["mean"] += 0.5
-    assert verify.main([str(save(repository, likelihood=likelihood))], repository) == 1
-    out = capfd.readouterr().out
-    assert re.search(r"first-token NLL \(nats\) .* DIFFERS", out) and "1 of" in out
-    assert git(repository, "worktree", "list").count("\n") == 0  # nothing stays behind
-
-
-@pytest.mark.parametrize(
-    ("changes", "code", "said"),
-    [
-        ({"dirty": True}, 2, "uncommitted changes"),
-        ({"commit": "0" * 40}, 2, "is not in this clone"),
-        ({"command": "rm everything"}, 2, "not `python experiments/run.py"),
-        ({"command": "python experiments/run.py nonsense"}, 1, "exit code 1"),
-        ({"schema": 99}, 2, "schema is 99"),
-        # What would be written outside the temporary folder, or is no setting.
-        ({"command": "python experiments/run.py name=../../out"}, 2, "'../../out' is not the name of a run"),
-        ({"command": "python experiments/run.py rank=2 --print-config"}, 2, "'--print-config', which is not a setting"),
-    ],
-)
-def test_verify_says_what_cannot_be_repeated(
-    changes: dict[str, Any], code: int, said: str, repository: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert verify.main([str(save(repository, **changes))], repository) == code
-    assert said in capfd.readouterr().err
-
-
-def test_verify_names_the_nearest_record(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = save(repository)
-    assert verify.main([str(Path("results/C1") / path.name.replace("r4", "r5"))], repository) == 2
-    assert f"did you mean results/C1/{path.name}" in capfd.readouterr().err
