@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, TextIO
 from cpdlm.config import ConfigError
 
 if TYPE_CHECKING:
+    from cpdlm.data.tokenizer import Tokenizer
     from cpdlm.decoding import Decoded
-    from cpdlm.hf.load import Loaded
 
 NEW_TOKENS = 128
 REPEATS = 3  # timed runs of --show: a single one varies too much
@@ -102,7 +102,7 @@ def run(request: Request, out: TextIO) -> None:
     import torch
 
     from cpdlm.decoding import Captures, Options, Sampling, decode
-    from cpdlm.hf.load import load
+    from cpdlm.hf.load import open_source
 
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
     if request.max_new_tokens is not None and request.max_new_tokens < 1:
@@ -110,8 +110,9 @@ def run(request: Request, out: TextIO) -> None:
     prompt = _standard_input() if request.prompt is None else request.prompt
     if not prompt:
         raise ConfigError(_EMPTY)
-    loaded = load(request.model, request.draft_vocabulary == "own", widen=True)
-    ids, new_tokens = _prompt(prompt, request, loaded)
+    opened = open_source(request.model, request.draft_vocabulary == "own", widen=True)
+    ids, new_tokens = _prompt(prompt, request, opened.tokenizer, opened.context)
+    loaded = opened.load()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device)
     captures = {draft: Captures(model) for draft in (request.draft, "none")}
@@ -138,12 +139,11 @@ def run(request: Request, out: TextIO) -> None:
         print(_speed(lambda: write(request.draft), lambda: write("none")), file=sys.stderr)
 
 
-def _prompt(prompt: str | bytes, request: Request, loaded: Loaded) -> tuple[list[int], int]:
+def _prompt(prompt: str | bytes, request: Request, tokenizer: Tokenizer, context: int) -> tuple[list[int], int]:
     """(ids of the prompt, how many tokens to write). ConfigError where they do not fit the context."""
-    ids = loaded.tokenizer.prompt(prompt, request.chat)
+    ids = tokenizer.prompt(prompt, request.chat)
     if not ids:
         raise ConfigError(_EMPTY)
-    context = loaded.model.context
     room = context - len(ids)
     if room < 1:
         raise ConfigError(

@@ -18,6 +18,7 @@ from cpdlm.data.tokenizer import BytesTokenizer
 from cpdlm.decoding import Sampling, decode
 from cpdlm.generate import GREEN, RESET, Incremental
 from cpdlm.hf import CpdlmConfig, CpdlmForCausalLM, export
+from cpdlm.hf import load as load_module
 from cpdlm.hf.load import load
 from cpdlm.training.checkpoints import load_model
 from tests.test_export import LISTED, bpe_run, listed_run, make_run
@@ -188,9 +189,16 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_named_before_weights_are_read(
+    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words, message = MISTAKES[name]
+    folder = tmp_path / "exported"
+    export.export(run, folder)
+    monkeypatch.setattr(load_module, "load_model", None)
+    monkeypatch.setattr(CpdlmForCausalLM, "from_pretrained", None)
     assert message in fails(capsys, "--model", str(run), *words)
+    assert message.replace("bytes", f"hf:{folder}") in fails(capsys, "--model", str(folder), *words)
 
 
 @pytest.mark.parametrize("words", [["--draft", "guess"], ["--temperature", "hot"]])

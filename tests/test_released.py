@@ -75,7 +75,7 @@ def test_released_heads_write_as_the_run_does(run: Path) -> None:
     path = released.release(run, "smollm2")
     assert path.parent == released.FOLDER and path.stat().st_size < 60_000, "heads alone"
     assert b"elsewhere" not in path.read_bytes(), "nothing of the folder that it was trained in"
-    model, _ = released.load("smollm2")
+    model = released.load("smollm2")
     assert model.draft_ids is not None and model.draft_ids.tolist() == list(range(3, 23))
     theirs = checkpoints.load_model(run)
     theirs.use_draft_vocabulary(torch.arange(3, 23))
@@ -83,7 +83,7 @@ def test_released_heads_write_as_the_run_does(run: Path) -> None:
     assert model.context == 64, "the model's own, not that of the rows that the heads were trained on"
     ours, other = (decode(each, prompt_T, 62, Sampling(0.0)) for each in (model, theirs))
     assert ours == other
-    assert released.load("smollm2", draft_vocabulary=False)[0].draft_ids is None
+    assert released.load("smollm2", draft_vocabulary=False).draft_ids is None
 
 
 def test_generate_takes_the_name(run: Path) -> None:
@@ -95,8 +95,7 @@ def test_generate_takes_the_name(run: Path) -> None:
         ),
         out,
     )
-    model, tokenizer = released.load("smollm2")
-    assert isinstance(tokenizer, HubTokenizer)
+    model, tokenizer = released.load("smollm2"), HubTokenizer("model", run.parent / "model")
     done = decode(model, torch.tensor(tokenizer.encode(["b"])[0]), 9, Sampling(0.0), eos=tokenizer.eos)
     assert out.getvalue() == tokenizer.decode(done.tokens) + "\n" and len(done.tokens) > 1
 
@@ -105,7 +104,7 @@ def test_bfloat16_is_widened_where_it_would_be_emulated(run: Path, monkeypatch: 
     path = run / "config.yaml"
     path.write_text(path.read_text().replace("dtype: float32", "dtype: bfloat16"))
     released.release(run, "smollm2")
-    assert released.load("smollm2")[0].trunk.embedding.dtype == torch.bfloat16
+    assert released.load("smollm2").trunk.embedding.dtype == torch.bfloat16
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("cpdlm.hf.load.multiplies_bfloat16", lambda native=native: native)
         assert load(Path("smollm2"), widen=True).model.trunk.embedding.dtype == dtype
@@ -203,7 +202,7 @@ def test_every_stop_of_the_model_stops_its_heads(run: Path, tmp_path: Path) -> N
 
 def released_text() -> list[int]:
     """Of the released model, with nothing that stops it."""
-    return decode(released.load("smollm2")[0], torch.tensor([58, 59]), 12, Sampling(0.0)).tokens
+    return decode(released.load("smollm2"), torch.tensor([58, 59]), 12, Sampling(0.0)).tokens
 
 
 def test_without_heads_it_says_how_to_get_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ from safetensors import SafetensorError
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.data.corpus import load_corpus
-from cpdlm.data.pretrained_files import NAMED
+from cpdlm.data.pretrained_files import NAMED, generation_of
 from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, SavedTokenizer, Tokenizer, stored_tokenizer
 from cpdlm.hf import released
 from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel
-from cpdlm.model.pretrained import multiplies_bfloat16
+from cpdlm.model.pretrained import longest_text, multiplies_bfloat16
 from cpdlm.training.checkpoints import (
     CONFIG,
     TOKENIZER,
     RunError,
+    check_has_weights,
     load_model,
     read_config,
     run_draft_vocabulary,
@@ -40,63 +42,95 @@ class Loaded:
     config: Config | None = None
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What the small files of a model say; `load` reads the weights. context: the most tokens of a text."""
+
+    source: Path
+    tokenizer: Tokenizer
+    eos: int | list[int]
+    context: int
+    config: Config | None
+    weights: Callable[[], LanguageModel]
+
+    def load(self) -> Loaded:
+        """Raises as `open_source`."""
+        loaded = Loaded(self.weights(), self.tokenizer, self.eos, self.config)
+        _check_vocabulary(self.source, loaded)
+        return loaded
+
+
 def load(source: Path, draft_vocabulary: bool = True, widen: bool = False) -> Loaded:
+    """`open_source`, and its weights."""
+    return open_source(source, draft_vocabulary, widen).load()
+
+
+def open_source(source: Path, draft_vocabulary: bool = True, widen: bool = False) -> Opened:
     """source: a run's folder, an exported folder, or the name of a model with released heads.
 
     draft_vocabulary: whether the model drafts from its own, where it has one. widen: load a named model in float32
     where this processor only emulates bfloat16. Raises RunError or ConfigError where something is missing or does not
     fit.
     """
-    tokenizer: Tokenizer
     if released.is_name(source):
-        config = released.settings(str(source))
         dtype = "float32" if widen and not multiplies_bfloat16() else ""
-        model, tokenizer = released.load(str(source), draft_vocabulary, dtype)
-        loaded = Loaded(model, tokenizer, _ends(config, tokenizer), config)
-    elif (source / CONFIG).is_file():
+        config = released.settings(str(source))
+        tokenizer = HubTokenizer("model", Target.of(config).source)
+        return _of_run(source, config, tokenizer, lambda: released.load(str(source), draft_vocabulary, dtype))
+    if (source / CONFIG).is_file():
         config = read_config(source)
-        model, tokenizer = load_model(source), run_tokenizer(source)
-        if draft_vocabulary:
-            model.use_draft_vocabulary(run_draft_vocabulary(source))
-        loaded = Loaded(model, tokenizer, _ends(config, tokenizer), config)
-    elif (source / "config.json").is_file():
-        loaded = _exported(source, draft_vocabulary)
-    elif source.suffix == ".gguf" and source.is_file():
+        check_has_weights(source)
+        return _of_run(source, config, run_tokenizer(source), lambda: _finished(source, draft_vocabulary))
+    if (source / "config.json").is_file():
+        return _exported(source, draft_vocabulary)
+    if source.suffix == ".gguf" and source.is_file():
         raise RunError(f"{source} is a model without heads; make a folder that has them: cpdlm speed-up {source}")
-    else:
-        absent = (
-            "" if source.exists() else "there is no such folder; for heads on a model of that name: cpdlm speed-up "
-        )
-        raise RunError(
-            f"{source} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json) nor one of "
-            f"{', '.join(NAMED)}{f'; {absent}{source}' if absent else ''}"
-        )
-    _check_vocabulary(source, loaded)
-    return loaded
+    absent = "" if source.exists() else "there is no such folder; for heads on a model of that name: cpdlm speed-up "
+    raise RunError(
+        f"{source} is neither a run's folder (no {CONFIG}) nor an exported model (no config.json) nor one of "
+        f"{', '.join(NAMED)}{f'; {absent}{source}' if absent else ''}"
+    )
 
 
-def _exported(folder: Path, draft_vocabulary: bool) -> Loaded:
+def _of_run(source: Path, config: Config, tokenizer: Tokenizer, weights: Callable[[], LanguageModel]) -> Opened:
+    """eos: where `generate` stops on the pretrained trunk that a run accelerates, else the tokenizer's."""
+    target, context = Target.of(config), config.data.context
+    if target.kind == "pretrained":
+        context = longest_text(target.source, target.name) or context
+    eos = target.eos
+    return Opened(source, tokenizer, tokenizer.eos if eos is None else eos, context, config, weights)
+
+
+def _finished(run: Path, draft_vocabulary: bool) -> LanguageModel:
+    model = load_model(run)
+    if draft_vocabulary:
+        model.use_draft_vocabulary(run_draft_vocabulary(run))
+    return model
+
+
+def _exported(folder: Path, draft_vocabulary: bool) -> Opened:
     try:
-        CpdlmConfig.get_config_dict(folder)
+        shape, _ = CpdlmConfig.get_config_dict(folder)
+        eos = generation_of(str(folder)).eos_token_id
     except OSError as error:
         raise RunError(f"{folder / 'config.json'} is damaged ({_first_line(error)}); export it again") from error
     if not (folder / "tokenizer_config.json").is_file():
         raise RunError(f"{folder} has no tokenizer (tokenizer_config.json); export it again with cpdlm export")
-    try:
-        wrapped = CpdlmForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise RunError(f"{folder} cannot be loaded ({reason}); export it again") from error
-    if not draft_vocabulary:
-        wrapped.model.use_draft_vocabulary(None)
-    tokenizer, eos = HubTokenizer(f"hf:{folder}", folder), wrapped.generation_config.eos_token_id
-    return Loaded(wrapped.model, tokenizer, tokenizer.eos if eos is None else eos)
 
+    def weights() -> LanguageModel:
+        try:
+            wrapped = CpdlmForCausalLM.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            raise RunError(f"{folder} cannot be loaded ({reason}); export it again") from error
+        if not draft_vocabulary:
+            wrapped.model.use_draft_vocabulary(None)
+        model: LanguageModel = wrapped.model
+        return model
 
-def _ends(config: Config, tokenizer: Tokenizer) -> int | list[int]:
-    """Where `generate` stops on the pretrained trunk that a run accelerates, else the tokenizer's eos."""
-    eos = Target.of(config).eos
-    return tokenizer.eos if eos is None else eos
+    tokenizer = HubTokenizer(f"hf:{folder}", folder)
+    context = shape.get("max_position_embeddings", CpdlmConfig.max_position_embeddings)
+    return Opened(folder, tokenizer, tokenizer.eos if eos is None else eos, context, None, weights)
 
 
 def run_tokenizer(run: Path) -> Tokenizer:

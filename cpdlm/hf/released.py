@@ -19,7 +19,6 @@ from torch import Tensor
 from cpdlm.config import Config, from_dict, to_dict
 from cpdlm.data.pretrained_files import NAMED
 from cpdlm.data.target import Target
-from cpdlm.data.tokenizer import HubTokenizer, Tokenizer
 from cpdlm.files import default_cache, replaced
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training.checkpoints import (
@@ -62,8 +61,8 @@ def settings(name: str) -> Config:
     return _read(name)[1]
 
 
-def load(name: str, draft_vocabulary: bool = True, dtype: str = "") -> tuple[LanguageModel, Tokenizer]:
-    """The named model with its released heads, and its tokenizer.
+def load(name: str, draft_vocabulary: bool = True, dtype: str = "") -> LanguageModel:
+    """The named model with its released heads, in evaluation mode.
 
     draft_vocabulary: whether it drafts from its own. dtype: of the model (default: that of the heads' training). Raises
     RunError where no heads are released for it, their file is damaged, or they were trained on other weights;
@@ -82,7 +81,7 @@ def load(name: str, draft_vocabulary: bool = True, dtype: str = "") -> tuple[Lan
         raise RunError(f"{_path(name)} does not fit its settings: missing {lacking[:3]}, unexpected {unexpected[:3]}")
     if draft_vocabulary and ids is not None:
         model.use_draft_vocabulary(ids.long())
-    return model.eval(), HubTokenizer("model", target.source)
+    return model.eval()
 
 
 def _path(name: str) -> Path:

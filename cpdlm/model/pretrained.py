@@ -254,6 +254,12 @@ def _shape(source: str, label: str) -> Any:
         ) from error
 
 
+def longest_text(source: str, label: str = "") -> int | None:
+    """Tokens of the longest text of a model by its config, which is `load_pretrained`'s `context`; None where that says
+    nothing. Raises ConfigError where there is no such model."""
+    return _longest(_shape(source, label or source))
+
+
 def _kind(source: str) -> str | None:
     """model_type of a config.json that is here, "" where it names none; None where there is no config.json to read."""
     try:

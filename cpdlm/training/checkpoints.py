@@ -157,14 +157,18 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
+def check_has_weights(run: Path) -> None:
+    if not (run / WEIGHTS).is_file():
+        raise RunError(f"{run} has no finished model ({WEIGHTS}); run its command again to finish it")
+
+
 def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageModel:
     """The finished model of a run folder, in evaluation mode; RunError for a truncated, foreign or diverged one.
 
     trunk: what `load_target` gave for its config, where that is loaded already; it is shared, not copied.
     """
     config, path = read_config(folder), folder / WEIGHTS
-    if not path.is_file():
-        raise RunError(f"{folder} has no finished model ({WEIGHTS}); run its command again to finish it")
+    check_has_weights(folder)
     try:
         with safe_open(path, framework="pt") as file:
             vocab_size = int((file.metadata() or {}).get("vocab_size", "0"))
