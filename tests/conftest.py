@@ -89,7 +89,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def committed() -> list[records.Record]:
     """The records under results/, read once."""
-    return records.load_all(Path(__file__).parent.parent / "results")[0]
+    found, damaged = records.load_all(Path(__file__).parent.parent / "results")
+    assert not damaged
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import math
-import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import pytest
 from made_records import ORIGIN, made
 
-from cpdlm import files
 from cpdlm.config import Config, flat, to_dict
 from experiments.families import along, families_of
-from experiments.provenance import code_hash, git_state, is_commit, provenance
+from experiments.provenance import code_hash, git_state, is_commit
 from experiments.records import Record, RecordError, load, load_all, summary_table, validate, write
+from experiments.stats import measured
+from experiments.verify import VerifyError, _words
 
 
 def test_a_record_survives_the_round_trip(tmp_path: Path) -> None:
@@ -32,44 +32,67 @@ def test_a_record_survives_the_round_trip(tmp_path: Path) -> None:
     assert "tokens per target forward" in summary_table(record)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("schema", 2, "schema is 2, this version reads 1"),
-        ("commit", None, "commit must be str, found None"),
-        ("dirty", 1, "dirty must be bool, found 1"),
-        ("likelihood.joint_nll.mean", "high", "likelihood.joint_nll.mean must be int or float, found 'high'"),
-        ("likelihood.joint_nll.mean", math.nan, "likelihood.joint_nll.mean is nan"),
-        ("likelihood.position_nll", [], "likelihood.position_nll has 0 entries, config.horizon is 4"),
-        ("training.curve", [{"loss": 1.0}], "training.curve has an entry without a step"),
-        ("training.steps", True, "training.steps must be int, found True"),
-        ("decoding.modes.greedy.per_prompt.passes", [1.0], "per_prompt.passes has 1 entries, prompts is 16"),
-        ("seed", 3, "seed is 3, config.seed is 0"),
-    ],
-)
-def test_a_wrong_field_is_named(field: str, value: Any, said: str) -> None:
-    content = made(2)
+WRONG: list[tuple[str, Any, str]] = [
+    ("schema", 2, "schema is 2, this version reads 1"),
+    ("commit", None, "commit must be str, found None"),
+    ("likelihood.joint_nll.mean", "high", "likelihood.joint_nll.mean must be int or float, found 'high'"),
+    ("likelihood.joint_nll.mean", math.nan, "likelihood.joint_nll.mean is nan"),
+    ("likelihood.position_nll", [], "likelihood.position_nll has 0 entries, config.horizon is 4"),
+    ("training.curve", [{"loss": 1.0}], "training.curve has an entry without a step"),
+    ("training.steps", True, "training.steps must be int, found True"),
+    ("decoding.modes.greedy.per_prompt.passes", [1.0], "per_prompt.passes has 1 entries, prompts is 16"),
+    ("decoding.modes.greedy.speedup", None, "decoding.modes.greedy.speedup must be an object"),
+    ("seed", 3, "seed is 3, config.seed is 0"),
+]
+# What could not be, whatever the words: the field is named.
+ODD: list[tuple[str, Any]] = [
+    ("config.rank", 0),
+    ("config.rank", 10**30),
+    ("config.optim", []),
+    ("config.optim.lr", "fast"),
+    ("config.loss", 5),
+    ("config.model.dtype", "float7"),
+    ("config.decode.top_p", 1.5),
+    ("started", "yesterday"),
+    ("started", "0001-01-01"),
+    ("command", "python\x00"),
+    ("seconds.train", -1.0),
+    ("versions.torch", 2),
+    ("data.vocab_size", -257),
+    ("parameters.trunk", 0),
+    ("training.tokens_per_second", 0),
+    ("training.step_ms_median", -5.0),
+    ("training.clock", []),
+    ("training.curve", [{"step": 1, "train/nll": None}]),
+    ("likelihood.weights.mean", [2.0]),
+    ("likelihood.per_row.positions", []),
+    ("likelihood.per_row.joint_nll", [1.0]),
+    ("likelihood.per_row.first_token_nll", [math.nan] * 60),
+    ("decoding.modes.greedy.passes", -3),
+    ("decoding.modes.greedy.speedup.median", 0.0),
+    ("decoding.modes.greedy.per_prompt.tokens", [1e300] * 16),
+    ("decoding.modes.greedy.emitted_histogram", []),
+    ("decoding.modes.greedy.drafts_per_prompt.reached", [[]]),
+    ("decoding.modes.sampling.repeat_seconds.plain", []),
+    ("decoding.origin.hardware", {}),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [*WRONG, *((field, value, field) for field, value in ODD)])
+def test_a_value_that_cannot_be_is_named(field: str, value: Any, said: str) -> None:
+    content: Any = made(2)
     *parents, last = field.split(".")
     place = content
     for part in parents:
         place = place[part]
     place[last] = value
-    with pytest.raises(RecordError, match=f"here.json: .*{said}"):
+    with pytest.raises(RecordError, match=f"here.json: .*{re.escape(said)}"):
         validate(content, "here.json")
 
 
-@pytest.mark.parametrize("field", ["hardware", "likelihood", "decoding", "parameters"])
-def test_a_missing_field_is_named(field: str) -> None:
-    content = made(2)
-    del content[field]
-    with pytest.raises(RecordError, match=f"{field} is missing; the record has claim, "):
-        validate(content)
-
-
-def test_every_committed_record_loads() -> None:
-    records, damaged = load_all(Path(__file__).parent.parent / "results")
-    assert len(records) >= 225 and not damaged
-    assert all(flat(to_dict(Config())).keys() <= flat(record.config).keys() for record in records)
+def test_every_committed_record_loads(committed: list[Record]) -> None:
+    today = flat(to_dict(Config())).keys()
+    assert len(committed) >= 225 and all(today <= flat(record.config).keys() for record in committed)
 
 
 def test_a_record_with_fewer_settings_reads_as_one_of_today(tmp_path: Path) -> None:
@@ -81,41 +104,20 @@ def test_a_record_with_fewer_settings_reads_as_one_of_today(tmp_path: Path) -> N
     assert load(tmp_path / "one.json").content == today
 
 
-def test_a_null_is_taken_only_where_the_schema_says_so() -> None:
-    assert validate(made(1, horizon=1))["decoding"] is None
-    content = made(1)
-    content["decoding"]["modes"]["greedy"]["speedup"] = None
-    with pytest.raises(RecordError, match="decoding.modes.greedy.speedup must be an object"):
-        validate(content)
-
-
 def test_damaged_files_are_named_and_the_others_load(tmp_path: Path) -> None:
     good = write(made(1), tmp_path / "C1")
     (tmp_path / "C1" / "torn.json").write_bytes(good.read_bytes()[:200])
     (tmp_path / "C1" / "binary.json").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "odd.json").write_text(json.dumps(made(2) | {"seed": 3}))
     (tmp_path / ".hidden.json").write_text("not mine")
     (tmp_path / "joint_loss.json").write_text('{"benchmark": "joint loss"}')
     records, damaged = load_all(tmp_path)
     assert [record.path for record in records] == ["C1/code-tiny-own-r1-n4-none-s0.json"]
-    assert len(damaged) == 3
-    assert all(name in " ".join(damaged) for name in ("torn.json", "binary.json", "list.json"))
+    assert len(damaged) == 4
+    assert all(name in " ".join(damaged) for name in ("torn.json", "binary.json", "list.json", "odd.json"))
     with pytest.raises(RecordError, match="not a folder of records"):
         load_all(tmp_path / "nowhere")
-
-
-def test_a_full_disk_leaves_the_old_record_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(made(1), tmp_path)
-    before = path.read_bytes()
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(files.WriteError, match=f"cannot write {path}: No space left on device; make it writable, free"):
-        write(made(1, noise=0.5), tmp_path)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == [path.name], "a temporary file was left behind"
 
 
 def _git(folder: Path, *arguments: str) -> None:
@@ -133,21 +135,14 @@ def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _git(tmp_path, "add", ".")
     _git(tmp_path, "commit", "-qm", "x")
     commit, dirty = git_state(tmp_path)
-    assert len(commit) == 40
-    assert not dirty
+    assert len(commit) == 40 and not dirty
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "new.json").write_text("{}")
     assert git_state(tmp_path) == (commit, False), "what a sweep writes is not a change of the code"
     (tmp_path / "new.py").write_text("2")
     assert git_state(tmp_path) == (commit, True)
-    (tmp_path / "copied").mkdir()
-    with pytest.warns(UserWarning, match="not a repository of its own"):
-        assert not is_commit(git_state(tmp_path / "copied")[0]), "another project's repository is not ours"
     monkeypatch.setenv("GIT_DIR", str(Path(__file__).parents[1] / ".git"))
     assert git_state(tmp_path) == (commit, True), "GIT_DIR of another checkout says nothing of this one"
-    monkeypatch.setenv("PATH", "")
-    with pytest.warns(UserWarning, match="No such file or directory: 'git'"):
-        assert not is_commit(git_state(tmp_path)[0])
     monkeypatch.setenv("CPDLM_COMMIT", "abc-dirty")
     assert git_state(tmp_path) == ("abc", True)
 
@@ -161,14 +156,6 @@ def test_the_hash_of_the_code_is_that_of_its_names_and_contents(tmp_path: Path) 
     assert code_hash(tmp_path) == first
     (tmp_path / "cpdlm" / "a.py").rename(tmp_path / "cpdlm" / "b.py")
     assert code_hash(tmp_path) != first
-
-
-def test_provenance_names_no_host() -> None:
-    origin = provenance()
-    assert set(origin) == {"commit", "dirty", "hardware", "versions", "started"}
-    assert origin["versions"]["omegaconf"]
-    node = os.uname().nodename
-    assert node not in json.dumps(origin["hardware"]).replace("localhost", "") or len(node) < 4
 
 
 def _records(*contents: dict[str, Any]) -> list[Record]:
@@ -186,45 +173,17 @@ def test_families_keep_other_data_and_settings_apart() -> None:
     assert notes == []
 
 
-def test_incidental_settings_do_not_split_a_family() -> None:
-    found, _ = families_of(
-        _records(made(1), made(2, output="elsewhere", data__workers=3, tracking__uri="sqlite:///x", seed=5))
-    )
-    assert [family.ranks() for family in found] == [[1, 2]]
-
-
 def test_mixed_commits_hardware_and_duplicates_are_said() -> None:
-    origin = copy.deepcopy(ORIGIN) | {
-        "commit": "fedcba9876543210",
-        "dirty": True,
-        "started": "2026-02-01T00:00:00+00:00",
-    }
+    origin = copy.deepcopy(ORIGIN) | {"commit": "fedcba9876543210", "dirty": True, "started": "2026-02-01T00:00:00Z"}
     origin["hardware"] = ORIGIN["hardware"] | {"processor": "Another CPU"}  # type: ignore[operator]
     found, notes = families_of(_records(made(1), made(8, origin=origin), made(1, origin=origin)))
     text = "\n".join(notes)
-    assert (
-        "0/code-tiny-own-r1-n4-none-s0.json left out: 2/code-tiny-own-r1-n4-none-s0.json is the same cell and newer"
-        in text
-    )
+    assert "0/code-tiny-own-r1-n4-none-s0.json left out: 2/code-tiny-own-r1-n4-none-s0.json is the same" in text
     assert found[0].cells["untied", 1][0].path.startswith("2/")
     assert "2 of 2 records come from uncommitted changes" in text
     _, notes = families_of(_records(made(1), made(8, origin=origin)))
     assert "records of 2 commits (0123456789, fedcba9876) are compared" in "\n".join(notes)
     assert "records trained on 2 kinds of hardware are compared" in "\n".join(notes)
-
-
-def test_references_are_of_equal_training_or_the_common_target() -> None:
-    common = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small"}
-    contents = [
-        made(1, horizon=1),
-        made(1, horizon=1, optim__steps=7),
-        made(1, horizon=1, size="small"),
-        made(1),
-        made(1, **common),
-    ]
-    found, _ = families_of(_records(*contents))
-    named = {family.target: [record.path for record in family.reference] for family in found}
-    assert named == {"own": ["0/code-tiny-own-r1-n1-none-s0.json"], "common": ["2/code-small-own-r1-n1-none-s0.json"]}
 
 
 def test_a_common_trunk_of_two_sets_of_weights_is_said() -> None:
@@ -262,3 +221,24 @@ def test_families_along_one_setting() -> None:
         "code, tiny, n=4, self target",
         "code, tiny, n=4, self target, balance=none",
     }
+
+
+def test_target_likelihoods_may_be_absent(tmp_path: Path) -> None:
+    content = made(2)
+    content["likelihood"]["per_row"] |= {"bytes": [100.0] * content["likelihood"]["rows"], "target_nll": None}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert measured(load(tmp_path / "a.json"), "bits_per_byte") is not None
+
+
+def test_a_command_that_cannot_be_read_is_not_run_again(tmp_path: Path) -> None:
+    content = made(2) | {"command": "python experiments/run.py 'rank=2"}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(VerifyError, match="its command is"):
+        _words(load(tmp_path / "a.json"))
+
+
+def test_settings_that_no_run_has_leave_a_record_readable(tmp_path: Path) -> None:
+    content = made(2)
+    content["config"]["data"]["context"] = 2  # less than the horizon
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert load(tmp_path / "a.json").draft_flops() is None
