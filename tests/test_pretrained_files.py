@@ -24,8 +24,8 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BertConfig,
-    BloomConfig,
     DistilBertConfig,
+    FalconConfig,
     Gemma2Config,
     GenerationConfig,
     GPT2Config,
@@ -57,7 +57,7 @@ REFUSED = {
         MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
         "cannot be cropped",
     ),
-    "ALiBi": (BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4), "is a bloom model with ALiBi"),
+    "ALiBi": (FalconConfig(**SMALL, alibi=True), "is a falcon model with ALiBi"),
     "no cache": (OpenAIGPTConfig(**TINY), "has no key-value cache"),
     "a biased output": (PhiConfig(**SMALL), "its logits are not softcap"),
     "masks of its own": (

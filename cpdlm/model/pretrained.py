@@ -302,10 +302,11 @@ def _check_shape(shape: Any, context: int, longest: int, label: str) -> None:
             "give one without"
         )
     attention = getattr(shape, "attn_config", None)
-    if "bloom" in shape.model_type or getattr(shape, "alibi", False) or getattr(attention, "alibi", False):
+    if getattr(shape, "alibi", False) or getattr(attention, "alibi", False):
         raise ConfigError(
-            f"model={label} is a {shape.model_type} model with ALiBi, whose positions follow from its mask: rows with "
-            "dead slots, trees and packed documents would shift them; give a model with rotary or learned positions"
+            f"model={label} is a {shape.model_type} model with ALiBi, which takes no positions but those of its slots: "
+            "rows with dead slots, trees and packed documents would shift them; give a model with rotary or learned "
+            "positions, or BLOOM"
         )
     if longest < context:
         raise ConfigError(f"model={label} has a context of {longest} tokens; lower data.context={context}")

@@ -1,13 +1,14 @@
 """Tokens -> hidden states: any Hugging Face causal language model body, behind one small module.
 
-Letters: B batch, T position, D width.
+Letters: B batch, T position, S of them a window behind a cache, H attention heads, D width.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class Trunk(nn.Module):
     def __init__(self, body: PreTrainedModel) -> None:
         super().__init__()
         self.body = body
+        if (theirs := getattr(body, "build_alibi_tensor", None)) is not None:  # BLOOM's
+            body.build_alibi_tensor = partial(_alibi, theirs)  # type: ignore[assignment]
 
     @property
     def width(self) -> int:
@@ -166,6 +169,20 @@ class Trunk(nn.Module):
         """From now on training keeps the input of each block only, and runs the block again in the backward pass."""
         older = "gradient_checkpointing_enable"  # what transformers called it before 5.23
         getattr(self.body, "activation_checkpointing_enable", getattr(self.body, older))({"use_reentrant": False})
+
+
+def _alibi(theirs: Callable[..., Tensor], mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """A body's position bias, whose own function takes masks (B, T) alone. (B * heads, S, T) of what attention adds.
+
+    The bias is linear in the position of what is seen (arXiv 2108.12409), which is its rank among all that is seen:
+    tokens of other documents, dead slots and other branches of a tree do not count.
+    """
+    if mask.dim() == 2:
+        return theirs(mask, heads, dtype)
+    rank_BST = ((mask.squeeze(1) == 0).cumsum(dim=-1) - 1).clamp(min=0)
+    whole_1T = torch.ones(1, mask.shape[-1], dtype=torch.long, device=mask.device)
+    bias_HT = theirs(whole_1T, heads, dtype).squeeze(1)
+    return bias_HT[:, rank_BST].transpose(0, 1).flatten(0, 1)
 
 
 def _documents_apart(position_ids_BT: Tensor) -> Tensor | None:
