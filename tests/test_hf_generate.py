@@ -544,6 +544,25 @@ def test_an_adapter_on_the_unembedding_is_the_targets_too() -> None:
         own.generate(**batch(1), **chosen)
 
 
+def test_weights_that_drafts_cannot_read_are_refused(tmp_path: Path) -> None:
+    """The trunk's modules are called, wherever their weights are; those of unembedding and heads are read."""
+    wrap(copy.deepcopy(real(*COMMON))).save_pretrained(tmp_path)
+    chosen, theirs = {"max_new_tokens": 9, "pad_token_id": 0}, stock("common", **batch(2), max_new_tokens=9).tolist()
+    for part in ("unembedding", "heads", "trunk"):
+        places = {f"model.{name}": "cpu" for name in ("trunk", "unembedding", "heads", "anchor")}
+        places |= {f"model.{part}": "disk"}
+        model = CpdlmForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / part)
+        if part == "trunk":
+            assert model.generate(**batch(2), **chosen).tolist() == theirs
+            continue
+        with pytest.raises(ValueError, match="unembedding or heads are offloaded"):
+            model.generate(**batch(2), **chosen)
+    model = CpdlmForCausalLM.from_pretrained(tmp_path)
+    model.model.heads = torch.ao.quantization.quantize_dynamic(model.model.heads, {torch.nn.Linear})
+    with pytest.raises(ValueError, match="quantised in place"):
+        model.generate(**batch(2), **chosen)
+
+
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
 def test_learnt_prompts_are_refused(kind: str) -> None:
     shape = {"num_layers": 2, "token_dim": 64, "num_attention_heads": 4, "num_transformer_submodules": 1}

@@ -126,6 +126,7 @@ class SpeculativeGenerationMixin(GenerationMixin):
                 return getattr(self.generation_config, name, None)
 
             _check_arguments(self, kwargs, asked)
+            _check_weights(self)
             if named := _perhaps_stateful(logits_processor or (), stopping_criteria or ()):
                 warnings.warn(
                     f"{named} may keep something between calls: one token per forward is written, without drafts; give "
@@ -242,7 +243,8 @@ def _loop(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """What stock `generate` calls in place of a loop of its own, with these names. drafting: draft and nodes."""
     mask_BT = prepared.get("attention_mask")  # absent where nothing is padding
-    call = _Call(input_ids.to(model.device), mask_BT, logits_processor, stopping_criteria, generation_config, exact)
+    ids_BT = input_ids if model.device.type == "meta" else input_ids.to(model.device)  # meta: offloaded
+    call = _Call(ids_BT, mask_BT, logits_processor, stopping_criteria, generation_config, exact)
     sequences_BT = _speculate(model, call, streamer, *drafting).to(input_ids.device)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences_BT)  # type: ignore[arg-type]
@@ -295,6 +297,21 @@ def _with_stop_strings(criteria: Iterable[Any] | None, stop_strings: Any, tokeni
     if tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)])
+
+
+def _check_weights(model: CpdlmForCausalLM) -> None:
+    """Raise ValueError where drafts cannot read unembedding and heads: they take the weights, and call no modules."""
+    parts = [part for part in (model.model.unembedding, model.model.heads, model.model.anchor) if part is not None]
+    if any(each.is_meta for part in parts for each in part.parameters()):
+        raise ValueError(
+            "unembedding or heads are offloaded (device_map), where drafts cannot read their weights; offload layers of "
+            "the trunk alone (model.trunk.body)"
+        )
+    if any(callable(getattr(each, "weight", None)) for part in parts for each in part.modules()):
+        raise ValueError(
+            "unembedding or heads are quantised in place (quantize_dynamic), and drafts read their weights; quantise "
+            "model.model.trunk alone"
+        )
 
 
 def _check_arguments(model: Any, given: dict[str, Any], asked: Callable[[str], Any]) -> None:
