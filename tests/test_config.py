@@ -12,14 +12,12 @@ import torch
 from cpdlm.config import (
     CHOICES,
     PRESETS,
-    SIZES,
     Config,
     ConfigError,
     as_yaml,
     expand,
     flatten,
     from_dict,
-    help_text,
     leaves,
     parse,
     resolve,
@@ -27,36 +25,23 @@ from cpdlm.config import (
     without_credentials,
 )
 from cpdlm.config.reading import OBSOLETE
+from cpdlm.model.trunk import build_body
 
 BAD: list[tuple[str, str]] = [
     # words and names
     ("rank", "'rank' is not a setting; write KEY=VALUE, for example rank=8"),
-    ("=8", "'=8' is not a setting"),
     ("rnak=8", "unknown setting 'rnak'; did you mean rank?"),
-    ("optim.learning_rate=1", "unknown setting 'optim.learning_rate'"),
     ("optim.warmpu=1", "unknown setting 'optim.warmpu'; did you mean optim.warmup?"),
-    ("lr=1", "unknown setting 'lr'; did you mean optim.lr?"),
     ("zzzzzzzz=1", "unknown setting 'zzzzzzzz' (--help lists them all)"),
-    ("data=1", "unknown setting 'data'"),
     # choices
-    ("preset=smok", "preset='smok' is not one of none, trunk, smoke"),
     ("preset=smoke,nope", "preset='nope' is not one of"),
-    ("size=tinny", "did you mean size=tiny?"),
     ("size=huge", "size='huge' is not one of micro, tiny, small, base, 56m, 1b"),
-    ("balance=swich", "balance='swich' is not one of switch, kl, bias, none; did you mean balance=switch?"),
     ("anchor=tokens", "anchor='tokens' is not one of none, token, blind; did you mean anchor=token?"),
-    ("parallel=fdsp", "parallel='fdsp' is not one of auto, ddp, fsdp; did you mean parallel=fsdp?"),
-    ("model.family=lama", "did you mean model.family=llama?"),
-    ("model.head=sep", "model.head='sep' is not one of shared, separate"),
-    ("train.precision=bf16", "train.precision='bf16' is not one of 32-true, bf16-mixed, bf16-true, 64-true"),
     # types
     ("rank=four", f"rank='four': expected int; the default is {Config().rank}"),
-    ("rank=2.5", "rank='2.5': expected int"),
     ("optim.lr=fast", f"optim.lr='fast': expected float; the default is {Config().optim.lr}"),
     ("model.tie_first=perhaps", "model.tie_first='perhaps': expected bool; the default is False"),
     ("name=${nowhere}", "name='${nowhere}'"),
-    ("name=${", "name='${'"),
-    ("name=???", "name='???'"),
     *(
         (f"name={name}", f"name={name!r} must be the name of a folder")
         for name in ("/", "..", "a/b", "../..", "x" * 201)
@@ -74,7 +59,6 @@ BAD: list[tuple[str, str]] = [
         for bad in ("-0.1", "nan", "inf")
     ),
     ("loss.joint_fraction=0", "loss.joint_fraction=0.0 must lie in (0, 1]"),
-    ("optim.floor=2", "optim.floor=2.0 must lie in [0, 1]"),
     ("optim.lr=0", "optim.lr=0.0 must lie in (0, 1e6]"),
     ("decode.temperature=0", "decode.temperature=0.0 must lie in [1e-6, 1e6] (greedy is always measured)"),
     # combinations
@@ -83,29 +67,13 @@ BAD: list[tuple[str, str]] = [
     ("horizon=1 rank=1 anchor=token", "anchor=token needs horizon of at least 2 (horizon=1)"),
     ("horizon=1 rank=1 model.trunk=runs/t", "model.trunk=runs/t needs horizon of at least 2"),
     ("model.head=separate model.map_rank=4", "model.map_rank=4 needs model.head=shared"),
-    (
-        "devices=3 data.batch_rows=8",
-        "data.batch_rows=8 does not divide into devices=3 x train.accumulate=1; try data.batch_rows=9",
-    ),
-    (
-        "nodes=2 devices=3 data.batch_rows=8",
-        "does not divide into nodes=2 x devices=3 x train.accumulate=1; try data.batch_rows=6",
-    ),
+    ("devices=3 data.batch_rows=8", "does not divide into devices=3 x train.accumulate=1; try data.batch_rows=9"),
+    ("nodes=2 devices=3 data.batch_rows=8", "nodes=2 x devices=3 x train.accumulate=1; try data.batch_rows=6"),
     ("train.sharded=true parallel=ddp", "train.sharded=true needs parallel=fsdp (parallel=ddp has the whole model"),
     ("model.trunk=runs/x train.recompute=true", "model.trunk=runs/x is frozen and keeps no activations"),
-    (
-        "devices=4 train.accumulate=4 data.batch_rows=8",
-        "devices=4 x train.accumulate=4; each needs a row of its own: lower them to 8 together",
-    ),
-    (
-        "decode.new_tokens=250 decode.prompt_tokens=64 data.context=256",
-        "decode.prompt_tokens=64 + decode.new_tokens=250 exceed data.context=256",
-    ),
-    (
-        "data.tokenizer=word",
-        "data.tokenizer='word': write bytes, bpe:SIZE with SIZE from 257 to 1048576, hf:NAME, or, with a pretrained trunk "
-        "(model=NAME), model",
-    ),
+    ("devices=4 train.accumulate=4 data.batch_rows=8", "each needs a row of its own: lower them to 8 together"),
+    ("decode.new_tokens=250 decode.prompt_tokens=64", "=64 + decode.new_tokens=250 exceed data.context=256"),
+    ("data.tokenizer=word", "data.tokenizer='word': write bytes, bpe:SIZE with SIZE from 257 to 1048576, hf:NAME, or,"),
     ("data.tokenizer=model", "data.tokenizer='model': write bytes, bpe:SIZE"),
     ("preset=retrofit", "with a pretrained trunk (model=NAME), model"),
     ("model=x", "data.tokenizer=bytes is not the tokenizer of the pretrained model x"),
@@ -117,30 +85,15 @@ BAD: list[tuple[str, str]] = [
         "data.text=greedy model.trunk=runs/t",
         "data.text=greedy needs data.states: how many tokens the model shall write",
     ),
-    ("data.text=gredy", "did you mean data.text=greedy?"),
     ("model.adapter_layers=2", "model.adapter_layers=2 is for heads on a frozen model: give model=NAME"),
-    (
-        "model.adapter_layers=2 model.trunk=runs/t parallel=fsdp",
-        "model.adapter_layers=2 is not for parallel=fsdp; type parallel=auto",
-    ),
-    (
-        "train.decode_prompts=99 decode.prompts=16",
-        "train.decode_prompts=99 are more than decode.prompts=16; raise that",
-    ),
+    ("model.adapter_layers=2 model.trunk=runs/t parallel=fsdp", "is not for parallel=fsdp; type parallel=auto"),
+    ("train.decode_prompts=99", "train.decode_prompts=99 are more than decode.prompts="),
     ("preset=cpu-heads", "is for heads on a frozen trunk: make one with preset=cpu-trunk,trunk"),
-    ("devices=99", "each needs a row of its own: lower them to 4 together"),
     ("seed=9223372036854775808", "seed=9223372036854775808 is too large; the most is 4294967295"),
     ("rank=99999999999", "rank=99999999999 is too large; the most is 2147483647"),
-    ("train.timeout=99999999999999", "train.timeout=99999999999999 is too large"),
     ("optim.beta1=1", "optim.beta1=1.0 must lie in [0, 1)"),
-    ("optim.beta2=1", "optim.beta2=1.0 must lie in [0, 1)"),
     ("optim.lr=1e38", "optim.lr=1e+38 must lie in (0, 1e6]"),
-    ("optim.weight_decay=1e30", "optim.weight_decay=1e+30 must lie in [0, 1e6]"),
-    ("optim.lr=nan", "optim.lr=nan must lie in (0, 1e6]"),
-    ("decode.temperature=1e-300", "decode.temperature=1e-300 must lie in [1e-6, 1e6]"),
-    ("data.tokenizer=bpe:100000000000000000000", "write bytes, bpe:SIZE with SIZE from 257 to 1048576"),
     ("data.tokenizer=bpe:100", "data.tokenizer='bpe:100'"),
-    ("data.tokenizer=bpe:big", "data.tokenizer='bpe:big'"),
     ("data.tokenizer=hf:", "data.tokenizer='hf:'"),
 ]
 
@@ -173,23 +126,6 @@ def test_every_choice_resolves() -> None:
             assert flatten(resolve({key: value} | CHOSEN_FOR.get(key, {})))[key] == value
 
 
-def test_values_are_read_as_their_type() -> None:
-    config = parse(
-        [
-            "optim.lr=3e-4",
-            "data.max_bytes=1_000_000",
-            "model.tie_first=true",
-            "corpus=123",
-            "name=a=b",
-            "optim.clip=0",
-            "rank=+2",
-        ]
-    )
-    assert config.optim.lr == 3e-4 and config.data.max_bytes == 1_000_000 and config.model.tie_first is True
-    assert config.corpus == "123" and config.name == "a=b" and config.rank == 2
-    assert isinstance(config.optim.clip, float)
-
-
 def test_precedence_is_defaults_then_presets_in_order_then_the_command_line() -> None:
     assert parse([]) == Config() == resolve({})
     smoke = parse(["preset=smoke"])
@@ -202,22 +138,11 @@ def test_precedence_is_defaults_then_presets_in_order_then_the_command_line() ->
 
 
 def test_every_preset_resolves_and_names_real_settings() -> None:
+    frozen_for = {"retrofit": "model=a", "cpu-heads": "model.trunk=a", "gpu-heads": "model.trunk=a"}
     for preset, overrides in PRESETS.items():
-        frozen = {"retrofit": "model=a", "cpu-heads": "model.trunk=a", "gpu-heads": "model.trunk=a"}.get(
-            preset, "seed=0"
-        )
+        frozen = frozen_for.get(preset, "seed=0")
         values = flatten(parse([f"preset={preset}", frozen]))
         assert all(values[key] == value for key, value in overrides.items()) and values["preset"] == preset
-
-
-def test_help_lists_every_setting_with_type_default_and_meaning() -> None:
-    page, values = help_text("run.py"), flatten(Config())
-    for key, entry in leaves().items():
-        line = next(line for line in page.splitlines() if line.startswith(f"  {key}="))
-        assert f"{key}={values[key]}" in line and entry.type in line and len(entry.metadata["help"]) > 5
-        assert entry.metadata["help"] in line
-    assert all(name in page for name in PRESETS)
-    assert all(any(part in page for part in CHOICES[key]) for key in CHOICES)
 
 
 def test_round_trips() -> None:
@@ -237,14 +162,14 @@ def test_a_word_that_is_not_utf8_is_refused_as_it_is_typed() -> None:
 
 
 def test_a_foreign_config_is_refused() -> None:
-    with pytest.raises(ConfigError, match="written by another version"):
-        from_dict({"rank": 2, "colour": "red"})
-    with pytest.raises(ConfigError, match="written by another version"):
-        from_dict({"rank": "many"})
-    with pytest.raises(ConfigError, match="too small"):
-        from_dict({"rank": 0})
-    with pytest.raises(ConfigError, match="must be the name of a folder"):
-        from_dict({"name": "../../elsewhere"})
+    for saved, said in (
+        ({"rank": 2, "colour": "red"}, "written by another version"),
+        ({"rank": "many"}, "written by another version"),
+        ({"rank": 0}, "too small"),
+        ({"name": "../../elsewhere"}, "must be the name of a folder"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            from_dict(saved)
 
 
 def test_nothing_is_resolved_in_what_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,25 +213,6 @@ def test_earlier_settings_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert later.decode.draft_vocabulary == 9 and later.loss.draft_vocabulary == 8192
 
 
-def test_names_tell_runs_apart() -> None:
-    names = {
-        parse(words.split()).run_name
-        for words in (
-            "",
-            "rank=2",
-            "horizon=2",
-            "anchor=token",
-            "model.tie_first=true",
-            "seed=1",
-            "size=small",
-            "corpus=text",
-            "model.trunk=runs/t",
-        )
-    }
-    assert len(names) == 9
-    assert parse(["corpus=hf:a/b"]).run_name.startswith("hf-a-b-") and parse(["name=mine"]).run_name == "mine"
-
-
 def test_what_follows_from_the_settings() -> None:
     assert not parse([]).first_is_tied and parse(["anchor=token"]).first_is_tied
     assert parse(["model.tie_first=true"]).first_is_tied and parse(["preset=trunk"]).first_is_tied
@@ -317,17 +223,9 @@ def test_what_follows_from_the_settings() -> None:
 
 def test_the_56m_layout_has_56_3_million_parameters() -> None:
     """8192 tokens, tied embeddings: the count that the paper gives for its TinyStories model, to three digits."""
-    from cpdlm.model.trunk import build_body
-
     with torch.device("meta"):
         body = build_body(resolve({"size": "56m", "data.tokenizer": "bpe:8192"}), 8192)
     assert round(sum(parameter.numel() for parameter in body.parameters()) / 1e6, 1) == 56.3
-
-
-def test_sizes_are_consistent() -> None:
-    for shape in SIZES.values():
-        assert shape.width % shape.attention_heads == 0 and (shape.width // shape.attention_heads) % 2 == 0
-        assert shape.attention_heads % (shape.key_value_heads or shape.attention_heads) == 0
 
 
 def test_the_page_comes_without_torch() -> None:
