@@ -66,6 +66,16 @@ def test_a_speed_is_that_of_its_cell_and_machine(written: Path) -> None:
     assert f"{held} of {len(record['targets'])} targets hold" in (written / "speed.md").read_text()
 
 
+@pytest.mark.parametrize("odd", [{"groups": 3}, {"benchmark": "another"}])
+def test_an_odd_record_of_speed_is_named_and_the_others_are_drawn(odd: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    for name, more in (("decode_speed", {}), ("decode_speed_odd", odd)):
+        (tmp_path / "benchmarks" / f"{name}.json").write_text(json.dumps(content(name[:12]) | more))
+    (made,) = speed.tables(tmp_path)
+    assert made.table.rows == speed.speed_table({"decode_speed": content("decode_speed")}).rows
+    assert "Left out: benchmarks/decode_speed_odd.json " in made.table.caption
+
+
 def test_differences_of_acceptance_are_paired_over_prompts(written: Path) -> None:
     """Of a made record without them: rank 8 gains a tenth on every prompt, its tree a tenth more."""
     record = content("decode_acceptance")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,19 @@ MEASURED = {
 def tables(root: Path) -> list[Made]:
     """The table of the records under root/benchmarks."""
     names = sorted(path.stem for path in (root / "benchmarks").glob("decode_speed*.json")) or ["decode_speed"]
-    found = {name: read_benchmark(root, name) for name in names}
-    wrong = [record for record in found.values() if isinstance(record, str)]
-    records = {name: record for name, record in found.items() if not isinstance(record, str)}
-    return [Made("speed", title_of(speed_table), wrong[0] if wrong else made_of("decode_speed*", speed_table, records))]
+    records: dict[str, Benchmark] = {}
+    left_out: list[str] = []
+    for name in names:
+        record = read_benchmark(root, name)
+        alone = record if isinstance(record, str) else made_of(name, speed_table, {name: record})
+        if isinstance(record, str) or isinstance(alone, str):
+            left_out.append(str(alone))
+        else:
+            records[name] = record
+    made: Table | str = left_out[0] if not records else made_of("decode_speed*", speed_table, records)
+    if isinstance(made, Table) and left_out:
+        made = replace(made, caption=f"{made.caption} Left out: {'; '.join(left_out)}.")
+    return [Made("speed", title_of(speed_table), made)]
 
 
 def speed_table(records: dict[str, Benchmark]) -> Table:
