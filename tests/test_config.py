@@ -213,6 +213,11 @@ def test_earlier_settings_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert later.decode.draft_vocabulary == 9 and later.loss.draft_vocabulary == 8192
 
 
+def test_the_name_of_a_run_says_no_place() -> None:
+    here, there = (parse([f"corpus={folder}/texts"]).run_name for folder in ("/home/me", "/home/you"))
+    assert here.startswith("texts-") and "home" not in here and here != there
+
+
 def test_what_follows_from_the_settings() -> None:
     assert not parse([]).first_is_tied and parse(["anchor=token"]).first_is_tied
     assert parse(["model.tie_first=true"]).first_is_tied and parse(["preset=trunk"]).first_is_tied

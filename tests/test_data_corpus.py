@@ -21,6 +21,7 @@ from cpdlm.data.documents import Documents
 from cpdlm.data.duplicates import clusters
 from cpdlm.data.splits import assign_splits, take
 from cpdlm.data.stored import SPLITS, Corpus
+from cpdlm.data.tokenizer import BytesTokenizer
 from tests.test_data_sources import fake_package
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,6 +225,16 @@ def test_key_follows_content_tokenizer_and_size(tmp_path: Path, folder: Path) ->
     load_corpus(config(tmp_path, corpus=str(folder)), progress=False)
     load_corpus(config(tmp_path, corpus=str(folder), data__tokenizer="bpe:300"), progress=False)
     assert caches() == 4
+
+
+def test_a_tokenizer_of_the_hub_is_what_its_files_are(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_module, "build_tokenizer", lambda *given: BytesTokenizer())
+    for digest in ("one", "one", "another"):
+        monkeypatch.setattr(corpus_module, "tokenizer_hash", lambda *given, digest=digest: digest)
+        load_corpus(config(tmp_path, corpus=str(folder), data__tokenizer="hf:owner/name"), progress=False)
+    assert len([path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]) == 2
 
 
 def cut(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -274,7 +275,10 @@ class Config:
         """`name`, or one made from the settings that tell runs apart."""
         if self.name:
             return self.name
-        corpus = "".join(c if c.isalnum() else "-" for c in self.corpus).strip("-")
+        corpus = self.corpus
+        if Path(corpus).is_absolute():  # the rest of it says where, and is not for others
+            corpus = f"{Path(corpus).name}-{hashlib.sha256(corpus.encode()).hexdigest()[:4]}"
+        corpus = "".join(c if c.isalnum() else "-" for c in corpus).strip("-")
         tie = "-tied" if self.model.tie_first and self.anchor == "none" else ""
         hidden = f"-mlp{self.model.map_hidden}" if self.model.map_hidden else ""
         size = self.size if self.model.family in FAMILIES else Path(self.model.family).stem

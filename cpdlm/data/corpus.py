@@ -90,8 +90,8 @@ def _from_cache(config: Config, progress: bool) -> Corpus:
     origin = sources.locate(config, progress)
     settings = {key: value for key, value in _request(config).items() if key != "corpus"}
     kind, _, local = config.data.tokenizer.partition(":")
-    if kind == "hf" and Path(local).exists():
-        settings["tokenizer_sha256"] = tokenizer_hash(local)
+    if kind == "hf":
+        settings["tokenizer_sha256"] = tokenizer_hash(local, config.data.tokenizer)
     identity = json.dumps({"format": FORMAT, "origin": origin.identity, **settings}, sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     root = Path(config.data.cache) / "tokens"

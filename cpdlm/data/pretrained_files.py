@@ -27,6 +27,7 @@ from cpdlm.files import errors_named, locked, partial_folder, remove_partial
 
 ORIGIN = "origin.json"
 HUB_SECONDS = 10  # to wait for the hub's answer to a name
+DEQUANTISE_SECONDS = 900.0  # to wait for another process that dequantises the same file
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ def _dequantise(file: Callable[[Path], Path], folder: Path, digest: str, label: 
         ) from error
     with errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent.with_name(".models.lock")), partial_folder(folder) as aside:
+        lock = folder.parent.with_name(f".{folder.name}.lock")  # of this model: others need not wait for it
+        with locked(lock, DEQUANTISE_SECONDS), partial_folder(folder) as aside:
             remove_partial(folder.parent)
             if (folder / ORIGIN).is_file():
                 return  # another process made it meanwhile

@@ -255,12 +255,12 @@ class HubTokenizer:
 
 
 @lru_cache(maxsize=8)
-def tokenizer_hash(source: str) -> str:
+def tokenizer_hash(source: str, name: str = "model") -> str:
     """sha256 of what a Hugging Face tokenizer does: ids, special tokens, what begins a text, the chat template.
 
-    ConfigError as HubTokenizer.
+    name: as in data.tokenizer. ConfigError as HubTokenizer.
     """
-    tokenizer = HubTokenizer("model", source)
+    tokenizer = HubTokenizer(name, source)
     model = tokenizer._model
     backend = getattr(model, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(model.get_vocab().items()))
