@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import json
@@ -379,7 +380,11 @@ def test_a_checkpoint_that_is_damaged_foreign_or_of_other_weights_is_refused(
         torch.save(foreign, checkpoint)
         refused("is not a checkpoint of this program")
     weights, name = content["state_dict"], "model.heads.gate.weight"
+    (state,) = copy.deepcopy(content["optimizer_states"])
+    moments = next(each for each in state["state"].values() if each["exp_avg"].dim())
+    moments["exp_avg"] = torch.zeros(3, 5)
     for damage, why in (
+        ({"optimizer_states": [state]}, r"does not fit this run .*exp_avg of the optimiser has shape \(3, 5\)"),
         ({"optimizer_states": []}, "holds no state of the optimiser"),
         ({"state_dict": weights | {name: weights[name].T}}, "does not fit this run .*size mismatch"),
         ({"state_dict": {key: weights[key] for key in weights if key != name}}, rf"lacks \['{name}'\]"),

@@ -111,11 +111,12 @@ class Journal(Callback):
         trainer.strategy.barrier()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, MultiTokenModule)
+        pl_module.check_moments()
         self.is_restored = True
         # Lightning has put a SIGTERM handler before ours that ends the run with exit code 0 and no word.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.note_signal)
-        assert isinstance(pl_module, MultiTokenModule)
         if tensor := pl_module.non_finite():
             raise RunError(
                 f"{self.folder / CHECKPOINT} holds a diverged run ({tensor} is not finite); delete it to start again"

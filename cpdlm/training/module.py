@@ -142,6 +142,14 @@ class MultiTokenModule(L.LightningModule):
             for module in was_training:
                 module.training = True
 
+    def check_moments(self) -> None:
+        """ValueError where a checkpoint has brought moments of other shapes than the weights', before the first step."""
+        for parameter, state in self.trainer.optimizers[0].state.items():
+            for name, moment in state.items():
+                if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
+                    shapes = f"{tuple(moment.shape)}, its weight {tuple(parameter.shape)}"
+                    raise ValueError(f"{name} of the optimiser has shape {shapes}")
+
     def configure_optimizers(self) -> Any:
         """AdamW, weight decay on matrices only; learning rate by step."""
         optim = self.config.optim
