@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
 
 from experiments.families import Cells, Family
-from experiments.records import MODES, VARIANTS
-from experiments.report.table import Table, described, shown, signed, with_spread
+from experiments.records import MODES, VARIANTS, Record
+from experiments.report.table import Column, Columns, Table, described, shown, tabulated, with_spread
 from experiments.stats import difference, over_seeds, shared_seeds
 
 NOTES = (
@@ -17,31 +18,75 @@ NOTES = (
 )
 
 
+@dataclass(frozen=True)
+class Place:
+    """What a row is about: a variant and rank of a family. depth: where a table has a row for each."""
+
+    family: Family
+    variant: str
+    rank: int
+    depth: int = 0
+
+    @property
+    def cells(self) -> Cells:
+        return self.family.cells[self.variant, self.rank]
+
+    @property
+    def one(self) -> Cells:
+        """Of rank 1."""
+        return self.family.cells.get((self.variant, 1), {})
+
+    @property
+    def alone(self) -> Cells:
+        """Next-token models of equal training."""
+        return {record.seed: record for record in self.family.reference}
+
+    @property
+    def record(self) -> Record:
+        return next(iter(self.cells.values()))
+
+
+def places(families: list[Family]) -> Iterator[Place]:
+    for family in families:
+        for variant in family.variants():
+            for rank in family.ranks(variant):
+                yield Place(family, variant, rank)
+
+
+PLACE: Columns = {
+    "setting": lambda at: at.family.label,
+    "variant": lambda at: at.variant,
+    "rank": lambda at: str(at.rank),
+    "seeds": lambda at: str(len(at.cells)),
+}
+
+
+def measured(quantity: str, mode: str = "sampling", digits: int = 3, bare: bool = False) -> Column:
+    return lambda at: shown(over_seeds(at.cells, quantity, mode), digits, bare)
+
+
+def by_mode(what: str, quantity: str, digits: int = 3) -> Columns:
+    return {f"{what}, {mode}": measured(quantity, mode, digits) for mode in MODES}
+
+
+# --- every cell ------------------------------------------------------------------------------------------------------
+
+
 def cells_table(families: list[Family]) -> Table:
     """Every cell: likelihood, draft length and speed."""
-    rows = [
-        _row(family, variant, rank)
-        for family in families
-        for variant, rank in itertools.product(family.variants(), family.all_ranks())
-        if (variant, rank) in family.cells and (not family.is_pretrained or variant == "untied")
-    ]
-    header = (
-        "setting",
-        "variant",
-        "rank",
-        "seeds",
-        "trained parameters",
-        "parameters over untied",
-        "joint NLL (nats)",
-        "first-token NLL (nats)",
-        "bits per byte",
-        *(f"tokens per forward, {mode}" for mode in MODES),
-        *(f"speed-up, {mode}" for mode in MODES),
-        "speed over rank 1, sampling",
-        "speed-up per token per forward",
-        "its limit",
-        "MFLOPs per draft",
-    )
+    columns = PLACE | {
+        "trained parameters": lambda at: f"{at.record['parameters']['trained']:,}",
+        "parameters over untied": _added,
+        "joint NLL (nats)": measured("joint_nll"),
+        "first-token NLL (nats)": measured("first_token_nll"),
+        "bits per byte": measured("bits_per_byte", bare=True),
+        **by_mode("tokens per forward", "tokens_per_pass"),
+        **by_mode("speed-up", "speedup", 2),
+        "speed over rank 1, sampling": measured("speedup_over_rank1", digits=2),
+        "speed-up per token per forward": lambda at: _mean(at.cells, "conversion"),
+        "its limit": lambda at: _mean(at.cells, "conversion_limit"),
+        "MFLOPs per draft": lambda at: "-" if (flops := at.record.draft_flops()) is None else f"{flops / 1e6:.2f}",
+    }
     caption = (
         "Variant: untied is the paper's; tied, the first token is the target's own; anchored, tied and conditioned "
         "on the pending token; blind, that map fed h in place of the token's embedding; mlp, perceptron maps with "
@@ -49,63 +94,36 @@ def cells_table(families: list[Family]) -> Table:
         "Limit: t(1)/t(n), the target's time for one token over that for n."
     )
     records = [record for family in families for record in family.records()]
-    return Table("cells", f"{caption} {NOTES} {described(records)}", header, rows)
+    ours = (at for at in places(families) if not at.family.is_pretrained or at.variant == "untied")
+    return tabulated("cells", f"{caption} {NOTES} {described(records)}", columns, ours)
 
 
-def _row(family: Family, variant: str, rank: int) -> tuple[str, ...]:
-    cells = family.cells[variant, rank]
-    record = next(iter(cells.values()))
-    flops = record.draft_flops()
-    return (
-        family.label,
-        variant,
-        str(rank),
-        str(len(cells)),
-        f"{record['parameters']['trained']:,}",
-        _added(family, variant, rank),
-        shown(over_seeds(cells, "joint_nll")),
-        shown(over_seeds(cells, "first_token_nll")),
-        shown(over_seeds(cells, "bits_per_byte"), bare=True),
-        *(shown(over_seeds(cells, "tokens_per_pass", mode)) for mode in MODES),
-        *(shown(over_seeds(cells, "speedup", mode), 2) for mode in MODES),
-        shown(over_seeds(cells, "speedup_over_rank1"), 2),
-        *(_mean(cells, key) for key in ("conversion", "conversion_limit")),
-        "-" if flops is None else f"{flops / 1e6:.2f}",
-    )
-
-
-def _added(family: Family, variant: str, rank: int) -> str:
-    untied = family.cells.get(("untied", rank))
-    if variant == "untied" or not untied:
+def _added(at: Place) -> str:
+    untied = at.family.cells.get(("untied", at.rank))
+    if at.variant == "untied" or not untied:
         return "-"
-    total = next(iter(family.cells[variant, rank].values()))["parameters"]["total"]
-    return f"{total - next(iter(untied.values()))['parameters']['total']:+,}"
+    return f"{at.record['parameters']['total'] - next(iter(untied.values()))['parameters']['total']:+,}"
 
 
 def _mean(cells: Cells, key: str) -> str:
-    modes = [mode for record in cells.values() if (mode := record.mode("sampling"))]
-    return f"{sum(mode[key] for mode in modes) / len(modes):.2f}" if modes else "-"
+    values = [mode[key] for record in cells.values() if (mode := record.mode("sampling"))]
+    return f"{sum(values) / len(values):.2f}" if values else "-"
+
+
+# --- against rank 1 --------------------------------------------------------------------------------------------------
 
 
 def paired_table(families: list[Family]) -> Table:
     """Every rank against rank 1 of its variant, paired: mean, interval and spread."""
+    columns = PLACE | {
+        "seeds": lambda at: str(len(shared_seeds(at.cells, at.one))),
+        "joint NLL (nats), minus rank 1": _over_one("joint_nll"),
+        "first-token NLL (nats), minus rank 1": _over_one("first_token_nll"),
+        **{f"tokens per forward, {mode}, minus rank 1": _over_one("tokens_per_pass", mode) for mode in MODES},
+        **{f"speed over rank 1, {mode}": _speed_over_one(mode) for mode in MODES},
+    }
     families = [family for family in families if not family.is_timing]
-    places = [
-        (family, variant, rank)
-        for family in families
-        for variant in VARIANTS
-        for rank in family.ranks(variant)
-        if rank > 1
-    ]
-    rows = [row for place in places if (row := _paired(*place)) is not None]
-    header = (
-        "setting",
-        "variant",
-        "rank",
-        "seeds",
-        *(f"{name}, minus rank 1" for *_, name in _PAIRED),
-        *(f"speed over rank 1, {mode}" for mode in MODES),
-    )
+    ours = [at for at in places(families) if at.variant in VARIANTS]
     compared = [r for f in families for variant in VARIANTS if (variant, 1) in f.cells for r in f.records(variant)]
     caption = (
         "Every rank against rank 1 of the same variant, target and seed, on the same test rows or prompts: mean over "
@@ -113,51 +131,34 @@ def paired_table(families: list[Family]) -> Table:
         "standard deviation over seeds where there are several. Speed: medians of interleaved repeats in one "
         f"process, with their own intervals, over all seeds. {described(compared)}"
     )
-    return Table("paired", caption, header, rows)
+    rows = (at for at in ours if at.rank > 1 and shared_seeds(at.cells, at.one))
+    return tabulated("paired", caption, columns, rows)
 
 
-_PAIRED = (
-    ("joint_nll", "sampling", "joint NLL (nats)"),
-    ("first_token_nll", "sampling", "first-token NLL (nats)"),
-    *(("tokens_per_pass", mode, f"tokens per forward, {mode}") for mode in MODES),
-)
+def _over_one(quantity: str, mode: str = "sampling") -> Column:
+    return lambda at: with_spread(difference(at.cells, at.one, quantity, mode), 3, sign=True)
 
 
-def _paired(family: Family, variant: str, rank: int) -> tuple[str, ...] | None:
-    cells, one = family.cells[variant, rank], family.cells.get((variant, 1), {})
-    gaps = [difference(cells, one, quantity, mode) for quantity, mode, _ in _PAIRED]
-    if all(gap is None for gap in gaps):
-        return None
-    speeds = [over_seeds(cells, "speedup_over_rank1", mode) for mode in MODES]
-    values = [*(with_spread(gap, 3, sign=True) for gap in gaps), *(with_spread(speed, 2) for speed in speeds)]
-    return family.label, variant, str(rank), str(len(shared_seeds(cells, one))), *values
+def _speed_over_one(mode: str) -> Column:
+    return lambda at: with_spread(over_seeds(at.cells, "speedup_over_rank1", mode), 2)
+
+
+# --- beside others ---------------------------------------------------------------------------------------------------
 
 
 def references_table(families: list[Family]) -> Table:
     """From-scratch cells beside a next-token model of the same trunk, steps, rows and seed: speed at equal quality."""
-    rows: list[tuple[str, ...]] = []
-    for family in families:
-        if family.target != "own" or not family.reference:
-            continue
-        alone = {record.seed: record for record in family.reference}
-        rows += [
-            _beside(family, variant, rank, alone)
-            for variant, rank in itertools.product(family.variants(), family.ranks())
-            if (variant, rank) in family.cells
-        ]
-    header = (
-        "setting",
-        "variant",
-        "rank",
-        "pairs of seeds",
-        "first-token NLL (nats)",
-        "next-token model's NLL (nats)",
-        "difference",
-        "bits per byte",
-        "next-token model's bits per byte",
-        *(f"speed-up over it, {mode}" for mode in MODES),
-        *(f"speed-up, {mode}" for mode in MODES),
-    )
+    columns = PLACE | {
+        "seeds": lambda at: str(len(set(at.cells) & set(at.alone))),
+        "first-token NLL (nats)": measured("first_token_nll"),
+        "next-token model's NLL (nats)": lambda at: shown(over_seeds(at.alone, "first_token_nll")),
+        "difference": lambda at: shown(difference(at.cells, at.alone, "first_token_nll"), sign=True),
+        "bits per byte": measured("bits_per_byte", bare=True),
+        "next-token model's bits per byte": lambda at: shown(over_seeds(at.alone, "bits_per_byte"), bare=True),
+        **by_mode("speed-up over it", "speedup_over_trunk", 2),
+        **by_mode("speed-up", "speedup", 2),
+    }
+    columns = {"pairs of seeds" if name == "seeds" else name: cell for name, cell in columns.items()}
     caption = (
         "From-scratch cells beside a next-token model of equal training: the same trunk, steps, rows, data order and "
         "seed. First-token NLL: of the cells over positions with all n successors, of the next-token model over "
@@ -166,51 +167,40 @@ def references_table(families: list[Family]) -> Table:
         "Speed-up: over the cell's own autoregressive decoding. On a frozen target the trunk is the next-token "
         "model: quality is equal by construction."
     )
-    return Table("references", caption, header, rows)
+    return tabulated("references", caption, columns, (at for at in places(families) if _stands_beside(at)))
 
 
-def _beside(family: Family, variant: str, rank: int, alone: Cells) -> tuple[str, ...]:
-    cells = family.cells[variant, rank]
-    return (
-        family.label,
-        variant,
-        str(rank),
-        str(len(set(cells) & set(alone))),
-        *(shown(over_seeds(each, "first_token_nll")) for each in (cells, alone)),
-        signed(difference(cells, alone, "first_token_nll")),
-        *(shown(over_seeds(each, "bits_per_byte"), bare=True) for each in (cells, alone)),
-        *(shown(over_seeds(cells, "speedup_over_trunk", mode), 2) for mode in MODES),
-        *(shown(over_seeds(cells, "speedup", mode), 2) for mode in MODES),
-    )
+def _stands_beside(at: Place) -> bool:
+    return at.family.target == "own" and bool(at.alone) and at.rank in at.family.ranks()
 
 
 def baselines_table(families: list[Family]) -> Table:
     """How strong the baseline is: autoregressive decoding with our loop against Hugging Face's generate."""
-    rows: list[tuple[str, ...]] = []
+    columns: Columns = {
+        "setting": PLACE["setting"],
+        "seeds": PLACE["seeds"],
+        **{
+            f"{what}, {mode} (tokens/s)": _rate(mode, key)
+            for mode in MODES
+            for what, key in (("autoregressive", "plain"), ("generate", "generate"))
+        },
+        **by_mode("autoregressive / generate", "plain_over_generate", 2),
+    }
+    rows = []
     for family in families:
-        held = [by_seed for _, by_seed in sorted(family.cells.items())]
-        held = [by_seed for by_seed in held if over_seeds(by_seed, "plain_over_generate") is not None]
-        if held:
-            cells = max(held, key=len)
-            ratios = [shown(over_seeds(cells, "plain_over_generate", mode), 2) for mode in MODES]
-            rows.append((family.label, str(len(cells)), *_rates(cells), *ratios))
-    header = (
-        "setting",
-        "seeds",
-        *(f"{what}, {mode} (tokens/s)" for mode in MODES for what in ("autoregressive", "generate")),
-        *(f"autoregressive / generate, {mode}" for mode in MODES),
-    )
+        held = [at for at in places([family]) if over_seeds(at.cells, "plain_over_generate") is not None]
+        held.sort(key=lambda at: (at.variant, at.rank))
+        rows += [max(held, key=lambda at: len(at.cells))] if held else []
     caption = (
         "Autoregressive decoding with our loop, and Hugging Face generate on the same weights (shared, not copied), "
         "both with a cache, side by side. Targets trained with untied heads (eq. 11) have no counterpart in generate."
     )
-    return Table("baselines", caption, header, rows)
+    return tabulated("baselines", caption, columns, rows)
 
 
-def _rates(cells: Cells) -> Sequence[str]:
-    return [
-        f"{sum(m['tokens_per_second'][key] for m in modes) / len(modes):,.0f}"
-        for mode in MODES
-        for key in ("plain", "generate")
-        if (modes := [m for r in cells.values() if (m := r.mode(mode)) and m["plain_over_generate"]])
-    ]
+def _rate(mode: str, key: str) -> Column:
+    def mean(at: Place) -> str:
+        modes = [m for r in at.cells.values() if (m := r.mode(mode)) and m["plain_over_generate"]]
+        return f"{fmean(m['tokens_per_second'][key] for m in modes):,.0f}" if modes else "-"
+
+    return mean

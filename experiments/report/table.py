@@ -6,15 +6,18 @@ import csv
 import io
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cpdlm.files import write_bytes
 from experiments.claims.verdict import seeds_text
 from experiments.records import MODES, Record, counted, decoding_hardware, training_hardware
 from experiments.stats import Interval
 
+Column = Callable[[Any], str]  # what a cell says of the row's place
+Columns = dict[str, Column]
 Pattern = tuple[tuple[str, ...], ...]  # of each part of a path, the values that it takes
 
 _NARROW = 6  # columns of a table that LaTeX need not shrink
@@ -69,6 +72,11 @@ class Table:
         return text.getvalue()
 
 
+def tabulated(name: str, caption: str, columns: Mapping[str, Column], places: Iterable[Any]) -> Table:
+    """A row per place."""
+    return Table(name, caption, tuple(columns), [tuple(cell(place) for cell in columns.values()) for place in places])
+
+
 @dataclass(frozen=True)
 class Made:
     """A table, or why there is none."""
@@ -89,7 +97,8 @@ def write_made(made: Sequence[Made], folder: Path) -> tuple[list[Path], list[str
         if isinstance(each.table, str):
             notes.append(f"table {each.name} left out: {each.table}")
         if isinstance(each.table, str) or not each.table.rows:
-            _remove(folder, each.name)
+            for suffix in ("md", "tex", "csv"):
+                (folder / f"{each.name}.{suffix}").unlink(missing_ok=True)
         else:
             files += write_table(each.table, folder)
     return files, notes
@@ -102,21 +111,12 @@ def title_of(make: Callable[..., Table]) -> str:
 
 def write_table(table: Table, folder: Path, notes: Sequence[str] = ()) -> list[Path]:
     """NAME.md (followed by the notes), NAME.tex and NAME.csv."""
-    files = []
-    for suffix, text in (
-        ("md", table.markdown() + _notes_markdown(notes)),
-        ("tex", table.latex()),
-        ("csv", table.csv()),
-    ):
-        files.append(folder / f"{table.name}.{suffix}")
-        write_bytes(files[-1], text.encode())
-    return files
-
-
-def _remove(folder: Path, name: str) -> None:
-    """What `write_table` wrote: a table whose record is gone must not stay."""
-    for suffix in ("md", "tex", "csv"):
-        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+    noted = "".join(f"\n- Note: {note}" for note in notes) + "\n" * bool(notes)
+    texts = {"md": table.markdown() + noted, "tex": table.latex(), "csv": table.csv()}
+    files = {suffix: folder / f"{table.name}.{suffix}" for suffix in texts}
+    for suffix, path in files.items():
+        write_bytes(path, texts[suffix].encode())
+    return list(files.values())
 
 
 def described(records: Sequence[Record], decoded: bool = True) -> str:
@@ -157,20 +157,16 @@ def braces(names: Sequence[str]) -> str:
     return ", ".join(sorted(shown))
 
 
-def shown(interval: Interval | None, digits: int = 3, bare: bool = False) -> str:
+def shown(interval: Interval | None, digits: int = 3, bare: bool = False, sign: bool = False) -> str:
     if interval is None:
         return "-"
-    return f"{interval.mean:.{digits}f}" if bare else interval.text(digits)
+    return f"{interval.mean:.{digits}f}" if bare else interval.text(digits, sign)
 
 
 def with_spread(interval: Interval | None, digits: int, sign: bool = False) -> str:
     if interval is None:
         return "-"
     return interval.text(digits, sign) + (f" ± {interval.spread:.{digits}f}" if interval.seeds > 1 else "")
-
-
-def signed(interval: Interval | None) -> str:
-    return "-" if interval is None else interval.text(3, sign=True)
 
 
 def dash(value: float | None, digits: int) -> str:
@@ -187,10 +183,6 @@ def average(values: Sequence[float], digits: int) -> str:
 
 def listed(values: set[int]) -> str:
     return ", ".join(f"{value:,}" for value in sorted(values))
-
-
-def _notes_markdown(notes: Sequence[str]) -> str:
-    return "".join(f"\n- Note: {note}" for note in notes) + "\n" * bool(notes)
 
 
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"} | {
