@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,16 +43,18 @@ class Interval:
     seeds: int
     spread: float = 0.0
 
+    @classmethod
+    def certain(cls, value: float, level: float = 0.95) -> Interval:
+        """What others are held against."""
+        return cls(value, value, value, level, 1)
+
+    def of(self, change: Callable[[float], float]) -> Interval:
+        """Changed in its mean and ends."""
+        return replace(self, mean=change(self.mean), low=change(self.low), high=change(self.high))
+
     def exp(self) -> Interval:
         """From logarithms to ratios."""
-        return Interval(
-            math.exp(self.mean),
-            math.exp(self.low),
-            math.exp(self.high),
-            self.level,
-            self.seeds,
-            self.spread * math.exp(self.mean),
-        )
+        return replace(self.of(math.exp), spread=self.spread * math.exp(self.mean))
 
     def text(self, digits: int = 3, sign: bool = False) -> str:
         plus = "+" if sign else ""

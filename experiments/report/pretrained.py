@@ -11,8 +11,8 @@ from experiments.claims.c6_heads import positions
 from experiments.families import Family
 from experiments.records import MODES, Record, counted
 from experiments.report.cells import NOTES, Place, by_mode, places
-from experiments.report.table import Columns, Table, dash, described, listed, tabulated
-from experiments.stats import Interval, over_seeds
+from experiments.report.table import Column, Columns, Table, described, listed, shown, tabulated
+from experiments.stats import over_seeds
 
 _PLACE: Columns = {
     "setting": lambda at: f"{at.family.settings['corpus']}, {at.family.size}, n={at.family.horizon}",
@@ -53,11 +53,8 @@ def depths_table(families: list[Family]) -> Table:
     families = [family for family in families if family.is_pretrained]
     columns = _PLACE | {
         "depth": lambda at: str(at.depth),
-        "accepted on test text": lambda at: _mean(_shares(at)[0]),
-        **{
-            f"accepted, {mode}": lambda at, index=index: _mean(_shares(at)[index])
-            for index, mode in enumerate(MODES, 1)
-        },
+        "accepted on test text": _accepted("kept"),
+        **{f"accepted, {mode}": _accepted("accepted", mode) for mode in MODES},
     }
     caption = (
         "Accepted on test text: mean of sum min(p, q), the chance that a sampled draft of x_{t+depth} is accepted if "
@@ -69,19 +66,15 @@ def depths_table(families: list[Family]) -> Table:
 
 
 def _depths(families: list[Family]) -> Iterator[Place]:
-    """Every depth that any of the three shares is known at."""
+    """Every depth that a share is known at."""
+    known = (_accepted("kept"), _accepted("accepted"), _accepted("accepted", "greedy"))
     for at in places(families):
         found = (replace(at, depth=depth) for depth in range(1, at.record.horizon + 1))
-        yield from (each for each in found if any(share is not None for share in _shares(each)))
+        yield from (each for each in found if any(cell(each) != "-" for cell in known))
 
 
-def _shares(at: Place) -> list[Interval | None]:
-    accepted = (over_seeds(at.cells, f"accepted:{at.depth}", mode) for mode in MODES)
-    return [over_seeds(at.cells, f"kept:{at.depth}"), *accepted]
-
-
-def _mean(share: Interval | None) -> str:
-    return dash(share and share.mean, 3)
+def _accepted(what: str, mode: str = "sampling") -> Column:
+    return lambda at: shown(over_seeds(at.cells, f"{what}:{at.depth}", mode), bare=True)
 
 
 def _records(families: list[Family]) -> list[Record]:

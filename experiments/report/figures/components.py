@@ -9,22 +9,8 @@ import numpy as np
 
 from experiments.families import Cells, Family
 from experiments.records import Record
-from experiments.report.figures.style import (
-    COMPONENTS,
-    WIDE,
-    Drawn,
-    Look,
-    errors,
-    grid,
-    legend_below,
-    lines,
-    looks,
-    on_pretrained,
-    pairs,
-    widest,
-    worded,
-    wrapped,
-)
+from experiments.report.figures import style
+from experiments.report.figures.style import Drawn, Look
 from experiments.stats import Interval, Sample, estimate
 
 if TYPE_CHECKING:
@@ -39,10 +25,10 @@ _LINE, _LINES = 112, 4  # characters of a line, lines of a stretch
 def usage(families: list[Family]) -> Drawn | str:
     """Effective number of components over training, and the mean weight of each on test text."""
     name = "train/effective_components"
-    asked = [(family, "untied") for family in widest([family for family in families if not family.is_pretrained])]
+    asked = [(family, "untied") for family in style.widest([family for family in families if not family.is_pretrained])]
     shown = []
-    for family, variant in [*asked[:_COMPARED], *on_pretrained(families)[:_COMPARED]]:
-        every = lines(family, variant).items()
+    for family, variant in [*asked[:_COMPARED], *style.on_pretrained(families)[:_COMPARED]]:
+        every = style.lines(family, variant).items()
         mixtures = {label: cells for label, cells in every if next(iter(cells.values())).rank > 1}
         if any(name in note for cells in mixtures.values() for r in cells.values() for note in r["training"]["curve"]):
             shown.append((family, variant, mixtures))
@@ -50,8 +36,8 @@ def usage(families: list[Family]) -> Drawn | str:
         return "no records of two or more components"
     from matplotlib.ticker import MultipleLocator
 
-    figure, axes = pairs(len(shown))
-    styles = looks(label for _, _, mixtures in shown for label in mixtures)
+    figure, axes = style.pairs(len(shown))
+    styles = style.looks(label for _, _, mixtures in shown for label in mixtures)
     for (left, right), (family, variant, mixtures) in zip(axes, shown, strict=True):
         for index, (label, cells) in enumerate(mixtures.items(), start=1):
             rank, look = next(iter(cells.values())).rank, styles[label]
@@ -59,18 +45,19 @@ def usage(families: list[Family]) -> Drawn | str:
             left.axhline(rank, color=look[0], linewidth=0.6, linestyle=":")
             weights = [sorted(record["likelihood"]["weights"]["mean"], reverse=True) for record in cells.values()]
             values = [estimate([Sample(mean=seed[a] * rank) for seed in weights]) for a in range(rank)]
-            errors(right, list(np.arange(1, rank + 1) + 0.08 * (index - 2)), values, look, "_")
+            style.errors(right, list(np.arange(1, rank + 1) + 0.08 * (index - 2)), values, look, "_")
         left.set_ylim(bottom=1)
         left.yaxis.set_major_locator(MultipleLocator(2))
-        left.set_xlabel("training steps")
-        left.set_ylabel("effective components")
-        left.set_title(f"{wrapped(family)}\n{worded(variant)}")
+        left.set(
+            xlabel="training steps",
+            ylabel="effective components",
+            title=f"{style.wrapped(family)}\n{style.worded(variant)}",
+        )
         right.axhline(1, color="0.5", linewidth=0.6, zorder=0)
-        right.set_ylim(bottom=0)
-        right.set_xlabel("component, by weight")
-        right.set_ylabel("weight over an equal share")
-        right.set_title("on test text")
-    legend_below(figure, 4)
+        right.set(
+            ylim=(0, None), xlabel="component, by weight", ylabel="weight over an equal share", title="on test text"
+        )
+    style.legend_below(figure, 4)
     return Drawn(
         figure,
         "Left: effective number of components (exp of the entropy of the batch-mean weights) over training; dotted: "
@@ -85,8 +72,10 @@ def specialities(families: list[Family]) -> Drawn | str:
     records = _one_per_rank(families, lambda record: bool(record["likelihood"]["components"]))[-2:]
     if not records:
         return "no records of two or more components that say what each explains"
-    figure, axes = grid(len(records), 1, width=WIDE, height=2.3, ratios=[1 + 0.25 * r.rank for r in records])
-    figure.set_size_inches(WIDE, sum(1.1 + 0.2 * record.rank for record in records))
+    figure, axes = style.grid(
+        len(records), 1, width=style.WIDE, height=2.3, ratios=[1 + 0.25 * r.rank for r in records]
+    )
+    figure.set_size_inches(style.WIDE, sum(1.1 + 0.2 * record.rank for record in records))
     for (axis,), record in zip(axes, records, strict=True):
         _lifts(axis, record)
     return Drawn(
@@ -118,9 +107,7 @@ def _lifts(axis: Axes, record: Record) -> None:
     axis.text(len(classes) - 0.4, -0.75, "begin with, most of all")
     axis.set_xticks(range(len(classes)), classes)
     axis.set_yticks(range(record.rank), [f"{a + 1} ({share_R[a]:.0%})" for a in range(record.rank)])
-    axis.set_xlim(-0.5, len(classes) + 1.3)
-    axis.set_ylabel("component (share)")
-    axis.set_xlabel("first character of the window")
+    axis.set(xlim=(-0.5, len(classes) + 1.3), ylabel="component (share)", xlabel="first character of the window")
     axis.grid(False)
     axis.tick_params(length=0)
     for spine in axis.spines.values():
@@ -138,18 +125,19 @@ def windows(families: list[Family]) -> Drawn | str:
     examples = record["likelihood"]["components"]["examples"][:_EXAMPLES]
     laid = [_lay_out(example) for example in examples]
     counts = [1 + max(line for line, *_ in cells) for cells in laid]
-    figure, axes = grid(len(examples), 1, width=WIDE, ratios=[count + 0.6 for count in counts])
-    figure.set_size_inches(WIDE, sum(0.16 * count + 0.45 for count in counts) + 0.5)
+    figure, axes = style.grid(len(examples), 1, width=style.WIDE, ratios=[count + 0.6 for count in counts])
+    figure.set_size_inches(style.WIDE, sum(0.16 * count + 0.45 for count in counts) + 0.5)
     for (axis,), example, cells, count in zip(axes, examples, laid, counts, strict=True):
         for line, start, text, component, share in cells:
-            axis.add_patch(_box(start, line, len(text), COMPONENTS[component % len(COMPONENTS)], 0.08 + 0.55 * share))
+            axis.add_patch(
+                _box(start, line, len(text), style.COMPONENTS[component % len(style.COMPONENTS)], 0.08 + 0.55 * share)
+            )
             axis.text(start + len(text) / 2, line + 0.5, text, ha="center", va="center", family="DejaVu Sans Mono")
-        axis.set_xlim(0, _LINE)
-        axis.set_ylim(count, 0)
+        axis.set(xlim=(0, _LINE), ylim=(count, 0))
         axis.axis("off")
         axis.set_title(example["source"])
     used = sorted({component for cells in laid for *_, component, _ in cells})
-    handles = [_box(0, 0, 1, COMPONENTS[a % len(COMPONENTS)], 0.6) for a in used]
+    handles = [_box(0, 0, 1, style.COMPONENTS[a % len(style.COMPONENTS)], 0.6) for a in used]
     figure.legend(handles, [f"{a + 1}" for a in used], title="component", loc="outside lower center", ncols=8)
     return Drawn(
         figure,
@@ -169,7 +157,7 @@ def _one_per_rank(families: list[Family], has: Callable[[Record], bool]) -> list
     Of the first comparison in which a record `has` what is shown: first those at the horizon of the base cell, on
     trunks of ours, with its way of balancing; of these the widest, then the one of the highest rank.
     """
-    first = widest(families)
+    first = style.widest(families)
     usual = first[0].settings["balance"] if first else None
 
     def preference(family: Family) -> tuple[bool, bool, bool, int]:

@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.families import Cells, Family
 from experiments.records import PARTS
+from experiments.report.figures import style
 from experiments.report.figures.speed import size_axis
-from experiments.report.figures.style import (
-    BLACK,
-    BLUE,
-    COLUMN,
-    FILLS,
-    ORANGE,
-    PURPLE,
-    RED,
-    WIDE,
-    Drawn,
-    Look,
-    by_rank,
-    errors,
-    grid,
-    legend_below,
-    modes_of,
-    rank_axis,
-    rows_axis,
-    widest,
-    worded,
-    wrapped,
-)
+from experiments.report.figures.style import Drawn, Look
 from experiments.stats import Interval, Sample, contrast, estimate, over_seeds
 
 if TYPE_CHECKING:
@@ -45,21 +24,25 @@ _MODE = "sampling"
 
 def time_split(families: list[Family]) -> Drawn | str:
     """Milliseconds per token, by part of the work: AR decoding against each rank."""
-    shown = [f for f in widest(families) if len([r for r in f.ranks() if modes_of(f.cells["untied", r], _MODE)]) > 1]
+    shown = [
+        f
+        for f in style.widest(families)
+        if len([r for r in f.ranks() if style.modes_of(f.cells["untied", r], _MODE)]) > 1
+    ]
     if not shown:
         return "no timed records of two or more ranks"
     from matplotlib.ticker import MaxNLocator
 
     counts = [1 + len(family.ranks()) + len(family.ranks("token-conditioned")) for family in shown]
-    figure, axes = grid(len(shown), 1, ratios=[0.16 * count + 0.1 for count in counts])
+    figure, axes = style.grid(len(shown), 1, ratios=[0.16 * count + 0.1 for count in counts])
     for (axis,), family in zip(axes, shown, strict=True):
-        rows_axis(axis, _bars(axis, family))
+        style.rows_axis(axis, _bars(axis, family))
         axis.grid(True, axis="x")
         axis.set_xlabel("milliseconds per token")
         axis.xaxis.set_major_locator(MaxNLocator(6, prune="upper"))  # a label at the edge would be cut off
-        axis.set_title(wrapped(family))
-    figure.set_size_inches(COLUMN, sum(0.16 * count + 0.85 for count in counts) + 0.4)
-    legend_below(figure, 3)
+        axis.set_title(style.wrapped(family))
+    figure.set_size_inches(style.COLUMN, sum(0.16 * count + 0.85 for count in counts) + 0.4)
+    style.legend_below(figure, 3)
     return Drawn(
         figure,
         "Time per token when sampling: AR decoding, and speculative decoding split by timers in a repeat of its own "
@@ -74,16 +57,16 @@ def _bars(axis: Axes, family: Family) -> list[str]:
     alone = [
         1000 / mode["tokens_per_second"]["plain"]
         for rank in family.ranks()
-        for mode in modes_of(family.cells["untied", rank], _MODE)
+        for mode in style.modes_of(family.cells["untied", rank], _MODE)
     ]
     names = ["AR"]
     _part(axis, 0, float(np.mean(alone)), "AR", ("0.55", "xxxx"))
     for variant, word in (("untied", ""), ("token-conditioned", ", token-conditioned")):
         for rank in family.ranks(variant):
-            modes = modes_of(family.cells[variant, rank], _MODE)
+            modes = style.modes_of(family.cells[variant, rank], _MODE)
             left = 0.0
             for part, width in _milliseconds(modes).items() if modes else ():
-                _part(axis, len(names), width, part, FILLS[part], left)
+                _part(axis, len(names), width, part, style.FILLS[part], left)
                 left += width
             names += [f"rank {rank}{word}"] if modes else []
     return names
@@ -114,10 +97,10 @@ def forward(families: list[Family]) -> Drawn | str:
     trunks = _by_trunk(families)
     if len(trunks) < 2:
         return "no timed records of two or more trunks"
-    figure, axes = grid(1, 2, height=2.1)
+    figure, axes = style.grid(1, 2, height=2.1)
     left, right = axes[0]
-    ranks: dict[int, Look] = {1: (BLACK, "o", "-"), 4: (ORANGE, "s", "--"), 8: (PURPLE, "D", ":")}
-    _by_kind(left, trunks, 0, _forward_ratio, (BLUE, "o", "-"), f"forward over {_HORIZON} tokens")
+    ranks: dict[int, Look] = {1: (style.BLACK, "o", "-"), 4: (style.ORANGE, "s", "--"), 8: (style.PURPLE, "D", ":")}
+    _by_kind(left, trunks, 0, _forward_ratio, (style.BLUE, "o", "-"), f"forward over {_HORIZON} tokens")
     for rank, look in ranks.items():
         _by_kind(right, trunks, rank, _draft_ratio, look, f"draft, rank {rank}")
     for axis, title in ((left, f"target forward\nover {_HORIZON} tokens"), (right, "draft")):
@@ -126,14 +109,14 @@ def forward(families: list[Family]) -> Drawn | str:
     left.axhline(1, color="black", linewidth=0.8)
     left.set_ylabel("time over a one-token forward (x)")
     right.set_ylim(bottom=0)
-    legend_below(figure, 2)
+    style.legend_below(figure, 2)
     return Drawn(
         figure,
         "What speculation adds to a step, in forwards of the target over one token, when sampling. Left: a forward "
         f"over {_HORIZON} tokens. Right: drafting them, from the share of the timers. Lines: untied heads on trunks "
         "of ours, float32. Points: token-conditioned heads on pretrained models, filled in float32, open in "
         "bfloat16. Bars: 95% t interval over seeds, where there are several. "
-        + "; ".join(f"{size / 1e6:.3g}M: {worded(family.size)}" for size, family, _ in trunks)
+        + "; ".join(f"{size / 1e6:.3g}M: {style.worded(family.size)}" for size, family, _ in trunks)
         + ".",
         [record for _, f, variant in trunks for rank in f.ranks(variant) for record in f.cells[variant, rank].values()],
     )
@@ -144,7 +127,7 @@ def _by_trunk(families: list[Family]) -> list[tuple[int, Family, str]]:
     found: dict[tuple[str, str], tuple[int, Family, str]] = {}
     for family in families:
         variant = "token-conditioned" if family.is_pretrained else "untied"
-        timed = any(modes_of(family.cells[variant, rank], _MODE) for rank in family.ranks(variant))
+        timed = any(style.modes_of(family.cells[variant, rank], _MODE) for rank in family.ranks(variant))
         if timed and family.horizon == _HORIZON and family.target == "common":
             size = int(family.records(variant)[0]["parameters"]["trunk"])
             found.setdefault((family.size, str(family.settings["model.dtype"])), (size, family, variant))
@@ -169,8 +152,8 @@ def _by_kind(
             narrow = family.settings["model.dtype"] == "bfloat16"
             shift = 1.4 ** {1: -1, 8: 1}.get(rank, 0)  # markers of several ranks on one trunk stay apart
             face = {"markerfacecolor": "white", "markeredgewidth": 1.0} if narrow else {}
-            errors(axis, [size / 1e6 * shift], [value], (look[0], look[1], "none"), "_", **face)
-    errors(axis, [x for x, _ in ours], [value for _, value in ours], look, label)
+            style.errors(axis, [size / 1e6 * shift], [value], (look[0], look[1], "none"), "_", **face)
+    style.errors(axis, [x for x, _ in ours], [value for _, value in ours], look, label)
 
 
 def _forward_ratio(mode: dict[str, Any]) -> float:
@@ -184,7 +167,7 @@ def _draft_ratio(mode: dict[str, Any]) -> float:
 
 def _over(cells: Cells, ratio: Callable[[dict[str, Any]], float]) -> Interval | None:
     """Geometric mean over seeds."""
-    samples = [Sample(mean=math.log(ratio(mode))) for mode in modes_of(cells, _MODE)]
+    samples = [Sample(mean=math.log(ratio(mode))) for mode in style.modes_of(cells, _MODE)]
     return estimate(samples).exp() if samples else None
 
 
@@ -195,31 +178,34 @@ def training(families: list[Family]) -> Drawn | str:
     """Step time against rank with the bound that FLOPs set, the share of the machine that is reached, and memory."""
     shown = [
         f
-        for f in widest(families)
+        for f in style.widest(families)
         if 1 in f.ranks() and all(r["training"].get("flops_per_token") for r in f.records("untied"))
     ]
     if not shown:
         return "no records of two or more ranks that counted their FLOPs"
-    figure, axes = grid(len(shown), 3, width=WIDE)
+    figure, axes = style.grid(len(shown), 3, width=style.WIDE)
     for (left, middle, right), family in zip(axes, shown, strict=True):
         ranks, base = family.ranks(), family.cells["untied", 1]
         cells = [family.cells["untied", rank] for rank in ranks]
-        by_rank(left, ranks, [_ratio(c, base, "step_ms_median") for c in cells], (BLUE, "o", "-"), "measured")
-        by_rank(left, ranks, [_ratio(c, base, "flops_per_token") for c in cells], (RED, "", "--"), "FLOPs (the bound)")
+        style.by_rank(
+            left, ranks, [_ratio(c, base, "step_ms_median") for c in cells], (style.BLUE, "o", "-"), "measured"
+        )
+        style.by_rank(
+            left, ranks, [_ratio(c, base, "flops_per_token") for c in cells], (style.RED, "", "--"), "FLOPs (the bound)"
+        )
         left.axhline(1, color="black", linewidth=0.8)
-        left.set_ylabel("step time over rank 1 (x)")
-        left.set_title(wrapped(family))
+        left.set(ylabel="step time over rank 1 (x)", title=style.wrapped(family))
         for axis, key, scale, label in (
             (middle, "matmul_fraction", 100, "matmul rate reached (%)"),
             (right, "peak_memory_bytes", 2**-30, "peak memory (GiB)"),
         ):
-            values = [_scaled(over_seeds(c, f"training:{key}"), scale) for c in cells]
-            by_rank(axis, ranks, values, (BLUE, "o", "-"), "measured")
-            axis.set_ylabel(label)
-            axis.set_ylim(bottom=0)
+            found = [over_seeds(c, f"training:{key}") for c in cells]
+            values = [value and value.of(scale.__mul__) for value in found]
+            style.by_rank(axis, ranks, values, (style.BLUE, "o", "-"), "measured")
+            axis.set(ylabel=label, ylim=(0, None))
         for axis in (left, middle, right):
-            rank_axis(axis, ranks)
-    legend_below(figure, 2)
+            style.rank_axis(axis, ranks)
+    style.legend_below(figure, 2)
     return Drawn(
         figure,
         "What a rank costs in training, untied heads. Left: median step time over rank 1's of the same seed, and the "
@@ -237,7 +223,3 @@ def _ratio(cells: Cells, base: Cells, key: str) -> Interval | None:
         for seed in sorted(set(cells) & set(base))
     ]
     return contrast(pairs).exp() if pairs else None
-
-
-def _scaled(value: Interval | None, by: float) -> Interval | None:
-    return None if value is None else replace(value, mean=value.mean * by, low=value.low * by, high=value.high * by)

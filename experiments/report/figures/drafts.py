@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from experiments.families import Cells, Family
 from experiments.records import MODES
+from experiments.report.figures import style
 from experiments.report.figures.likelihood import joint
-from experiments.report.figures.style import (
-    SERIES,
-    VARIANTS,
-    WIDE,
-    Drawn,
-    by_rank,
-    decoded,
-    errors,
-    grid,
-    legend_below,
-    rank_axis,
-    worded,
-    wrapped,
-)
-from experiments.stats import Interval, over_seeds
+from experiments.report.figures.style import Drawn
+from experiments.stats import over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,25 +17,23 @@ if TYPE_CHECKING:
 
 def gain(families: list[Family]) -> Drawn | str:
     """Likelihood, tokens per forward and speed-up of one target, against the rank."""
-    several = [family for family in decoded(families) if not family.is_pretrained]
+    several = [family for family in style.decoded(families) if not family.is_pretrained]
     shown = ([family for family in several if family.target == "common"] or several)[:2]
     if not shown:
         return "no decoding records of two or more ranks"
-    figure, axes = grid(len(shown), 3, width=WIDE, height=1.85)
+    figure, axes = style.grid(len(shown), 3, width=style.WIDE, height=1.85)
     for (left, middle, right), family in zip(axes, shown, strict=True):
-        for variant in VARIANTS:
+        for variant in style.VARIANTS:
             if family.ranks(variant):
                 joint(left, family, variant)
         _by_variant(middle, family, "tokens_per_pass", "sampling")
-        middle.set_ylabel("tokens per forward")
-        middle.set_title("draft length (higher is better)")
+        middle.set(ylabel="tokens per forward", title="draft length (higher is better)")
         _by_variant(right, family, "speedup", "sampling")
         right.axhline(1, color="black", linewidth=0.8)
-        right.set_ylabel("speed-up over AR (x)")
-        right.set_title("speed (line: AR decoding)")
+        right.set(ylabel="speed-up over AR (x)", title="speed (line: AR decoding)")
         for axis in (left, middle, right):
-            rank_axis(axis, sorted({rank for variant in VARIANTS for rank in family.ranks(variant)}))
-    legend_below(figure, 3)
+            style.rank_axis(axis, sorted({rank for variant in style.VARIANTS for rank in family.ranks(variant)}))
+    style.legend_below(figure, 3)
     return Drawn(
         figure,
         "Left: held-out joint NLL of n tokens (bars: 95% interval of the difference to the lowest rank, paired). "
@@ -60,7 +45,7 @@ def gain(families: list[Family]) -> Drawn | str:
         [
             record
             for family in shown
-            for variant in VARIANTS
+            for variant in style.VARIANTS
             for record in (*family.records(variant), *(_equal_size(family, variant) or {}).values())
         ],
     )
@@ -68,23 +53,23 @@ def gain(families: list[Family]) -> Drawn | str:
 
 def acceptance(families: list[Family]) -> Drawn | str:
     """Share of drafts accepted at each depth, given that it was reached, by rank."""
-    shown = [family for family in decoded(families) if family.horizon > 2]
+    shown = [family for family in style.decoded(families) if family.horizon > 2]
     if not shown:
         return "no decoding records of two or more ranks"
     variants = [
         variant for variant in ("untied", "token-conditioned") if any(family.ranks(variant) for family in shown)
     ]
-    figure, axes = grid(len(shown), 2 * len(variants), width=WIDE, share_y="row")
+    figure, axes = style.grid(len(shown), 2 * len(variants), width=style.WIDE, share_y="row")
     # One look per rank in every panel, whichever ranks a panel has.
     ranks = sorted({rank for family in shown for variant in variants for rank in family.ranks(variant)})
     for row, family in zip(axes, shown, strict=True):
         for column, axis in enumerate(row):
             variant, mode = variants[column // 2], MODES[column % 2]
             _by_depth(axis, family, variant, mode, ranks)
-            title = f"{worded(variant)}, {mode}"
-            axis.set_title(title if column else f"{wrapped(family)}\n{title}")
+            title = f"{style.worded(variant)}, {mode}"
+            axis.set_title(title if column else f"{style.wrapped(family)}\n{title}")
         row[0].set_ylabel("accepted, if reached")
-    legend_below(figure, 4)
+    style.legend_below(figure, 4)
     return Drawn(
         figure,
         "Share of drafts accepted at each depth, among those whose depth was reached. Depth 2 is the first draft: "
@@ -99,32 +84,29 @@ def _by_depth(axis: Axes, family: Family, variant: str, mode: str, ranks: list[i
     depths = range(2, family.horizon + 1)
     for index, rank in enumerate(ranks):
         cells = family.cells.get((variant, rank), {})
-        values = [_as_share(over_seeds(cells, f"accepted:{depth}", mode)) for depth in depths]
+        found = [over_seeds(cells, f"accepted:{depth}", mode) for depth in depths]
+        values = [value and value.of(lambda share: min(max(share, 0.0), 1.0)) for value in found]
         shift = (index - len(ranks) / 2 + 0.5) * 0.09
-        errors(axis, [depth + shift for depth in depths], values, SERIES[index % len(SERIES)], f"rank {rank}")
+        style.errors(
+            axis, [depth + shift for depth in depths], values, style.SERIES[index % len(style.SERIES)], f"rank {rank}"
+        )
     axis.set_ylim(0, 1.04)
     axis.set_xticks(depths)
-    axis.set_xlim(1.75, family.horizon + 0.25)
-    axis.set_xlabel("depth k of the draft $x_{t+k}$")
+    axis.set(xlim=(1.75, family.horizon + 0.25), xlabel="depth k of the draft $x_{t+k}$")
     if not axis.has_data():
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.4")
 
 
-def _as_share(value: Interval | None) -> Interval | None:
-    """Its interval cut to what a share can be."""
-    return None if value is None else replace(value, low=max(value.low, 0.0), high=min(value.high, 1.0))
-
-
 def _by_variant(axis: Axes, family: Family, quantity: str, mode: str) -> None:
     """A line per variant against the rank, and rank 1 of equal size."""
-    for index, (variant, look) in enumerate(VARIANTS.items()):
+    for index, (variant, look) in enumerate(style.VARIANTS.items()):
         ranks = family.ranks(variant)
         values = [over_seeds(family.cells[variant, rank], quantity, mode) for rank in ranks]
-        by_rank(axis, ranks, values, look, worded(variant), shift=(index - 1) * 0.06)
+        style.by_rank(axis, ranks, values, look, style.worded(variant), shift=(index - 1) * 0.06)
         control = _equal_size(family, variant)
         value = over_seeds(control, quantity, mode) if control else None
         if value is not None:
-            label = f"{worded(variant)}, rank 1 of equal size"
+            label = f"{style.worded(variant)}, rank 1 of equal size"
             axis.axhline(value.mean, color=look[0], linestyle=":", linewidth=1.0, label=label)
 
 

@@ -8,22 +8,8 @@ from typing import TYPE_CHECKING
 
 from experiments.families import TARGETS, Family, along
 from experiments.records import MODES
-from experiments.report.figures.style import (
-    BY_MODE,
-    SERIES,
-    VARIANTS,
-    WIDE,
-    Drawn,
-    across,
-    errors,
-    grid,
-    legend_below,
-    looks,
-    modes_of,
-    ratio_axis,
-    rows_axis,
-    worded,
-)
+from experiments.report.figures import style
+from experiments.report.figures.style import Drawn
 from experiments.stats import Interval, over_seeds
 
 if TYPE_CHECKING:
@@ -48,15 +34,15 @@ def readme(families: list[Family]) -> Drawn | str:
     shown = [family for family in shown if len(family.ranks(variant)) > 1]
     settings = [(family, mode) for family in shown for mode in MODES]
     ranks = sorted({rank for family in shown for rank in family.ranks(variant)})
-    figure, axes = grid(1, 2, width=WIDE, height=0.75 + 0.17 * len(settings) * len(ranks), share_y=True)
+    figure, axes = style.grid(1, 2, width=style.WIDE, height=0.75 + 0.17 * len(settings) * len(ranks), share_y=True)
     left, right = axes[0]
     speeds = _groups(left, settings, variant, ranks, "speedup")
     gains = _groups(right, settings, variant, ranks, "speedup_over_rank1")
     fine = [0.05 * tick for tick in range(10, 50)]
-    ratio_axis(left, "speed over autoregressive decoding (x)", ticks=fine[::2])
-    ratio_axis(right, "speed over rank 1 (x)", ticks=fine)
-    rows_axis(left, [f"{family.settings['corpus']},\n{mode}" for family, mode in settings])
-    name = worded(shown[0].size)
+    style.ratio_axis(left, "speed over autoregressive decoding (x)", ticks=fine[::2])
+    style.ratio_axis(right, "speed over rank 1 (x)", ticks=fine)
+    style.rows_axis(left, [f"{family.settings['corpus']},\n{mode}" for family, mode in settings])
+    name = style.worded(shown[0].size)
     lowest, highest = (f(value.mean for value in speeds) for f in (min, max))
     left.set_title(f"Heads on {name}:\n{lowest:.2f} to {highest:.2f} times as fast as without", weight="bold")
     sure = sum(value.low > 1 for value in gains)
@@ -67,7 +53,7 @@ def readme(families: list[Family]) -> Drawn | str:
         text.set_fontsize(_TYPE)  # type: ignore[attr-defined]
     return Drawn(
         figure,
-        f"Heads on frozen {name} ({worded(variant)}), batch 1. Left: speed over autoregressive decoding of the same "
+        f"Heads on frozen {name} ({style.worded(variant)}), batch 1. Left: speed over autoregressive decoding of the same "
         "model, in the same loop. Right: over rank 1, measured side by side. Lossless: greedy writes the model's own "
         "text, sampling its distribution. Bars: 95% interval over prompts, repeats and seeds (one seed: prompts and "
         "repeats).",
@@ -79,7 +65,7 @@ def _pretrained(families: list[Family]) -> list[Family]:
     """The widest comparison of each text whose cells were decoded, all of one pretrained model."""
     found: dict[str, Family] = {}
     for family in families:
-        several = any(len(family.ranks(variant)) > 1 for variant in VARIANTS)
+        several = any(len(family.ranks(variant)) > 1 for variant in style.VARIANTS)
         timed = any(record.mode(mode) for record in family.records() for mode in MODES)
         if family.is_pretrained and several and timed:
             found.setdefault(str(family.settings["corpus"]), family)
@@ -91,13 +77,13 @@ def _groups(
     axis: Axes, settings: Sequence[tuple[Family, str]], variant: str, ranks: Sequence[int], quantity: str
 ) -> list[Interval]:
     """A group of points per setting, one per rank, from the top down; returns the intervals."""
-    styles, found = looks(f"rank {rank}" for rank in ranks), []
+    styles, found = style.looks(f"rank {rank}" for rank in ranks), []
     for place, (family, mode) in enumerate(settings):
         for index, rank in enumerate(ranks):
             value = over_seeds(family.cells.get((variant, rank), {}), quantity, mode)
             if value is not None:
                 y = place + (index - (len(ranks) - 1) / 2) * 0.8 / len(ranks)
-                across(axis, y, value, styles[f"rank {rank}"], f"rank {rank}")
+                style.across(axis, y, value, styles[f"rank {rank}"], f"rank {rank}")
                 found.append(value)
     return found
 
@@ -116,19 +102,19 @@ def over_rank_one(families: list[Family]) -> Drawn | str:
     rows = [
         (family, variant, rank)
         for family in sorted(families, key=lambda family: not family.is_pretrained)
-        for variant in VARIANTS
+        for variant in style.VARIANTS
         for rank in family.ranks(variant)
         if any(over_seeds(family.cells[variant, rank], "speedup_over_rank1", mode) for mode in MODES) and rank > 1
     ]
     if not rows:
         return "no records of ranks above 1 timed beside rank 1"
-    figure, axes = grid(1, 2, width=WIDE, height=0.75 + _LINE * len(rows), share_y=True)
+    figure, axes = style.grid(1, 2, width=style.WIDE, height=0.75 + _LINE * len(rows), share_y=True)
     names = [_row_name(rows, index) for index in range(len(rows))]
     for axis, mode in zip(axes[0], MODES, strict=True):
         values = [over_seeds(family.cells[variant, rank], "speedup_over_rank1", mode) for family, variant, rank in rows]
         sure = sum(value.low > 1 for value in values if value is not None)
         slower = sum(value.high < 1 for value in values if value is not None)
-        rows_axis(axis, names)
+        style.rows_axis(axis, names)
         axis.set_title(f"{mode}: of {len(rows)}, surely\nfaster {sure}, slower {slower}")
         axis.text(1.03, 1.0, "visible\nfrom", transform=axis.transAxes, va="bottom", color="0.35")
         _forest(axis, values)
@@ -153,7 +139,7 @@ def _forest(axis: Axes, values: Sequence[Interval | None]) -> None:
         if value is None:
             continue
         sure = value.low > 1 or value.high < 1
-        color = BY_MODE["greedy"][0] if sure and value.mean < 1 else BY_MODE["sampling"][0]
+        color = style.BY_MODE["greedy"][0] if sure and value.mean < 1 else style.BY_MODE["sampling"][0]
         axis.plot([max(value.low, low), min(value.high, high)], [y, y], color=color, linewidth=0.9)
         if low < value.mean < high:
             axis.plot(value.mean, y, "o", color=color, markerfacecolor=color if sure else "white", markersize=3.5)
@@ -162,7 +148,7 @@ def _forest(axis: Axes, values: Sequence[Interval | None]) -> None:
                 axis.plot(edge, y, marker, color=color, markersize=3, clip_on=False)
         half = 50 * (value.high - value.low)
         axis.text(1.03, y, rf"$\pm${half:.0f}%", transform=axis.get_yaxis_transform(), va="center", color="0.35")
-    ratio_axis(axis, "speed over rank 1 (x)", low, high, (0.8, 0.9, 1, 1.1, 1.2))
+    style.ratio_axis(axis, "speed over rank 1 (x)", low, high, (0.8, 0.9, 1, 1.1, 1.2))
 
 
 def _row_name(rows: Sequence[tuple[Family, str, int]], index: int) -> str:
@@ -170,7 +156,7 @@ def _row_name(rows: Sequence[tuple[Family, str, int]], index: int) -> str:
     family, variant, rank = rows[index]
     if index and rows[index - 1][:2] == (family, variant):
         return str(rank)
-    return f"{_brief(family)}, {worded(variant)}   {rank}"
+    return f"{_brief(family)}, {style.worded(variant)}   {rank}"
 
 
 def _brief(family: Family) -> str:
@@ -184,7 +170,7 @@ def _brief(family: Family) -> str:
     }
     parts = [said.get(part, part) for part in family.label.split(", ")]
     parts = [re.sub(r"^[a-z]+\.([a-z_]+)=", r"\1 ", part).replace("_", " ") for part in parts]
-    return worded(", ".join(part for part in parts if part))
+    return style.worded(", ".join(part for part in parts if part))
 
 
 # --- C7 --------------------------------------------------------------------------------------------------------------
@@ -192,7 +178,7 @@ def _brief(family: Family) -> str:
 
 def by_size(families: list[Family]) -> Drawn | str:
     """Speed-up and tokens per forward against the trunk's parameters, a line per rank."""
-    timed = [f for f in families if any(modes_of(f.cells["untied", rank], "sampling") for rank in f.ranks())]
+    timed = [f for f in families if any(style.modes_of(f.cells["untied", rank], "sampling") for rank in f.ranks())]
     ours = [family for family in timed if not family.is_pretrained]
     groups = [group for group in along(ours, *_SIZES) if len({f.size for f in group}) > 1]
     if not groups:
@@ -203,20 +189,20 @@ def by_size(families: list[Family]) -> Drawn | str:
     ordered = sorted(sizes, key=trunks.__getitem__)
     ranks = sorted({rank for family in sizes.values() for rank in family.ranks()})
     ranks = [rank for rank in ranks if sum(rank in sizes[size].ranks() for size in ordered) > 1]
-    figure, axes = grid(2, 2, height=1.7)
+    figure, axes = style.grid(2, 2, height=1.7)
     panels = (("tokens_per_pass", "tokens per forward"), ("speedup", "speed-up over AR (x)"))
     for row, (quantity, label) in zip(axes, panels, strict=True):
         for axis, mode in zip(row, MODES, strict=True):
             for index, rank in enumerate(ranks):
                 values = [over_seeds(sizes[size].cells.get(("untied", rank), {}), quantity, mode) for size in ordered]
                 x = [trunks[size] / 1e6 * 1.1 ** (index - (len(ranks) - 1) / 2) for size in ordered]
-                errors(axis, x, values, SERIES[index % len(SERIES)], f"rank {rank}")
+                style.errors(axis, x, values, style.SERIES[index % len(style.SERIES)], f"rank {rank}")
             size_axis(axis, [trunks[size] for size in ordered])
             axis.set_title(mode)
         row[0].set_ylabel(label)
     for axis in axes[1]:
         axis.axhline(1, color="black", linewidth=0.8)
-    legend_below(figure, 4)
+    style.legend_below(figure, 4)
     return Drawn(
         figure,
         "Tokens per target forward, and speed-up over AR decoding, against the size of the trunk "
@@ -232,5 +218,4 @@ def size_axis(axis: Axes, trunks: Sequence[int], decades: bool = False) -> None:
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:.2g}" if tick < 100 else f"{tick:,.0f}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlim(min(trunks) / 1.6e6, max(trunks) * 1.6 / 1e6)
-    axis.set_xlabel("trunk parameters (millions)")
+    axis.set(xlim=(min(trunks) / 1.6e6, max(trunks) * 1.6 / 1e6), xlabel="trunk parameters (millions)")

@@ -172,8 +172,7 @@ def rank_axis(axis: Axes, ranks: Sequence[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(ranks), [str(rank) for rank in ranks])
     axis.minorticks_off()
-    axis.set_xlim(min(ranks) * 2**-0.3, max(ranks) * 2**0.3)
-    axis.set_xlabel("rank r")
+    axis.set(xlim=(min(ranks) * 2**-0.3, max(ranks) * 2**0.3), xlabel="rank r")
 
 
 def ratio_axis(

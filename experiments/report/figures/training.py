@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.families import Cells, Family, along, trained_longer
-from experiments.report.figures.style import (
-    BLACK,
-    BLUE,
-    WIDE,
-    Drawn,
-    across,
-    errors,
-    grid,
-    legend_below,
-    looks,
-    rows_axis,
-    widest,
-    worded,
-    wrapped,
-)
+from experiments.report.figures import style
+from experiments.report.figures.likelihood import over_base
+from experiments.report.figures.style import Drawn
 from experiments.stats import Interval, difference, over_seeds
 
 if TYPE_CHECKING:
@@ -31,19 +19,18 @@ if TYPE_CHECKING:
 
 def equal_time(families: list[Family]) -> Drawn | str:
     """Held-out joint NLL and tokens per forward against the time spent in training."""
-    found = [(family, trained_longer(family, families)) for family in widest(families) if 1 in family.ranks()]
+    found = [(family, trained_longer(family, families)) for family in style.widest(families) if 1 in family.ranks()]
     shown = [each for each in found if each[1]][:2] or found[:2]
     if not shown:
         return "no records of rank 1 and a higher one"
-    figure, axes = grid(2, len(shown), width=WIDE if len(shown) > 1 else 3.4, height=1.6)
+    figure, axes = style.grid(2, len(shown), width=style.WIDE if len(shown) > 1 else 3.4, height=1.6)
     panels = (("joint_nll", "joint NLL (nats)"), ("tokens_per_pass", "tokens per forward"))
     for column, (family, longer) in zip(axes.T, shown, strict=True):
         for axis, (quantity, label) in zip(column, panels, strict=True):
             _against_time(axis, family, longer, quantity)
-            axis.set_ylabel(label)
-            axis.set_xlabel("seconds of training steps")
-        column[0].set_title(wrapped(family))
-    legend_below(figure, 3)
+            axis.set(ylabel=label, xlabel="seconds of training steps")
+        column[0].set_title(style.wrapped(family))
+    style.legend_below(figure, 3)
     return Drawn(
         figure,
         "Held-out joint NLL (top) and tokens per target forward when sampling (bottom) against the time spent in "
@@ -63,29 +50,18 @@ def _against_time(axis: Axes, family: Family, longer: list[Cells], quantity: str
     base = family.cells["untied", 1]
 
     def value(cells: Cells) -> Interval | None:
-        found = over_seeds(cells, quantity, "sampling")
-        if quantity == "tokens_per_pass" or cells is base or found is None:
-            return found
-        gap, start = difference(cells, base, quantity), over_seeds(base, quantity)
-        if gap is None or start is None:
-            return found
-        return Interval(start.mean + gap.mean, start.mean + gap.low, start.mean + gap.high, gap.level, gap.seeds)
+        paired = over_base(cells, base, quantity) if quantity == "joint_nll" else None
+        return paired or over_seeds(cells, quantity)
 
-    styles = looks(f"rank {rank}" for rank in family.ranks())
-    path = [base, *longer]
-    known = [(_seconds(cells), each.mean) for cells in path if (each := value(cells)) is not None]
-    axis.plot(*zip(*known, strict=True), color=BLACK, linestyle=(0, (4, 2)), linewidth=0.8, zorder=1) if known else None
-    for rank in family.ranks():
-        cells, (color, marker, _) = family.cells["untied", rank], styles[f"rank {rank}"]
-        shown = value(cells)
-        if quantity == "joint_nll" and cells is base and shown is not None:  # what the others are held against
-            shown = Interval(shown.mean, shown.mean, shown.mean, shown.level, shown.seeds)
-        errors(axis, [_seconds(cells)], [shown], (color, marker, "none"), f"rank {rank}")
-    for cells in longer:
-        color, marker, _ = styles["rank 1"]
-        look = (color, marker, "none")
-        open_marker = {"markerfacecolor": "white", "markeredgewidth": 1.0}
-        errors(axis, [_seconds(cells)], [value(cells)], look, "rank 1, trained for longer", **open_marker)
+    styles = style.looks(f"rank {rank}" for rank in family.ranks())
+    known = [(_seconds(cells), each.mean) for cells in (base, *longer) if (each := value(cells)) is not None]
+    axis.plot(*zip(*known, strict=True), color=style.BLACK, linestyle=(0, (4, 2)), linewidth=0.8, zorder=1)
+    marks: list[tuple[Cells, str, dict[str, Any]]] = [(c, f"rank {rank}", {}) for rank, c in family.by_rank().items()]
+    open_marker = {"markerfacecolor": "white", "markeredgewidth": 1.0}
+    marks += [(cells, "rank 1, trained for longer", open_marker) for cells in longer]
+    for cells, label, options in marks:
+        color, marker, _ = styles[label.partition(",")[0]]
+        style.errors(axis, [_seconds(cells)], [value(cells)], (color, marker, "none"), label, **options)
     axis.set_xlim(left=0)
 
 
@@ -102,7 +78,7 @@ def balance(families: list[Family]) -> Drawn | str:
     label, rank, ways = found
     none = ways["none"]
     order = ["none", *sorted(way for way in ways if way != "none")]
-    figure, axes = grid(1, 3, width=WIDE, height=0.9 + 0.2 * len(order))
+    figure, axes = style.grid(1, 3, width=style.WIDE, height=0.9 + 0.2 * len(order))
     panels: tuple[tuple[str, Callable[[Cells], Interval | None]], ...] = (
         ("joint NLL minus none's (nats)", lambda cells: difference(cells, none, "joint_nll")),
         (f"effective components of {rank}", lambda cells: over_seeds(cells, "effective")),
@@ -112,12 +88,12 @@ def balance(families: list[Family]) -> Drawn | str:
         for index, way in enumerate(order):
             interval = value(ways[way])
             if interval is not None:
-                across(axis, index, interval, (BLACK if way == "none" else BLUE, "o", "none"), "_")
-        rows_axis(axis, order if axis is axes[0, 0] else [""] * len(order))
+                style.across(axis, index, interval, (style.BLACK if way == "none" else style.BLUE, "o", "none"), "_")
+        style.rows_axis(axis, order if axis is axes[0, 0] else [""] * len(order))
         axis.grid(True, axis="x")
         axis.set_xlabel(quantity)
     axes[0, 0].axvline(0, color="0.5", linewidth=0.6, zorder=0)
-    axes[0, 0].set_title(f"{worded(label)}, rank {rank}")
+    axes[0, 0].set_title(f"{style.worded(label)}, rank {rank}")
     axes[0, 1].set_xlim(1, 1.03 * rank)
     records = [record for cells in ways.values() for _, record in sorted(cells.items())]
     return Drawn(
