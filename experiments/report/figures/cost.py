@@ -196,7 +196,7 @@ def training(families: list[Family]) -> Drawn | str:
         left.axhline(1, color="black", linewidth=0.8)
         left.set(ylabel="step time over rank 1 (x)", title=style.wrapped(family))
         for axis, key, scale, label in (
-            (middle, "matmul_fraction", 100, "matmul rate reached (%)"),
+            (middle, "matmul_fraction", 100.0, "matmul rate reached (%)"),
             (right, "peak_memory_bytes", 2**-30, "peak memory (GiB)"),
         ):
             found = [over_seeds(c, f"training:{key}") for c in cells]
