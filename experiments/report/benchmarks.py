@@ -1,13 +1,15 @@
-"""Records of `experiments/bench/`, read in one place: what each is of, and what makes it."""
+"""Records of `experiments/bench/`, read in one place: what each is of, what makes it, its tables and its figure."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from experiments.report.table import Made, Table, title_of
 from experiments.schema import HARDWARE, Optional, RecordError, check_kind, non_finite
+from experiments.stats import Sample, contrast
 
 Benchmark = dict[str, Any]
 Result = TypeVar("Result")
@@ -49,7 +51,36 @@ def read_benchmark(results: Path, name: str) -> Benchmark | str:
         return f"benchmarks/{path.name} is not a record of {kind!r}; {maker} makes one"
     if maker.endswith("decode.py") and "targets" not in record:
         return f"benchmarks/{path.name} is of an earlier version; make it again with {maker}"
+    found = made_of(name, upgrade, record)
+    return found if isinstance(found, str) else {"name": name} | found
+
+
+def upgrade(record: Benchmark) -> Benchmark:
+    """A record of any version as `experiments/bench/` writes it now."""
+    record.get("dimensions", {}).setdefault("dtype", "float32")
+    for group in record.get("groups", []):
+        group.setdefault("captured", False)
+    record.setdefault("compiled_generate", [])
+    rows = record.get("strategies", [])
+    record["paired"] = "seeds, draws and prompts"
+    if rows and not any("tokens_per_pass_over_chain" in row for row in rows):
+        record["paired"] = "prompts, each with all its draws and seeds"
+        found = {(_heads(row), row["rank"], row["strategy"]): row for row in rows}
+        for (heads, rank, drafter), row in found.items():
+            chain = found.get((heads, rank, "chain"), row)
+            one = found.get((heads, 1, drafter)) or found.get((heads, 1, "chain"), row)
+            for name, other in (("chain", chain), ("rank1", one)):
+                if other is not row:
+                    row[f"tokens_per_pass_over_{name}"] = vars(contrast([(_counts(row), _counts(other))]))
     return record
+
+
+def _heads(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["mode"], row["corpus"], row["law"]
+
+
+def _counts(row: dict[str, Any]) -> Sample:
+    return Sample.ratio(row["per_prompt"]["tokens"], row["per_prompt"]["passes"])
 
 
 def made_of(name: str, make: Callable[..., Result], *given: Any) -> Result | str:
@@ -62,3 +93,14 @@ def made_of(name: str, make: Callable[..., Result], *given: Any) -> Result | str
     except ODD as error:
         said = f"{type(error).__name__}: {error}".rstrip(": ")
         return f"benchmarks/{name}.json has content that cannot be shown ({said}); make it again"
+
+
+def tables(results: Path, wanted: Mapping[Callable[..., Table], tuple[str, ...]]) -> list[Made]:
+    """wanted: what makes a table -> the records that it is made of. The maker's name is NAME_table."""
+    made = []
+    for make, names in wanted.items():
+        records = [read_benchmark(results, each) for each in names]
+        missing = [record for record in records if isinstance(record, str)]
+        table = missing[0] if missing else made_of(" or ".join(names), make, *records)
+        made.append(Made(make.__name__.removesuffix("_table"), title_of(make), table))
+    return made

@@ -1,313 +1,222 @@
-"""Ways to draft, side by side: tables and a figure from the records of `experiments/bench/decode.py`.
-
-Left out with a line that says so where a record is missing. As elsewhere, the same records give the same bytes.
-"""
+"""Ways to draft, side by side: tables and a figure from the records of `experiments/bench/decode.py`."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from experiments.records import MODES, machine_text
-from experiments.report.benchmarks import Benchmark, made_of, read_benchmark
-from experiments.report.figures import Shown, one
-from experiments.report.figures.benchmarks import ways_to_draft
-from experiments.report.table import Made, Table, title_of
-from experiments.stats import Sample, contrast
+from experiments.report.benchmarks import Benchmark
+from experiments.report.table import Column, Columns, Table, tabulated
 
-CHAIN, RANK1 = "tokens_per_pass_over_chain", "tokens_per_pass_over_rank1"  # keys of differences
-MEMORY = ("working_memory_bytes", "later_memory_bytes", "between_memory_bytes")
+Row = dict[str, Any]
 CHOSEN = "Chosen: the drafter and verifier that were fastest on the validation prompts."
+FIGURE = (
+    "Tokens per target forward, and speed-up over autoregressive (AR) decoding, of every way to draft: the same "
+    f"target, prompts and machine. {CHOSEN} A logarithmic scale."
+)
+_HEADS: Columns = {
+    "corpus": lambda row: row["corpus"],
+    "variant": lambda row: row["law"],
+    "rank": lambda row: str(row["rank"]),
+}
+_SEEDS: Columns = _HEADS | {"seeds": lambda row: " ".join(map(str, row["seeds"]))}
+_DRAFTERS = ("chain", "block", "tree", "window", "path")
+_WINDOWS = ("chain", "marginals", "window", "path")
 
 
-def tables(root: Path) -> list[Made]:
-    """Every table of the records under root/benchmarks."""
-    return [
-        Made(name, title_of(make), record if isinstance(record, str) else made_of(benchmark, make, record))
-        for name, (benchmark, make) in TABLES.items()
-        for record in [read_benchmark(root, benchmark)]
-    ]
-
-
-def draw(root: Path, folder: Path) -> tuple[list[Path], Shown]:
-    """The figure as PDF and PNG with its caption: (files, the figure as the report shows it)."""
-    record = read_benchmark(root, "decode_baselines")
-    return one(
-        "decoding",
-        _TITLE,
-        record
-        if isinstance(record, str)
-        else made_of("decode_baselines", lambda: (record, f"{_CAPTION} {_described(record)}")),
-        ways_to_draft,
-        folder,
-    )
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def methods_table(record: Benchmark) -> Table:
+def decoding_table(record: Benchmark) -> Table:
     """Baselines and our heads: what each gains."""
-    rows = [
-        (
-            method["corpus"],
-            mode,
-            method["name"],
-            method["strategy"][mode],
-            _interval(found["tokens_per_pass"]),
-            f"{found['tokens_per_second']:,.0f}",
-            *(_interval(found[key], 2) for key in ("speedup", "speedup_over_generate", "conversion")),
-        )
-        for mode in MODES
-        for method in record["methods"]
-        for found in [method["modes"][mode]]
-    ]
-    header = (
-        "corpus",
-        "mode",
-        "method",
-        "drafter",
-        "tokens per forward",
-        "tokens/s",
-        "speed-up",
-        "speed-up over generate",
-        "speed-up per token per forward",
-    )
+    columns: Columns = {
+        "corpus": lambda row: row["corpus"],
+        "mode": lambda row: row["mode"],
+        "method": lambda row: row["name"],
+        "drafter": lambda row: row["strategy"][row["mode"]],
+        "tokens per forward": _interval("tokens_per_pass"),
+        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+        "speed-up": _interval("speedup", 2),
+        "speed-up over generate": _interval("speedup_over_generate", 2),
+        "speed-up per token per forward": _interval("conversion", 2),
+    }
     caption = (
         "Ways to draft for one target per corpus, side by side: the same weights, prompts, number of tokens and "
         "machine; all are lossless. Plain: our loop without drafts; generate and assisted generation: Hugging "
         f"Face's; rank 1, untied: independent heads, as Medusa's; sequential heads: as Hydra's. {CHOSEN} Tokens per "
         "target forward: autoregressive decoding has 1.00. Speed-up: over autoregressive decoding with our loop. "
-        f"{_described(record)}"
+        f"{described(record)}"
     )
-    return Table("decoding", caption, header, rows)
+    return tabulated("decoding", caption, columns, _by_mode(record["methods"]))
 
 
-def methods_cost_table(record: Benchmark) -> Table:
+def decoding_cost_table(record: Benchmark) -> Table:
     """Baselines and our heads: what each costs."""
-    rows = [
-        (
-            method["corpus"],
-            method["name"],
-            mode,
-            f"{method['parameters_added']:,}",
-            f"{method['weights_mib']:.1f}",
-            f"{method['training_seconds']:,.0f}",
-            *(_kib(method["modes"][mode], key) for key in MEMORY),
-        )
-        for method in record["methods"]
-        for mode in MODES
-    ]
-    header = (
-        "corpus",
-        "method",
-        "mode",
-        "added parameters",
-        "added weights (MiB)",
-        "training (s)",
-        "memory (KiB)",
-        "after the prompt (KiB)",
-        "between forwards (KiB)",
-    )
+    columns: Columns = {
+        "corpus": lambda row: row["corpus"],
+        "method": lambda row: row["name"],
+        "mode": lambda row: row["mode"],
+        "added parameters": lambda row: f"{row['parameters_added']:,}",
+        "added weights (MiB)": lambda row: f"{row['weights_mib']:.1f}",
+        "training (s)": lambda row: f"{row['training_seconds']:,.0f}",
+        "memory (KiB)": _kib("working_memory_bytes"),
+        "after the prompt (KiB)": _kib("later_memory_bytes"),
+        "between forwards (KiB)": _kib("between_memory_bytes"),
+    }
     caption = (
         "What each way to draft adds to the target. Memory: tensors alive at the worst moment of one text, all "
         "weights aside; after the prompt: of what follows the forward over the prompt; between forwards: between two "
         "forwards of the target, beyond those alive at the end of the one before, that is, verifying and drafting. "
-        f"Training: of what is added, one seed. {_described(record)}"
+        f"Training: of what is added, one seed. {described(record)}"
     )
-    return Table("decoding_cost", caption, header, rows)
+    rows = [row for method in record["methods"] for row in _by_mode([method])]
+    return tabulated("decoding_cost", caption, columns, rows)
 
 
 def strategies_table(record: Benchmark) -> Table:
     """Speed-up of every drafter and verifier, the one chosen and what it gains over the chain."""
-    names = [name for name in _ORDER if any(name in cell["modes"][mode] for cell in record["cells"] for mode in MODES)]
-    rows = [
-        (
-            mode,
-            *_place(cell),
-            *(_interval(found[name]["test"]["speedup"], 2) if name in found else "-" for name in names),
-            found["chosen"],
-            _interval(best["tokens_per_pass_over_chain"], 3, sign=True),
-            _interval(best["speed_over_chain"], 2),
-            _interval(best["conversion"], 2),
-        )
-        for mode, cell in itertools.product(MODES, record["cells"])
-        for found in [cell["modes"][mode]]
-        for best in [found[found["chosen"]]["test"]]
-    ]
-    header = (
-        "mode",
-        *_PLACE,
-        *(f"speed-up, {name}" for name in names),
-        "chosen",
-        "tokens per forward over chain",
-        "speed over chain",
-        "speed-up per token per forward",
-    )
+    cells = list(_by_mode(record["cells"]))
+    columns: Columns = {
+        "mode": lambda row: row["mode"],
+        **_SEEDS,
+        **{f"speed-up, {name}": _of(name, "speedup", 2) for name in _DRAFTERS if any(name in row for row in cells)},
+        "chosen": lambda row: row["chosen"],
+        "tokens per forward over chain": _of("chosen", "tokens_per_pass_over_chain", 3, sign=True),
+        "speed over chain": _of("chosen", "speed_over_chain", 2),
+        "speed-up per token per forward": _of("chosen", "conversion", 2),
+    }
     suggested = ", ".join(f"{mode}: {record['suggested'][mode]}" for mode in MODES)
     caption = (
         f"Drafters and verifiers, on the test prompts: speed-up over autoregressive decoding. {CHOSEN} The last three "
         "columns are its. Window and path of rank 1 are its chain. Suggested default, the fastest on the validation "
-        f"prompts over all heads (geometric mean): {suggested}. Differences are paired. {_described(record)}"
+        f"prompts over all heads (geometric mean): {suggested}. Differences are paired. {described(record)}"
     )
-    return Table("strategies", caption, header, rows)
+    return tabulated("strategies", caption, columns, cells)
 
 
 def acceptance_table(record: Benchmark) -> Table:
     """Tokens per forward of every drafter and verifier, over the chain of the same heads and over rank 1."""
-    found = {_index(row): row for row in record["strategies"]}
-    measured = any(CHAIN in row for row in record["strategies"])
-
-    def over(key: str, row: dict[str, Any], rank: int, *drafters: str) -> str:
-        if measured:
-            return _interval(row[key], 3, sign=True) if key in row else "-"
-        indices = [(*_index(row)[:3], rank, drafter) for drafter in drafters]
-        other = next((found[index] for index in indices if index in found), row)
-        return "-" if other is row else contrast([(_counts(row), _counts(other))]).text(3, sign=True)
-
-    rows = [
-        (
-            row["mode"],
-            *_place(row),
-            row["strategy"],
-            _interval(row["tokens_per_pass"]),
-            over(CHAIN, row, row["rank"], "chain"),
-            over(RANK1, row, 1, row["strategy"], "chain"),
-        )
-        for row in record["strategies"]
-    ]
-    header = ("mode", *_PLACE, "drafter", "tokens per forward", "over its chain", "over rank 1")
-    paired = "seeds, draws and prompts" if measured else "prompts, each with all its draws and seeds"
+    columns: Columns = {
+        "mode": lambda row: row["mode"],
+        **_SEEDS,
+        "drafter": lambda row: row["strategy"],
+        "tokens per forward": _interval("tokens_per_pass"),
+        "over its chain": _interval("tokens_per_pass_over_chain", sign=True),
+        "over rank 1": _interval("tokens_per_pass_over_rank1", sign=True),
+    }
     caption = (
         "Tokens per target forward under every drafter and verifier; what it gains over the chain of the same heads, "
         "and over the same drafter of rank 1 of the same variant (window and path of rank 1 are its chain). "
-        f"Differences are paired over the same {paired}. {_described(record)}"
+        f"Differences are paired over the same {record['paired']}. {described(record)}"
     )
-    return Table("acceptance", caption, header, rows)
+    return tabulated("acceptance", caption, columns, record["strategies"])
 
 
 def agreement_table(record: Benchmark) -> Table:
     """The joint against the target, position by position."""
-    rows = [row for mode, cell in itertools.product(MODES, record["agreement"]) for row in _agreement(mode, cell)]
-    header = ("text", "corpus", "variant", "rank", "depth", "argmax right", "given the true tokens", "overlap")
+    columns: Columns = {
+        "text": lambda row: row["mode"],
+        **_HEADS,
+        "depth": lambda row: str(row["depth"] + 2),
+        "argmax right": lambda row: f"{row['chain']['right'][row['depth']]:.3f}",
+        "given the true tokens": lambda row: f"{row['told'][row['depth']]:.3f}",
+        "overlap": lambda row: f"{row['overlap'][row['depth']]:.3f}",
+    }
     caption = (
         "Drafts against what the target wrote, at every position of its own text (greedy or sampled). Argmax right: "
         "behind drafts that are the joint's own, and given the true tokens before it. Overlap: mean of sum min(p, q) "
-        f"given the true tokens, what sampling accepts. All seeds together. {_described(record)}"
+        f"given the true tokens, what sampling accepts. All seeds together. {described(record)}"
     )
-    return Table("agreement", caption, header, rows)
-
-
-def _agreement(mode: str, cell: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    shares = cell["modes"][mode]
-    by_depth = zip(shares["chain"]["right"], shares["told"], shares["overlap"], strict=True)
-    for depth, found in enumerate(by_depth, start=2):
-        place = (mode, cell["corpus"], cell["law"], str(cell["rank"]), str(depth))
-        yield (*place, *(f"{share:.3f}" for share in found))
+    cells = _by_mode(record["agreement"])
+    rows = (row | {"depth": depth} for row in cells for depth in range(len(row["overlap"])))
+    return tabulated("agreement", caption, columns, rows)
 
 
 def conditioning_table(record: Benchmark) -> Table:
     """What conditioning on the drafts before changes, and tokens per forward of each kind of window."""
-    rows = [
-        (
-            mode,
-            cell["corpus"],
-            cell["law"],
-            str(cell["rank"]),
-            *(f"{1 + sum(shares[name]['kept']):.3f}" for name in _SHAPES),
-            *(f"{shares['changed'][key]:,}" for key in ("reached", "differs", "now right", "was right")),
-        )
-        for mode, cell in itertools.product(MODES, record["agreement"])
-        for shares in [cell["modes"][mode]]
-    ]
-    header = (
-        "text",
-        "corpus",
-        "variant",
-        "rank",
-        *(f"tokens per forward, {name}" for name in _SHAPES),
-        "positions behind right drafts",
-        "argmax changed",
-        "then right",
-        "right before",
-    )
+    columns: Columns = {
+        "text": lambda row: row["mode"],
+        **_HEADS,
+        **{f"tokens per forward, {name}": _expected(name) for name in _WINDOWS},
+        "positions behind right drafts": lambda row: f"{row['changed']['reached']:,}",
+        "argmax changed": lambda row: f"{row['changed']['differs']:,}",
+        "then right": lambda row: f"{row['changed']['now right']:,}",
+        "right before": lambda row: f"{row['changed']['was right']:,}",
+    }
     caption = (
         "Tokens per forward as if a window began at every position of the target's own text. Marginals: the argmax "
         "of each position alone. Argmax changed: of the positions with right drafts before, where conditioning on "
-        f"those drafts changed it. All seeds together. {_described(record)}"
+        f"those drafts changed it. All seeds together. {described(record)}"
     )
-    return Table("conditioning", caption, header, rows)
+    return tabulated("conditioning", caption, columns, _by_mode(record["agreement"]))
 
 
 def filters_table(record: Benchmark) -> Table:
     """Tokens per forward under temperatures and top-p."""
     tops = sorted({row["top_p"] for row in record["filters"]})
-    found: dict[tuple[str, str, int, str, float], dict[float, str]] = {}
+    found: dict[tuple[Any, ...], Row] = {}
     for row in record["filters"]:
-        key = (row["corpus"], row["law"], row["rank"], row["strategy"], row["temperature"])
-        found.setdefault(key, {})[row["top_p"]] = _interval(row["tokens_per_pass"])
-    rows = [
-        (corpus, variant, str(rank), drafter, f"{temperature:g}", *(by_top.get(top, "-") for top in tops))
-        for (corpus, variant, rank, drafter, temperature), by_top in found.items()
-    ]
-    columns = (f"tokens per forward, top-p {top:g}" for top in tops)
-    header = ("corpus", "variant", "rank", "drafter", "temperature", *columns)
-    caption = f"Tokens per target forward under filters; temperature 0 is greedy. {_described(record)}"
-    return Table("filters", caption, header, rows)
+        key = tuple(row[each] for each in ("corpus", "law", "rank", "strategy", "temperature"))
+        found.setdefault(key, dict(row))[f"top {row['top_p']}"] = row["tokens_per_pass"]
+    columns: Columns = {
+        **_HEADS,
+        "drafter": lambda row: row["strategy"],
+        "temperature": lambda row: f"{row['temperature']:g}",
+        **{f"tokens per forward, top-p {top:g}": _interval(f"top {top}") for top in tops},
+    }
+    caption = f"Tokens per target forward under filters; temperature 0 is greedy. {described(record)}"
+    return tabulated("filters", caption, columns, found.values())
 
 
-# name of the table -> (its record, what makes it)
-TABLES: dict[str, tuple[str, Callable[[Benchmark], Table]]] = {
-    "decoding": ("decode_baselines", methods_table),
-    "decoding_cost": ("decode_baselines", methods_cost_table),
-    "strategies": ("decode_strategies", strategies_table),
-    "acceptance": ("decode_acceptance", acceptance_table),
-    "agreement": ("decode_acceptance", agreement_table),
-    "conditioning": ("decode_acceptance", conditioning_table),
-    "filters": ("decode_acceptance", filters_table),
+TABLES: dict[Callable[[Benchmark], Table], tuple[str, ...]] = {
+    decoding_table: ("decode_baselines",),
+    decoding_cost_table: ("decode_baselines",),
+    strategies_table: ("decode_strategies",),
+    acceptance_table: ("decode_acceptance",),
+    agreement_table: ("decode_acceptance",),
+    conditioning_table: ("decode_acceptance",),
+    filters_table: ("decode_acceptance",),
 }
-_ORDER = ("chain", "block", "tree", "window", "path")
-_SHAPES = ("chain", "marginals", "window", "path")
-_PLACE = ("corpus", "variant", "rank", "seeds")
-
-
-# --- figure ----------------------------------------------------------------------------------------------------------
-
-_TITLE = "Ways to draft, side by side"
-_CAPTION = (
-    "Tokens per target forward, and speed-up over autoregressive (AR) decoding, of every way to draft: the same "
-    f"target, prompts and machine. {CHOSEN} A logarithmic scale."
-)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _place(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["corpus"], row["law"], str(row["rank"]), " ".join(map(str, row["seeds"]))
+def _by_mode(cells: list[Row]) -> Iterator[Row]:
+    """A row per mode, in which a cell's part of that mode is its own."""
+    return (cell | cell["modes"][mode] | {"mode": mode} for mode in MODES for cell in cells)
 
 
-def _index(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("mode", "corpus", "law", "rank", "strategy"))
-
-
-def _counts(row: dict[str, Any]) -> Sample:
-    """Of a record without differences: tokens and forwards of each prompt."""
-    return Sample.ratio(row["per_prompt"]["tokens"], row["per_prompt"]["passes"])
-
-
-def _interval(found: dict[str, float], digits: int = 3, sign: bool = False) -> str:
+def _interval(key: str, digits: int = 3, sign: bool = False) -> Column:
     plus = "+" if sign else ""
-    return f"{found['mean']:{plus}.{digits}f} [{found['low']:{plus}.{digits}f}, {found['high']:{plus}.{digits}f}]"
+
+    def cell(row: Row) -> str:
+        if key not in row:
+            return "-"
+        mean, low, high = (f"{row[key][part]:{plus}.{digits}f}" for part in ("mean", "low", "high"))
+        return f"{mean} [{low}, {high}]"
+
+    return cell
 
 
-def _kib(mode: dict[str, Any], key: str) -> str:
-    return f"{mode[key] / 2**10:,.0f}" if key in mode else "-"
+def _of(drafter: str, key: str, digits: int, sign: bool = False) -> Column:
+    """Of a drafter, or of the one chosen, on the test prompts."""
+    shown = _interval(key, digits, sign)
+
+    def cell(row: Row) -> str:
+        name = row["chosen"] if drafter == "chosen" else drafter
+        return shown(row[name]["test"]) if name in row else "-"
+
+    return cell
 
 
-def _described(record: Benchmark) -> str:
+def _expected(window: str) -> Column:
+    return lambda row: f"{1 + sum(row[window]['kept']):.3f}"
+
+
+def _kib(key: str) -> Column:
+    return lambda row: f"{row[key] / 2**10:,.0f}" if key in row else "-"
+
+
+def described(record: Benchmark) -> str:
     settings = record["settings"]
     targets = "; ".join(
         f"{target['trunk']} ({target['corpus']}, {target['parameters'] / 1e6:.1f}M parameters, {target['steps']:,} "

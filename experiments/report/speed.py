@@ -1,20 +1,15 @@
-"""How much of the tokens per forward becomes time: one table of all records of `experiments/bench/speed.py`, whatever
-machine.
-
-Left out with a line that says so where there is no record. As elsewhere, the same records give the same bytes.
-"""
+"""How much of the tokens per forward becomes time: one table of all records of `experiments/bench/speed.py`."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.records import machine_text
-from experiments.report.benchmarks import Benchmark, made_of, read_benchmark
-from experiments.report.table import Made, Table, title_of
+from experiments.report.benchmarks import Benchmark
+from experiments.report.table import Column, Columns, Table, tabulated
 
 # column -> (key of a cell, digits)
 MEASURED = {
@@ -34,54 +29,29 @@ MEASURED = {
 }
 
 
-def tables(root: Path) -> list[Made]:
-    """The table of the records under root/benchmarks."""
-    names = sorted(path.stem for path in (root / "benchmarks").glob("decode_speed*.json")) or ["decode_speed"]
-    records: dict[str, Benchmark] = {}
-    left_out: list[str] = []
-    for name in names:
-        record = read_benchmark(root, name)
-        alone = record if isinstance(record, str) else made_of(name, speed_table, {name: record})
-        if isinstance(record, str) or isinstance(alone, str):
-            left_out.append(str(alone))
-        else:
-            records[name] = record
-    made: Table | str = left_out[0] if not records else made_of("decode_speed*", speed_table, records)
-    if isinstance(made, Table) and left_out:
-        made = replace(made, caption=f"{made.caption} Left out: {'; '.join(left_out)}.")
-    return [Made("speed", title_of(speed_table), made)]
+def tables(results: Path) -> dict[Callable[..., Table], tuple[str, ...]]:
+    """The table is of all records, whatever their machine."""
+    names = sorted(path.stem for path in (results / "benchmarks").glob("decode_speed*.json"))
+    return {speed_table: tuple(names) or ("decode_speed",)}
 
 
-def speed_table(records: dict[str, Benchmark]) -> Table:
+def speed_table(*records: Benchmark) -> Table:
     """Speed-up per token per forward against its limit, forwards against their floor, larger batches."""
-    machines = _machines(records)
-    captures = any(group.get("captured") for record in records.values() for group in record["groups"])
-    rows = []
-    for name, record in records.items():
-        for group in record["groups"]:
-            forwards = "captured" if group.get("captured") else "launched"
-            start = (
-                *([machines[name]] if len(records) > 1 else []),
-                *([forwards] if captures else []),
-                group["dtype"],
-                group["mode"],
-                str(group["batch"]),
-            )
-            rows += [(*start, *row) for row in _group(group)]
+    machines, groups = _machines(records), [group for record in records for group in record["groups"]]
+    columns: Columns = {
+        **({"machine": lambda row: row["machine"]} if len(records) > 1 else {}),
+        **({"forwards": _forwards} if any(group["captured"] for group in groups) else {}),
+        "dtype": lambda row: row["dtype"],
+        "mode": lambda row: row["mode"],
+        "batch": lambda row: str(row["batch"]),
+        "rank": lambda row: str(row["rank"]),
+        "n": lambda row: str(row["horizon"]),
+        "draft vocabulary": lambda row: f"{row['shortlist']:,}" if row["shortlist"] else "-",
+        **{name: _measured(key, digits) for name, (key, digits) in MEASURED.items()},
+    }
     described = [
-        (f"{machines[name]}: " if len(records) > 1 else "") + _described(record) for name, record in records.items()
+        (f"{machines[record['name']]}: " if len(records) > 1 else "") + _described(record) for record in records
     ]
-    header = (
-        *(["machine"] if len(records) > 1 else []),
-        *(["forwards"] if captures else []),
-        "dtype",
-        "mode",
-        "batch",
-        "rank",
-        "n",
-        "draft vocabulary",
-        *MEASURED,
-    )
     caption = (
         "How much of the tokens per forward becomes time. Weights are random and acceptance is forced: 0, 1, .. n-1 "
         "drafts are accepted in turn, and speed-ups are of this pattern alone; what carries over to trained heads is "
@@ -92,44 +62,48 @@ def speed_table(records: dict[str, Benchmark]) -> Table:
         "tokens/s: of all rows of a batch. Medians of the repeats, share of limit with its 95% percentile bootstrap "
         f"interval over them, as recorded. {' '.join(described)}"
     )
-    return Table("speed", caption, header, rows)
+    rows = [
+        row | {"machine": machines[record["name"]]}
+        for record in records
+        for group in record["groups"]
+        for row in _group(group)
+    ]
+    return tabulated("speed", caption, columns, rows)
 
 
-def _group(group: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+def _forwards(row: dict[str, Any]) -> str:
+    return "captured" if row["captured"] else "launched"
+
+
+def _group(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Autoregressive decoding and generate, then the cells."""
-    plain = group["plain"] | {"speedup": 1.0}
-    yield ("autoregressive", "-", "-", *_values(plain))
+    shared = {key: group[key] for key in ("captured", "dtype", "mode", "batch")}
+    alone = shared | {"horizon": "-", "shortlist": 0}
+    yield alone | {"rank": "autoregressive", "speedup": 1.0} | group["plain"]
     if "generate" in group:
-        yield (
-            "generate",
-            "-",
-            "-",
-            *_values(group["generate"] | {"speedup": 1 / _middle(group["plain_over_generate"])}),
-        )
-    for cell in group["cells"]:
-        shortlist = f"{cell['shortlist']:,}" if cell["shortlist"] else "-"
-        yield (str(cell["rank"]), str(cell["horizon"]), shortlist, *_values(cell))
+        yield alone | {"rank": "generate", "speedup": 1 / _middle(group["plain_over_generate"])} | group["generate"]
+    yield from (shared | cell for cell in group["cells"])
 
 
-def _values(cell: dict[str, Any]) -> Iterator[str]:
-    for key, digits in MEASURED.values():
-        if key not in cell:
-            yield "-"
-            continue
-        text = f"{_middle(cell[key]):,.{digits}f}"
-        yield text + (
-            f" [{cell[key]['low']:.{digits}f}, {cell[key]['high']:.{digits}f}]" if key == "share_of_limit" else ""
-        )
+def _measured(key: str, digits: int) -> Column:
+    def cell(row: dict[str, Any]) -> str:
+        if key not in row:
+            return "-"
+        text = f"{_middle(row[key]):,.{digits}f}"
+        ends = f" [{row[key]['low']:.{digits}f}, {row[key]['high']:.{digits}f}]" if key == "share_of_limit" else ""
+        return text + ends
+
+    return cell
 
 
 def _middle(value: float | dict[str, float]) -> float:
     return value["median"] if isinstance(value, dict) else value
 
 
-def _machines(records: dict[str, Benchmark]) -> dict[str, str]:
+def _machines(records: Sequence[Benchmark]) -> dict[str, str]:
     """record -> what tells its machine from the others': the accelerator or the processor, and the record's name where
     needed."""
-    hardware = {name: record["hardware"] for name, record in records.items()}
+    hardware = {record["name"]: record["hardware"] for record in records}
     short = {
         name: str(each["processor"] if each["accelerator"] == "none" else each["accelerator"])
         for name, each in hardware.items()
@@ -148,7 +122,7 @@ def _described(record: Benchmark) -> str:
         f"{settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones ({settings['batch_tokens']} in "
         f"batches), {settings['repeats']} repeats; {_held(record['targets'])}"
     )
-    for each in record.get("compiled_generate", []):
+    for each in record["compiled_generate"]:
         against = (
             f"is {_middle(each['plain_over_generate']):.2f} times as fast as"
             if "failure" not in each

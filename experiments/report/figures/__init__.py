@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.families import Family
-from experiments.report.benchmarks import made_of
-from experiments.report.figures import components, cost, drafts, likelihood, speed, training
-from experiments.report.figures.style import STYLE, Drawn, Plot, save
+from experiments.report import decoding, scaling
+from experiments.report.benchmarks import made_of, read_benchmark
+from experiments.report.figures import benchmarks, components, cost, drafts, likelihood, speed, training
+from experiments.report.figures.style import STYLE, Plot, save
 from experiments.report.table import described
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["ADDING", "FIGURES", "STYLE", "Drawn", "Plot", "Shown", "command", "draw_all", "one", "save"]
 
 ADDING = (
     "a sweep refuses to add to records of other code, as the committed ones are once the code has changed: end its "
@@ -44,6 +44,21 @@ FIGURES: dict[str, Plot] = {
     "usage": Plot("Components in use", "C5", components.usage),
     "specialities": Plot("What each component explains", "C5", components.specialities, appendix=True),
     "windows": Plot("Example windows", "C5", components.windows, appendix=True),
+}
+# name -> (title, its record, how it is drawn, its caption)
+OF_BENCHMARKS: dict[str, tuple[Any, ...]] = {
+    "decoding": (
+        "Ways to draft, side by side",
+        "decode_baselines",
+        benchmarks.ways_to_draft,
+        lambda record: f"{decoding.FIGURE} {decoding.described(record)}",
+    ),
+    "overhead_sizes": (
+        "Training overhead",
+        "training_overhead",
+        benchmarks.training_overhead,
+        lambda record: f"{scaling.FIGURE} {scaling.conditions(record)}",
+    ),
 }
 
 
@@ -69,36 +84,27 @@ def meant_for(plot: Plot, families: list[Family]) -> list[Family]:
 
 
 def draw_all(families: list[Family], folder: Path) -> tuple[list[Path], list[Shown]]:
-    """Draw every figure into `folder`; returns (files, every figure, drawn or not)."""
-    files: list[Path] = []
-    shown: list[Shown] = []
-    for name, plot in FIGURES.items():
+    """Draw every figure of the cells into `folder`: (files, every figure, drawn or not)."""
 
-        def draw(plot: Plot = plot) -> tuple[Figure, str] | str:
-            drawn = plot.draw(meant_for(plot, families))
-            if isinstance(drawn, str):
-                return f"{drawn}; `{command(plot.claim)}` makes them"
-            return drawn.figure, f"{drawn.caption} {described(drawn.records, plot.decoded)}"
+    def draw(plot: Plot) -> tuple[Figure, str] | str:
+        drawn = plot.draw(meant_for(plot, families))
+        if isinstance(drawn, str):
+            return f"{drawn}; `{command(plot.claim)}` makes them"
+        return drawn.figure, f"{drawn.caption} {described(drawn.records, plot.decoded)}"
 
-        written, each = _drawn(name, plot.title, draw, folder)
-        files, shown = [*files, *written], [*shown, each]
-    return sorted(files), shown
+    made = [_drawn(name, plot.title, partial(draw, plot), folder) for name, plot in FIGURES.items()]
+    return sorted(file for files, _ in made for file in files), [each for _, each in made]
 
 
-def one(
-    name: str,
-    title: str,
-    given: tuple[dict[str, Any], str] | str,
-    plot: Callable[[dict[str, Any]], Figure],
-    folder: Path,
-) -> tuple[list[Path], Shown]:
-    """Draw the figure of a benchmark's record. given: the record and the caption, or why there is none."""
-    return _drawn(
-        name,
-        title,
-        lambda: given if isinstance(given, str) else made_of(name, lambda: (plot(given[0]), given[1])),
-        folder,
-    )
+def draw_benchmarks(results: Path, folder: Path) -> tuple[list[Path], list[Shown]]:
+    """The same of the benchmarks' records."""
+
+    def draw(name: str, plot: Callable[..., Figure], caption: Callable[..., str]) -> tuple[Figure, str] | str:
+        record = read_benchmark(results, name)
+        return record if isinstance(record, str) else made_of(name, lambda: (plot(record), caption(record)))
+
+    made = [_drawn(name, title, partial(draw, *given), folder) for name, (title, *given) in OF_BENCHMARKS.items()]
+    return [file for files, _ in made for file in files], [each for _, each in made]
 
 
 def _drawn(
