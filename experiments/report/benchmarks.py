@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,12 +96,12 @@ def made_of(name: str, make: Callable[..., Result], *given: Any) -> Result | str
         return f"benchmarks/{name}.json has content that cannot be shown ({said}); make it again"
 
 
-def tables(results: Path, wanted: Mapping[Callable[..., Table], tuple[str, ...]]) -> list[Made]:
-    """wanted: what makes a table -> the records that it is made of. The maker's name is NAME_table."""
+def tables(results: Path, wanted: Mapping[str, tuple[Callable[..., Table], tuple[str, ...]]]) -> list[Made]:
+    """wanted: name of a table -> (what makes it, the records that it is made of)."""
     made = []
-    for make, names in wanted.items():
+    for name, (make, names) in wanted.items():
         records = [read_benchmark(results, each) for each in names]
         missing = [record for record in records if isinstance(record, str)]
         table = missing[0] if missing else made_of(" or ".join(names), make, *records)
-        made.append(Made(make.__name__.removesuffix("_table"), title_of(make), table))
+        made.append(Made(name, title_of(make), table if isinstance(table, str) else replace(table, name=name)))
     return made

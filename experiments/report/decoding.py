@@ -25,7 +25,7 @@ _DRAFTERS = ("chain", "block", "tree", "window", "path")
 _WINDOWS = ("chain", "marginals", "window", "path")
 
 
-def decoding_table(record: Benchmark) -> Table:
+def methods_table(record: Benchmark) -> Table:
     """Baselines and our heads: what each gains."""
     columns: Columns = {
         "corpus": lambda row: row["corpus"],
@@ -48,7 +48,7 @@ def decoding_table(record: Benchmark) -> Table:
     return tabulated("decoding", caption, columns, _by_mode(record["methods"]))
 
 
-def decoding_cost_table(record: Benchmark) -> Table:
+def methods_cost_table(record: Benchmark) -> Table:
     """Baselines and our heads: what each costs."""
     columns: Columns = {
         "corpus": lambda row: row["corpus"],
@@ -166,14 +166,14 @@ def filters_table(record: Benchmark) -> Table:
     return tabulated("filters", caption, columns, found.values())
 
 
-TABLES: dict[Callable[[Benchmark], Table], tuple[str, ...]] = {
-    decoding_table: ("decode_baselines",),
-    decoding_cost_table: ("decode_baselines",),
-    strategies_table: ("decode_strategies",),
-    acceptance_table: ("decode_acceptance",),
-    agreement_table: ("decode_acceptance",),
-    conditioning_table: ("decode_acceptance",),
-    filters_table: ("decode_acceptance",),
+TABLES: dict[str, tuple[Callable[[Benchmark], Table], tuple[str, ...]]] = {
+    "decoding": (methods_table, ("decode_baselines",)),
+    "decoding_cost": (methods_cost_table, ("decode_baselines",)),
+    "strategies": (strategies_table, ("decode_strategies",)),
+    "acceptance": (acceptance_table, ("decode_acceptance",)),
+    "agreement": (agreement_table, ("decode_acceptance",)),
+    "conditioning": (conditioning_table, ("decode_acceptance",)),
+    "filters": (filters_table, ("decode_acceptance",)),
 }
 
 

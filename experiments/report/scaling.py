@@ -26,7 +26,7 @@ FIGURE = (
 # --- the joint loss --------------------------------------------------------------------------------------------------
 
 
-def loss_large_table(record: Benchmark) -> Table:
+def large_table(record: Benchmark) -> Table:
     """Each way to compute the joint loss at a large vocabulary: time, memory, error."""
     few, size = record["dense_at_few_positions"], record["dimensions"]
     sides = record["sides"] | {f"dense, {few['positions']} positions": few}
@@ -62,7 +62,7 @@ def _sizes(size: dict[str, Any]) -> str:
     )
 
 
-def loss_dense_table(record: Benchmark) -> Table:
+def dense_table(record: Benchmark) -> Table:
     """The bounded joint loss against the dense one: time and memory."""
     columns: Columns = {
         "loss": lambda side: side[0],
@@ -79,17 +79,8 @@ def loss_dense_table(record: Benchmark) -> Table:
     return tabulated("loss_dense", caption, columns, record["sides"].items())
 
 
-def loss_growth_gpu_table(record: Benchmark) -> Table:
+def growth_table(record: Benchmark) -> Table:
     """Time and memory against each dimension, their exponents, and the fitted model's deviation."""
-    return _growth("loss_growth_gpu", record)
-
-
-def loss_growth_cpu_table(record: Benchmark) -> Table:
-    """Time and memory against each dimension, their exponents, and the fitted model's deviation."""
-    return _growth("loss_growth_cpu", record)
-
-
-def _growth(name: str, record: Benchmark) -> Table:
     cells = [cell for cell in record["cells"] if "failed" not in cell]
     fitted, base = fit(cells), record["cells"][0]
     columns: Columns = {
@@ -111,7 +102,7 @@ def _growth(name: str, record: Benchmark) -> Table:
         f"{deviation:.0%}. Memory: beside weights, inputs and one gradient of each. {described(record)}"
     )
     lines = [(dimension, _along(cells, dimension)) for dimension in DIMENSIONS]
-    return tabulated(name, caption, columns, [line for line in lines if len(line[1]) > 1])
+    return tabulated("loss_growth", caption, columns, [line for line in lines if len(line[1]) > 1])
 
 
 def fit(cells: Sequence[dict[str, Any]]) -> cost.Fit:
@@ -210,13 +201,13 @@ def processes_table(record: Benchmark) -> Table:
     return tabulated("processes", caption, columns, rows)
 
 
-TABLES: dict[Callable[..., Table], tuple[str, ...]] = {
-    loss_large_table: ("joint-loss-large-gpu",),
-    loss_growth_gpu_table: ("joint-loss-growth-gpu",),
-    loss_growth_cpu_table: ("joint-loss-growth-cpu",),
-    loss_dense_table: ("joint-loss-cpu",),
-    overhead_table: ("training_overhead", "training_recipes"),
-    processes_table: ("processes",),
+TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
+    "loss_large": (large_table, ("joint-loss-large-gpu",)),
+    "loss_growth_gpu": (growth_table, ("joint-loss-growth-gpu",)),
+    "loss_growth_cpu": (growth_table, ("joint-loss-growth-cpu",)),
+    "loss_dense": (dense_table, ("joint-loss-cpu",)),
+    "overhead": (overhead_table, ("training_overhead", "training_recipes")),
+    "processes": (processes_table, ("processes",)),
 }
 
 

@@ -29,10 +29,10 @@ MEASURED = {
 }
 
 
-def tables(results: Path) -> dict[Callable[..., Table], tuple[str, ...]]:
+def tables(results: Path) -> dict[str, tuple[Callable[..., Table], tuple[str, ...]]]:
     """The table is of all records, whatever their machine."""
     names = sorted(path.stem for path in (results / "benchmarks").glob("decode_speed*.json"))
-    return {speed_table: tuple(names) or ("decode_speed",)}
+    return {"speed": (speed_table, tuple(names) or ("decode_speed",))}
 
 
 def speed_table(*records: Benchmark) -> Table:
