@@ -47,7 +47,8 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
             front.update(docs, blocks)
     drawn, shown = drawing.draw_all(families, figures)
     if (results / "benchmarks").is_dir():  # a sweep has none
-        made += benchmarks.tables(results, decoding.TABLES | speed.tables(results) | scaling.TABLES)
+        made += benchmarks.tables(results, decoding.TABLES) + speed.tables(results)
+        made += benchmarks.tables(results, scaling.TABLES)
         pictures, beside = drawing.draw_benchmarks(results, figures)
         drawn, shown = [*drawn, *pictures], [*shown, *beside]
     written, left_out = table.write_made(made, figures / "tables")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.records import machine_text
+from experiments.report import benchmarks
 from experiments.report.benchmarks import Benchmark
-from experiments.report.table import Column, Columns, Table, tabulated
+from experiments.report.table import Column, Columns, Made, Table, tabulated
 
 # column -> (key of a cell, digits)
 MEASURED = {
@@ -29,10 +31,16 @@ MEASURED = {
 }
 
 
-def tables(results: Path) -> dict[str, tuple[Callable[..., Table], tuple[str, ...]]]:
-    """The table is of all records, whatever their machine."""
-    names = sorted(path.stem for path in (results / "benchmarks").glob("decode_speed*.json"))
-    return {"speed": (speed_table, tuple(names) or ("decode_speed",))}
+def tables(results: Path) -> list[Made]:
+    """The table of all records, whatever their machine. An odd one is named in the caption."""
+    names = sorted(path.stem for path in (results / "benchmarks").glob("decode_speed*.json")) or ["decode_speed"]
+    each = {name: benchmarks.tables(results, {"speed": (speed_table, (name,))})[0].table for name in names}
+    whole = tuple(name for name, table in each.items() if isinstance(table, Table))
+    odd = [table for table in each.values() if isinstance(table, str)]
+    made = benchmarks.tables(results, {"speed": (speed_table, whole or (names[0],))})
+    if isinstance(table := made[0].table, Table) and odd:
+        made = [replace(made[0], table=replace(table, caption=f"{table.caption} Left out: {'; '.join(odd)}."))]
+    return made
 
 
 def speed_table(*records: Benchmark) -> Table:
