@@ -12,45 +12,41 @@ from torch import Tensor
 
 from cpdlm.baselines.hydra import HydraHeads, HydraModel, Sequential
 from cpdlm.config import resolve
-from cpdlm.decoding import Sampling, decode, decode_batch
+from cpdlm.decoding import Options, Sampling, decode, decode_batch
 from cpdlm.decoding.drafters import Uniforms
-from cpdlm.decoding.lookup import Lookup, decode_with_lookup
+from cpdlm.decoding.lookup import Copy, Lookup, LookupSettings
 from cpdlm.model.language_model import build_language_model
 from tests import oracle
 from tests.toy import FILTERS, ToyModel, truth
 
 SAMPLES, LENGTH, PROMPT = 3000, 3, (1, 0)
 SETTINGS = ("unfiltered", "all")
+ANY = LookupSettings(least=1, most=3)
 
 
 def test_lookup_copies_what_followed_the_longest_match_last_seen() -> None:
-    lookup = Lookup([5, 1, 2, 7, 9, 2, 8, 1, 2], longest=3)
-    assert lookup.draft(3) == [7, 9, 2]  # behind "1 2", not behind the later "2"
-    assert Lookup([5, 1, 2, 7, 9, 2, 8, 1, 2], longest=1).draft(2) == [8, 1]
+    text = [5, 1, 2, 7, 9, 2, 8, 1, 2]
+    lookup = Lookup(text, LookupSettings(least=1, longest=3))
+    assert lookup.draft(3) == Copy([7, 9, 2], matched=2)  # behind "1 2", not behind the later "2"
+    assert Lookup(text, LookupSettings(least=1, longest=1)).draft(2).tokens == [8, 1]
     lookup.extend([8])
-    assert lookup.draft(2) == [1, 2]
-    assert Lookup([3, 4, 3, 4]).draft(5) == [3, 4, 3, 4, 3]  # goes on with its own copy
-    assert Lookup([1, 2, 3]).draft(2) == [3, 3]  # never seen before
+    assert lookup.draft(2) == Copy([1, 2], matched=2)
+    assert Lookup([3, 4, 3, 4], LookupSettings(1, most=5)).draft(9).tokens == [3, 4, 3, 4, 3]  # with its own copy
+    assert not Lookup(text, LookupSettings(least=3)).draft(2).tokens
+    for nothing in ([], [1], [1, 2, 3]):
+        assert not Lookup(nothing, LookupSettings(least=1)).draft(2).tokens
+    for wrong in ({"least": 0}, {"least": 1.5}, {"longest": 2}, {"most": 0}):
+        with pytest.raises(ValueError, match="lookup (least|longest|most)=.*pass"):
+            LookupSettings(**wrong)
 
 
 def test_lookup_writes_the_greedy_text_in_fewer_forwards() -> None:
     model = ToyModel("common", context=12, vocab_size=2)
     prompt = torch.tensor([0, 1, 0])
     alone = decode(model, prompt, 9, Sampling(0.0), draft="none")
-    looked = decode_with_lookup(model, prompt, 9, Sampling(0.0), horizon=4)
+    looked = decode(model, prompt, 9, Sampling(0.0), draft="lookup", options=Options(lookup=ANY))
     assert looked.tokens == alone.tokens
     assert looked.forwards < alone.forwards
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_lookup_writes_as_the_target(setting: str) -> None:
-    model, sampling = ToyModel("common"), FILTERS[setting]
-    generator = torch.Generator().manual_seed(3)
-    counts: Counter[oracle.History] = Counter()
-    for _ in range(SAMPLES // 3):
-        done = decode_with_lookup(model, torch.tensor(PROMPT), LENGTH, sampling, generator, horizon=3)
-        counts[tuple(done.tokens)] += 1
-    assert oracle.p_value(counts, truth(model, sampling, PROMPT, LENGTH)) > oracle.FALSE_ALARM
 
 
 @dataclass

@@ -31,8 +31,9 @@ from transformers import (
 from cpdlm.bench.contenders import hugging_face
 from cpdlm.config import resolve
 from cpdlm.decoding import Options, Sampling, accept, cache, decode, decode_batch, drafters, proposals
-from cpdlm.decoding.drafters import DRAFTERS
+from cpdlm.decoding.drafters import DRAFTERS, LOOKUP
 from cpdlm.decoding.filtering import draw
+from cpdlm.decoding.lookup import LookupSettings
 from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model
@@ -43,6 +44,7 @@ from tests.toy import FILTERS, ToyModel, truth
 SAMPLES, LENGTH = 4000, 4
 PROMPTS = ((1,), (2, 0))  # of two lengths, alternating through the batch
 DRAFTS = [name for name in DRAFTERS if name != "none"]
+COPIES = LookupSettings(least=1, most=3)  # in texts of six tokens
 
 
 @memoised
@@ -53,6 +55,7 @@ def toy(layout: str, horizon: int = 3) -> ToyModel:
 def counted(model: Any, sampling: Sampling, seed: int = 0, **options: Any) -> list[Counter[oracle.History]]:
     """Sequences of each prompt, from one ragged batch."""
     prompts = [torch.tensor(PROMPTS[row % 2]) for row in range(2 * SAMPLES)]
+    options["options"] = replace(options.get("options", Options()), lookup=COPIES)
     generators = [torch.Generator().manual_seed(seed * 10**6 + row) for row in range(2 * SAMPLES)]
     done = decode_batch(model, prompts, LENGTH, sampling, generators, **options)
     return [Counter(tuple(each.tokens) for each in done[index::2]) for index in (0, 1)]
@@ -97,9 +100,12 @@ class SmallDrafts(ToyModel):
 
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_a_draft_vocabulary_leaves_the_target_alone(draft: str) -> None:
-    assert min(p_values(SmallDrafts(), Sampling(), draft=draft, options=Options(nodes=4))) > oracle.FALSE_ALARM / 2
+    options = Options(nodes=4, lookup=COPIES)
+    assert min(p_values(SmallDrafts(), Sampling(), draft=draft, options=options)) > oracle.FALSE_ALARM / 2
     prompt = torch.tensor(PROMPTS[0])
-    texts = [decode(SmallDrafts(), prompt, 4, Sampling(0.0), draft=name).tokens for name in (draft, "none")]
+    texts = [
+        decode(SmallDrafts(), prompt, 4, Sampling(0.0), draft=name, options=options).tokens for name in (draft, "none")
+    ]
     assert texts[0] == texts[1]
 
 
@@ -411,7 +417,7 @@ def test_a_batch_is_its_rows_one_by_one(draft: str, kind: tuple[str, str, bool])
                 assert [each.tokens for each in together] == [each.tokens for each in alone]
                 for each, right in zip(together, alone_greedily, strict=True):
                     assert each.tokens == right[: len(each.tokens)]
-            else:  # a row's last windows may be longer in a batch, and then it draws more
+            elif not draft.startswith(LOOKUP):  # in a batch a row's windows may be longer, and then it draws more
                 assert all(a.tokens[:30] == b.tokens[:30] for a, b in zip(together, alone, strict=True))
             accepted += sum(sum(each.accepted) for each in together)
     assert accepted, "no draft was ever accepted"

@@ -2,14 +2,18 @@
 
 from cpdlm.decoding.captured import CapturedForwards, Captures
 from cpdlm.decoding.filtering import Sampling
+from cpdlm.decoding.length import Costs
+from cpdlm.decoding.lookup import LookupSettings
 from cpdlm.decoding.loop import Decoded, Options, decode, decode_batch
 from cpdlm.decoding.model import DraftingModel, ModelProxy
 
 __all__ = [
     "CapturedForwards",
     "Captures",
+    "Costs",
     "Decoded",
     "DraftingModel",
+    "LookupSettings",
     "ModelProxy",
     "Options",
     "Sampling",

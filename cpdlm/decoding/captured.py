@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cpdlm.decoding.drafters import Acceptance, Maker, Uniforms, make_drafter
+from cpdlm.decoding.drafters import LOOKUP, Acceptance, Maker, Uniforms, make_drafter
+from cpdlm.decoding.drafting import propose
 from cpdlm.decoding.filtering import Sampling
-from cpdlm.decoding.forwards import Outcome, last_accepted, packed, propose
+from cpdlm.decoding.forwards import Outcome, last_accepted, packed
 from cpdlm.decoding.model import DraftingModel
 from cpdlm.decoding.proposals import Proposal, nothing
 
@@ -121,6 +122,10 @@ class CapturedForwards:
         self._replay = record(self._step, self.device)
 
     def _check_model(self) -> None:
+        if isinstance(self.draft, str) and self.draft.startswith(LOOKUP):
+            raise ValueError(
+                f"captured forwards do not read the text that draft={self.draft!r} copies from; decode without them"
+            )
         if self.model.training:  # a recording would keep its dropout
             raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
         if getattr(self.model, "draft_trunk", None) is not None:
@@ -177,8 +182,8 @@ class CapturedForwards:
         return _Copied(packed(acceptance))
 
     @torch.inference_mode()
-    def next(self, depth: int) -> Outcome:
-        """depth is not read: the shapes are fixed."""
+    def next(self, room: int) -> Outcome:
+        """room is not read: the shapes are fixed."""
         if self._noise is not None:
             assert self.uniforms is not None, "the loop gives the rows' generators"
             self._noise.fill(self.uniforms)
@@ -186,7 +191,7 @@ class CapturedForwards:
         assert self._out_BX is not None, "the first step made it"
         return _Copied(self._out_BX)
 
-    def commit(self, accepted: Sequence[int], going: Sequence[int]) -> None:
+    def commit(self, emitted: Sequence[Sequence[int]], going: Sequence[int]) -> None:
         raise AssertionError("captured forwards commit on the device")
 
     def _prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -277,11 +282,16 @@ class Captures:
         self, rows: int, longest: int, sampling: Sampling, draft: str = "chain", nodes: int = 8
     ) -> CapturedForwards | None:
         """Forwards for texts of at most `longest` tokens, prompt included; None where growing forwards are to be used,
-        or where the texts exceed the context, which the loop refuses."""
+        for lookup, or where the texts exceed the context, which the loop refuses."""
         weights = [*self.model.parameters(), *self.model.buffers()]
         window = self.model.attention_window
         most = self.model.context if window is None else min(window, self.model.context)
-        if weights[0].device.type != self.on or most < longest or self.model.draft_trunk is not None:
+        if (
+            draft.startswith(LOOKUP)
+            or weights[0].device.type != self.on
+            or most < longest
+            or self.model.draft_trunk is not None
+        ):
             return None
         kind = (rows, sampling, draft, nodes, *((each.data_ptr(), each.shape, each.dtype) for each in weights))
         if self.forwards is None or self.kind != kind or self.forwards.slots < longest:

@@ -71,7 +71,8 @@ class Greedy:
     """Chain at temperature 0: drafts and target by argmax."""
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
-        return Proposal(greedy_chain(joint, depth))
+        tokens_BK = greedy_chain(joint, depth)
+        return Proposal(tokens_BK, confidence=lambda: joint.marginal(depth).chain(tokens_BK).exp())
 
     def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
         accepted_B, next_B = verify_greedy(target_BSV, proposal.tokens_BK)
@@ -89,12 +90,14 @@ class RejectionSampling:
         self.target_distribution = target_distribution or (lambda scores: filtered(scores, sampling))
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
-        return Proposal(*sampled_chain(joint, depth, self.sampling, self.uniforms(depth + 1)))
+        tokens_BK, probs_BKV = sampled_chain(joint, depth, self.sampling, self.uniforms(depth + 1))
+        return Proposal(tokens_BK, probs_BKV, lambda: probs_BKV.amax(dim=-1))
 
     def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
         tokens_BK, probs_BSV = proposal.tokens_BK, self.target_distribution(target_BSV)
         uniforms_BS = self.uniforms(target_BSV.shape[1])
-        accepted_B, next_B = self._accept(probs_BSV, proposal.distributions, tokens_BK, uniforms_BS)
+        # Where there is no draft (-1), q is NaN, which rejects and leaves p.
+        accepted_B, next_B = self._accept(probs_BSV, proposal.distributions, tokens_BK.clamp(min=0), uniforms_BS)
         return Acceptance(accepted_B, tokens_BK, next_B)
 
     def _accept(self, *given: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +117,7 @@ class BlockVerification(RejectionSampling):
 
 
 class DeterministicDraft:
-    """Drafts that are a function of the joint alone: no draft q, no acceptance ratio.
+    """Drafts that are a function of the joint and the text alone: no draft q, no acceptance ratio.
 
     The target's choice is drawn (or, under greedy, taken) behind every token of the window; drafts are accepted while
     they are what was chosen. shape: "tree", the `nodes` likeliest prefixes; "window", the likeliest whole window;
@@ -136,7 +139,8 @@ class DeterministicDraft:
     def draft(self, joint: Joint, depth: int) -> Proposal:
         if self.shape == "tree":
             return grow(joint, depth, self.nodes)
-        return Proposal(best_window(joint, depth, self.shape, self.nodes))
+        tokens_BK = best_window(joint, depth, self.shape, self.nodes)
+        return Proposal(tokens_BK, confidence=lambda: joint.marginal(depth).chain(tokens_BK).exp())
 
     def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
         tokens_BK, next_BS = proposal.tokens_BK, self._choices(target_BSV)
@@ -163,7 +167,12 @@ DRAFTERS = {
     "tree": "the likeliest prefixes as a tree",
     "window": "the likeliest window",
     "path": "the window with the largest expected number of accepted tokens",
+    "lookup": "what followed the last tokens where they stood before; none elsewhere, without heads",
+    "lookup+chain": "what followed the last tokens where they stood before; elsewhere the chain",
+    "lookup+block": "the same, accepted as a block",
+    "lookup+tree": "the tree, with what followed the last tokens before as one more branch",
 }
+LOOKUP = "lookup"
 
 
 def make_drafter(
@@ -182,7 +191,8 @@ def make_drafter(
     if not isinstance(nodes, int) or nodes < 1:
         raise ValueError(f"nodes={nodes} is no number of drafts; pass a whole number, at least 1")
     target_distribution = _normalised if processed else None
-    if name in ("tree", "window", "path"):
+    name = name.removeprefix(f"{LOOKUP}+")
+    if name in ("tree", "window", "path", LOOKUP):
         return DeterministicDraft(name, sampling, uniforms, nodes, target_distribution)
     if uniforms is None:
         return Greedy()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding.cache import Text
-from cpdlm.decoding.drafters import Acceptance, Drafter, Uniforms
+from cpdlm.decoding.drafters import Acceptance, Uniforms
+from cpdlm.decoding.drafting import Drafting
 from cpdlm.decoding.model import DraftingModel
 from cpdlm.decoding.proposals import Proposal, nothing
 
@@ -40,21 +41,14 @@ class Forwards(Protocol):
         """The forward over the prompts, (T,) ids each; it has no drafts."""
         ...
 
-    def next(self, depth: int) -> Outcome:
-        """depth: the most drafts of use."""
+    def next(self, room: int) -> Outcome:
+        """room: the most drafts of use."""
         ...
 
-    def commit(self, accepted: Sequence[int], going: Sequence[int]) -> None:
-        """accepted: drafts that each row of the last forward keeps in its text. going: the rows that go on."""
+    def commit(self, emitted: Sequence[Sequence[int]], going: Sequence[int]) -> None:
+        """emitted: per row of the last forward, the drafts that its text keeps and the token after them. going: the
+        rows that go on."""
         ...
-
-
-def propose(model: DraftingModel, drafter: Drafter, hidden_BD: Tensor, pending_B: Tensor, depth: int) -> Proposal:
-    """At most `depth` drafts behind the pending token, as ids of the whole vocabulary."""
-    if depth == 0:
-        return nothing(pending_B)
-    proposal = drafter.draft(model.draft_joint(hidden_BD, pending_B), depth)
-    return proposal if model.draft_ids is None else proposal.on_vocabulary(model.draft_ids, model.vocab_size)
 
 
 def last_accepted(acceptance: Acceptance) -> Tensor:
@@ -83,24 +77,24 @@ class GrowingForwards:
     def __init__(
         self,
         model: DraftingModel,
-        drafter: Drafter,
+        drafting: Drafting,
         uniforms: Uniforms | None,
         text: Text,
         process: Callable[[Tensor, Proposal], Tensor] | None,
         timer: Callable[[str], None],
     ) -> None:
-        self.model, self.drafter, self.uniforms, self.text = model, drafter, uniforms, text
+        self.model, self.drafting, self.uniforms, self.text = model, drafting, uniforms, text
         self.process, self.timer = process, timer
 
     def first(self, prompts: Sequence[Tensor]) -> Outcome:
         self.hidden_BSD = self.text.prefill(prompts)
         return self._accept(nothing(prompts[0].new_zeros(len(prompts))))
 
-    def next(self, depth: int) -> Outcome:
-        proposal = propose(self.model, self.drafter, self.hidden_BD, self.pending_B, depth)
-        if depth:
+    def next(self, room: int) -> Outcome:
+        proposal = self.drafting.propose(self.hidden_BD, self.pending_B, room)
+        if proposal.tokens_BK.shape[1]:
             self.timer("draft")
-        window_BS = torch.cat([self.pending_B[:, None], proposal.tokens_BK], dim=1)
+        window_BS = torch.cat([self.pending_B[:, None], proposal.tokens_BK.clamp(min=0)], dim=1)
         self.hidden_BSD = self.text.run(window_BS, proposal.depth_BS, proposal.seen_BSS)
         self.timer("trunk")
         return self._accept(proposal)
@@ -110,11 +104,13 @@ class GrowingForwards:
         target_BSV = (self.model.target_scores if greedy else self.model.target_log_probs)(self.hidden_BSD)
         if self.process is not None:
             target_BSV = self.process(target_BSV, proposal)
-        self.acceptance = self.drafter.verify(target_BSV, proposal)
+        self.acceptance = self.drafting.drafter.verify(target_BSV, proposal)
         return _Made(packed(self.acceptance))
 
-    def commit(self, accepted: Sequence[int], going: Sequence[int]) -> None:
+    def commit(self, emitted: Sequence[Sequence[int]], going: Sequence[int]) -> None:
+        accepted = [len(tokens) - 1 for tokens in emitted]
         self.text.commit(accepted, self.acceptance.path_BJ)
+        self.drafting.tell(emitted)
         if len(accepted) == 1 and self.acceptance.path_BJ is None:
             self.hidden_BD = self.hidden_BSD[:, accepted[0]]
         else:
@@ -123,6 +119,7 @@ class GrowingForwards:
         self.pending_B = self.acceptance.next_B
         if len(going) < len(accepted):
             self.text.select(going)
+            self.drafting.select(going)
             self.hidden_BD, self.pending_B = self.hidden_BD[going], self.pending_B[going]
             if self.uniforms is not None:
                 self.uniforms.select(going)

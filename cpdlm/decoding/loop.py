@@ -3,7 +3,8 @@
 A target forward runs over a window: the pending token x_{t+1}, which is decided already, and drafts of what follows it.
 The drafter makes them from the hidden state before the pending token. The forward yields the target p behind every
 token of the window; the drafter accepts some of its drafts and draws the token after them, the next pending token. The
-first window is the prompt, without drafts. Autoregressive decoding has no drafts throughout.
+first window is the prompt, without drafts. Autoregressive decoding has no drafts throughout. Drafts may also be copied
+from the text so far, and as many may be verified as pay (`drafting`).
 
 Every target forward emits the drafts that it accepts and the token after them, 1 to N tokens; the prompt's forward
 emits one. So the tokens are the sum over target forwards, and depth k means x_{t+k}.
@@ -24,9 +25,12 @@ from torch import Tensor
 
 from cpdlm.decoding.cache import Text, window_refusal
 from cpdlm.decoding.captured import CapturedForwards
-from cpdlm.decoding.drafters import Maker, Uniforms, make_drafter
+from cpdlm.decoding.drafters import LOOKUP, Maker, Uniforms, make_drafter
+from cpdlm.decoding.drafting import Drafting
 from cpdlm.decoding.filtering import Sampling
 from cpdlm.decoding.forwards import Forwards, GrowingForwards
+from cpdlm.decoding.length import Costs
+from cpdlm.decoding.lookup import LookupSettings
 from cpdlm.decoding.model import DraftingModel
 from cpdlm.decoding.proposals import Proposal
 
@@ -36,8 +40,8 @@ class Decoded:
     """What was written, and what each target forward did for it.
 
     tokens: the new ids. emitted: tokens of each target forward, the prompt's first; they sum to len(tokens). reached:
-    per depth 2..N, how many drafts were tested there, that is, all before them were accepted. accepted: how many of
-    those were accepted. Drafts behind an end-of-sequence token count as neither.
+    per depth 2..N (or as deep as copies are), how many drafts were tested there, that is, all before them were
+    accepted. accepted: how many of those were accepted. Drafts behind an end-of-sequence token count as neither.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -50,6 +54,9 @@ class Decoded:
         return len(self.emitted)
 
 
+LOOKUP_SETTINGS = LookupSettings()
+
+
 def _no_timer(part: str) -> None:
     return None
 
@@ -60,7 +67,9 @@ class Options:
 
     nodes: drafts of a tree, or width of a beam. use_cache=False recomputes the whole text in every target forward: the
     same tokens, slower. forwards: made once for this model, number of rows, sampling and draft, `CapturedForwards` make
-    every target forward with the same tensors, as a GPU wants it; they take no target_scores.
+    every target forward with the same tensors, as a GPU wants it; they take no target_scores. lookup: how drafts are
+    copied, for the names of `DRAFTERS` that begin with it. costs: of this machine; as many drafts are then verified as
+    pay, instead of all.
 
     target_scores(row, tokens so far, scores_V) -> scores_V changes the target, for logits processors such as repetition
     penalties. It replaces the filters of `sampling` on the target; drafts still follow `sampling`. stop(row, tokens so
@@ -72,6 +81,8 @@ class Options:
     nodes: int = 8
     use_cache: bool = True
     forwards: CapturedForwards | None = None
+    lookup: LookupSettings = LOOKUP_SETTINGS
+    costs: Costs | None = None
     target_scores: Callable[[int, list[int], Tensor], Tensor] | None = None
     stop: Callable[[int, list[int]], bool] | None = None
     on_tokens: Callable[[int, list[int]], None] | None = None
@@ -121,20 +132,25 @@ def decode_batch(
     and, when it happens, on a target of NaN or -inf alone, naming the position.
     """
     _check(model, prompts, max_new_tokens, sampling, generators)
-    texts = _Texts([prompt_T.long() for prompt_T in prompts], max_new_tokens, eos, model, options)
-    device, timer, deepest = prompts[0].device, options.timer, 0 if draft == "none" else model.horizon - 1
+    texts = _Texts(
+        [prompt_T.long() for prompt_T in prompts], max_new_tokens, eos, _deepest(model, draft, options), model, options
+    )
+    device, timer = prompts[0].device, options.timer
     uniforms = Uniforms(generators, device) if generators and not sampling.greedy else None
     changes = options.target_scores is not None
     forwards: Forwards
     if options.forwards is None:
-        _check_window(model, len(prompts), texts.longest, draft, options.nodes)
+        _check_window(model, len(prompts), texts.longest, draft, options)
         drafter = make_drafter(draft, sampling, uniforms, options.nodes, processed=changes)
         process = texts.processed if changes else None
         text = Text(model, len(prompts), device, options.use_cache)
-        forwards = GrowingForwards(model, drafter, uniforms, text, process, timer)
+        drafting = Drafting.of(model, drafter, draft, prompts, options.lookup, options.costs)
+        forwards = GrowingForwards(model, drafting, uniforms, text, process, timer)
     else:
-        if changes or not options.use_cache:
-            raise ValueError("captured forwards have neither target_scores nor use_cache=False; leave out `forwards`")
+        if changes or options.costs or not options.use_cache:
+            raise ValueError(
+                "captured forwards have neither target_scores nor costs nor use_cache=False; leave out `forwards`"
+            )
         options.forwards.check(model, len(prompts), sampling, draft, options.nodes, texts.longest)
         options.forwards.uniforms = uniforms
         forwards = options.forwards
@@ -142,11 +158,11 @@ def decode_batch(
     outcome, part = forwards.first(texts.prompts), "prefill"
     while True:
         # Forwards that do not wait for the host are one ahead of it; the last one is then in vain.
-        ahead = forwards.next(deepest) if forwards.runs_ahead else None
+        ahead = forwards.next(texts.room - 1) if forwards.runs_ahead else None
         host = outcome.read()
         timer(part)
         part = "verify"
-        accepted, going = texts.commit(host)
+        emitted, going = texts.commit(host)
         if not going:
             timer("other")
             return texts.written
@@ -154,9 +170,9 @@ def decode_batch(
             outcome = ahead
             continue
         texts.select(going)
-        forwards.commit(accepted, going)
+        forwards.commit(emitted, going)
         timer("other")
-        outcome = forwards.next(min(deepest, texts.room - 1))
+        outcome = forwards.next(texts.room - 1)
 
 
 class _Texts:
@@ -167,13 +183,13 @@ class _Texts:
         prompts: list[Tensor],
         max_new_tokens: int,
         eos: int | Sequence[int] | None,
+        depths: int,
         model: DraftingModel,
         options: Options,
     ) -> None:
         self.prompts, self.most, self.vocab_size, self.options = prompts, max_new_tokens, model.vocab_size, options
         self.ends = frozenset([eos] if isinstance(eos, int) else eos or [])
         self.longest = max(len(prompt_T) for prompt_T in prompts) + max_new_tokens
-        depths = model.horizon - 1
         self.written = [Decoded(reached=[0] * depths, accepted=[0] * depths) for _ in prompts]
         self.rows = list(range(len(prompts)))
         self.done: set[int] = set()
@@ -186,20 +202,21 @@ class _Texts:
     def select(self, going: list[int]) -> None:
         self.rows = [self.rows[index] for index in going]
 
-    def commit(self, host: list[list[int]]) -> tuple[list[int], list[int]]:
-        """host: `Outcome.read`. -> the number of accepted drafts per row, and the indices of rows that go on."""
+    def commit(self, host: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+        """host: `Outcome.read`. -> accepted drafts and next token per row, and the indices of rows that go on."""
         going = []
         for index, (row, (accepted, *drafts, following)) in enumerate(zip(self.rows, host, strict=True)):
             if row in self.done:
                 continue
             if following >= self.vocab_size:
                 raise ValueError(self._broken(row, drafts[:accepted]))
-            tokens = self._emit(row, [*drafts[:accepted], following], min(accepted + 1, len(drafts)))
+            present = sum(token >= 0 for token in drafts)
+            tokens = self._emit(row, [*drafts[:accepted], following], min(accepted + 1, present))
             if self.options.on_tokens is not None:
                 self.options.on_tokens(row, tokens)
             if row not in self.done:
                 going.append(index)
-        return [accepted for accepted, *_ in host], going
+        return [[*drafts[:accepted], following] for accepted, *drafts, following in host], going
 
     def _emit(self, row: int, tokens: list[int], tested: int) -> list[int]:
         """Append a target forward's tokens to what the row has written, up to where it ends; those that it took."""
@@ -250,7 +267,7 @@ class _Texts:
             for k, token in enumerate(drafts[b]):
                 parent = k if parents is None else parents[b][k]
                 before = texts[parent]
-                possible = before is not None and token not in self.ends and float(scores[parent][token]) > -math.inf
+                possible = token >= 0 and token not in self.ends and float(scores[parent][token]) > -math.inf
                 text = [*before, token] if before is not None and possible else None
                 target_V = target_BSV[b, k + 1]
                 scores.append(target_V.to(scores[0].dtype) if text is None else target_scores(row, text, target_V))
@@ -283,9 +300,18 @@ def _check(
         raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
 
 
-def _check_window(model: DraftingModel, rows: int, longest: int, draft: str | Maker, nodes: int) -> None:
-    size = nodes + 1 if draft == "tree" else model.horizon
-    apart = rows > 1 or draft == "tree"  # slots are not positions
+def _deepest(model: DraftingModel, draft: str | Maker, options: Options) -> int:
+    """How deep drafts may be."""
+    copies = isinstance(draft, str) and draft.startswith(LOOKUP)
+    return max(model.horizon - 1, options.lookup.most if copies else 0)
+
+
+def _check_window(model: DraftingModel, rows: int, longest: int, draft: str | Maker, options: Options) -> None:
+    branches = isinstance(draft, str) and draft.endswith("tree")
+    size = 1 + _deepest(model, draft, options)
+    if branches:
+        size = 1 + options.nodes + (0 if draft == "tree" else options.lookup.most)
+    apart = rows > 1 or branches  # slots are not positions
     window = model.attention_window if apart else None
     if window is not None and longest + size > window and not model.masks_windows:
         raise ValueError(window_refusal(window))

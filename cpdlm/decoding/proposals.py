@@ -17,6 +17,7 @@ R rank, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,16 +34,19 @@ _TIE = 1e-4
 
 @dataclass(frozen=True)
 class Proposal:
-    """Drafts behind the pending token, as many for every row.
+    """Drafts behind the pending token.
 
-    tokens_BK: ids. distributions: what the drafter's own `verify` needs, (B, K, V) probabilities for sampled drafts.
-    The rest is of a tree, None for a chain, over window positions (0 is the pending token, k+1 is draft k). parents_BK:
-    the position before each draft. depth_BS: how far behind the pending token each position is, `deepest` at most.
-    seen_BSS: whether s (row) sees j (column), its ancestors and itself.
+    tokens_BK: ids; -1 where a row has fewer drafts than others. distributions: what the drafter's own `verify` needs,
+    (B, K, V) probabilities for sampled drafts, NaN where there is none. confidence: makes (B, K), how sure the joint is
+    of each draft, given those before it; for a drawn draft it knows nothing of the draw. The rest is of a tree, None
+    for a chain, over window positions (0 is the pending token, k+1 is draft k). parents_BK: the position before each
+    draft. depth_BS: how far behind the pending token each position is, `deepest` at most. seen_BSS: whether s (row)
+    sees j (column), its ancestors and itself.
     """
 
     tokens_BK: Tensor
     distributions: Any = None
+    confidence: Callable[[], Tensor] | None = None
     parents_BK: Tensor | None = None
     depth_BS: Tensor | None = None
     seen_BSS: Tensor | None = None
@@ -185,12 +189,26 @@ def grow(joint: Joint, depth: int, nodes: int) -> Proposal:
     order_BM = torch.arange(1, nodes + 1, device=device).expand(batch, -1)
     index_BE = torch.zeros(batch, depth * nodes, dtype=torch.long, device=device).scatter(1, chosen_BM, order_BM)
     parents_BM = torch.where(level_BM > 0, index_BE.gather(1, above_BM.clamp(min=0)), 0)
-    up_BSS = torch.zeros(batch, nodes + 1, nodes + 1, device=device)
+    tokens_BM = found.tokens_BKM.flatten(1).gather(1, chosen_BM)
+
+    def confidence() -> Tensor:
+        log_probs_BM = found.log_probs_BKM.flatten(1).gather(1, chosen_BM)
+        return (log_probs_BM - torch.nn.functional.pad(log_probs_BM, (1, 0)).gather(1, parents_BM)).exp()
+
+    return tree(tokens_BM, parents_BM, depth, confidence)
+
+
+def tree(
+    tokens_BM: Tensor, parents_BM: Tensor, deepest: int, confidence: Callable[[], Tensor] | None = None
+) -> Proposal:
+    """The proposal of a tree of at most `deepest` levels. parents_BM: window position before each node, which comes
+    first."""
+    batch, nodes = tokens_BM.shape
+    up_BSS = torch.zeros(batch, nodes + 1, nodes + 1, device=tokens_BM.device)
     up_BSS[:, 1:].scatter_(2, parents_BM.unsqueeze(-1), 1.0)
-    own_SS = torch.eye(nodes + 1, device=device)
+    own_SS = torch.eye(nodes + 1, device=tokens_BM.device)
     seen_BSS = own_SS.expand(batch, -1, -1)
-    for _ in range(depth):
+    for _ in range(deepest):
         seen_BSS = own_SS + up_BSS @ seen_BSS
     depth_BS = seen_BSS.sum(dim=-1).long() - 1
-    tokens_BM = found.tokens_BKM.flatten(1).gather(1, chosen_BM)
-    return Proposal(tokens_BM, None, parents_BM, depth_BS, seen_BSS > 0, depth)
+    return Proposal(tokens_BM, None, confidence, parents_BM, depth_BS, seen_BSS > 0, deepest)

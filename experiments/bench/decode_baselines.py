@@ -21,8 +21,8 @@ from cpdlm.bench.memory import working_memory
 from cpdlm.config import Config
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import load_corpus
-from cpdlm.decoding import Decoded, Sampling
-from cpdlm.decoding.lookup import decode_with_lookup
+from cpdlm.decoding import Decoded, Options, Sampling, decode
+from cpdlm.decoding.lookup import LookupSettings
 from cpdlm.training import checkpoints
 from experiments.bench import record
 from experiments.bench.decode_drafters import ends
@@ -154,12 +154,12 @@ def _generate(bench: Bench, **more: Any) -> dict[str, list[Racer]]:
 
 
 def _lookup(bench: Bench, horizon: int, sampling: Sampling) -> Contender:
-    longest = bench.options.lookup_longest
+    lookup = LookupSettings(least=1, longest=bench.options.lookup_longest, most=horizon - 1)
 
     def run(prompt_T: Tensor, seed: int) -> Decoded:
         generator = torch.Generator(prompt_T.device).manual_seed(seed)
-        return decode_with_lookup(
-            bench.trunk, prompt_T, bench.new_tokens, sampling, generator, horizon=horizon, longest=longest
+        return decode(
+            bench.trunk, prompt_T, bench.new_tokens, sampling, generator, draft="lookup", options=Options(lookup=lookup)
         )
 
     return run
