@@ -271,7 +271,8 @@ def _disagreements(content: dict[str, Any]) -> Iterator[str]:
     for mode, measured in (content["decoding"] or {"modes": {}})["modes"].items():
         at, drafts = f"decoding.modes.{mode}", measured["drafts_per_prompt"]
         yield from _lengths(f"{at}.per_prompt", measured["per_prompt"], measured["prompts"], "prompts")
-        yield from _lengths(f"{at}.drafts_per_prompt", drafts, horizon - 1, "config.horizon - 1")
+        depths = len(measured["acceptance_by_depth"])
+        yield from _lengths(f"{at}.drafts_per_prompt", drafts, depths, "acceptance_by_depth")
         for each in (*drafts["reached"], *drafts["accepted"]):
             yield from _lengths(f"{at}.drafts_per_prompt", {"[]": each}, measured["prompts"], "prompts")
         yield from _lengths(f"{at}.repeat_seconds", measured["repeat_seconds"], measured["repeats"], "repeats")

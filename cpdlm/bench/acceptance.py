@@ -25,7 +25,8 @@ def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0
     runs = [run for prompt in decoded for run in prompt]
     tokens = [sum(len(run.tokens) for run in prompt) for prompt in decoded]
     forwards = [sum(run.forwards for run in prompt) for prompt in decoded]
-    histogram = [0] * horizon
+    depths = max(horizon - 1, *(len(run.reached) for run in runs))  # copies from the text may be deeper
+    histogram = [0] * (depths + 1)
     for run in runs:
         assert sum(run.emitted) == len(run.tokens), (
             f"forwards emitted {sum(run.emitted)} tokens, the text has {len(run.tokens)}"
@@ -43,11 +44,11 @@ def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0
                 "reached": sum(run.reached[depth - 2] for run in runs),
                 "accepted": sum(run.accepted[depth - 2] for run in runs),
             }
-            for depth in range(2, horizon + 1)
+            for depth in range(2, depths + 2)
         ],
         "per_prompt": {"tokens": tokens, "passes": forwards},
         "drafts_per_prompt": {
-            key: [[sum(getattr(run, key)[k] for run in prompt) for prompt in decoded] for k in range(horizon - 1)]
+            key: [[sum(getattr(run, key)[k] for run in prompt) for prompt in decoded] for k in range(depths)]
             for key in ("reached", "accepted")
         },
     }

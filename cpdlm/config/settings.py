@@ -71,7 +71,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.head": ("shared", "separate"),
     "model.dtype": ("float32", "bfloat16"),
     "loss.objective": ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend"),
-    "decode.draft": ("chain", "block", "tree", "window", "path"),
+    "decode.draft": (
+        *("chain", "block", "tree", "window", "path"),
+        *("lookup", "lookup+chain", "lookup+block", "lookup+tree"),
+    ),
     "train.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
 }
 
@@ -212,7 +215,11 @@ class DecodeConfig:
     top_p: float = knob(1.0, "keep the smallest set of tokens with this much probability", within="(0, 1]")
     repeats: int = knob(5, "interleaved timed repeats", least=1)
     warmups: int = knob(3, "untimed repeats before them", least=0)
-    draft: str = knob("chain", "how drafts are made: chain | block | tree | window | path")
+    draft: str = knob(
+        "chain",
+        "how drafts are made: chain | block | tree | window | path | lookup (copied from the text) | lookup+chain | "
+        "lookup+block | lookup+tree (copied where the text repeats itself, else the heads')",
+    )
     nodes: int = knob(8, "drafts of a tree, or width of the beam of window and path", least=1)
     draft_vocabulary: int = knob(
         0, "draft from the N tokens that the training text uses most (0 = all); the target keeps all", least=0

@@ -132,28 +132,10 @@ def decode_batch(
     and, when it happens, on a target of NaN or -inf alone, naming the position.
     """
     _check(model, prompts, max_new_tokens, sampling, generators)
-    texts = _Texts(
-        [prompt_T.long() for prompt_T in prompts], max_new_tokens, eos, _deepest(model, draft, options), model, options
-    )
-    device, timer = prompts[0].device, options.timer
-    uniforms = Uniforms(generators, device) if generators and not sampling.greedy else None
-    changes = options.target_scores is not None
-    forwards: Forwards
-    if options.forwards is None:
-        _check_window(model, len(prompts), texts.longest, draft, options)
-        drafter = make_drafter(draft, sampling, uniforms, options.nodes, processed=changes)
-        process = texts.processed if changes else None
-        text = Text(model, len(prompts), device, options.use_cache)
-        drafting = Drafting.of(model, drafter, draft, prompts, options.lookup, options.costs)
-        forwards = GrowingForwards(model, drafting, uniforms, text, process, timer)
-    else:
-        if changes or options.costs or not options.use_cache:
-            raise ValueError(
-                "captured forwards have neither target_scores nor costs nor use_cache=False; leave out `forwards`"
-            )
-        options.forwards.check(model, len(prompts), sampling, draft, options.nodes, texts.longest)
-        options.forwards.uniforms = uniforms
-        forwards = options.forwards
+    depths = _deepest(model, draft, options)
+    texts = _Texts([prompt_T.long() for prompt_T in prompts], max_new_tokens, eos, depths, model, options)
+    uniforms = Uniforms(generators, prompts[0].device) if generators and not sampling.greedy else None
+    forwards, timer = _forwards(model, texts, sampling, uniforms, draft, options), options.timer
     timer("other")
     outcome, part = forwards.first(texts.prompts), "prefill"
     while True:
@@ -173,6 +155,31 @@ def decode_batch(
         forwards.commit(emitted, going)
         timer("other")
         outcome = forwards.next(texts.room - 1)
+
+
+def _forwards(
+    model: DraftingModel,
+    texts: _Texts,
+    sampling: Sampling,
+    uniforms: Uniforms | None,
+    draft: str | Maker,
+    options: Options,
+) -> Forwards:
+    """The captured ones, or new ones that grow."""
+    changes, captured, rows = options.target_scores is not None, options.forwards, len(texts.prompts)
+    if captured is not None:
+        if changes or options.costs or not options.use_cache:
+            raise ValueError(
+                "captured forwards have neither target_scores nor costs nor use_cache=False; leave out `forwards`"
+            )
+        captured.check(model, rows, sampling, draft, options.nodes, texts.longest)
+        captured.uniforms = uniforms
+        return captured
+    _check_window(model, rows, texts.longest, draft, options)
+    drafter = make_drafter(draft, sampling, uniforms, options.nodes, processed=changes)
+    drafting = Drafting.of(model, drafter, draft, texts.prompts, options.lookup, options.costs)
+    text = Text(model, rows, texts.prompts[0].device, options.use_cache)
+    return GrowingForwards(model, drafting, uniforms, text, texts.processed if changes else None, options.timer)
 
 
 class _Texts:
