@@ -38,7 +38,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from cpdlm.config import resolve
 from cpdlm.decoding.drafters import DRAFTERS
 from cpdlm.hf import CpdlmForCausalLM
-from cpdlm.hf.generate import STOCK
+from cpdlm.hf.refusals import STOCK
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.trunk import CACHE
 from tests import oracle
@@ -84,6 +84,9 @@ def successors(row: int, ids: Tensor) -> list[int]:
     new = ids[7:].tolist()
     assert all(token % 2 == place % 2 for place, token in enumerate(new)), f"asked about {new}"
     return list(range(len(new) % 2, 17, 2))
+
+
+successors.stateless = True  # type: ignore[attr-defined]
 
 
 def options(said: list[int]) -> dict[str, dict[str, Any]]:
@@ -158,6 +161,21 @@ class SomeRowOnce(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.done = self.done | (input_ids[:, -1] % 5 == 0)
         return self.done.all().expand(len(input_ids))
+
+
+def test_allowed_tokens_of_a_function_with_a_memory_are_those_of_the_stock_loop() -> None:
+    def turns() -> dict[str, Any]:
+        calls: list[int] = []
+
+        def allowed(row: int, ids: Tensor) -> list[int]:
+            calls.append(row)
+            return [len(calls) % 17, (len(calls) + 5) % 17]
+
+        return {"max_new_tokens": 12, "pad_token_id": 0, "prefix_allowed_tokens_fn": allowed}
+
+    theirs = stock("common", **batch(2), **turns())
+    with pytest.warns(UserWarning, match="allowed may keep something between calls"):
+        assert wrapped("common").generate(**batch(2), **turns()).tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -405,6 +423,13 @@ class Forbid(LogitsProcessor):
 def test_processors_that_forbid_every_token_are_no_diverged_run() -> None:
     with pytest.raises(ValueError, match="the logits processors forbid every token at 6 .the prompt is 0..1.; loosen"):
         wrapped("common").generate(torch.tensor([[1, 2]]), logits_processor=[Forbid()], max_new_tokens=9)
+
+
+def test_foreign_processors_that_forbid_every_token_do_not_write_token_0() -> None:
+    foreign = Forbid()
+    foreign.stateless = False
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="forbid every token at 6; loosen them"):
+        wrapped("common").generate(torch.tensor([[1, 2]]), logits_processor=[foreign], max_new_tokens=9)
 
 
 def test_a_length_that_no_call_asks_for_ends_at_the_context() -> None:

@@ -23,28 +23,19 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, logits_process
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
-    MaxTimeCriteria,
     StopStringCriteria,
 )
 
 from cpdlm.decoding import ModelProxy, Options, Sampling, decode_batch
+from cpdlm.hf.refusals import AnyAllowed, check_arguments, check_options, check_weights, left_to_stock
 from cpdlm.hf.stream import Stream
 
 if TYPE_CHECKING:
     from cpdlm.hf.model import CpdlmForCausalLM
 
-STOCK = "transformers.GenerationMixin.generate(model, ...)"
-
-# They keep something between calls or run the model themselves, so that a rejected draft would leave its trace.
-_STATEFUL = (
-    logits_process.ClassifierFreeGuidanceLogitsProcessor,
-    logits_process.SynthIDTextWatermarkLogitsProcessor,
-    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 # What `Sampling` does by itself, in this order.
 _WARPERS = (
     logits_process.TemperatureLogitsWarper,
@@ -68,21 +59,6 @@ _ROW_BLIND = (
     logits_process.SuppressTokensLogitsProcessor,
     logits_process.TypicalLogitsWarper,
 )
-_ROW_WISE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
-_NOT_HERE = "is not for this loop, which drafts and rolls back a cache of its own"
-_CACHE = "would have to hold exactly what this loop keeps; pass the whole text as input_ids"
-_REASONS = {
-    "assistant_model": "is not needed, this model drafts for itself (draft=...)",
-    "cache": _CACHE,
-    "past_key_values": _CACHE,
-}
-# Modes that transformers itself no longer has: where their code is.
-_MOVED = {
-    GenerationMode.CONTRASTIVE_SEARCH: "transformers-community/contrastive-search",
-    GenerationMode.DOLA_GENERATION: "transformers-community/dola",
-    GenerationMode.GROUP_BEAM_SEARCH: "transformers-community/group-beam-search",
-    GenerationMode.CONSTRAINED_BEAM_SEARCH: "transformers-community/constrained-beam-search",
-}
 
 
 class SpeculativeGenerationMixin(GenerationMixin):
@@ -104,12 +80,16 @@ class SpeculativeGenerationMixin(GenerationMixin):
 
         inputs: (B, T) ids, padded on the left where attention_mask is 0. draft, nodes: as in `decode_batch`. The rest
         is as in `GenerationMixin.generate`: greedy search and sampling, logits processors, stopping criteria, streamer,
-        num_return_sequences, and so on. A processor or criterion that is not the library's may keep something between
-        calls or answer for the whole batch, and rejected drafts would leave their trace: the stock loop then writes,
-        one token per forward, and a warning says so. One with an attribute `stateless = True` is a function of
-        (input_ids, scores) that treats each row by itself, and drafts go on. Random numbers come from one generator
-        per row, seeded by torch's global one: torch.manual_seed makes a call reproducible. (The tokens
-        differ from the stock loop's with that seed; their distribution does not.) A row that has stopped is padded.
+        num_return_sequences, and so on.
+
+        A processor, criterion or prefix_allowed_tokens_fn that is not the library's may keep something between calls or
+        answer for the whole batch, and rejected drafts would leave their trace: the stock loop then writes, one token
+        per forward, and a warning says so. One with an attribute `stateless = True` is a function of (input_ids,
+        scores) that treats each row by itself, and drafts go on.
+
+        Random numbers come from one generator per row, seeded by torch's global one: torch.manual_seed makes a call
+        reproducible. (The tokens differ from the stock loop's with that seed; their distribution does not.) A row that
+        has stopped is padded.
 
         Returns (B, T + new) int64, padded on the right with pad_token_id (by default the first eos_token_id), or a
         GenerateDecoderOnlyOutput with `sequences` alone. Raises ValueError for what this loop cannot do (beams,
@@ -125,25 +105,18 @@ class SpeculativeGenerationMixin(GenerationMixin):
                         return value
                 return getattr(self.generation_config, name, None)
 
-            _check_arguments(self, kwargs, asked)
-            _check_weights(self)
-            if named := _perhaps_stateful(logits_processor or (), stopping_criteria or ()):
-                warnings.warn(
-                    f"{named} may keep something between calls: one token per forward is written, without drafts; give "
-                    "it the attribute stateless = True where each row's answer is a function of that row's "
-                    "(input_ids, scores)",
-                    stacklevel=2,
-                )
-                plainly: Tensor | GenerateDecoderOnlyOutput = stock.generate(
-                    inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
-                )
-                return plainly
-            tokenizer, stop_strings = kwargs.pop("tokenizer", None), asked("stop_strings")
-            if stop_strings:
-                stopping_criteria = _with_stop_strings(stopping_criteria, stop_strings, tokenizer)
-                kwargs["stop_strings"] = None
-            exact = any(kwargs.get(name) is not None for name in ("max_new_tokens", "max_length"))
-            kwargs["custom_generate"] = partial(_loop, streamer=streamer, drafting=(draft, nodes), exact=exact)
+            check_arguments(self, kwargs, asked)
+            check_weights(self)
+            allowed = kwargs.get("prefix_allowed_tokens_fn")
+            if left_to_stock(logits_processor or (), stopping_criteria or (), allowed):
+                logits_processor = LogitsProcessorList([*(logits_processor or ()), AnyAllowed()])
+            else:
+                tokenizer, stop_strings = kwargs.pop("tokenizer", None), asked("stop_strings")
+                if stop_strings:
+                    stopping_criteria = _with_stop_strings(stopping_criteria, stop_strings, tokenizer)
+                    kwargs["stop_strings"] = None
+                exact = any(kwargs.get(name) is not None for name in ("max_new_tokens", "max_length"))
+                kwargs["custom_generate"] = partial(_loop, streamer=streamer, drafting=(draft, nodes), exact=exact)
         done: Tensor | GenerateDecoderOnlyOutput = stock.generate(
             inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
         )
@@ -155,18 +128,6 @@ class SpeculativeGenerationMixin(GenerationMixin):
             "continuous batching (generate_batch, cache_implementation='paged') is not for this model, which has a "
             "cache of its own; call generate with the prompts as one batch, padded on the left"
         )
-
-
-def _perhaps_stateful(processors: Iterable[Any], criteria: Iterable[Any]) -> str:
-    """The first that is neither the library's own nor says that it is a function of each row's text; "" for none."""
-    known = [type(each).__module__ == logits_process.__name__ for each in processors]
-    known += [type(each) in _ROW_WISE for each in criteria]
-    foreign = [
-        type(each).__name__
-        for each, ours in zip([*processors, *criteria], known, strict=True)
-        if not ours and getattr(each, "stateless", False) is not True
-    ]
-    return foreign[0] if foreign else ""
 
 
 @dataclass(frozen=True)
@@ -253,7 +214,7 @@ def _loop(
 
 def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, draft: str, nodes: int) -> Tensor:
     """(B, T + new): the loop, on what stock `generate` has prepared."""
-    _check_options(call.options, call.processors)
+    check_options(call.options, call.processors)
     prompts, ends, most, stop = call.prompts(), call.ends(), call.new_tokens(model.model.context), call.stop()
     rows, longest = call.text_BT.shape
     device, options = call.text_BT.device, call.options
@@ -297,75 +258,6 @@ def _with_stop_strings(criteria: Iterable[Any] | None, stop_strings: Any, tokeni
     if tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)])
-
-
-def _check_weights(model: CpdlmForCausalLM) -> None:
-    """Raise ValueError where drafts cannot read unembedding and heads: they take the weights, and call no modules."""
-    parts = [part for part in (model.model.unembedding, model.model.heads, model.model.anchor) if part is not None]
-    if any(each.is_meta for part in parts for each in part.parameters()):
-        raise ValueError(
-            "unembedding or heads are offloaded (device_map), where drafts cannot read their weights; offload layers of "
-            "the trunk alone (model.trunk.body)"
-        )
-    if any(callable(getattr(each, "weight", None)) for part in parts for each in part.modules()):
-        raise ValueError(
-            "unembedding or heads are quantised in place (quantize_dynamic), and drafts read their weights; quantise "
-            "model.model.trunk alone"
-        )
-
-
-def _check_arguments(model: Any, given: dict[str, Any], asked: Callable[[str], Any]) -> None:
-    """Raise ValueError for an argument that stock `generate` would take and our loop could not follow."""
-    if "prepare_inputs_for_generation" in vars(model):  # peft puts its own in place where prompts are learnt
-        raise ValueError(
-            "prompt or prefix tuning (peft) puts learnt states before the text, which this loop does not see; "
-            "give LoRA or another adapter of the weights"
-        )
-    if given.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds: this model reads token ids; pass input_ids")
-    for name in ("assistant_model", "negative_prompt_ids", "cache", "past_key_values", "position_ids", "synced_gpus"):
-        if given.get(name) is not None and given[name] is not False:
-            raise ValueError(f"{name} {_REASONS.get(name, _NOT_HERE)}; {STOCK} takes it")
-    if asked("cache_implementation") not in (None, "dynamic"):
-        raise ValueError(f"cache_implementation={asked('cache_implementation')!r} {_NOT_HERE}; leave it out")
-    if asked("token_healing"):
-        raise ValueError(f"token_healing=True {_NOT_HERE}; leave it out, or call {STOCK}")
-
-
-def _check_options(options: GenerationConfig, processors: LogitsProcessorList) -> None:
-    """Raise ValueError for a mode, an output or a processor that our loop does not have."""
-    for name in ("assistant_early_exit", "use_mtp"):
-        if getattr(options, name, None):
-            raise ValueError(f"{name} {_REASONS['assistant_model']}; leave it out")
-    mode = options.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        refusal = (
-            f"{mode.value.replace('_', ' ')} is not for this loop, which decodes greedily (do_sample=False) or samples "
-            "(do_sample=True) with num_beams=1 and drafts by itself"
-        )
-        if mode in _MOVED:
-            raise ValueError(
-                f"{refusal}; sample, or use plain beams ({STOCK} with num_beams), or give the generate of the trunk's "
-                f"own model, without heads, custom_generate='{_MOVED[mode]}' and trust_remote_code=True"
-            )
-        raise ValueError(f"{refusal}; {STOCK} has it")
-    if options.return_dict_in_generate:
-        for name in ("output_scores", "output_logits"):
-            if getattr(options, name):
-                raise ValueError(f"{name}=True: this loop returns `sequences` alone; {STOCK} returns the rest")
-        for name in ("output_attentions", "output_hidden_states"):
-            if getattr(options, name):
-                eager = " of a model loaded with attn_implementation='eager'" if name == "output_attentions" else ""
-                raise ValueError(
-                    f"{name}=True: this loop returns `sequences` alone; pass those to "
-                    f"model.model.trunk.body(sequences, {name}=True){eager}"
-                )
-    for processor in processors:
-        if isinstance(processor, _STATEFUL):
-            raise ValueError(
-                f"{type(processor).__name__} keeps a state from call to call, which rejected drafts would spoil; "
-                f"leave it out (guidance_scale, watermarking_config), or call {STOCK}"
-            )
 
 
 def _sampling(options: GenerationConfig, processors: LogitsProcessorList) -> tuple[Sampling, bool]:

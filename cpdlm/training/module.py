@@ -143,7 +143,7 @@ class MultiTokenModule(L.LightningModule):
                 module.training = True
 
     def check_moments(self) -> None:
-        """ValueError where a checkpoint has brought moments of other shapes than the weights', before the first step."""
+        """ValueError where a checkpoint has brought moments of other shapes than those of the weights."""
         for parameter, state in self.trainer.optimizers[0].state.items():
             for name, moment in state.items():
                 if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
