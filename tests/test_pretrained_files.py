@@ -44,6 +44,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from cpdlm.config import ConfigError, parse, resolve
 from cpdlm.data.pretrained_files import ORIGIN, checkpoint_folder, content_hash, described, eos_of
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
+from cpdlm.model import pretrained as model_files
 from cpdlm.model.language_model import build_language_model
 from cpdlm.model.pretrained import load_pretrained
 from cpdlm.training.plan import make_plan
@@ -95,7 +96,9 @@ def test_encoders_with_or_without_a_decoder_are_no_causal_models(tmp_path: Path)
             loaded(tmp_path)
 
 
-def test_a_model_larger_than_memory_is_refused_before_it_is_built(pretrained: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_larger_than_memory_is_refused_before_it_is_built(
+    pretrained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = json.loads((pretrained["llama tied"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(shape))  # no weights at all
     with pytest.raises(ConfigError, match=r"0.00B parameters.*float32.*model.dtype=bfloat16 takes.*parameters fit"):
@@ -107,6 +110,10 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_built(pretrained: di
         loaded(tmp_path)
     with pytest.raises(ConfigError, match=layers):
         make_plan(parse([f"model={tmp_path}", "data.tokenizer=model"]))
+    # As a hub name finds it among the files that the hub's client keeps.
+    monkeypatch.setattr(model_files, "cached_file", lambda name, file, **how: tmp_path / file)
+    with pytest.raises(ConfigError, match=layers):
+        load_pretrained("owner/name", torch.float32, CONTEXT)
 
 
 def test_a_quantised_checkpoint_that_cannot_be_read_says_what_to_give(

@@ -262,11 +262,17 @@ def longest_text(source: str, label: str = "") -> int | None:
 
 def _kind(source: str) -> str | None:
     """model_type of a config.json that is here, "" where it names none; None where there is no config.json to read."""
+    content = _written(source, local_files_only=True)
+    return None if content is None else str(content.get("model_type", ""))
+
+
+def _written(source: str, **how: Any) -> dict[str, Any] | None:
+    """The config.json of a folder or hub name as it is written; None where there is none to read."""
     try:
-        content = json.loads(Path(str(cached_file(source, "config.json", local_files_only=True))).read_bytes())
+        content = json.loads(Path(str(cached_file(source, "config.json", **how))).read_bytes())
     except (OSError, ValueError, TypeError):
         return None
-    return str(content.get("model_type", "")) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def _longest(shape: Any) -> int | None:
@@ -334,11 +340,9 @@ def check_layers(source: str, itemsize: int, label: str, available: int) -> None
     A layer counts as width^2 weights of `itemsize` bytes, which is fewer than any has, and its modules as LAYER_BYTES.
     As many as MANY_LAYERS are built, and counted exactly.
     """
-    try:  # as it is written: the library's own classes make lists of all layers
-        written = json.loads((Path(source) / "config.json").read_bytes())
-        text = written | (written.get("text_config") or {})
-    except (OSError, ValueError, TypeError, AttributeError):  # a hub name; `_shape` says what else is wrong
-        return
+    written = _written(source) or {}  # the library's own classes make lists of all layers; `_shape` says what is wrong
+    inner = written.get("text_config")
+    text = written | inner if isinstance(inner, dict) else written
     layers, width = (text.get(name) for name in ("num_hidden_layers", "hidden_size"))
     layers, width = (value if isinstance(value, int) else 0 for value in (layers, width))
     need = layers * (width * width * itemsize + LAYER_BYTES)
