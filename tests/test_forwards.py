@@ -191,7 +191,7 @@ def test_forwards_are_counted_and_can_be_used_again() -> None:
         ({"draft": "tree"}, "captured for draft='chain', not 'tree'"),
         ({"sampling": Sampling(0.5)}, "captured for sampling=.*, not"),
         ({"max_new_tokens": 62}, "65, the captured forwards have 64 slots; make them with slots=65"),
-        ({"options": {"use_cache": False}}, "neither target_scores nor use_cache=False"),
+        ({"options": {"use_cache": False}}, "neither target_scores nor costs nor use_cache=False"),
         ({"model": real("cpu", "gpt2")}, "captured for another model; make"),
     ],
 )
