@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -38,7 +38,6 @@ from experiments import tracking
 from experiments.measure import likelihood
 from experiments.provenance import provenance
 from experiments.records import build, load, summary_table, write
-from experiments.report import render
 from experiments.schema import non_finite
 
 EVALUATED, MEASURED = "evaluate.json", "decode.json"
@@ -260,49 +259,6 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
         origin=evaluated["origin"],
     )
     return write(record, folder)
-
-
-def sweep(title: str, output: str, command: str, experiment: str) -> str:
-    """The MLflow run id of this sweep's parent ("" without MLflow)."""
-    return tracking.start_sweep(title, Path(output), command, experiment=experiment).run_id
-
-
-def log(
-    configs_and_records: list[tuple[Config, Path]],
-    title: str,
-    output: Path,
-    command: str,
-    experiment: str,
-    text: str,
-    figures: list[Path],
-) -> None:
-    """Add finished records to their MLflow runs; to the sweep's, what the report says (`text`) and the figures."""
-    parent = tracking.start_sweep(title, output, command, experiment=experiment)
-    for config, path in configs_and_records:
-        shown = replace(config.tracking, experiment=experiment, parent=parent.run_id)
-        tracking.log_record(replace(config, tracking=shown), path)
-    parent.text(f"{text.strip()}\n", "claims.txt")
-    parent.tags(
-        {
-            "mlflow.note.content": f"`{command}`. The verdicts are under *Artifacts*, in `claims.txt`; "
-            "the figures are beside it."
-        }
-    )
-    for figure in figures:
-        parent.artifact(figure, "figures")
-    parent.end()
-
-
-def report(root: Path, output: Path, publish: bool) -> tuple[str, list[Path]]:
-    """Redraw tables and figures from the records under `root`: (claims table and where things are, the figures)."""
-    figures = Path("paper_figures") if publish else output / "figures"
-    rendered = render(root, figures, Path("README.md") if publish else None)
-    notes = "".join(f"note: {line}\n" for line in rendered.notes)
-    text = (
-        f"\n{rendered.text}\n{notes}\nfigures and tables: {figures}\nrecords: {root}\n"
-        f"dashboard: ./dev ui {output}   (MLflow on http://127.0.0.1:5000)"
-    )
-    return text, [path for path in rendered.files if path.suffix in (".png", ".html")]
 
 
 def _watch(config: Config, data: TokenDataModule) -> Callable[[LanguageModel], dict[str, float]] | None:

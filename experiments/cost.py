@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +31,20 @@ from experiments.suite import Cell, decode_groups
 
 # Seconds that a process takes before its first step: imports, tokens, model, evaluation's start.
 START_SECONDS = 12.0
-# A GPU of the H100 class on models this small, in cautious round numbers, until records replace them.
+# A GPU of the H100 class on models this small, in cautious round numbers, and a slow core, until records replace them.
 ASSUMED = {
-    "step": (0.01, 1 / 165e12, 1 / 100e12),  # attention counts all pairs, of which a causal kernel computes half
-    "evaluate": (2.0, 1 / 50e12),
-    "decode": (0.006, 1e-14, 1e-14, 0.012),
-    "memory": (4e9, 20.0),
+    "gpu": {
+        "step": (0.01, 1 / 165e12, 1 / 100e12),  # attention counts all pairs, of which a causal kernel computes half
+        "evaluate": (2.0, 1 / 50e12),
+        "decode": (0.006, 1e-14, 1e-14, 0.012),
+        "memory": (4e9, 20.0),
+    },
+    "cpu": {
+        "step": (0.05, 1 / 50e9, 1 / 50e9),
+        "evaluate": (1.0, 1 / 50e9),
+        "decode": (2e-3, 1 / 5e9, 1 / 5e9, 4e-3),
+        "memory": (7e8, 16.0),
+    },
 }
 Array = NDArray[np.float64]
 
@@ -117,8 +125,7 @@ class CostModel:
         pretrained = tuple((record, config) for record, config in every if config.is_pretrained)
         usable = [(record, config) for record, config in every if config.model.family in ("llama", "gpt2")]
         if len(usable) < 8:
-            assumed = cls({name: Fit(values) for name, values in ASSUMED.items()}, 1.2, scale)
-            return replace(assumed if scale == "gpu" else _none(), pretrained=pretrained)
+            return cls({name: Fit(values) for name, values in ASSUMED[scale].items()}, 1.2, scale, pretrained)
         decoded = [(record, config) for record, config in usable if record["decoding"] is not None]
         seen = {
             "step": ([_step(c) for _, c in usable], [r["training"]["step_ms_median"] / 1000 for r, _ in usable]),
@@ -129,9 +136,7 @@ class CostModel:
             ),
             "memory": ([_memory(c) for _, c in usable], [r["training"]["peak_memory_bytes"] for r, _ in usable]),
         }
-        spent = [
-            r["seconds"]["train"] / (r["training"]["steps"] * r["training"]["step_ms_median"] / 1000) for r, _ in usable
-        ]
+        spent = [record["seconds"]["train"] / record.step_seconds for record, _ in usable]
         names = {r["hardware"]["processor"] for r, _ in usable}
         fits = {name: fit(*values) for name, values in seen.items() if values[1]}
         return cls(fits, statistics.median(spent), ", ".join(sorted(names)), pretrained)
@@ -158,7 +163,7 @@ class CostModel:
             )
 
         name = Path(config.model.trunk).name
-        alike = [(record, other) for record, other in self.pretrained if Path(other.model.trunk).name == name]
+        alike = [(record, other) for record, other in self.pretrained if record.size == name]
         nearest = min((distance(other) for _, other in alike), default=None)
         alike = [(record, other) for record, other in alike if distance(other) == nearest]
         decoded = [(record, other) for record, other in alike if record["decoding"] is not None]
@@ -183,17 +188,6 @@ class CostModel:
         return text
 
 
-def _none() -> CostModel:
-    """No records at all: a slow core."""
-    slow = {
-        "step": (0.05, 1 / 50e9, 1 / 50e9),
-        "evaluate": (1.0, 1 / 50e9),
-        "decode": (2e-3, 1 / 5e9, 1 / 5e9, 4e-3),
-        "memory": (7e8, 16.0),
-    }
-    return CostModel({name: Fit(values) for name, values in slow.items()}, 1.2, "CPU")
-
-
 def _step(config: Config) -> tuple[float, ...]:
     tokens = config.data.context * config.data.batch_rows
     trunk = trunk_forwards(config) * trunk_flops(config)
@@ -206,7 +200,7 @@ def _evaluate(config: Config) -> tuple[float, ...]:
 
 def _decode(config: Config, group: int) -> tuple[float, ...]:
     # Cells with targets of their own are compared with autoregressive decoding of their own.
-    shared = group if config.model.trunk else 1
+    shared = group if config.target == "common" else 1
     return 1.0, trunk_flops(config), _head_flops(config), 1 / shared
 
 
@@ -235,21 +229,16 @@ def wall_seconds(cells: list[Cell], costs: dict[str, Estimate], jobs: int, decod
 
     Alone run the timed cells and all decoding, that of `decoded` (default: the same cells). Unknown costs count as 0.
     """
-    costs = {name: replace(each, train=_known(each.train), decode=_known(each.decode)) for name, each in costs.items()}
-    alone = sum(costs[cell.name].train for cell in cells if cell.alone)
-    decoding = sum(costs[cell.name].decode for cell in (cells if decoded is None else decoded))
-    ends: dict[str, float] = {}
-    free, waiting = [0.0] * jobs, [cell for cell in cells if not cell.alone]
+    train = {name: float(np.nan_to_num(each.train)) for name, each in costs.items()}
+    alone = sum(train[cell.name] for cell in cells if cell.alone)
+    alone += sum(float(np.nan_to_num(costs[cell.name].decode)) for cell in (cells if decoded is None else decoded))
+    free, waiting, ends = [0.0] * jobs, [cell for cell in cells if not cell.alone], dict[str, float]()
     names = {cell.name for cell in waiting}
     while waiting:
         slot = int(np.argmin(free))
-        trunks = [each.trunk.name if each.trunk is not None and each.trunk.name in names else "" for each in waiting]
-        began = [max(free[slot], ends.get(name, np.inf) if name else 0.0) for name in trunks]
+        needs = [each.trunk.name if each.trunk is not None and each.trunk.name in names else "" for each in waiting]
+        began = [max(free[slot], ends.get(name, math.inf) if name else 0.0) for name in needs]
         first = int(np.argmin(began))
         cell = waiting.pop(first)
-        ends[cell.name] = free[slot] = began[first] + costs[cell.name].train
-    return max(free) + alone + decoding
-
-
-def _known(seconds: float) -> float:
-    return 0.0 if math.isnan(seconds) else seconds
+        ends[cell.name] = free[slot] = began[first] + train[cell.name]
+    return max(free) + alone

@@ -12,13 +12,16 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.files import check_writable, remove_partial, write_json
+from experiments import tracking
 from experiments.provenance import git_state
+from experiments.report import render
 from experiments.scheduler import Job, Launcher, Slurm, schedule
 from experiments.suite import Cell, decode_groups, mates
 from experiments.sweep_plan import (
@@ -81,7 +84,7 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
     refused = [why for cell in plan.needed if cell.name not in pending and (why := refused_trunk(plan, cell))]
     if refused:
         raise ConfigError("; ".join(refused))
-    parent = one.sweep(plan.title, str(plan.out), plan.command, plan.experiment)
+    parent = tracking.start_sweep(plan.title, plan.out, plan.command, experiment=plan.experiment).run_id
     track = [f"tracking.experiment={plan.experiment}", *([f"tracking.parent={parent}"] if parent else [])]
     jobs = [_training_job(cell, plan, launcher, track) for cell in pending.values()]
     print(f"      {len(jobs)} cells; each writes {plan.out}/NAME/train.log", flush=True)
@@ -180,11 +183,31 @@ def _report(plan: Plan, failures: list[str]) -> str:
                 written.append((config, path))
         except (RecordError, RunError) as error:
             failures.append(f"{cell.name}: its record is not written: {error}")
-    text, figures = one.report(plan.shown or plan.results, plan.out, publish=plan.publish)
+    figures = Path("paper_figures") if plan.publish else plan.out / "figures"
+    drawn = render(plan.shown or plan.results, figures, Path("README.md") if plan.publish else None)
+    notes = "".join(f"note: {line}\n" for line in drawn.notes)
+    text = (
+        f"\n{drawn.text}\n{notes}\nfigures and tables: {figures}\nrecords: {plan.shown or plan.results}\n"
+        f"dashboard: ./dev ui {plan.out}   (MLflow on http://127.0.0.1:5000)"
+    )
     # A sweep that was killed here has written records that MLflow lacks.
-    one.log([*written, *ran_here], plan.title, plan.out, plan.command, plan.experiment, text, figures)
+    _log(plan, [*written, *ran_here], text, [path for path in drawn.files if path.suffix in (".png", ".html")])
     print(text, flush=True)
     return f"{len(written)} records written, {len(plan.finished)} were there, of {len(plan.cells)} under {plan.results}"
+
+
+def _log(plan: Plan, records: list[tuple[Config, Path]], text: str, pictures: list[Path]) -> None:
+    """Finished records to their MLflow runs; to the sweep's, what the report says and the pictures."""
+    parent = tracking.start_sweep(plan.title, plan.out, plan.command, experiment=plan.experiment)
+    for config, path in records:
+        shown = replace(config.tracking, experiment=plan.experiment, parent=parent.run_id)
+        tracking.log_record(replace(config, tracking=shown), path)
+    parent.text(f"{text.strip()}\n", "claims.txt")
+    where = "The verdicts are under *Artifacts*, in `claims.txt`; the figures are beside it."
+    parent.tags({"mlflow.note.content": f"`{plan.command}`. {where}"})
+    for picture in pictures:
+        parent.artifact(picture, "figures")
+    parent.end()
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ GRACE = 60  # seconds that processes have for a last checkpoint when they are to
 
 def main(arguments: list[str]) -> int:
     program = "python experiments/run.py"
-    command = Command(program, configuration.help_text(program), "as listed above")
+    command = Command(program, configuration.help_text(), "as listed above")
     command.add_argument(
         "--stage", choices=STAGES, default="all", help="train also evaluates, decode writes the record"
     )

@@ -23,6 +23,7 @@ from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
 from cpdlm.training.run import Run
 from experiments import cell, pipeline
 from experiments.records import RecordError
+from experiments.report import Report
 from experiments.scheduler import Local
 from experiments.suite import scratch, trunk
 from experiments.sweep_plan import Plan
@@ -143,8 +144,8 @@ def test_a_cell_without_a_record_stops_no_others(
     monkeypatch.setattr("experiments.cell.is_trained", lambda config: True)
     monkeypatch.setattr("experiments.cell.trained_by", lambda config: "")
     monkeypatch.setattr("experiments.cell.write_record", write)
-    monkeypatch.setattr("experiments.cell.report", lambda *given, **more: ("the tables", []))
-    monkeypatch.setattr("experiments.cell.log", lambda records, *given: told.extend(records))
+    monkeypatch.setattr(pipeline, "render", lambda *given: Report("the tables", [], []))
+    monkeypatch.setattr(pipeline, "_log", lambda plan, records, *given: told.extend(records))
     plan = Plan("test", cells, tmp_path / "out", tmp_path / "results", "command", stages=("report",))
     assert pipeline.run(plan, Local(1)) == 1
     said = capsys.readouterr()

@@ -18,6 +18,7 @@ from experiments.records import load_all
 from experiments.scheduler import Job, Local
 from experiments.suite import Cell, heads, scratch, trunk
 from experiments.sweep_plan import Plan
+from experiments.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,7 +122,7 @@ def test_a_failing_cell_is_recorded_and_tried_again(
     done = tmp_path / "out"
     monkeypatch.setattr("experiments.cell.is_trained", lambda config: (done / config.run_name / "done").exists())
     monkeypatch.setattr("experiments.cell.trained_by", lambda config: "")
-    monkeypatch.setattr("experiments.cell.sweep", lambda *given: "")
+    monkeypatch.setattr("experiments.tracking.start_sweep", lambda *given, **more: Tracker())
     mine = plan(tmp_path, cells, stages=("train",))
     assert pipeline.run(mine, Local(2)) == 1
     said = capsys.readouterr()

@@ -11,6 +11,7 @@ from typing import Any
 from cpdlm.config.settings import CHOICES, FAMILIES, WITHIN, Config, ConfigError, flatten, leaves
 
 MOST_TOKENS = 2**20  # of a vocabulary that is made here
+PRETRAINED = "a Hugging Face folder or name, a GGUF file, smollm2"
 
 
 def check(config: Config) -> None:
@@ -113,12 +114,13 @@ def _text(config: Config) -> Iterator[str]:
         yield f"data.column={data.column} is for corpus=hf:NAME, and this is corpus={config.corpus}; leave it out"
     kind, _, name = data.tokenizer.partition(":")
     is_bpe = kind == "bpe" and name.isascii() and name.isdigit() and 257 <= int(name) <= MOST_TOKENS
-    is_own = data.tokenizer == "model" and config.is_pretrained
-    if not (data.tokenizer == "bytes" or is_bpe or is_own or (kind == "hf" and name)):
+    if data.tokenizer == "model" and not config.is_pretrained:
+        preset = "preset=retrofit has data.tokenizer=model" if "retrofit" in config.preset else "data.tokenizer=model"
+        yield f"{preset}, that of a pretrained model: type model=NAME ({PRETRAINED})"
+    elif not (data.tokenizer in ("bytes", "model") or is_bpe or (kind == "hf" and name)):
         yield (
-            f"data.tokenizer={data.tokenizer!r}: write bytes, bpe:SIZE with SIZE from 257 to {MOST_TOKENS}, "
-            "hf:NAME, or, "
-            "with a pretrained trunk (model=NAME), model"
+            f"data.tokenizer={data.tokenizer!r}: write bytes, bpe:SIZE with SIZE from 257 to {MOST_TOKENS}, hf:NAME, "
+            "or, with a pretrained trunk (model=NAME), model"
         )
 
 
@@ -130,10 +132,7 @@ def _pretrained(config: Config) -> Iterator[str]:
             f"or one of {', '.join(FAMILIES)}"
         )
     if config.is_pretrained and not model.trunk:
-        yield (
-            "model.family=pretrained needs the model: type model=NAME "
-            "(a Hugging Face folder or name, a GGUF file, smollm2)"
-        )
+        yield f"model.family=pretrained needs the model: type model=NAME ({PRETRAINED})"
     if config.is_pretrained and tokenizer != "model" and not tokenizer.startswith("hf:"):
         yield (
             f"data.tokenizer={tokenizer} is not the tokenizer of the pretrained model {model.trunk}; "

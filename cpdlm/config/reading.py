@@ -145,10 +145,9 @@ def as_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
-def help_text(program: str) -> str:
-    """The page that `--help` prints: every setting with type, default and a line of meaning."""
+def help_text() -> str:
+    """What `--help` says of the settings: each with type, default and a line of meaning."""
     lines = [
-        f"usage: {program} [KEY=VALUE ...] [--print-config] [--help]",
         "model=NAME is short for model.trunk=NAME model.family=pretrained: a Hugging Face folder or name, a GGUF file, "
         "smollm2.",
         "",

@@ -49,7 +49,9 @@ from experiments.bench.speed_calls import (
     timed_decoding,
     timed_generate,
 )
-from experiments.bench.speed_record import cell_entry, rate_entry, speed_ratio, table, targets
+from experiments.bench.speed_record import cell_entry, rate_entry, speed_ratio, targets
+from experiments.report.benchmarks import upgrade
+from experiments.report.speed import speed_table
 
 MODES = {"greedy": Sampling(temperature=0), "sampling": Sampling()}
 SETTINGS = (
@@ -275,7 +277,7 @@ def main(arguments: Sequence[str]) -> int:
     name = options.name or ("decode_speed" if record.device(options).type == "cpu" else "decode_speed_gpu")
     for found in records(options, arguments):
         record.write(options, name, found)
-    print(table(found))
+    print(speed_table({"name": name} | upgrade(found)).markdown())
     return 0
 
 

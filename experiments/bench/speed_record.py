@@ -1,4 +1,4 @@
-"""What the speed benchmark records of a group: speed-up, its limit, the floor of a forward, the targets; and its print.
+"""What the speed benchmark records of a group: speed-up, its limit, the floor of a forward, the targets.
 
 The keys are those of the records on disk: a "pass" is a target forward, "plain" autoregressive decoding, "conversion"
 the speed-up per token per forward, "shortlist" the draft vocabulary.
@@ -18,21 +18,6 @@ from experiments.bench.speed_calls import Run
 TARGETS = {1: 0.92, 8: 0.80}
 LEAST_TRUNK = 50_000_000
 GENERATE_TARGET, FLOOR_TARGET = 0.95, 1.05
-COLUMNS = {
-    "tok/forward": ("tokens_per_pass", 2),
-    "t(1) ms": ("t1_ms", 2),
-    "t(n) ms": ("tn_ms", 2),
-    "draft ms": ("draft_ms", 2),
-    "floor ms": ("floor_ms", 2),
-    "forward ms": ("pass_ms", 2),
-    "over floor": ("pass_over_floor", 3),
-    "speed-up": ("speedup", 2),
-    "per token": ("conversion", 3),
-    "limit": ("limit", 3),
-    "of limit": ("share_of_limit", 3),
-    "ms/token": ("token_ms", 2),
-    "tokens/s": ("tokens_per_second", 1),
-}
 
 
 def rate_entry(runs: Sequence[Run], batch: int) -> dict[str, Any]:
@@ -103,30 +88,3 @@ def targets(measured: list[dict[str, Any]], trunk_parameters: int) -> list[dict[
             over = cell["pass_over_floor"]["median"]
             add("pass over floor, at most", name, over, FLOOR_TARGET, over <= FLOOR_TARGET)
     return found
-
-
-def table(record: dict[str, Any]) -> str:
-    """The record for a terminal: medians."""
-    lines = []
-    for group in record["groups"]:
-        rate, how = group["plain"], ", captured" if group["captured"] else ""
-        text = (
-            f"{group['dtype']}, {group['mode']}, batch {group['batch']}{how}: autoregressive "
-            f"{rate['token_ms']['median']:.2f} ms/token, {rate['tokens_per_second']['median']:.1f} tokens/s"
-        )
-        if "generate" in group:
-            text += f"; {group['plain_over_generate']['median']:.3f} times the speed of generate"
-        lines += ["", text, " ".join(f"{title:>11}" for title in ("rank", "n", "draft vocab", *COLUMNS))]
-        for cell in group["cells"]:
-            values = [str(cell["rank"]), str(cell["horizon"]), str(cell["shortlist"] or "all")]
-            for key, digits in COLUMNS.values():
-                value = cell[key]["median"] if isinstance(cell[key], dict) else cell[key]
-                values.append(f"{value:.{digits}f}")
-            lines.append(" ".join(f"{value:>11}" for value in values))
-    for each in record.get("compiled_generate", []):
-        found = each.get("failure") or f"{each['plain_over_generate']['median']:.3f} times its speed"
-        lines.append(f"{each['dtype']}: captured autoregressive decoding against compiled generate: {found}")
-    missed = [target for target in record["targets"] if not target["holds"]]
-    lines += ["", f"{len(record['targets']) - len(missed)} of {len(record['targets'])} targets hold"]
-    lines += [f"missed: {m['what']} {m['target']}: {m['measured']:.3f} ({m['cell']})" for m in missed]
-    return "\n".join(lines)

@@ -18,21 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from cpdlm.config import Config, as_yaml, flatten, to_dict
 from cpdlm.processes import is_first_process
-from experiments.tracking.store import (
-    Tracker,
-    continued,
-    create_run,
-    default_uri,
-    end_killed,
-    first_line,
-    has_record,
-    is_installed,
-    log_content,
-    remember,
-    tags_of,
-    tracking_uri,
-    warn,
-)
+from experiments.tracking import store
+from experiments.tracking.store import Tracker, default_uri, tracking_uri
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
@@ -47,10 +34,10 @@ def cell_run(config: Config, command: str, folder: Path) -> Iterator[Tracker]:
     Yields a Tracker (off where tracking.mlflow=false, mlflow is missing, or in a helper process of a distributed run);
     marks the run FAILED on an exception and KILLED on Ctrl-C.
     """
-    if not config.tracking.mlflow or not is_first_process() or not is_installed():
+    if not config.tracking.mlflow or not is_first_process() or not store.is_installed():
         yield Tracker()
         return
-    end_killed(tracking_uri(config), config.tracking.experiment)
+    store.end_killed(tracking_uri(config), config.tracking.experiment)
     tracker = _open(config, command, folder)
     if tracker.run_id:
         tracker.logger = _lightning_logger(tracker, config.tracking.experiment)
@@ -68,33 +55,31 @@ def cell_run(config: Config, command: str, folder: Path) -> Iterator[Tracker]:
         tracker.end(status)
 
 
-def log_record(config: Config, path: Path, figures: list[Path] | None = None) -> None:
-    """Add the finished record (final metrics and the file) and figures to the cell's run, where that lacks them.
+def log_record(config: Config, path: Path) -> None:
+    """Add the finished record (final metrics and the file) to the cell's run, where that lacks it.
 
     A run that the store never got, since it did not answer then, is made up for.
     """
-    if not config.tracking.mlflow or not is_installed():
+    if not config.tracking.mlflow or not store.is_installed():
         return
     folder, uri = Path(config.output) / config.run_name, tracking_uri(config)
     try:
         text = path.read_bytes()
         content = json.loads(text)
     except (OSError, ValueError) as error:
-        warn(f"{path} was not logged to MLflow: {error}")
+        store.warn(f"{path} was not logged to MLflow: {error}")
         return
     digest = hashlib.sha256(text).hexdigest()
-    if has_record(folder, uri, digest):
+    if store.has_record(folder, uri, digest):
         return
-    tracker = continued(folder, uri)
+    tracker = store.continued(folder, uri)
     if not tracker.run_id and folder.is_dir():
         tracker = _open(config, content["command"], folder)
         tracker.curve(content["training"]["curve"])
-    log_content(tracker, content, path)
-    for figure in figures or []:
-        tracker.artifact(figure, "figures")
+    store.log_content(tracker, content, path)
     tracker.end()
     if tracker.is_whole:
-        remember(folder, tracker, digest)
+        store.remember(folder, tracker, digest)
 
 
 def start_sweep(name: str, output: Path, command: str, uri: str = "", experiment: str = "cpdlm") -> Tracker:
@@ -102,21 +87,21 @@ def start_sweep(name: str, output: Path, command: str, uri: str = "", experiment
 
     Also makes the store, so that cells that start together do not race to.
     """
-    if not is_installed():
+    if not store.is_installed():
         return Tracker()
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(output)
-    end_killed(uri, experiment)
+    store.end_killed(uri, experiment)
     folder = output / f".sweep-{name}"
-    tracker = continued(folder, uri)
+    tracker = store.continued(folder, uri)
     if not tracker.run_id:
-        tracker = create_run(
+        tracker = store.create_run(
             uri,
             experiment,
             f"{name} sweep",
             {"mlflow.note.content": f"`{command}`", "command": command, "kind": "sweep"},
             output,
         )
-        remember(folder, tracker)
+        store.remember(folder, tracker)
     return tracker
 
 
@@ -127,20 +112,20 @@ def claim_experiment(claim: str, prefix: str = "cpdlm") -> str:
 
 def _open(config: Config, command: str, folder: Path) -> Tracker:
     """The cell's run: the one it left behind, or a new one."""
-    tracker = continued(folder, tracking_uri(config))
+    tracker = store.continued(folder, tracking_uri(config))
     if not tracker.run_id:
         from experiments.provenance import git_state
         from experiments.records import variant_of
 
         commit, dirty = git_state()
         settings = to_dict(config)
-        tags = tags_of(settings, variant_of(settings), config.target, commit + "-dirty" * dirty, command)
+        tags = store.tags_of(settings, variant_of(settings), config.target, commit + "-dirty" * dirty, command)
         if config.tracking.parent:
             tags["mlflow.parentRunId"] = config.tracking.parent
-        tracker = create_run(
+        tracker = store.create_run(
             tracking_uri(config), config.tracking.experiment, config.run_name, tags, Path(config.output)
         )
-        remember(folder, tracker)
+        store.remember(folder, tracker)
         tracker.params(flatten(config))
         tracker.text(as_yaml(config), "config.yaml")
     return tracker
@@ -173,6 +158,6 @@ def _system_metrics(tracker: Tracker) -> Any:
         monitor = SystemMetricsMonitor(tracker.run_id, resume_logging=True, tracking_uri=tracker.uri)
         monitor.start()
     except Exception as error:
-        warn(f"no system metrics in MLflow: {first_line(error)}")
+        store.warn(f"no system metrics in MLflow: {store.first_line(error)}")
         return None
     return monitor

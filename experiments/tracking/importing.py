@@ -10,18 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpdlm.config import flat
-from experiments.tracking import claim_experiment
-from experiments.tracking.store import (
-    Tracker,
-    client_of,
-    create_run,
-    first_line,
-    is_installed,
-    log_content,
-    shown,
-    tags_of,
-    warn,
-)
+from experiments.tracking import claim_experiment, store
+from experiments.tracking.store import Tracker
 
 if TYPE_CHECKING:
     from experiments.claims import Verdict
@@ -40,7 +30,7 @@ def import_records(
     says whose. artifacts: folder of the copies (default: beside a SQLite store). Raises RuntimeError without mlflow or
     with a store that fails, RecordError where `results` is no folder.
     """
-    if not is_installed():
+    if not store.is_installed():
         raise RuntimeError("mlflow is not installed; pip install mlflow")
     from experiments.claims import judge
     from experiments.families import families_of
@@ -48,16 +38,16 @@ def import_records(
 
     records, damaged = load_all(results)
     for line in damaged:
-        warn(line)
+        store.warn(line)
     verdicts = judge(families_of(records)[0])
     if artifacts is None and uri.startswith("sqlite:///"):
         artifacts = Path(uri.removeprefix("sqlite:///")).parent
     try:
         if artifacts is not None:
             artifacts.mkdir(parents=True, exist_ok=True)
-        known = _imported(client_of(uri), prefix)
+        known = _imported(store.client_of(uri), prefix)
     except Exception as error:
-        raise RuntimeError(f"the MLflow store {shown(uri)} cannot be used: {first_line(error)}") from error
+        raise RuntimeError(f"the MLflow store {store.shown(uri)} cannot be used: {store.first_line(error)}") from error
     folders: dict[str, list[Record]] = {}
     digests = {}
     for record in records:
@@ -112,8 +102,8 @@ def _parent(
 ) -> Tracker:
     """The parent run of an import: the one that is there, its note renewed, or a new one."""
     if tags["import"] not in known:
-        return create_run(uri, experiment, name, tags, artifacts)
-    tracker = Tracker(client_of(uri), known[tags["import"]], uri)
+        return store.create_run(uri, experiment, name, tags, artifacts)
+    tracker = Tracker(store.client_of(uri), known[tags["import"]], uri)
     tracker.tags(tags)
     return tracker
 
@@ -160,12 +150,12 @@ def _show(
 ) -> bool:
     """A finished run for one record; False where the store did not take it."""
     content = record.content
-    tags = tags_of(content["config"], record.variant, record.target, content["commit"], content["command"])
+    tags = store.tags_of(content["config"], record.variant, record.target, content["commit"], content["command"])
     started = int(datetime.datetime.fromisoformat(content["started"]).timestamp() * 1000)
     tags |= {"record_sha256": digest, "mlflow.parentRunId": parent}
-    tracker = create_run(uri, experiment, content["name"], tags, artifacts, started)
+    tracker = store.create_run(uri, experiment, content["name"], tags, artifacts, started)
     tracker.params(flat(content["config"]))
     tracker.curve(content["training"]["curve"])
-    log_content(tracker, content, path)
+    store.log_content(tracker, content, path)
     tracker.end(when=started + int(1000 * sum(content["seconds"].values())))
     return bool(tracker.run_id)

@@ -145,21 +145,26 @@ def create_run(
     return Tracker(client, run.info.run_id, uri)
 
 
-def has_record(folder: Path, uri: str, sha256: str) -> bool:
-    """Whether the run that `folder` remembers in this store has that record."""
+def _remembered(folder: Path, uri: str) -> dict[str, str]:
+    """What `remember` noted of this store; empty where that is nothing."""
     try:
         kept = json.loads((folder / RUN_FILE).read_text())
-        return bool((kept["uri"], kept["record_sha256"]) == (shown(uri), sha256))
+        return dict(kept) if kept["uri"] == shown(uri) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return {}
+
+
+def has_record(folder: Path, uri: str, sha256: str) -> bool:
+    """Whether the run that `folder` remembers in this store has that record."""
+    return _remembered(folder, uri).get("record_sha256") == sha256
 
 
 def continued(folder: Path, uri: str) -> Tracker:
     """The run that `folder` remembers in this store, set running again; off where there is none."""
+    kept = _remembered(folder, uri)
+    if not kept:
+        return Tracker()
     try:
-        kept = json.loads((folder / RUN_FILE).read_text())
-        if kept["uri"] != shown(uri):
-            return Tracker()
         client = client_of(uri)
         client.update_run(kept["run_id"], status="RUNNING")
         client.set_tag(kept["run_id"], OWNER, owner())
@@ -251,14 +256,11 @@ def tags_of(dials: Mapping[str, Any], variant: str, target: str, commit: str, co
 
 def log_content(tracker: Tracker, content: dict[str, Any], path: Path) -> None:
     """Final metrics of a record, and the record itself as record.json."""
-    kept: dict[str, float] = {}
-    for group in ("parameters", "seconds", "likelihood", "training"):
-        kept |= {
-            f"{group}/{key}": value for key, value in flat(content[group]).items() if isinstance(value, int | float)
-        }
-    for mode, measured in (content["decoding"] or {"modes": {}})["modes"].items():
-        kept |= {f"{mode}/{key}": value for key, value in flat(measured).items() if isinstance(value, int | float)}
-    tracker.metrics(kept)
+    groups = {group: content[group] for group in ("parameters", "seconds", "likelihood", "training")}
+    groups |= (content["decoding"] or {"modes": {}})["modes"]
+    tracker.metrics(
+        {f"{group}/{key}": value for group, values in groups.items() for key, value in flat(values).items()}
+    )
     tracker.text(path.read_text(encoding="utf-8"), "record.json")
 
 
