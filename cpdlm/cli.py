@@ -2,6 +2,7 @@
 
     cpdlm speed-up MODEL                                   train heads on a model, measure it, export it
     cpdlm generate --model MODEL --prompt 'def main('      write text
+    cpdlm bench MODEL                                      every way of decoding it, side by side
     cpdlm export RUN DIR                                   a run as a folder for transformers
     cpdlm release RUN NAME                                 put a run's heads into the package
 
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpdlm import benchmark
 from cpdlm.config import CHOICES
 from cpdlm.generate import NEW_TOKENS
 
@@ -144,6 +146,21 @@ def _generate(options: Namespace) -> Sequence[str]:
     return ()
 
 
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+
+def _bench_arguments(parser: ArgumentParser) -> None:
+    benchmark.add_options(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write the table and a figure")
+
+
+def _bench(options: Namespace) -> Sequence[str]:
+    given = vars(options)
+    json, output = given.pop("json"), given.pop("output")
+    return benchmark.run(benchmark.Request(**given), json, output)
+
+
 # --- export, release --------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +197,7 @@ COMMANDS = {
         _speed_up,
     ),
     "generate": Command("Write text with a finished model.", _generate_arguments, _generate),
+    "bench": Command("Measure every way of decoding a model on known prompts.", _bench_arguments, _bench),
     "export": Command("Write a run as a folder for transformers and the hub.", _export_arguments, _export),
     "release": Command("Put a run's heads into this package (for its maintainers).", _release_arguments, _release),
 }

@@ -24,6 +24,7 @@ ORDER = [
     "hf",
     "generate",
     "speed_up",
+    "benchmark",
     "cli",
     "__main__",
 ]  # each may import itself and those before

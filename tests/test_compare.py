@@ -144,14 +144,14 @@ def test_a_call_in_which_the_process_stood_still_is_made_again(monkeypatch: pyte
     said: list[str] = []
     contenders = {("plain", "a"): stopped_once}
     protocol = Protocol(2, repeats=2, warmups=0)
-    timing = compare.interleaved(contenders, {"a": trunk()}, PROMPTS, protocol, said.append)["plain", "a"]
+    timing = compare.interleaved(contenders, {"a": trunk()}, list(PROMPTS), protocol, said.append)["plain", "a"]
     assert calls[3] == calls[4] and len(calls) == 7 and len(timing.texts) == 3
     assert [len(repeat) for repeat in timing.seconds] == [3, 3] and np.max(timing.seconds) < 0.2
     assert "measured again: the process stood still for 30.0 s" in said
     always = iter(range(100))
     monkeypatch.setattr("cpdlm.processes.PauseWatch.total", lambda self: float(next(always)))
     with pytest.raises(StoodStill, match="5 times in a row"):
-        compare.interleaved(contenders, {"a": trunk()}, PROMPTS, protocol, said.append)
+        compare.interleaved(contenders, {"a": trunk()}, list(PROMPTS), protocol, said.append)
 
 
 def test_the_interval_of_a_speed_up_covers_prompts() -> None:

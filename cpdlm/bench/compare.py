@@ -13,7 +13,7 @@ Letters: P prompts, K repeats, S resamples, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cpdlm.bench.acceptance import acceptance
-from cpdlm.bench.contenders import Contender, Ours, hugging_face, theirs
+from cpdlm.bench.contenders import Contender, CountsItself, Ours, hugging_face, theirs
 from cpdlm.bench.intervals import bounds, drawn, summed
 from cpdlm.bench.timers import PARTS, Timer, count_forwards, forward_milliseconds, undisturbed
 from cpdlm.config import DecodeConfig
@@ -126,7 +126,7 @@ def measure(
             if generate is not None:
                 contenders["generate", name] = theirs(generate, new_tokens, sampling)
         contenders["speculative", name] = Ours(model, new_tokens, sampling, protocol.draft, protocol.nodes)
-    timings = interleaved(contenders, subjects, prompts_PT, protocol, say)
+    timings = interleaved(contenders, subjects, list(prompts_PT), protocol, say)
     modes = {}
     for name, model in models.items():
         say(f"{name}: time split")
@@ -216,20 +216,23 @@ def seconds_by_part(
 def interleaved(
     contenders: Mapping[tuple[str, str], Contender],
     models: Mapping[str, LanguageModel],
-    prompts_PT: Tensor,
+    prompts: Sequence[Tensor],
     protocol: Protocol,
     say: Callable[[str], None],
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, str], Timing]:
     """Timing of each contender, (kind, name), run prompt by prompt with the others.
 
-    models[name]: whose forwards are counted. Of the protocol its repeats, warm-ups and seed.
+    models[name]: whose forwards are counted. prompts: (T,) ids each. Of the protocol its repeats, warm-ups and seed.
+    tick: called after every text, warm-ups included.
     """
     for warmup in range(protocol.warmups):
         say(f"warm-up {warmup + 1}/{protocol.warmups}")
         for contender in contenders.values():
-            contender(prompts_PT[0], protocol.seed)
-    timings = {key: Timing([], [], [[] for _ in prompts_PT]) for key in contenders}
-    timer, watch = Timer(prompts_PT.device), PauseWatch()
+            contender(prompts[0], protocol.seed)
+            tick()
+    timings = {key: Timing([], [], [[] for _ in prompts]) for key in contenders}
+    timer, watch = Timer(prompts[0].device), PauseWatch()
     order = list(contenders)
     for repeat in range(protocol.repeats):
         say(f"repeat {repeat + 1}/{protocol.repeats}")
@@ -237,7 +240,7 @@ def interleaved(
             timing.seconds.append([])
             timing.tokens.append([])
             timing.forwards.append([])
-        for index, prompt_T in enumerate(prompts_PT):
+        for index, prompt_T in enumerate(prompts):
             turn, seed = (repeat + index) % len(order), run_seed(protocol.seed, index, repeat)
             for key in order[turn:] + order[:turn]:
                 timing, contender = timings[key], contenders[key]
@@ -250,7 +253,7 @@ def interleaved(
 
                 result, seconds, hooked = undisturbed(once, watch, say)
                 timing.seconds[repeat].append(seconds)
-                seen = contender.forwards(hooked) if isinstance(contender, Ours) else hooked
+                seen = contender.forwards(hooked) if isinstance(contender, CountsItself) else hooked
                 timing.forwards[repeat].append(seen)
                 if isinstance(result, Decoded):
                     assert seen == result.forwards, f"{key}: {seen} forwards were made, the loop says {result.forwards}"
@@ -259,6 +262,7 @@ def interleaved(
                 timing.tokens[repeat].append(len(ids))
                 if repeat == 0:
                     timing.texts.append(ids)
+                tick()
     return timings
 
 
@@ -290,11 +294,17 @@ def rate_ratio(top: Timing, bottom: Timing, seed: int) -> dict[str, float]:
 
     Prompts and repeats are resampled, the same ones for both contenders.
     """
+    ratios_S = _resampled_rates(top, seed) / _resampled_rates(bottom, seed)
+    return {"median": float(np.median(top.rates() / bottom.rates()))} | bounds(ratios_S)
+
+
+def rate_interval(timing: Timing, seed: int) -> dict[str, float]:
+    """{"median", "low", "high"} of tokens/s, as `rate_ratio` has them."""
+    return {"median": timing.rate()} | bounds(_resampled_rates(timing, seed))
+
+
+def _resampled_rates(timing: Timing, seed: int) -> NDArray[np.float64]:
     random = np.random.default_rng(seed)
-    times = [drawn(size, random) for size in np.shape(top.seconds)]
-
-    def rates_S(timing: Timing) -> NDArray[np.float64]:
-        tokens_KP, seconds_KP = (np.asarray(each, dtype=np.float64) for each in (timing.tokens, timing.seconds))
-        return summed(tokens_KP, times) / summed(seconds_KP, times)
-
-    return {"median": float(np.median(top.rates() / bottom.rates()))} | bounds(rates_S(top) / rates_S(bottom))
+    times = [drawn(size, random) for size in np.shape(timing.seconds)]
+    tokens_KP, seconds_KP = (np.asarray(each, dtype=np.float64) for each in (timing.tokens, timing.seconds))
+    return summed(tokens_KP, times) / summed(seconds_KP, times)

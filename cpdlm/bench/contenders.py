@@ -5,26 +5,42 @@ Letters: T positions of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from cpdlm.decoding import CapturedForwards, Captures, Decoded, Options, Sampling, decode
+from cpdlm.decoding import CapturedForwards, Captures, Decoded, Options, Sampling, decode, decode_batch
 from cpdlm.model.language_model import LanguageModel
 
 Generate = Callable[[Tensor, int, Sampling, int], list[int]]
 Contender = Callable[[Tensor, int], Decoded | list[int]]
+Ends = int | Sequence[int] | None  # ids that end a text
+
+
+@runtime_checkable
+class CountsItself(Protocol):
+    """A contender that knows better than a hook how many forwards its last call made."""
+
+    def forwards(self, hooked: int) -> int: ...
 
 
 class Ours:
     """Our decoding; on CUDA with captured forwards, made at the first prompt. Called with (prompt_T, seed)."""
 
-    def __init__(self, model: LanguageModel, new_tokens: int, sampling: Sampling, draft: str, nodes: int = 8) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        new_tokens: int,
+        sampling: Sampling,
+        draft: str,
+        nodes: int = 8,
+        eos: Ends = None,
+    ) -> None:
         self.model, self.new_tokens, self.sampling, self.draft, self.nodes = model, new_tokens, sampling, draft, nodes
-        self.captures = Captures(model)
+        self.eos, self.captures = eos, Captures(model)
         self.captured: CapturedForwards | None = None
 
     def __call__(self, prompt_T: Tensor, seed: int) -> Decoded:
@@ -37,10 +53,14 @@ class Ours:
         return self._decode(prompt_T, seed, Options(nodes=self.nodes, timer=timer))
 
     def _decode(self, prompt_T: Tensor, seed: int, options: Options) -> Decoded:
-        generator = torch.Generator(prompt_T.device).manual_seed(seed)
-        return decode(
-            self.model, prompt_T, self.new_tokens, self.sampling, generator, draft=self.draft, options=options
-        )
+        generator, kind = torch.Generator(prompt_T.device).manual_seed(seed), {"draft": self.draft, "eos": self.eos}
+        return decode(self.model, prompt_T, self.new_tokens, self.sampling, generator, options=options, **kind)
+
+    def batch(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> list[Decoded]:
+        """All at once, with the texts that single calls write; launched kernel by kernel."""
+        generators = [torch.Generator(prompts[0].device).manual_seed(seed) for seed in seeds]
+        options, kind = Options(nodes=self.nodes), {"draft": self.draft, "eos": self.eos}
+        return decode_batch(self.model, prompts, self.new_tokens, self.sampling, generators, options=options, **kind)
 
     def forwards(self, hooked: int) -> int:
         """Forwards of the last call: counted by the hook or, where replayed (one in vain), on the device."""
@@ -51,11 +71,11 @@ def theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Contender
     return lambda prompt_T, seed: generate(prompt_T, new_tokens, sampling, seed)
 
 
-def hugging_face(model: LanguageModel, static: bool = False, **more: Any) -> Generate | None:
+def hugging_face(model: LanguageModel, static: bool = False, eos: Ends = None, **more: Any) -> Generate | None:
     """Hugging Face's generate on the model's own trunk and unembedding (shared, not copied).
 
-    static: with its cache of fixed size, for which it compiles the model on CUDA. more: arguments of its generate. None
-    where the target is not softmax(U h) (a self target that is not tied): no Hugging Face model has that distribution.
+    static: with its cache of fixed size, for which it compiles the model on CUDA. eos: ids at which it stops, which it
+    writes. more: arguments of its generate. None where the target is not softmax(U h) (a self target that is not tied): no Hugging Face model has that distribution.
     The result is (prompt_T, new tokens, sampling, seed) -> ids. The global generator, which generate uses, is restored.
     """
     if not (model.first_is_tied or model.frozen_target):
@@ -69,7 +89,7 @@ def hugging_face(model: LanguageModel, static: bool = False, **more: Any) -> Gen
         if static:
             choice["cache_implementation"] = "static"
         settings = GenerationConfig(
-            max_new_tokens=new_tokens, min_new_tokens=None, eos_token_id=None, pad_token_id=0, use_cache=True, **choice
+            max_new_tokens=new_tokens, min_new_tokens=None, eos_token_id=eos, pad_token_id=0, use_cache=True, **choice
         )
         shell.generation_config = settings
         devices = [prompt_T.device] if prompt_T.device.type == "cuda" else []

@@ -109,7 +109,7 @@ class Bench:
         timings = compare.interleaved(
             {key: racer.run for key, racer in each.items()},
             {name: racer.model for (_, name), racer in each.items()},
-            self.prompts[split][: self.options.timed_prompts],
+            list(self.prompts[split][: self.options.timed_prompts]),
             compare.Protocol(self.new_tokens, repeats=draws, warmups=self.options.warmups, seed=self.seed),
             say,
         )

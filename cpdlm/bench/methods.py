@@ -1,0 +1,99 @@
+"""Ways to decode one target, by name: what `cpdlm bench` can run. A new way is a line in `METHODS`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpdlm.bench.contenders import Contender, Ends, Ours, hugging_face, theirs
+from cpdlm.config import ConfigError
+from cpdlm.decoding import Decoded, Sampling
+from cpdlm.decoding.lookup import decode_with_lookup
+from cpdlm.model.language_model import LanguageModel
+
+AUTOREGRESSIVE, GENERATE = "AR", "generate"
+LOOKED_UP = 10  # tokens that transformers' prompt lookup drafts, as its own examples have it
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all methods of a comparison share. nodes: drafts of a tree. eos: ids that end a text."""
+
+    model: LanguageModel
+    new_tokens: int
+    eos: Ends = None
+    nodes: int = 8
+
+
+@dataclass(frozen=True)
+class Method:
+    """make: the contender for this sampling, or None where there is none that is not another method's. drafts: whether
+    it may write several tokens per forward."""
+
+    about: str
+    make: Callable[[Setup, Sampling], Contender | None]
+    needs_heads: bool = False
+    drafts: bool = True
+
+
+def chosen(words: Sequence[str], model: LanguageModel) -> dict[str, Method]:
+    """The methods of these names (none: all that suit the model) and autoregressive decoding, in the order of METHODS.
+
+    ConfigError for a name that is none, or that drafts with heads where there are none.
+    """
+    for word in words:
+        if word not in METHODS:
+            near = difflib.get_close_matches(word, METHODS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"give some of {', '.join(METHODS)}"
+            raise ConfigError(f"--methods {word}: there is no such method; {hint}")
+        if METHODS[word].needs_heads and model.horizon < 2:
+            raise ConfigError(
+                f"--methods {word} drafts with heads, and this model has none; cpdlm speed-up trains them"
+            )
+    wanted = words or [name for name, method in METHODS.items() if model.horizon > 1 or not method.needs_heads]
+    return {name: method for name, method in METHODS.items() if name == AUTOREGRESSIVE or name in wanted}
+
+
+def _ours(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
+    def make(setup: Setup, sampling: Sampling) -> Contender:
+        return Ours(setup.model, setup.new_tokens, sampling, draft, setup.nodes, setup.eos)
+
+    return make
+
+
+def _block(setup: Setup, sampling: Sampling) -> Contender | None:
+    return None if sampling.greedy else _ours("block")(setup, sampling)
+
+
+def _theirs(**more: Any) -> Callable[[Setup, Sampling], Contender | None]:
+    def make(setup: Setup, sampling: Sampling) -> Contender | None:
+        generate = hugging_face(setup.model, eos=setup.eos, **more)
+        return None if generate is None else theirs(generate, setup.new_tokens, sampling)
+
+    return make
+
+
+def _lookup(setup: Setup, sampling: Sampling) -> Contender:
+    def run(prompt_T: Tensor, seed: int) -> Decoded:
+        generator = torch.Generator(prompt_T.device).manual_seed(seed)
+        return decode_with_lookup(
+            setup.model, prompt_T, setup.new_tokens, sampling, generator, eos=setup.eos, horizon=4
+        )
+
+    return run
+
+
+METHODS = {
+    AUTOREGRESSIVE: Method("our loop without drafts", _ours("none"), drafts=False),
+    GENERATE: Method("transformers' generate", _theirs(), drafts=False),
+    "generate-lookup": Method("transformers' prompt lookup", _theirs(prompt_lookup_num_tokens=LOOKED_UP)),
+    "lookup": Method("our prompt lookup", _lookup),
+    "chain": Method("the heads' drafts as a chain", _ours("chain"), needs_heads=True),
+    "block": Method("the same, accepted as a block", _block, needs_heads=True),
+    "tree": Method("the heads' likeliest prefixes as a tree", _ours("tree"), needs_heads=True),
+}

@@ -1,0 +1,151 @@
+"""Methods side by side on a task's prompts: timed by the protocol of `compare`, or counted alone, in batches.
+
+A text ends at the model's end of text or after `new_tokens`, for all methods alike. What is measured is an entry: a
+dictionary that a record can hold, with an interval for every number. `row` makes of it what --json writes.
+
+Letters: T positions of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpdlm.bench.acceptance import acceptance
+from cpdlm.bench.compare import Protocol, Timing, interleaved, rate_interval, rate_ratio, run_seed
+from cpdlm.bench.contenders import Contender, CountsItself, Ours
+from cpdlm.bench.intervals import of_ratio
+from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, Method, Setup
+from cpdlm.bench.progress import Progress
+from cpdlm.bench.timers import count_forwards
+from cpdlm.data.prompts import Task
+from cpdlm.decoding import Decoded, Sampling
+
+MODES = {"greedy": Sampling(0.0), "T=1": Sampling()}
+Entry = dict[str, Any]
+Text = Decoded | list[int]
+
+
+def contenders_of(methods: Mapping[str, Method], setup: Setup, mode: str) -> dict[str, Contender]:
+    made = {name: method.make(setup, MODES[mode]) for name, method in methods.items()}
+    return {name: contender for name, contender in made.items() if contender is not None}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders by name on the prompts of one task in one mode."""
+
+    setup: Setup
+    task: Task
+    mode: str
+    contenders: Mapping[str, Contender]
+    progress: Progress
+
+    def timed(self, protocol: Protocol) -> list[Entry]:
+        """An entry per contender, run by turns. One of them is autoregressive decoding, which speed-ups are over."""
+        keys = {(name, "model"): contender for name, contender in self.contenders.items()}
+        models, tick = {"model": self.setup.model}, self.progress.tick
+        found = interleaved(keys, models, self._prompts(), protocol, self._say, tick)
+        timings = {name: timing for (name, _), timing in found.items()}
+        base, generate, seed = timings[AUTOREGRESSIVE], timings.get(GENERATE), protocol.seed
+        return [
+            self._entry(name, _by_prompt(timing.tokens), _by_prompt(timing.forwards), timing.decoded, seed)
+            | {
+                "tokens_per_second": rate_interval(timing, seed),
+                "speedup": rate_ratio(timing, base, seed),
+                "speedup_over_generate": rate_ratio(timing, generate, seed) if generate is not None else None,
+                "other_than_autoregressive": _differing(timing, base) if self.mode == "greedy" else None,
+                "seconds": timing.seconds,
+            }
+            for name, timing in timings.items()
+        ]
+
+    def counted(self, rows: int, seed: int) -> list[Entry]:
+        """The same without times, one text for each prompt: contenders of ours decode `rows` prompts at once."""
+        prompts, entries = self._prompts(), []
+        for name, contender in self.contenders.items():
+            texts: list[tuple[Text, int]] = []
+            for begin in range(0, len(prompts), rows):
+                some = prompts[begin : begin + rows]
+                seeds = [run_seed(seed, begin + index, 0) for index in range(len(some))]
+                for found in _written(contender, some, seeds, self.setup):
+                    texts.append(found)
+                    self.progress.tick()
+            tokens = [len(text.tokens if isinstance(text, Decoded) else text) for text, _ in texts]
+            decoded = [[text] if isinstance(text, Decoded) else [] for text, _ in texts]
+            entries.append(self._entry(name, tokens, [forwards for _, forwards in texts], decoded, seed))
+        return entries
+
+    def _prompts(self) -> list[Tensor]:
+        device = next(self.setup.model.parameters()).device
+        return [torch.tensor(ids, device=device) for ids in self.task.prompts]
+
+    def _say(self, line: str) -> None:
+        """Of what `interleaved` tells, what the progress does not show."""
+        if "again" in line:
+            self.progress.say(line)
+
+    def _entry(
+        self, name: str, tokens: list[int], forwards: list[int], decoded: Sequence[Sequence[Decoded]], seed: int
+    ) -> Entry:
+        """Without times. tokens, forwards: per prompt, all repeats together; forwards 0 where they cannot be seen."""
+        depths: list[dict[str, int]] = []
+        if all(decoded):
+            statistics = acceptance(decoded, len(decoded[0][0].reached) + 1, seed)
+            depths = [each for each in statistics["acceptance_by_depth"] if each["reached"]]
+        return {
+            "task": self.task.name,
+            "method": name,
+            "mode": self.mode,
+            "prompts": len(tokens),
+            "tokens": tokens,
+            "forwards": forwards if all(forwards) else None,
+            "tokens_per_forward": of_ratio(tokens, forwards, seed) if all(forwards) else None,
+            "acceptance_by_depth": depths,
+            "tokens_per_second": None,
+            "speedup": None,
+        }
+
+
+def _written(
+    contender: Contender, prompts: Sequence[Tensor], seeds: Sequence[int], setup: Setup
+) -> list[tuple[Text, int]]:
+    """(the text, its forwards) of each prompt."""
+    if isinstance(contender, Ours):
+        return [(each, each.forwards) for each in contender.batch(prompts, seeds)]
+    found: list[tuple[Text, int]] = []
+    for prompt_T, seed in zip(prompts, seeds, strict=True):
+        with count_forwards(setup.model) as forwards:
+            text = contender(prompt_T, seed)
+        found.append(
+            (text, contender.forwards(forwards.count) if isinstance(contender, CountsItself) else forwards.count)
+        )
+    return found
+
+
+def row(entry: Entry) -> Entry:
+    """What --json writes of an entry; null for what was not measured.
+
+    accepted_by_depth: from x_{t+2} on, the share of drafts that were accepted where all before them were.
+    """
+    rate = entry["tokens_per_second"]
+    return {
+        **{key: entry[key] for key in ("task", "method", "mode", "prompts")},
+        "tokens_per_forward": entry["tokens_per_forward"] and entry["tokens_per_forward"]["mean"],
+        "accepted_by_depth": [each["accepted"] / each["reached"] for each in entry["acceptance_by_depth"]],
+        "speedup": entry["speedup"],
+        "tokens_per_second": rate and rate["median"],
+    }
+
+
+def _by_prompt(counts: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(repeats) for repeats in zip(*counts, strict=True)]
+
+
+def _differing(timing: Timing, base: Timing) -> int:
+    """Prompts whose greedy text is another than the base's: near-ties that a forward of several tokens rounds."""
+    return sum(mine != theirs for mine, theirs in zip(timing.texts, base.texts, strict=True))

