@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from cpdlm.decoding import CapturedForwards, Captures, Decoded, Options, Sampling, decode, decode_batch
+from cpdlm.decoding import CapturedForwards, Captures, Decoded, Options, Sampling, decode_batch
 from cpdlm.model.language_model import LanguageModel
 
 Generate = Callable[[Tensor, int, Sampling, int], list[int]]
@@ -53,14 +53,24 @@ class Ours:
         return self._decode(prompt_T, seed, Options(nodes=self.nodes, timer=timer))
 
     def _decode(self, prompt_T: Tensor, seed: int, options: Options) -> Decoded:
-        generator, kind = torch.Generator(prompt_T.device).manual_seed(seed), {"draft": self.draft, "eos": self.eos}
-        return decode(self.model, prompt_T, self.new_tokens, self.sampling, generator, options=options, **kind)
+        (text,) = self._written([prompt_T], [seed], options)
+        return text
 
     def batch(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> list[Decoded]:
         """All at once, with the texts that single calls write; launched kernel by kernel."""
-        generators = [torch.Generator(prompts[0].device).manual_seed(seed) for seed in seeds]
-        options, kind = Options(nodes=self.nodes), {"draft": self.draft, "eos": self.eos}
-        return decode_batch(self.model, prompts, self.new_tokens, self.sampling, generators, options=options, **kind)
+        return self._written(prompts, seeds, Options(nodes=self.nodes))
+
+    def _written(self, prompts: Sequence[Tensor], seeds: Sequence[int], options: Options) -> list[Decoded]:
+        return decode_batch(
+            self.model,
+            prompts,
+            self.new_tokens,
+            self.sampling,
+            [torch.Generator(prompts[0].device).manual_seed(seed) for seed in seeds],
+            draft=self.draft,
+            eos=self.eos,
+            options=options,
+        )
 
     def forwards(self, hooked: int) -> int:
         """Forwards of the last call: counted by the hook or, where replayed (one in vain), on the device."""
@@ -71,12 +81,15 @@ def theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Contender
     return lambda prompt_T, seed: generate(prompt_T, new_tokens, sampling, seed)
 
 
-def hugging_face(model: LanguageModel, static: bool = False, eos: Ends = None, **more: Any) -> Generate | None:
+def hugging_face(
+    model: LanguageModel, static: bool = False, eos: Ends = None, lookup: int | None = None, **more: Any
+) -> Generate | None:
     """Hugging Face's generate on the model's own trunk and unembedding (shared, not copied).
 
-    static: with its cache of fixed size, for which it compiles the model on CUDA. eos: ids at which it stops, which it
-    writes. more: arguments of its generate. None where the target is not softmax(U h) (a self target that is not tied): no Hugging Face model has that distribution.
-    The result is (prompt_T, new tokens, sampling, seed) -> ids. The global generator, which generate uses, is restored.
+    static: with its cache of fixed size, for which it compiles the model on CUDA. eos: ids that end a text; they are
+    written. lookup: tokens that its prompt lookup drafts. more: arguments of its generate. None where the target is not softmax(U h) (a self target that is not
+    tied): no Hugging Face model has that distribution. The result is (prompt_T, new tokens, sampling, seed) -> ids. The
+    global generator, which generate uses, is restored.
     """
     if not (model.first_is_tied or model.frozen_target):
         return None
@@ -88,8 +101,9 @@ def hugging_face(model: LanguageModel, static: bool = False, eos: Ends = None, *
             choice |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
         if static:
             choice["cache_implementation"] = "static"
+        choice |= {"eos_token_id": eos, "prompt_lookup_num_tokens": lookup}
         settings = GenerationConfig(
-            max_new_tokens=new_tokens, min_new_tokens=None, eos_token_id=eos, pad_token_id=0, use_cache=True, **choice
+            max_new_tokens=new_tokens, min_new_tokens=None, pad_token_id=0, use_cache=True, **choice
         )
         shell.generation_config = settings
         devices = [prompt_T.device] if prompt_T.device.type == "cuda" else []

@@ -51,8 +51,9 @@ def _panel(axis: Axes, points: Sequence[tuple[int, str, dict[str, float]]]) -> N
         # The median of the repeats may lie outside the interval of the total rates.
         arms = [[max(middle - value["low"], 0.0)], [max(value["high"] - middle, 0.0)]]
         shift = -0.15 if mode == "greedy" else 0.15
-        look = {"marker": marker, "color": colour, "linestyle": "none", "label": mode, "elinewidth": 0.8}
-        axis.errorbar(middle, place + shift, xerr=arms, **look)
+        axis.errorbar(
+            middle, place + shift, xerr=arms, fmt=marker, color=colour, markersize=4, elinewidth=0.8, label=mode
+        )
     axis.grid(True, axis="x", color="0.88", linewidth=0.4)
     axis.grid(False, axis="y")
     axis.set_axisbelow(True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,9 +69,9 @@ def _block(setup: Setup, sampling: Sampling) -> Contender | None:
     return None if sampling.greedy else _ours("block")(setup, sampling)
 
 
-def _theirs(**more: Any) -> Callable[[Setup, Sampling], Contender | None]:
+def _theirs(lookup: int | None = None) -> Callable[[Setup, Sampling], Contender | None]:
     def make(setup: Setup, sampling: Sampling) -> Contender | None:
-        generate = hugging_face(setup.model, eos=setup.eos, **more)
+        generate = hugging_face(setup.model, eos=setup.eos, lookup=lookup)
         return None if generate is None else theirs(generate, setup.new_tokens, sampling)
 
     return make
@@ -91,7 +90,7 @@ def _lookup(setup: Setup, sampling: Sampling) -> Contender:
 METHODS = {
     AUTOREGRESSIVE: Method("our loop without drafts", _ours("none"), drafts=False),
     GENERATE: Method("transformers' generate", _theirs(), drafts=False),
-    "generate-lookup": Method("transformers' prompt lookup", _theirs(prompt_lookup_num_tokens=LOOKED_UP)),
+    "generate-lookup": Method("transformers' prompt lookup", _theirs(LOOKED_UP)),
     "lookup": Method("our prompt lookup", _lookup),
     "chain": Method("the heads' drafts as a chain", _ours("chain"), needs_heads=True),
     "block": Method("the same, accepted as a block", _block, needs_heads=True),

@@ -118,9 +118,10 @@ def _line(line: str, where: str, tokenizer: Tokenizer) -> list[int]:
     except ValueError as error:
         raise ConfigError(f"{where} is no JSON ({error})") from error
     content, messages = (given.get(key) if isinstance(given, dict) else None for key in ("prompt", "messages"))
-    chat = not content and isinstance(messages, list) and bool(messages) and isinstance(messages[0], dict)
-    if chat and messages[0].get("role") == "user":
-        content = messages[0].get("content")
+    first = messages[0] if isinstance(messages, list) and messages else None
+    chat = not content and isinstance(first, dict) and first.get("role") == "user"
+    if isinstance(first, dict) and chat:
+        content = first.get("content")
     if not isinstance(content, str) or not content:
         raise ConfigError(
             f"{where} has neither a prompt nor messages that begin with a user's turn; write "
