@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpdlm.config import ConfigError, parse
+from cpdlm.config import ConfigError
 from cpdlm.files import check_writable, default_cache, write_bytes
 
 if TYPE_CHECKING:
@@ -165,18 +165,17 @@ def _load(request: Request) -> Loaded:
 
 
 def _without_heads(name: str) -> Loaded:
-    from cpdlm.data.target import Target
+    import torch
+
+    from cpdlm.data.pretrained_files import checkpoint_folder, eos_of
     from cpdlm.data.tokenizer import HubTokenizer
     from cpdlm.hf.load import Loaded
-    from cpdlm.model.pretrained import multiplies_bfloat16
-    from cpdlm.training.checkpoints import load_target
+    from cpdlm.model.pretrained import load_pretrained, multiplies_bfloat16
 
-    narrow = [] if multiplies_bfloat16() else ["model.dtype=float32"]
-    config = parse(["preset=retrofit", f"model={name}", f"data.cache={default_cache()}", *narrow])
-    target, model = Target.of(config), load_target(config)
-    assert model is not None, "it is pretrained"
-    tokenizer = HubTokenizer("model", target.source)
-    return Loaded(model, tokenizer, tokenizer.eos if target.eos is None else target.eos)
+    source = checkpoint_folder(name, str(default_cache()))
+    dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    tokenizer, eos = HubTokenizer("model", source), eos_of(source)
+    return Loaded(load_pretrained(source, dtype, 1, name), tokenizer, tokenizer.eos if eos is None else eos)
 
 
 def _tasks(request: Request, loaded: Loaded) -> list[Task]:

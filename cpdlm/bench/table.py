@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,21 +20,23 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def narrow(rows: Sequence[dict[str, Any]]) -> str:
-    """A heading for each task and mode, and a method's numbers below its name, each under its own word."""
+def narrow(rows: Sequence[dict[str, Any]], width: int) -> str:
+    """A heading for each task and mode, and a method's numbers below its name, each behind its own word."""
     lines = []
     for (task, mode), group in itertools.groupby(rows, key=lambda row: (row["task"], row["mode"])):
         lines += ["", f"{task}, {mode}"]
         for row in group:
             _, _, method, *numbers = _cells(row)
             lines.append(f"  {method}")
-            lines += [f"    {name}: {value}" for name, value in zip(HEADER[3:], numbers, strict=True) if value != "-"]
+            for name, value in zip(HEADER[3:], numbers, strict=True):
+                if value != "-":
+                    lines += textwrap.wrap(f"    {name}: {value}", width, subsequent_indent="      ")
     return "\n".join(lines[1:])
 
 
 def fitting(rows: Sequence[dict[str, Any]], width: int) -> str:
     wide = markdown(rows)
-    return wide if wide.index("\n") <= width else narrow(rows)
+    return wide if wide.index("\n") <= width else narrow(rows, width)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     from experiments import claims
     from experiments.families import families_of
     from experiments.records import load_all
-    from experiments.report import benchmarks, decoding, page, scaling, speed, table, tables
+    from experiments.report import benchmarks, decoding, page, scaling, speed, table, tables, tasks
     from experiments.report import figures as drawing
     from experiments.report import readme as front
 
@@ -47,7 +47,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
             front.update(docs, blocks)
     drawn, shown = drawing.draw_all(families, figures)
     if (results / "benchmarks").is_dir():  # a sweep has none
-        made += benchmarks.tables(results, decoding.TABLES) + speed.tables(results)
+        made += benchmarks.tables(results, decoding.TABLES) + tasks.tables(results) + speed.tables(results)
         made += benchmarks.tables(results, scaling.TABLES)
         pictures, beside = drawing.draw_benchmarks(results, figures)
         drawn, shown = [*drawn, *pictures], [*shown, *beside]

@@ -30,6 +30,7 @@ KINDS = {
     "training_overhead": ("", "experiments/bench/overhead.py time"),
     "training_recipes": ("", "experiments/bench/overhead.py gain"),
     "processes": ("", "experiments/bench/processes.py"),
+    "tasks": ("tasks", "experiments/bench/tasks.py smollm2 --name smollm2"),
 }
 
 
@@ -104,4 +105,16 @@ def tables(results: Path, wanted: Mapping[str, tuple[Callable[..., Table], tuple
         missing = [record for record in records if isinstance(record, str)]
         table = missing[0] if missing else made_of(" or ".join(names), make, *records)
         made.append(Made(name, title_of(make), table if isinstance(table, str) else replace(table, name=name)))
+    return made
+
+
+def of_kind(results: Path, kind: str, title: str, make: Callable[..., Table]) -> list[Made]:
+    """One table of all records whose name begins with that of their kind. An odd one is named in the caption."""
+    names = sorted(path.stem for path in (results / "benchmarks").glob(f"{kind}*.json")) or [kind]
+    each = {name: tables(results, {title: (make, (name,))})[0].table for name in names}
+    whole = tuple(name for name, table in each.items() if isinstance(table, Table))
+    odd = [table for table in each.values() if isinstance(table, str)]
+    made = tables(results, {title: (make, whole or (names[0],))})
+    if isinstance(table := made[0].table, Table) and odd:
+        made = [replace(made[0], table=replace(table, caption=f"{table.caption} Left out: {'; '.join(odd)}."))]
     return made

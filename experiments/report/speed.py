@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,8 @@ MEASURED = {
 
 
 def tables(results: Path) -> list[Made]:
-    """The table of all records, whatever their machine. An odd one is named in the caption."""
-    names = sorted(path.stem for path in (results / "benchmarks").glob("decode_speed*.json")) or ["decode_speed"]
-    each = {name: benchmarks.tables(results, {"speed": (speed_table, (name,))})[0].table for name in names}
-    whole = tuple(name for name, table in each.items() if isinstance(table, Table))
-    odd = [table for table in each.values() if isinstance(table, str)]
-    made = benchmarks.tables(results, {"speed": (speed_table, whole or (names[0],))})
-    if isinstance(table := made[0].table, Table) and odd:
-        made = [replace(made[0], table=replace(table, caption=f"{table.caption} Left out: {'; '.join(odd)}."))]
-    return made
+    """The table of all records, whatever their machine."""
+    return benchmarks.of_kind(results, "decode_speed", "speed", speed_table)
 
 
 def speed_table(*records: Benchmark) -> Table:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.families import Family
-from experiments.report import decoding, scaling
+from experiments.report import decoding, scaling, tasks
 from experiments.report.benchmarks import made_of, read_benchmark
 from experiments.report.figures import benchmarks, components, cost, drafts, likelihood, speed, training
 from experiments.report.figures.style import STYLE, Plot, save
@@ -53,6 +53,7 @@ OF_BENCHMARKS: dict[str, tuple[Any, ...]] = {
         benchmarks.ways_to_draft,
         lambda record: f"{decoding.FIGURE} {decoding.described(record)}",
     ),
+    "tasks": ("Ways to decode, by task", "tasks_smollm2", tasks.figure, tasks.described),
     "overhead_sizes": (
         "Training overhead",
         "training_overhead",

@@ -1,0 +1,188 @@
+"""`cpdlm bench`: prompts of tasks, methods side by side, and what a terminal, a file and the report show of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpdlm import cli
+from cpdlm.bench.progress import Progress
+from cpdlm.bench.table import fitting
+from cpdlm.benchmark import Request, measure
+from cpdlm.config import ConfigError
+from cpdlm.data.prompts import _first_turn, read_task
+from cpdlm.data.tokenizer import BytesTokenizer
+from experiments.bench import tasks as bench_tasks
+from experiments.report import tasks
+from experiments.report.table import Table
+from tests.test_export import make_run
+from tests.tiny import code_folder, small_pretrained
+
+ROW = {"task", "method", "mode", "prompts", "tokens_per_forward", "accepted_by_depth", "speedup", "tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    make_run(folder, {"rank": 2, "horizon": 3, "model.tie_first": True}, measured=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tasks") / "mine.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("def f(x", "for", "import os")))
+    return str(path)
+
+
+def test_batches_and_single_texts_count_alike(run: Path, prompts: str) -> None:
+    """The same seeds: what is counted in batches is what the timed texts did, prompt by prompt.
+
+    (Depths differ at the ends of texts, where a batch drafts for the row that has most to write.)
+    """
+    common = {"model": str(run), "tasks": (prompts,), "new_tokens": 12, "nodes": 3, "rows": 2}
+    timed = measure(Request(**common, repeats=1, warmups=1))
+    counted = measure(Request(**common, acceptance_only=True))
+    keys = ("tokens", "forwards", "tokens_per_forward", "prompts")
+    found = {(each["method"], each["mode"]): each for each in timed.entries}
+    names = {"AR", "generate", "generate-lookup", "lookup", "chain", "tree"}
+    assert set(found) == {(name, mode) for name in names for mode in ("greedy", "T=1")} | {("block", "T=1")}
+    assert {each["method"] for each in counted.entries} == names - {"AR", "generate"} | {"block"}
+    for entry in counted.entries:
+        other = found[entry["method"], entry["mode"]]
+        assert {key: entry[key] for key in keys} == {key: other[key] for key in keys}
+        assert entry["speedup"] is None and entry["tokens_per_second"] is None
+    assert found["AR", "greedy"]["tokens_per_forward"]["mean"] == 1.0 == found["AR", "greedy"]["speedup"]["median"]
+    assert all(each["other_than_autoregressive"] == 0 for (_, mode), each in found.items() if mode == "greedy")
+    assert all(each["speedup_over_generate"]["median"] > 0 for each in found.values())
+
+
+def test_a_text_ends_where_the_models_text_ends(run: Path, prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For our loop as for generate: with every token an end, each writes one."""
+    monkeypatch.setattr("cpdlm.hf.load._ends", lambda config, tokenizer: list(range(257)))
+    found = measure(Request(str(run), (prompts,), new_tokens=12, repeats=1, warmups=0))
+    assert {tuple(each["tokens"]) for each in found.entries} == {(1, 1, 1)}
+
+
+def test_the_command_writes_rows_table_and_figure(
+    run: Path, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", str(run), "--tasks", prompts, "--methods", "chain", "--prompts", "2", "--new-tokens", "6"]
+    words += [
+        "--repeats",
+        "2",
+        "--warmups",
+        "0",
+        "--json",
+        str(tmp_path / "rows.json"),
+        "--output",
+        str(tmp_path / "new"),
+    ]
+    assert cli.main(words) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["method"], row["mode"]) for row in rows] == [
+        (m, k) for k in ("greedy", "T=1") for m in ("AR", "chain")
+    ]
+    assert all(set(row) == ROW and set(row["speedup"]) == {"median", "low", "high"} for row in rows)
+    assert rows[0]["prompts"] == 2 and rows[0]["accepted_by_depth"] == [] and len(rows[1]["accepted_by_depth"]) > 0
+    out = capsys.readouterr().out
+    assert "| mine | greedy | chain " in out and out.startswith((tmp_path / "new" / "bench.md").read_text()[:200])
+    assert (tmp_path / "new" / "bench.png").stat().st_size > 1000
+
+
+def test_a_model_without_heads_is_measured(tmp_path: Path, prompts: str) -> None:
+    texts = sorted(code_folder(tmp_path).glob("*.py"))
+    folder = small_pretrained(tmp_path / "model", texts)
+    found = measure(Request(str(folder), (prompts,), prompts=1, new_tokens=4, repeats=1, warmups=0))
+    assert {each["method"] for each in found.entries} == {"AR", "generate", "generate-lookup", "lookup"}
+    with pytest.raises(ConfigError, match="--methods chain drafts with heads, and this model has none"):
+        measure(Request(str(folder), (prompts,), methods=("chain",)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "mine.jsonl has no prompts"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', "line 2 has neither a prompt nor messages"),
+        ('{"messages": [{"role": "assistant", "content": "b"}]}', "line 1 has neither"),
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
+        ('{"messages": [{"role": "user", "content": "b"}]}', "no chat template"),
+    ],
+)
+def test_files_that_are_no_tasks_are_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_task(str(tmp_path / "mine.jsonl"), BytesTokenizer(), tmp_path, 9)
+
+
+def test_other_mistakes_are_named(run: Path, prompts: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such task and no such file; did you mean humaneval"):
+        read_task("humanevil", BytesTokenizer(), tmp_path, 9)
+    for words, message in {
+        ("--methods", "chian"): "did you mean chain",
+        ("--prompts", "0"): "--prompts 0 measures nothing",
+        ("--new-tokens", "62"): "prompt 1 of mine has 8 tokens; with 62 new ones",
+    }.items():
+        given = vars(cli.parse("bench", [str(run), "--tasks", prompts, *words]))
+        request = Request(**{name: value for name, value in given.items() if name not in ("json", "output")})
+        with pytest.raises(ConfigError, match=message):
+            measure(request)
+
+
+def test_the_first_turn_is_no_greeting() -> None:
+    assert _first_turn("A: Hi!\nB: oh no!\nB: I did not see you\nA: Haha\n") == "oh no! I did not see you"
+    assert _first_turn("A: Hi!\nB: Hello\n") == ""
+
+
+def made_rows() -> list[dict[str, Any]]:
+    speedup = {"median": 1.2345, "low": 1.1, "high": 1.3}
+    row = {"task": "humaneval", "method": "llama.cpp-ngram-simple", "mode": "greedy", "prompts": 100}
+    numbers = {"tokens_per_forward": 1.5, "accepted_by_depth": [0.5] * 7, "speedup": speedup, "tokens_per_second": 9.0}
+    return [row | numbers, row | {"method": "AR", "mode": "T=1"} | dict.fromkeys(numbers) | {"accepted_by_depth": []}]
+
+
+def test_a_table_fits_its_terminal() -> None:
+    narrow, wide = fitting(made_rows(), 40), fitting(made_rows(), 200)
+    assert max(map(len, narrow.splitlines())) <= 40 and "    speed-up [95 %]: 1.23 [1.10, 1.30]" in narrow
+    assert len({len(line) for line in wide.splitlines()}) == 1 and wide.startswith("| task ")
+
+
+def test_a_record_is_shown_by_the_report(run: Path, prompts: str, tmp_path: Path) -> None:
+    words = ["--tasks", prompts, "--methods", "chain", "--new-tokens", "6", "--warmups", "0", "--output"]
+    folder = tmp_path / "benchmarks"
+    assert bench_tasks.main([str(run), "--name", "tiny", *words, str(folder), "--repeats", "2"]) == 0
+    assert bench_tasks.main([str(run), "--name", "counted", "--acceptance-only", *words, str(folder)]) == 0
+    record = json.loads((folder / "tasks_tiny.json").read_text())
+    assert {"command", "commit", "seed", "hardware", "settings"} <= set(record) and record["benchmark"] == "tasks"
+    (made,) = tasks.tables(tmp_path)
+    assert not isinstance(made.table, str)
+    assert [row[:4] for row in made.table.rows] == [
+        *(("counted", "mine", mode, "chain") for mode in ("greedy", "T=1")),
+        *(("tiny", "mine", mode, method) for mode in ("greedy", "T=1") for method in ("AR", "chain")),
+    ]
+    files, shown = tasks.draw(tmp_path, tmp_path)
+    assert shown.picture is not None and len(files) == 3 and "2 interleaved repeats" in shown.caption
+    (folder / "tasks_tiny.json").write_text("{}")
+    (made,) = tasks.tables(tmp_path)
+    assert isinstance(made.table, Table) and "Left out: benchmarks/tasks_tiny.json is damaged" in made.table.caption
+
+
+def test_progress_is_a_line_a_minute_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    progress = Progress(100, out)
+    progress.label = "chat, greedy"
+    for _ in range(10):
+        now[0] += 30.0
+        progress.tick()
+    progress.end()
+    assert out.getvalue().splitlines()[:2] == [
+        "chat, greedy: 2 of 100, 49:00 left",
+        "chat, greedy: 4 of 100, 48:00 left",
+    ]
+    assert len(out.getvalue().splitlines()) == 5 and "\r" not in out.getvalue()
