@@ -38,6 +38,7 @@ class Request:
     repeats: int = 3
     warmups: int = 3
     seed: int = 0
+    gguf: Path | None = None
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -67,6 +68,7 @@ def add_options(parser: ArgumentParser) -> None:
     number("--repeats", "timed, by turns")
     number("--warmups", "of each method, before anything is timed")
     number("--seed", "of sampling and intervals")
+    add("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp (default: what MODEL was read from)")
     add("--draft-vocabulary", default="own", choices=["own", "none"], help="as of cpdlm generate")
     add("--acceptance-only", action="store_true", help="count tokens per forward in batches, and time nothing")
     number("--rows", "of a batch of --acceptance-only")
@@ -102,6 +104,7 @@ def measure(request: Request) -> Measured:
 
     from cpdlm.bench import methods, tasks
     from cpdlm.bench.progress import Progress
+    from cpdlm.data.pretrained_files import gguf_file
 
     _check(request)
     loaded = _load(request)
@@ -110,7 +113,8 @@ def measure(request: Request) -> Measured:
         wanted = {name: method for name, method in wanted.items() if method.drafts}
     given = _tasks(request, loaded)
     model = loaded.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    setup = methods.Setup(model, request.new_tokens, loaded.eos, request.nodes)
+    gguf = request.gguf or gguf_file(request.model, str(default_cache()))
+    setup = methods.Setup(model, request.new_tokens, loaded.eos, request.nodes, gguf)
     runs = [(task, mode, tasks.contenders_of(wanted, setup, mode)) for task in given for mode in tasks.MODES]
     progress = Progress(sum(_texts(request, task) * len(each) for task, _, each in runs))
     entries = []

@@ -31,7 +31,7 @@ ORDER = [
 MODULES = sorted(
     path for folder in ("cpdlm", "experiments", "tests", "paper_figures") for path in (ROOT / folder).rglob("*.py")
 )
-OPTIONAL = ("mlflow", "datasets", "matplotlib", "tokenizers", "psutil", "gguf", "accelerate", "peft")
+OPTIONAL = ("mlflow", "datasets", "matplotlib", "tokenizers", "psutil", "gguf", "accelerate", "peft", "xllamacpp")
 
 
 def imports(path: Path) -> set[str]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
-from cpdlm import cli
+from cpdlm import benchmark, cli
 from cpdlm.bench.progress import Progress
 from cpdlm.bench.table import fitting
 from cpdlm.benchmark import Request, measure
 from cpdlm.config import ConfigError
 from cpdlm.data.prompts import _first_turn, read_task
 from cpdlm.data.tokenizer import BytesTokenizer
+from cpdlm.hf.load import load
 from experiments.bench import tasks as bench_tasks
 from experiments.report import tasks
 from experiments.report.table import Table
@@ -63,7 +67,7 @@ def test_batches_and_single_texts_count_alike(run: Path, prompts: str) -> None:
 
 def test_a_text_ends_where_the_models_text_ends(run: Path, prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For our loop as for generate: with every token an end, each writes one."""
-    monkeypatch.setattr("cpdlm.hf.load._ends", lambda config, tokenizer: list(range(257)))
+    monkeypatch.setattr(benchmark, "_load", lambda request: replace(load(run), eos=list(range(257))))
     found = measure(Request(str(run), (prompts,), new_tokens=12, repeats=1, warmups=0))
     assert {tuple(each["tokens"]) for each in found.entries} == {(1, 1, 1)}
 
@@ -101,6 +105,47 @@ def test_a_model_without_heads_is_measured(tmp_path: Path, prompts: str) -> None
     assert {each["method"] for each in found.entries} == {"AR", "generate", "generate-lookup", "lookup"}
     with pytest.raises(ConfigError, match="--methods chain drafts with heads, and this model has none"):
         measure(Request(str(folder), (prompts,), methods=("chain",)))
+
+
+class FakeServer:
+    """Answers as xllamacpp's: every third token was drafted."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+
+    def handle_completions(self, question: dict[str, Any]) -> dict[str, Any]:
+        self.asked.append(question)
+        drafts = {"draft_n_accepted": 4} if self.params.speculative.types != ["none"] else {}
+        return {"usage": {"completion_tokens": question["n_predict"]}, "timings": drafts}
+
+
+def test_llama_cpp_is_asked_for_the_same_texts(run: Path, prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt's ids, no filter, no reuse of an earlier prompt."""
+    kinds = {f"COMMON_SPECULATIVE_TYPE_{name}": name for name in ("NGRAM_SIMPLE", "NGRAM_MOD")}
+
+    def params() -> Any:
+        parts = {name: SimpleNamespace() for name in ("model", "cpuparams", "cpuparams_batch")}
+        return SimpleNamespace(**parts, speculative=SimpleNamespace(types=["none"]))
+
+    fake = SimpleNamespace(CommonParams=params, Server=FakeServer, common_speculative_type=SimpleNamespace(**kinds))
+    monkeypatch.setitem(sys.modules, "xllamacpp", fake)
+    (run.parent / "model.gguf").touch()
+    methods = ("llama.cpp", "llama.cpp-ngram-simple")
+    request = Request(str(run), (prompts,), methods=methods, new_tokens=12, repeats=1, warmups=0)
+    with pytest.raises(ConfigError, match="--methods llama.cpp reads a GGUF file"):
+        measure(request)
+    found = measure(replace(request, gguf=run.parent / "model.gguf"))
+    per_forward = {each["method"]: each["tokens_per_forward"] for each in found.entries if each["mode"] == "T=1"}
+    assert per_forward["llama.cpp"]["mean"] == 1.0 and per_forward["llama.cpp-ngram-simple"]["mean"] == 12 / 8
+    assert {each["other_than_autoregressive"] for each in found.entries if "llama" in each["method"]} == {None}
+    sampled = [question for question in FakeServer.asked if question["temperature"] == 1.0]
+    assert sampled[0]["prompt"] == [256, *b"def f(x"] and not sampled[0]["cache_prompt"]
+    assert (sampled[0]["top_k"], sampled[0]["top_p"], sampled[0]["min_p"]) == (0, 1.0, 0.0)
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ConfigError, match="pip install xllamacpp"):
+        measure(replace(request, gguf=run.parent / "other.gguf"))
 
 
 @pytest.mark.parametrize(

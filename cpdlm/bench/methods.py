@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cpdlm.bench.contenders import Contender, Ends, Ours, hugging_face, theirs
+from cpdlm.bench.llama import LlamaCpp
 from cpdlm.config import ConfigError
 from cpdlm.decoding import Decoded, Sampling
 from cpdlm.decoding.lookup import decode_with_lookup
@@ -21,23 +23,26 @@ LOOKED_UP = 10  # tokens that transformers' prompt lookup drafts, as its own exa
 
 @dataclass(frozen=True)
 class Setup:
-    """What all methods of a comparison share. nodes: drafts of a tree. eos: ids that end a text."""
+    """What all methods of a comparison share. nodes: drafts of a tree. eos: ids that end a text. gguf: the same model for
+    llama.cpp."""
 
     model: LanguageModel
     new_tokens: int
     eos: Ends = None
     nodes: int = 8
+    gguf: Path | None = None
 
 
 @dataclass(frozen=True)
 class Method:
     """make: the contender for this sampling, or None where there is none that is not another method's. drafts: whether
-    it may write several tokens per forward."""
+    it may write several tokens per forward. named: runs only where it is asked for."""
 
     about: str
     make: Callable[[Setup, Sampling], Contender | None]
     needs_heads: bool = False
     drafts: bool = True
+    named: bool = False
 
 
 def chosen(words: Sequence[str], model: LanguageModel) -> dict[str, Method]:
@@ -54,7 +59,8 @@ def chosen(words: Sequence[str], model: LanguageModel) -> dict[str, Method]:
             raise ConfigError(
                 f"--methods {word} drafts with heads, and this model has none; cpdlm speed-up trains them"
             )
-    wanted = words or [name for name, method in METHODS.items() if model.horizon > 1 or not method.needs_heads]
+    suited = {name for name, each in METHODS.items() if not each.named and (model.horizon > 1 or not each.needs_heads)}
+    wanted = words or suited
     return {name: method for name, method in METHODS.items() if name == AUTOREGRESSIVE or name in wanted}
 
 
@@ -87,6 +93,13 @@ def _lookup(setup: Setup, sampling: Sampling) -> Contender:
     return run
 
 
+def _llama(speculation: str = "") -> Callable[[Setup, Sampling], Contender]:
+    def make(setup: Setup, sampling: Sampling) -> Contender:
+        return LlamaCpp(setup.gguf, setup.new_tokens, sampling, speculation)
+
+    return make
+
+
 METHODS = {
     AUTOREGRESSIVE: Method("our loop without drafts", _ours("none"), drafts=False),
     GENERATE: Method("transformers' generate", _theirs(), drafts=False),
@@ -95,4 +108,7 @@ METHODS = {
     "chain": Method("the heads' drafts as a chain", _ours("chain"), needs_heads=True),
     "block": Method("the same, accepted as a block", _block, needs_heads=True),
     "tree": Method("the heads' likeliest prefixes as a tree", _ours("tree"), needs_heads=True),
+    "llama.cpp": Method("llama.cpp on the GGUF file", _llama(), drafts=False, named=True),
+    "llama.cpp-ngram-simple": Method("the same, with its simple prompt lookup", _llama("NGRAM_SIMPLE"), named=True),
+    "llama.cpp-ngram-mod": Method("the same, with its hashed prompt lookup", _llama("NGRAM_MOD"), named=True),
 }

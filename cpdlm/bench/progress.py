@@ -18,8 +18,8 @@ class Progress:
         self.is_terminal = self.out.isatty()
         self.shown = self.began
 
-    def tick(self) -> None:
-        self.done += 1
+    def tick(self, steps: int = 1) -> None:
+        self.done += steps
         now = time.monotonic()
         if now - self.shown >= EVERY[self.is_terminal]:
             self.shown = now

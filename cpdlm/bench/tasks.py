@@ -19,6 +19,7 @@ from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.compare import Protocol, Timing, interleaved, rate_interval, rate_ratio, run_seed
 from cpdlm.bench.contenders import Contender, CountsItself, Ours
 from cpdlm.bench.intervals import of_ratio
+from cpdlm.bench.llama import UNTOLD
 from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, Method, Setup
 from cpdlm.bench.progress import Progress
 from cpdlm.bench.timers import count_forwards
@@ -72,9 +73,8 @@ class Comparison:
             for begin in range(0, len(prompts), rows):
                 some = prompts[begin : begin + rows]
                 seeds = [run_seed(seed, begin + index, 0) for index in range(len(some))]
-                for found in _written(contender, some, seeds, self.setup):
-                    texts.append(found)
-                    self.progress.tick()
+                texts += _written(contender, some, seeds, self.setup)
+                self.progress.tick(len(some))
             tokens = [len(text.tokens if isinstance(text, Decoded) else text) for text, _ in texts]
             decoded = [[text] if isinstance(text, Decoded) else [] for text, _ in texts]
             entries.append(self._entry(name, tokens, [forwards for _, forwards in texts], decoded, seed))
@@ -146,6 +146,8 @@ def _by_prompt(counts: Sequence[Sequence[int]]) -> list[int]:
     return [sum(repeats) for repeats in zip(*counts, strict=True)]
 
 
-def _differing(timing: Timing, base: Timing) -> int:
+def _differing(timing: Timing, base: Timing) -> int | None:
     """Prompts whose greedy text is another than the base's: near-ties that a forward of several tokens rounds."""
+    if any(UNTOLD in text for text in timing.texts):
+        return None
     return sum(mine != theirs for mine, theirs in zip(timing.texts, base.texts, strict=True))

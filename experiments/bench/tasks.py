@@ -30,8 +30,9 @@ def main(arguments: Sequence[str]) -> int:
     options = record.parse(parser, arguments, QUICK)
     record.settle(options)
     settings = record.chosen(options, [field.name for field in fields(benchmark.Request)])
+    settings["gguf"] = options.gguf and options.gguf.name  # where it lies is not for others
     found = record.begin("tasks", "tasks", arguments, settings, options.seed)
-    measured = benchmark.measure(benchmark.Request(**settings))
+    measured = benchmark.measure(benchmark.Request(**settings | {"gguf": options.gguf}))
     record.write(options, f"tasks_{options.name}", found | measured.facts | {"entries": measured.entries})
     print(markdown([row(entry) for entry in measured.entries]))
     return 0
