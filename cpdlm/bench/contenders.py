@@ -87,9 +87,9 @@ def hugging_face(
     """Hugging Face's generate on the model's own trunk and unembedding (shared, not copied).
 
     static: with its cache of fixed size, for which it compiles the model on CUDA. eos: ids that end a text; they are
-    written. lookup: tokens that its prompt lookup drafts. more: arguments of its generate. None where the target is not softmax(U h) (a self target that is not
-    tied): no Hugging Face model has that distribution. The result is (prompt_T, new tokens, sampling, seed) -> ids. The
-    global generator, which generate uses, is restored.
+    written. lookup: tokens that its prompt lookup drafts. more: arguments of its generate. None where the target is
+    not softmax(U h) (a self target that is not tied): no Hugging Face model has that distribution. The result is
+    (prompt_T, new tokens, sampling, seed) -> ids. The global generator, which generate uses, is restored.
     """
     if not (model.first_is_tied or model.frozen_target):
         return None

@@ -23,8 +23,10 @@ LOOKED_UP = 10  # tokens that transformers' prompt lookup drafts, as its own exa
 
 @dataclass(frozen=True)
 class Setup:
-    """What all methods of a comparison share. nodes: drafts of a tree. eos: ids that end a text. gguf: the same model for
-    llama.cpp."""
+    """What all methods of a comparison share.
+
+    nodes: drafts of a tree. eos: ids that end a text. gguf: the same model for llama.cpp.
+    """
 
     model: LanguageModel
     new_tokens: int

@@ -1,4 +1,4 @@
-"""How far a long measurement is, and the time left: one line that is rewritten on a terminal, a line a minute in a log."""
+"""How far a long measurement is, and the time left: one line on a terminal, rewritten; a line a minute in a log."""
 
 from __future__ import annotations
 

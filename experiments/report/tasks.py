@@ -20,7 +20,7 @@ START = "tasks_"  # of the records' names
 
 def tables(results: Path) -> list[Made]:
     """The table of all records."""
-    return benchmarks.of_kind(results, START, "tasks", tasks_table)
+    return benchmarks.of_kind(results, "tasks", "tasks", tasks_table)
 
 
 def tasks_table(*records: Benchmark) -> Table:
