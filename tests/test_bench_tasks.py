@@ -21,8 +21,7 @@ from cpdlm.data.prompts import _first_turn, read_task
 from cpdlm.data.tokenizer import BytesTokenizer
 from cpdlm.hf.load import load
 from experiments.bench import tasks as bench_tasks
-from experiments.report import tasks
-from experiments.report.table import Table
+from experiments.report import figures, tasks
 from tests.test_export import make_run
 from tests.tiny import code_folder, small_pretrained
 
@@ -199,21 +198,19 @@ def test_a_table_fits_its_terminal() -> None:
 def test_a_record_is_shown_by_the_report(run: Path, prompts: str, tmp_path: Path) -> None:
     words = ["--tasks", prompts, "--methods", "chain", "--new-tokens", "6", "--warmups", "0", "--output"]
     folder = tmp_path / "benchmarks"
-    assert bench_tasks.main([str(run), "--name", "tiny", *words, str(folder), "--repeats", "2"]) == 0
+    assert bench_tasks.main([str(run), "--name", "smollm2", *words, str(folder), "--repeats", "2"]) == 0
     assert bench_tasks.main([str(run), "--name", "counted", "--acceptance-only", *words, str(folder)]) == 0
-    record = json.loads((folder / "tasks_tiny.json").read_text())
+    record = json.loads((folder / "tasks_smollm2.json").read_text())
     assert {"command", "commit", "seed", "hardware", "settings"} <= set(record) and record["benchmark"] == "tasks"
     (made,) = tasks.tables(tmp_path)
     assert not isinstance(made.table, str)
     assert [row[:4] for row in made.table.rows] == [
         *(("counted", "mine", mode, "chain") for mode in ("greedy", "T=1")),
-        *(("tiny", "mine", mode, method) for mode in ("greedy", "T=1") for method in ("AR", "chain")),
+        *(("smollm2", "mine", mode, method) for mode in ("greedy", "T=1") for method in ("AR", "chain")),
     ]
-    files, shown = tasks.draw(tmp_path, tmp_path)
-    assert shown.picture is not None and len(files) == 3 and "2 interleaved repeats" in shown.caption
-    (folder / "tasks_tiny.json").write_text("{}")
-    (made,) = tasks.tables(tmp_path)
-    assert isinstance(made.table, Table) and "Left out: benchmarks/tasks_tiny.json is not" in made.table.caption
+    files, shown = figures.draw_benchmarks(tmp_path, tmp_path)
+    (mine,) = [each for each in shown if each.name == "tasks"]
+    assert mine.picture in files and "2 interleaved repeats" in mine.caption
 
 
 def test_progress_is_a_line_a_minute_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
