@@ -52,9 +52,11 @@ def test_batches_and_single_texts_count_alike(run: Path, prompts: str) -> None:
     counted = measure(Request(**common, acceptance_only=True))
     keys = ("tokens", "forwards", "tokens_per_forward", "prompts")
     found = {(each["method"], each["mode"]): each for each in timed.entries}
-    names = {"AR", "generate", "generate-lookup", "lookup", "chain", "tree"}
-    assert set(found) == {(name, mode) for name in names for mode in ("greedy", "T=1")} | {("block", "T=1")}
-    assert {each["method"] for each in counted.entries} == names - {"AR", "generate"} | {"block"}
+    names = {"AR", "generate", "generate-lookup", "lookup", "chain", "tree", "lookup+chain", "lookup+tree"}
+    assert set(found) == {(name, mode) for name in names for mode in ("greedy", "T=1")} | {
+        (name, "T=1") for name in ("block", "lookup+block")
+    }
+    assert {each["method"] for each in counted.entries} == names - {"AR", "generate"} | {"block", "lookup+block"}
     for entry in counted.entries:
         other = found[entry["method"], entry["mode"]]
         assert {key: entry[key] for key in keys} == {key: other[key] for key in keys}

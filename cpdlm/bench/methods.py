@@ -7,14 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from cpdlm.bench.contenders import Contender, Ends, Ours, hugging_face, theirs
 from cpdlm.bench.llama import LlamaCpp
 from cpdlm.config import ConfigError
-from cpdlm.decoding import Decoded, Sampling
-from cpdlm.decoding.lookup import decode_with_lookup
+from cpdlm.decoding import Sampling
 from cpdlm.model.language_model import LanguageModel
 
 AUTOREGRESSIVE, GENERATE = "AR", "generate"
@@ -73,8 +69,9 @@ def _ours(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
     return make
 
 
-def _block(setup: Setup, sampling: Sampling) -> Contender | None:
-    return None if sampling.greedy else _ours("block")(setup, sampling)
+def _block(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
+    """Under greedy a block is a chain."""
+    return lambda setup, sampling: None if sampling.greedy else _ours(draft)(setup, sampling)
 
 
 def _theirs(lookup: int | None = None) -> Callable[[Setup, Sampling], Contender | None]:
@@ -83,16 +80,6 @@ def _theirs(lookup: int | None = None) -> Callable[[Setup, Sampling], Contender 
         return None if generate is None else theirs(generate, setup.new_tokens, sampling)
 
     return make
-
-
-def _lookup(setup: Setup, sampling: Sampling) -> Contender:
-    def run(prompt_T: Tensor, seed: int) -> Decoded:
-        generator = torch.Generator(prompt_T.device).manual_seed(seed)
-        return decode_with_lookup(
-            setup.model, prompt_T, setup.new_tokens, sampling, generator, eos=setup.eos, horizon=4
-        )
-
-    return run
 
 
 def _llama(speculation: str = "") -> Callable[[Setup, Sampling], Contender]:
@@ -106,10 +93,15 @@ METHODS = {
     AUTOREGRESSIVE: Method("our loop without drafts", _ours("none"), drafts=False),
     GENERATE: Method("transformers' generate", _theirs(), drafts=False),
     "generate-lookup": Method("transformers' prompt lookup", _theirs(LOOKED_UP)),
-    "lookup": Method("our prompt lookup", _lookup),
+    "lookup": Method("our prompt lookup", _ours("lookup")),
     "chain": Method("the heads' drafts as a chain", _ours("chain"), needs_heads=True),
-    "block": Method("the same, accepted as a block", _block, needs_heads=True),
+    "block": Method("the same, accepted as a block", _block("block"), needs_heads=True),
     "tree": Method("the heads' likeliest prefixes as a tree", _ours("tree"), needs_heads=True),
+    "lookup+chain": Method(
+        "prompt lookup where it finds something, else the chain", _ours("lookup+chain"), needs_heads=True
+    ),
+    "lookup+block": Method("the same, accepted as a block", _block("lookup+block"), needs_heads=True),
+    "lookup+tree": Method("the tree, and prompt lookup as one more branch", _ours("lookup+tree"), needs_heads=True),
     "llama.cpp": Method("llama.cpp on the GGUF file", _llama(), drafts=False, named=True),
     "llama.cpp-ngram-simple": Method("the same, with its simple prompt lookup", _llama("NGRAM_SIMPLE"), named=True),
     "llama.cpp-ngram-mod": Method("the same, with its hashed prompt lookup", _llama("NGRAM_MOD"), named=True),
