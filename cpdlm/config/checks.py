@@ -168,6 +168,8 @@ def _frozen(config: Config) -> Iterator[str]:
         )
     if data.text != "corpus" and not data.states:
         yield f"data.text={data.text} needs data.states: how many tokens the model shall write"
+    if data.prompts != "windows" and data.text == "corpus":
+        yield f"data.prompts={data.prompts} is for text that the model writes: type data.text=sampled or greedy"
     if config.train.recompute and model.trunk:
         yield f"train.recompute=true: model.trunk={model.trunk} is frozen and keeps no activations; leave it out"
 

@@ -68,6 +68,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "anchor": ("none", "token", "blind"),
     "parallel": ("auto", "ddp", "fsdp"),
     "data.text": ("corpus", "greedy", "sampled"),
+    "data.prompts": ("windows", "functions", "conversations", "starts"),
     "model.head": ("shared", "separate"),
     "model.dtype": ("float32", "bfloat16"),
     "loss.objective": ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend"),
@@ -101,6 +102,12 @@ class DataConfig:
         "corpus",
         "what heads on a frozen model train on: corpus | greedy, sampled: data.states tokens that the model itself "
         "writes after prompts of the corpus (written once and kept)",
+    )
+    prompts: str = knob(
+        "windows",
+        "what data.text=greedy or sampled goes on from: windows of the train split | functions: signature and "
+        "docstring of Python functions | conversations: up to an answer | starts: a document's first tokens; "
+        "but for windows, only what the model writes is trained on",
     )
     states: int = knob(
         0,
@@ -240,7 +247,9 @@ class Config:
     rank: int = knob(4, "components of the mixture (1 = independent heads)", least=1)
     horizon: int = knob(4, "tokens per window: the pending token and horizon-1 drafts", least=1)
     size: str = knob("tiny", "trunk: " + " | ".join(SIZES))
-    corpus: str = knob("code", "code | text | hf:NAME | a text file | a folder")
+    corpus: str = knob(
+        "code", "code | text | wiki | chat | hf:NAME | a text file | FILE.jsonl: conversations | a folder"
+    )
     seed: int = knob(0, "seed of weights, data order and decoding", least=0, most=2**32 - 1)
     balance: str = knob("switch", "keeps components in use: switch | kl | bias | none")
     anchor: str = knob(
@@ -299,6 +308,8 @@ class Config:
             objective += f"-g{self.loss.gamma:g}"
         anchor = self.anchor + (f"{self.model.anchor_width}" if self.model.anchor_width else "")
         text = f"-{self.data.text}" if self.data.text != "corpus" else ""
+        if self.data.prompts != "windows":
+            text += f"-{self.data.prompts}"
         adapters = f"-lora{self.model.adapter_layers}" if self.model.adapter_layers else ""
         draft = f"{anchor}{tie}{hidden}{low}{adapters}{objective}{text}"
         return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{draft}-s{self.seed}"

@@ -48,7 +48,8 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
         rows_B = self.indices(rows)
-        arrays = windows.batch(self.split.tokens, self.split.offsets, rows_B, self.context, self.horizon)
+        split = self.split
+        arrays = windows.batch(split.tokens, split.offsets, rows_B, self.context, self.horizon, split.trained)
         arrays["source_B"] = windows.row_sources(self.split.offsets, self.split.source_ids, rows_B, self.context)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -85,9 +86,9 @@ class TrainingRows(Dataset[dict[str, Tensor]]):
         return self.rows[share.rows] | {"picked_BT": torch.from_numpy(mine_BT), "step_counts": counts} | kept
 
     def _positions(self, rows: list[int], step: int) -> tuple[np.ndarray, np.ndarray]:
-        context = self.rows.context
+        context, split = self.rows.context, self.rows.split
         starts_B = windows.row_starts(self.rows.indices(rows), context)
-        exists_BT = windows.successor_counts(self.rows.split.offsets, starts_B, context, 1) > 0
+        exists_BT = windows.successor_counts(split.offsets, starts_B, context, 1, split.trained) > 0
         return exists_BT, windows.picked(starts_B, context, self.fraction, _PICKS, self.seed, step)
 
 

@@ -25,7 +25,7 @@ from cpdlm.data import sources, tokens
 from cpdlm.data.documents import Chosen
 from cpdlm.data.packages import PACKAGES
 from cpdlm.data.splits import assign_splits, take
-from cpdlm.data.stored import ARRAYS, FORMAT, SPLITS, Corpus, TornCache, assemble, file_hash, read_tokens
+from cpdlm.data.stored import ARRAYS, FORMAT, SPLITS, TRAINED, Corpus, TornCache, assemble, file_hash, read_tokens
 from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import Tokenizer, build_tokenizer, store_tokenizer, stored_tokenizer, tokenizer_hash
 from cpdlm.data.tokens import PIECE_BYTES
@@ -160,7 +160,7 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, p
     every = [piece for part in planned.values() for piece in part]
     size = sum(piece.size for piece in every)
     with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=not progress) as bar:
-        tokens.tokenise(documents.texts, every, tokenizer, bar)
+        tokens.tokenise(documents.texts, every, tokenizer, bar, documents.conversations)
     for name, indices in chosen.items():
         (folder / name).mkdir()
         arrays: dict[str, NDArray[Any]] = {
@@ -168,6 +168,8 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, p
             "source_ids": np.array([documents.sources[i] for i in indices], dtype=np.int32),
             "byte_lengths": np.array([len(documents.texts[i]) for i in indices], dtype=np.int64),
         }
+        if documents.conversations:
+            tokens.join(planned[name], folder / name / f"{TRAINED}.npy", np.bool_)
         for array, values in arrays.items():
             np.save(folder / name / f"{array}.npy", values)
     np.save(folder / "token_bytes.npy", tokenizer.token_bytes().astype(np.int64))
@@ -230,7 +232,7 @@ def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int
             corpus = load_corpus(config)
             name = f"{len(entries)}-{_slug(config)}"
             (temporary / name).mkdir()
-            arrays = {f"{split}.{key}": getattr(corpus.split(split), key) for split in SPLITS for key in ARRAYS}
+            arrays = {f"{name}.{key}": array for name in SPLITS for key, array in corpus.split(name).arrays.items()}
             np.savez_compressed(temporary / name / "tokens.npz", token_bytes=corpus.token_bytes(), **arrays)
             corpus.tokenizer.save(temporary / name)
             (temporary / name / "meta.json").write_text(json.dumps(corpus.meta, indent=1, sort_keys=True))
@@ -280,5 +282,6 @@ def _from_bundle(config: Config) -> Corpus:
             raise ConfigError(f"data.bundle={folder}: {name} is missing, cut or changed; copy it again, or {again}")
     meta = json.loads((inner / "meta.json").read_text())
     with np.load(inner / "tokens.npz") as arrays:
-        splits = {split: {key: arrays[f"{split}.{key}"] for key in ARRAYS} for split in SPLITS}
+        names = {split: [key for key in (*ARRAYS, TRAINED) if f"{split}.{key}" in arrays] for split in SPLITS}
+        splits = {split: {key: arrays[f"{split}.{key}"] for key in names[split]} for split in SPLITS}
         return assemble(meta, splits, arrays["token_bytes"], inner)

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 @dataclass
 class Documents:
     """Documents as bytes, with the index of their source. held_out: sources that are test as a whole. notes: what the
-    readers counted, for the record."""
+    readers counted, for the record. conversations: each is one, as `conversations.written` has it."""
 
     texts: Sequence[bytes] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     source_names: list[str] = field(default_factory=list)
     held_out: set[int] = field(default_factory=set)
     notes: dict[str, Any] = field(default_factory=dict)
+    conversations: bool = False
 
     def add_source(self, name: str, texts: Iterable[bytes], held_out: bool = False) -> None:
         index = len(self.source_names)

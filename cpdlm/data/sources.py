@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.data.conversations import read_conversations
 from cpdlm.data.documents import Documents
 from cpdlm.data.readers import CORPORA, read_packages
 from cpdlm.data.streams import Stream, fetch_stream
@@ -114,8 +115,9 @@ def _file(path: Path, name: str) -> Documents:
         raise ConfigError(f"corpus={name} is empty; give a file with text in it")
     if kind := not_text(content):
         raise ConfigError(f"corpus={name} is {kind}")
-    documents = Documents()
-    documents.add_source(path.name, pieces(content))
+    documents = Documents(conversations=path.suffix == ".jsonl")
+    texts = read_conversations(path, content, name) if documents.conversations else pieces(content)
+    documents.add_source(path.name, texts)
     return documents
 
 

@@ -6,6 +6,7 @@ FOLDER/meta.json                format, request, sizes, sha256 of every file
        SPLIT/offsets.npy        documents + 1 token offsets
        SPLIT/source_ids.npy     source of each document
        SPLIT/byte_lengths.npy   bytes of each document
+       SPLIT/trained.npy        bool per token, of conversations: whether it is an answer's
        bpe.json or hf/          the tokenizer, for those that have files
 """
 
@@ -25,17 +26,28 @@ from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer
 FORMAT = 1  # raise when the layout or the way documents are split changes
 SPLITS = ("train", "validation", "test")
 ARRAYS = ("tokens", "offsets", "source_ids", "byte_lengths")
+TRAINED = "trained"  # an array that only some corpora have
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """One split: its documents' tokens end to end. offsets: (documents + 1,). source_ids index source_names."""
+    """One split: its documents' tokens end to end. offsets: (documents + 1,). source_ids index source_names.
+
+    trained: which tokens are trained on, None for all.
+    """
 
     tokens: NDArray[np.integer]
     offsets: NDArray[np.int64]
     source_ids: NDArray[np.integer]
     byte_lengths: NDArray[np.int64]
     source_names: list[str]
+    trained: NDArray[np.bool_] | None = None
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a folder or a bundle holds of it, by name."""
+        kept = {name: getattr(self, name) for name in (*ARRAYS, TRAINED)}
+        return {name: array for name, array in kept.items() if array is not None}
 
     @property
     def documents(self) -> int:
@@ -107,7 +119,10 @@ def read_tokens(folder: Path) -> Corpus:
                 raise TornCache(f"{path} has {size} bytes instead of {entry['size']}")
             if file_hash(path) != entry["sha256"]:
                 raise TornCache(f"{path} is not the file that was written (its sha256 differs)")
-        splits = {split: {name: _array(folder / split / f"{name}.npy") for name in ARRAYS} for split in SPLITS}
+        splits = {}
+        for split in SPLITS:
+            names = [*ARRAYS, TRAINED] if f"{split}/{TRAINED}.npy" in meta["files"] else ARRAYS
+            splits[split] = {name: _array(folder / split / f"{name}.npy") for name in names}
         return assemble(meta, splits, np.load(folder / "token_bytes.npy"), folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, TornCache):
@@ -122,7 +137,8 @@ def assemble(
     tokenizer = SavedTokenizer(**meta["tokenizer"], folder=folder, token_bytes=token_bytes)
     made = {name: TokenSplit(**arrays, source_names=list(meta["source_names"])) for name, arrays in splits.items()}
     for name, split in made.items():
-        if split.offsets[-1] != len(split.tokens) or len(split.source_ids) != split.documents:
+        marked = len(split.tokens) if split.trained is None else len(split.trained)
+        if not split.offsets[-1] == len(split.tokens) == marked or len(split.source_ids) != split.documents:
             raise TornCache(f"{folder}: the arrays of {name} do not belong together")
     return Corpus(made["train"], made["validation"], made["test"], tokenizer, meta)
 

@@ -1,6 +1,7 @@
 """Documents -> token arrays, a piece at a time; a killed run goes on behind its finished pieces.
 
-PIECES/SPLIT-NUMBER.npz     tokens of some documents, end to end, and the length of each; there once it is whole
+PIECES/SPLIT-NUMBER.npz     tokens of some documents, end to end, and the length of each; of conversations also which
+                            tokens are trained on; there once it is whole
 
 No process is started: the threads of the `tokenizers` library are as fast as processes of ours
 (results/benchmarks/processes.json).
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpdlm.data.conversations import messages
+from cpdlm.data.stored import TRAINED
 from cpdlm.data.tokenizer import Tokenizer
 
 PIECE_BYTES = 4 * 2**20  # of text
@@ -46,19 +49,34 @@ def plan(texts: Sequence[bytes], splits: dict[str, list[int]], folder: Path) -> 
     return made
 
 
-def tokenise(texts: Sequence[bytes], pieces: list[Piece], tokenizer: Tokenizer, bar: Any) -> None:
+def tokenise(
+    texts: Sequence[bytes], pieces: list[Piece], tokenizer: Tokenizer, bar: Any, conversations: bool = False
+) -> None:
     """Write the pieces that are not there yet. bar: a tqdm over bytes of text."""
     todo = [piece for piece in pieces if not zipfile.is_zipfile(piece.path)]
     if len(todo) < len(pieces):
         bar.set_postfix_str(f"{len(pieces) - len(todo)} of {len(pieces)} pieces were there", refresh=False)
         bar.update(sum(piece.size for piece in pieces) - sum(piece.size for piece in todo))
     for piece in todo:
-        write_piece(tokenizer, piece.path, [texts[index] for index in piece.documents])
+        write_piece(tokenizer, piece.path, [texts[index] for index in piece.documents], conversations)
         bar.update(piece.size)
 
 
-def write_piece(tokenizer: Tokenizer, path: Path, texts: list[bytes]) -> None:
-    """[bos] x_1 .. x_m [eos] of each document; the file appears when it is whole and on the disk."""
+def write_piece(tokenizer: Tokenizer, path: Path, texts: list[bytes], conversations: bool = False) -> None:
+    """[bos] x_1 .. x_m [eos] of each document, or a conversation as its template has it.
+
+    The file appears when it is whole and on the disk.
+    """
+    arrays = _conversations(tokenizer, texts) if conversations else _documents(tokenizer, texts)
+    aside = path.with_suffix(".partial")
+    with open(aside, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _documents(tokenizer: Tokenizer, texts: list[bytes]) -> dict[str, NDArray[Any]]:
     dtype = token_dtype(tokenizer)
     bos, eos = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos], dtype)
     parts: list[NDArray[Any]] = []
@@ -67,16 +85,21 @@ def write_piece(tokenizer: Tokenizer, path: Path, texts: list[bytes]) -> None:
         for ids in tokenizer.encode(texts[start : start + BATCH]):
             parts += [bos, ids.astype(dtype), eos]
             lengths.append(len(ids) + 2)
-    aside = path.with_suffix(".partial")
-    with open(aside, "wb") as file:
-        np.savez(file, tokens=np.concatenate(parts), lengths=np.array(lengths, np.int64))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    return {"tokens": np.concatenate(parts), "lengths": np.array(lengths, np.int64)}
 
 
-def join(pieces: list[Piece], tokens: Path, dtype: Any) -> NDArray[np.int64]:
-    """Write the tokens of all pieces, in order, as one .npy file; returns the documents' offsets (documents + 1,)."""
+def _conversations(tokenizer: Tokenizer, texts: list[bytes]) -> dict[str, NDArray[Any]]:
+    made = [tokenizer.conversation(messages(text)) for text in texts]
+    return {
+        "tokens": np.array([token for ids, _ in made for token in ids], token_dtype(tokenizer)),
+        "lengths": np.array([len(ids) for ids, _ in made], np.int64),
+        TRAINED: np.array([each for _, answered in made for each in answered], np.bool_),
+    }
+
+
+def join(pieces: list[Piece], path: Path, dtype: Any) -> NDArray[np.int64]:
+    """Write the array of that file's name of all pieces, in order, as one .npy file; returns the documents' offsets
+    (documents + 1,)."""
     lengths = np.concatenate([np.zeros(1, np.int64), *(arrays["lengths"] for arrays in _load(pieces))])
     offsets: NDArray[np.int64] = np.cumsum(lengths)
     header = {
@@ -84,10 +107,10 @@ def join(pieces: list[Piece], tokens: Path, dtype: Any) -> NDArray[np.int64]:
         "fortran_order": False,
         "shape": (int(offsets[-1]),),
     }
-    with open(tokens, "wb") as file:  # not a memory map: on a full disk that is a bus error
+    with open(path, "wb") as file:  # not a memory map: on a full disk that is a bus error
         np.lib.format.write_array_header_1_0(file, header)
         for arrays in _load(pieces):
-            file.write(arrays["tokens"].tobytes())
+            file.write(arrays[path.stem].tobytes())
     return offsets
 
 

@@ -37,11 +37,21 @@ def position_ids(offsets: Ints, starts_B: Ints, context: int) -> Ints:
     return positions_BT - begins_BT
 
 
-def successor_counts(offsets: Ints, starts_B: Ints, context: int, horizon: int) -> Ints:
-    """(B, T) how many of x_{t+1..t+N} exist in the document of x_t: 0 to N."""
+def successor_counts(
+    offsets: Ints, starts_B: Ints, context: int, horizon: int, trained: NDArray[np.bool_] | None = None
+) -> Ints:
+    """(B, T) how many of x_{t+1..t+N} exist in the document of x_t: 0 to N.
+
+    trained: which tokens of the stream are trained on (None: all); the window then ends before the first that is not.
+    """
     positions_BT = starts_B[:, None] + np.arange(context)
     ends_BT = offsets[document_of(offsets, positions_BT) + 1]
-    return np.minimum(ends_BT - 1 - positions_BT, horizon)
+    counts_BT = np.minimum(ends_BT - 1 - positions_BT, horizon)
+    if trained is None:
+        return counts_BT
+    wanted_BTN = positions_BT[..., None] + np.arange(1, horizon + 1)
+    run_BTN = np.logical_and.accumulate(trained[np.minimum(wanted_BTN, len(trained) - 1)], axis=-1)
+    return np.minimum(counts_BT, run_BTN.sum(axis=-1))
 
 
 def futures(tokens: NDArray[np.integer], starts_B: Ints, successors_BT: Ints, horizon: int) -> Ints:
@@ -53,10 +63,17 @@ def futures(tokens: NDArray[np.integer], starts_B: Ints, successors_BT: Ints, ho
     return np.where(steps_N <= successors_BT[..., None], future_BTN, 0)
 
 
-def batch(tokens: NDArray[np.integer], offsets: Ints, rows_B: Ints, context: int, horizon: int) -> dict[str, Ints]:
+def batch(
+    tokens: NDArray[np.integer],
+    offsets: Ints,
+    rows_B: Ints,
+    context: int,
+    horizon: int,
+    trained: NDArray[np.bool_] | None = None,
+) -> dict[str, Ints]:
     """The arrays of one batch: tokens_BT, position_ids_BT, future_BTN, successors_BT (all int64)."""
     starts_B = row_starts(rows_B, context)
-    successors_BT = successor_counts(offsets, starts_B, context, horizon)
+    successors_BT = successor_counts(offsets, starts_B, context, horizon, trained)
     return {
         "tokens_BT": tokens[starts_B[:, None] + np.arange(context)].astype(np.int64),
         "position_ids_BT": position_ids(offsets, starts_B, context),

@@ -190,8 +190,9 @@ def training_text(
     if trunk is None or config.data.text == "corpus":
         return corpus, {}
     identity = {"corpus": corpus.describe()["sha256"], "trunk": Target.of(config).sha256}
-    writing = Writing(config.data.text, config.data.states, config.data.context, corpus.tokenizer.eos)
-    cache, wait = Path(config.data.cache), config.train.timeout
+    data = config.data
+    writing = Writing(data.text, data.states, data.context, corpus.tokenizer, data.prompts)
+    cache, wait = Path(data.cache), config.train.timeout
     split, written = written_text(trunk, corpus.train, writing, cache, identity, training_device(), say, wait)
     return replace(corpus, train=split), written
 

@@ -4,7 +4,7 @@ Heads that draft for a model meet its text when they are used, not the corpus. W
 time: a killed run goes on, and every run that asks for the same text reads the same.
 
 FOLDER/origin.json     what it was written from and how: hashes of model and corpus, prompts, seed, sampling
-FOLDER/NNNNN.npz       tokens and document lengths of one batch
+FOLDER/NNNNN.npz       of one batch: tokens, lengths of the documents, lengths of their prompts
 
 Letters: P prompts of a batch, T tokens of a prompt.
 """
@@ -12,42 +12,89 @@ Letters: P prompts of a batch, T tokens of a prompt.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from cpdlm.config import ConfigError
 from cpdlm.data.batches import prompts
+from cpdlm.data.openings import openings
 from cpdlm.data.stored import TokenSplit
+from cpdlm.data.tokenizer import Tokenizer
+from cpdlm.data.windows import hash_order
 from cpdlm.decoding.filtering import Sampling
 from cpdlm.decoding.loop import decode_batch
 from cpdlm.files import LOCK_SECONDS, replaced, write_json
 from cpdlm.model.language_model import LanguageModel
-from cpdlm.training.states import kept_folder
+from cpdlm.training.states import folder_of, kept_folder
 
 ORIGIN = "origin.json"
 SAMPLINGS = {"greedy": Sampling(0.0), "sampled": Sampling()}  # of data.text
 PROMPT = 32  # tokens of the corpus that begin a document
-BATCH = 128  # documents written at once
+POOL = 4  # batches whose prompts are sorted by length together
 SEED = 0  # one text for all runs
 
 
 @dataclass(frozen=True)
 class Writing:
-    """What to write: `tokens` tokens at least, in documents of `context` tokens, fewer where `eos` ends one before.
+    """What to write: `tokens` tokens at least, in documents of `context` tokens, fewer where an end comes before.
 
-    how: of `SAMPLINGS`, the setting `data.text`.
+    how: of `SAMPLINGS`, the setting `data.text`. prompts: the setting `data.prompts`.
     """
 
     how: str
     tokens: int
     context: int
-    eos: int
+    tokenizer: Tokenizer
+    prompts: str = "windows"
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What names the folder. More text of the same prompts is the same text and more, but for windows."""
+        plan = {"text": self.how, "batch": self.batch, "seed": SEED, "temperature": SAMPLINGS[self.how].temperature}
+        if self.prompts == "windows":
+            return plan | {"tokens": self.tokens, "prompt_tokens": PROMPT, "most_new_tokens": self.context - PROMPT}
+        return plan | {"prompts": self.prompts, "most_prompt_tokens": self.most_prompt_tokens, "context": self.context}
+
+    @property
+    def batch(self) -> int:
+        """Documents written at once."""
+        return 128 if self.prompts == "windows" else 64
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        return PROMPT if self.prompts == "windows" else self.context * 3 // 4
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end a document: eos and, in conversations, what ends an answer."""
+        if self.prompts != "conversations":
+            return [self.tokenizer.eos]
+        ids, answered = self.tokenizer.conversation(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        )
+        return [self.tokenizer.eos, ids[len(answered) - 1 - answered[::-1].index(True)]]
+
+    def batches(self, split: TokenSplit) -> Iterator[list[Tensor]]:
+        """Prompts that are written on together: of like lengths, since a batch stops where its longest is full."""
+        if self.prompts == "windows":
+            yield from map(list, prompts(split, self.tokens // PROMPT, PROMPT).split(self.batch))
+            return
+        found = openings(self.prompts, split, self.tokenizer, self.most_prompt_tokens)
+        for number in itertools.count():
+            pool = sorted(itertools.islice(found, POOL * self.batch), key=len)
+            if not pool:
+                return
+            for index in hash_order(-(-len(pool) // self.batch), number).tolist():
+                yield [torch.tensor(prompt) for prompt in pool[index * self.batch : (index + 1) * self.batch]]
 
 
 def written_text(
@@ -66,59 +113,69 @@ def written_text(
     split has too few prompts, WriteError where the disk is full or another process writes it for longer than `seconds`;
     what is done stays.
     """
-    room = writing.context - PROMPT
-    if room < 1:
+    if writing.context <= PROMPT:
         raise ConfigError(
             f"data.text={writing.how} begins documents with {PROMPT} tokens; raise data.context={writing.context}"
         )
-    plan = identity | {
-        "text": writing.how,
-        "tokens": writing.tokens,
-        "prompt_tokens": PROMPT,
-        "most_new_tokens": room,
-        "batch": BATCH,
-        "seed": SEED,
-        "temperature": SAMPLINGS[writing.how].temperature,
-    }
-    with kept_folder(cache / "written", plan, seconds) as folder:
-        if not (folder / ORIGIN).is_file():
+    plan = identity | writing.plan
+    parts = _kept(folder_of(cache / "written", plan), writing.tokens)
+    if parts is None:
+        with kept_folder(cache / "written", plan, seconds) as folder:
             say(f"the model writes {writing.tokens:,} tokens of training text ({writing.how}): {folder}")
-            _write(model, split, writing, folder, device)
             write_json(folder / ORIGIN, plan)
-    parts = [np.load(path) for path in sorted(folder.glob("*.npz"))]
+            _write(model, split, writing, folder, device)
+            parts = _kept(folder, writing.tokens)
+    assert parts is not None
     ids, lengths = (np.concatenate([part[name] for part in parts]) for name in ("tokens", "lengths"))
-    return TokenSplit(
-        ids,
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        np.zeros(len(lengths), np.int32),
-        np.zeros(len(lengths), np.int64),
-        ["the model itself"],
-    ), plan | {"sha256": hashlib.sha256(ids.tobytes() + lengths.tobytes()).hexdigest()}
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    trained = None
+    if writing.prompts != "windows":
+        after = np.concatenate([part["prompts"] for part in parts])
+        trained = np.arange(len(ids)) - np.repeat(offsets[:-1], lengths) >= np.repeat(after, lengths)
+    count = len(lengths)
+    zeros = np.zeros(count, np.int32), np.zeros(count, np.int64)
+    text = TokenSplit(ids, offsets, *zeros, ["the model itself"], trained)
+    return text, plan | {"sha256": hashlib.sha256(ids.tobytes() + lengths.tobytes()).hexdigest()}
+
+
+def _kept(folder: Path, tokens: int) -> list[dict[str, NDArray[Any]]] | None:
+    """The first parts that hold so many tokens; None where they are not all there."""
+    parts: list[dict[str, NDArray[Any]]] = []
+    while sum(int(part["lengths"].sum()) for part in parts) < tokens:
+        path = folder / f"{len(parts):05d}.npz"
+        if not path.is_file():
+            return None
+        with np.load(path) as arrays:
+            parts.append(dict(arrays))
+    return parts
 
 
 def _write(model: LanguageModel, split: TokenSplit, writing: Writing, folder: Path, device: torch.device) -> None:
     model = model.to(device).eval()
-    done, sampling = 0, SAMPLINGS[writing.how]
+    done, sampling, ends = 0, SAMPLINGS[writing.how], writing.ends
     with tqdm(total=writing.tokens, desc=f"writing ({writing.how})", unit="token") as bar:
-        for number, prompts_PT in enumerate(prompts(split, writing.tokens // PROMPT, PROMPT).split(BATCH)):
+        for number, batch in enumerate(writing.batches(split)):
             path = folder / f"{number:05d}.npz"
             if not path.is_file():
-                indices = range(number * BATCH, number * BATCH + len(prompts_PT))
                 rows = decode_batch(
                     model,
-                    list(prompts_PT.to(device)),
-                    writing.context - PROMPT,
+                    [prompt_T.to(device) for prompt_T in batch],
+                    writing.context - max(map(len, batch)),
                     sampling,
-                    [torch.Generator().manual_seed(SEED + index) for index in indices],
-                    eos=writing.eos,
+                    [
+                        torch.Generator().manual_seed(SEED + number * writing.batch + index)
+                        for index in range(len(batch))
+                    ],
+                    eos=ends,
                     draft="none",
                 )
-                documents = [[*prompt, *row.tokens] for prompt, row in zip(prompts_PT.tolist(), rows, strict=True)]
+                documents = [[*prompt_T.tolist(), *row.tokens] for prompt_T, row in zip(batch, rows, strict=True)]
                 with replaced(path) as temporary, open(temporary, "wb") as file:
                     np.savez(
                         file,
                         tokens=np.array([token for each in documents for token in each], split.tokens.dtype),
                         lengths=np.array([len(each) for each in documents]),
+                        prompts=np.array([len(prompt_T) for prompt_T in batch]),
                     )
             written = int(np.load(path)["lengths"].sum())
             done += written

@@ -88,10 +88,14 @@ def kept_states(
     return StoredStates(folder, rows.count, rows.context, width, dtype)
 
 
+def folder_of(parent: Path, plan: dict[str, Any]) -> Path:
+    return parent / hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @contextlib.contextmanager
 def kept_folder(parent: Path, plan: dict[str, Any], seconds: float) -> Iterator[Path]:
     """Hold the folder of what is made by `plan`, which names it; waits `seconds` for another process that makes it."""
-    folder = parent / hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+    folder = folder_of(parent, plan)
     with errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock", seconds):
