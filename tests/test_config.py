@@ -85,6 +85,7 @@ BAD: list[tuple[str, str]] = [
         "data.text=greedy model.trunk=runs/t",
         "data.text=greedy needs data.states: how many tokens the model shall write",
     ),
+    ("data.prompts=functions", "data.prompts=functions is for text that the model writes: type data.text=sampled"),
     ("model.adapter_layers=2", "model.adapter_layers=2 is for heads on a frozen model: give model=NAME"),
     ("model.adapter_layers=2 model.trunk=runs/t parallel=fsdp", "is not for parallel=fsdp; type parallel=auto"),
     ("train.decode_prompts=99", "train.decode_prompts=99 are more than decode.prompts="),
@@ -117,6 +118,7 @@ CHOSEN_FOR = {
     "loss.objective": {"model.trunk": "a folder"},
     "model.dtype": PRETRAINED,
     "data.text": {"model.trunk": "a folder", "data.states": 512},
+    "data.prompts": {"model.trunk": "a folder", "data.states": 512, "data.text": "sampled"},
 }
 
 

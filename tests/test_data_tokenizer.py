@@ -98,6 +98,8 @@ def test_a_prompt_begins_as_the_model_has_seen_texts_begin(bpe: BpeTokenizer, tm
         assert ours.prompt(TEXTS[0]) == ours.prompt(TEXTS[0].encode()) == [ours.bos, *ours.encode([TEXTS[0]])[0]]
         with pytest.raises(ConfigError, match=f"the tokenizer {ours.name} has no chat template.*leave --chat out"):
             ours.prompt(TEXTS[0], chat=True)
+        with pytest.raises(ConfigError, match=f"the tokenizer {ours.name} has no chat template.*a corpus without"):
+            ours.conversation([])
     for name, template in (("bare", None), ("begun", "<|endoftext|> $A")):
         model = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE), eos_token="<|endoftext|>")
         if template:
@@ -119,6 +121,36 @@ def test_a_prompt_begins_as_the_model_has_seen_texts_begin(bpe: BpeTokenizer, tm
             else:
                 with pytest.raises(ConfigError, match="has no chat template"):
                     theirs.prompt("def", chat=True)
+
+
+def test_of_a_conversation_only_the_answers_and_their_ends_are_marked(bpe: BpeTokenizer, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    bpe.save(tmp_path)
+    model = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE), eos_token="<|endoftext|>")
+    turns = "{% for turn in messages %}{{ turn.role }}:{{ turn.content }}<|endoftext|>\n{% endfor %}"
+    asked = "{% if add_generation_prompt %}assistant:{% endif %}"
+    said = [("user", "def"), ("assistant", "return one"), ("user", "in"), ("assistant", "in x"), ("user", "more")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    model.chat_template = turns + asked
+    model.save_pretrained(tmp_path / "hf")
+    theirs = build_tokenizer(f"hf:{tmp_path / 'hf'}", [])
+    ids, answered = theirs.conversation(messages)
+    expected = [
+        ("user:def<|endoftext|>\nassistant:", False),
+        ("return one<|endoftext|>", True),
+        ("\nuser:in<|endoftext|>\nassistant:", False),
+        ("in x<|endoftext|>", True),
+        ("\n", False),
+    ]
+    pieces = [(model(text, add_special_tokens=False)["input_ids"], mark) for text, mark in expected]
+    assert ids == [token for part, _ in pieces for token in part]
+    assert answered == [mark for part, mark in pieces for _ in part]
+    assert theirs.conversation(messages[:2])[0][: len(pieces[0][0])] == theirs.prompt("def", chat=True)
+    model.chat_template = "{{ messages | length }}" + turns + asked
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(ConfigError, match="does not append an answer to its prompt .* give a corpus without"):
+        build_tokenizer(f"hf:{tmp_path / 'hf'}", []).conversation(messages)
 
 
 def test_a_chat_template_may_raise_and_need_not_end(

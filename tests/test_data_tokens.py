@@ -57,7 +57,7 @@ def test_pieces_and_kills_change_nothing_and_finished_pieces_are_kept(
     made: list[str] = []
     original = tokens.write_piece
 
-    def dying(tokenizer: Any, path: Path, texts: list[bytes]) -> None:
+    def dying(tokenizer: Any, path: Path, texts: list[bytes], conversations: bool) -> None:
         if len(made) == 4:
             path.with_suffix(".partial").write_bytes(b"torn")
             raise Killed

@@ -7,8 +7,10 @@ import numpy as np
 from cpdlm.data import windows
 
 
-def slow_batch(documents: list[list[int]], rows: list[int], context: int, horizon: int) -> dict[str, np.ndarray]:
-    """The four arrays of a batch, one token at a time."""
+def slow_batch(
+    documents: list[list[int]], rows: list[int], context: int, horizon: int, marks: list[list[bool]]
+) -> dict[str, np.ndarray]:
+    """The four arrays of a batch, one token at a time. A window ends before the first token that is not trained on."""
     stream = [(token, d, p) for d, document in enumerate(documents) for p, token in enumerate(document)]
     batch: dict[str, list] = {"tokens_BT": [], "position_ids_BT": [], "future_BTN": [], "successors_BT": []}
     for row in rows:
@@ -17,7 +19,11 @@ def slow_batch(documents: list[list[int]], rows: list[int], context: int, horizo
             token, document, index = stream[t]
             since = 0 if document != last else since + 1
             last = document
-            rest = documents[document][index + 1 : index + 1 + horizon]
+            rest = []
+            for place in range(index + 1, min(index + 1 + horizon, len(documents[document]))):
+                if not marks[document][place]:
+                    break
+                rest.append(documents[document][place])
             tokens.append(token)
             ids.append(since)
             futures.append(rest + [0] * (horizon - len(rest)))
@@ -36,8 +42,10 @@ def test_windows_never_cross_a_document() -> None:
         tokens = np.array([token for document in documents for token in document], dtype=np.uint16)
         offsets = np.cumsum([0, *map(len, documents)])
         rows = draw.permutation(windows.row_count(len(tokens), context))[:7].tolist()
-        got = windows.batch(tokens, offsets, np.array(rows), context, horizon)
-        for name, wanted in slow_batch(documents, rows, context, horizon).items():
+        marks = [(draw.random(len(document)) < (seed % 3 + 1) / 3).tolist() for document in documents]  # all of them
+        trained = None if seed % 3 == 2 else np.array([mark for each in marks for mark in each])  # in every third
+        got = windows.batch(tokens, offsets, np.array(rows), context, horizon, trained)
+        for name, wanted in slow_batch(documents, rows, context, horizon, marks).items():
             np.testing.assert_array_equal(got[name], wanted, err_msg=f"{name}, seed {seed}")
             assert got[name].dtype == np.int64
 

@@ -62,7 +62,9 @@ def test_heads_train_on_a_models_own_text_without_the_suite(
     for name in ("experiments", "mlflow"):
         monkeypatch.setitem(sys.modules, name, None)
     trunk = train(resolve(base | PLAIN), say=quiet)
-    config = heads(base, **{"data.text": "sampled", "data.states": 960, "loss.draft_vocabulary": 64})
+    config = heads(
+        base, **{"data.text": "sampled", "data.prompts": "starts", "data.states": 960, "loss.draft_vocabulary": 64}
+    )
     original, lines, watched = MultiTokenModule.training_step, list[str](), list[int]()
 
     def dying(self: MultiTokenModule, batch: Any, batch_index: int) -> torch.Tensor:

@@ -199,7 +199,8 @@ def training_text(
 
 def draft_vocabulary(size: int, text: Corpus) -> DraftVocabulary:
     """The `size` most frequent tokens of what is trained on; all of a vocabulary that has fewer."""
-    return frequent_tokens(text.train.tokens, text.vocab_size, min(size, text.vocab_size))
+    tokens, trained = text.train.tokens, text.train.trained
+    return frequent_tokens(tokens if trained is None else tokens[trained], text.vocab_size, min(size, text.vocab_size))
 
 
 def training_device() -> torch.device:

@@ -127,15 +127,48 @@ def written_text(
             parts = _kept(folder, writing.tokens)
     assert parts is not None
     ids, lengths = (np.concatenate([part[name] for part in parts]) for name in ("tokens", "lengths"))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     trained = None
     if writing.prompts != "windows":
         after = np.concatenate([part["prompts"] for part in parts])
-        trained = np.arange(len(ids)) - np.repeat(offsets[:-1], lengths) >= np.repeat(after, lengths)
-    count = len(lengths)
-    zeros = np.zeros(count, np.int32), np.zeros(count, np.int64)
+        ids, lengths, trained = packed(ids, lengths, after, writing.context, writing.tokenizer.eos)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    zeros = np.zeros(len(lengths), np.int32), np.zeros(len(lengths), np.int64)
     text = TokenSplit(ids, offsets, *zeros, ["the model itself"], trained)
     return text, plan | {"sha256": hashlib.sha256(ids.tobytes() + lengths.tobytes()).hexdigest()}
+
+
+def packed(
+    tokens: NDArray[Any], lengths: NDArray[Any], prompts: NDArray[Any], context: int, filler: int
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+    """(tokens, lengths, which tokens are trained on) of the documents in an order in which no row of `context` tokens
+    cuts one: what the model wrote is then seen behind its whole prompt, as in use.
+
+    lengths: of the documents, `context` at most. prompts: of the tokens that begin them, which are not trained on. What
+    stays free of a row is a document of `filler`, not trained on either.
+    """
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(context)]
+    for document in np.argsort(-lengths, kind="stable").tolist():  # best fit, the longest first
+        length = int(lengths[document])
+        room = next((room for room in range(length, context) if by_room[room]), context)
+        if room == context:
+            rows.append([])
+        row = by_room[room].pop() if room < context else len(rows) - 1
+        rows[row].append(document)
+        by_room[room - length].append(row)
+    begins = np.cumsum(lengths) - lengths
+    parts, sizes, marks = [], [], []
+    for held in rows:
+        for document in held:
+            begin, length = int(begins[document]), int(lengths[document])
+            parts.append(tokens[begin : begin + length])
+            marks.append(np.arange(length) >= prompts[document])
+            sizes.append(length)
+        if free := context - int(lengths[held].sum()):
+            parts.append(np.full(free, filler, tokens.dtype))
+            marks.append(np.zeros(free, np.bool_))
+            sizes.append(free)
+    return np.concatenate(parts), np.array(sizes, np.int64), np.concatenate(marks)
 
 
 def _kept(folder: Path, tokens: int) -> list[dict[str, NDArray[Any]]] | None:
