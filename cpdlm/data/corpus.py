@@ -232,7 +232,7 @@ def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int
             corpus = load_corpus(config)
             name = f"{len(entries)}-{_slug(config)}"
             (temporary / name).mkdir()
-            arrays = {f"{name}.{key}": array for name in SPLITS for key, array in corpus.split(name).arrays.items()}
+            arrays = {f"{split}.{key}": array for split in SPLITS for key, array in corpus.split(split).arrays.items()}
             np.savez_compressed(temporary / name / "tokens.npz", token_bytes=corpus.token_bytes(), **arrays)
             corpus.tokenizer.save(temporary / name)
             (temporary / name / "meta.json").write_text(json.dumps(corpus.meta, indent=1, sort_keys=True))

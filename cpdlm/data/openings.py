@@ -62,8 +62,9 @@ def function_heads(source: str) -> list[str]:
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) and len(node.body) > 1:
             if node.name.startswith(("_", "test")):
                 continue
-            head = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.body[0].end_lineno]) + "\n")
-            if head.startswith("def") and node.body[0].end_lineno < node.body[1].lineno:
+            end = node.body[0].end_lineno or 0
+            head = textwrap.dedent("\n".join(lines[node.lineno - 1 : end]) + "\n")
+            if head.startswith("def") and end < node.body[1].lineno:
                 found.append(head)
     return found
 

@@ -44,7 +44,7 @@ class TokenSplit:
     trained: NDArray[np.bool_] | None = None
 
     @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, Any]:
         """What a folder or a bundle holds of it, by name."""
         kept = {name: getattr(self, name) for name in (*ARRAYS, TRAINED)}
         return {name: array for name, array in kept.items() if array is not None}

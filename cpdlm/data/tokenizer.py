@@ -251,7 +251,11 @@ class HubTokenizer:
             try:
                 done.append(
                     [
-                        str(self._model.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=answer))
+                        str(
+                            self._model.apply_chat_template(
+                                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer
+                            )
+                        )
                         for turns, answer in chats
                     ]
                 )

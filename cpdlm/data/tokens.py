@@ -76,7 +76,7 @@ def write_piece(tokenizer: Tokenizer, path: Path, texts: list[bytes], conversati
     os.replace(aside, path)
 
 
-def _documents(tokenizer: Tokenizer, texts: list[bytes]) -> dict[str, NDArray[Any]]:
+def _documents(tokenizer: Tokenizer, texts: list[bytes]) -> dict[str, Any]:
     dtype = token_dtype(tokenizer)
     bos, eos = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos], dtype)
     parts: list[NDArray[Any]] = []
@@ -88,7 +88,7 @@ def _documents(tokenizer: Tokenizer, texts: list[bytes]) -> dict[str, NDArray[An
     return {"tokens": np.concatenate(parts), "lengths": np.array(lengths, np.int64)}
 
 
-def _conversations(tokenizer: Tokenizer, texts: list[bytes]) -> dict[str, NDArray[Any]]:
+def _conversations(tokenizer: Tokenizer, texts: list[bytes]) -> dict[str, Any]:
     made = [tokenizer.conversation(messages(text)) for text in texts]
     return {
         "tokens": np.array([token for ids, _ in made for token in ids], token_dtype(tokenizer)),
