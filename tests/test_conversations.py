@@ -1,4 +1,4 @@
-"""Conversations as a corpus: from lines of a file to tokens with their marks, through cache, bundle and training rows."""
+"""Conversations as a corpus: lines of a file, tokens with their marks, cache, bundle and training rows."""
 
 from __future__ import annotations
 
@@ -146,7 +146,8 @@ def test_heads_of_functions() -> None:
     source = (
         'class A:\n    @property\n    def size(self) -> int:\n        """How many.\n\n        More.\n        """\n'
         '        return 1\n\n    def _own(self):\n        """Private."""\n        return 2\n\n'
-        'def test_x():\n    """A test."""\n    assert 1\n\ndef bare(x):\n    return x\n\ndef stub():\n    """Nothing else."""\n\n'
+        'def test_x():\n    """A test."""\n    assert 1\n\ndef bare(x):\n    return x\n\n'
+        'def stub():\n    """Nothing else."""\n\n'
         'def one(x):\n    """One line."""; return x\n\n'
         "def top(\n    x: int,\n) -> int:\n    'Double.'\n    return 2 * x\n"
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cpdlm.config import ConfigError
-from cpdlm.data import tokenizer as tokenizer_module
+from cpdlm.data import chat_template
 from cpdlm.data.tokenizer import BpeTokenizer, BytesTokenizer, HubTokenizer, SavedTokenizer, build_tokenizer
 
 TEXTS = [
@@ -158,7 +158,7 @@ def test_a_chat_template_may_raise_and_need_not_end(
 ) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    monkeypatch.setattr(tokenizer_module, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.3)
     before = threading.active_count()
     bpe.save(tmp_path)
     model = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE), eos_token="<|endoftext|>")

@@ -1,6 +1,6 @@
-"""Where a model's own text begins: a Python function up to its body, a conversation up to an answer, a first sentence.
+"""Where a model's own text begins: a function up to its body, a conversation up to an answer, a document's start.
 
-What a model writes after such a prompt is what its drafts meet in use. Prompts are ids as `Tokenizer.prompt` gives them.
+What a model writes after such prompts is what its drafts meet in use.
 """
 
 from __future__ import annotations

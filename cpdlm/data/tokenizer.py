@@ -7,13 +7,10 @@ that bits per byte can be computed from ids alone.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import itertools
 import json
-import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,14 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpdlm.config import ConfigError
+from cpdlm.data.chat_template import OTHER_TEXT, Message, conversation, no_template, rendered
 from cpdlm.data.pretrained_files import brings_code, check_hub
 from cpdlm.files import write_json
 
 END = "<|endoftext|>"
-TEMPLATE_SECONDS = 10.0  # that a chat template may take for one prompt
 DESCRIBED = "tokenizer.json"  # name, size, bos and eos of a stored tokenizer
-Message = Mapping[str, str]  # role (system, user or assistant) and content
-_OTHER_TEXT = "give a corpus without conversations"
 TRAINING_BYTES = 8 * 2**20  # a BPE is trained on this much of the train split, documents in hash order
 
 
@@ -88,7 +83,7 @@ class BytesTokenizer:
         return _begun(self, text, chat)
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        raise _no_template(self.name, _OTHER_TEXT)
+        raise no_template(self.name, OTHER_TEXT)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
@@ -146,7 +141,7 @@ class BpeTokenizer:
         return _begun(self, text, chat)
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        raise _no_template(self.name, _OTHER_TEXT)
+        raise no_template(self.name, OTHER_TEXT)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         text: str = self._model.decode([int(i) for i in ids if int(i) != self.eos])
@@ -214,67 +209,13 @@ class HubTokenizer:
         (content,) = _texts([text], self.name)
         if not chat:
             return [int(each) for each in self._model(content, verbose=False)["input_ids"]]
-        (prompt,) = self._rendered([([{"role": "user", "content": content}], True)], "leave --chat out")
+        (prompt,) = rendered(
+            self._model, self.name, [([{"role": "user", "content": content}], True)], "leave --chat out"
+        )
         return [int(each) for each in self._model(prompt, add_special_tokens=False, verbose=False)["input_ids"]]
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        cuts = []
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
-                cuts += [(messages[:number], True), (messages[: number + 1], False)]
-        texts = ["", *self._rendered(cuts, _OTHER_TEXT)]
-        for before, after in itertools.pairwise(texts):
-            if not after.startswith(before):
-                raise ConfigError(
-                    f"the chat template of the tokenizer {self.name} does not append an answer to its prompt "
-                    f"({before[-40:]!r} becomes {after[len(before) - 40 : len(before)]!r}); {_OTHER_TEXT}"
-                )
-        parts = [after[len(before) :] for before, after in itertools.pairwise(texts)]
-        ids, answered = [], []
-        special = set(self._model.all_special_ids)
-        for number, part in enumerate(self._model(parts, add_special_tokens=False, verbose=False)["input_ids"]):
-            end = next((place for place, token in enumerate(part) if token in special), len(part)) + 1
-            ids += [int(token) for token in part]
-            answered += [number % 2 == 1 and place < end for place in range(len(part))]
-        return ids, answered
-
-    def _rendered(self, chats: Sequence[tuple[Sequence[Message], bool]], instead: str) -> list[str]:
-        """Texts by the chat template, a foreign program, which may raise and need not end.
-
-        chats: messages, and whether an answer's beginning is to follow. instead: what to do where it cannot be used.
-        """
-        if not self._model.chat_template:
-            raise _no_template(self.name, instead)
-        done: list[list[str] | Exception] = []
-
-        def render() -> None:
-            try:
-                done.append(
-                    [
-                        str(
-                            self._model.apply_chat_template(
-                                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer
-                            )
-                        )
-                        for turns, answer in chats
-                    ]
-                )
-            except Exception as error:
-                done.append(error)
-
-        thread = threading.Thread(target=render, daemon=True)
-        thread.start()
-        thread.join(TEMPLATE_SECONDS)
-        if not done:
-            assert thread.ident is not None
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TimeoutError))
-            done.append(TimeoutError(f"it was not done after {TEMPLATE_SECONDS:g} s"))
-        if isinstance(done[0], list):
-            return done[0]
-        raise ConfigError(
-            f"the chat template of the tokenizer {self.name} cannot be used: {type(done[0]).__name__}: "
-            f"{(str(done[0]).splitlines() or [''])[0]}; {instead}, or mend the template"
-        ) from done[0]
+        return conversation(self._model, self.name, messages)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return str(self._model.decode([int(i) for i in ids], skip_special_tokens=True))
@@ -389,15 +330,8 @@ def build_tokenizer(
 def _begun(tokenizer: Tokenizer, text: bytes | str, chat: bool) -> list[int]:
     """A prompt as the model has seen documents: bos before it."""
     if chat:
-        raise _no_template(tokenizer.name, "leave --chat out")
+        raise no_template(tokenizer.name, "leave --chat out")
     return [tokenizer.bos, *(int(each) for each in tokenizer.encode([text])[0])]
-
-
-def _no_template(name: str, instead: str) -> ConfigError:
-    return ConfigError(
-        f"the tokenizer {name} has no chat template, which says how a user's turn is written; {instead}, "
-        "or give a model that was tuned for chat"
-    )
 
 
 def _as_bytes(document: bytes | str) -> bytes:
