@@ -325,6 +325,7 @@ class LanguageModel(nn.Module):
                 f"the unembedding is a {type(self.unembedding).__name__}, whose adapter the heads do not see; merge "
                 "it first (merge_and_unload of peft)"
             )
+        assert self.heads is not None
         if any(each.is_meta for each in self.heads.parameters()):
             raise ValueError("the heads are offloaded (device_map), where they cannot be read; load them onto a device")
         return self.next_token_log_probs(hidden)
