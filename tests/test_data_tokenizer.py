@@ -53,12 +53,6 @@ def test_bpe_training_is_deterministic_and_saved(bpe: BpeTokenizer, tmp_path: Pa
         assert ours.tolist() == theirs.tolist() == third.tolist()
 
 
-def test_bpe_of_a_tiny_corpus_is_smaller_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="yields only"):
-        tokenizer = BpeTokenizer.train("bpe:5000", [b"aaaa bbbb"], progress=False)
-    assert tokenizer.vocab_size < 5000 and tokenizer.eos == tokenizer.vocab_size - 1
-
-
 def test_non_utf8_needs_bytes(bpe: BpeTokenizer) -> None:
     with pytest.raises(ConfigError, match=r"needs UTF-8 text.*caf.*type data.tokenizer=bytes"):
         bpe.encode([b"caf\xe9 au lait"])
@@ -177,11 +171,3 @@ def test_a_chat_template_may_raise_and_need_not_end(
     while threading.active_count() > before and time.monotonic() < until:
         time.sleep(0.05)
     assert threading.active_count() == before, "the template is stopped, too"
-
-
-def test_missing_hub_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        ConfigError, match=r"data.tokenizer=hf:.*nowhere cannot be loaded.*type data.tokenizer=bpe:8192 or bytes"
-    ):
-        build_tokenizer(f"hf:{tmp_path / 'nowhere'}", [])

@@ -15,6 +15,7 @@ from cpdlm.data import corpus as corpus_module
 from cpdlm.data import tokens
 from cpdlm.data.corpus import load_corpus
 from tests.test_data_corpus import prose
+from tests.tiny import MICRO
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,14 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def settings(cache: Path, folder: Path, tokenizer: str) -> dict[str, Any]:
-    return {
-        "corpus": str(folder),
-        "data.tokenizer": tokenizer,
-        "data.cache": str(cache),
-        "data.context": 32,
-        "decode.prompt_tokens": 8,
-        "decode.new_tokens": 8,
-    }
+    return MICRO | {"corpus": str(folder), "data.tokenizer": tokenizer, "data.cache": str(cache)}
 
 
 def config(cache: Path, folder: Path, tokenizer: str) -> Config:
@@ -86,13 +80,6 @@ def test_a_script_without_a_main_guard_loads_a_corpus(tmp_path: Path, folder: Pa
         "print('loaded')\n"
     )
     command = [sys.executable, str(script)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    there = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "loaded\n", done.stderr

@@ -21,7 +21,7 @@ from cpdlm.hf import CpdlmConfig, CpdlmForCausalLM, export
 from cpdlm.hf import load as load_module
 from cpdlm.hf.load import load
 from cpdlm.training.checkpoints import load_model
-from tests.test_export import LISTED, bpe_run, listed_run, make_run
+from tests.made_runs import LISTED, bpe_run, listed_run, make_run
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "def né("
@@ -75,9 +75,7 @@ def test_an_ordinary_model_is_told_apart_before_anything_is_built(
     monkeypatch.setattr(CpdlmConfig, "build", None)
     for name in ("theirs", "model.gguf"):
         assert cli.main(["generate", "--model", str(tmp_path / name), "--prompt", "a"]) == 2
-        assert (
-            f"without heads; make a folder that has them: cpdlm speed-up {tmp_path / name}" in capsys.readouterr().err
-        )
+        assert f"make a folder that has them: cpdlm speed-up {tmp_path / name}" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="holds a llama model without heads; .* cpdlm speed-up"):
         CpdlmForCausalLM.from_pretrained(tmp_path / "theirs")
 
@@ -94,13 +92,6 @@ def test_the_models_own_draft_vocabulary_is_used_unless_refused(tmp_path: Path) 
         assert texts[0] == texts[1]
 
 
-def test_a_bpe_run_writes_text(tmp_path: Path) -> None:
-    run = bpe_run(tmp_path)
-    export.export(run, tmp_path / "mine")
-    text = written(run, "--prompt", "alpha beta", "--temperature", "1")
-    assert len(text) > 20 and text == written(tmp_path / "mine", "--prompt", "alpha beta", "--temperature", "1")
-
-
 def test_green_is_what_was_drafted_and_accepted(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,9 +99,8 @@ def test_green_is_what_was_drafted_and_accepted(
     words = ["--prompt", "abc", "--max-new-tokens", "50", "--temperature", "0.7", "--show"]
     coloured = written(run, *words, out=Terminal())
     error = capsys.readouterr().err
-    done = decode(
-        load_model(run), torch.tensor([256, *b"abc"]), 50, Sampling(0.7), torch.Generator().manual_seed(0), eos=256
-    )
+    ids_T, generator = torch.tensor([256, *b"abc"]), torch.Generator().manual_seed(0)
+    done = decode(load_model(run), ids_T, 50, Sampling(0.7), generator, eos=256)
     plain = written(run, *words)
     assert "\033" not in plain and GREEN in coloured
     controls = {ord(each) for each in coloured} & {*range(9), *range(11, 32)} - {27}
@@ -121,15 +111,8 @@ def test_green_is_what_was_drafted_and_accepted(
     text = Incremental(BytesTokenizer().decode)
     pieces = [(text.push([token]), drafted) for token, drafted in zip(done.tokens, expected, strict=True)]
     assert len(re.findall(re.escape(GREEN), coloured)) == sum(drafted and piece != "" for piece, drafted in pieces) > 0
-    assert (
-        f"{len(done.tokens)} tokens in {done.forwards} target forwards: "
-        f"{len(done.tokens) / done.forwards:.2f} tokens per forward" in error
-    )
-    assert re.search(
-        r"\d+ tokens/s; autoregressive decoding of the same prompt \d+ tokens/s: \d+\.\d\d x \(the fastest of 3",
-        error,
-    )
-    assert f"{GREEN}green{RESET}: drafted and accepted" in error
+    assert f"{len(done.tokens)} tokens in {done.forwards} target forwards: " in error
+    assert re.search(r"\d+ tokens/s; autoregressive decoding of the same prompt \d+ tokens/s: \d+\.\d\d x", error)
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in written(run, *words, out=Terminal()) + capsys.readouterr().err
 
@@ -161,21 +144,10 @@ def test_pieces_joined_are_the_text(seed: int) -> None:
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "empty prompt": (["--prompt", ""], "the prompt is empty; give --prompt TEXT"),
-    "long prompt": (
-        ["--prompt", "x" * 64],
-        "the prompt has 65 tokens with those that its tokenizer adds, the context of this model is 64; give at most 63",
-    ),
-    "no room": (
-        ["--prompt", "x" * 50, "--max-new-tokens", "20"],
-        "leaves room for 13 in the context of 64; give --max-new-tokens 13",
-    ),
+    "long prompt": (["--prompt", "x" * 64], "the prompt has 65 tokens with those that its tokenizer adds, the context"),
+    "no room": (["--prompt", "x" * 50, "--max-new-tokens", "20"], "leaves room for 13 in the context of 64; give"),
     "temperature": (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be a finite number of at least 0"),
-    "top_p": (["--prompt", "x", "--top-p", "0"], "top_p=0.0 must lie in (0, 1]"),
-    "top_k": (["--prompt", "x", "--top-k", "-2"], "top_k=-2 must be a whole number of at least 0"),
-    "chat": (
-        ["--prompt", "x", "--chat"],
-        "the tokenizer bytes has no chat template, which says how a user's turn is written; leave --chat out",
-    ),
+    "chat": (["--prompt", "x", "--chat"], "the tokenizer bytes has no chat template"),
     "nothing": (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 writes nothing; give at least 1"),
 }
 
@@ -201,13 +173,6 @@ def test_a_mistake_is_named_before_weights_are_read(
     assert message.replace("bytes", f"hf:{folder}") in fails(capsys, "--model", str(folder), *words)
 
 
-@pytest.mark.parametrize("words", [["--draft", "guess"], ["--temperature", "hot"]])
-def test_a_word_that_is_no_option_is_named(run: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["generate", "--model", str(run), "--prompt", "x", *words])
-    assert stopped.value.code == 2 and words[1] in capsys.readouterr().err
-
-
 def test_a_folder_that_cannot_be_used_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error(folder: Path) -> str:
         return fails(capsys, "--model", str(folder), "--prompt", "x")
@@ -222,19 +187,12 @@ def test_a_folder_that_cannot_be_used_is_named(run: Path, tmp_path: Path, capsys
     assert "cannot be loaded" in error(folder)
     (folder / "tokenizer_config.json").unlink()
     assert f"{folder} has no tokenizer (tokenizer_config.json); export it again" in error(folder)
-    make_run(tmp_path / "small", {}, 17, measured=False)
-    assert "the tokenizer bytes has 257 tokens, the weights 17; they do not belong together" in error(
-        tmp_path / "small"
-    )
     bpe = bpe_run(tmp_path)
     export.export(run, tmp_path / "other")
     export.export(bpe, tmp_path / "theirs")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "theirs" / name).replace(tmp_path / "other" / name)
     assert "the weights 257; they do not belong together" in error(tmp_path / "other")
-    (tmp_path / "cache").rename(tmp_path / "elsewhere")
-    (tmp_path / "words.txt").unlink()
-    assert "the tokenizer of" in error(bpe)
 
 
 def test_the_command_reads_standard_input(run: Path) -> None:
@@ -254,7 +212,5 @@ def test_nothing_on_standard_input_is_an_empty_prompt(
 
 def test_standard_input_may_be_any_bytes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n")))
-    text = BytesTokenizer().decode(
-        decode(load_model(run), torch.tensor([256, 0xFF, 0xFE]), 4, Sampling(0.0), eos=256).tokens
-    )
-    assert written(run, "--max-new-tokens", "4") == text + "\n"
+    done = decode(load_model(run), torch.tensor([256, 0xFF, 0xFE]), 4, Sampling(0.0), eos=256)
+    assert written(run, "--max-new-tokens", "4") == BytesTokenizer().decode(done.tokens) + "\n"

@@ -72,13 +72,6 @@ def test_a_saved_model_comes_back_bit_for_bit(overrides: dict[str, Any], tmp_pat
             assert torch.equal(ours.log_factors_NRV, theirs.log_factors_NRV)
 
 
-def test_the_precision_is_kept(tmp_path: Path) -> None:
-    model = wrapped("common")
-    model.save_pretrained(tmp_path)
-    assert CpdlmForCausalLM.from_pretrained(tmp_path).dtype == torch.float64
-    assert CpdlmForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
-
-
 def test_a_folder_with_other_weights_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import errno
 import itertools
 import json
 import math
 import os
-import resource
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -20,20 +17,13 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import Config, OptimConfig, resolve
-from cpdlm.files import WriteError
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training import checkpoints
-from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, WEIGHTS, RunError
+from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, WEIGHTS
 from cpdlm.training.fit import Interrupted, Journal, Summary, fit
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
 from cpdlm.training.schedule import learning_rate_factor
-from tests.ragged import VOCAB, RaggedData
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
+from tests.ragged import SETTINGS, VOCAB, RaggedData
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "own": {},
@@ -46,22 +36,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def settings(**more: Any) -> Config:
-    base: dict[str, Any] = {
-        "size": "micro",
-        "rank": 2,
-        "horizon": 3,
-        "data.context": 16,
-        "decode.prompt_tokens": 4,
-        "decode.new_tokens": 4,
-        "data.batch_rows": 4,
-        "optim.steps": 6,
-        "optim.warmup": 2,
-        "optim.lr": 1e-2,
-        "train.log_every": 1,
-        "train.validate_every": 3,
-        "train.checkpoint_every": 2,
-    }
-    return resolve(base | more)
+    base = {"optim.steps": 6, "optim.warmup": 2, "train.validate_every": 3, "train.checkpoint_every": 2}
+    return resolve(SETTINGS | base | more)
 
 
 def build(config: Config, trunk: LanguageModel | None = None) -> LanguageModel:
@@ -170,11 +146,7 @@ def test_weight_decay_is_on_matrices_only() -> None:
 def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
     config = settings(**{"optim.steps": 12, "train.validate_every": 4})
     summary, state = train(config, tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "config.yaml",
-        "model.safetensors",
-        "train.json",
-    ]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", WEIGHTS, TRAINED}
     assert json.loads((tmp_path / "run" / TRAINED).read_text()) == asdict(summary)
     assert (summary.steps, summary.resumed, summary.tokens) == (12, 0, 12 * 4 * 16)
     assert [note["step"] for note in summary.curve] == list(range(1, 13))
@@ -204,9 +176,8 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
         {"train.accumulate": 2, "loss.joint_fraction": 0.5, "anchor": "token"},
         {"balance": "bias", "train.validate_every": 2},  # validates and saves at the same steps
         {"train.validate_every": 4, "train.accumulate": 2, "data.batch_rows": 2},
-        {"train.validate_every": 1},
     ],
-    ids=["plain", "accumulated subset", "bias", "accumulated, both at step 4", "validating at every step"],
+    ids=["plain", "accumulated subset", "bias", "accumulated, both at step 4"],
 )
 def test_a_killed_run_resumes_bit_for_bit(
     more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -253,34 +224,23 @@ def test_heads_on_a_frozen_trunk_resume_from_a_checkpoint_without_it(
 def test_accumulated_micro_batches_train_as_the_whole_batch(layout: str, tmp_path: Path) -> None:
     """Ragged rows: a mean of the micro-batches' means would differ. Float64, so that nothing hides in rounding."""
     states, losses = [], []
-    for accumulate in (1, 2, 4):
-        config = settings(
-            **{
-                "balance": "none",
-                "train.precision": "64-true",
-                "data.batch_rows": 4,
-                "train.accumulate": accumulate,
-                "model.tie_first": layout == "tied",
-                "optim.steps": 3,
-            }
-        )
+    for accumulate in (1, 4):
+        more = {"train.accumulate": accumulate, "model.tie_first": layout == "tied", "train.precision": "64-true"}
+        config = settings(balance="none", **more, **{"optim.steps": 3})
         summary, state = train(config, tmp_path / str(accumulate))
         states.append(state)
         losses.append([entry["train/nll"] for entry in summary.curve])
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # not the last micro-batch's alone
-    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
-    for state in states[1:]:
-        for name, value in states[0].items():
-            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_recomputed_activations_change_nothing_but_the_forwards(family: str, tmp_path: Path) -> None:
     states, forwards = [], []
     for recompute in (False, True):
-        config = settings(
-            **{"model.family": family, "train.recompute": recompute, "optim.steps": 2, "train.validate_every": 9}
-        )
+        more = {"train.recompute": recompute, "optim.steps": 2, "train.validate_every": 9}
+        config = settings(**{"model.family": family}, **more)
         model = build(config)
         count = [0]
         mlp = dict(model.trunk.layers()[0].named_modules())["mlp"]
@@ -292,13 +252,6 @@ def test_recomputed_activations_change_nothing_but_the_forwards(family: str, tmp
     assert forwards == [2, 4], "each block runs once more, in the backward pass"
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
-
-
-def test_a_finished_run_of_the_same_seed_is_the_same(tmp_path: Path) -> None:
-    curves = [
-        train(settings(seed=seed, **{"optim.steps": 3}), tmp_path / str(k))[0].curve for k, seed in enumerate((0, 0, 1))
-    ]
-    assert curves[0] == curves[1] != curves[2]
 
 
 def test_a_nan_loss_stops_with_step_and_batch_and_keeps_the_checkpoint(
@@ -352,207 +305,6 @@ def test_a_second_signal_stops_at_once() -> None:
         assert journal.stop_signal == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-# --- the folder ---------------------------------------------------------------------------------------------------
-
-
-def killed_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 3)
-        train(settings(), folder)
-    return folder / CHECKPOINT
-
-
-def test_a_checkpoint_that_is_damaged_foreign_or_of_other_weights_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(why: str) -> None:
-        with pytest.raises(RunError, match=f"{why}.*delete it to start again"):
-            train(settings(), tmp_path)
-
-    checkpoint = killed_run(tmp_path, monkeypatch)
-    whole, content = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
-    for part in (whole[: len(whole) // 2], whole[:-1], b"", b"not a checkpoint"):
-        checkpoint.write_bytes(part)
-        refused("is truncated or not a checkpoint")
-    for foreign in ({"weights": torch.zeros(2)}, torch.zeros(2), {"global_step": 3, "state_dict": {}}):
-        torch.save(foreign, checkpoint)
-        refused("is not a checkpoint of this program")
-    weights, name = content["state_dict"], "model.heads.gate.weight"
-    (state,) = copy.deepcopy(content["optimizer_states"])
-    moments = next(each for each in state["state"].values() if each["exp_avg"].dim())
-    moments["exp_avg"] = torch.zeros(3, 5)
-    for damage, why in (
-        ({"optimizer_states": [state]}, r"does not fit this run .*exp_avg of the optimiser has shape \(3, 5\)"),
-        ({"optimizer_states": []}, "holds no state of the optimiser"),
-        ({"state_dict": weights | {name: weights[name].T}}, "does not fit this run .*size mismatch"),
-        ({"state_dict": {key: weights[key] for key in weights if key != name}}, rf"lacks \['{name}'\]"),
-        ({"loops": {}}, "does not fit this run"),
-        ({"callbacks": {"Journal": {"summary": {"x": 1}, "step_ms": []}}}, "does not fit this run .*argument 'x'"),
-    ):
-        torch.save(content | damage, checkpoint)
-        refused(why)
-
-
-@pytest.mark.parametrize("here", [True, False])
-def test_a_checkpoint_that_other_processes_do_not_see_is_refused(here: bool, tmp_path: Path) -> None:
-    if here:
-        (tmp_path / CHECKPOINT).touch()
-    strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: {True: False, False: True}[decision])
-    with pytest.raises(RunError, match="is there for some processes only: .*output=DIR"):
-        Journal(settings(), tmp_path).setup(SimpleNamespace(strategy=strategy), None, "fit")  # type: ignore[arg-type]
-
-
-def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    checkpoints.open_run(tmp_path, settings())
-    checkpoints.open_run(
-        tmp_path, settings(**{"decode.prompts": 3, "evaluate.rows": 5, "name": "x"})
-    )  # how it is watched
-    for more in ({"rank": 4}, {"optim.lr": 1.0}, {"seed": 3}, {"corpus": "text"}):
-        with pytest.raises(RunError, match="holds another run .*give this one name=OTHER .*or delete the folder"):
-            checkpoints.open_run(tmp_path, settings(**more))
-    assert checkpoints.read_config(tmp_path).rank == 2
-
-
-def test_two_runs_at_once_in_one_folder(tmp_path: Path) -> None:
-    with checkpoints.exclusive(tmp_path / "run"):
-        with (
-            pytest.raises(RunError, match=rf"another run is writing to .*process {os.getpid()} on .*name=OTHER"),
-            checkpoints.exclusive(tmp_path / "run"),
-        ):
-            pass
-    with checkpoints.exclusive(tmp_path / "run"):  # given back
-        pass
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(WriteError, match="cannot write .*output=DIR"),
-        checkpoints.exclusive(tmp_path / "file" / "run"),
-    ):
-        pass
-
-    def read_only(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "touch", read_only)
-        with pytest.raises(WriteError, match="cannot write .*Read-only file system.*output=DIR"):
-            checkpoints.open_run(tmp_path, settings())
-
-
-@pytest.mark.parametrize("where", ["replace", "write"])
-def test_a_full_disk_keeps_the_previous_checkpoint(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = killed_run(tmp_path, monkeypatch)
-    before = checkpoint.read_bytes()
-
-    def full(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace" if where == "replace" else "torch.save", full)
-        with pytest.raises(WriteError, match="cannot write .*last.ckpt: No space left on device; .*free some space"):
-            train(settings(), tmp_path) if where == "write" else _resume(settings(), tmp_path)
-    assert checkpoint.read_bytes() == before
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".last.ckpt")], "a torn file is left"
-    assert train(settings(), tmp_path)[0].resumed == 1
-
-
-def _resume(config: Config, folder: Path) -> None:
-    fit(config, build(config), RaggedData(config), folder)
-
-
-def test_a_disk_that_really_fills_up_is_named(tmp_path: Path) -> None:
-    """A limit on file size makes the writes themselves fail, also those inside libraries."""
-    config, folder = settings(), tmp_path
-    model = build(config)
-    checkpoints.open_run(folder, config)
-    checkpoints.save_model(folder, model, model.state_dict(), VOCAB)
-    before = (folder / WEIGHTS).read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        with pytest.raises(WriteError, match=f"cannot write {folder / WEIGHTS}: .*free some space"):
-            checkpoints.save_model(folder, model, model.state_dict(), VOCAB)
-        with pytest.raises(WriteError, match=f"cannot write {folder / CHECKPOINT}: .*free some space"):
-            fit(config, model, RaggedData(config), folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (folder / WEIGHTS).read_bytes() == before
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "model.safetensors"]
-
-
-# --- finished weights ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_model_comes_back_as_it_was_saved(layout: str, family: str, tmp_path: Path) -> None:
-    config = settings(**LAYOUTS[layout], **{"model.family": family})
-    model = build(config)
-    if layout == "bias":
-        assert model.heads is not None
-        model.heads.balance_bias_R += torch.tensor([0.5, -0.5])
-    checkpoints.open_run(tmp_path, config)
-    checkpoints.save_model(tmp_path, model, model.state_dict(), VOCAB)
-    again = checkpoints.load_model(tmp_path)
-    assert not again.training and again.vocab_size == VOCAB
-    assert again.state_dict().keys() == model.state_dict().keys()
-    for name, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), name
-    assert again.embeddings_are_tied == model.embeddings_are_tied
-
-
-@pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_heads_on_a_frozen_trunk_come_back_without_a_copy_of_it(tie_embeddings: bool, tmp_path: Path) -> None:
-    plain = settings(**LAYOUTS["plain"], **{"model.tie_embeddings": tie_embeddings, "optim.steps": 2})
-    train(plain, tmp_path / "trunk")
-    trunk = checkpoints.load_model(tmp_path / "trunk")
-    config = settings(**{"model.trunk": str(tmp_path / "trunk"), "anchor": "token", "optim.steps": 3})
-    _, state = train(config, tmp_path / "heads")
-    again = checkpoints.load_model(tmp_path / "heads")
-    for name, value in state.items():
-        assert torch.equal(again.state_dict()[name], value), name
-    for name, value in trunk.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), f"training the heads moved {name} of the frozen trunk"
-    assert again.frozen_target and again.embeddings_are_tied == tie_embeddings
-    size = (tmp_path / "heads" / WEIGHTS).stat().st_size
-    assert size < 4 * sum(p.numel() for p in again.parameters() if p.requires_grad) + 4096
-
-
-def test_weights_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
-    config = settings()
-    with pytest.raises(RunError, match="is not a run folder: it has no config.yaml"):
-        checkpoints.load_model(tmp_path)
-    checkpoints.open_run(tmp_path, config)
-    with pytest.raises(RunError, match="has no finished model .*run its command again"):
-        checkpoints.load_model(tmp_path)
-    model = build(config)
-    checkpoints.save_model(tmp_path, model, model.state_dict(), VOCAB)
-    whole = (tmp_path / WEIGHTS).read_bytes()
-    for part in (whole[:-10], whole[:4], b""):
-        (tmp_path / WEIGHTS).write_bytes(part)
-        with pytest.raises(RunError, match="is truncated or not a safetensors file"):
-            checkpoints.load_model(tmp_path)
-    for name, theirs, saved, why in (
-        ("separate", {}, LAYOUTS["separate"], "missing"),
-        ("deeper", {}, {"rank": 4}, ""),
-        ("untied", {"model.tie_embeddings": False}, {}, "missing .*unembedding"),
-    ):
-        checkpoints.open_run(tmp_path / name, settings(**theirs))
-        made = build(settings(**saved))
-        checkpoints.save_model(tmp_path / name, made, made.state_dict(), VOCAB)
-        with pytest.raises(RunError, match=f"does not fit its config.*{why}"):
-            checkpoints.load_model(tmp_path / name)
-
-
-def test_a_config_that_cannot_be_read_says_so(tmp_path: Path) -> None:
-    for text in ("rank: [", "colour: red", "- a\n- b", "rank: 0"):
-        (tmp_path / "config.yaml").write_text(text)
-        with pytest.raises(RunError, match="config.yaml cannot be read"):
-            checkpoints.read_config(tmp_path)
 
 
 if __name__ == "__main__":

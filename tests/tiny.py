@@ -23,6 +23,8 @@ TINY = {
     "decode.warmups": 1,
     "tracking.mlflow": False,
 }
+# The smallest model, and rows just long enough for it.
+MICRO = {"size": "micro", "data.context": 64, "decode.prompt_tokens": 8, "decode.new_tokens": 8}
 # What shrinks a cell of heads on a pretrained model, beside TINY.
 TINY_RETROFIT = {
     "data.tokenizer": "model",

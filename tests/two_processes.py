@@ -27,25 +27,10 @@ from cpdlm.processes import leave
 from cpdlm.training.checkpoints import load_target
 from cpdlm.training.fit import ProcessLost, fit
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
-from tests.ragged import VOCAB, RaggedData
+from tests.ragged import SETTINGS, VOCAB, RaggedData
 
-BASE: dict[str, Any] = {
-    "size": "micro",
-    "rank": 2,
-    "horizon": 3,
-    "data.context": 16,
-    "decode.prompt_tokens": 4,
-    "decode.new_tokens": 4,
-    "data.batch_rows": 4,
-    "optim.steps": 3,
-    "optim.warmup": 1,
-    "optim.lr": 1e-2,
-    "train.log_every": 1,
-    "train.validate_every": 2,
-    "train.checkpoint_every": 1000,
-    "loss.balance_weight": 1.0,
-    "loss.balance_rate": 0.1,
-}
+BASE = SETTINGS | {"optim.steps": 3, "optim.warmup": 1, "train.validate_every": 2, "train.checkpoint_every": 1000}
+BASE |= {"loss.balance_weight": 1.0, "loss.balance_rate": 0.1}
 SMALL_FILE = 50_000  # bytes that a file may have on a "full disk"
 
 
@@ -61,8 +46,6 @@ def strike(kind: str, module: MultiTokenModule) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "hang":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if kind == "slow":
-        time.sleep(1)
     if kind == "nan":
         module.model.unembedding.weight.data.fill_(math.nan)
     if kind == "full disk":
