@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from cpdlm.baselines.hydra_training import load_hydra
 from cpdlm.config import Config, resolve
 from cpdlm.decoding import Sampling, decode
 from cpdlm.model.language_model import build_language_model
 from cpdlm.training import checkpoints
 from experiments.bench import decode as benchmark
 from experiments.bench import decode_drafters
-from experiments.bench.decode_heads import load_heads
 from experiments.measure.agreement import agreement
 from experiments.report import decoding, render
 from tests.toy import ToyModel
@@ -176,17 +174,6 @@ def test_every_baseline_is_measured(measured: tuple[Path, Path]) -> None:
     # An assistant that is the target's equal is always right under greedy.
     assert of_kind["assistant"]["modes"]["greedy"]["passes"] < 24 and of_kind["assistant"]["parameters_added"] > 0
     assert of_kind["hydra"]["training_seconds"] > 0 and of_kind["hydra"]["parameters_added"] > 0
-
-
-def test_cells_that_do_not_go_together_are_refused(measured: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no heads of seed 7"):
-        load_heads(measured[0], [], [7], [])
-    with pytest.raises(SystemExit, match="on a frozen trunk for corpus=poems; train some"):
-        load_heads(measured[0], [], [0], ["poems"])
-    with pytest.raises(SystemExit, match="not heads of one horizon"):
-        load_heads(measured[0], ["trunk-corpus"], [0], [])
-    with pytest.raises(checkpoints.RunError, match="make them with --train-hydra"):
-        load_hydra(tmp_path, checkpoints.load_model(measured[0] / "trunk-corpus"))
 
 
 def test_tables_and_figure_of_a_measured_benchmark(measured: tuple[Path, Path], tmp_path: Path) -> None:

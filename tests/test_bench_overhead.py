@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cpdlm.training.plan import make_plan
-from experiments.bench import fresh, overhead
+from experiments.bench import overhead
 from experiments.bench.overhead import NEXT_TOKEN, RECIPES, WHOLE, configure
 
 VOCAB = 64
@@ -29,26 +29,6 @@ def test_a_timed_cell(recipe: str) -> None:
     assert found["step_ms"] > 0 and found["tokens"] == 512
     assert found["planned_bytes"] == sum(found["planned"].values()) > 0
     assert set(found["flops"]) == {"trunk", "next token", "window"}
-
-
-def test_timed_cells_are_set_against_the_next_token_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In turns, each against the one of its own turn: the machine is slower every time."""
-    answer = '{"step_ms": %d, "peak_bytes": %d, "planned_bytes": 1, "flops": {"trunk": %d}}'
-    order: list[str] = []
-
-    def run(what: str, words: list[str]) -> str:
-        order.append(WHOLE if WHOLE in words else NEXT_TOKEN)
-        turn = (len(order) + 1) // 2
-        return answer % ((300 * turn + 10, turn, 4) if WHOLE in words else (100 * turn, 1, 1))
-
-    monkeypatch.setattr(fresh, "run", run)
-    cells = overhead.timed(overhead.parse(["time", "--sizes", "micro", "--recipes", NEXT_TOKEN, WHOLE]))
-    assert order == [NEXT_TOKEN, WHOLE, WHOLE, NEXT_TOKEN, NEXT_TOKEN, WHOLE]
-    base, whole = cells
-    assert base["overhead"] == {"median": 0, "low": 0, "high": 0} and (base["bound"], whole["bound"]) == (0, 3)
-    assert whole["step_ms"] == {"median": 610, "low": 310, "high": 910} and whole["repeats"] == [310, 610, 910]
-    assert whole["overhead"] == pytest.approx({"median": 2.05, "low": 2 + 0.1 / 3, "high": 2.1})
-    assert whole["peak_bytes"] == 3
 
 
 def test_the_gain_is_taken_over_seeds_of_the_heads_on_one_trunk(tmp_path: Path) -> None:

@@ -129,15 +129,3 @@ def test_captured_forwards_are_measured_alike(mode: str) -> None:
         for cell in measured["cells"]:
             assert cell["ms_by_part"] is None and cell["draft_ms"]["median"] > 0
             assert 1 < cell["tokens_per_pass"] <= (1 + group.longest) / 2
-
-
-def test_the_compiled_baseline_is_measured_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = speed.parse(["--quick"])
-    found = speed.compiled_generate(options, torch.device("cpu"), "float32")
-    assert found["plain_over_generate"]["median"] > 0 and "failure" not in found
-
-    def broken(*arguments: Any) -> Any:
-        raise RuntimeError("no compiler\nhere")
-
-    monkeypatch.setattr(speed, "timed_generate", broken)
-    assert speed.compiled_generate(options, torch.device("cpu"), "float32")["failure"] == "RuntimeError: no compiler"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 from made_records import ORIGIN, made, suite
 
@@ -13,7 +12,6 @@ from experiments import claims
 from experiments.claims.verdict import CONTRADICTED, HOLDS, NO_DIFFERENCE, NOT_RUN, UNDERPOWERED
 from experiments.families import families_of
 from experiments.records import Record
-from experiments.stats import Interval
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 COMMON = {"model__trunk": "runs/code-small-own-r1-n1-none-s0", "size": "small", "claim": "C3"}
@@ -68,21 +66,6 @@ def test_the_word_follows_the_truth(claim: str, truth: dict[str, Any], word: str
     assert all(number.interval.low <= number.interval.mean <= number.interval.high for number in verdict.numbers)
 
 
-def test_what_could_have_been_seen_is_the_widest_half_width() -> None:
-    difference, ratio = claims.CLAIMS[0], claims.CLAIMS[3]
-    narrow, wide = Interval(0.0, -0.1, 0.1, 0.95, 3), Interval(0.1, -0.2, 0.4, 0.95, 3)
-    assert difference.underpowered([narrow, wide], "").extent == "(could have seen 0.3 nats or more)"
-    assert ratio.underpowered([Interval(1.0, 0.8, 1.25, 0.95, 3)], "").extent == "(could have seen 1.25x or more)"
-    alone = Interval(0.0, -np.inf, np.inf, 0.95, 1)
-    assert "nothing" in difference.underpowered([alone], "").extent
-
-
-def test_one_seed_decides_over_rows_or_prompts_alone_and_says_so() -> None:
-    for claim in ("C1", "C2", "C3", "C4"):
-        verdict = sweep(claim, seeds=1)
-        assert verdict.setting.endswith(", 1 seed") and verdict.numbers
-
-
 def test_no_shared_seed_and_no_rank_8_are_not_run() -> None:
     verdict = judged("C1", made(1, 0), made(8, 1))[0]
     assert (verdict.word, verdict.reason) == (NOT_RUN, "0 shared seeds, the rule needs 1")
@@ -100,14 +83,6 @@ def test_without_records_every_claim_is_still_there() -> None:
     assert [verdict.claim.id for verdict in gpu] == ["C1", "C2", "C3", "C4", "C8"]
     assert all(f"claim={v.claim.id} profile=gpu" in v.reason for v in gpu)
     assert [(each.answer, each.number) for each in claims.answers(found)] == [(NOT_RUN, "-")] * 9
-
-
-def test_a_record_of_a_gpu_takes_the_place_of_the_line_that_asks_for_one() -> None:
-    origin = copy.deepcopy(ORIGIN)
-    origin["hardware"]["accelerator"] = "A GPU"
-    found = verdicts(*(made(rank, 0, **COMMON, origin=origin) for rank in (1, 8)))
-    missing = [verdict.claim.id for verdict in found if verdict.setting == "one GPU"]
-    assert missing == ["C1", "C2", "C8"]  # of another target, and timing cells
 
 
 def test_a_rise_between_ranks_contradicts_c1_even_if_rank_8_is_lowest() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpdlm.config import Config, ConfigError, resolve
+from cpdlm.config import Config, resolve
 from cpdlm.data.batches import Rows, TokenDataModule, TrainingOrder, training_rows
 from cpdlm.data.stored import Corpus, TokenSplit
 from cpdlm.data.tokenizer import BytesTokenizer
@@ -239,14 +239,3 @@ def test_training_sees_only_the_rows_whose_states_are_kept(corpus: Corpus) -> No
     assert some.count == 5 and len(set(indices)) == 5 and max(indices) > 5
     for name, tensor in some[[1, 4]].items():
         assert torch.equal(tensor, every[[indices[1], indices[4]]][name]), name
-
-
-def test_errors_name_what_to_type(corpus: Corpus) -> None:
-    with pytest.raises(ConfigError, match="batch_rows=12 does not divide into 5 processes.*try data.batch_rows=10"):
-        TrainingOrder(50, seed=0, batch_rows=12, world=5)
-    data = TokenDataModule(config(train__validation_rows=1, decode__prompts=10_000), corpus)
-    data.trainer = Place(0, 2)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"validation_rows=1 of \d+ validation rows are fewer than the 2 processes"):
-        data.val_dataloader()
-    with pytest.raises(ConfigError, match=r"prompts=10000 prompts of decode.prompt_tokens=8.*has room for \d+; lower"):
-        data.prompts()

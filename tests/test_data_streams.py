@@ -109,20 +109,6 @@ def test_shards_of_another_process_are_left_to_it(dataset: Path, tmp_path: Path)
     assert sorted(path.name for path in stream.shards.glob("*.json")) == ["0.json", "2.json"]
 
 
-def test_errors_say_what_to_type(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nowhere = config(tmp_path, dataset, corpus="hf:who/nothing")
-    with pytest.raises(ConfigError, match=r"hf:who/nothing could not be read .*corpus=code"):
-        sources.locate(nowhere, progress=False)
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    with pytest.raises(ConfigError, match="which column is the text; there are question, answer"):
-        sources.locate(config(tmp_path, tmp_path / "odd"), progress=False)
-    (tmp_path / "odd" / "a.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(ConfigError, match="has no text in its train split"):
-        sources.locate(config(tmp_path, tmp_path / "odd"), progress=False)
-    assert not list((tmp_path / "cache" / "hf").iterdir()), "nothing half-made is left"
-
-
 def test_one_column_for_the_whole_set_and_its_nulls_are_counted(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     rows = [{"id": "1", "text": None}, {"id": "2", "text": "told"}, {"id": "3", "text": None}]

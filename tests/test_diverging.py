@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +19,7 @@ from cpdlm.config import Config
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, WEIGHTS, RunError
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
-from cpdlm.training.run import Run
-from experiments import cell, pipeline
+from experiments import pipeline
 from experiments.records import RecordError
 from experiments.report import Report
 from experiments.scheduler import Local
@@ -151,17 +149,3 @@ def test_a_cell_without_a_record_stops_no_others(
     said = capsys.readouterr()
     assert f"failed: {cells[0].name}: its record is not written: likelihood.joint_nll" in said.err
     assert "the tables" in said.out and [config.run_name for config, _ in told] == [cells[1].name]
-
-
-def test_weights_whose_likelihood_is_no_number_are_a_failed_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("experiments.measure.likelihood.evaluate", lambda *given: {"joint_nll": {"mean": math.nan}})
-    monkeypatch.setattr("cpdlm.training.checkpoints.load_model", lambda folder: None)
-    tokenizer = SimpleNamespace(decode=lambda ids: "")
-    corpus = SimpleNamespace(vocab_size=2, tokenizer=tokenizer, token_bytes=list, source_names=[])
-    data = SimpleNamespace(test_batches=list)
-    prepared = Run(settings(), tmp_path, corpus, data, None, {}, None, [], 0.0)  # type: ignore[arg-type]
-    with pytest.raises(NonFiniteLoss, match=r"joint_nll.mean on the test split is not finite: the run has diverged"):
-        cell._evaluate(prepared, "command")
-    assert not list(tmp_path.iterdir())

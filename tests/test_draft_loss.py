@@ -169,14 +169,6 @@ def test_the_target_of_each_draft_is_read_one_position_before_it(layout: str) ->
     )
 
 
-def test_a_tied_first_token_is_the_target_itself() -> None:
-    model, batch = make("common", **{"model.tie_first": True}), rows()
-    hidden_BTD = model.hidden(batch["tokens_BT"], batch["position_ids_BT"])
-    torch.testing.assert_close(
-        model.next_token_log_probs(hidden_BTD), model.target_log_probs(hidden_BTD), rtol=0, atol=0
-    )
-
-
 def test_known_states_change_nothing() -> None:
     model, batch = make("common anchored"), rows()
     with torch.no_grad():
@@ -271,12 +263,10 @@ def test_a_killed_run_goes_on_behind_its_last_rows(tmp_path: Path, monkeypatch: 
     "name, damage, blocks",
     [
         ("hidden.bin", lambda content: content[:-1], 1),
-        ("hidden.bin", lambda content: b"", 3),
         ("hidden.bin", lambda content: bytes(len(content)), 3),
         ("hidden.bin", lambda content: b"\1" + content[1:], 1),
         ("normaliser.bin", lambda content: content[:-4] + bytes(4), 1),
         ("checksums.bin", lambda content: content[:5], 2),
-        ("checksums.bin", lambda content: bytes(len(content)), 3),
     ],
 )
 def test_damaged_states_are_computed_again(

@@ -13,7 +13,6 @@ import pytest
 from made_records import made, suite
 
 from experiments import records as store
-from experiments.families import families_of
 from experiments.report import Report, figures, render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,36 +24,6 @@ def test_figures_hold_no_date_version_or_path(drawn: tuple[Path, Report]) -> Non
         content = path.read_bytes()
         for word in (b"CreationDate", b"Producer", b"Software", b"matplotlib", str(folder).encode()):
             assert word not in content, f"{path.name} holds {word!r}"
-
-
-@pytest.mark.parametrize("name", figures.FIGURES)
-def test_a_figure_fits_a_column_with_readable_labelled_text(name: str, made_results: Path) -> None:
-    import matplotlib
-    from matplotlib.text import Text
-
-    found, _ = families_of(store.load_all(made_results)[0])
-    with matplotlib.rc_context():
-        matplotlib.rcParams.update(figures.STYLE)
-        drawn = figures.FIGURES[name].draw(found)
-        assert not isinstance(drawn, str), name
-        figure = drawn.figure
-        assert figure.get_figwidth() in (3.4, 7.0)
-        figure.canvas.draw()
-        edges = figure.bbox
-        shown = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
-        assert all(text.get_fontsize() >= 7 for text in shown)
-        for axis in figure.axes:
-            assert axis.get_xlabel() or not axis.axison, "an x axis has no label"
-            low, high = sorted(axis.get_xlim())
-            ticks = [tick for tick in axis.get_xticklabels() if low <= tick.get_position()[0] <= high]
-            left = [axis.title, axis._left_title, axis.yaxis.label]  # type: ignore[attr-defined]
-            for text in (*left, *ticks, *(axis.get_yticklabels() if axis.axison else ())):
-                box = text.get_window_extent()
-                inside = edges.x0 - 1 <= box.x0 and box.x1 <= edges.x1 + 1
-                assert inside or not text.get_text() or not text.get_visible(), f"{text.get_text()!r} is cut off"
-        for legend in figure.legends:
-            box = legend.get_window_extent()
-            assert edges.x0 <= box.x0 and box.x1 <= edges.x1, "the legend is cut off"
 
 
 @pytest.mark.parametrize("kept", [0, 1])

@@ -1,8 +1,7 @@
 """`generate` writes what the stock loop writes.
 
 The judge is not ours: `generate` of `transformers` on the Hugging Face model of trunk and unembedding where the target
-is its softmax, the stock loop on our `forward` where it is eq. 11, and the oracle's enumeration for sampling:
-SAMPLES rows, chi-square at `oracle.FALSE_ALARM` = 1e-4 for the fixed seed, power of at least .99 against each fault.
+is its softmax, and the stock loop on our `forward` where it is eq. 11.
 """
 
 from __future__ import annotations

@@ -53,12 +53,3 @@ def test_autoregressive_decoding_has_no_seeds() -> None:
         key: pytest.approx(0.75) for key in ("mean", "low", "high")
     }
     assert by_seed(tokens_per_forward, one) == [pytest.approx(2.0)] * 2
-
-
-def test_other_texts_are_refused() -> None:
-    with pytest.raises(ValueError, match="not the same texts"):
-        interval(more_per_forward, written(np.ones((2, 2, 3))), written(np.ones((2, 1, 3))))
-    with pytest.raises(ValueError, match="not the same texts"):
-        interval(more_per_forward, written(np.ones((2, 2, 3))), written(np.ones((3, 2, 3))))
-    with pytest.raises(ValueError, match="not one"):
-        Written.of([[[1]]], [[[1, 2]]], [[[1]]])

@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from torch.distributions import Categorical, Independent, MixtureSameFamily
 
 from cpdlm.model.joint import Joint
 from tests import joint_oracle as oracle
@@ -136,28 +135,6 @@ def test_rank_one_is_independent_heads() -> None:
     close(spread(joint, len(tokens)).log_prob(tokens), alone)
     given = joint.condition(torch.tensor(2))
     close(given.first(), joint.log_factors_NRV[1, 0])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_agrees_with_torch_distributions(shape: tuple[int, int, int]) -> None:
-    joint = make(*shape)
-    mixture = MixtureSameFamily(
-        Categorical(logits=joint.log_weights_R),
-        Independent(Categorical(logits=joint.log_factors_NRV.transpose(0, 1)), 1),
-    )
-    tokens = every_window(shape[2], shape[1])
-    close(spread(joint, len(tokens)).log_prob(tokens), mixture.log_prob(tokens))
-
-
-def test_permuting_components_changes_nothing() -> None:
-    joint = make(4, 3, 3)
-    order = torch.tensor([2, 0, 3, 1])
-    shuffled = Joint(joint.log_weights_R[order], joint.log_factors_NRV[:, order])
-    tokens = every_window(3, 3)
-    close(spread(shuffled, 27).log_prob(tokens), spread(joint, 27).log_prob(tokens))
-    close(spread(shuffled, 27).chain(tokens), spread(joint, 27).chain(tokens))
-    close(shuffled.first(), joint.first())
-    close(shuffled.condition(torch.tensor(1)).first(), joint.condition(torch.tensor(1)).first())
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (3, 3, 3)])

@@ -68,31 +68,16 @@ class Case:
 
     def bounded(self, chunk_bytes: int = 32 * 2**20, factors: int | None = None) -> tuple[Tensor, Tensor]:
         factors = self.heads.factors if factors is None else factors
-        total, nll, _ = self.heads.nll(
-            self.hidden,
-            self.present(),
-            self.weight,
-            self.table,
-            factors,
-            chunk_bytes,
-        )
-        return total, nll
+        found = self.heads.nll(self.hidden, self.present(), self.weight, self.table, factors, chunk_bytes)
+        return found[:2]
 
     def dense(self, factors: int | None = None) -> tuple[Tensor, Tensor]:
         """The oracle, in float64 whatever the case's own type."""
         maps = {name: parameter.double() for name, parameter in self.heads.maps.items()}
         gate = self.hidden.double() @ self.heads.gate.weight.double().T + self.heads.gate.bias.double()
         count = self.count if factors is None else self.count.clamp(max=factors)
-        return oracle.loss(
-            self.kind,
-            self.hidden.double(),
-            gate.log_softmax(-1),
-            self.future,
-            count,
-            self.weight,
-            maps,
-            self.table.double(),
-        )
+        known = gate.log_softmax(-1), self.future, count, self.weight, maps, self.table.double()
+        return oracle.loss(self.kind, self.hidden.double(), *known)
 
 
 def gradients(case: Case, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -211,30 +196,6 @@ def test_tiny_and_huge_weights_survive_bfloat16(exponent: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_accumulation_over_two_calls(kind: str) -> None:
-    case = Case(kind)
-    whole = gradients(case, lambda: case.dense()[0])
-
-    def halves() -> Tensor:
-        parts = []
-        for part in (slice(0, 3), slice(3, P)):
-            parts.append(
-                case.heads.nll(
-                    case.hidden[part],
-                    case.present()[part],
-                    case.weight[part],
-                    case.table,
-                    N,
-                    POSITION_BYTES,
-                )[0]
-            )
-        parts[0].backward()
-        return parts[1]
-
-    compare(gradients(case, halves), whole, 1e-12)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_frozen_trunk_gets_no_gradient_and_the_heads_all_of_theirs(kind: str) -> None:
     case = Case(kind)
     exact = gradients(case, lambda: case.dense()[0])
@@ -277,13 +238,6 @@ def test_no_positions_give_zero_and_zero_gradients(kind: str) -> None:
     total, nll = case.bounded()
     assert total.item() == 0 and nll.shape == (0,)
     assert all(gradient.norm() == 0 for gradient in gradients(case, lambda: case.bounded()[0]).values())
-
-
-def test_zero_weights_give_zero_gradients() -> None:
-    case = Case("full")
-    case.weight.zero_()
-    mine = gradients(case, lambda: case.bounded()[0])
-    assert all(torch.isfinite(gradient).all() and gradient.norm() == 0 for gradient in mine.values())
 
 
 class Watched(TorchDispatchMode):

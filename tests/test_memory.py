@@ -7,9 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from cpdlm.bench.memory import working_memory
-from cpdlm.decoding import Sampling, decode
-from cpdlm.model.language_model import LanguageModel
-from experiments.bench import speed
 
 CPU = torch.device("cpu")
 MB = 250_000  # float32 numbers
@@ -48,18 +45,3 @@ def test_what_lies_behind_the_last_pass_counts() -> None:
 def test_work_without_a_pass_is_refused() -> None:
     with pytest.raises(ValueError, match="makes no forward of the target"):
         working_memory(lambda: torch.zeros(3), Target(), CPU)
-
-
-def test_ranks_are_told_apart_though_the_prompts_pass_is_the_same() -> None:
-    trunk, cells = speed.models(speed.parse(["--quick"]), CPU, "float32")
-
-    def of(model: LanguageModel, draft: str) -> tuple[int, int]:
-        def work() -> None:
-            decode(model, torch.arange(16), 6, Sampling(0.0), draft=draft)
-
-        found = working_memory(work, model.trunk.body, CPU)
-        return found.whole, found.between
-
-    plain, one, two = of(trunk, "none"), *(of(cells[speed.Cell(rank, 3, 0)], "chain") for rank in (1, 2))
-    assert plain[0] == one[0] == two[0]
-    assert plain[1] < one[1] < two[1]

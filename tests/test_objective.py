@@ -137,18 +137,6 @@ def test_gradients_of_the_balance_terms(gate: Tensor, name: str) -> None:
     torch.testing.assert_close(leaf.grad, expected)
 
 
-def test_balance_is_least_when_components_share_equally() -> None:
-    equal = torch.full((8, 4), 0.25, dtype=torch.float64).log()
-    one = torch.tensor([[0.97, 0.01, 0.01, 0.01]], dtype=torch.float64).log().expand(8, 4)
-    rotating = torch.stack([one[0].roll(k) for k in range(8)])
-    assert math.isclose(objective.kl_balance(objective.component_use(equal)).item(), 0, abs_tol=1e-12)
-    assert math.isclose(objective.switch_balance(objective.component_use(rotating)).item(), 1, rel_tol=1e-9)
-    assert math.isclose(objective.switch_balance(objective.component_use(one)).item(), 4 * 0.97, rel_tol=1e-9)
-    assert objective.kl_balance(objective.component_use(one)) > 1
-    assert objective.component_use(one).dead == 3 and objective.component_use(rotating).dead == 0
-    assert math.isclose(objective.component_use(equal).effective.item(), 4, rel_tol=1e-9)
-
-
 def test_bias_step_lifts_the_unused_and_lowers_the_overused() -> None:
     gate = torch.tensor([[0.7, 0.25, 0.05, 0.0]], dtype=torch.float64).clamp_min(1e-30).log()
     step = objective.bias_step([objective.component_use(gate)], 0.01)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from cpdlm.config import ConfigError, parse, resolve
+from cpdlm.config import parse, resolve
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.training import flops
 from cpdlm.training.plan import Plan, make_plan
@@ -142,11 +142,6 @@ def test_sharding_checkpointing_and_precision() -> None:
     assert planned(**{"train.precision": "bf16-true"}).memory["weights"] * 2 == one.memory["weights"]
 
 
-def test_the_entry_point(capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry.main(["preset=trunk", "rate=1e9"]) == 0
-    assert "FLOPs per token" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "words,message",
     [
@@ -159,8 +154,3 @@ def test_the_entry_point(capsys: pytest.CaptureFixture[str]) -> None:
 def test_errors_say_what_to_type(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert entry.main(words) == 2
     assert message in capsys.readouterr().err
-
-
-def test_an_unknown_vocabulary_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="does not say how many tokens"):
-        make_plan(parse(["data.tokenizer=hf:gpt2"]))

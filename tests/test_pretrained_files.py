@@ -30,7 +30,6 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPTNeoConfig,
-    LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
     OpenAIGPTConfig,
@@ -42,7 +41,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cpdlm.config import ConfigError, parse, resolve
-from cpdlm.data.pretrained_files import ORIGIN, checkpoint_folder, content_hash, described, eos_of
+from cpdlm.data.pretrained_files import ORIGIN, checkpoint_folder, content_hash, eos_of
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
 from cpdlm.model import pretrained as model_files
 from cpdlm.model.language_model import build_language_model
@@ -208,14 +207,6 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(
     assert sys.stdin.read().startswith("yes") and not (tmp_path / "touched").exists()
 
 
-def test_a_model_without_an_output_embedding_is_refused(
-    pretrained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
-    with pytest.raises(ConfigError, match=r"\(LlamaForCausalLM\) has no output embedding"):
-        loaded(pretrained["llama tied"])
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -346,25 +337,3 @@ def test_a_text_ends_where_generate_stops(tmp_path: Path) -> None:
     assert eos_of(str(folder)) == AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [5, 9]
     (folder / "generation_config.json").unlink()
     assert eos_of(str(folder)) == AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [2, 7]
-
-
-@pytest.mark.parametrize(
-    ("name", "card", "known"),
-    [
-        ("owner/name", "", {"base_model": "owner/name"}),
-        ("smollm2", "", {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}),
-        ("FOLDER", "", {}),
-        ("FOLDER", "license: other\nlicense_name: mine\nbase_model: x/y", {"license": "other", "license_name": "mine"}),
-        ("owner/name", "license: mit", {"base_model": "owner/name", "license": "mit"}),
-        ("FOLDER", "license: [", {}),
-        ("FOLDER", "just text", {}),
-    ],
-)
-def test_what_is_known_of_a_model_is_what_its_source_says(
-    name: str, card: str, known: dict[str, str], tmp_path: Path
-) -> None:
-    folder = str(tmp_path)
-    if card:
-        (tmp_path / "README.md").write_text(f"---\n{card}\n---\n# A model\n")
-    name = name.replace("FOLDER", folder)
-    assert described(name, name if "/name" in name and not card else folder) == known

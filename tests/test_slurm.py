@@ -12,7 +12,6 @@ import pytest
 from one_node_slurm import Unavailable, cluster
 
 from experiments import scheduler
-from experiments.records import load_all
 from experiments.scheduler import Job, Slurm
 
 pytestmark = pytest.mark.slow
@@ -128,35 +127,3 @@ def test_a_killed_sweep_finds_its_job_again_and_a_cancelled_job_is_a_failure(slu
     second.start([cancelled])
     subprocess.run(["scancel", next(iter(second._ids.values()))], check=True)
     assert second.wait() == [(cancelled, scheduler.GONE)]
-
-
-SWEEP = """
-import sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {root!r} + '/tests']
-from tiny import TINY
-from experiments import sweep
-from experiments.suite import Cell
-here = Path({folder!r})
-settings = TINY | {{"corpus": str(here / "text"), "data.cache": str(here / "cache")}}
-plain = Cell('trunks', settings | {{"preset": "trunk", "name": "plain"}})
-sweep.PROFILES['smoke'] = lambda: [plain, Cell('C3', settings | {{"rank": 2, "name": "heads"}}, plain)]
-sys.exit(sweep.main(['profile=smoke', 'out={folder}/out', 'launcher=slurm', 'slurm.time=30']))
-"""
-
-
-def test_a_real_sweep_trains_decodes_and_reports_through_the_cluster(slurm: Path) -> None:
-    """A trunk, heads on it, and their decoding, each a job; the records are those of any sweep."""
-    folder = slurm / "real"
-    (folder / "text").mkdir(parents=True)
-    for number in range(60):
-        body = "\n".join(f"def function_{number}_{line}(x):\n    return x * {line}" for line in range(12))
-        (folder / "text" / f"{number}.py").write_text(body)
-    script = SWEEP.format(root=str(scheduler.ROOT), folder=str(folder))
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=scheduler.ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    records, damaged = load_all(folder / "out/results")
-    assert {record["name"] for record in records} == {"plain", "heads"} and not damaged
-    assert all(record["training"]["steps"] == 2 for record in records)

@@ -75,12 +75,6 @@ def test_a_folder_that_holds_something_else_is_named_before_any_work(
     assert "did you mean optim.steps?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("word", "hint"), [("genrate", "did you mean cpdlm generate?"), ("x", "give one of speed-up")])
-def test_a_misspelt_command_gets_the_nearest(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([word, "--model", "x"]) == 2
-    assert hint in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "code", ["import cpdlm", "from cpdlm.cli import main; main(['--help'])", "import cpdlm.hf.load"]
 )

@@ -48,21 +48,6 @@ def test_bits_per_byte_has_an_interval_where_rows_say_their_bytes() -> None:
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.2 / math.sqrt(60), rel=0.3)
 
 
-def test_the_joint_and_the_drafts_can_be_counted_in_bytes() -> None:
-    """A vocabulary whose tokens have 3 bytes: the same nats per token are a third of the bits per byte."""
-    bytewise, pairs = made(4), made(4)
-    pairs["data"]["splits"]["test"] = {"documents": 5, "bytes": 1500, "tokens": 500}
-    bits, few = (measured(record(content), "joint_bits_per_byte") for content in (bytewise, pairs))
-    joint = measured(record(bytewise), "joint_nll")
-    assert bits is not None and few is not None and joint is not None and bits.units == 60
-    assert bits.point == pytest.approx(joint.point / (4 * math.log(2)) * 505 / 500)
-    assert few.point == pytest.approx(bits.point * 500 / 505 / 3)
-    rate, span = (measured(record(pairs), name, "greedy") for name in ("tokens_per_pass", "bytes_per_pass"))
-    assert rate is not None and span is not None and span.point == pytest.approx(3 * rate.point)
-    del bytewise["data"]["splits"]["test"]
-    assert measured(record(bytewise), "joint_bits_per_byte") is measured(record(bytewise), "bytes_per_pass") is None
-
-
 def test_seeds_and_prompts_add_as_a_brute_force_draw_has_it() -> None:
     """99.4%, where draws of t with two degrees of freedom would say little: the tail is exact."""
     samples = [Sample(mean=mean, sem=0.1) for mean in (1.0, 1.1, 1.3)]

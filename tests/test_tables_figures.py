@@ -18,7 +18,6 @@ from experiments.records import RecordError, load_all, write
 from experiments.report import Report, figures, readme, render
 from experiments.report.__main__ import main
 from experiments.report.pretrained import pretrained_table
-from experiments.report.table import braces
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,14 +118,6 @@ def test_what_the_readme_says_is_what_the_records_say() -> None:
 def test_the_papers_unknown_numbers_are_never_printed(drawn: tuple[Path, Report]) -> None:
     rows = list(csv.DictReader((drawn[0] / "tables" / "claims.csv").open()))
     assert not any(re.search(r"\d", row["expected"].replace("rank 1", "")) for row in rows)
-
-
-def test_braces() -> None:
-    assert braces(["a1-s0", "a8-s0", "a1-s1", "a8-s1"]) == "a{1,8}-s{0,1}"
-    assert braces(["a1-s0", "a8-s1"]) == "a1-s0, a8-s1"
-    assert braces(["b/a-r1", "b/a-r1-x", "b/c-r1"]) == "b/a-r1-x, b/{a,c}-r1"
-    assert braces(["x"]) == "x"
-    assert braces([]) == ""
 
 
 def test_entry_point_errors_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
