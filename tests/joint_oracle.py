@@ -1,6 +1,6 @@
 """The joint law, its loss and the balance terms by enumeration and loops: slow, obvious, sharing no code with cpdlm.
 
-A mixture is `weights[a]` and `factors[s][a][v]`, plain Python floats; the loss takes torch tensors, one scalar at a time,
+A mixture is `weights[a]` and `factors[s][a][v]`, plain Python floats; the loss takes torch tensors, a scalar at a time,
 so that autograd differentiates what is written here and nothing else.
 """
 

@@ -42,7 +42,8 @@ def made(
     **overrides: Any,
 ) -> dict[str, Any]:
     """A record. slope: nats that the joint NLL falls per doubling of the rank; first: nats that the first-token NLL
-    rises; pace: tokens per pass gained per doubling; speed: factor on the speed-up; noise: between seeds; gain: nats off the joint NLL.
+    rises; pace: tokens per forward gained per doubling; speed: factor on the speed-up; noise: between seeds; gain: nats
+    off the joint NLL.
     overrides: settings, with "." written as "__"."""
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
     origin = copy.deepcopy(origin or ORIGIN)

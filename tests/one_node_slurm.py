@@ -1,7 +1,7 @@
 """A SLURM cluster of one node, for the tests of `launcher=slurm`.
 
-It is started by hand from Debian's packages (slurm-wlm, munge) without systemd and needs root. Everything it writes lies
-in one folder, which is gone afterwards.
+It is started by hand from Debian's packages (slurm-wlm, munge) without systemd and needs root. What it writes lies in
+one folder, which is gone afterwards.
 """
 
 from __future__ import annotations

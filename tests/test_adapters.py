@@ -1,4 +1,4 @@
-"""Adapters for the draft: the target stays what it was, caches roll back, only adapters and heads train and are stored."""
+"""Adapters for the draft: the target stays what it was, caches roll back, adapters and heads train and are stored."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_on_a_draft_vocabulary_the_loss_is_that_of_its_tokens() -> None:
     torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-6, atol=1e-8)
 
 
-# --- states on the disk -------------------------------------------------------------------------------------------------
+# --- states on the disk ---------------------------------------------------------------------------------------------
 
 
 class FewRows:
@@ -216,7 +217,8 @@ class FewRows:
 
 
 def stored(model: LanguageModel, cache: Path, limit_gib: float = 1.0) -> states.StoredStates:
-    return kept_states(model, FewRows(), cache, {"text": "t", "trunk": "w"}, limit_gib, torch.device("cpu"))  # type: ignore[arg-type]
+    of: Any = FewRows()
+    return kept_states(model, of, cache, {"text": "t", "trunk": "w"}, limit_gib, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -8,7 +8,6 @@ by faults planted in block acceptance, the tree's mask and positions, and dead s
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +38,7 @@ from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, build_language_model
 from cpdlm.model.trunk import Trunk
 from tests import oracle
+from tests.tiny import MICRO
 from tests.toy import FILTERS, ToyModel, truth
 
 SAMPLES, LENGTH = 4000, 4
@@ -186,197 +186,13 @@ def test_draws_shared_by_the_rows_of_a_batch_are_noticed(monkeypatch: pytest.Mon
     assert max(p_values(toy("common"), Sampling())) < oracle.FALSE_ALARM
 
 
-# --- block verification ------------------------------------------------------------------------------------------
-
-
-V3, K2 = 3, 2
-Tables = dict[tuple[int, ...], list[float]]  # distribution behind each prefix of a window
-
-
-def made_laws(seed: int, scale: float) -> Tables:
-    generator = torch.Generator().manual_seed(seed)
-    histories = [history for length in range(K2 + 1) for history in itertools.product(range(V3), repeat=length)]
-    return {
-        h: (scale * torch.randn(V3, generator=generator, dtype=torch.float64)).softmax(-1).tolist() for h in histories
-    }
-
-
-def block_outcomes(p: Tables, q: Tables, draft: tuple[int, ...]) -> tuple[list[float], list[list[float]]]:
-    """Algorithm 2 in plain Python: (h_1..h_K, the distribution of the token after 0..K accepted drafts)."""
-    shares, keeps = [1.0], []
-    for k in range(K2):
-        shares.append(min(1.0, shares[-1] * p[draft[:k]][draft[k]] / q[draft[:k]][draft[k]]))
-    for k in range(1, K2 + 1):
-        left = sum(max(0.0, shares[k] * a - b) for a, b in zip(p[draft[:k]], q[draft[:k]], strict=True))
-        keeps.append(shares[k] if k == K2 else left / (left + 1 - shares[k]) if left + 1 - shares[k] > 0 else 1.0)
-    distributions = []
-    for k in range(K2 + 1):
-        distribution = p[draft[:k]]
-        if k < K2:
-            rest = [max(0.0, shares[k] * a - b) for a, b in zip(distribution, q[draft[:k]], strict=True)]
-            distribution = [r / sum(rest) for r in rest] if sum(rest) > 0 else distribution
-        distributions.append(distribution)
-    return keeps, distributions
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_block_verification_is_exact_in_the_oracle(seed: int) -> None:
-    """Over all drafts and outcomes: what is emitted, continued from p, is distributed as p."""
-    p, q = made_laws(seed, 1.0), made_laws(seed + 10, 2.0)
-    distribution: dict[tuple[int, ...], float] = {}
-    for draft in itertools.product(range(V3), repeat=K2):
-        mass = math.prod(q[draft[:k]][draft[k]] for k in range(K2))
-        keeps, distributions = block_outcomes(p, q, draft)
-        for kept in range(K2 + 1):
-            chance = mass * (keeps[kept - 1] if kept else 1.0) * math.prod(1 - h for h in keeps[kept:])
-            for token in range(V3):
-                text = (*draft[:kept], token)
-                distribution[text] = distribution.get(text, 0.0) + chance * distributions[kept][token]
-    for window in itertools.product(range(V3), repeat=K2 + 1):
-        found = sum(
-            distribution.get(window[:n], 0.0) * math.prod(p[window[:k]][window[k]] for k in range(n, K2 + 1))
-            for n in range(1, K2 + 2)
-        )
-        assert found == pytest.approx(math.prod(p[window[:k]][window[k]] for k in range(K2 + 1)), abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_block_verification_is_the_oracles(seed: int) -> None:
-    """Thresholds of the tests to 1e-9, and what follows each number of accepted drafts on a grid of 2,000 draws."""
-    p, q = made_laws(seed, 1.0), made_laws(seed + 10, 2.0)
-    grid = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    for draft in itertools.product(range(V3), repeat=K2):
-        target = torch.tensor([p[draft[:k]] for k in range(K2 + 1)], dtype=torch.float64)
-        probs_KV = torch.tensor([q[draft[:k]] for k in range(K2)], dtype=torch.float64)
-
-        def run(uniforms: Tensor, target: Tensor = target, distributions: Tensor = probs_KV, draft: Any = draft) -> Any:
-            rows = len(uniforms)
-            tokens = torch.tensor(draft).expand(rows, -1)
-            return accept.verify_block(
-                target.expand(rows, -1, -1), distributions.expand(rows, -1, -1), tokens, uniforms
-            )
-
-        keeps, after = block_outcomes(p, q, draft)
-        for k, h in enumerate(keeps):
-            for shift, kept in ((-1e-9, k + 1), (1e-9, 0)):
-                if 0 < h + shift < 1:
-                    uniforms = torch.full((1, K2 + 1), 1 - 1e-15, dtype=torch.float64)
-                    uniforms[0, k] = h + shift
-                    if all(keep < 1 for index, keep in enumerate(keeps) if index != k):
-                        assert run(uniforms)[0].item() == kept
-        for kept in range(K2 + 1):
-            uniforms = torch.full((2000, K2 + 1), 1 - 1e-15, dtype=torch.float64)
-            uniforms[:, K2] = grid
-            if kept:
-                uniforms[:, kept - 1] = 0
-            found, tokens = run(uniforms)
-            if (found == kept).all():
-                distribution = torch.bincount(tokens, minlength=V3) / 2000
-                assert (distribution - torch.tensor(after[kept])).abs().max() < 1.5e-3
-
-
-@pytest.mark.parametrize("verify", [accept.verify, accept.verify_block])
-def test_a_broken_distribution_behind_a_good_draft_loses_nothing(verify: Any) -> None:
-    """Of the first token, q(x) P(accepted | x) + P(none) residual(x), on a grid of draws: the target's, though q is
-    far from it and the next q is NaN."""
-    p, q = [0.7, 0.2, 0.1], [0.1, 0.3, 0.6]
-    grid = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
-    uniforms_BS = torch.cartesian_prod(grid, grid[:1], grid)
-    rows, distribution = len(uniforms_BS), torch.zeros(V3, dtype=torch.float64)
-    target_BSV = torch.tensor(p, dtype=torch.float64).expand(rows, 3, V3)
-    good_B1V = torch.tensor(q, dtype=torch.float64).expand(rows, 1, V3)
-    for first in range(V3):
-        accepted_B, next_B = verify(
-            target_BSV,
-            torch.cat([good_B1V, torch.full_like(good_B1V, math.nan)], dim=1),
-            torch.tensor([first, V3 - 1]).expand(rows, -1),
-            uniforms_BS,
-        )
-        assert (accepted_B < 2).all()
-        written_B = torch.where(accepted_B > 0, first, next_B)
-        distribution += q[first] * torch.bincount(written_B, minlength=V3) / rows
-    torch.testing.assert_close(distribution, torch.tensor(p, dtype=torch.float64), atol=5e-3, rtol=0)
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_blocks_accept_at_least_as_many(rank: int) -> None:
-    model = ToyModel("common", rank=rank, horizon=4, context=9)
-    accepted = {}
-    for draft in ("chain", "block"):
-        generators = [torch.Generator().manual_seed(seed) for seed in range(1000)]
-        done = decode_batch(model, [torch.tensor([1])] * 1000, 8, Sampling(), generators, draft=draft)
-        accepted[draft] = sum(len(each.tokens) for each in done) / sum(each.forwards for each in done)
-    assert accepted["block"] > accepted["chain"] > 1
-
-
-# --- trees --------------------------------------------------------------------------------------------------------
-
-
-def joint(rank: int = 3, factors: int = 3, vocab: int = 4, batch: int = 2, seed: int = 0) -> Joint:
-    generator = torch.Generator().manual_seed(seed)
-    return Joint.from_logits(
-        torch.randn(batch, rank, generator=generator, dtype=torch.float64),
-        2 * torch.randn(batch, factors, rank, vocab, generator=generator, dtype=torch.float64),
-    )
-
-
-def prefixes(distribution: Joint, row: int, depth: int) -> dict[tuple[int, ...], float]:
-    """Every prefix of one row with its probability, by the joint's own log_prob."""
-    found = {}
-    for length in range(1, depth + 1):
-        for window in torch.cartesian_prod(*[torch.arange(distribution.vocab_size)] * length).view(-1, length):
-            batch = window.expand(distribution.log_weights_R.shape[0], -1)
-            found[tuple(window.tolist())] = float(distribution.log_prob(batch)[row].exp())
-    return found
-
-
-@pytest.mark.parametrize("nodes", [1, 2, 5, 11, 30])
-@pytest.mark.parametrize("rank", [1, 3])
-def test_the_tree_is_the_likeliest_prefixes(rank: int, nodes: int) -> None:
-    distribution = joint(rank)
-    grown = proposals.grow(distribution, 3, nodes)
-    for row in range(2):
-        paths = []
-        for node in range(nodes):
-            parent = int(grown.parents_BK[row, node])
-            assert parent <= node, "parents come first"
-            paths.append((*(paths[parent - 1] if parent else ()), int(grown.tokens_BK[row, node])))
-            assert grown.depth_BS[row, node + 1] == len(paths[-1])
-            seen = {index for index in range(nodes + 1) if grown.seen_BSS[row, node + 1, index]}
-            ancestors = {0, node + 1} | {i + 1 for i, path in enumerate(paths) if path == paths[-1][: len(path)]}
-            assert seen == ancestors
-        assert len(set(paths)) == nodes
-        every = prefixes(distribution, row, 3)
-        wanted = sum(sorted(every.values(), reverse=True)[:nodes])
-        assert sum(every[path] for path in paths) == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize(("shape", "nodes"), [("window", 64), ("path", 64)])
-def test_the_best_window_by_enumeration(shape: str, nodes: int) -> None:
-    """A beam as wide as there are windows is exact."""
-    distribution = joint(batch=3)
-    drafts = proposals.best_window(distribution, 3, shape, nodes)
-    for row in range(3):
-        every = prefixes(distribution, row, 3)
-        value = {
-            w: every[w] if shape == "window" else sum(every[w[:k]] for k in (1, 2, 3)) for w in every if len(w) == 3
-        }
-        assert tuple(drafts[row].tolist()) == max(value, key=lambda w: value[w])
-
-
 # --- real models --------------------------------------------------------------------------------------------------
 
 
 @memoised
 def real(family: str, anchor: str = "token", common: bool = True, rank: int = 3) -> LanguageModel:
     torch.manual_seed(0)
-    base = {
-        "size": "micro",
-        "model.family": family,
-        "data.context": 64,
-        "decode.prompt_tokens": 4,
-        "decode.new_tokens": 4,
-    }
+    base = MICRO | {"model.family": family}
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 17) if common else None
     overrides = base | {"rank": rank, "horizon": 4, "anchor": anchor} | ({"model.trunk": "x"} if common else {})
     model = build_language_model(resolve(overrides), 17, trunk).double().eval()
@@ -450,9 +266,8 @@ def test_rows_that_end_early_leave_the_batch(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(LanguageModel, "hidden", watched)
     stop = {row: 3 + 7 * row for row in range(len(RAGGED))}
-    done = decode_batch(
-        model, RAGGED, 40, Sampling(0.0), options=Options(stop=lambda row, tokens: len(tokens) == stop[row])
-    )
+    options = Options(stop=lambda row, tokens: len(tokens) == stop[row])
+    done = decode_batch(model, RAGGED, 40, Sampling(0.0), options=options)
     assert [each.tokens for each in done] == [ends[row][: stop[row]] for row in range(len(RAGGED))]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 5 and sizes[-1] == 1
 
@@ -519,9 +334,7 @@ def test_a_window_that_cannot_be_masked_is_refused_before_any_work(monkeypatch: 
     assert [each.tokens for each in decode_batch(model, prompts, 40, Sampling(0.0))] == right
     monkeypatch.setattr(LanguageModel, "hidden", None)
     for rows, draft in ((prompts, "chain"), (prompts[:1], "tree")):
-        with pytest.raises(
-            ValueError, match="attend to the last 48 slots .* decode one row at a time, with draft='chain'"
-        ):
+        with pytest.raises(ValueError, match="attend to the last 48 slots .* one row at a time, with draft='chain'"):
             decode_batch(model, rows, 50, Sampling(0.0), draft=draft)
 
 
@@ -529,9 +342,9 @@ def test_unknown_names_and_sizes_are_refused() -> None:
     model, prompt = toy("common"), torch.tensor([1])
     with pytest.raises(ValueError, match="draft='forest' is not one of none, chain, block, tree"):
         decode(model, prompt, 2, Sampling(0.0), draft="forest")
-    for nodes in (0, 2.5):
+    for nodes in (0, -1):
         with pytest.raises(ValueError, match=f"nodes={nodes} is no number of drafts; pass a whole number"):
-            decode(model, prompt, 2, Sampling(0.0), draft="tree", options=Options(nodes=nodes))  # type: ignore[arg-type]
+            decode(model, prompt, 2, Sampling(0.0), draft="tree", options=Options(nodes=nodes))
     with pytest.raises(ValueError, match="1 generators for 2 prompts; pass one for each row"):
         decode_batch(model, [prompt, prompt], 2, Sampling(), [torch.Generator()])
     with pytest.raises(ValueError, match="there is no prompt"):
@@ -553,27 +366,14 @@ def test_scores_changed_by_the_caller_are_the_target() -> None:
         return [p / sum(left) for p in left]
 
     right = oracle.autoregressive_law(distribution, prompt, LENGTH)
-    plain = decode(
-        model, torch.tensor(prompt), LENGTH, Sampling(0.0), draft="none", options=Options(target_scores=changed)
-    ).tokens
+    prompt_T, options = torch.tensor(prompt), Options(target_scores=changed)
+    plain = decode(model, prompt_T, LENGTH, Sampling(0.0), draft="none", options=options).tokens
     assert all(a != b for a, b in itertools.pairwise(plain))
     for draft in DRAFTS:
-        assert (
-            decode(
-                model, torch.tensor(prompt), LENGTH, Sampling(0.0), draft=draft, options=Options(target_scores=changed)
-            ).tokens
-            == plain
-        )
+        assert decode(model, prompt_T, LENGTH, Sampling(0.0), draft=draft, options=options).tokens == plain
         generators = [torch.Generator().manual_seed(row) for row in range(1000)]
-        done = decode_batch(
-            model,
-            [torch.tensor(prompt)] * 1000,
-            LENGTH,
-            Sampling(),
-            generators,
-            draft=draft,
-            options=Options(target_scores=changed),
-        )
+        prompts = [prompt_T] * 1000
+        done = decode_batch(model, prompts, LENGTH, Sampling(), generators, draft=draft, options=options)
         counts = Counter(tuple(each.tokens) for each in done)
         assert oracle.p_value(counts, right) > oracle.FALSE_ALARM, draft
 

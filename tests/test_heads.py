@@ -1,4 +1,4 @@
-"""Heads and anchor: hidden states to the joint law, against the written-out formulas; nothing leaks through the anchor."""
+"""Heads and anchor: hidden states to the joint distribution, against the written-out formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy text of `generate` in float32, with heads that have learnt: it differs from the library's at near-ties alone."""
+"""Greedy text of `generate` in float32, with heads that have learnt: it differs from the library's at near-ties."""
 
 from __future__ import annotations
 

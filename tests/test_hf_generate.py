@@ -241,7 +241,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "temperature": ({"do_sample": True, "temperature": 0.0}, "temperature"),
     "empty": ({"inputs": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty; pass at least one token"),
     "large id": ({"inputs": torch.tensor([[1, 17]])}, "token id 17, the vocabulary is 0..16"),
-    "nothing to pad with": (batch(2) | {"inputs": None, "eos_token_id": 3}, "pass pad_token_id"),
+    "nothing to pad with": (batch(2) | {"inputs": None, "stopping_criteria": [Multiple()]}, "pass pad_token_id"),
     "padding": ({"attention_mask": torch.tensor([[1, 0]])}, "a prompt ends in padding.*padding_side='left'"),
 }
 

@@ -275,7 +275,7 @@ def test_memory_does_not_grow_with_the_logits_of_the_batch(kind: str) -> None:
 
 @pytest.mark.parametrize("positions", [8, 600])
 def test_bfloat16_gradients_of_many_chunks_do_not_stall(positions: int) -> None:
-    """A sum of hundreds of equal parts cannot be kept in 8 bits of mantissa; of few, it can, and then takes no more memory."""
+    """A sum of hundreds of equal parts cannot be kept in 8 bits of mantissa; of few, it can, without more memory."""
     case = Case("full", torch.bfloat16, positions=positions)
     case.hidden = case.hidden.detach()[:1].repeat(positions, 1).requires_grad_()
     case.future, case.count = case.future[:1].repeat(positions, 1), torch.full_like(case.count, N)

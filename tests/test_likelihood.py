@@ -81,7 +81,7 @@ def test_reported_numbers_are_simple_averages(words: str) -> None:
 def test_on_a_draft_vocabulary_all_is_of_the_restricted_distribution(
     words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By enumeration of all windows of listed tokens: likelihoods over covered windows, kept shares at every position."""
+    """By enumeration of all windows of listed tokens: likelihoods over covered windows, shares at every position."""
     monkeypatch.setattr(likelihood, "STRIDE", 1)
     torch.manual_seed(0)
     trunk = build_language_model(parse(["size=micro", "rank=1", "horizon=1"]), V)

@@ -45,7 +45,7 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("./")])
 def test_scripts_exist_and_explain_themselves(command: str) -> None:
-    """Their work is tested in test_scripts.py, test_tracking.py and test_tables_figures.py, and by .ci/run as a whole."""
+    """Their work is tested in test_scripts.py, test_tracking.py and test_report.py, and by .ci/run as a whole."""
     script, *words = command.split()
     done = subprocess.run(["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0

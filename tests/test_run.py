@@ -112,7 +112,7 @@ def test_a_corpus_that_changed_since_is_not_taken_for_the_old_one(
 def test_drafts_from_a_draft_vocabulary_are_an_option_of_a_cell(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Half of the bytes: still lossless (test_drafters), with its coverage in the record; it may change after training."""
+    """Half of the bytes: lossless (test_drafters), with its coverage in the record; it may change after training."""
     words = typed(TINY)
     words += [f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "rank=2", "name=one"]
     assert run.main([*words, "decode.draft_vocabulary=20"]) == 0

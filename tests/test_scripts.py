@@ -209,7 +209,8 @@ slow = "slow" in sys.argv
 for word in sys.argv:
     if word.startswith("--junitxml="):
         skip = "<skipped type='pytest.skip'/>" * (not slow)
-        open(word.split("=")[1], "w").write(f"<testsuite><testcase classname='tests.test_a' name='t{slow}'>{skip}</testcase></testsuite>")
+        case = f"<testcase classname='tests.test_a' name='t{slow}'>{skip}</testcase>"
+        open(word.split("=")[1], "w").write(f"<testsuite>{case}</testsuite>")
 print("== 1 passed in 0.1s ==")
 sys.exit(int(os.environ.get("FAILS", "0")) if slow else 0)
 """

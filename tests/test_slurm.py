@@ -1,4 +1,4 @@
-"""`launcher=slurm` on a real SLURM of one node: arrays, failures, a job that is killed and requeued, one that is pre-empted."""
+"""`launcher=slurm` on a real SLURM of one node: arrays, failures, a job that is requeued, one that is pre-empted."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def starts(folder: Path, name: str) -> list[int]:
 
 
 def test_jobs_run_as_an_array_in_the_order_of_their_needs(slurm: Path) -> None:
-    quick = "import os, pathlib, sys; print(os.environ['OMP_NUM_THREADS'], [n for n in os.environ if n.startswith('SLURM_')])"
+    quick = "import os; print(os.environ['OMP_NUM_THREADS'], [n for n in os.environ if n.startswith('SLURM_')])"
     jobs = [
         counting(slurm / "a", "trunk", code=quick),
         counting(slurm / "a", "heads", "trunk", code=quick),

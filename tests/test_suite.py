@@ -123,7 +123,7 @@ def test_speed_over_rank_1_is_of_cells_that_differ_in_rank_only() -> None:
 
 
 def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against() -> None:
-    """Rank 1 against anchored rank 1 (exactly), against rank 8 and against anchored rank 8 (within 1 %: the gates differ)."""
+    """Rank 1 against anchored rank 1 (exactly), rank 8 and anchored rank 8 (within 1 %: the gates differ)."""
 
     def sizes(cell: Cell) -> tuple[int, int]:
         config = cell.config("runs")
@@ -234,7 +234,7 @@ def pretrained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_kind_of_cell_on_a_pretrained_model_runs_to_a_valid_record(
     corpus: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The grid on a pretrained model, shrunk, from a bundle: objectives, anchors, ties, maps, and text of the model's own."""
+    """The grid on a pretrained model, shrunk, from a bundle: objectives, anchors, ties, maps, and its own text."""
     small = TINY | TINY_RETROFIT
     small |= {"model.trunk": str(pretrained), "data.cache": str(tmp_path / "cache"), "corpus": str(corpus)}
     kinds: dict[tuple[object, ...], Cell] = {}

@@ -1,0 +1,137 @@
+"""The benchmarks of loss, overhead and memory: all sides compute one thing, and what is measured is what was meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpdlm.bench.memory import working_memory
+from cpdlm.training.plan import make_plan
+from experiments.bench import loss, loss_sides, overhead
+from experiments.bench.overhead import NEXT_TOKEN, RECIPES, WHOLE, configure
+
+VOCAB = 64
+
+
+def test_every_recipe_costs_less_than_the_whole_and_more_than_none() -> None:
+    settings = {"size": "micro", "data.tokenizer": "bytes"}
+    cost = {recipe: make_plan(configure(recipe, 257, **settings)).flops_per_token for recipe in RECIPES}
+    for recipe in RECIPES.keys() - {NEXT_TOKEN, WHOLE}:
+        assert cost[recipe] < cost[WHOLE], recipe
+        assert cost[recipe] > cost[NEXT_TOKEN] or "frozen" in recipe, recipe
+    assert cost["tied, 1/16"] < cost["tied, 1/4"] < cost["tied"]
+    assert cost["frozen, 1/4, shortlist"] < cost["frozen, 1/4"]
+
+
+@pytest.mark.parametrize("recipe", ["tied, 1/16", "frozen, 1/4, shortlist"])
+def test_a_timed_cell(recipe: str) -> None:
+    found = overhead.time_one("micro", recipe, VOCAB * 8, 2)
+    assert found["step_ms"] > 0 and found["tokens"] == 512
+    assert found["planned_bytes"] == sum(found["planned"].values()) > 0
+    assert set(found["flops"]) == {"trunk", "next token", "window"}
+
+
+def test_the_gain_is_taken_over_seeds_of_the_heads_on_one_trunk(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        (tmp_path / "text" / f"{number}.txt").write_text("".join(f"{number} and {k * number}\n" for k in range(60)))
+    indices = {"--corpus": "text", "--runs": "runs", "--cache": "cache"}
+    words = [word for option, index in indices.items() for word in (option, str(tmp_path / index))]
+    words += ["--sizes", "micro", "--recipes", WHOLE, "tied, 1/16", "--steps", "2"]
+    record = overhead.gained(overhead.parse(["gain", *words]))
+    assert {folder.name for folder in (tmp_path / "runs").iterdir() if (folder / "evaluate.json").is_file()} == {
+        "next-token",
+        "whole-s0",
+        "whole-s1",
+        "tied-1of16-s0",
+        "tied-1of16-s1",
+    }
+    for cell in record["cells"]:
+        rate, (first, second) = cell["tokens_per_pass"], (found["tokens_per_pass"] for found in cell["by_seed"])
+        assert first != second and rate["mean"] == pytest.approx((first + second) / 2)
+        assert (rate["low"], rate["high"]) == (min(first, second), max(first, second))
+    assert record["chosen"] in (WHOLE, "tied, 1/16") and isinstance(record["decided"], bool)
+
+
+TOY = ["--quick", "--cpu"]
+
+
+def row_nll(rows_MD: Tensor, table_VD: Tensor, tokens_M: Tensor) -> Tensor:
+    """What the packages of others compute."""
+    return F.cross_entropy(rows_MD @ table_VD.T, tokens_M, reduction="none")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_fused_cross_entropy_per_row_gives_the_joint_loss(at_once: bool) -> None:
+    found = loss_sides.errors(
+        lambda case, positions: loss_sides.fused(case, positions, row_nll, at_once), torch.float64, torch.device("cpu")
+    )
+    assert len(found) == 6 and max(found.values()) < 1e-12, found
+
+
+@pytest.mark.parametrize("side", ["bounded", "dense"])
+def test_our_sides_against_float64(side: str) -> None:
+    found = loss_sides.errors(loss_sides.make(side, 1), torch.float32, torch.device("cpu"))
+    assert max(found.values()) < 1e-5, found
+    found = loss_sides.errors(loss_sides.make(side, 1), torch.bfloat16, torch.device("cpu"))
+    assert 1e-5 < max(found.values()) < 0.05, found
+
+
+def test_a_side_that_fails_is_recorded_beside_those_that_do_not() -> None:
+    options = loss.parse([*TOY, "--large"])
+    found = loss.in_fresh_process(["bounded", "liger"], options)
+    assert set(found["bounded"]) >= {"seconds", "peak_bytes", "loss", "errors", "products"}
+    assert found["liger"].keys() == {"failed"} and "liger" in found["liger"]["failed"]
+    options.seconds = 0.01
+    assert "not done" in loss.in_fresh_process(["dense"], options)["dense"]["failed"]
+
+
+def test_growth_measures_every_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = {"seconds": 1.0, "peak_bytes": 1}
+    monkeypatch.setattr(loss, "in_fresh_process", lambda sides, options, **changes: {"bounded": cell})
+    record = loss.growth(loss.parse([*TOY, "--growth"]))
+    for name in loss_sides.DIMENSIONS:
+        assert len({found[name] for found in record["cells"]}) >= 2, name
+
+
+CPU = torch.device("cpu")
+MB = 250_000  # float32 numbers
+
+
+class Target(nn.Module):
+    """A forward that takes as many MB as it is told, and leaves one."""
+
+    def forward(self, megabytes: int) -> Tensor:
+        torch.zeros(megabytes * MB)
+        return torch.zeros(MB)
+
+
+def test_a_long_prompt_does_not_hide_what_drafting_takes() -> None:
+    target, before = Target(), torch.zeros(10 * MB)
+
+    def work() -> None:
+        kept = [target(20)]
+        for _ in range(3):
+            torch.zeros(3 * MB)  # a draft
+            kept.append(target(5))
+        kept.append(before[:MB] + 1)
+
+    found = working_memory(work, target, CPU)
+    assert (found.whole, found.later, found.between) == pytest.approx((20e6, 8e6, 3e6), rel=0.01)
+    assert found == working_memory(work, target, CPU), "the same every time"
+    assert not target._forward_hooks and not target._forward_pre_hooks
+
+
+def test_what_lies_behind_the_last_pass_counts() -> None:
+    target = Target()
+    found = working_memory(lambda: (target(2), torch.zeros(7 * MB)), target, CPU)
+    assert (found.whole, found.later, found.between) == pytest.approx((8e6, 8e6, 7e6), rel=0.01)
+
+
+def test_work_without_a_pass_is_refused() -> None:
+    with pytest.raises(ValueError, match="makes no forward of the target"):
+        working_memory(lambda: torch.zeros(3), Target(), CPU)
