@@ -30,7 +30,7 @@ from cpdlm.hf.load import read_json
 from cpdlm.training import checkpoints, run
 
 # Heads of rank 1 that see the pending token: the fastest wherever it was measured.
-SETTINGS = ("preset=retrofit", "rank=1", "anchor=token")
+SETTINGS = ("preset=retrofit", "rank=1", "link=all")
 MEASURED = "decode.json"
 
 Say = Callable[[str], None]

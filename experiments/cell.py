@@ -28,6 +28,7 @@ from cpdlm.data.corpus import load_corpus
 from cpdlm.data.target import Target
 from cpdlm.decoding import Sampling
 from cpdlm.files import write_json
+from cpdlm.model.build import parameter_counts
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.processes import is_first_process
 from cpdlm.training import checkpoints
@@ -147,7 +148,7 @@ def _evaluate(prepared: training.Run, command: str) -> None:
             "settings": asdict(config.evaluate),
             "weights": _weights_hash(config),
             "likelihood": held_out,
-            "parameters": model.parameter_counts(),
+            "parameters": parameter_counts(model),
             "data": data,
             "command": command,
             "seconds": {

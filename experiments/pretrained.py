@@ -66,12 +66,12 @@ def heads(
     effort: Effort,
     settings: dict[str, Any] | None = None,
     *,
-    anchor: str = "token",
+    link: str = "first",
     seed: int = 0,
     folder: str = "C6",
 ) -> Cell:
     """Heads tied to the model's own next-token head. settings: what differs from that."""
-    dials = {"corpus": corpus, "rank": rank, "anchor": anchor, "seed": seed}
+    dials = {"corpus": corpus, "rank": rank, "link": link, "model.draft_width": 0.5, "seed": seed}
     cell = Cell(folder, BASE | dials | effort.settings() | (settings or {}))
     named = {"name": f"{cell.config('').run_name}-{effort.label}"} if effort.label else {}
     return Cell(folder, cell.overrides | named)
@@ -80,25 +80,25 @@ def heads(
 def objectives(effort: Effort) -> list[Cell]:
     """The training objective, with and without token-conditioned drafts."""
     return [
-        heads("code", 4, effort, {"loss.objective": objective}, anchor=anchor, folder="C6-screen")
+        heads("code", 4, effort, {"loss.objective": objective}, link=link, folder="C6-screen")
         for objective in OBJECTIVES
-        for anchor in ("token", "none")
+        for link in ("first", "none")
     ]
 
 
 def ranks(effort: Effort) -> list[Cell]:
     """Rank by corpus and draft input; a second seed; untied heads; perceptron maps of equal size."""
     grid = (
-        heads(corpus, rank, effort, anchor=anchor)
+        heads(corpus, rank, effort, link=link)
         for corpus in ("code", "text")
-        for anchor in ("token", "none")
+        for link in ("first", "none")
         for rank in RANKS
     )
     untied = {"model.tie_first": False}
     return [
         *grid,
         *(heads("code", rank, effort, seed=1) for rank in (1, 4)),
-        *(heads("code", rank, effort, untied, anchor="none", folder="C6-untied") for rank in (1, 4)),
+        *(heads("code", rank, effort, untied, link="none", folder="C6-untied") for rank in (1, 4)),
         *(heads("code", rank, effort, {"model.map_hidden": hidden}) for rank, hidden in WIDE),
     ]
 
@@ -121,7 +121,7 @@ def retrofit_gpu() -> list[Cell]:
         *(cell for text in ("greedy", "sampled") for cell in _pair({"data.text": text}, f"C6-{text}")),
         *ranks(GPU_GRID),
         *_pair({"model.map_rank": 64}),
-        *_pair({"model.anchor_width": 1024}),
+        *_pair({"model.draft_width": 2.0}),
         *_pair({"model.adapter_layers": 4}),
         *objectives(GPU_SCREEN),
         *(heads("code", 4, GPU_SCREEN, {"loss.alpha": alpha}, folder="C6-screen") for alpha in (0.0, 0.5, 1.0)),

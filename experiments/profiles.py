@@ -27,7 +27,7 @@ def smoke() -> list[Cell]:
     return [
         code,
         *(heads(code, rank, "smoke") for rank in (1, 4)),
-        heads(code, 4, "smoke", anchor="token"),
+        heads(code, 4, "smoke", link="first"),
         *(scratch("code", rank, "smoke") for rank in (1, 4)),
     ]
 
@@ -39,7 +39,7 @@ def cpu() -> list[Cell]:
         code,
         text,
         *(heads(code, rank, "cpu-heads") for rank in RANKS),
-        *(heads(code, rank, "cpu-heads", anchor="token") for rank in RANKS),
+        *(heads(code, rank, "cpu-heads", link="first") for rank in RANKS),
         *controls(code, "cpu-heads", hidden=SMALL_CONTROLS)[:2],
         trunk("code", "trunk"),
         *(scratch("code", rank) for rank in RANKS),

@@ -1,7 +1,7 @@
 """One cell from the command line: train, evaluate, decode, write one record.
 
 python experiments/run.py rank=8
-python experiments/run.py preset=cpu-heads rank=4 anchor=token model.trunk=runs/NAME_OF_A_TRUNK_RUN
+python experiments/run.py preset=cpu-heads rank=4 link=first model.trunk=runs/NAME_OF_A_TRUNK_RUN
 """
 
 from __future__ import annotations

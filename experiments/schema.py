@@ -118,7 +118,6 @@ FIELDS: dict[str, Any] = {
         "size": str,
         "corpus": str,
         "seed": COUNT,
-        "anchor": str,
         "model": {"trunk": str, "tie_first": bool},
         "optim": {"steps": POSITIVE},
         "data": {"tokenizer": str, "context": POSITIVE},

@@ -96,9 +96,9 @@ def anchors() -> list[Cell]:
         cell
         for seed in SEEDS
         for cell in (
-            *(_base(rank, seed, anchor="token") for rank in (1, 4, 8)),
+            *(_base(rank, seed, link="first") for rank in (1, 4, 8)),
             *controls(_code(), "cpu-heads", hidden=SMALL_CONTROLS, seed=seed)[:2],
-            _base(1, seed, anchor="token", hidden=SMALL_CONTROLS[0]),
+            _base(1, seed, link="first", hidden=SMALL_CONTROLS[0]),
         )
     ]
 

@@ -105,24 +105,24 @@ def heads(
     preset: str,
     *,
     horizon: int = 4,
-    anchor: str = "none",
+    link: str = "none",
     tied: bool = False,
     hidden: int = 0,
     seed: int = 0,
 ) -> Cell:
     """Heads on a frozen trunk, which every rank shares. hidden: width of perceptron maps (0: linear maps)."""
-    folder = "beyond" if anchor != "none" or tied or hidden else "C3" if horizon == 4 else "horizon"
-    dials = _dials(target.overrides["corpus"], rank, preset, horizon, anchor, seed)
+    folder = "beyond" if link != "none" or tied or hidden else "C3" if horizon == 4 else "horizon"
+    dials = _dials(target.overrides["corpus"], rank, preset, horizon, link, seed)
     dials |= {"model.tie_first": True} if tied else {}
     dials |= {key: target.overrides[key] for key in ("size", "data.tokenizer") if key in target.overrides}
     return Cell(folder, dials | ({"model.map_hidden": hidden} if hidden else {}), target)
 
 
-def scratch(corpus: str, rank: int, preset: str = "none", *, anchor: str = "none", seed: int = 0) -> Cell:
+def scratch(corpus: str, rank: int, preset: str = "none", *, link: str = "none", seed: int = 0) -> Cell:
     """Trunk and heads trained together: a self target, another one for every rank."""
-    folder = "C1" if anchor == "none" else "beyond"
+    folder = "C1" if link == "none" else "beyond"
     reference = trunk(corpus, "trunk" if preset == "none" else f"{preset},trunk", seed)
-    return Cell(folder, _dials(corpus, rank, preset, 4, anchor, seed), reference=reference)
+    return Cell(folder, _dials(corpus, rank, preset, 4, link, seed), reference=reference)
 
 
 def controls(target: Cell, preset: str, *, hidden: tuple[int, int], seed: int = 0) -> list[Cell]:
@@ -132,15 +132,23 @@ def controls(target: Cell, preset: str, *, hidden: tuple[int, int], seed: int = 
     parameters) or hidden[1] units (its FLOPs). Token-conditioned rank 8: token-conditioned, hidden[0].
     """
     return [
-        heads(target, 1, preset, anchor="blind", seed=seed),
+        heads(target, 1, preset, link="blind", seed=seed),
         *(heads(target, 1, preset, hidden=width, seed=seed) for width in hidden),
-        heads(target, 1, preset, anchor="token", hidden=hidden[0], seed=seed),
+        heads(target, 1, preset, link="first", hidden=hidden[0], seed=seed),
     ]
 
 
-def _dials(corpus: str, rank: int, preset: str, horizon: int, anchor: str, seed: int) -> dict[str, Any]:
+# How token-conditioned drafts saw x_{t+1} when the star's cells were run.
+NARROW = {"model.draft_width": 0.5, "model.draft_normed": False}
+
+
+def _dials(corpus: str, rank: int, preset: str, horizon: int, link: str, seed: int) -> dict[str, Any]:
     overrides: dict[str, Any] = {} if preset == "none" else {"preset": preset}
-    return overrides | {"corpus": corpus, "rank": rank, "horizon": horizon, "anchor": anchor, "seed": seed}
+    return (
+        overrides
+        | {"corpus": corpus, "rank": rank, "horizon": horizon, "link": link, "seed": seed}
+        | ({} if link == "none" else NARROW)
+    )
 
 
 # --- sets of cells ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from transformers.utils.logging import set_verbosity_error
 
 from cpdlm.config import ConfigError, resolve
 from cpdlm.decoding import Options, Sampling, decode_batch
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import load_pretrained
 from tests.made_pretrained import continued
 

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from cpdlm.config import resolve
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import load_pretrained
 
 V, CONTEXT = 67, 48

@@ -47,10 +47,10 @@ def made(
     overrides: settings, with "." written as "__"."""
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
     origin = copy.deepcopy(origin or ORIGIN)
-    config = resolve({"rank": rank, "seed": seed} | settings)
-    octave, bonus = math.log2(rank), 0.25 if config.anchor == "token" else 0.1 if config.model.tie_first else 0.0
+    config = resolve({"rank": rank, "seed": seed, "model.draft_width": 0.5} | settings)
+    octave, bonus = math.log2(rank), 0.25 if config.link == "first" else 0.1 if config.model.tie_first else 0.0
     rows = np.random.default_rng(7)  # the same rows for every cell
-    own = np.random.default_rng([seed, rank, config.anchor == "token", config.corpus == "text"])
+    own = np.random.default_rng([seed, rank, config.link == "first", config.corpus == "text"])
     wobble = noise * own.standard_normal()
     positions = rows.integers(180, 250, 60)
     difficulty = rows.normal(0, 0.15, 60)
@@ -109,8 +109,8 @@ def made(
             "unembedding": 0,
             "heads": heads,
             "gate": 129 * rank,
-            "anchor": 20_000 * (config.anchor == "token"),
-            "total": trunk + heads + 129 * rank + 20_000 * (config.anchor == "token"),
+            "anchor": 20_000 * (config.link == "first"),
+            "total": trunk + heads + 129 * rank + 20_000 * (config.link == "first"),
             "trained": heads,
         },
         training=_training(config, octave, wobble),
@@ -255,7 +255,7 @@ def suite(seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **distributions
                 made(rank, seed, **distributions),
                 made(rank, seed, **common),
                 made(rank, seed, **text),
-                made(rank, seed, **common | {"anchor": "token", "claim": "beyond"}),
+                made(rank, seed, **common | {"link": "first", "claim": "beyond"}),
             ]
     made_of += [made(rank, 0, **common | {"model__tie_first": True, "claim": "beyond"}) for rank in ranks]
     made_of += [made(4, 0, horizon=horizon, **common | {"claim": "horizon"}) for horizon in (2, 8)]
@@ -265,7 +265,7 @@ def suite(seeds: int = 3, ranks: tuple[int, ...] = (1, 2, 4, 8), **distributions
 def wider(seeds: int = 2) -> list[dict[str, Any]]:
     """What figures show beside `suite`: another trunk size, ways of balancing the components, a pretrained model."""
     pretrained = {"model__trunk": "smollm2", "model__family": "pretrained", "data__tokenizer": "model", "claim": "C6"}
-    return [made(r, corpus=corpus, anchor="token", **pretrained) for r in (1, 4) for corpus in ("code", "text")] + [
+    return [made(r, corpus=corpus, link="first", **pretrained) for r in (1, 4) for corpus in ("code", "text")] + [
         record
         for seed in range(seeds)
         for record in (

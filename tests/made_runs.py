@@ -11,7 +11,8 @@ import torch
 from cpdlm.config import Config, resolve
 from cpdlm.data.corpus import load_corpus
 from cpdlm.files import write_json
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.training import checkpoints
 from tests.tiny import MICRO
 

@@ -16,6 +16,7 @@ from cpdlm.config import ConfigError, resolve
 from cpdlm.decoding import CapturedForwards, Captures, Options, Sampling, decode, decode_batch
 from cpdlm.hf import export
 from cpdlm.model.adapters import is_adapter
+from cpdlm.model.build import parameter_counts
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import RunError
@@ -29,7 +30,7 @@ TAKEN = [name for name in SHAPES if not name.startswith(("gpt2", "opt"))]
 
 def adapted(folder: Path, dtype: torch.dtype = torch.float32, *, moved: bool = True, **more: object) -> LanguageModel:
     """moved: with adapters that do something."""
-    model = with_heads(loaded(folder, dtype), **{"model.adapter_layers": 1, "anchor": "token"} | more)
+    model = with_heads(loaded(folder, dtype), **{"model.adapter_layers": 1, "link": "first"} | more)
     if moved:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -97,7 +98,7 @@ def test_only_adapters_and_heads_train_and_are_stored(pretrained: dict[str, Path
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[0] for name in trained} == {"heads", "anchor", "draft_trunk"}
     assert all(is_adapter(name) for name in trained if name.startswith("draft_trunk."))
-    counts = model.parameter_counts()
+    counts = parameter_counts(model)
     assert (
         counts["trained"] == counts["heads"] + counts["gate"] + counts["anchor"] + counts["adapters"] > counts["heads"]
     )
@@ -110,7 +111,7 @@ def test_only_adapters_and_heads_train_and_are_stored(pretrained: dict[str, Path
         name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
     }
     assert any(is_adapter(name) for name in moving) and moving <= trained
-    config = resolve(settings(str(pretrained["llama tied"]), anchor="token", **{"model.adapter_layers": 1}))
+    config = resolve(settings(str(pretrained["llama tied"]), link="first", **{"model.adapter_layers": 1}))
     model = adapted(pretrained["llama tied"])
     checkpoints.open_run(tmp_path, config)
     checkpoints.save_model(tmp_path, model, model.state_dict(), V)
@@ -127,7 +128,7 @@ def test_only_adapters_and_heads_train_and_are_stored(pretrained: dict[str, Path
 def test_a_cell_with_adapters_runs_to_a_valid_record(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     small_pretrained(tmp_path / "model", sorted(code_folder(tmp_path / "text").iterdir()))
-    words = typed(TINY | TINY_RETROFIT | {"rank": 2, "anchor": "token", "model.adapter_layers": 1, "name": "one"})
+    words = typed(TINY | TINY_RETROFIT | {"rank": 2, "link": "first", "model.adapter_layers": 1, "name": "one"})
     words += ["model.dtype=bfloat16", f"corpus={tmp_path}/text", f"model={tmp_path}/model"]
     words += [f"output={tmp_path}/runs", f"data.cache={tmp_path}/cache"]
     assert run.main(words) == 0

@@ -15,7 +15,7 @@ from cpdlm.config import resolve
 from cpdlm.decoding import Options, Sampling, decode, decode_batch
 from cpdlm.decoding.drafters import Uniforms
 from cpdlm.decoding.lookup import Copy, Lookup, LookupSettings
-from cpdlm.model.language_model import build_language_model
+from cpdlm.model.build import build_language_model
 from tests import oracle
 from tests.toy import FILTERS, ToyModel, truth
 

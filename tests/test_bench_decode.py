@@ -12,7 +12,7 @@ import torch
 
 from cpdlm.config import Config, resolve
 from cpdlm.decoding import Sampling, decode
-from cpdlm.model.language_model import build_language_model
+from cpdlm.model.build import build_language_model
 from cpdlm.training import checkpoints
 from experiments.bench import decode as benchmark
 from experiments.bench import decode_drafters
@@ -75,7 +75,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for variant, rank, seeds in all_heads:
             for seed in seeds:
                 anchor = "token" if variant == "anchored" else "none"
-                more = {"rank": rank, "anchor": anchor, "model.trunk": str(trunk), "seed": seed}
+                more = {"rank": rank, "link": anchor, "model.trunk": str(trunk), "seed": seed}
                 config = resolve(common | more)
                 save(root / "runs" / config.run_name, config)
     runs = ["--runs", str(root / "runs"), "--cpu"]

@@ -94,7 +94,7 @@ def test_a_rise_between_ranks_contradicts_c1_even_if_rank_8_is_lowest() -> None:
 def test_only_untied_cells_count_and_targets_stay_apart() -> None:
     """Token-conditioned cells are much better here; they must not move a verdict."""
     ours = [made(rank, seed, **COMMON, pace=0.0) for rank in (1, 8) for seed in range(3)]
-    anchored = [made(8, seed, **COMMON | {"claim": "beyond"}, anchor="token", pace=0.5) for seed in range(3)]
+    anchored = [made(8, seed, **COMMON | {"claim": "beyond"}, link="first", pace=0.5) for seed in range(3)]
     with_them, without = judged("C3", *ours, *anchored), judged("C3", *ours)
     assert with_them[0].numbers == without[0].numbers
     assert not any("beyond" in path for path in with_them[0].records)
@@ -345,7 +345,7 @@ def test_c6_is_contradicted_only_where_every_rank_was_decoded() -> None:
 
 def test_c6_judges_each_kind_of_draft_by_itself_and_is_no_matter_of_c3_and_c4() -> None:
     tied = [made(rank, 0, **TIED) for rank in (1, 4)]
-    conditioned = [made(rank, 0, **TIED, anchor="token") for rank in (1, 4)]
+    conditioned = [made(rank, 0, **TIED, link="first") for rank in (1, 4)]
     found = judged("C6 heads", *tied, *conditioned)
     assert [", token-conditioned, " in verdict.setting for verdict in found] == [False, True]
     untied = [made(rank, 0, **PRETRAINED) for rank in (1, 2, 4, 8)]

@@ -18,7 +18,8 @@ from cpdlm.bench.intervals import drawn, medians, of_median, of_ratio
 from cpdlm.bench.timers import StoodStill
 from cpdlm.config import resolve
 from cpdlm.decoding import Decoded, Sampling, decode
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from tests.tiny import MICRO
 
 PROMPTS = torch.randint(0, 17, (3, 6), generator=torch.Generator().manual_seed(0))
@@ -71,7 +72,7 @@ def test_a_group_is_measured_side_by_side(sampling: Sampling) -> None:
 def test_speed_over_rank_1_is_over_the_cell_of_the_same_variant() -> None:
     """Two laws in one group: each rank 2 is held against its own rank 1, and a cell without one against none."""
     models = {"u1": cell(1), "u2": cell(2), "t1": cell(1, **{"model.tie_first": True})}
-    models |= {"t2": cell(2, **{"model.tie_first": True}), "a2": cell(2, anchor="token")}
+    models |= {"t2": cell(2, **{"model.tie_first": True}), "a2": cell(2, link="first")}
     modes = measure(
         models, PROMPTS, Sampling(0.0), Protocol(9, repeats=3, warmups=0), rank_one={"u2": "u1", "t2": "t1"}
     )

@@ -36,7 +36,7 @@ BAD: list[tuple[str, str]] = [
     # choices
     ("preset=smoke,nope", "preset='nope' is not one of"),
     ("size=huge", "size='huge' is not one of micro, tiny, small, base, 56m, 1b"),
-    ("anchor=tokens", "anchor='tokens' is not one of none, token, blind; did you mean anchor=token?"),
+    ("link=firsts", "link='firsts' is not one of none, first, all, blind; did you mean link=first?"),
     # types
     ("rank=four", f"rank='four': expected int; the default is {Config().rank}"),
     ("optim.lr=fast", f"optim.lr='fast': expected float; the default is {Config().optim.lr}"),
@@ -64,7 +64,7 @@ BAD: list[tuple[str, str]] = [
     # combinations
     ("horizon=256 data.context=256", "horizon=256 does not fit data.context=256; lower the horizon"),
     ("horizon=1 rank=4", "rank=4 needs horizon of at least 2"),
-    ("horizon=1 rank=1 anchor=token", "anchor=token needs horizon of at least 2 (horizon=1)"),
+    ("horizon=1 rank=1 link=first", "link=first needs horizon of at least 2 (horizon=1)"),
     ("horizon=1 rank=1 model.trunk=runs/t", "model.trunk=runs/t needs horizon of at least 2"),
     ("model.head=separate model.map_rank=4", "model.map_rank=4 needs model.head=shared"),
     ("devices=3 data.batch_rows=8", "does not divide into devices=3 x train.accumulate=1; try data.batch_rows=9"),
@@ -221,7 +221,7 @@ def test_the_name_of_a_run_says_no_place() -> None:
 
 
 def test_what_follows_from_the_settings() -> None:
-    assert not parse([]).first_is_tied and parse(["anchor=token"]).first_is_tied
+    assert not parse([]).first_is_tied and parse(["link=first"]).first_is_tied
     assert parse(["model.tie_first=true"]).first_is_tied and parse(["preset=trunk"]).first_is_tied
     assert parse([]).target == "own" and parse(["model.trunk=runs/t"]).target == "common"
     retrofit = parse(["preset=retrofit", "model=some/SmolLM2-135M.gguf", "rank=8"])

@@ -51,7 +51,7 @@ DEFAULT: list[Case] = [
 EVERY: list[Case] = [
     (parallel, head | tie | FLOAT64 if optimizer == "adamw" else head | tie, optimizer)
     for parallel in ("ddp", "fsdp")
-    for head in ({}, SEPARATE, {"anchor": "token", "model.map_rank": 4}, {"balance": "kl"}, {"train.accumulate": 2})
+    for head in ({}, SEPARATE, {"link": "first", "model.map_rank": 4}, {"balance": "kl"}, {"train.accumulate": 2})
     for tie in ({}, UNTIED)
     for optimizer in ("sgd", "adamw")
 ] + [(parallel, {"model.family": "gpt2"}, "sgd") for parallel in ("ddp", "fsdp")]

@@ -33,9 +33,10 @@ from cpdlm.decoding import Options, Sampling, accept, cache, decode, decode_batc
 from cpdlm.decoding.drafters import DRAFTERS, LOOKUP
 from cpdlm.decoding.filtering import draw
 from cpdlm.decoding.lookup import LookupSettings
+from cpdlm.model.build import build_language_model
 from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.joint import Joint
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk
 from tests import oracle
 from tests.tiny import MICRO
@@ -194,7 +195,7 @@ def real(family: str, anchor: str = "token", common: bool = True, rank: int = 3)
     torch.manual_seed(0)
     base = MICRO | {"model.family": family}
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 17) if common else None
-    overrides = base | {"rank": rank, "horizon": 4, "anchor": anchor} | ({"model.trunk": "x"} if common else {})
+    overrides = base | {"rank": rank, "horizon": 4, "link": anchor} | ({"model.trunk": "x"} if common else {})
     model = build_language_model(resolve(overrides), 17, trunk).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -51,7 +51,7 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
     card = (folder / "README.md").read_text()
     front = {"library_name", "pipeline_tag", "tags"}
     assert (metadata_load(folder / "README.md") or {}).keys() == front, "nothing else is known"
-    for word in ("rank, horizon, anchor | 2, 4, none", "1.77", "1.23 [1.10, 1.31]", "sympy 1.14.0 (BSD-3-Clause)"):
+    for word in ("rank, horizon, link | 2, 4, none", "1.77", "1.23 [1.10, 1.31]", "sympy 1.14.0 (BSD-3-Clause)"):
         assert word in card, word
     assert cli.main(["export", str(run), str(folder)]) == 2, "the trunk is gone"
     assert "trunk" in capsys.readouterr().err

@@ -19,7 +19,8 @@ from cpdlm.config import resolve
 from cpdlm.decoding import CapturedForwards, Captures, Options, Sampling, decode, decode_batch
 from cpdlm.decoding.drafters import DRAFTERS, LOOKUP
 from cpdlm.hf import CpdlmForCausalLM
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from tests import oracle
 from tests.test_drafters import LENGTH, PROMPTS
 from tests.toy import FILTERS, ToyModel, truth
@@ -128,7 +129,7 @@ def real(device: str, family: str = "llama", size: int = 0, dtype: torch.dtype =
         "decode.new_tokens": 32,
     }
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 61)
-    heads = base | {"rank": 3, "horizon": 4, "model.trunk": "random", "anchor": "token"}
+    heads = base | {"rank": 3, "horizon": 4, "model.trunk": "random", "link": "first"}
     model = build_language_model(resolve(heads), 61, trunk).to(device, dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():

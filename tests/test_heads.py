@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpdlm.model.heads import Anchor, FactorHeads, HeadsConfig
+from cpdlm.model.draft_input import Anchor
+from cpdlm.model.heads import FactorHeads, HeadsConfig
 from tests import joint_oracle as oracle
 
 P, N, R, V, D, K = 4, 3, 2, 7, 6, 2
@@ -79,7 +80,7 @@ def test_maps_start_near_the_trunks_own_prediction() -> None:
     hidden = torch.randn(64, width)
     for map_rank in (0, 16):
         heads = FactorHeads(width, V, HeadsConfig(R, N, False, map_rank=map_rank, noise=0.2))
-        rows = heads._features()(hidden, *heads._map_parameters(0, N)).view(64, N * R, width)
+        rows = heads._features()(hidden, 0, *heads._map_parameters(0, N)).view(64, N * R, width)
         moved = (rows - hidden[:, None]).norm(dim=-1) / hidden.norm(dim=-1)[:, None]
         assert 0.15 < moved.mean() < 0.25
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cpdlm.bench.timers import count_forwards
 from cpdlm.config import resolve
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from tests.hf_models import plain, wrap
 from tests.made_runs import write_corpus
 from tests.tiny import MICRO
@@ -22,7 +23,7 @@ def trained(text_T: Tensor, steps: int = 150) -> LanguageModel:
     base = MICRO | {"data.context": 128}
     torch.manual_seed(0)
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 257)
-    heads = build_language_model(resolve(base | {"rank": 4, "anchor": "token", "model.trunk": "frozen"}), 257, trunk)
+    heads = build_language_model(resolve(base | {"rank": 4, "link": "first", "model.trunk": "frozen"}), 257, trunk)
     rows_RT = text_T[: len(text_T) // 64 * 64].view(-1, 64)
     learning = [each for each in heads.parameters() if each.requires_grad]
     for model, parameters in ((trunk, list(trunk.requires_grad_(True).parameters())), (heads, learning)):

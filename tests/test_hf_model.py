@@ -16,7 +16,8 @@ from transformers import (
 
 from cpdlm.config import resolve
 from cpdlm.hf import CpdlmConfig, CpdlmForCausalLM
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import CACHE
 from tests.hf_models import TIED, wrap, wrapped
 from tests.test_loop import real
@@ -34,8 +35,8 @@ BUILT: list[dict[str, Any]] = [
     {},
     {"rank": 2, "model.tie_embeddings": False, "balance": "bias"},
     {"model.head": "separate", "model.family": "gpt2"},
-    {"model.map_rank": 3, "anchor": "token", "model.anchor_width": 5},
-    {"model.map_hidden": 6, "anchor": "blind"},
+    {"model.map_rank": 3, "link": "first", "model.draft_width": 0.125},
+    {"model.map_hidden": 6, "link": "blind"},
     {"rank": 1, "horizon": 1, "model.family": "gpt2"},
     {"model.trunk": "frozen"},
 ]

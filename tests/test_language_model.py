@@ -13,7 +13,8 @@ from transformers import GPTNeoXConfig, Lfm2Config, MambaConfig, Qwen2Config
 from cpdlm.bench.contenders import hugging_face
 from cpdlm.config import ConfigError, resolve
 from cpdlm.decoding import Sampling, decode
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model, parameter_counts
+from cpdlm.model.language_model import LanguageModel
 from tests.tiny import MICRO
 
 V, T, N, R = 11, 8, 3, 2
@@ -24,13 +25,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "separate": {"model.head": "separate", "model.tie_embeddings": False},
     "low-rank": {"model.map_rank": 4},
     "mlp": {"model.map_hidden": 4},
-    "blind": {"anchor": "blind"},
+    "blind": {"link": "blind"},
     "tied": {"model.tie_first": True},
-    "anchored": {"anchor": "token"},
+    "anchored": {"link": "first"},
     "bias": {"balance": "bias"},
+    "linked": {"link": "all", "model.link_width": 8},
+    "hmm": {"joint": "hmm"},
+    "offsets": {"model.component_rank": 4},
     "plain": {"horizon": 1, "rank": 1, "balance": "none"},
     "common": {"model.trunk": "a folder"},
-    "common anchored": {"model.trunk": "a folder", "anchor": "token"},
+    "common anchored": {"model.trunk": "a folder", "link": "first"},
 }
 WITH_MIXTURE = [name for name in LAYOUTS if name != "plain"]
 
@@ -45,6 +49,11 @@ def make(layout: str = "untied", family: str = "llama", seed: int = 0, **more: A
             model.anchor.out.weight.normal_(std=0.1)
         if model.heads is not None:
             model.heads.gate.weight.normal_(std=0.5)
+            for name in ("link", "base"):
+                if name in model.heads.maps:
+                    model.heads.maps[name].normal_(std=0.1)
+            if model.heads.transitions is not None:
+                model.heads.transitions.weight.normal_(std=0.1)
     return model
 
 
@@ -85,7 +94,7 @@ def test_hidden_states_see_no_later_token(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["untied", "tied", "anchored"])
+@pytest.mark.parametrize("layout", ["untied", "tied", "anchored", "hmm"])
 def test_nothing_beyond_the_pending_token_leaks_into_the_draft(layout: str, family: str) -> None:
     """The loss of position t depends on the tokens up to t and, anchored, on the embedding of x_{t+1}, and no other."""
     for t in (0, 3, T - 1):
@@ -107,6 +116,45 @@ def test_nothing_beyond_the_pending_token_leaks_into_the_draft(layout: str, fami
             assert len(seen.calls) == 1
 
 
+def test_a_linked_factor_sees_the_token_before_it_and_no_other() -> None:
+    """Draft k is scored by the token before it, not by itself nor by what follows it."""
+    model, batch = make("linked", horizon=4), rows(1)
+    future = torch.randint(0, V, (1, T, 4), generator=torch.Generator().manual_seed(1))
+    batch |= {"future_BTN": future, "successors_BT": torch.full((1, T), 4)}
+    hidden_BD = model.hidden(batch["tokens_BT"])[:, 2]
+    joint = model.joint(hidden_BD, future[:, 2, 0])
+    chain = joint.chain(future[:, 2, 1:])[0]
+    for changed in range(1, 4):
+        other = future.clone()
+        other[0, 2, changed] = (other[0, 2, changed] + 1) % V
+        moved = (joint.chain(other[:, 2, 1:])[0] - chain).abs() > 1e-9
+        assert not moved[: changed - 1].any() and moved[changed - 1 : changed + 1].all()
+    weight = torch.zeros(1, T, dtype=torch.float64)
+    weight[0, 2] = 1
+    terms = model(**batch, first_weight_BT=torch.zeros_like(weight), rest_weight_BT=weight)
+    torch.testing.assert_close(terms.rest_nll_P, -chain.sum()[None])
+
+
+@pytest.mark.parametrize("layout", ["linked", "hmm", "offsets"])
+def test_a_draft_vocabulary_of_all_tokens_changes_nothing(layout: str) -> None:
+    model = make(layout)
+    hidden_BD, pending_B = torch.randn(2, 64, dtype=torch.float64), torch.tensor([1, 2])
+    window = torch.randint(0, V, (2, 2))
+    whole = model.draft_joint(hidden_BD, pending_B).log_prob(window)
+    order = torch.arange(V).flip(0)
+    model.use_draft_vocabulary(order)
+    torch.testing.assert_close(model.draft_joint(hidden_BD, pending_B).log_prob(model.indices(window)), whole)
+
+
+def test_what_cannot_draft_from_a_few_components_is_refused() -> None:
+    for layout, message in (("hmm", "joint=cp"), ("separate", "use shared")):
+        with pytest.raises(ValueError, match=message):
+            make(layout).use_active(1)
+    model = make()
+    model.use_active(1)
+    assert model.draft_joint(torch.randn(2, 64, dtype=torch.float64), torch.tensor([1, 2])).rank == 1
+
+
 def test_the_token_conditioned_draft_moves_with_the_pending_token_alone() -> None:
     model, hidden_BD = make("anchored"), torch.randn(1, 64, dtype=torch.float64)
     one, two = (model.draft_joint(hidden_BD, torch.tensor([token])) for token in (3, 4))
@@ -116,7 +164,7 @@ def test_the_token_conditioned_draft_moves_with_the_pending_token_alone() -> Non
 
 def test_the_token_conditioned_draft_starts_as_the_draft_without_it() -> None:
     torch.manual_seed(0)
-    model = build_language_model(resolve({"size": "micro", "rank": R, "horizon": N, "anchor": "token"}), V).double()
+    model = build_language_model(resolve({"size": "micro", "rank": R, "horizon": N, "link": "first"}), V).double()
     hidden_BD = torch.randn(2, 64, dtype=torch.float64)
     with_anchor = model.draft_joint(hidden_BD, torch.tensor([1, 2]))
     model.anchor = None
@@ -167,6 +215,8 @@ def test_a_draft_vocabulary_restricts_the_distribution_to_it(layout: str) -> Non
     weights = whole.log_weights_R.clone()
     if skip:
         weights[0] = (weights[0] + restricted[0, 0, :, 2]).log_softmax(-1)
+        if whole.log_transitions_NRR is not None:
+            weights = (weights.unsqueeze(-1) + whole.log_transitions_NRR[:, 0]).logsumexp(dim=-2)
     torch.testing.assert_close(draft.log_weights_R, weights)
     assert set(model.state_dict()) == set(make(layout).state_dict()), "a list is no part of a checkpoint"
     model.use_draft_vocabulary(None)
@@ -288,7 +338,7 @@ def test_cache_after_rollback_is_cache_recomputed(family: str) -> None:
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_parameter_counts_add_up(layout: str) -> None:
     model = make(layout)
-    counts, width = model.parameter_counts(), 64
+    counts, width = parameter_counts(model), 64
     parts = ("trunk", "unembedding", "heads", "gate", "anchor")
     assert sum(counts[part] for part in parts) == counts["total"] == sum(p.numel() for p in model.parameters())
     factors = N - 1 if model.first_is_tied else N
@@ -297,10 +347,18 @@ def test_parameter_counts_add_up(layout: str) -> None:
         assert counts["unembedding"] == 0, "nothing would use it"
     elif layout in ("low-rank", "mlp"):
         assert counts["heads"] == 2 * N * R * 4 * width
+    elif layout == "offsets":
+        assert counts["heads"] == N * (2 * R * 4 + width) * width
+    elif layout == "linked":
+        assert counts["heads"] == factors * R * width**2 + 8 * (2 * width + factors * (width + 1))
+    elif layout == "hmm":
+        assert counts["heads"] == N * R * width**2 + (N - 1) * R * R * (width + 1)
     elif layout != "plain":
         assert counts["heads"] == factors * R * width * width and counts["unembedding"] == 0
     assert counts["gate"] == (0 if layout == "plain" else R * width + (0 if layout == "bias" else R))
-    assert counts["anchor"] == ((2 * width + 1) * 32 + 33 * width if model.anchor is not None else 0)
+    assert counts["anchor"] == (
+        (2 * width + 1) * 4 * width + (4 * width + 1) * width if model.anchor is not None else 0
+    )
     assert counts["trained"] == counts["total"] - (
         counts["trunk"] + counts["unembedding"] if model.frozen_target else 0
     )
@@ -362,7 +420,7 @@ def test_a_trunk_from_a_hugging_face_config(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"{name}.json"
     FOREIGN[name].to_json_file(path, use_diff=False)
     base = {"model.family": str(path), "data.context": 48, "decode.prompt_tokens": 4, "decode.new_tokens": 4}
-    config = resolve(base | {"rank": 2, "horizon": 3, "anchor": "token"})
+    config = resolve(base | {"rank": 2, "horizon": 3, "link": "first"})
     assert config.run_name.startswith(f"code-{name}-own-r2")
     model = build_language_model(config, V).double().eval()
     assert model.trunk.width == 32 and len(model.trunk.layers()) == 2

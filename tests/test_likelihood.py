@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cpdlm.config import parse
-from cpdlm.model.language_model import build_language_model
+from cpdlm.model.build import build_language_model
 from experiments.measure import likelihood
 from experiments.measure.components import CLASSES
 
@@ -28,7 +28,7 @@ def _batch(rows: int, length: int, horizon: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("words", ["rank=3", "rank=3 anchor=token", "rank=2 model.tie_first=true", "rank=1 horizon=1"])
+@pytest.mark.parametrize("words", ["rank=3", "rank=3 link=first", "rank=2 model.tie_first=true", "rank=1 horizon=1"])
 def test_reported_numbers_are_simple_averages(words: str) -> None:
     config = parse([*words.split(), "size=micro", *([] if "horizon" in words else ["horizon=3"])])
     torch.manual_seed(0)
@@ -77,7 +77,7 @@ def test_reported_numbers_are_simple_averages(words: str) -> None:
     assert sum(report["weights"]["mean"]) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("words", ["", "model.tie_first=true", "anchor=token"])
+@pytest.mark.parametrize("words", ["", "model.tie_first=true", "link=first"])
 def test_on_a_draft_vocabulary_all_is_of_the_restricted_distribution(
     words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,8 +20,9 @@ from cpdlm.bench.contenders import hugging_face
 from cpdlm.bench.timers import count_forwards
 from cpdlm.config import resolve
 from cpdlm.decoding import ModelProxy, Options, Sampling, decode, decode_batch, drafters
+from cpdlm.model.build import build_language_model
 from cpdlm.model.joint import Joint
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.language_model import LanguageModel
 from tests import oracle
 from tests.planted_faults import FAULTS, WASTEFUL, Variant
 from tests.toy import FILTERS, ToyModel, keep
@@ -261,7 +262,7 @@ def real(
     """A tiny model with random weights, scaled so that its text wanders and some drafts are right. Float64."""
     torch.manual_seed(0)
     base = BASE | {"model.family": family}
-    overrides = base | {"rank": rank, "anchor": anchor, "model.tie_first": tie, "horizon": horizon}
+    overrides = base | {"rank": rank, "link": anchor, "model.tie_first": tie, "horizon": horizon}
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), vocabulary) if common else None
     model = build_language_model(resolve(overrides | ({"model.trunk": "frozen"} if common else {})), vocabulary, trunk)
     model = model.double().eval()

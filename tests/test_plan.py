@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from cpdlm.config import parse, resolve
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.training import flops
 from cpdlm.training.flop_count import FlopCount, matmul_rate
 from cpdlm.training.plan import Plan, make_plan
@@ -99,7 +100,7 @@ def test_planned_flops_are_those_of_a_step(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rank": 3, "anchor": "token"},
+        {"rank": 3, "link": "first"},
         {"rank": 2, "model.family": "gpt2", "model.tie_first": True, "model.map_hidden": 8},
         {"rank": 2, "model.head": "separate", "size": "1b"},
         {"rank": 3, "model.trunk": "a run", "data.states": 32, "model.map_rank": 4},

@@ -41,7 +41,7 @@ def test_the_target_is_the_models_own_distribution(name: str, dtype: torch.dtype
     whole = AutoModelForCausalLM.from_pretrained(pretrained[name], dtype=dtype).eval()
     tokens_BT = torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(3))
     near = 1e-5 if dtype == torch.float32 else 0.02
-    for model in (base, with_heads(base), with_heads(base, anchor="token")):
+    for model in (base, with_heads(base), with_heads(base, link="first")):
         with torch.inference_mode():
             hidden_BTD, theirs = model.hidden(tokens_BT), whole(tokens_BT).logits.float()
             ours = model.target_logits(hidden_BTD, model.unembedding.weight).float()
@@ -54,7 +54,7 @@ def test_the_target_is_the_models_own_distribution(name: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_greedy_text_is_that_of_generate(name: str, pretrained: dict[str, Path]) -> None:
-    model = with_heads(loaded(pretrained[name]), anchor="token")
+    model = with_heads(loaded(pretrained[name]), link="first")
     whole, shared = AutoModelForCausalLM.from_pretrained(pretrained[name]).eval(), hugging_face(model)
     assert shared is not None
     asked = prompts(3, 9, 6)
@@ -73,7 +73,7 @@ LONGER = {name: SHAPES[name] for name in ("llama tied", "gpt2", "opt, which make
 @pytest.mark.parametrize("name", LONGER)
 def test_it_decodes_as_far_as_the_model_goes_however_short_it_was_trained(name: str, tmp_path: Path) -> None:
     folder = saved(LONGER[name], tmp_path / "model")
-    model = with_heads(loaded(folder, context=16), **{"data.context": 16, "anchor": "token"})
+    model = with_heads(loaded(folder, context=16), **{"data.context": 16, "link": "first"})
     assert model.context == 64
     prompt_T = torch.tensor([5, 6, 7])
     theirs = continued(AutoModelForCausalLM.from_pretrained(folder).eval(), prompt_T, 61)
@@ -131,7 +131,7 @@ def test_documents_of_a_row_do_not_see_each_other(name: str, pretrained: dict[st
 def test_positions_by_alibi_are_exact(tmp_path: Path) -> None:
     """BLOOM: its bias counts the slots of the cache, dead ones and those of other documents and branches too."""
     folder = saved(BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4), tmp_path / "model")
-    model, whole = with_heads(loaded(folder), anchor="token"), AutoModelForCausalLM.from_pretrained(folder).eval()
+    model, whole = with_heads(loaded(folder), link="first"), AutoModelForCausalLM.from_pretrained(folder).eval()
     asked = prompts(3, 9, 6)
     theirs = [continued(whole, prompt_T, 30) for prompt_T in asked]
     for draft in ("chain", "tree"):
@@ -176,7 +176,7 @@ def test_heads_are_wider_than_a_narrow_trunk(pretrained: dict[str, Path]) -> Non
 def test_an_exported_model_comes_back_bit_for_bit(
     name: str, dtype: torch.dtype, pretrained: dict[str, Path], tmp_path: Path
 ) -> None:
-    model = with_heads(loaded(pretrained[name], dtype), anchor="token")
+    model = with_heads(loaded(pretrained[name], dtype), link="first")
     CpdlmForCausalLM.from_language_model(model, 1, 2).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).model
     theirs = dict(again.named_parameters())

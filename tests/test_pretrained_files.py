@@ -44,7 +44,7 @@ from cpdlm.config import ConfigError, parse, resolve
 from cpdlm.data.pretrained_files import ORIGIN, checkpoint_folder, content_hash, eos_of
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
 from cpdlm.model import pretrained as model_files
-from cpdlm.model.language_model import build_language_model
+from cpdlm.model.build import build_language_model
 from cpdlm.model.pretrained import load_pretrained
 from cpdlm.training.plan import make_plan
 

@@ -21,7 +21,7 @@ from cpdlm.decoding import Sampling, decode
 from cpdlm.files import write_json
 from cpdlm.hf import export, released
 from cpdlm.hf.load import load
-from cpdlm.model.language_model import build_language_model
+from cpdlm.model.build import build_language_model
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import RunError
 
@@ -43,7 +43,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(released, "FOLDER", tmp_path / "released")
     folder = tmp_path / "run"
     more = {"rank": 2, "horizon": 3, "decode.draft_vocabulary": 20, "output": str(tmp_path / "elsewhere")}
-    config = resolve(settings("smollm2", anchor="token") | more)
+    config = resolve(settings("smollm2", link="first") | more)
     checkpoints.open_run(folder, config)
     trunk = checkpoints.load_target(config)
     assert trunk is not None

@@ -146,8 +146,8 @@ PRETRAINED = {"model__trunk": "smollm2", "model__family": "pretrained", "data__t
 def test_the_table_of_pretrained_models_tells_every_dial_apart(tmp_path: Path) -> None:
     """What a row was trained for, on which text, with which maps: no two cells of the grid share a row or lose one."""
     tied = PRETRAINED | {"model__tie_first": True, "loss__objective": "eq14"}
-    more: list[dict[str, Any]] = [{}, {"rank": 4}, {"model__tie_first": False}, {"anchor": "token"}]
-    more += [{"anchor": "token", "model__anchor_width": 99}, {"model__map_rank": 64}, {"model__map_hidden": 32}]
+    more: list[dict[str, Any]] = [{}, {"rank": 4}, {"model__tie_first": False}, {"link": "first"}]
+    more += [{"link": "first", "model__draft_width": 3.0}, {"model__map_rank": 64}, {"model__map_hidden": 32}]
     more += [{"loss__objective": "blend"}, {"loss__alpha": 0.5}, {"loss__gamma": 0.7}, {"optim__steps": 9}]
     more += [{"data__text": "greedy", "data__states": 512}]
     cells = [tied | each for each in more]
@@ -158,7 +158,7 @@ def test_the_table_of_pretrained_models_tells_every_dial_apart(tmp_path: Path) -
     assert len(table.rows) == len(cells) and not [note for note in notes if "left out" in note]
     assert len({row[:7] for row in table.rows}) == len(cells)
     shown = {(row[1], row[2]) for row in table.rows}
-    assert shown >= {("eq14", "untied"), ("eq14", "token-conditioned, anchor 99"), ("eq14", "tied, low 64")}
+    assert shown >= {("eq14", "untied"), ("eq14", "token-conditioned, draft 3"), ("eq14", "tied, low 64")}
     assert shown >= {("blend", "tied"), ("eq14, alpha 0.5", "tied"), ("eq14, the model's own text (greedy)", "tied")}
 
 

@@ -168,7 +168,7 @@ def test_heads_on_a_frozen_trunk_come_back_without_a_copy_of_it(tie_embeddings: 
     plain = settings(**LAYOUTS["plain"], **{"model.tie_embeddings": tie_embeddings, "optim.steps": 2})
     train(plain, tmp_path / "trunk")
     trunk = checkpoints.load_model(tmp_path / "trunk")
-    config = settings(**{"model.trunk": str(tmp_path / "trunk"), "anchor": "token", "optim.steps": 3})
+    config = settings(**{"model.trunk": str(tmp_path / "trunk"), "link": "first", "optim.steps": 3})
     _, state = train(config, tmp_path / "heads")
     again = checkpoints.load_model(tmp_path / "heads")
     for name, value in state.items():

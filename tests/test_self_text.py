@@ -14,7 +14,8 @@ from cpdlm.config import ConfigError, resolve
 from cpdlm.data.stored import TokenSplit
 from cpdlm.data.tokenizer import Tokenizer
 from cpdlm.decoding import Sampling, decode
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.training import self_text
 from cpdlm.training.self_text import PROMPT, Writing, packed, written_text
 

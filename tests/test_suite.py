@@ -18,6 +18,7 @@ from tiny import TINY, TINY_RETROFIT, code_folder, small_pretrained
 from cpdlm.config import DecodeConfig, flatten, to_dict
 from cpdlm.data.corpus import write_bundle
 from cpdlm.data.draft_vocabulary import frequent_tokens
+from cpdlm.model.build import parameter_counts
 from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
@@ -27,7 +28,7 @@ from experiments.claims import CLAIMS
 from experiments.profiles import PROFILES, study
 from experiments.records import Record, load_all
 from experiments.star import SMALL_CONTROLS
-from experiments.suite import Cell, complete, controls, decode_groups, heads, mates, trunk
+from experiments.suite import NARROW, Cell, complete, controls, decode_groups, heads, mates, trunk
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +63,7 @@ def test_cells_resolve_and_have_names_of_their_own(profile: str) -> None:
         untied = [c for c in configs if not c.first_is_tied]
         assert not untied or configs[0] == untied[0], "the rank-1 reference is the paper's rank 1"
         if group.reference is not None:  # the next-token model of equal training
-            free = ("rank", "anchor", "name", "model.tie_first", "horizon", "balance", "preset", "loss.joint_fraction")
+            free = ("rank", "link", "name", "model.tie_first", "horizon", "balance", "preset", "loss.joint_fraction")
             plain = {k: v for k, v in flatten(group.reference.config("runs")).items() if k not in free}
             for cell in group.cells:
                 mine = {k: v for k, v in flatten(cell.config("runs")).items() if k not in free}
@@ -76,7 +77,7 @@ ARMS: dict[str, set[str]] = {
     "ranks": {"rank"},
     "corpora": {"rank", "corpus"},
     "horizons": {"rank", "horizon"},
-    "anchors": {"rank", "anchor", "model.map_hidden"},
+    "anchors": {"rank", "link", "model.map_hidden", *NARROW},
     "heads_for_equal_time": {"rank", "optim.steps"},
     "unembeddings": {"model.head"},
     "balances": {"rank", "balance", "loss.balance_weight"},
@@ -113,7 +114,7 @@ def test_mates_differ_in_rank_only_and_needs_come_first() -> None:
 
 def test_speed_over_rank_1_is_of_cells_that_differ_in_rank_only() -> None:
     code = trunk("code", "cpu-trunk,trunk")
-    cells = [heads(code, r, "cpu-heads", anchor=anchor) for anchor in ("none", "token") for r in (1, 4)]
+    cells = [heads(code, r, "cpu-heads", link=link) for link in ("none", "first") for r in (1, 4)]
     cells += [heads(code, 4, "cpu-heads", hidden=288), heads(code, 1, "cpu-heads", hidden=1152)]
     (group,) = decode_groups(cells, "runs")
     assert one_cell._rank_one([cell.config("runs") for cell in group.cells]) == {
@@ -130,7 +131,7 @@ def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against
         with torch.device("meta"):
             trunk, shape = Trunk(build_body(config, 257)), HeadsConfig.of(config)
             made = LanguageModel(trunk, 257, shape, frozen_target=True, context=config.data.context)
-            counts = made.parameter_counts()
+            counts = parameter_counts(made)
         content = {"config": to_dict(config), "parameters": counts, "data": {"vocab_size": 257}}
         flops = Record("x", content).draft_flops()
         assert flops is not None
@@ -138,10 +139,10 @@ def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against
 
     code = trunk("code", "cpu-trunk,trunk")
     blind, equal_size, equal_cost, anchored = map(sizes, controls(code, "cpu-heads", hidden=SMALL_CONTROLS))
-    assert blind == sizes(heads(code, 1, "cpu-heads", anchor="token"))
+    assert blind == sizes(heads(code, 1, "cpu-heads", link="first"))
     assert equal_size[0] == pytest.approx(sizes(heads(code, 8, "cpu-heads"))[0], rel=0.01)
     assert equal_cost[1] == pytest.approx(sizes(heads(code, 8, "cpu-heads"))[1], rel=0.01)
-    assert anchored[0] == pytest.approx(sizes(heads(code, 8, "cpu-heads", anchor="token"))[0], rel=0.01)
+    assert anchored[0] == pytest.approx(sizes(heads(code, 8, "cpu-heads", link="first"))[0], rel=0.01)
 
 
 @pytest.mark.usefixtures("few_resamples")
@@ -153,7 +154,7 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
     for cell in PROFILES["cpu-full"]():
         config = cell.config("runs")
         if config.seed == 0 and (config.rank, config.horizon) in ((1, 1), (1, 4), (4, 4)):
-            kind = (config.target, config.anchor, config.horizon > 1, config.model.map_hidden > 0, config.model.head)
+            kind = (config.target, config.link, config.horizon > 1, config.model.map_hidden > 0, config.model.head)
             kinds.setdefault((*kind, config.data.tokenizer), cell)
     cells = [shrunk(cell, corpus, tmp_path / "cache") for cell in complete(kinds.values())]
     monkeypatch.setitem(sweep.PROFILES, "smoke", lambda: cells)
@@ -210,13 +211,13 @@ class InProcess:
 
 
 # What else is under study on a pretrained model: the objective with its constants, and the kinds of maps and anchors.
-MORE_DIALS = {"loss.objective", "loss.alpha", "loss.gamma", "model.map_rank", "model.anchor_width"}
+MORE_DIALS = {"loss.objective", "loss.alpha", "loss.gamma", "model.map_rank", "model.draft_width"}
 MORE_DIALS |= {"model.adapter_layers", "model.tie_first", "model.map_hidden"}
 
 
 @pytest.mark.parametrize("profile", [name for name in PROFILES if name.startswith("retrofit")])
 def test_cells_on_a_pretrained_model_that_are_compared_differ_in_the_dials_only(profile: str) -> None:
-    free = {"rank", "anchor", "name"} | MORE_DIALS
+    free = {"rank", "link", "name"} | MORE_DIALS
     for group in decode_groups(PROFILES[profile](), "runs"):
         configs = [cell.config("runs") for cell in group.cells]
         settings = [{k: v for k, v in flatten(config).items() if k not in free} for config in configs]
@@ -241,9 +242,9 @@ def test_every_kind_of_cell_on_a_pretrained_model_runs_to_a_valid_record(
     for cell in PROFILES["retrofit-gpu"]():
         config, screen = cell.config("runs"), cell.folder == "C6-screen"
         objective, maps = config.loss.objective, (config.model.map_hidden > 0, config.model.map_rank)
-        wanted = not screen or (config.anchor == "token" and objective in ("joint", "blend"))
+        wanted = not screen or (config.link == "first" and objective in ("joint", "blend"))
         if wanted and cell.folder != "C6-long" and config.corpus == "code" and config.seed == 0:
-            kinds.setdefault((cell.folder, objective, config.anchor, *maps), cell)
+            kinds.setdefault((cell.folder, objective, config.link, *maps), cell)
     cells = [Cell(cell.folder, cell.overrides | small) for cell in kinds.values()]
     assert len(cells) == 9 and {cell.config("x").data.text for cell in cells} == {"corpus", "greedy", "sampled"}
     write_bundle([cells[0].config("x")], tmp_path / "bundle")

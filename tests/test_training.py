@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cpdlm.config import Config, OptimConfig, resolve
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, WEIGHTS
 from cpdlm.training.fit import Interrupted, Journal, Summary, fit
@@ -29,7 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "own": {},
     "separate": {"model.head": "separate", "model.tie_embeddings": False},
     "tied": {"model.tie_first": True},
-    "anchored": {"anchor": "token", "model.map_rank": 4},
+    "anchored": {"link": "first", "model.map_rank": 4},
     "bias": {"balance": "bias"},
     "plain": {"horizon": 1, "rank": 1, "balance": "none"},
 }
@@ -133,7 +134,7 @@ def test_schedule_warms_up_peaks_and_ends_at_the_floor() -> None:
 
 
 def test_weight_decay_is_on_matrices_only() -> None:
-    module = MultiTokenModule(settings(anchor="token"), build(settings(anchor="token")))
+    module = MultiTokenModule(settings(link="first"), build(settings(link="first")))
     groups = module.configure_optimizers()["optimizer"].param_groups
     assert {p.ndim >= 2 for p in groups[0]["params"]} == {True} and groups[0]["weight_decay"] == 0.1
     assert {p.ndim for p in groups[1]["params"]} == {1} and groups[1]["weight_decay"] == 0
@@ -173,7 +174,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
     "more",
     [
         {},
-        {"train.accumulate": 2, "loss.joint_fraction": 0.5, "anchor": "token"},
+        {"train.accumulate": 2, "loss.joint_fraction": 0.5, "link": "first"},
         {"balance": "bias", "train.validate_every": 2},  # validates and saves at the same steps
         {"train.validate_every": 4, "train.accumulate": 2, "data.batch_rows": 2},
     ],
@@ -204,7 +205,7 @@ def test_heads_on_a_frozen_trunk_resume_from_a_checkpoint_without_it(
 ) -> None:
     plain = settings(**LAYOUTS["plain"], **{"model.tie_embeddings": tie_embeddings, "optim.steps": 2})
     train(plain, tmp_path / "trunk")
-    config = settings(**{"model.trunk": str(tmp_path / "trunk"), "anchor": "token", "balance": "bias"})
+    config = settings(**{"model.trunk": str(tmp_path / "trunk"), "link": "first", "balance": "bias"})
     whole, whole_state = train(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 5)

@@ -22,7 +22,7 @@ import torch
 
 from cpdlm.config import resolve
 from cpdlm.files import WriteError
-from cpdlm.model.language_model import build_language_model
+from cpdlm.model.build import build_language_model
 from cpdlm.processes import leave
 from cpdlm.training.checkpoints import load_target
 from cpdlm.training.fit import ProcessLost, fit

@@ -79,8 +79,19 @@ def _mixture(config: Config) -> Iterator[str]:
         yield f"horizon={horizon} does not fit data.context={context}; lower the horizon"
     if horizon == 1 and config.rank > 1:
         yield f"rank={config.rank} needs horizon of at least 2 (horizon=1 is a next-token model)"
-    if horizon == 1 and config.anchor != "none":
-        yield f"anchor={config.anchor} needs horizon of at least 2 (horizon=1)"
+    if horizon == 1 and config.link != "none":
+        yield f"link={config.link} needs horizon of at least 2 (horizon=1)"
+    if horizon == 2 and config.link == "all":
+        yield "link=all needs horizon of at least 3: with horizon=2 the only draft follows x_{t+1}; type link=first"
+    if config.decode.active > config.rank:
+        yield f"decode.active={config.decode.active} is more than rank={config.rank} components"
+    if 0 < config.decode.active < config.rank and (config.joint == "hmm" or config.model.head == "separate"):
+        yield (
+            f"decode.active={config.decode.active} needs joint=cp and model.head=shared (here joint={config.joint}, "
+            f"model.head={config.model.head}); type decode.active=0"
+        )
+    if config.link == "all" and config.loss.objective == "eq14-marginal":
+        yield "loss.objective=eq14-marginal needs link=none or first: the marginals of link=all have no closed form"
     if horizon == 1 and config.model.trunk:
         yield f"model.trunk={config.model.trunk} needs horizon of at least 2 (horizon=1 has no heads to train)"
     if horizon == 1 and config.train.decode_prompts:
@@ -91,6 +102,13 @@ def _heads(config: Config) -> Iterator[str]:
     model, separate = config.model, config.model.head == "separate"
     if model.map_rank and separate:
         yield f"model.map_rank={model.map_rank} needs model.head=shared (model.head=separate has no maps)"
+    if model.component_rank and (model.map_rank or model.map_hidden or separate):
+        yield (
+            f"model.component_rank={model.component_rank} needs model.head=shared, model.map_rank=0 and "
+            f"model.map_hidden=0 (here {model.head}, {model.map_rank}, {model.map_hidden})"
+        )
+    if separate and config.link == "all":
+        yield "link=all needs model.head=shared (model.head=separate has no maps for a link)"
     if model.map_hidden and (model.map_rank or separate):
         yield (
             f"model.map_hidden={model.map_hidden} needs model.head=shared and model.map_rank=0 (here "

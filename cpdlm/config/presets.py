@@ -62,7 +62,6 @@ PRESETS: dict[str, Overrides] = {
         "data.states": 200_000,
         "data.batch_rows": 8,
         "model.tie_first": True,
-        "model.anchor_normed": True,
         "loss.objective": "eq14",
         "loss.joint_fraction": 0.03125,
         "loss.draft_vocabulary": 8192,

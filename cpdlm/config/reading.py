@@ -15,12 +15,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cpdlm.config.checks import check, check_choice
 from cpdlm.config.presets import PRESETS
-from cpdlm.config.settings import Config, ConfigError, flat, leaves
+from cpdlm.config.settings import SIZES, Config, ConfigError, flat, leaves
 
 # Earlier names of settings, still read on the command line, in saved configurations and in records.
-ALIASES = {"loss.shortlist": "loss.draft_vocabulary", "decode.shortlist": "decode.draft_vocabulary"}
+ALIASES = {
+    "loss.shortlist": "loss.draft_vocabulary",
+    "decode.shortlist": "decode.draft_vocabulary",
+    "anchor": "link",
+    "model.anchor_normed": "model.draft_normed",
+}
+VALUES = {"link": {"token": "first"}}  # earlier names of values
 # Settings that are gone, and why; they are dropped wherever they are read.
 OBSOLETE = {"data.processes": "a corpus is read by one process and tokenised by the threads of the tokenizer"}
+WIDTH = "model.anchor_width"  # was in units, 0 for half the trunk's width; model.draft_width is a multiple of that
 
 
 def parse(arguments: list[str]) -> Config:
@@ -100,15 +107,25 @@ def _defaults() -> DictConfig:
 def upgrade(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration, nested, with the present settings and names."""
     content = {key: dict(value) if isinstance(value, Mapping) else value for key, value in saved.items()}
-    for old, new in ALIASES.items():
-        (group, name), (_, renamed) = old.split("."), new.split(".")
-        if isinstance(content.get(group), dict) and name in content[group]:
-            content[group][renamed] = content[group].pop(name)
-    for old in OBSOLETE:
-        group, name = old.split(".")
-        if isinstance(content.get(group), dict):
-            content[group].pop(name, None)
+    for old, new in [*ALIASES.items(), (WIDTH, "model.draft_width"), *((old, "") for old in OBSOLETE)]:
+        (*group, name), renamed = old.split("."), new.split(".")[-1]
+        holder = content.get(group[0]) if group else content
+        if isinstance(holder, dict) and name in holder:
+            value = holder.pop(name)
+            if renamed:
+                holder[renamed] = _multiple(value, content) if old == WIDTH else VALUES.get(new, {}).get(value, value)
     return content
+
+
+def _multiple(units: Any, saved: Mapping[str, Any]) -> float:
+    """An earlier model.anchor_width as model.draft_width."""
+    trunk = saved.get("model", {}).get("trunk")
+    if units and (trunk or saved.get("size") not in SIZES):
+        raise ConfigError(
+            f"{WIDTH}={units} is now model.draft_width, a multiple of the trunk's width: type it so, for example "
+            f"model.draft_width=2 for {WIDTH}=1152 on a width of 576"
+        )
+    return units / SIZES[saved["size"]].width if units else 0.5
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -162,7 +179,12 @@ def help_text() -> str:
 
 def _renamed(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The same overrides in the same order, each by its present name."""
-    return {ALIASES.get(key, key): value for key, value in overrides.items() if key not in OBSOLETE}
+    found = {ALIASES.get(key, key): value for key, value in overrides.items() if key not in OBSOLETE}
+    if WIDTH in found:
+        found["model.draft_width"] = _multiple(int(found.pop(WIDTH)), found)
+    return {
+        key: VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value for key, value in found.items()
+    }
 
 
 def _read(value: Any, kind: str) -> Any:

@@ -30,6 +30,7 @@ WITHIN: dict[str, Callable[[float], bool]] = {
     "[0, 1]": lambda value: 0 <= value <= 1,
     "[0, 1)": lambda value: 0 <= value < 1,
     "(0, 1]": lambda value: 0 < value <= 1,
+    "(0, 64]": lambda value: 0 < value <= 64,
     "(0, inf)": lambda value: 0 < value < math.inf,
     # What float32 can still multiply by itself.
     "[0, 1e6]": lambda value: 0 <= value <= 1e6,
@@ -65,7 +66,8 @@ FAMILIES = ("llama", "gpt2", "pretrained")
 CHOICES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "balance": ("switch", "kl", "bias", "none"),
-    "anchor": ("none", "token", "blind"),
+    "joint": ("cp", "hmm"),
+    "link": ("none", "first", "all", "blind"),
     "parallel": ("auto", "ddp", "fsdp"),
     "data.text": ("corpus", "greedy", "sampled"),
     "data.prompts": ("windows", "functions", "conversations", "starts"),
@@ -144,14 +146,23 @@ class ModelConfig:
     noise: float = knob(
         0.2, "size of the maps' random start relative to identity; tells equal components apart", within="[0, 1e6]"
     )
-    anchor_width: int = knob(0, "hidden width of the map of anchor=token or blind (0 = width / 2)", least=0)
+    component_rank: int = knob(
+        0, "components are offsets of that rank from one map per position (0 = each has a map of its own)", least=0
+    )
+    draft_width: float = knob(
+        4.0,
+        "hidden width of the map through which a draft sees x_{t+1} (link=first or all), as a multiple of the trunk's",
+        within="(0, 64]",
+    )
+    draft_depth: int = knob(1, "hidden layers of that map", least=1, most=16)
+    draft_normed: bool = knob(True, "that map sees h_t and the token's embedding at equal size")
+    link_width: int = knob(256, "inner width of link=all", least=1)
     adapter_layers: int = knob(
         0,
         "last layers of a frozen trunk that the draft has once more, with low-rank adapters (0 = none; needs peft)",
         least=0,
     )
     adapter_rank: int = knob(8, "rank of those adapters", least=1)
-    anchor_normed: bool = knob(False, "anchor=token or blind sees h_t and the token's embedding at equal size")
 
 
 @dataclass
@@ -222,6 +233,9 @@ class DecodeConfig:
     top_p: float = knob(1.0, "keep the smallest set of tokens with this much probability", within="(0, 1]")
     repeats: int = knob(5, "interleaved timed repeats", least=1)
     warmups: int = knob(3, "untimed repeats before them", least=0)
+    active: int = knob(
+        0, "components that a draft evaluates, the heaviest of the gate at each position (0 = all)", least=0
+    )
     draft: str = knob(
         "chain",
         "how drafts are made: chain | block | tree | window | path | lookup (copied from the text) | lookup+chain | "
@@ -252,10 +266,13 @@ class Config:
     )
     seed: int = knob(0, "seed of weights, data order and decoding", least=0, most=2**32 - 1)
     balance: str = knob("switch", "keeps components in use: switch | kl | bias | none")
-    anchor: str = knob(
+    joint: str = knob(
+        "cp", "cp: the paper's mixture | hmm: its component may change between tokens, with transitions seen by h_t"
+    )
+    link: str = knob(
         "none",
-        "none: the paper's distribution | token: token-conditioned draft, gate and factors 2..n also see x_{t+1} | "
-        "blind: its control, sees h_t twice",
+        "none: the paper's distribution | first: token-conditioned draft, gate and factors 2..n also see x_{t+1} | "
+        "all: and each of them the token before it, a mixture of Markov chains | blind: control of first, h_t twice",
     )
     parallel: str = knob("auto", "auto | ddp | fsdp")
     devices: int = knob(1, "processes (GPUs, or CPU processes with gloo) on each machine", least=1)
@@ -274,7 +291,7 @@ class Config:
     @property
     def first_is_tied(self) -> bool:
         """True where x_{t+1} has one next-token head and the mixture covers x_{t+2..t+n} only."""
-        return self.model.tie_first or self.anchor != "none" or self.horizon == 1
+        return self.model.tie_first or self.link != "none" or self.horizon == 1
 
     @property
     def target(self) -> str:
@@ -295,7 +312,7 @@ class Config:
         if Path(corpus).is_absolute():  # the rest of it says where, and is not for others
             corpus = f"{Path(corpus).name}-{hashlib.sha256(corpus.encode()).hexdigest()[:4]}"
         corpus = "".join(c if c.isalnum() else "-" for c in corpus).strip("-")
-        tie = "-tied" if self.model.tie_first and self.anchor == "none" else ""
+        tie = "-tied" if self.model.tie_first and self.link == "none" else ""
         hidden = f"-mlp{self.model.map_hidden}" if self.model.map_hidden else ""
         size = self.size if self.model.family in FAMILIES else Path(self.model.family).stem
         if self.is_pretrained:
@@ -306,12 +323,18 @@ class Config:
             objective += f"-a{self.loss.alpha:g}"
         if self.loss.gamma != LossConfig.gamma:
             objective += f"-g{self.loss.gamma:g}"
-        anchor = self.anchor + (f"{self.model.anchor_width}" if self.model.anchor_width else "")
+        offsets = f"-off{self.model.component_rank}" if self.model.component_rank else ""
+        joint = f"-{self.joint}" if self.joint != "cp" else ""
+        link = {"first": "token", "all": "link"}.get(self.link, self.link)
+        if self.link != "none" and self.model.draft_width != 0.5:
+            link += f"-w{self.model.draft_width:g}"
+        if self.model.draft_depth > 1:
+            link += f"-d{self.model.draft_depth}"
         text = f"-{self.data.text}" if self.data.text != "corpus" else ""
         if self.data.prompts != "windows":
             text += f"-{self.data.prompts}"
         adapters = f"-lora{self.model.adapter_layers}" if self.model.adapter_layers else ""
-        draft = f"{anchor}{tie}{hidden}{low}{adapters}{objective}{text}"
+        draft = f"{link}{joint}{tie}{hidden}{low}{offsets}{adapters}{objective}{text}"
         return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{draft}-s{self.seed}"
 
 

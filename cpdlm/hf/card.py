@@ -113,7 +113,7 @@ def _facts(
     own = "the frozen trunk's" if model.frozen_target else "the model's"
     data = config.data
     facts = {
-        "rank, horizon, anchor": f"{model.rank}, {model.horizon}, {config.anchor}",
+        "rank, horizon, link": f"{model.rank}, {model.horizon}, {config.link}",
         "what decoding preserves": f"{own} own next-token distribution",
         "parameters": f"{sum(each.numel() for each in model.parameters()) / 1e6:.1f} M",
         "context": f"{model.context} tokens",

@@ -50,6 +50,7 @@ class CpdlmConfig(PreTrainedConfig):
     logit_softcap: float = 0.0
     wide_heads: bool = False  # float32 on a trunk of bfloat16 or float16
     draft_ids: list[int] | None = None
+    active: int = 0
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -57,7 +58,8 @@ class CpdlmConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model("llama", vocab_size=self.vocab_size)
         elif isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**self.text_config)
-        super().__post_init__(**asdict(HeadsConfig()) | kwargs)
+        width = self.text_config.get_text_config().hidden_size
+        super().__post_init__(**asdict(HeadsConfig()) | HeadsConfig.upgraded(kwargs, width))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -89,13 +91,14 @@ class CpdlmConfig(PreTrainedConfig):
             and model.heads.gate.weight.dtype == torch.float32
             and model.trunk.embedding.dtype.itemsize < torch.float32.itemsize,
             draft_ids=model.draft_ids.tolist() if model.draft_ids is not None else None,
+            active=model.active,
             tie_word_embeddings=model.embeddings_are_tied,
             **asdict(model.shape),
         )
 
     def build(self) -> LanguageModel:
         """A model of this shape with fresh weights, drafting from the whole vocabulary."""
-        return LanguageModel(
+        model = LanguageModel(
             Trunk(AutoModel.from_config(self.text_config, trust_remote_code=False)),
             self.vocab_size,
             self.shape,
@@ -104,6 +107,8 @@ class CpdlmConfig(PreTrainedConfig):
             tie_embeddings=self.tie_word_embeddings,
             output=Output(self.logit_scale, self.logit_softcap),
         )
+        model.use_active(self.active)
+        return model
 
 
 class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):

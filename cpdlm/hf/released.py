@@ -20,7 +20,8 @@ from cpdlm.config import Config, from_dict, to_dict
 from cpdlm.data.pretrained_files import NAMED
 from cpdlm.data.target import Target
 from cpdlm.files import default_cache, replaced
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.training.checkpoints import (
     WEIGHTS,
     RunError,

@@ -1,26 +1,32 @@
 """Hidden state -> gate and factors of the joint.
 
 `FactorHeads` owns the gate and one map per (position, component); rank 1 is the independent-heads baseline and takes
-the same path. With `shared` heads a factor is a linear map of the hidden state followed by the unembedding that all
-of them share; with `separate` heads each has an unembedding of its own, as in the paper's from-scratch models.
+the same path. With `shared` heads a factor is a map of the hidden state followed by the unembedding that all of them
+share; with `separate` heads each has an unembedding of its own, as in the paper's from-scratch models.
 
-Letters: P positions (any flattened batch), C of them in a chunk, N factors, R rank, V vocabulary, D width, K inner
-width of a low-rank or MLP map, M rows of logits.
+Letters: P positions (any flattened batch), C of them in a chunk, N factors, n <= N of them, R rank, V vocabulary, D
+width, K inner width of a low-rank or MLP map, or of the link, M rows of logits, X = D + N K.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpdlm.config import Config
+from cpdlm.model.draft_input import Link
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows, chunked_sum
-from cpdlm.model.losses.joint_nll import Features, joint_nll
+from cpdlm.model.losses.joint_nll import Gate, joint_nll
+from cpdlm.model.maps import Maps, no_map, part
+
+STAY = 6.0  # log-odds with which an HMM starts to keep its component
 
 
 @dataclass(frozen=True)
@@ -29,9 +35,13 @@ class HeadsConfig:
 
     rank: R components.  horizon: tokens of a window, x_{t+1} included.  first_is_tied: x_{t+1} has the next-token head,
     and the mixture covers x_{t+2..t+horizon} only.
-    anchored: gate and later factors also see x_{t+1} (`Anchor`).  blind: its control, which sees h_t twice.
-    anchor_width: hidden width of that map (0: half the trunk's).  anchor_normed: its two inputs have equal size.
-    separate: an unembedding for each (position, component).  map_rank: rank of each map (0: full).  map_hidden: hidden
+    joint: `cp`, or `hmm`, whose component may change between two positions.
+    link: which factors see a token of the window. `first`: gate and later factors see x_{t+1} (`Anchor`). `all`: each
+    factor sees the token before it as well (`Link`). `blind`: the control of `first`, which sees h_t twice.
+    draft_width: hidden width of the map that sees x_{t+1}, as a multiple of the trunk's.  draft_depth: its hidden
+    layers.  draft_normed: its two inputs have equal size.  link_width: inner width of the link.
+    separate: an unembedding for each (position, component).  component_rank: components are offsets of that rank from
+    one map per position (0: each has a map of its own).  map_rank: rank of each map (0: full).  map_hidden: hidden
     width of each map as a two-layer perceptron (0: a linear map).  noise: size of the maps' random start.
     bias_buffer: the gate has a buffer that balances it in place of a bias.
     adapter_layers, adapter_rank: how many last layers of the trunk the draft has once more, with LoRA of that rank.
@@ -40,11 +50,14 @@ class HeadsConfig:
     rank: int = 1
     horizon: int = 1
     first_is_tied: bool = True
-    anchored: bool = False
-    blind: bool = False
-    anchor_width: int = 0
-    anchor_normed: bool = False
+    joint: str = "cp"
+    link: str = "none"
+    draft_width: float = 4.0
+    draft_depth: int = 1
+    draft_normed: bool = True
+    link_width: int = 256
     separate: bool = False
+    component_rank: int = 0
     map_rank: int = 0
     map_hidden: int = 0
     noise: float = 0.2
@@ -53,7 +66,7 @@ class HeadsConfig:
     adapter_rank: int = 8
 
     def __post_init__(self) -> None:
-        assert self.first_is_tied or not self.anchored, "a token-conditioned draft has a next-token head of its own"
+        assert self.first_is_tied or self.link == "none", "a token-conditioned draft has a next-token head of its own"
 
     @staticmethod
     def of(config: Config) -> HeadsConfig:
@@ -63,11 +76,14 @@ class HeadsConfig:
             rank=config.rank,
             horizon=config.horizon,
             first_is_tied=config.first_is_tied,
-            anchored=config.anchor != "none",
-            blind=config.anchor == "blind",
-            anchor_width=model.anchor_width,
-            anchor_normed=model.anchor_normed,
+            joint=config.joint,
+            link=config.link,
+            draft_width=model.draft_width,
+            draft_depth=model.draft_depth,
+            draft_normed=model.draft_normed,
+            link_width=model.link_width,
             separate=model.head == "separate",
+            component_rank=model.component_rank,
             map_rank=model.map_rank,
             map_hidden=model.map_hidden,
             noise=model.noise,
@@ -76,10 +92,33 @@ class HeadsConfig:
             adapter_rank=model.adapter_rank,
         )
 
+    @staticmethod
+    def upgraded(saved: dict[str, Any], width: int) -> dict[str, Any]:
+        """A saved shape of before `link` in today's names. width: the trunk's."""
+        if "anchored" not in saved:
+            return saved
+        old = {key: saved[key] for key in ("anchored", "blind", "anchor_width", "anchor_normed") if key in saved}
+        return {key: value for key, value in saved.items() if key not in old} | {
+            "link": "none" if not old["anchored"] else "blind" if old.get("blind") else "first",
+            "draft_width": old.get("anchor_width", 0) / width or 0.5,
+            "draft_normed": old.get("anchor_normed", False),
+        }
+
     @property
     def factors(self) -> int:
         """Positions that the mixture covers."""
         return self.horizon - 1 if self.first_is_tied else self.horizon
+
+
+@dataclass(frozen=True)
+class Before:
+    """The tokens before the factors, where they see them (`link=all`).
+
+    pending_PD: embedding of x_{t+1}, the token before the first factor. embed: rows of the unembedding -> embeddings.
+    """
+
+    pending_PD: Tensor
+    embed: Callable[[Tensor], Tensor]
 
 
 class FactorHeads(nn.Module):
@@ -89,37 +128,44 @@ class FactorHeads(nn.Module):
     apart from each other (equal components would stay equal but for the gate). `noise` is the size of W h relative to
     h.
     logit_scale: of the model whose unembedding they share; it multiplies what goes there.
-    W is full, of rank `map_rank`, or a two-layer perceptron with `map_hidden` units (SiLU between).
+    W is full, of rank `map_rank`, a two-layer perceptron with `map_hidden` units (SiLU between), or a full map of the
+    position and an offset of rank `component_rank`.
     """
 
     balance_bias_R: Tensor | None
 
-    def __init__(
-        self,
-        width: int,
-        vocab_size: int,
-        shape: HeadsConfig,
-        logit_scale: float = 1.0,
-    ) -> None:
+    def __init__(self, width: int, vocab_size: int, shape: HeadsConfig, logit_scale: float = 1.0) -> None:
         super().__init__()
         rank, factors, noise = shape.rank, shape.factors, shape.noise
         self.rank, self.factors, self.width, self.logit_scale = rank, factors, width, logit_scale
-        self.inner, self.is_mlp = shape.map_rank or shape.map_hidden, shape.map_hidden > 0
+        self.inner = shape.component_rank or shape.map_rank or shape.map_hidden
+        self.is_mlp = shape.map_hidden > 0
         self.gate = nn.Linear(width, rank, bias=not shape.bias_buffer)
         nn.init.normal_(self.gate.weight, std=0.02)
         if self.gate.bias is not None:
             nn.init.zeros_(self.gate.bias)
         # balance=bias moves this buffer instead of adding a loss; it is part of the joint and of the checkpoint.
         self.register_buffer("balance_bias_R", torch.zeros(rank) if shape.bias_buffer else None)
+        self.transitions: nn.Linear | None = None
+        if shape.joint == "hmm" and rank > 1 and factors > 1:
+            self.transitions = nn.Linear(width, (factors - 1) * rank * rank)
+            nn.init.zeros_(self.transitions.weight)
+            self.transitions.bias.data = STAY * torch.eye(rank).flatten().repeat(factors - 1)
+        self.link = Link(width, shape.link_width, factors) if shape.link == "all" else None
         rows = factors * rank
         self.maps = nn.ParameterDict()
         if shape.separate:
             self.maps["unembeddings"] = nn.Parameter(torch.randn(rows * vocab_size, width) * 0.02)
-        elif self.inner:
-            self.maps["down"] = nn.Parameter(torch.randn(rows * self.inner, width) * width**-0.5)
-            self.maps["up"] = nn.Parameter(torch.randn(rows, self.inner, width) * noise * self.inner**-0.5)
         else:
-            self.maps["full"] = nn.Parameter(torch.randn(rows * width, width) * noise * width**-0.5)
+            if shape.component_rank:
+                self.maps["base"] = nn.Parameter(torch.zeros(factors * width, width))
+            if self.inner:
+                self.maps["down"] = nn.Parameter(torch.randn(rows * self.inner, width) * width**-0.5)
+                self.maps["up"] = nn.Parameter(torch.randn(rows, self.inner, width) * noise * self.inner**-0.5)
+            else:
+                self.maps["full"] = nn.Parameter(torch.randn(rows * width, width) * noise * width**-0.5)
+        if self.link is not None:
+            self.maps["link"] = nn.Parameter(torch.zeros(factors, shape.link_width, width))
 
     @property
     def separate(self) -> bool:
@@ -132,48 +178,99 @@ class FactorHeads(nn.Module):
             scores_PR = scores_PR + self.balance_bias_R
         return log_normalise(scores_PR)
 
-    def joint(self, hidden_PD: Tensor, unembedding_VD: Tensor) -> Joint:
-        """The joint at each position, over all factors. No factor is normalised before something asks for it."""
-        return self._joint(hidden_PD, unembedding_VD, 0, self.factors)
+    def log_transitions(self, seen_PD: Tensor, factors: int) -> Tensor | None:
+        """(..., factors-1, R, R) log T_s(b | a), or None where components stay."""
+        if self.transitions is None or factors < 2:
+            return None
+        scores = self.transitions(seen_PD).view(*seen_PD.shape[:-1], self.factors - 1, self.rank, self.rank)
+        return log_normalise(scores[..., : factors - 1, :, :])
 
-    def first(self, hidden_PD: Tensor, unembedding_VD: Tensor) -> Joint:
+    def inputs(self, seen_PD: Tensor, before_PND: Tensor | None) -> Tensor:
+        """(..., X) what `nll` and `draft_loss` read of each position: g, and where there is a link its inner half.
+
+        before_PND: embeddings of the tokens before the factors.
+        """
+        if self.link is None:
+            return seen_PD
+        assert before_PND is not None, "linked factors need the tokens before them"
+        inner_PNK = self.link(self.link.seen(seen_PD), before_PND, slice(None))
+        return torch.cat([seen_PD, inner_PNK.flatten(-2)], dim=-1)
+
+    def joint(self, seen_PD: Tensor, table_VD: Tensor, before: Before | None = None, active: int = 0) -> Joint:
+        """The joint at each position, over all factors. No factor is normalised before something asks for it.
+
+        active: how many components are evaluated, the heaviest of the gate (0: all). Their renormalised mixture is a
+        joint of that rank.
+        """
+        return self._joint(seen_PD, table_VD, (0, self.factors), before, active)
+
+    def first(self, seen_PD: Tensor, table_VD: Tensor) -> Joint:
         """`joint(...).marginal(1)`, without the work of the other factors: what eq. 11 needs."""
-        return self._joint(hidden_PD, unembedding_VD, 0, 1)
+        return self._joint(seen_PD, table_VD, (0, 1))
 
-    def given_first(self, hidden_BD: Tensor, unembedding_VD: Tensor, first_B: Tensor) -> Joint:
+    def given_first(self, seen_BD: Tensor, table_VD: Tensor, first_B: Tensor, active: int = 0) -> Joint:
         """`joint(...).condition(first_B)`. With one component the first factor tells nothing and is left out.
 
-        first_B: rows of unembedding_VD, -1 for a token that is not among them.
+        first_B: rows of table_VD, -1 for a token that is not among them.
         """
         if self.rank == 1:
-            return self._joint(hidden_BD, unembedding_VD, 1, self.factors)
-        return self.joint(hidden_BD, unembedding_VD).condition(first_B)
+            return self._joint(seen_BD, table_VD, (1, self.factors))
+        return self.joint(seen_BD, table_VD, active=active).condition(first_B)
 
-    def _joint(self, hidden: Tensor, unembedding_VD: Tensor, start: int, stop: int) -> Joint:
-        logits = self._logits(hidden, unembedding_VD, start, stop)
-        return Joint(self.log_weights(hidden), logits, normalised=False)
+    def _joint(
+        self,
+        seen: Tensor,
+        table_VD: Tensor,
+        factors: tuple[int, int],
+        before: Before | None = None,
+        active: int = 0,
+    ) -> Joint:
+        start, stop = factors
+        log_weights, chosen = self.log_weights(seen), None
+        if 0 < active < self.rank:
+            assert self.transitions is None and not self.separate, "an HMM or separate heads evaluate all components"
+            log_weights, chosen = log_weights.topk(active, dim=-1)
+            log_weights = log_normalise(log_weights)
+        inputs, link = seen, None
+        if self.link is not None:
+            assert before is not None, "linked factors need the tokens before them"
+            seen_PK = self.link.seen(seen)
+            inner_P1K = self.link(seen_PK, before.pending_PD.unsqueeze(-2), 0)
+            inner_PNK = F.pad(inner_P1K, (0, 0, 0, self.factors - 1))  # later factors gain theirs in the joint
+            inputs = torch.cat([seen, inner_PNK.flatten(-2)], dim=-1)
+            link = partial(self._gain, seen_PK, table_VD, before.embed)
+        scores = self._logits(inputs, table_VD, start, stop, chosen)
+        return Joint(log_weights, scores, False, self.log_transitions(seen, stop - start), link)
+
+    def _gain(
+        self, seen_PK: Tensor, table_VD: Tensor, embed: Callable[[Tensor], Tensor], k: int, before_M: Tensor
+    ) -> Tensor:
+        assert self.link is not None
+        rows_MD = self.link(seen_PK, embed(before_M).to(seen_PK.dtype), k) @ self.maps["link"][k] * self.logit_scale
+        return F.linear(rows_MD.to(table_VD.dtype), table_VD)
 
     def nll(
         self,
-        hidden_PD: Tensor,
+        seen_PD: Tensor,
         future_PN: Tensor,
         weight_P: Tensor,
-        unembedding_VD: Tensor,
+        table_VD: Tensor,
         factors: int,
         chunk_bytes: int,
+        before_PND: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Bounded-memory loss of the marginal over the first `factors` factors. A token of -1 has factors of 1.
 
-        Returns sum_p weight_p nll_p, nll_P (detached, nats) and log_weights_PR.
+        before_PND: embeddings of the tokens before the factors, where they are linked. Returns sum_p weight_p nll_p,
+        nll_P (detached, nats) and log_weights_PR.
         """
-        log_weights_PR = self.log_weights(hidden_PD)
-        table = self._unembeddings(unembedding_VD, 0, factors)
+        log_weights_PR = self.log_weights(seen_PD)
         total, nll_P = joint_nll(
-            hidden_PD,
-            log_weights_PR,
+            self.inputs(seen_PD, before_PND),
+            Gate(log_weights_PR, self.log_transitions(seen_PD, factors)),
             future_PN[:, :factors],
             weight_P,
-            table,
+            self._unembeddings(table_VD, 0, factors),
             self._features(),
             tuple(self._map_parameters(0, factors)),
             chunk_bytes,
@@ -182,14 +279,15 @@ class FactorHeads(nn.Module):
 
     def draft_loss(
         self,
-        hidden_PD: Tensor,
+        seen_PD: Tensor,
         windows: Windows,
         weight_P: Tensor,
         table_VD: Tensor,
         objective: Objective,
         chunk_bytes: int,
+        before_PND: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`nll` for any objective, with linear, low-rank or perceptron maps; table_VD carries no gradient.
+        """`nll` for any objective, of heads that share table_VD, which carries no gradient.
 
         Returns sum_p weight_p loss_p, loss_P (detached) and log_weights_PR. The logits of a chunk take at most
         chunk_bytes; autograd holds about four times that beside them.
@@ -197,106 +295,54 @@ class FactorHeads(nn.Module):
         assert not self.separate and not table_VD.requires_grad, (
             "objectives of the draft are for maps to a frozen table"
         )
-        log_weights_PR, features = self.log_weights(hidden_PD), self._features()
-        vocab_size, parameters = table_VD.shape[0], self._map_parameters(0, self.factors)
+        gate = Gate(self.log_weights(seen_PD), self.log_transitions(seen_PD, self.factors))
+        inputs_PX, features, parameters = (
+            self.inputs(seen_PD, before_PND),
+            self._features(),
+            self._map_parameters(0, self.factors),
+        )
+        vocab_size, per_position = table_VD.shape[0], [inputs_PX, *gate.tensors, *windows]
         chunk = max(1, chunk_bytes // (4 * self.factors * self.rank * vocab_size))
 
-        def loss(hidden_CD: Tensor, log_weights_CR: Tensor, *rest: Tensor) -> Tensor:
-            window, maps = Windows(*rest[: len(rest) - len(parameters)]), rest[len(rest) - len(parameters) :]
-            rows_MD = features(hidden_CD, *maps)
+        def loss(*given: Tensor) -> Tensor:
+            inputs_CX, *rest = given[: len(per_position)]
+            gate_C, window = gate.of(rest[: len(gate.tensors)]), Windows(*rest[len(gate.tensors) :])
+            rows_MD = features(inputs_CX, 0, *given[len(per_position) :])
             logits_MV = F.linear(rows_MD.to(table_VD.dtype), table_VD)
-            logits_CNRV = logits_MV.view(len(hidden_CD), self.factors, self.rank, vocab_size)
-            return objective(log_weights_CR, logits_CNRV, window, table_VD)
+            logits_CNRV = logits_MV.view(len(inputs_CX), self.factors, self.rank, vocab_size)
+            joint = Joint(gate_C.log_weights, logits_CNRV, False, gate_C.log_transitions)
+            return objective(joint, window, table_VD)
 
-        total, loss_P = chunked_sum(loss, (hidden_PD, log_weights_PR, *windows), parameters, weight_P, chunk)
-        return total, loss_P, log_weights_PR
+        total, loss_P = chunked_sum(loss, per_position, parameters, weight_P, chunk)
+        return total, loss_P, gate.log_weights
 
-    def _logits(self, hidden: Tensor, unembedding_VD: Tensor, start: int, stop: int) -> Tensor:
-        """(..., stop-start, R, V) of the factors start..stop-1."""
-        flat_PD = hidden.reshape(-1, self.width)
-        rows_MD = self._features()(flat_PD, *self._map_parameters(start, stop))
-        table_VD = self._unembeddings(unembedding_VD, start, stop).reshape(-1, self.width)
-        logits = F.linear(rows_MD.to(table_VD.dtype), table_VD)
-        return logits.view(*hidden.shape[:-1], stop - start, self.rank, unembedding_VD.shape[0])
+    def _logits(self, inputs: Tensor, table_VD: Tensor, start: int, stop: int, chosen: Tensor | None = None) -> Tensor:
+        """(..., stop-start, R, V) of the factors start..stop-1. chosen: (..., k) the components that are evaluated."""
+        flat_PX, rank = inputs.reshape(-1, inputs.shape[-1]), self.rank
+        features, parameters = self._features(), self._map_parameters(start, stop)
+        if chosen is not None:
+            rank, chosen_Pk = chosen.shape[-1], chosen.reshape(-1, chosen.shape[-1])
+            if alone := len(flat_PX) == 1:
+                parameters = features.of_components(parameters, self.rank, chosen_Pk[0])
+        rows_MD = features(flat_PX, start, *parameters)
+        if chosen is not None and not alone:  # several texts choose apart: rows of all are cheap beside their logits
+            rows_PNRD = rows_MD.view(len(flat_PX), stop - start, self.rank, self.width)
+            rows_MD = rows_PNRD.take_along_dim(chosen_Pk[:, None, :, None], dim=2).reshape(-1, self.width)
+        table = self._unembeddings(table_VD, start, stop).reshape(-1, self.width)
+        logits = F.linear(rows_MD.to(table.dtype), table)
+        return logits.view(*inputs.shape[:-1], stop - start, rank, table_VD.shape[0])
 
-    def _unembeddings(self, unembedding_VD: Tensor, start: int, stop: int) -> Tensor:
-        """(V, D) shared, or (stop-start, R, V, D). Parameters are stored flat: FSDP2 shards their first dimension."""
+    def _unembeddings(self, table_VD: Tensor, start: int, stop: int) -> Tensor:
+        """(V, D) shared, or (stop-start, R, V, D)."""
         if not self.separate:
-            return unembedding_VD
-        vocab_size = unembedding_VD.shape[0]
-        rows = self.rank * vocab_size
-        table = _part(self.maps["unembeddings"], start * rows, stop * rows)
-        return table.view(stop - start, self.rank, vocab_size, self.width)
+            return table_VD
+        table = part(self.maps["unembeddings"], start, stop, self.factors)
+        return table.view(stop - start, self.rank, table_VD.shape[0], self.width)
 
     def _map_parameters(self, start: int, stop: int) -> list[Tensor]:
-        first, last = start * self.rank, stop * self.rank
         if self.separate:
             return []
-        if self.inner:
-            down = _part(self.maps["down"], first * self.inner, last * self.inner)
-            return [down, _part(self.maps["up"], first, last)]
-        return [_part(self.maps["full"], first * self.width, last * self.width)]
+        return [part(self.maps[name], start, stop, self.factors) for name in self.maps]
 
-    def _features(self) -> Features:
-        if self.separate:
-            return no_map
-        maps = partial(_narrow_maps, is_mlp=self.is_mlp) if self.inner else _full_maps
-        return maps if self.logit_scale == 1 else partial(_scaled, maps=maps, scale=self.logit_scale)
-
-
-def _part(parameter: Tensor, first: int, last: int) -> Tensor:
-    """Rows first..last-1. All of them are the parameter itself: a slice's gradient would be a second parameter."""
-    return parameter if (first, last) == (0, len(parameter)) else parameter[first:last]
-
-
-def no_map(hidden_PD: Tensor) -> Tensor:
-    """Rows that go to the unembedding as they are: separate unembeddings, or a single next-token head."""
-    return hidden_PD
-
-
-def _full_maps(hidden_PD: Tensor, full: Tensor) -> Tensor:
-    """(P, D) and (N*R*D, D) -> rows (P*N*R, D)."""
-    width = hidden_PD.shape[-1]
-    moved_PMD = F.linear(hidden_PD, full).view(hidden_PD.shape[0], full.shape[0] // width, width)
-    return (hidden_PD.unsqueeze(1) + moved_PMD).reshape(-1, width)
-
-
-def _narrow_maps(hidden_PD: Tensor, down: Tensor, up_MKD: Tensor, *, is_mlp: bool) -> Tensor:
-    """(P, D), (N*R*K, D) and (N*R, K, D) -> rows (P*N*R, D)."""
-    width = hidden_PD.shape[-1]
-    narrow_PMK = F.linear(hidden_PD, down).view(hidden_PD.shape[0], *up_MKD.shape[:2])
-    if is_mlp:
-        narrow_PMK = F.silu(narrow_PMK)
-    moved_PMD = torch.bmm(narrow_PMK.transpose(0, 1), up_MKD).transpose(0, 1)
-    return (hidden_PD.unsqueeze(1) + moved_PMD).reshape(-1, width)
-
-
-def _scaled(hidden_PD: Tensor, *parameters: Tensor, maps: Features, scale: float) -> Tensor:
-    return maps(hidden_PD, *parameters) * scale
-
-
-class Anchor(nn.Module):
-    """g = h + A(h, E[x_{t+1}]): the token-conditioned draft, whose gate and later factors see the pending token.
-
-    Its control has the same parameters and costs the same, but sees A(h, h) (`anchor=blind`).
-
-    One small map shared by them all; its output starts at zero, so that training starts from the joint without it.
-    normed: its two inputs are brought to root mean square 1 each. Where embeddings are much smaller than hidden states,
-    as in many pretrained models, the token is hardly seen otherwise.
-    """
-
-    def __init__(self, width: int, hidden_width: int, normed: bool = False) -> None:
-        super().__init__()
-        self.normed = normed
-        self.into = nn.Linear(2 * width, hidden_width)
-        self.out = nn.Linear(hidden_width, width)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, hidden_PD: Tensor, embedded_PD: Tensor) -> Tensor:
-        """(..., D) and the pending token's embedding (..., D) -> (..., D)."""
-        seen = [hidden_PD, embedded_PD]
-        if self.normed:
-            seen = [F.rms_norm(each, each.shape[-1:]) for each in seen]
-        anchored_PD: Tensor = hidden_PD + self.out(F.silu(self.into(torch.cat(seen, dim=-1))))
-        return anchored_PD
+    def _features(self) -> Any:
+        return no_map if self.separate else Maps(tuple(self.maps), self.is_mlp, self.logit_scale)

@@ -23,7 +23,8 @@ Factors are normalised when they are first asked for, in the form that is asked 
 scores alone, other drafts probabilities, a likelihood the logarithms of a few. N x R x V numbers are then passed over
 once, not thrice. A token of -1 is one that the factors do not cover, or that is absent: its factors are 1.
 
-Letters: N horizon, n <= N tokens, R rank, V vocabulary, M prefixes of one window, C tokens behind each; `...` any batch dimensions.
+Letters: N horizon, n <= N tokens, R rank, V vocabulary, M prefixes of one window, C tokens behind each; `...` any
+batch dimensions.
 """
 
 from __future__ import annotations
@@ -171,7 +172,8 @@ class Joint:
         scores_NRV, link, transitions = self.scores_NRV[..., 1:, :, :], self.link, self.log_transitions_NRR
         if link is not None and self.horizon > 1:
             gain_1V = link(1, token.unsqueeze(-1))
-            scores_NRV = torch.cat([scores_NRV[..., :1, :, :] + gain_1V.unsqueeze(-3), scores_NRV[..., 1:, :, :]], -3)
+            first_1RV = scores_NRV[..., :1, :, :] + gain_1V.unsqueeze(-3)
+            scores_NRV = torch.cat([first_1RV, scores_NRV[..., 1:, :, :]], dim=-3)
             link = partial(_later, link)
         if transitions is not None:
             transitions = transitions[..., 1:, :, :]
@@ -219,7 +221,8 @@ class Joint:
 
         A sampled token's draft probability is the mixture's conditional (`chain`), never the component's own.
         """
-        component, tokens = _draw(self.log_weights_R, generator), []
+        component = _draw(self.log_weights_R, generator)
+        tokens: list[Tensor] = []
         for k in range(self.horizon):
             scores_RV = self.scores_NRV[..., k, :, :]
             if self.link is not None and k > 0:
@@ -228,7 +231,8 @@ class Joint:
             tokens.append(_draw(log_normalise(chosen_V), generator))
             if self.log_transitions_NRR is not None and k + 1 < self.horizon:
                 behind_RR = self.log_transitions_NRR[..., k, :, :]
-                component = _draw(behind_RR.take_along_dim(component[..., None, None], dim=-2).squeeze(-2), generator)
+                log_next_R = behind_RR.take_along_dim(component[..., None, None], dim=-2).squeeze(-2)
+                component = _draw(log_next_R, generator)
         return torch.stack(tokens, dim=-1)
 
     def entropy(self, samples: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@
 Two layouts share every line but the range of positions that the mixture covers:
 
 - untied (the paper): one rank-R mixture over x_{t+1..t+N}; the next-token distribution is eq. 11, its first marginal.
-- tied (`model.tie_first`, `anchor=token`, `horizon=1`): p(x_{t+1} | h_t) is one softmax, and the mixture covers
-  x_{t+2..t+N}. It sees h_t or, token-conditioned, g_t = h_t + A(h_t, E[x_{t+1}]).
+- tied (`model.tie_first`, `link=first`, `all`, `horizon=1`): p(x_{t+1} | h_t) is one softmax, and the mixture covers
+  x_{t+2..t+N}. It sees h_t or, token-conditioned (`link`), g_t = h_t + A(h_t, E[x_{t+1}]), and with `link=all` each
+  factor sees the token before it as well.
 
 The target p is what decoding must not change: the model's own next-token distribution or, on a frozen trunk, the
 trunk's softmax, whatever the heads say. Drafts may cover less than the vocabulary (`use_draft_vocabulary`); the target
@@ -16,7 +17,7 @@ D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +25,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from cpdlm.config import Config
 from cpdlm.model.adapters import DraftTrunk, TwoCaches, check_draft_trunk
-from cpdlm.model.heads import Anchor, FactorHeads, HeadsConfig, no_map
+from cpdlm.model.draft_input import Anchor
+from cpdlm.model.heads import Before, FactorHeads, HeadsConfig
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows
-from cpdlm.model.losses.joint_nll import joint_nll
+from cpdlm.model.losses.joint_nll import Gate, joint_nll
+from cpdlm.model.maps import no_map
 from cpdlm.model.output import Output
-from cpdlm.model.trunk import Mask, Trunk, build_body, new_cache
+from cpdlm.model.trunk import Mask, Trunk, new_cache
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ class LanguageModel(nn.Module):
             nn.init.normal_(self.unembedding.weight, std=0.02)
         self.heads = FactorHeads(width, vocab_size, shape, self.output.scale) if shape.factors else None
         self.anchor: Anchor | None = None
-        if shape.anchored:
-            self.anchor = Anchor(width, shape.anchor_width or width // 2, shape.anchor_normed)
+        if shape.link != "none":
+            self.anchor = Anchor(width, round(shape.draft_width * width), shape.draft_depth, shape.draft_normed)
+        self.active = 0  # components that a draft evaluates (`use_active`)
         # What drafts cover (`use_draft_vocabulary`): ids (V',), their rows of the unembedding, and where on the list an
         # id is.
         for buffer in ("draft_ids", "_draft_table_VD", "_draft_index_V"):
@@ -156,12 +159,17 @@ class LanguageModel(nn.Module):
     def joint(self, hidden: Tensor, pending: Tensor | None = None) -> Joint:
         """The mixture at each position (...): untied over N tokens; tied over x_{t+2..t+N} given x_{t+1} = pending."""
         assert self.heads is not None, "horizon 1 has no mixture"
-        return self.heads.joint(self._seen(hidden, pending), self.unembedding.weight)
+        return self._joint(hidden, pending, self.unembedding.weight, lambda tokens: tokens)
 
-    def draft_vocabulary_joint(self, hidden: Tensor, pending: Tensor | None = None) -> Joint:
-        """`joint` with each factor restricted to the draft vocabulary: token v of it is draft_ids[v]."""
+    def draft_vocabulary_joint(self, hidden: Tensor, pending: Tensor | None = None, active: int = 0) -> Joint:
+        """`joint` with each factor restricted to the draft vocabulary: token v of it is draft_ids[v].
+
+        active: components that are evaluated, the heaviest of the gate (0: all).
+        """
         assert self.heads is not None, "horizon 1 has no mixture"
-        return self.heads.joint(self._seen(hidden, pending), self._draft_table)
+        ids = self.draft_ids
+        as_ids = (lambda tokens: tokens) if ids is None else (lambda tokens: ids[tokens.clamp(min=0)])
+        return self._joint(hidden, pending, self._draft_table, as_ids, active)
 
     def indices(self, tokens: Tensor) -> Tensor:
         """Where in the draft vocabulary each id is, -1 for one that is not; without one the ids themselves."""
@@ -174,9 +182,40 @@ class LanguageModel(nn.Module):
         """
         assert self.heads is not None, "horizon 1 has no mixture"
         if self.first_is_tied:
-            return self.draft_vocabulary_joint(hidden_BD, pending_B)
+            return self.draft_vocabulary_joint(hidden_BD, pending_B, self.active)
         seen_BD = self._seen(hidden_BD, pending_B)
-        return self.heads.given_first(seen_BD, self._draft_table, self.indices(pending_B))
+        return self.heads.given_first(seen_BD, self._draft_table, self.indices(pending_B), self.active)
+
+    def _joint(
+        self,
+        hidden: Tensor,
+        pending: Tensor | None,
+        table_VD: Tensor,
+        as_ids: Callable[[Tensor], Tensor],
+        active: int = 0,
+    ) -> Joint:
+        """as_ids: rows of table_VD -> token ids."""
+        assert self.heads is not None
+        before = None
+        if self.heads.link is not None:
+            assert pending is not None, "linked factors need the pending token"
+            before = Before(self._embedded(pending), lambda tokens: self._embedded(as_ids(tokens)))
+        return self.heads.joint(self._seen(hidden, pending), table_VD, before, active)
+
+    def use_active(self, components: int) -> None:
+        """Draft from the `components` heaviest components of the gate at each position (0: from all).
+
+        Their renormalised mixture is a joint of that rank, from which drafts are drawn and against which they are
+        accepted: what is written keeps its distribution. Raises ValueError where the heads cannot.
+        """
+        if components < 0:
+            raise ValueError(f"active={components} is no number of components; pass 1 to {self.rank}, or 0 for all")
+        if 0 < components < self.rank and self.heads is not None:
+            if self.heads.transitions is not None:
+                raise ValueError("the components of joint=hmm follow one another; only joint=cp can draft from a few")
+            if self.heads.separate:
+                raise ValueError("separate heads (model.head=separate) cannot draft from a few components; use shared")
+        self.active = components
 
     @property
     def _draft_table(self) -> Tensor:
@@ -229,10 +268,13 @@ class LanguageModel(nn.Module):
         if self.anchor is None:
             return hidden
         assert pending is not None, "a token-conditioned draft needs the pending token"
-        anchored: Tensor = self.anchor(
-            hidden, hidden if self.shape.blind else self.trunk.embed(pending).to(hidden.dtype)
-        )
+        anchored: Tensor = self.anchor(hidden, hidden if self.shape.link == "blind" else self._embedded(pending))
         return anchored
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """(..., D) as the heads see them."""
+        assert self.heads is not None
+        return self.trunk.embed(tokens).to(self.heads.gate.weight.dtype)
 
     def _for_heads(self, hidden: Tensor) -> Tensor:
         """The draft's half, in the heads' own precision: a frozen trunk may have a narrower one."""
@@ -274,18 +316,20 @@ class LanguageModel(nn.Module):
             nothing_P = hidden_PD.new_zeros(0)
             return Terms(first_loss, first_nll_P, nothing_P, hidden_PD.new_zeros(0, 1))
         seen_PD = self._seen(hidden_PD, future_PN[:, 0])
+        before_PND = self._embedded(future_PN[:, :-1].clamp(min=0)) if self.heads.link is not None else None
         if self.first_is_tied:
             future_PN, exists_PN = future_PN[:, 1:], exists_PN[:, 1:]
         future_PN, table_VD = self.indices(future_PN), self._draft_table
         if objective is None:
             present_PN = future_PN.masked_fill(~exists_PN, -1)
             rest_loss, rest_P, log_weights_PR = self.heads.nll(
-                seen_PD, present_PN, weight_P, table_VD, self.heads.factors, self.chunk_bytes
+                seen_PD, present_PN, weight_P, table_VD, self.heads.factors, self.chunk_bytes, before_PND
             )
         else:
             windows = self._windows(hidden_BTD, states, picked_BT, future_PN, exists_PN)
+            asked = Objective(*objective, self.target_logits)
             rest_loss, rest_P, log_weights_PR = self.heads.draft_loss(
-                seen_PD, windows, weight_P, table_VD, Objective(*objective, self.target_logits), self.chunk_bytes
+                seen_PD, windows, weight_P, table_VD, asked, self.chunk_bytes, before_PND
             )
         return Terms(first_loss + rest_loss, first_nll_P, rest_P, log_weights_PR)
 
@@ -338,8 +382,8 @@ class LanguageModel(nn.Module):
             return (weight_P.to(nll_P.dtype) * nll_P).sum(), nll_P
         table_VD, chunk_bytes = self.unembedding.weight, self.chunk_bytes
         if self.first_is_tied:
-            certain_PR = hidden_PD.new_zeros(len(hidden_PD), 1)
-            return joint_nll(hidden_PD, certain_PR, token_P1, weight_P, table_VD, no_map, chunk_bytes=chunk_bytes)
+            certain = Gate(hidden_PD.new_zeros(len(hidden_PD), 1))
+            return joint_nll(hidden_PD, certain, token_P1, weight_P, table_VD, no_map, chunk_bytes=chunk_bytes)
         assert self.heads is not None
         return self.heads.nll(self._for_heads(hidden_PD), token_P1, weight_P, table_VD, 1, chunk_bytes)[:2]
 
@@ -354,46 +398,3 @@ class LanguageModel(nn.Module):
     @property
     def embeddings_are_tied(self) -> bool:
         return self.unembedding.weight is self.trunk.embedding
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; tied embeddings count once, with the trunk."""
-
-        def count(module: nn.Module | None) -> int:
-            return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-
-        gate = count(self.heads.gate) if self.heads is not None else 0
-        return {
-            "trunk": count(self.trunk),
-            "unembedding": 0 if self.embeddings_are_tied else count(self.unembedding),
-            "heads": count(self.heads) - gate,
-            "gate": gate,
-            "anchor": count(self.anchor),
-            **({"adapters": _trained(self.draft_trunk)} if self.draft_trunk is not None else {}),
-            "total": count(self),
-            "trained": _trained(self),
-        }
-
-
-def _trained(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
-def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel | None = None) -> LanguageModel:
-    """The model of a config. trunk: the frozen model that model.trunk names, whose trunk and vocabulary are shared.
-
-    Its context is a training row's; on a pretrained trunk, all that the trunk allows.
-    """
-    assert (trunk is not None) == bool(config.model.trunk), "a frozen trunk is given exactly when model.trunk names one"
-    model = LanguageModel(
-        trunk.trunk if trunk is not None else Trunk(build_body(config, vocab_size)),
-        trunk.vocab_size if trunk is not None else vocab_size,
-        HeadsConfig.of(config),
-        context=trunk.context if trunk is not None and config.is_pretrained else config.data.context,
-        frozen_target=trunk is not None,
-        tie_embeddings=trunk.embeddings_are_tied if trunk is not None else config.model.tie_embeddings,
-        output=trunk.output if trunk is not None else None,
-        chunk_bytes=config.loss.chunk_mib * 2**20,
-    )
-    if trunk is not None and not trunk.embeddings_are_tied:
-        model.unembedding.weight = trunk.unembedding.weight.requires_grad_(False)
-    return model

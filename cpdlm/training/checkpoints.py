@@ -33,7 +33,8 @@ from cpdlm.data.target import WEIGHTS, Target
 from cpdlm.data.tokenizer import DESCRIBED, Tokenizer, store_tokenizer
 from cpdlm.files import LockHeld, errors_named, locked, replaced, replaced_folder, write_bytes, write_json
 from cpdlm.model.adapters import is_adapter
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import load_pretrained
 from cpdlm.training.received import Refused, shard_names
 

@@ -16,7 +16,8 @@ from cpdlm.config import SIZES, Config
 class Shape:
     """What heads and loss multiply. factors: 0 for a next-token model. map_weights: of one map, 0 for separate heads.
 
-    anchor_weights: of the map that sees x_{t+1}, 0 without one. frozen: whether the trunk and its unembedding are.
+    shared_weights: of the map that sees x_{t+1}, the link, base maps, transitions. frozen: whether the trunk and its
+    unembedding are.
     """
 
     vocab: int
@@ -27,13 +28,13 @@ class Shape:
     separate: bool
     first_is_tied: bool
     frozen: bool
-    anchor_weights: int = 0
+    shared_weights: int = 0
 
     @classmethod
     def of(cls, config: Config, vocab: int) -> Shape:
         """Of a config with a trunk of ours."""
         width, model = SIZES[config.size].width, config.model
-        separate, inner = model.head == "separate", model.map_hidden or model.map_rank
+        separate, inner = model.head == "separate", model.map_hidden or model.map_rank or model.component_rank
         return cls(
             vocab,
             width,
@@ -43,7 +44,7 @@ class Shape:
             separate,
             config.first_is_tied,
             bool(model.trunk),
-            3 * width * (model.anchor_width or width // 2) if config.anchor != "none" else 0,
+            _shared_weights(config, width),
         )
 
     @property
@@ -53,11 +54,20 @@ class Shape:
 
     @property
     def head_weights(self) -> int:
-        """Weights of maps, gate and anchor."""
+        """Weights of all that stands between hidden state and unembedding."""
         if not self.factors:
             return 0
         own = self.vocab * self.width if self.separate else self.map_weights
-        return self.rows * own + self.rank * self.width + self.anchor_weights
+        return self.rows * own + self.rank * self.width + self.shared_weights
+
+
+def _shared_weights(config: Config, width: int) -> int:
+    model, factors = config.model, config.horizon - config.first_is_tied
+    inner = round(model.draft_width * width) if config.link != "none" else 0
+    link = model.link_width * width * (2 + factors) if config.link == "all" else 0
+    transitions = (factors - 1) * config.rank**2 * width if config.joint == "hmm" and config.rank > 1 else 0
+    base = factors * width**2 if model.component_rank else 0
+    return 3 * width * inner + (model.draft_depth - 1) * inner**2 + link + transitions + base
 
 
 def trunk_flops(config: Config) -> float:
@@ -85,7 +95,7 @@ def trunk_forwards(config: Config) -> float:
 
 
 def draft_flops(shape: Shape, head_weights: int = 0) -> int:
-    """FLOPs of one draft of all tokens: gate, anchor and maps once, and an unembedding for each row.
+    """FLOPs of one draft of all tokens: gate, maps and what they share once, and an unembedding for each row.
 
     head_weights: as they were counted (default: those of the shape).
     """

@@ -24,8 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, LlamaCo
 from cpdlm.config import Config, ConfigError
 from cpdlm.data.pretrained_files import free_memory
 from cpdlm.data.target import Target
+from cpdlm.model.build import build_language_model, parameter_counts
 from cpdlm.model.heads import HeadsConfig
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import check_layers
 from cpdlm.model.trunk import Trunk
 from cpdlm.training.flops import Shape, loss_flops, trunk_forwards
@@ -102,7 +103,7 @@ def make_plan(config: Config, vocab_size: int = 0, compiled: bool = True) -> Pla
         **_loss_memory(model, config, rows, compiled),
     }
     checkpointed = layers * layer_bytes + one_layer if trains_trunk else one_layer
-    return Plan(model.parameter_counts(), memory, checkpointed, flops, tokens, config.devices)
+    return Plan(parameter_counts(model), memory, checkpointed, flops, tokens, config.devices)
 
 
 def known_vocab_size(config: Config) -> int:
@@ -121,7 +122,7 @@ def _build(config: Config, vocab_size: int) -> LanguageModel:
         size = vocab_size or known_vocab_size(config)
         trunk = None
         if target.kind == "run":  # a run of ours: a trunk of the same shape
-            its = replace(config, rank=1, horizon=1, anchor="none", model=replace(config.model, trunk=""))
+            its = replace(config, rank=1, horizon=1, link="none", model=replace(config.model, trunk=""))
             trunk = build_language_model(its, size)
         return build_language_model(config, size, trunk)
     name = target.name

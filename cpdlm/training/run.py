@@ -31,8 +31,9 @@ from cpdlm.data.stored import Corpus
 from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.files import write_json
+from cpdlm.model.build import build_language_model
 from cpdlm.model.heads import FactorHeads, HeadsConfig
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import free_bytes
 from cpdlm.model.trunk import Trunk, build_body
 from cpdlm.processes import is_first_process, is_launched

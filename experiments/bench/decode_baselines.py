@@ -23,6 +23,7 @@ from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import load_corpus
 from cpdlm.decoding import Decoded, Options, Sampling, decode
 from cpdlm.decoding.lookup import LookupSettings
+from cpdlm.model.build import parameter_counts
 from cpdlm.training import checkpoints
 from experiments.bench import record
 from experiments.bench.decode_drafters import ends
@@ -133,7 +134,7 @@ def _same(drafter: str) -> dict[str, str]:
 
 
 def _ours(bench: Bench, heads: Heads, drafter: dict[str, str], suffix: str = "") -> Method:
-    counts = heads.runs[0].model.parameter_counts()
+    counts = parameter_counts(heads.runs[0].model)
     return Method(
         f"rank {heads.rank}, {heads.variant}{suffix}",
         "heads",

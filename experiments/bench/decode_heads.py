@@ -25,8 +25,8 @@ class Run:
 
     @property
     def variant(self) -> str:
-        if self.config.anchor != "none":
-            return "anchored" if self.config.anchor == "token" else self.config.anchor
+        if self.config.link != "none":
+            return "anchored" if self.config.link == "first" else self.config.link
         return "tied" if self.config.model.tie_first else "untied"
 
 
@@ -82,7 +82,7 @@ def load_heads(folder: Path, names: Sequence[str], seeds: Sequence[int], corpora
     configs = {path: checkpoints.read_config(path) for path in folders}
     groups: dict[str, dict[tuple[str, int], list[Path]]] = {}
     for path, config in configs.items():
-        by_default = config.seed in seeds and config.anchor != "blind" and not config.model.map_hidden
+        by_default = config.seed in seeds and config.link != "blind" and not config.model.map_hidden
         wanted = names or (by_default and config.model.trunk)
         if wanted and (not corpora or config.corpus in corpora):
             groups.setdefault(config.corpus, {}).setdefault((config.model.trunk, config.horizon), []).append(path)

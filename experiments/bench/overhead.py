@@ -37,7 +37,7 @@ from cpdlm.config import Config, resolve
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.stored import Corpus, TokenSplit
 from cpdlm.data.tokenizer import BytesTokenizer
-from cpdlm.model.language_model import build_language_model
+from cpdlm.model.build import build_language_model
 from cpdlm.training.fit import fit, peak_memory_bytes
 from cpdlm.training.plan import make_plan
 from experiments import cell as suite_cell

@@ -39,7 +39,8 @@ from cpdlm.bench.contenders import hugging_face
 from cpdlm.bench.intervals import of_median as interval
 from cpdlm.config import SIZES, resolve
 from cpdlm.decoding import Sampling
-from cpdlm.model.language_model import LanguageModel, build_language_model
+from cpdlm.model.build import build_language_model, parameter_counts
+from cpdlm.model.language_model import LanguageModel
 from experiments.bench import record
 from experiments.bench.speed_calls import (
     Run,
@@ -234,7 +235,7 @@ def records(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[d
     found = record.begin(what, "speed", arguments, settings) | {"groups": []}
     for dtype in options.dtypes:
         trunk, cells = models(options, device, dtype)
-        trunk_parameters = settings["trunk_parameters"] = trunk.parameter_counts()["trunk"]
+        trunk_parameters = settings["trunk_parameters"] = parameter_counts(trunk)["trunk"]
         for group in groups(options, device.type == "cuda"):
             if group.dtype == dtype:
                 record.say(f"{dtype}, {group.mode}, batch {group.batch}")

@@ -5,7 +5,7 @@ word is *holds*, *contradicted*, *no difference within ±x* (the whole interval 
 *underpowered (could have seen y or more)* or *not run*. y is the largest half-width among the intervals that decide
 nothing, for ratios as a factor.
 
-Verdicts are about the paper's own distribution (untied, anchor=none) on trunks of ours; C6 is about heads on a
+Verdicts are about the paper's own distribution (untied, link=none) on trunks of ours; C6 is about heads on a
 pretrained model, each kind of draft by itself, and asks two questions.
 """
 

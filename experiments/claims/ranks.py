@@ -23,7 +23,7 @@ def over_ranks(claim: Claim, families: Sequence[Family], rows: Rows) -> list[Ver
     usable = [family for family in ours if family.target == claim.target and len(family.ranks()) > 1]
     whole = [family for family in usable if {1, claim.top} <= set(family.ranks())]
     found = [row for family in whole or usable for row in rows(family, ours)]
-    missing = f"no records of two or more ranks with {TARGETS[claim.target]} and anchor=none"
+    missing = f"no records of two or more ranks with {TARGETS[claim.target]} and link=none"
     return claim.complete(found, missing, [family for family in ours if family.target == claim.target])
 
 

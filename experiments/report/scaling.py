@@ -1,4 +1,4 @@
-"""How cost grows: tables and a figure from the records of `bench/loss.py`, `bench/overhead.py`, `bench/processes.py`."""
+"""How cost grows: tables and a figure from the records of `bench/{loss,overhead,processes}.py`."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def claims_table(verdicts: list[Verdict]) -> Table:
             )
         )
     caption = (
-        f"{INTERVALS} Verdicts are about the paper's distribution (untied, anchor=none); C6 has a row for each kind "
+        f"{INTERVALS} Verdicts are about the paper's distribution (untied, link=none); C6 has a row for each kind "
         "of draft. Underpowered names the largest half-width among the intervals that decide nothing, for ratios as "
         "a factor. Rules (results/LOG.md dates each change): "
         + " ".join(f"{c.name}: {c.question} {c.statistic}; {c.rule}." for c in dict.fromkeys(v.claim for v in verdicts))

@@ -240,7 +240,7 @@ def _experiment(client: Any, name: str, output: Path | None) -> str:
     return str(found.experiment_id)
 
 
-_DIALS = ("rank", "horizon", "size", "corpus", "seed", "anchor")
+_DIALS = ("rank", "horizon", "size", "corpus", "seed", "link")
 
 
 def tags_of(dials: Mapping[str, Any], variant: str, target: str, commit: str, command: str) -> dict[str, str]:

@@ -164,12 +164,12 @@ class Objective:
     gamma: float
     target_logits: Callable[[Tensor, Tensor], Tensor]
 
-    def __call__(self, log_weights_CR: Tensor, logits_CNRV: Tensor, windows: Windows, table_VD: Tensor) -> Tensor:
+    def __call__(self, joint: Joint, windows: Windows, table_VD: Tensor) -> Tensor:
         """sum_k gamma^(k-1) L_k (C,) over the factors that count."""
         with torch.no_grad():
             logits_CNV = self.target_logits(windows.target_PND, table_VD)
             target_CNV = (logits_CNV.float() - windows.log_normaliser_PN.unsqueeze(-1)).exp()
         seen = Seen(windows.future_PN, target_CNV)
-        each_CN = OBJECTIVES[self.name](Joint(log_weights_CR, logits_CNRV, normalised=False), seen, self.alpha)
+        each_CN = OBJECTIVES[self.name](joint, seen, self.alpha)
         discount_N = self.gamma ** torch.arange(each_CN.shape[1], device=each_CN.device, dtype=each_CN.dtype)
         return (each_CN.masked_fill(~windows.counts_PN, 0.0) * discount_N).sum(dim=1)

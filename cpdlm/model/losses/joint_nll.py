@@ -4,10 +4,11 @@ The dense way holds a logit for every (position, component, token). Here logits 
 time and, since the gradient of the loss with respect to them is known in closed form, turned into gradients at once:
 
     nll_p           = -logsumexp_a [ log w_pa + sum_s log p_pa^(s)(y_ps) ]
-    d nll_p / d z   =  P(a | y_p) (softmax(z) - onehot(y_ps))      for the logits z of row (p, s, a)
-    d nll_p / d log w_pa = -P(a | y_p)
+    d nll_p / d z   =  P(a at s | y_p) (softmax(z) - onehot(y_ps))      for the logits z of row (p, s, a)
+    d nll_p / d log w_pa = -P(a at 1 | y_p)
 
-that is, ordinary cross-entropy per (component, position) row, weighted by the component's posterior. `backward` only
+that is, ordinary cross-entropy per (component, position) row, weighted by the component's posterior at that position.
+For an HMM these are the posteriors of its states; autograd finds them from N x R numbers a position. `backward` only
 scales what `forward` accumulated by the incoming gradient. The module that owns the weights calls this inside its own
 forward, so that FSDP2 has gathered them and tied weights are in one place.
 
@@ -26,23 +27,52 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._triton import has_triton
 
-# hidden_CD, map parameters -> rows: what the unembedding multiplies. Pure, differentiable by autograd.
+from cpdlm.model.joint import log_likelihood
+
+# inputs_CX, first factor, map parameters -> rows: what the unembedding multiplies. Pure, differentiable by autograd.
 Features = Callable[..., Tensor]
 
 # As many partial sums are kept in a parameter's own type (a bfloat16 gradient then errs by half a per cent), no more.
 MOST_SUMS = 64
 
 
+class Gate(NamedTuple):
+    """log_weights: (P, R), normalised. log_transitions: (P, N-1, R, R) of an HMM, normalised, or None."""
+
+    log_weights: Tensor
+    log_transitions: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [each for each in self if each is not None]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Gate:
+        """The reverse of `tensors`."""
+        return Gate(*tensors)
+
+    def log_likelihood(self, seen_CNR: Tensor) -> Tensor:
+        """(C,) of tokens of which each component has the log-probability seen_CNR."""
+        return log_likelihood(self.log_weights, seen_CNR, self.log_transitions)
+
+    def posteriors(self, seen_CNR: Tensor) -> list[Tensor]:
+        """Gradients of the log-likelihood by that of each token, by the weights and by the transitions: the posteriors
+        of each component at each position, at the first one, and of each pair of components."""
+        with torch.enable_grad():
+            seen_CNR, *gate = leaves = [each.detach().requires_grad_() for each in (seen_CNR, *self.tensors)]
+            return list(torch.autograd.grad(Gate.of(gate).log_likelihood(seen_CNR).sum(), leaves))
+
+
 def joint_nll(
     hidden_PD: Tensor,
-    log_weights_PR: Tensor,
+    gate_P: Gate,
     future_PN: Tensor,
     weight_P: Tensor,
     unembedding: Tensor,
@@ -52,17 +82,17 @@ def joint_nll(
 ) -> tuple[Tensor, Tensor]:
     """sum_p weight_p nll_p, and nll_P in nats (detached).
 
-    hidden_PD: what the factors see.  log_weights_PR: normalised gate.  future_PN: token ids, -1 for a token that does
-    not exist, whose factors are 1.  weight_P: weight of each position (no gradient).
-    unembedding: (V, D) shared by all rows, or (N, R, V, D).  features(hidden_CD, *parameters) -> rows (C*N*R, D) for a
-    shared unembedding, or (C, D) for separate ones; given the n-th part of each parameter, the rows of factor n alone.
+    hidden_PD: what the factors see, of any width.  future_PN: token ids, -1 for a token that does not exist, whose
+    factors are 1.  weight_P: weight of each position (no gradient).
+    unembedding: (V, D) shared by all rows, or (N, R, V, D).  features(hidden_CD, 0, *parameters) -> rows (C*N*R, D) for
+    a shared unembedding, or (C, D) for separate ones; given n and the n-th part of each parameter, those of factor n.
     chunk_bytes: bound on the logits alive at once.
     """
     assert not weight_P.requires_grad, "position weights carry no gradient"
     # Inside `forward` gradients are always off and `needs_input_grad` ignores no_grad: ask here.
     learns = torch.is_grad_enabled()
     total, nll_P = _JointNLL.apply(
-        features, chunk_bytes, learns, hidden_PD, log_weights_PR, future_PN, weight_P, unembedding, *parameters
+        features, chunk_bytes, learns, hidden_PD, *gate_P, future_PN, weight_P, unembedding, *parameters
     )
     return total, nll_P
 
@@ -104,7 +134,7 @@ class _Gradients:
         self,
         plan: _Plan,
         hidden_PD: Tensor,
-        log_weights_PR: Tensor,
+        gate_P: Sequence[Tensor],
         unembedding: Tensor | None,
         parameters: Sequence[Tensor],
     ) -> None:
@@ -115,7 +145,7 @@ class _Gradients:
 
         self.groups = plan.groups
         self.hidden_PD = torch.zeros_like(hidden_PD)
-        self.log_weights_PR = torch.zeros_like(log_weights_PR, dtype=plan.exact)
+        self.gate_P = [torch.zeros_like(each, dtype=plan.exact) for each in gate_P]
         # A frozen trunk's unembedding learns nothing: a third of the work is not done.
         self.unembedding = new_sum(unembedding) if unembedding is not None else None
         self.parameters = [new_sum(parameter) for parameter in parameters]
@@ -146,11 +176,13 @@ class _JointNLL(torch.autograd.Function):
         learns: bool,
         hidden_PD: Tensor,
         log_weights_PR: Tensor,
+        log_transitions_PNRR: Tensor | None,
         future_PN: Tensor,
         weight_P: Tensor,
         unembedding: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        gate_P = Gate(log_weights_PR, log_transitions_PNRR).tensors
         (positions, horizon), rank, (vocab, width) = future_PN.shape, log_weights_PR.shape[-1], unembedding.shape[-2:]
         plan = _Plan.of(hidden_PD, unembedding, horizon, rank, parameters, chunk_bytes)
         learns = learns and any(ctx.needs_input_grad)
@@ -160,15 +192,13 @@ class _JointNLL(torch.autograd.Function):
         nll_P = torch.empty(positions, dtype=plan.exact, device=hidden_PD.device)
         grads = None
         if learns:
-            grads = _Gradients(
-                plan, hidden_PD, log_weights_PR, unembedding if ctx.needs_input_grad[7] else None, parameters
-            )
+            grads = _Gradients(plan, hidden_PD, gate_P, unembedding if ctx.needs_input_grad[8] else None, parameters)
         leaves = [[part.requires_grad_(learns) for part in p.detach().chunk(plan.groups)] for p in parameters]
         for start in range(0, positions, plan.chunk):
             part = slice(start, min(start + plan.chunk, positions))
             hidden_CD, future_CN = hidden_PD[part].detach().requires_grad_(learns), future_PN[part]
             with torch.set_grad_enabled(learns):
-                rows = [features(hidden_CD, *(parts[group] for parts in leaves)) for group in range(plan.groups)]
+                rows = [features(hidden_CD, group, *(each[group] for each in leaves)) for group in range(plan.groups)]
             rows_MD = _interleaved([each.detach() for each in rows], len(hidden_CD)).to(plan.fast)
             # One buffer holds the logits, then their exponentials, then the gradient of the logits.
             buffer_MV = (rows_MD @ table_VD.T).view(-1, vocab)
@@ -176,14 +206,14 @@ class _JointNLL(torch.autograd.Function):
             log_prob_M1, total_M1 = plan.exponentials(buffer_MV, index_M1)
             here_CN1 = (future_CN >= 0).unsqueeze(-1)
             log_prob_CNR = log_prob_M1.view(-1, horizon, rank).masked_fill(~here_CN1, 0.0)
-            each_CR = log_weights_PR[part].to(plan.exact) + log_prob_CNR.sum(dim=1)
-            log_joint_C = each_CR.logsumexp(dim=-1)
-            nll_P[part] = -log_joint_C
+            gate_C = Gate.of([each[part].to(plan.exact) for each in gate_P])
+            nll_P[part] = -gate_C.log_likelihood(log_prob_CNR)
             if grads is None:
                 continue
-            pull_CR = scaled_P[part, None] * (each_CR - log_joint_C.unsqueeze(-1)).exp()
-            grads.log_weights_PR[part] = -pull_CR
-            pull_M1 = (pull_CR.unsqueeze(1) * here_CN1).view(-1, 1)
+            pull_CNR, *pull_gate_C = gate_C.posteriors(log_prob_CNR)
+            for total, pull_C in zip(grads.gate_P, pull_gate_C, strict=True):
+                total[part] = -pull_C * scaled_P[part].view(-1, *[1] * (pull_C.dim() - 1))
+            pull_M1 = (scaled_P[part, None, None] * pull_CNR * here_CN1).view(-1, 1)
             buffer_MV.mul_(pull_M1 / total_M1)
             buffer_MV.scatter_(-1, index_M1, (pull_M1 * log_prob_M1.expm1()).to(plan.fast))
             grad_logits = buffer_MV.view(len(rows_MD), -1)
@@ -193,9 +223,10 @@ class _JointNLL(torch.autograd.Function):
             del buffer_MV, grad_logits
             grads.add(part, hidden_CD, leaves, rows, grad_rows)
         if grads is not None:
-            ctx.grads = [grads.hidden_PD, grads.log_weights_PR, None, None, grads.unembedding, *grads.parameters]
-            ctx.dtypes = [each.dtype for each in (hidden_PD, log_weights_PR, future_PN, weight_P, unembedding)]
-            ctx.dtypes += [parameter.dtype for parameter in parameters]
+            gate_grads = (*grads.gate_P, None)[:2]
+            ctx.grads = [grads.hidden_PD, *gate_grads, None, None, grads.unembedding, *grads.parameters]
+            ctx.dtypes = [each.dtype for each in (hidden_PD, log_weights_PR, log_weights_PR, future_PN, weight_P)]
+            ctx.dtypes += [parameter.dtype for parameter in (unembedding, *parameters)]
             ctx.scale = scale
         ctx.mark_non_differentiable(nll_P)
         return (weight_P.to(plan.exact) * nll_P).sum(), nll_P
