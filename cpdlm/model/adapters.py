@@ -126,8 +126,8 @@ def _shortened(body: Any, name: str, layers: nn.ModuleList) -> Any:
     vars(short).update({key: each.copy() for key, each in vars(body).items() if isinstance(each, dict)})
     short._modules[name] = layers
     short.config = copy.deepcopy(body.config)
-    short.config.num_hidden_layers = len(layers)
-    kinds = getattr(body.config, "layer_types", None)
-    if kinds:
-        short.config.layer_types = kinds[-len(layers) :]
+    text = short.config.get_text_config(decoder=True)
+    text.num_hidden_layers = len(layers)
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = kinds[-len(layers) :]
     return short
