@@ -157,6 +157,15 @@ def test_several_machines_need_a_launcher_and_its_number_of_processes() -> None:
         assert "the launcher made 8 processes, nodes=1 x devices=2 are 2; write nodes=MACHINES" in done.stderr
 
 
+def test_more_devices_than_there_are_processors_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert run.main(["devices=4", "data.batch_rows=8"]) == 2
+    assert "devices=4: this machine has 3 processors; lower devices" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_killed_process_stops_the_command_which_then_goes_on_with_another_number(
     corpus: Path, tmp_path: Path
