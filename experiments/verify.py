@@ -11,6 +11,7 @@ Exit code 0 where all agrees, 1 where something differs or the run fails, 2 wher
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import hashlib
 import os
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,13 +89,12 @@ def _settings(old: Record, new: Record) -> list[Line]:
 
 def _likelihoods(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[Line]:
     lines = [_equal("test positions", old["positions"], new["positions"])]
-    terms = [
-        ("joint NLL", old["joint_nll"], new["joint_nll"]),
-        ("first-token NLL", old["first_token_nll"], new["first_token_nll"]),
-    ]
+    terms = {
+        what: (old[key], new[key]) for what, key in (("joint NLL", "joint_nll"), ("first-token NLL", "first_token_nll"))
+    }
     pairs = zip(old["position_nll"], new["position_nll"], strict=False)
-    terms += [(f"NLL of position {number}", *pair) for number, pair in enumerate(pairs, start=1)]
-    for what, before, after in terms:
+    terms |= {f"NLL of position {number}": pair for number, pair in enumerate(pairs, start=1)}
+    for what, (before, after) in terms.items():
         near = abs(before["mean"] - after["mean"]) <= tolerance
         lines.append(Line(f"{what} (nats)", f"{before['mean']:.6f}", f"{after['mean']:.6f}", near))
     return lines
@@ -116,16 +117,13 @@ def _decoding(mode: str, old: dict[str, Any] | None, new: dict[str, Any] | None)
 
 
 def _shown(old: Record, new: Record) -> list[Line]:
-    lines = []
-    for group in ("hardware", "versions"):
-        before, after = old[group], new[group]
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                lines.append(Line(f"{group.removesuffix('s')} {key}", str(before.get(key)), str(after.get(key)), None))
-    before, after = (record.trunk_sha256 for record in (old, new))
-    if before != after:
-        lines.append(Line("trunk sha256", before[:16], after[:16], None))
-    return lines
+    pairs = {
+        f"{group.removesuffix('s')} {key}": (str(old[group].get(key)), str(new[group].get(key)))
+        for group in ("hardware", "versions")
+        for key in sorted(old[group].keys() | new[group].keys())
+    }
+    pairs["trunk sha256"] = old.trunk_sha256[:16], new.trunk_sha256[:16]
+    return [Line(what, before, after, None) for what, (before, after) in pairs.items() if before != after]
 
 
 def _equal(what: str, before: Any, after: Any) -> Line:
@@ -147,20 +145,16 @@ def check(path: Path, root: Path) -> Record:
         record = load(path)
     except RecordError as error:
         raise VerifyError(str(error)) from error
-    commit = record["commit"]
+    commit, why = record["commit"], ""
     if not is_commit(commit):
-        raise VerifyError(
-            f"{path} comes from code without a commit ({commit[:20]}); only that of a commit can be had again"
-        )
-    if record["dirty"]:
-        raise VerifyError(
-            f"{path} comes from uncommitted changes on {commit[:10]}; only a record of a clean commit can be repeated"
-        )
-    if run_git(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode != 0:
-        raise VerifyError(
-            f"{path}: commit {commit[:10]} is not in this clone; "
-            "git fetch --unshallow (or git fetch --all) gets the history"
-        )
+        why = f" comes from code without a commit ({commit[:20]}); only that of a commit can be had again"
+    elif record["dirty"]:
+        why = f" comes from uncommitted changes on {commit[:10]}; only a record of a clean commit can be repeated"
+    elif run_git(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode != 0:
+        fetch = "git fetch --unshallow (or git fetch --all) gets the history"
+        why = f": commit {commit[:10]} is not in this clone; {fetch}"
+    if why:
+        raise VerifyError(f"{path}{why}")
     _words(record)
     return record
 
@@ -183,16 +177,12 @@ def _trunk(record: Record, source: Path, tree: Path, output: Path, root: Path) -
     if digest and (kept / WEIGHTS).is_file() and hashlib.sha256((kept / WEIGHTS).read_bytes()).hexdigest() == digest:
         print(f"trunk: {trunk} is still here, with the recorded weights")
         return kept
-    for folder in (source.parent.parent, root / "results"):
-        for path in sorted(folder.rglob(f"{trunk.name}.json")):
-            try:
-                found = load(path)
-            except RecordError:
-                continue
-            if found["commit"] == record["commit"] and not found["dirty"]:
-                print(f"trunk: training {trunk.name} again from {path}")
-                _run(found, [*_words(found), "--stage=train"], tree, output, root)
-                return output / trunk.name
+    folders = (source.parent.parent, root / "results")
+    for found in (each for folder in folders for each in _records(folder, f"{trunk.name}.json")):
+        if found["commit"] == record["commit"] and not found["dirty"]:
+            print(f"trunk: training {trunk.name} again from {found.path}")
+            _run(found, [*_words(found), "--stage=train"], tree, output, root)
+            return output / trunk.name
     raise VerifyError(
         f"the frozen trunk {trunk} is not here with the recorded weights, and no clean record {trunk.name}.json of the "
         "same commit tells how to train it; keep the trunk's record beside this one"
@@ -230,9 +220,8 @@ def _words(record: Record) -> list[str]:
     trunk = record.config["model"]["trunk"]
     for name in (record["name"], *names, *([Path(trunk).name] if trunk else [])):
         if not is_name(name):
-            raise VerifyError(
-                f"{record.path}: {name!r} is not the name of a run; nothing is run outside its own folder"
-            )
+            said = "is not the name of a run; nothing is run outside its own folder"
+            raise VerifyError(f"{record.path}: {name!r} {said}")
     for word in words[2:]:
         if word.startswith("-") and not word.startswith("--stage="):
             raise VerifyError(f"{record.path}: its command has the word {word!r}, which is not a setting")
@@ -240,14 +229,17 @@ def _words(record: Record) -> list[str]:
 
 
 def _written(output: Path, name: str) -> Record:
-    for path in sorted(output.rglob("*.json")):
-        try:
-            record = load(path)
-        except RecordError:
-            continue
+    for record in _records(output, "*.json"):
         if record["name"] == name:
             return record
     raise RunFailed(f"the command wrote no record named {name}")
+
+
+def _records(folder: Path, pattern: str) -> Iterator[Record]:
+    """Those that can be read."""
+    for path in sorted(folder.rglob(pattern)):
+        with contextlib.suppress(RecordError):
+            yield load(path)
 
 
 def verify(path: Path, root: Path, tolerance: float) -> bool:
@@ -284,21 +276,14 @@ def verify(path: Path, root: Path, tolerance: float) -> bool:
 def main(arguments: list[str], root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="./dev verify", description="Run a record again at its commit and compare.")
     parser.add_argument("record", type=Path, help="results/CLAIM/NAME.json")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=TOLERANCE,
-        help=f"nats (default: {TOLERANCE:g}, for the same kind of machine)",
-    )
+    near = f"nats (default: {TOLERANCE:g}, for the same kind of machine)"
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=near)
     options = parser.parse_args(arguments)
     try:
         return 0 if verify(options.record, root, options.tolerance) else 1
-    except VerifyError as error:
+    except (VerifyError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, VerifyError) else 1
     except KeyboardInterrupt:
         print("\nstopped; nothing was changed", file=sys.stderr)
         return 130

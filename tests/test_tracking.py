@@ -251,14 +251,14 @@ def test_first_runs_that_start_together_all_reach_the_store(tmp_path: Path) -> N
 def test_a_dashboard_listens_on_this_machine_only_and_says_so_where_it_cannot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = command.server_argv(tmp_path)
+    words = command.server_argv(tmp_path, "sqlite:///x")
     assert words[words.index("--host") + 1] == "127.0.0.1"
     assert command.server_environment()["MLFLOW_DISABLE_TELEMETRY"] == "true"
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        assert command.main(["ui", str(tmp_path), "--port", str(port)]) == 2
+        assert command.main([str(tmp_path), "--port", str(port)]) == 2
     said = capsys.readouterr().err
     assert f"error: port {port} of 127.0.0.1 cannot be used" in said and "Address already in use" in said
 

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cpdlm.files import write_bytes
 from experiments.claims import Verdict, answers
@@ -70,11 +72,14 @@ def claims_block(families: Sequence[Family], verdicts: Sequence[Verdict]) -> str
 
 def _machines(records: Sequence[Record]) -> str:
     """How many kinds of machine, and which."""
-    decoded = [record["decoding"].get("origin", record.content)["hardware"] for record in records if record["decoding"]]
-    every = [record["hardware"] for record in records] + decoded
+    every = [record["hardware"] for record in records] + _decoded_on(records)
     kinds = {each["processor"] if each["accelerator"] == "none" else each["accelerator"] for each in every}
     named = "; ".join(sorted(kind.replace("(R)", "") for kind in kinds))
     return f"{counted(len(kinds), 'kind')} of machine ({named})" if kinds else "no machine"
+
+
+def _decoded_on(records: Sequence[Record]) -> list[dict[str, Any]]:
+    return [record["decoding"]["origin"]["hardware"] for record in records if record["decoding"]]
 
 
 def sceptic_block(results: Path, families: Sequence[Family]) -> str:
@@ -92,30 +97,27 @@ def sceptic_block(results: Path, families: Sequence[Family]) -> str:
 
 def _rank(families: Sequence[Family]) -> str:
     """What rank 8 buys on the frozen target of most cells."""
-    whole = [family for family in families if family.target == "common" and not family.is_pretrained]
-    for family in whole:
+    for family in families:
         top, one = (family.cells.get(("untied", rank), {}) for rank in (8, 1))
         tokens, speed = difference(top, one, "tokens_per_pass"), over_seeds(top, "speedup_over_rank1")
-        if tokens is not None and speed is not None:
+        if family.target == "common" and not family.is_pretrained and tokens is not None and speed is not None:
+            trunk = f"{_first(top)['parameters']['trunk'] / 1e6:.1f}M {family.settings['corpus']} model"
             return (
                 f"What rank 8 buys over rank 1: {tokens.text(2, sign=True)} tokens per forward, {speed.text(2)} "
-                f"times the speed (sampling, {_trunk(top)} {family.settings['corpus']} model)."
+                f"times the speed (sampling, {trunk})."
             )
     return ""
 
 
-def _trunk(cells: Cells) -> str:
-    return f"{next(iter(cells.values()))['parameters']['trunk'] / 1e6:.1f}M"
+def _first(cells: Cells) -> Record:
+    return next(iter(cells.values()))
 
 
 def _lookup(results: Path) -> str:
     record = read_benchmark(results, "decode_baselines")
-    if isinstance(record, str):
-        return ""
-    try:
-        return _best_of_both(record)
-    except ODD:  # its table says so
-        return ""
+    with contextlib.suppress(*ODD):  # its table says so
+        return "" if isinstance(record, str) else _best_of_both(record)
+    return ""
 
 
 def _best_of_both(record: Benchmark) -> str:
@@ -143,31 +145,25 @@ def _pretrained(families: Sequence[Family], folder: str, rank: int, variant: str
     return {}
 
 
-def _speeds(cells: Cells) -> str:
-    found = [(mode, over_seeds(cells, "speedup", mode)) for mode in ("greedy", "sampling")]
-    return ", ".join(f"{speed.text(2)}x {mode}" for mode, speed in found if speed is not None)
-
-
 def _released(families: Sequence[Family]) -> str:
     """The heads that `cpdlm/released/` holds are those of rank 1 of the longest training."""
     cells = _pretrained(families, "C6-long", 1, "token-conditioned")
-    speeds = _speeds(cells)
+    found = [(mode, over_seeds(cells, "speedup", mode)) for mode in MODES]
+    speeds = ", ".join(f"{speed.text(2)}x {mode}" for mode, speed in found if speed is not None)
     if not speeds:
         return ""
-    machine = decoding_hardware(next(iter(cells.values())))
+    machine = decoding_hardware(_first(cells))
     return f"The released heads on SmolLM2-135M, over autoregressive decoding: {speeds} ({machine})."
 
 
 def _precision(families: Sequence[Family]) -> str:
-    found = [_pretrained(families, folder, 1, "token-conditioned") for folder in ("C6", "C6-float32")]
-    speeds = [over_seeds(cells, "speedup") for cells in found]
-    if None in speeds:
-        return ""
-    shown = [
-        f"{speed.text(2)}x in {_precision_of(cells)} ({next(iter(cells.values()))['training']['steps']:,} steps)"
-        for speed, cells in zip(speeds, found, strict=True)
-        if speed is not None
-    ]
+    shown = []
+    for folder in ("C6", "C6-float32"):
+        cells = _pretrained(families, folder, 1, "token-conditioned")
+        speed = over_seeds(cells, "speedup")
+        if speed is None:
+            return ""
+        shown.append(f"{speed.text(2)}x in {_precision_of(cells)} ({_first(cells)['training']['steps']:,} steps)")
     return f"Without bf16 instructions drafting loses time. Rank 1 on SmolLM2, sampling: {', '.join(shown)}."
 
 
@@ -185,17 +181,12 @@ def _near_ties(families: Sequence[Family]) -> str:
 
 
 def _precision_of(cells: Cells) -> str:
-    return str(next(iter(cells.values())).config["model"]["dtype"])
+    return str(_first(cells).config["model"]["dtype"])
 
 
 def _gpu(results: Path, families: Sequence[Family]) -> str:
     """Whether any speed was measured on a GPU: by a cell or by a benchmark of decoding."""
-    machines = [
-        record["decoding"].get("origin", record.content)["hardware"]
-        for family in families
-        for record in family.records()
-        if record["decoding"]
-    ]
+    machines = _decoded_on([record for family in families for record in family.records()])
     for path in sorted((results / "benchmarks").glob("decode_*.json")):
         record = read_benchmark(results, path.stem)
         machines += [] if isinstance(record, str) or "hardware" not in record else [record["hardware"]]
