@@ -98,8 +98,7 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
                 why = refused_trunk(plan, pending[job.name])
                 failures.extend([why] if why else [])
                 return not why
-            note_failure(failure, job, code)
-            failures.append(f"{job.name}: exit {code}; see {failure}")
+            failures.append(note_failure(failure, job, code))
             tqdm.write(f"failed: {failures[-1]}{_last_lines(job)}", file=sys.stderr)
             return False
 
@@ -155,9 +154,7 @@ def _decode(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
         print(f"      {job.name}: {'measured' if code == 0 else f'exit {code}'}", flush=True)
         failure = job.log.with_suffix(f".{FAILED}")
         failure.unlink(missing_ok=True)
-        if code:
-            note_failure(failure, job, code)
-            failures.append(f"{job.name}: exit {code}; see {failure}{_last_lines(job)}")
+        failures.extend([note_failure(failure, job, code) + _last_lines(job)] if code else [])
         return code == 0
 
     before = len(failures)
@@ -213,8 +210,9 @@ def _log(plan: Plan, records: list[tuple[Config, Path]], text: str, pictures: li
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-def note_failure(path: Path, job: Job, code: int) -> None:
-    """What a failed job leaves: command, exit code and the traceback (else the last lines) of this attempt's log."""
+def note_failure(path: Path, job: Job, code: int) -> str:
+    """Write what a failed job leaves: command, exit code and the traceback (else the last lines) of this attempt's log.
+    Returns a line that says so."""
     _, found, trace = _said(job).partition("Traceback (most recent call last):")
     write_json(
         path,
@@ -228,6 +226,7 @@ def note_failure(path: Path, job: Job, code: int) -> None:
             "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
     )
+    return f"{job.name}: exit {code}; see {path}"
 
 
 def _size(log: Path) -> int:

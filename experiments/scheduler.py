@@ -87,6 +87,21 @@ def schedule(jobs: list[Job], launcher: Launcher, ended: Callable[[Job, int], bo
     return []
 
 
+def _child(job: Job, environment: dict[str, str], first: Callable[[], Any], apart: bool) -> subprocess.Popen[bytes]:
+    """The job's process. first: what it does before its command. apart: it has a session of its own."""
+    with open(job.log, "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, *job.argv],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=apart,
+            preexec_fn=first,
+        )
+
+
 # --- this machine ----------------------------------------------------------------------------------------------------
 
 
@@ -152,19 +167,8 @@ class Local:
             os.sched_setaffinity(0, cores)
             libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: kill -9 of the sweep must leave no orphan behind
 
-        with open(job.log, "ab") as log:
-            child = subprocess.Popen(
-                [sys.executable, *job.argv],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                # A session of its own: Ctrl-C reaches the sweep, which then tells each child once.
-                start_new_session=True,
-                preexec_fn=bind,
-            )
-        self._running[child] = (job, slot)
+        # Ctrl-C reaches the sweep, which then tells each child once.
+        self._running[_child(job, environment, bind, apart=True)] = (job, slot)
 
 
 # --- a cluster -------------------------------------------------------------------------------------------------------
@@ -186,17 +190,8 @@ class Worker:
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get(alone, "1")}
         for name in [name for name in environment if name.startswith(("SLURM_", "SRUN_", "SUBMITIT_"))]:
             del environment[name]  # Lightning would take the job for one process of a distributed run
-        with open(self.job.log, "ab") as log:
-            # The cluster's warning (SIGUSR2) is for submitit; whoever is not told of it dies of it.
-            self.child = subprocess.Popen(
-                [sys.executable, *self.job.argv],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN) and None,
-            )
+        # The cluster's warning (SIGUSR2) is for submitit; whoever is not told of it dies of it.
+        self.child = _child(self.job, environment, lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN), apart=False)
         while (code := self.child.poll()) is None:
             time.sleep(0.1)
         if code in (STOPPED, -signal.SIGTERM):

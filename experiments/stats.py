@@ -219,46 +219,42 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
     `training:KEY`. The `RATIOS` are logarithms.
     """
     likelihood, decoded = record["likelihood"], record.mode(mode)
-    rows = likelihood["per_row"]
-    if quantity in ("joint_nll", "first_token_nll"):
-        return Sample.ratio(rows[quantity], rows["positions"])
-    if quantity.startswith("position_nll:"):
-        index = int(quantity.partition(":")[2]) - 1
-        if index == 0:
-            return Sample.ratio(rows["first_token_nll"], rows["positions"])
-        if rows["position_nll"]:
-            return Sample.ratio(rows["position_nll"][index], rows["positions"])
-        term = likelihood["position_nll"][index]
+    rows, (name, _, which) = likelihood["per_row"], quantity.partition(":")
+    if quantity == "position_nll:1":
+        name = "first_token_nll"
+    if name in ("joint_nll", "first_token_nll"):
+        return Sample.ratio(rows[name], rows["positions"])
+    if name == "position_nll":
+        if rows[name]:
+            return Sample.ratio(rows[name][int(which) - 1], rows["positions"])
+        term = likelihood[name][int(which) - 1]
         return Sample(mean=term["mean"], sem=term["sem"])
-    if quantity == "bits_per_byte":
+    if name == "bits_per_byte":
         if rows["target_nll"] and sum(rows["bytes"] or ()):
             return Sample.ratio(np.asarray(rows["target_nll"]) / math.log(2), rows["bytes"])
-        return None if likelihood[quantity] is None else Sample(mean=likelihood[quantity])
-    if quantity == "joint_bits_per_byte":
+        return None if likelihood[name] is None else Sample(mean=likelihood[name])
+    if name == "joint_bits_per_byte":
         size, joint = _bytes_per_token(record), measured(record, "joint_nll")
         return None if size is None or joint is None else joint.scaled(1 / (record.horizon * math.log(2) * size))
-    if quantity == "bytes_per_pass":
+    if name == "bytes_per_pass":
         size, rate = _bytes_per_token(record), measured(record, "tokens_per_pass", mode)
         return None if size is None or rate is None else rate.scaled(size)
-    if quantity.startswith("kept:"):
-        depth = int(quantity.partition(":")[2])
-        share = next((each for each in likelihood["kept_by_depth"] or () if each["depth"] == depth), None)
+    if name == "kept":
+        share = next((each for each in likelihood["kept_by_depth"] or () if each["depth"] == int(which)), None)
         return None if share is None else Sample(mean=share["mean"], sem=share["sem"])
-    if quantity == "effective":
+    if name == "effective":
         return Sample(mean=likelihood["weights"]["effective"])
-    if quantity.startswith("training:"):
-        value = record["training"].get(quantity.partition(":")[2])
+    if name == "training":
+        value = record["training"].get(which)
         return None if value is None else Sample(mean=value)
     if decoded is None:
         return None
-    if quantity == "tokens_per_pass":
+    if name == "tokens_per_pass":
         return Sample.ratio(decoded["per_prompt"]["tokens"], decoded["per_prompt"]["passes"])
-    if quantity.startswith("accepted:"):
-        return _accepted(decoded, int(quantity.partition(":")[2]))
-    if quantity in RATIOS:
-        ratio = decoded[quantity]
-        return None if ratio is None else Sample.log_ratio(ratio, decoded["prompts"])
-    raise ValueError(f"unknown quantity {quantity!r}")
+    if name == "accepted":
+        return _accepted(decoded, int(which))
+    assert name in RATIOS, f"unknown quantity {quantity!r}"
+    return None if decoded[name] is None else Sample.log_ratio(decoded[name], decoded["prompts"])
 
 
 def _bytes_per_token(record: Record) -> float | None:

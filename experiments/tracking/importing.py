@@ -18,16 +18,14 @@ if TYPE_CHECKING:
     from experiments.records import Record
 
 
-def import_records(
-    results: Path, uri: str, prefix: str = "cpdlm", artifacts: Path | None = None, figures: Path | None = None
-) -> int:
+def import_records(results: Path, uri: str, prefix: str = "cpdlm", figures: Path | None = None) -> int:
     """Show committed records in a store. Returns how many were new.
 
     An experiment per claim (`claim_experiment`) has a parent run per results folder, and that a child per record. A
     record that is there already (by its sha256) is skipped, so a second import adds nothing. Where there is a new one,
     every parent's note is renewed: the command, and each verdict that rests on the folder; the page and the pictures of
     `figures` are attached. A claim that is answered from other claims' cells alone has a parent without children, which
-    says whose. artifacts: folder of the copies (default: beside a SQLite store). Raises RuntimeError without mlflow or
+    says whose. Copies lie beside a SQLite store. Raises RuntimeError without mlflow or
     with a store that fails, RecordError where `results` is no folder.
     """
     if not store.is_installed():
@@ -40,8 +38,7 @@ def import_records(
     for line in damaged:
         store.warn(line)
     verdicts = judge(families_of(records)[0])
-    if artifacts is None and uri.startswith("sqlite:///"):
-        artifacts = Path(uri.removeprefix("sqlite:///")).parent
+    artifacts = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else None
     try:
         if artifacts is not None:
             artifacts.mkdir(parents=True, exist_ok=True)
