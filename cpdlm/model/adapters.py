@@ -56,7 +56,7 @@ class DraftTrunk(nn.Module):
             if isinstance(index := vars(module).get("layer_idx"), int):
                 vars(module)["layer_idx"] = index - len(every) + layers
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(linear)), last)
-        self.trunk = Trunk(_shortened(trunk.body, name, last))
+        self.trunk = Trunk(shortened(trunk.body, name, last))
         for path, parameter in self.named_parameters():
             parameter.requires_grad_(is_adapter(path))
             if is_adapter(path):
@@ -119,7 +119,7 @@ def check_draft_trunk(trunk: Trunk, draft: DraftTrunk) -> None:
         )
 
 
-def _shortened(body: Any, name: str, layers: nn.ModuleList) -> Any:
+def shortened(body: Any, name: str, layers: nn.ModuleList) -> Any:
     """The body with these layers in place of its own; everything else is shared with it."""
     short = copy.copy(body)
     # Parameters, buffers, modules and hooks are held in dictionaries, which the copy would share.

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    DynamicCache,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
@@ -28,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cpdlm.config import SIZES, Config, ConfigError
 from cpdlm.data.pretrained_files import brings_code
+from cpdlm.model.growing_cache import GrowingCache
 
 # What this release of transformers calls the cache, among a model's arguments and in its outputs.
 CACHE = "cache" if "cache" in {each.name for each in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -195,7 +195,7 @@ def _documents_apart(position_ids_BT: Tensor) -> Tensor | None:
 
 
 def new_cache() -> Cache:
-    return DynamicCache()
+    return GrowingCache()
 
 
 def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
