@@ -7,11 +7,14 @@ launcher is the first of one.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import platform
 import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import NoReturn
 
 BEAT_SECONDS = 0.25  # between two looks at the clock
@@ -84,3 +87,12 @@ def _beat(watch: weakref.ref[PauseWatch]) -> None:
         alive.total()
         del alive
         time.sleep(BEAT_SECONDS)
+
+
+def processor() -> str:
+    """Its kind, as the system calls it; "unknown" where it does not."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

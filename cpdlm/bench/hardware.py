@@ -6,8 +6,9 @@ import contextlib
 import os
 import platform
 import sys
-from pathlib import Path
 from typing import Any
+
+from cpdlm.processes import processor
 
 
 def hardware() -> dict[str, Any]:
@@ -22,17 +23,9 @@ def hardware() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "machine": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores,
         "threads": torch.get_num_threads() if torch is not None else None,
         "memory_gib": memory,
         "accelerator": accelerator,
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"

@@ -56,7 +56,9 @@ class GrowingLayer(DynamicLayer):
     def _appended(self, name: str, new_BHSW: Tensor, before: int) -> Tensor:
         held = self._held.get(name)
         # What a gradient may need, or inference mode has made, is not written to.
-        fixed = new_BHSW.requires_grad or (held is not None and held.is_inference() != torch.is_inference_mode_enabled())
+        fixed = new_BHSW.requires_grad or (
+            held is not None and held.is_inference() != torch.is_inference_mode_enabled()
+        )
         if held is None or fixed or held.shape[2] < self._length:
             room = 0 if fixed else max(ROOM, self._length // 4)
             size = (new_BHSW.shape[0], new_BHSW.shape[1], self._length + room, new_BHSW.shape[3])

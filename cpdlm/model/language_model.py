@@ -84,6 +84,7 @@ class LanguageModel(nn.Module):
         self.trunk, self.shape, self.output = trunk, shape, output or Output()
         self.rank, self.horizon, self.vocab_size, self.context = shape.rank, shape.horizon, vocab_size, context
         self.first_is_tied, self.frozen_target, self.chunk_bytes = shape.first_is_tied, frozen_target, chunk_bytes
+        self.weights = "plain"  # how decoding holds them: see `decoding.prepared`
         width = trunk.width
         self.unembedding = nn.Linear(width, vocab_size, bias=False)
         # Separate heads without a next-token head use no shared unembedding: then it is the embedding, not dead weight.
