@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpdlm import benchmark
-from cpdlm.config import CHOICES
+from cpdlm.config import CHOICES, WEIGHTS
 from cpdlm.generate import NEW_TOKENS
 
 INTERRUPTED = 130
@@ -135,6 +135,13 @@ def _generate_arguments(parser: ArgumentParser) -> None:
         default="own",
         choices=["own", "none"],
         help="own: draft from the model's draft vocabulary, if it has one (default); none: from all tokens",
+    )
+    add(
+        "--weights",
+        default="auto",
+        choices=WEIGHTS,
+        help="auto: laid out anew where that is faster here (default); plain: as they are; int8, int4: rounded, and "
+        "the target is then the model with rounded weights",
     )
     add("--show", action="store_true", help="accepted drafts in green, tokens per forward and per second at the end")
 

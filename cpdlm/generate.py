@@ -43,6 +43,7 @@ class Request:
     seed: int = 0
     draft: str = "chain"
     draft_vocabulary: str = "own"
+    weights: str = "auto"
     show: bool = False
 
 
@@ -101,7 +102,7 @@ def run(request: Request, out: TextIO) -> None:
     """Write the text to `out`, the rest to standard error. Raises ConfigError, RunError or ValueError on bad input."""
     import torch
 
-    from cpdlm.decoding import Captures, Options, Sampling, decode
+    from cpdlm.decoding import Captures, Options, Sampling, decode, prepare
     from cpdlm.hf.load import open_source
 
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
@@ -115,6 +116,8 @@ def run(request: Request, out: TextIO) -> None:
     loaded = opened.load()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device)
+    for sentence in prepare(model, request.weights).sentences:
+        print(sentence, file=sys.stderr)
     captures = {draft: Captures(model) for draft in (request.draft, "none")}
 
     def write(draft: str, on_tokens: Callable[[int, list[int]], None] | None = None) -> Decoded:

@@ -6,6 +6,7 @@ from cpdlm.decoding.length import Costs
 from cpdlm.decoding.lookup import LookupSettings
 from cpdlm.decoding.loop import Decoded, Options, decode, decode_batch
 from cpdlm.decoding.model import DraftingModel, ModelProxy
+from cpdlm.decoding.prepared import Prepared, prepare
 
 __all__ = [
     "CapturedForwards",
@@ -16,7 +17,9 @@ __all__ = [
     "LookupSettings",
     "ModelProxy",
     "Options",
+    "Prepared",
     "Sampling",
     "decode",
     "decode_batch",
+    "prepare",
 ]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cpdlm.config import ConfigError
+from cpdlm.config import WEIGHTS, ConfigError
 from cpdlm.decoding.body import FewOperations, fits
 from cpdlm.decoding.products import LAYOUTS, ROUNDED, Int8, NoKernel, Product
 from cpdlm.files import default_cache, write_json
@@ -39,7 +39,6 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, new_cache
 from cpdlm.processes import processor
 
-WEIGHTS = ("auto", "plain", "packed", "int8", "int4")
 FASTEST = "layouts.json"
 ROWS = (1, 4, 8)  # of the products that are measured
 PROBE = 7  # tokens

@@ -8,6 +8,7 @@ Letters: O outputs, I inputs, G groups of inputs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -96,24 +97,17 @@ class Int8(Product):
         super().__init__(weight_OI, bias_O)
         wide_OI = weight_OI.detach().float()
         scale_O = wide_OI.abs().amax(dim=1).clamp(min=TINY) / 127
-        self.whole = bool(torch.cpu._is_vnni_supported()) and "fbgemm" in torch.backends.quantized.supported_engines
-        if not self.whole:
+        self.packed = _in_whole_numbers(wide_OI, scale_O) if torch.cpu._is_vnni_supported() else None
+        if self.packed is None:
             self.rows_OI = (wide_OI / scale_O[:, None]).round().to(torch.int8)
             self.scale_O = scale_O.bfloat16()
-            return
-        before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"
-        try:
-            zeros_O = torch.zeros(len(scale_O), dtype=torch.long)
-            quantised = torch.quantize_per_channel(wide_OI, scale_O.double(), zeros_O, 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(quantised, None)
-        except (AttributeError, NotImplementedError, RuntimeError) as error:
-            raise NoKernel(f"torch has no products of 8 bits ({error})") from error
-        finally:
-            torch.backends.quantized.engine = before
+            try:
+                self(torch.zeros(1, self.in_features))
+            except (AttributeError, NotImplementedError, RuntimeError) as error:
+                raise NoKernel(f"torch has no products of 8 bits ({error})") from error
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.whole:
+        if self.packed is None:
             flat = x.reshape(-1, self.in_features).bfloat16()
             y = torch._weight_int8pack_mm(flat, self.rows_OI, self.scale_O).view(*x.shape[:-1], -1).to(x.dtype)
             return y if self.bias is None else y + self.bias
@@ -126,6 +120,22 @@ class Int8(Product):
         high, low = y.chunk(2)
         y = torch.add(high, low, alpha=1 / 254).mul_(largest_P1 / 127).view(*x.shape[:-1], -1).to(x.dtype)
         return y if self.bias is None else y + self.bias
+
+
+def _in_whole_numbers(weight_OI: Tensor, scale_O: Tensor) -> Any:
+    """Weights for products of 8 by 8 bits; None where this release of torch has none."""
+    before = torch.backends.quantized.engine
+    try:
+        torch.backends.quantized.engine = "fbgemm"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tensors of this kind will go; the next kernel is then taken
+            zeros_O = torch.zeros(len(scale_O), dtype=torch.long)
+            quantised = torch.quantize_per_channel(weight_OI, scale_O.double(), zeros_O, 0, torch.qint8)
+            return torch.ops.quantized.linear_prepack(quantised, None)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+    finally:
+        torch.backends.quantized.engine = before
 
 
 class Int4(Product):
