@@ -91,7 +91,7 @@ def prepare(model: LanguageModel, weights: str = "auto") -> Prepared:
         done.sentences.append(f"{maker.plain} of {maker.made} linear maps stay plain: {maker.lacking}")
     if weights in ROUNDED:
         done.sentences.append(
-            f"weights={weights}: the target is this model with rounded weights; drafts do not change that distribution, "
+            f"weights={weights}: the target is this model with rounded weights; drafts keep that distribution, "
             "which is not the unrounded model's"
         )
     model.weights = done.weights

@@ -27,6 +27,8 @@ class NoKernel(Exception):
 class Product(nn.Module):
     """x (..., I) -> x W^T + b (..., O), in the precision of x. weight_OI, bias_O: copied into a form of their own."""
 
+    bias: Tensor | None
+
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_OI.shape
@@ -49,6 +51,8 @@ class Product(nn.Module):
 class Joined(Product):
     """Plain weights; several maps of one input may stand in them one below the other."""
 
+    weight_OI: Tensor
+
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         super().__init__(weight_OI, bias_O)
         self.register_buffer("weight_OI", weight_OI.detach(), persistent=False)
@@ -59,6 +63,8 @@ class Joined(Product):
 
 class Transposed(Product):
     """Weights stored by inputs: what a product of few rows reads then lies in one piece."""
+
+    weight_IO: Tensor
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         super().__init__(weight_OI, bias_O)
