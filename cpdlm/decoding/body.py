@@ -23,8 +23,10 @@ from cpdlm.decoding.products import Product
 
 FEW = 32  # tokens of a forward whose heads become rows
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # the same whatever the length of the text
-MAPS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MAPS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+MAPS = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 Make = Callable[[Tensor, Tensor | None], Product]

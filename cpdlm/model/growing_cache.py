@@ -24,7 +24,7 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]  # an attribute there
+    def keys(self) -> Tensor | None:
         return self._in_use("keys")
 
     @keys.setter
@@ -32,7 +32,7 @@ class GrowingLayer(DynamicLayer):
         self._hold("keys", value)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         return self._in_use("values")
 
     @values.setter
