@@ -3,7 +3,7 @@
 Nothing here imports torch, so that `--help` and every configuration error come before any slow import.
 """
 
-from cpdlm.config.checks import check, is_name, out_of_range
+from cpdlm.config.checks import WEIGHTS, check, is_name, out_of_range
 from cpdlm.config.presets import PRESETS
 from cpdlm.config.reading import (
     as_yaml,
@@ -22,7 +22,6 @@ from cpdlm.config.settings import (
     FAMILIES,
     INCIDENTAL,
     SIZES,
-    WEIGHTS,
     Config,
     ConfigError,
     DecodeConfig,

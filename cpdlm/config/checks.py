@@ -12,6 +12,7 @@ from cpdlm.config.settings import CHOICES, FAMILIES, WITHIN, Config, ConfigError
 
 MOST_TOKENS = 2**20  # of a vocabulary that is made here
 PRETRAINED = "a Hugging Face folder or name, a GGUF file, smollm2"
+WEIGHTS = ("auto", "plain", "packed", "int8", "int4")  # how decoding may hold them: cpdlm.decoding.prepare
 
 
 def check(config: Config) -> None:

@@ -81,9 +81,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
 }
 
-# How decoding may hold a target's weights, `cpdlm.decoding.prepare`.
-WEIGHTS = ("auto", "plain", "packed", "int8", "int4")
-
 
 @dataclass
 class DataConfig:
