@@ -21,6 +21,7 @@ from experiments.cost import CostModel
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("speed-up", "results", "reproducing", "processes"))]
+BENCH = "--prompts 2 --new-tokens 4 --repeats 1 --warmups 0".split()
 LAUNCHERS = ("torchrun", "srun", "experiments/run.py nodes=2")  # test_distributed.py and test_slurm.py run these
 
 
@@ -90,6 +91,7 @@ def test_commands_of_the_pages_run(tmp_path: Path) -> None:
     corpus = tmp_path / "cpdlm"
     shutil.copytree(ROOT / "cpdlm", corpus, ignore=shutil.ignore_patterns("__pycache__"))
     small_pretrained(tmp_path / "my-llm", sorted(corpus.rglob("*.py")))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "def f(x"}\n')
     # The size is part of a trunk's name on the pages, so it stays; everything slow shrinks.
     small = {key: value for key, value in TINY.items() if key != "size"} | {"data.cache": tmp_path / "cache"}
     ran = 0
@@ -100,7 +102,7 @@ def test_commands_of_the_pages_run(tmp_path: Path) -> None:
             f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
         ]
         if program == "cpdlm":
-            shrunk = [*shrunk, f"corpus={corpus}"] if given[0] == "speed-up" else []
+            shrunk = [*shrunk, f"corpus={corpus}"] if given[0] == "speed-up" else BENCH if given[0] == "bench" else []
             run([sys.executable, "-m", "cpdlm", *given, *shrunk], tmp_path, command)
         elif given[:1] == ["experiments/run.py"]:
             words = [word for word in given[1:] if "=" in word and not word.startswith("--")]
