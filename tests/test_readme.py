@@ -21,7 +21,7 @@ from experiments.cost import CostModel
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("speed-up", "results", "reproducing", "processes"))]
-BENCH = "--prompts 2 --new-tokens 4 --repeats 1 --warmups 0".split()
+BENCH = ["--prompts", "2", "--new-tokens", "4", "--repeats", "1", "--warmups", "0"]
 LAUNCHERS = ("torchrun", "srun", "experiments/run.py nodes=2")  # test_distributed.py and test_slurm.py run these
 
 
