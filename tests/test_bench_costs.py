@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cpdlm.bench.memory import working_memory
 from cpdlm.training.plan import make_plan
-from experiments.bench import loss, loss_sides, overhead
+from experiments.bench import fresh, loss, loss_sides, overhead
 from experiments.bench.overhead import NEXT_TOKEN, RECIPES, WHOLE, configure
 
 VOCAB = 64
@@ -135,3 +135,23 @@ def test_what_lies_behind_the_last_pass_counts() -> None:
 def test_work_without_a_pass_is_refused() -> None:
     with pytest.raises(ValueError, match="makes no forward of the target"):
         working_memory(lambda: torch.zeros(3), Target(), CPU)
+
+
+def test_timed_cells_are_set_against_the_next_token_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turns, each against the one of its own turn: the machine is slower every time."""
+    answer = '{"step_ms": %d, "peak_bytes": %d, "planned_bytes": 1, "flops": {"trunk": %d}}'
+    order: list[str] = []
+
+    def run(what: str, words: list[str]) -> str:
+        order.append(WHOLE if WHOLE in words else NEXT_TOKEN)
+        turn = (len(order) + 1) // 2
+        return answer % ((300 * turn + 10, turn, 4) if WHOLE in words else (100 * turn, 1, 1))
+
+    monkeypatch.setattr(fresh, "run", run)
+    cells = overhead.timed(overhead.parse(["time", "--sizes", "micro", "--recipes", NEXT_TOKEN, WHOLE]))
+    assert order == [NEXT_TOKEN, WHOLE, WHOLE, NEXT_TOKEN, NEXT_TOKEN, WHOLE]
+    base, whole = cells
+    assert base["overhead"] == {"median": 0, "low": 0, "high": 0} and (base["bound"], whole["bound"]) == (0, 3)
+    assert whole["step_ms"] == {"median": 610, "low": 310, "high": 910} and whole["repeats"] == [310, 610, 910]
+    assert whole["overhead"] == pytest.approx({"median": 2.05, "low": 2 + 0.1 / 3, "high": 2.1})
+    assert whole["peak_bytes"] == 3

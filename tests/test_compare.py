@@ -15,7 +15,7 @@ from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.compare import Protocol, Timing, measure
 from cpdlm.bench.contenders import Ours, hugging_face
 from cpdlm.bench.intervals import drawn, medians, of_median, of_ratio
-from cpdlm.bench.timers import StoodStill
+from cpdlm.bench.timers import StoodStill, Timer
 from cpdlm.config import resolve
 from cpdlm.decoding import Decoded, Sampling, decode
 from cpdlm.model.build import build_language_model
@@ -192,3 +192,11 @@ def test_the_median_of_a_resample_is_that_of_its_values(repeats: int) -> None:
     assert medians(values, times) == pytest.approx(expected)
     found = of_median(values.tolist())
     assert values.min() <= found["low"] <= found["median"] == np.median(values) <= found["high"] <= values.max()
+
+
+def test_the_clock_attributes_time_to_the_part_that_ended() -> None:
+    clock = Timer(torch.device("cpu"))
+    time.sleep(0.02)
+    clock("draft")
+    clock("verify")
+    assert clock.seconds["draft"] >= 0.02 > clock.seconds["verify"]

@@ -172,3 +172,18 @@ def test_autoregressive_decoding_has_no_seeds() -> None:
         key: pytest.approx(0.75) for key in ("mean", "low", "high")
     }
     assert by_seed(tokens_per_forward, one) == [pytest.approx(2.0)] * 2
+
+
+def test_the_joint_and_the_drafts_can_be_counted_in_bytes() -> None:
+    """A vocabulary whose tokens have 3 bytes: the same nats per token are a third of the bits per byte."""
+    bytewise, pairs = made(4), made(4)
+    pairs["data"]["splits"]["test"] = {"documents": 5, "bytes": 1500, "tokens": 500}
+    bits, few = (measured(record(content), "joint_bits_per_byte") for content in (bytewise, pairs))
+    joint = measured(record(bytewise), "joint_nll")
+    assert bits is not None and few is not None and joint is not None and bits.units == 60
+    assert bits.point == pytest.approx(joint.point / (4 * math.log(2)) * 505 / 500)
+    assert few.point == pytest.approx(bits.point * 500 / 505 / 3)
+    rate, span = (measured(record(pairs), name, "greedy") for name in ("tokens_per_pass", "bytes_per_pass"))
+    assert rate is not None and span is not None and span.point == pytest.approx(3 * rate.point)
+    del bytewise["data"]["splits"]["test"]
+    assert measured(record(bytewise), "joint_bits_per_byte") is measured(record(bytewise), "bytes_per_pass") is None
