@@ -142,15 +142,13 @@ def test_optional_packages_are_imported_where_they_are_needed(path: Path) -> Non
             assert imported.split(".")[0] not in OPTIONAL, f"line {node.lineno} imports {imported} at import time"
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in MODULES if name(path).startswith(("cpdlm/", "experiments/"))], ids=name
-)
+@pytest.mark.parametrize("path", MODULES, ids=name)
 def test_files_functions_and_parameter_lists_stay_small(path: Path) -> None:
-    """The house's sizes: what the formatter cannot hold."""
+    """The house's sizes: what the formatter cannot hold. A test is as long as its case."""
     text = path.read_text()
-    assert len(text.splitlines()) <= 400 and "# fmt:" not in text
+    assert len(text.splitlines()) <= 400 and not re.search(r"#\s*fmt:", text)
     assert max(map(len, text.splitlines())) <= 120
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(ast.parse(text)) if not name(path).startswith("tests/") else ():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             # Signatures of torch and of transformers are not ours to shorten.

@@ -277,7 +277,7 @@ def test_memory_does_not_grow_with_the_logits_of_the_batch(kind: str) -> None:
 def test_bfloat16_gradients_of_many_chunks_do_not_stall(positions: int) -> None:
     """A sum of hundreds of equal parts cannot be kept in 8 bits of mantissa; of few, it can, without more memory.
 
-    Of the sums over chunks. The gate's gradient is prior - posterior, whose rounding cancels badly however they are cut.
+    Of the sums over chunks. The gate's gradient is prior - posterior, which rounds badly however they are cut.
     """
     case = Case("full", torch.bfloat16, positions=positions)
     case.hidden = case.hidden.detach()[:1].repeat(positions, 1).requires_grad_()
