@@ -225,9 +225,8 @@ class _JointNLL(torch.autograd.Function):
         if grads is not None:
             gate_grads = (*grads.gate_P, None)[:2]
             ctx.grads = [grads.hidden_PD, *gate_grads, None, None, grads.unembedding, *grads.parameters]
-            ctx.dtypes = [each.dtype for each in (hidden_PD, log_weights_PR, log_weights_PR, future_PN, weight_P)]
-            ctx.dtypes += [parameter.dtype for parameter in (unembedding, *parameters)]
-            ctx.scale = scale
+            given = (hidden_PD, log_weights_PR, log_weights_PR, future_PN, weight_P, unembedding, *parameters)
+            ctx.scale, ctx.dtypes = scale, [each.dtype for each in given]
         ctx.mark_non_differentiable(nll_P)
         return (weight_P.to(plan.exact) * nll_P).sum(), nll_P
 

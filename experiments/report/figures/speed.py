@@ -53,10 +53,10 @@ def readme(families: list[Family]) -> Drawn | str:
         text.set_fontsize(_TYPE)  # type: ignore[attr-defined]
     return Drawn(
         figure,
-        f"Heads on frozen {name} ({style.worded(variant)}), batch 1. Left: speed over autoregressive decoding of the same "
-        "model, in the same loop. Right: over rank 1, measured side by side. Lossless: greedy writes the model's own "
-        "text, sampling its distribution. Bars: 95% interval over prompts, repeats and seeds (one seed: prompts and "
-        "repeats).",
+        f"Heads on frozen {name} ({style.worded(variant)}), batch 1. Left: speed over autoregressive decoding of the "
+        "same model, in the same loop. Right: over rank 1, measured side by side. Lossless: greedy writes the model's "
+        "own text, sampling its distribution. Bars: 95% interval over prompts, repeats and seeds (one seed: prompts "
+        "and repeats).",
         [record for family in shown for record in family.records(variant)],
     )
 
