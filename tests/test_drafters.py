@@ -191,11 +191,11 @@ def test_draws_shared_by_the_rows_of_a_batch_are_noticed(monkeypatch: pytest.Mon
 
 
 @memoised
-def real(family: str, anchor: str = "token", common: bool = True, rank: int = 3) -> LanguageModel:
+def real(family: str, anchor: str = "token", common: bool = True, rank: int = 3, horizon: int = 4) -> LanguageModel:
     torch.manual_seed(0)
     base = MICRO | {"model.family": family}
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 17) if common else None
-    overrides = base | {"rank": rank, "horizon": 4, "link": anchor} | ({"model.trunk": "x"} if common else {})
+    overrides = base | {"rank": rank, "horizon": horizon, "link": anchor} | ({"model.trunk": "x"} if common else {})
     model = build_language_model(resolve(overrides), 17, trunk).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -238,6 +238,22 @@ def test_a_batch_is_its_rows_one_by_one(draft: str, kind: tuple[str, str, bool])
                 assert all(a.tokens[:30] == b.tokens[:30] for a, b in zip(together, alone, strict=True))
             accepted += sum(sum(each.accepted) for each in together)
     assert accepted, "no draft was ever accepted"
+
+
+@pytest.mark.parametrize(("horizon", "nodes"), [(6, 4), (8, 32)])
+@pytest.mark.parametrize("draft", ["tree", "lookup+tree"])
+def test_large_trees_in_a_batch_are_the_rows_own(draft: str, horizon: int, nodes: int) -> None:
+    model, options = real("llama", horizon=horizon), Options(nodes=nodes)
+    for sampling in (Sampling(0.0), Sampling(0.6, 5)):
+        generators = [torch.Generator().manual_seed(row) for row in range(len(RAGGED))]
+        together = decode_batch(model, RAGGED, 24, sampling, generators, draft=draft, options=options)
+        for row, (prompt, mine) in enumerate(zip(RAGGED, together, strict=True)):
+            other = "none" if sampling.greedy else draft
+            generator = torch.Generator().manual_seed(row)
+            alone = decode(model, prompt, 24, sampling, generator, draft=other, options=options)
+            if sampling.greedy or draft == "tree":  # rows without a copy draw for the copies of others
+                assert mine.tokens[:14] == alone.tokens[:14] and (mine.tokens == alone.tokens or not sampling.greedy)
+        assert max(max(each.emitted) for each in together) > 1
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
