@@ -24,6 +24,7 @@ from cpdlm.decoding.length import DraftLength
 from cpdlm.decoding.lookup import NOTHING, Copy
 from cpdlm.decoding.proposals import Proposal, grow
 from cpdlm.model.joint import Joint
+from cpdlm.model.language_model import LanguageModel
 from tests import oracle
 from tests.test_drafters import RAGGED, real, toy
 from tests.toy import truth
@@ -206,3 +207,28 @@ def alone(draft: str) -> tuple[float, set[int]]:
 def test_lengths_that_pay_write_as_the_target(draft: str) -> None:
     p_value, sizes = alone(draft)
     assert p_value > oracle.FALSE_ALARM and len(sizes) > 1
+
+
+def windows(costs: Costs | None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The window of each forward of 16 rows whose drafts are seldom right."""
+    model, sizes, original = real("llama"), [], LanguageModel.hidden
+
+    def watched(self: LanguageModel, tokens_BT: Tensor, *rest: Any, **more: Any) -> Tensor:
+        sizes.append(tokens_BT.shape[1])
+        return original(self, tokens_BT, *rest, **more)
+
+    prompts = [torch.tensor([row, 3]) for row in range(16)]
+    monkeypatch.setattr(LanguageModel, "hidden", watched)
+    done = decode_batch(model, prompts, 60, Sampling(0.0), options=Options(costs=costs))
+    monkeypatch.setattr(LanguageModel, "hidden", original)
+    right = decode_batch(model, prompts, 60, Sampling(0.0), draft="none")
+    assert [each.tokens for each in done] == [each.tokens for each in right]
+    return sizes[1:]
+
+
+def test_a_large_batch_stops_drafting_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sixteen tokens fill the machine, drafts cost what they take; where tokens are free, all are verified."""
+    full = windows(Costs({1: 20.0, 16: 22.0, 64: 85.0}, {1: 2.0, 16: 8.0}), monkeypatch)
+    assert len(full) <= 59 and sum(size > 1 for size in full[20:]) < 8
+    free = windows(Costs({1: 20.0, 64: 20.0}, {1: 0.1}), monkeypatch)
+    assert free == windows(None, monkeypatch) and max(free) == 4

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from cpdlm.decoding import Costs
 from cpdlm.decoding.drafters import DRAFTERS
 from cpdlm.hf import CpdlmForCausalLM
 from tests.hf_models import COMMON, LAYOUTS, OWN, batch, plain, stock, wrap, wrapped
@@ -173,7 +174,9 @@ def test_every_way_to_draft_writes_the_same(draft: str) -> None:
     chosen = {"max_new_tokens": 20, "pad_token_id": 0, "repetition_penalty": 1.3}
     chosen |= {"prefix_allowed_tokens_fn": successors}
     theirs = stock("common", **batch(2), **chosen)
-    assert wrapped("common").generate(**batch(2), **chosen, draft=draft, nodes=5).tolist() == theirs.tolist()
+    for costs in (None, Costs({1: 1.0, 8: 2.0, 32: 9.0}, {1: 0.1})):
+        ours = wrapped("common").generate(**batch(2), **chosen, draft=draft, nodes=5, costs=costs)
+        assert ours.tolist() == theirs.tolist()
 
 
 def test_options_do_something_and_drafts_are_accepted() -> None:

@@ -32,6 +32,7 @@ from cpdlm.decoding.model import DraftingModel
 from cpdlm.decoding.proposals import Proposal, nothing, tree
 
 Points = Mapping[int, float]
+GREEDY, CPU = Sampling(0.0), torch.device("cpu")
 BINS = 4  # of the joint's confidence
 FORGET = 0.98  # of what was counted, per forward
 TRUST = 4.0  # how many tests a guess is worth before anything was counted
@@ -62,8 +63,8 @@ class Costs:
     def measure(
         cls,
         model: DraftingModel,
-        sampling: Sampling,
-        device: torch.device,
+        sampling: Sampling = GREEDY,
+        device: torch.device = CPU,
         sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
         rows: Sequence[int] = (1, 4, 16),
         before: int = 64,

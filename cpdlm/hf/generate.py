@@ -29,7 +29,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from cpdlm.decoding import ModelProxy, Options, Sampling, decode_batch
+from cpdlm.decoding import Costs, ModelProxy, Options, Sampling, decode_batch
 from cpdlm.hf.refusals import AnyAllowed, check_arguments, check_options, check_weights, left_to_stock
 from cpdlm.hf.stream import Stream
 
@@ -74,11 +74,12 @@ class SpeculativeGenerationMixin(GenerationMixin):
         streamer: Any = None,
         draft: str = "chain",
         nodes: int = 8,
+        costs: Costs | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """`generate` of `transformers`, several tokens per forward. The output's distribution is the stock loop's.
 
-        inputs: (B, T) ids, padded on the left where attention_mask is 0. draft, nodes: as in `decode_batch`. The rest
+        inputs: (B, T) ids, padded on the left where attention_mask is 0. draft, nodes, costs: as in `decode_batch`. The rest
         is as in `GenerationMixin.generate`: greedy search and sampling, logits processors, stopping criteria, streamer,
         num_return_sequences, and so on.
 
@@ -116,7 +117,9 @@ class SpeculativeGenerationMixin(GenerationMixin):
                     stopping_criteria = _with_stop_strings(stopping_criteria, stop_strings, tokenizer)
                     kwargs["stop_strings"] = None
                 exact = any(kwargs.get(name) is not None for name in ("max_new_tokens", "max_length"))
-                kwargs["custom_generate"] = partial(_loop, streamer=streamer, drafting=(draft, nodes), exact=exact)
+                kwargs["custom_generate"] = partial(
+                    _loop, streamer=streamer, drafting=(draft, nodes, costs), exact=exact
+                )
         done: Tensor | GenerateDecoderOnlyOutput = stock.generate(
             inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
         )
@@ -198,22 +201,23 @@ def _loop(
     generation_config: GenerationConfig,
     *,
     streamer: Any,
-    drafting: tuple[str, int],
+    drafting: tuple[str, int, Costs | None],
     exact: bool,
     **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """What stock `generate` calls in place of a loop of its own, with these names. drafting: draft and nodes."""
+    """What stock `generate` calls in place of a loop of its own, with these names. drafting: draft, nodes, costs."""
     mask_BT = prepared.get("attention_mask")  # absent where nothing is padding
     ids_BT = input_ids if model.device.type == "meta" else input_ids.to(model.device)  # meta: offloaded
     call = _Call(ids_BT, mask_BT, logits_processor, stopping_criteria, generation_config, exact)
-    sequences_BT = _speculate(model, call, streamer, *drafting).to(input_ids.device)
+    sequences_BT = _speculate(model, call, streamer, drafting).to(input_ids.device)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences_BT)  # type: ignore[arg-type]
     return sequences_BT
 
 
-def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, draft: str, nodes: int) -> Tensor:
+def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, drafting: tuple[str, int, Costs | None]) -> Tensor:
     """(B, T + new): the loop, on what stock `generate` has prepared."""
+    draft, nodes, costs = drafting
     check_options(call.options, call.processors)
     prompts, ends, most, stop = call.prompts(), call.ends(), call.new_tokens(model.model.context), call.stop()
     rows, longest = call.text_BT.shape
@@ -228,7 +232,7 @@ def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, draft: str, 
         seeds = torch.randint(2**63 - 1, (rows,)).tolist()
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     forwards = None
-    if exactly and options.use_cache is not False:
+    if exactly and options.use_cache is not False and costs is None:
         forwards = model.captures(rows, longest + most, sampling, draft, nodes)
     done = decode_batch(
         model.model if exactly else _WithScores(model),
@@ -242,6 +246,7 @@ def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, draft: str, 
             nodes=nodes,
             use_cache=options.use_cache is not False,
             forwards=forwards,
+            costs=costs,
             target_scores=None if exactly else call.target_scores(),
             stop=stop,
             on_tokens=stream.put if stream is not None else None,
