@@ -80,8 +80,8 @@ class SpeculativeGenerationMixin(GenerationMixin):
         """`generate` of `transformers`, several tokens per forward. The output's distribution is the stock loop's.
 
         inputs: (B, T) ids, padded on the left where attention_mask is 0. draft, nodes, costs: as in `decode_batch`. The
-        rest is as in `GenerationMixin.generate`: greedy search and sampling, logits processors, stopping criteria, streamer,
-        num_return_sequences, and so on.
+        rest is as in `GenerationMixin.generate`: greedy search and sampling, logits processors, stopping criteria,
+        streamer, num_return_sequences, and so on.
 
         A processor, criterion or prefix_allowed_tokens_fn that is not the library's may keep something between calls or
         answer for the whole batch, and rejected drafts would leave their trace: the stock loop then writes, one token
