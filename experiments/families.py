@@ -81,9 +81,6 @@ class Family:
         key = {"switch": "loss.balance_weight", "kl": "loss.balance_weight", "bias": "loss.balance_rate"}.get(name)
         return f"{name} {self.settings[key]:g}" if key else name
 
-    def all_ranks(self) -> list[int]:
-        return sorted({rank for _, rank in self.cells})
-
     def variants(self) -> list[str]:
         """The variants that it has, those of VARIANTS first."""
         found = {variant for variant, _ in self.cells}

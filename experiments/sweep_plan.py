@@ -141,8 +141,7 @@ def refuse_mixed_data(plan: Plan, config: Config, sha256: str) -> None:
     other = [
         record
         for record in plan.finished.values()
-        if {"corpus": record.config["corpus"]}
-        | {key: record.config["data"].get(key) for key in mine if key != "corpus"}
+        if {"corpus": record.config["corpus"]} | {key: record.config["data"][key] for key in mine if key != "corpus"}
         == mine
         and record["data"]["sha256"] != sha256
     ]

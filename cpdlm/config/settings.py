@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -294,14 +294,21 @@ class Config:
         return self.model.tie_first or self.link != "none" or self.horizon == 1
 
     @property
+    def frozen(self) -> Literal["self", "run", "pretrained"]:
+        """What is frozen: nothing (a self target), a run of this program, or a pretrained model."""
+        if self.model.family == "pretrained":
+            return "pretrained"
+        return "run" if self.model.trunk else "self"
+
+    @property
     def target(self) -> str:
         """`common`: a shared frozen target, the trunk's next-token distribution; `own`: a self target, eq. 11."""
-        return "common" if self.model.trunk else "own"
+        return "own" if self.frozen == "self" else "common"
 
     @property
     def is_pretrained(self) -> bool:
         """True where the frozen trunk is a pretrained model, not a run of this project."""
-        return self.model.family == "pretrained"
+        return self.frozen == "pretrained"
 
     @property
     def run_name(self) -> str:

@@ -38,9 +38,8 @@ class Target:
 
     @staticmethod
     def of(config: Config) -> Target:
-        kind: Literal["self", "run", "pretrained"] = "run" if config.model.trunk else "self"
         return Target(
-            kind="pretrained" if config.is_pretrained else kind,
+            kind=config.frozen,
             name=config.model.trunk,
             dtype=config.model.dtype,
             cache=config.data.cache,

@@ -15,7 +15,9 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
 
     Its context is a training row's; on a pretrained trunk, all that the trunk allows.
     """
-    assert (trunk is not None) == bool(config.model.trunk), "a frozen trunk is given exactly when model.trunk names one"
+    assert (trunk is not None) == (config.frozen != "self"), (
+        "a frozen trunk is given exactly when model.trunk names one"
+    )
     model = LanguageModel(
         trunk.trunk if trunk is not None else Trunk(build_body(config, vocab_size)),
         trunk.vocab_size if trunk is not None else vocab_size,

@@ -43,7 +43,7 @@ class Shape:
             0 if separate else 2 * width * inner if inner else width * width,
             separate,
             config.first_is_tied,
-            bool(model.trunk),
+            config.frozen != "self",
             _shared_weights(config, width),
         )
 
@@ -87,7 +87,7 @@ def trunk_matrices(config: Config) -> int:
 
 def trunk_forwards(config: Config) -> float:
     """Forwards of the trunk per token of training, a backward counted as two; stored states take one for all epochs."""
-    if not config.model.trunk:
+    if config.frozen == "self":
         return 3.0
     if not config.data.states or config.model.adapter_layers:
         return 1.0

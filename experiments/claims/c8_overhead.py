@@ -109,7 +109,7 @@ def _forward_ratio(cells: Cells, speedup: str) -> Interval | None:
     samples = []
     for _, record in sorted(cells.items()):
         mode = record.mode("sampling")
-        if mode is not None and mode.get(speedup):
+        if mode is not None and mode[speedup]:
             speed = Sample.log_ratio(mode[speedup], mode["prompts"])
             samples.append(replace(speed, mean=math.log(mode["tokens_per_pass"]["mean"]) - speed.mean))
     return estimate(samples).exp() if samples else None

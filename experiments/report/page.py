@@ -283,7 +283,7 @@ def _row(record: Record) -> dict[str, str]:
         "rank": str(record.rank),
         "n": str(record.horizon),
         "seed": str(record.seed),
-        "balance": str(config.get("balance", "-")),
+        "balance": str(config["balance"]),
         "steps": str(training["steps"]),
         "joint NLL": f"{likelihood['joint_nll']['mean']:.3f}",
         "first-token NLL": f"{likelihood['first_token_nll']['mean']:.3f}",

@@ -35,7 +35,7 @@ def compute_table(records: Iterable[Record]) -> str:
     hours, cells = defaultdict[str, float](float), defaultdict[str, int](int)
     for record in records:
         folder, seconds = record.path.split("/")[0], record["seconds"]
-        origin = (record["decoding"] or {}).get("origin") or record.content
+        origin = record["decoding"]["origin"] if record["decoding"] else record.content
         trained = (seconds["data"] + seconds["train"] + seconds["evaluate"]) * record["hardware"]["cores"]
         hours[folder] += (trained + seconds["decode"] * origin["hardware"]["cores"]) / 3600
         cells[folder] += 1

@@ -118,7 +118,10 @@ def _lifts(axis: Axes, record: Record) -> None:
 
 def windows(families: list[Family]) -> Drawn | str:
     """Stretches of test text, each token in the colour of the component that explains the window that begins there."""
-    found = _one_per_rank(families, lambda record: bool((record["likelihood"]["components"] or {}).get("examples")))
+    found = _one_per_rank(
+        families,
+        lambda record: bool(record["likelihood"]["components"] and record["likelihood"]["components"]["examples"]),
+    )
     if not found:
         return "no records of two or more components with example windows"
     record = found[-1]

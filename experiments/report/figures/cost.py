@@ -179,7 +179,7 @@ def training(families: list[Family]) -> Drawn | str:
     shown = [
         f
         for f in style.widest(families)
-        if 1 in f.ranks() and all(r["training"].get("flops_per_token") for r in f.records("untied"))
+        if 1 in f.ranks() and all(r["training"]["flops_per_token"] for r in f.records("untied"))
     ]
     if not shown:
         return "no records of two or more ranks that counted their FLOPs"
