@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpdlm.config import ConfigError
+from cpdlm.config import WEIGHTS, ConfigError
 from cpdlm.files import check_writable, default_cache, write_bytes
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Request:
     methods: tuple[str, ...] = ()  # none: all that suit the model
     nodes: int = 8
     draft_vocabulary: str = "own"
+    weights: str = "auto"
     acceptance_only: bool = False
     rows: int = 8
     repeats: int = 3
@@ -70,6 +72,7 @@ def add_options(parser: ArgumentParser) -> None:
     number("--seed", "of sampling and intervals")
     add("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp (default: what MODEL was read from)")
     add("--draft-vocabulary", default="own", choices=["own", "none"], help="as of cpdlm generate")
+    add("--weights", default="auto", choices=WEIGHTS, help="of our methods, as of cpdlm generate; generate's are plain")
     add("--acceptance-only", action="store_true", help="count tokens per forward in batches, and time nothing")
     number("--rows", "of a batch of --acceptance-only")
 
@@ -92,10 +95,10 @@ class Measured:
             else "Not timed. "
         )
         return (
-            f"{facts['model']}, {facts['parameters'] / 1e6:.1f}M parameters, {facts['dtype']}; {counts}; at most "
+            f"{facts['model']}, {facts['parameters'] / 1e6:.1f}M parameters, {facts['dtype']}, weights {facts['weights']}; {counts}; at most "
             f"{facts['new_tokens']} new tokens each. {timed}{hardware['processor']}, {hardware['cores']} cores, "
-            f"accelerator: {hardware['accelerator']}."
-        )
+            f"accelerator: {hardware['accelerator']}. {' '.join(facts['told'])}"
+        ).rstrip()
 
 
 def measure(request: Request) -> Measured:
@@ -105,16 +108,20 @@ def measure(request: Request) -> Measured:
     from cpdlm.bench import methods, tasks
     from cpdlm.bench.progress import Progress
     from cpdlm.data.pretrained_files import gguf_file
+    from cpdlm.decoding import prepare
 
     _check(request)
     loaded = _load(request)
     wanted = methods.chosen(request.methods, loaded.model)
-    if request.acceptance_only:  # the others write a token per forward
-        wanted = {name: method for name, method in wanted.items() if method.drafts}
+    if request.acceptance_only:  # what others count says nothing
+        wanted = {name: method for name, method in wanted.items() if method.counted}
     given = _tasks(request, loaded)
     model = loaded.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    plain = copy.deepcopy(model) if any(method.is_plain for method in wanted.values()) else model
+    facts = _facts(request, loaded, given, wanted)  # before weights are laid out anew
+    told = prepare(model, request.weights).sentences
     gguf = request.gguf or gguf_file(request.model, str(default_cache()))
-    setup = methods.Setup(model, request.new_tokens, loaded.eos, request.nodes, gguf)
+    setup = methods.Setup(model, plain, request.new_tokens, loaded.eos, request.nodes, gguf)
     runs = [(task, mode, tasks.contenders_of(wanted, setup, mode)) for task in given for mode in tasks.MODES]
     progress = Progress(sum(_texts(request, task) * len(each) for task, _, each in runs))
     entries = []
@@ -127,7 +134,7 @@ def measure(request: Request) -> Measured:
             else (comparison.timed(_protocol(request)))
         )
     progress.end()
-    return Measured(entries, _facts(request, loaded, given, wanted))
+    return Measured(entries, facts | {"weights": model.weights, "told": told})
 
 
 def run(request: Request, file: Path | None = None, folder: Path | None = None) -> list[str]:

@@ -48,15 +48,17 @@ def test_batches_and_single_texts_count_alike(run: Path, prompts: str) -> None:
 
     (Depths differ at the ends of texts, where a batch drafts for the row that has most to write.)
     """
-    common = {"model": str(run), "tasks": (prompts,), "new_tokens": 12, "nodes": 3, "rows": 2}
+    common = {"model": str(run), "tasks": (prompts,), "new_tokens": 12, "nodes": 3, "rows": 2, "weights": "plain"}
     timed = measure(Request(**common, repeats=1, warmups=1))
     counted = measure(Request(**common, acceptance_only=True))
     keys = ("tokens", "forwards", "tokens_per_forward", "prompts")
     found = {(each["method"], each["mode"]): each for each in timed.entries}
     names = {"AR", "generate", "generate-lookup", "lookup", "chain", "tree", "lookup+chain", "lookup+tree"}
+    names |= {"chain-paying", "lookup+chain-paying"}
     assert set(found) == {(name, mode) for name in names for mode in ("greedy", "T=1")} | {
         (name, "T=1") for name in ("block", "lookup+block")
     }
+    names -= {"chain-paying", "lookup+chain-paying"}
     assert {each["method"] for each in counted.entries} == names - {"AR", "generate"} | {"block", "lookup+block"}
     for entry in counted.entries:
         other = found[entry["method"], entry["mode"]]

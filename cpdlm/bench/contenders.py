@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cpdlm.decoding import CapturedForwards, Captures, Decoded, Options, Sampling, decode_batch
+from cpdlm.decoding.length import Costs
 from cpdlm.model.language_model import LanguageModel
 
 Generate = Callable[[Tensor, int, Sampling, int], list[int]]
@@ -38,15 +39,17 @@ class Ours:
         draft: str,
         nodes: int = 8,
         eos: Ends = None,
+        costs: Costs | None = None,
     ) -> None:
         self.model, self.new_tokens, self.sampling, self.draft, self.nodes = model, new_tokens, sampling, draft, nodes
-        self.eos, self.captures = eos, Captures(model)
+        self.eos, self.costs, self.captures = eos, costs, Captures(model)
         self.captured: CapturedForwards | None = None
 
     def __call__(self, prompt_T: Tensor, seed: int) -> Decoded:
         longest = len(prompt_T) + self.new_tokens
-        self.captured = self.captures(1, longest, self.sampling, self.draft, self.nodes)
-        return self._decode(prompt_T, seed, Options(nodes=self.nodes, forwards=self.captured))
+        if self.costs is None:
+            self.captured = self.captures(1, longest, self.sampling, self.draft, self.nodes)
+        return self._decode(prompt_T, seed, Options(nodes=self.nodes, forwards=self.captured, costs=self.costs))
 
     def timed(self, prompt_T: Tensor, seed: int, timer: Callable[[str], None]) -> Decoded:
         """The same, launched kernel by kernel; timer(part) is called at the end of each stretch of work."""

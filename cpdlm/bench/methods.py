@@ -11,6 +11,7 @@ from cpdlm.bench.contenders import Contender, Ends, Ours, hugging_face, theirs
 from cpdlm.bench.llama import LlamaCpp
 from cpdlm.config import ConfigError
 from cpdlm.decoding import Sampling
+from cpdlm.decoding.length import Costs
 from cpdlm.model.language_model import LanguageModel
 
 AUTOREGRESSIVE, GENERATE = "AR", "generate"
@@ -21,10 +22,12 @@ LOOKED_UP = 10  # tokens that transformers' prompt lookup drafts, as its own exa
 class Setup:
     """What all methods of a comparison share.
 
-    nodes: drafts of a tree. eos: ids that end a text. gguf: the same model for llama.cpp.
+    model: made ready for this machine. plain: the same as transformers has it. nodes: drafts of a tree. eos: ids that
+    end a text. gguf: the same model for llama.cpp.
     """
 
     model: LanguageModel
+    plain: LanguageModel
     new_tokens: int
     eos: Ends = None
     nodes: int = 8
@@ -33,14 +36,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Method:
-    """make: the contender for this sampling, or None where there is none that is not another method's. drafts: whether
-    it may write several tokens per forward. named: runs only where it is asked for."""
+    """make: the contender for this sampling, or None where there is none that is not another method's. counted: whether
+    its tokens per forward say something without its time. named: runs only where it is asked for. is_plain: it runs the
+    modules of transformers."""
 
     about: str
     make: Callable[[Setup, Sampling], Contender | None]
     needs_heads: bool = False
-    drafts: bool = True
+    counted: bool = True
     named: bool = False
+    is_plain: bool = False
 
 
 def chosen(words: Sequence[str], model: LanguageModel) -> dict[str, Method]:
@@ -69,6 +74,14 @@ def _ours(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
     return make
 
 
+def _paying(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
+    def make(setup: Setup, sampling: Sampling) -> Contender:
+        costs = Costs.measure(setup.model, sampling, next(setup.model.parameters()).device)
+        return Ours(setup.model, setup.new_tokens, sampling, draft, setup.nodes, setup.eos, costs)
+
+    return make
+
+
 def _block(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
     """Under greedy a block is a chain."""
     return lambda setup, sampling: None if sampling.greedy else _ours(draft)(setup, sampling)
@@ -76,7 +89,7 @@ def _block(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
 
 def _theirs(lookup: int | None = None) -> Callable[[Setup, Sampling], Contender | None]:
     def make(setup: Setup, sampling: Sampling) -> Contender | None:
-        generate = hugging_face(setup.model, eos=setup.eos, lookup=lookup)
+        generate = hugging_face(setup.plain, eos=setup.eos, lookup=lookup)
         return None if generate is None else theirs(generate, setup.new_tokens, sampling)
 
     return make
@@ -90,9 +103,9 @@ def _llama(speculation: str = "") -> Callable[[Setup, Sampling], Contender]:
 
 
 METHODS = {
-    AUTOREGRESSIVE: Method("our loop without drafts", _ours("none"), drafts=False),
-    GENERATE: Method("transformers' generate", _theirs(), drafts=False),
-    "generate-lookup": Method("transformers' prompt lookup", _theirs(LOOKED_UP)),
+    AUTOREGRESSIVE: Method("our loop without drafts", _ours("none"), counted=False),
+    GENERATE: Method("transformers' generate", _theirs(), counted=False, is_plain=True),
+    "generate-lookup": Method("transformers' prompt lookup", _theirs(LOOKED_UP), is_plain=True),
     "lookup": Method("our prompt lookup", _ours("lookup")),
     "chain": Method("the heads' drafts as a chain", _ours("chain"), needs_heads=True),
     "block": Method("the same, accepted as a block", _block("block"), needs_heads=True),
@@ -102,7 +115,11 @@ METHODS = {
     ),
     "lookup+block": Method("the same, accepted as a block", _block("lookup+block"), needs_heads=True),
     "lookup+tree": Method("the tree, and prompt lookup as one more branch", _ours("lookup+tree"), needs_heads=True),
-    "llama.cpp": Method("llama.cpp on the GGUF file", _llama(), drafts=False, named=True),
+    "chain-paying": Method(
+        "as many drafts of the chain as pay on this machine", _paying("chain"), needs_heads=True, counted=False
+    ),
+    "lookup+chain-paying": Method("the same of lookup+chain", _paying("lookup+chain"), needs_heads=True, counted=False),
+    "llama.cpp": Method("llama.cpp on the GGUF file", _llama(), counted=False, named=True),
     "llama.cpp-ngram-simple": Method("the same, with its simple prompt lookup", _llama("NGRAM_SIMPLE"), named=True),
     "llama.cpp-ngram-mod": Method("the same, with its hashed prompt lookup", _llama("NGRAM_MOD"), named=True),
 }

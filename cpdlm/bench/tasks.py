@@ -20,11 +20,12 @@ from cpdlm.bench.compare import Protocol, Timing, interleaved, rate_interval, ra
 from cpdlm.bench.contenders import Contender, CountsItself, Ours
 from cpdlm.bench.intervals import of_ratio
 from cpdlm.bench.llama import UNTOLD
-from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, Method, Setup
+from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, METHODS, Method, Setup
 from cpdlm.bench.progress import Progress
 from cpdlm.bench.timers import count_forwards
 from cpdlm.data.prompts import Task
 from cpdlm.decoding import Decoded, Sampling
+from cpdlm.model.language_model import LanguageModel
 
 MODES = {"greedy": Sampling(0.0), "T=1": Sampling()}
 Entry = dict[str, Any]
@@ -48,8 +49,8 @@ class Comparison:
 
     def timed(self, protocol: Protocol) -> list[Entry]:
         """An entry per contender, run by turns. One of them is autoregressive decoding, which speed-ups are over."""
-        keys = {(name, "model"): contender for name, contender in self.contenders.items()}
-        models, tick = {"model": self.setup.model}, self.progress.tick
+        keys = {(name, self._runs(name)): contender for name, contender in self.contenders.items()}
+        models, tick = {"model": self.setup.model, "plain": self.setup.plain}, self.progress.tick
         found = interleaved(keys, models, self._prompts(), protocol, self._say, tick)
         timings = {name: timing for (name, _), timing in found.items()}
         base, generate, seed = timings[AUTOREGRESSIVE], timings.get(GENERATE), protocol.seed
@@ -73,12 +74,16 @@ class Comparison:
             for begin in range(0, len(prompts), rows):
                 some = prompts[begin : begin + rows]
                 seeds = [run_seed(seed, begin + index, 0) for index in range(len(some))]
-                texts += _written(contender, some, seeds, self.setup)
+                texts += _written(contender, some, seeds, getattr(self.setup, self._runs(name)))
                 self.progress.tick(len(some))
             tokens = [len(text.tokens if isinstance(text, Decoded) else text) for text, _ in texts]
             decoded = [[text] if isinstance(text, Decoded) else [] for text, _ in texts]
             entries.append(self._entry(name, tokens, [forwards for _, forwards in texts], decoded, seed))
         return entries
+
+    def _runs(self, name: str) -> str:
+        """Which of the setup's models makes a method's forwards."""
+        return "plain" if METHODS[name].is_plain else "model"
 
     def _prompts(self) -> list[Tensor]:
         device = next(self.setup.model.parameters()).device
@@ -112,14 +117,14 @@ class Comparison:
 
 
 def _written(
-    contender: Contender, prompts: Sequence[Tensor], seeds: Sequence[int], setup: Setup
+    contender: Contender, prompts: Sequence[Tensor], seeds: Sequence[int], model: LanguageModel
 ) -> list[tuple[Text, int]]:
     """(the text, its forwards) of each prompt."""
     if isinstance(contender, Ours):
         return [(each, each.forwards) for each in contender.batch(prompts, seeds)]
     found: list[tuple[Text, int]] = []
     for prompt_T, seed in zip(prompts, seeds, strict=True):
-        with count_forwards(setup.model) as forwards:
+        with count_forwards(model) as forwards:
             text = contender(prompt_T, seed)
         found.append(
             (text, contender.forwards(forwards.count) if isinstance(contender, CountsItself) else forwards.count)
