@@ -18,6 +18,7 @@ from cpdlm.hf import export
 from cpdlm.model.adapters import is_adapter
 from cpdlm.model.build import parameter_counts
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.model.losses.draft import Objective
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import RunError
 from experiments import run
@@ -105,7 +106,7 @@ def test_only_adapters_and_heads_train_and_are_stored(pretrained: dict[str, Path
     tokens_BT, future_BTN = torch.randint(0, V, (2, 12)), torch.randint(0, V, (2, 12, 4))
     indices_BT, successors_BT = torch.arange(12).expand(2, 12), torch.full((2, 12), 4)
     weights = torch.zeros(2, 12), torch.ones(2, 12)
-    terms = model(tokens_BT, indices_BT, future_BTN, successors_BT, *weights, objective=("eq14", 0.9, 1.0))
+    terms = model(tokens_BT, indices_BT, future_BTN, successors_BT, *weights, objective=Objective("eq14"))
     terms.loss.backward()
     moving = {
         name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from cpdlm.bench.memory import working_memory
 from cpdlm.training.plan import make_plan
-from experiments.bench import fresh, loss, loss_sides, overhead
+from experiments.bench import fresh, loss, loss_sides, overhead, training_rate
 from experiments.bench.overhead import NEXT_TOKEN, RECIPES, WHOLE, configure
+from tests.tiny import code_folder, small_pretrained
 
 VOCAB = 64
 
@@ -155,3 +157,16 @@ def test_timed_cells_are_set_against_the_next_token_step(monkeypatch: pytest.Mon
     assert whole["step_ms"] == {"median": 610, "low": 310, "high": 910} and whole["repeats"] == [310, 610, 910]
     assert whole["overhead"] == pytest.approx({"median": 2.05, "low": 2 + 0.1 / 3, "high": 2.1})
     assert whole["peak_bytes"] == 3
+
+
+@pytest.mark.slow
+def test_a_quick_run_measures_each_way_to_train_heads(tmp_path: Path) -> None:
+    for name in ("texts", "model"):
+        (tmp_path / name).mkdir()
+    texts = code_folder(tmp_path / "texts")
+    small_pretrained(tmp_path / "model", sorted(texts.iterdir()))
+    folders = ["--model", str(tmp_path / "model"), "--corpus", str(texts), "--cache", str(tmp_path / "cache")]
+    assert training_rate.main(["--quick", *folders, "--output", str(tmp_path)]) == 0
+    cells = json.loads((tmp_path / "training_rate.json").read_text())["cells"]
+    assert len(cells) == 2 * len(training_rate.TARGETS)
+    assert all(cell["positions_per_second"] > 0 for cell in cells.values())

@@ -140,7 +140,12 @@ def test_precedence_is_defaults_then_presets_in_order_then_the_command_line() ->
 
 
 def test_every_preset_resolves_and_names_real_settings() -> None:
-    frozen_for = {"retrofit": "model=a", "cpu-heads": "model.trunk=a", "gpu-heads": "model.trunk=a"}
+    frozen_for = {
+        "retrofit": "model=a",
+        "cpu-heads": "model.trunk=a",
+        "gpu-heads": "model.trunk=a",
+        "many": "model.trunk=a",
+    }
     for preset, overrides in PRESETS.items():
         frozen = frozen_for.get(preset, "seed=0")
         values = flatten(parse([f"preset={preset}", frozen]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from cpdlm.config import CHOICES, ConfigError, resolve
 from cpdlm.model.heads import FactorHeads, HeadsConfig
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, States
-from cpdlm.model.losses.draft import OBJECTIVES, Objective, Seen, Windows, overlap
+from cpdlm.model.losses.draft import OBJECTIVES, Objective, Windows, overlap
+from cpdlm.model.losses.teacher import Seen, WholeTeacher, cell_log_probs, columns
 from cpdlm.training import states
 from cpdlm.training.states import kept_states
 from tests.test_language_model import T, make, rows
@@ -31,20 +34,19 @@ def case(kind: str = "full", seed: int = 0) -> tuple[FactorHeads, Tensor, Tensor
     table_VD = torch.randn(V, D, dtype=torch.float64)
     in_vocabulary_PN = torch.rand(P, N) < 0.8
     counts_PN = torch.arange(N) < (torch.arange(P) % (N + 1)).unsqueeze(-1)
-    target_PND = torch.randn(P, N, D, dtype=torch.float64)
-    normaliser_PN = (target_PND @ table_VD.T).logsumexp(-1) + 0.3  # a part of the mass is outside the draft vocabulary
+    states_UD = torch.randn(P * N, D, dtype=torch.float64)
+    normaliser_U = (states_UD @ table_VD.T).logsumexp(-1) + 0.3  # a part of the mass is outside the draft vocabulary
     return (
         heads,
         table_VD,
         torch.randn(P, D, dtype=torch.float64).requires_grad_(),
         Windows(
-            torch.randint(0, V, (P, N)).masked_fill(~in_vocabulary_PN, -1), counts_PN, target_PND, normaliser_PN.float()
+            torch.randint(0, V, (P, N)).masked_fill(~in_vocabulary_PN, -1),
+            counts_PN,
+            torch.randperm(P * N).view(P, N),
+            WholeTeacher(states_UD, normaliser_U.float(), lambda hidden, table: hidden @ table.T),
         ),
     )
-
-
-def aim(name: str, alpha: float = 0.7, gamma: float = 0.9) -> Objective:
-    return Objective(name, alpha, gamma, lambda hidden, table: hidden @ table.T)
 
 
 def by_hand(name: str, heads: FactorHeads, hidden_PD: Tensor, table_VD: Tensor, windows: Windows) -> Tensor:
@@ -57,7 +59,8 @@ def by_hand(name: str, heads: FactorHeads, hidden_PD: Tensor, table_VD: Tensor, 
         for k in range(N):
             factors_RV = joint.log_factors_NRV[p, k].exp()
             draft_V = (prior if name == "eq14-marginal" else posterior) @ factors_RV
-            target_V = torch.exp(table_VD @ windows.target_PND[p, k] - windows.log_normaliser_PN[p, k].double())
+            state, whole = windows.state_PN[p, k], windows.teacher
+            target_V = torch.exp(table_VD @ whole.states_UD[state] - whole.log_normaliser_U[state].double())
             token = int(windows.future_PN[p, k])
             surprise = -draft_V[token].log() if token >= 0 else torch.zeros(())
             kl = sum(target_V[v] * (target_V[v].log() - draft_V[v].log()) for v in range(V))
@@ -90,7 +93,9 @@ def test_each_objective_is_its_equation_with_its_gradient(name: str, kind: str) 
     expected = torch.autograd.grad((weight_P * expected_P).sum(), leaves, allow_unused=True, materialize_grads=True)
     for positions_per_chunk in (1, 4, P):
         chunk_bytes = 4 * N * R * V * positions_per_chunk
-        total, loss_P, _ = heads.draft_loss(hidden_PD, windows, weight_P, table_VD, aim(name), chunk_bytes)
+        total, loss_P, _ = heads.draft_loss(
+            hidden_PD, windows, weight_P, table_VD, Objective(name, 0.7, 0.9), chunk_bytes
+        )
         found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
         torch.testing.assert_close(loss_P.double(), expected_P, rtol=1e-5, atol=1e-6)
         for ours, theirs in zip(found, expected, strict=True):
@@ -102,10 +107,14 @@ def test_the_joint_objective_is_the_bounded_joint_loss() -> None:
     weight_P, counts_PN = torch.randn(P, dtype=torch.float64), windows.counts_PN & (windows.future_PN >= 0)
     total, loss_P, _ = heads.draft_loss(
         hidden_PD,
-        windows._replace(future_PN=windows.future_PN.masked_fill(~counts_PN, -1), counts_PN=torch.ones_like(counts_PN)),
+        replace(
+            windows,
+            future_PN=windows.future_PN.masked_fill(~counts_PN, -1),
+            counts_PN=torch.ones_like(counts_PN),
+        ),
         weight_P,
         table_VD,
-        aim("joint", gamma=1.0),
+        Objective("joint"),
         1000,
     )
     theirs, nll_P, _ = heads.nll(hidden_PD, windows.future_PN.masked_fill(~counts_PN, -1), weight_P, table_VD, N, 1000)
@@ -126,6 +135,62 @@ def test_a_draft_that_is_the_target_has_nothing_to_lose(name: str) -> None:
     loss_CN = OBJECTIVES[name](joint, seen, 0.9)
     torch.testing.assert_close(loss_CN, torch.zeros(1, N), rtol=0, atol=1e-6)
     assert math.isclose(float(overlap(joint.factors_NRV[:, :, 0], seen.target_CNV)[0, 0]), 1, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_with_a_cell_for_each_token_the_loss_is_the_whole_one(name: str) -> None:
+    heads, table_VD, hidden_PD, windows = case()
+    leaves, weight_P, found = [hidden_PD, *heads.parameters()], torch.randn(P, dtype=torch.float64), []
+    for held in (windows, windows.narrowed(table_VD, V, others=0, chunk_bytes=100)):
+        total, loss_P, _ = heads.draft_loss(hidden_PD, held, weight_P, table_VD, Objective(name, 0.7, 0.9), 400)
+        found.append([loss_P, *torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)])
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_fewer_cells_bound_the_divergence_from_below_and_the_overlap_from_above() -> None:
+    heads, table_VD, hidden_PD, windows = case()
+    held = [windows.narrowed(table_VD, top, others=0, chunk_bytes=100) for top in (1, 3, 5, V)]
+    for name, alpha in (("eq14", 1.0), ("acceptance", 1.0)):
+        each = [
+            heads.draft_loss(hidden_PD, one, torch.ones(P), table_VD, Objective(name, alpha), 400)[1] for one in held
+        ]
+        for fewer, more in pairwise(each):
+            assert (fewer <= more + 1e-6).all() and fewer.sum() < more.sum()
+
+
+def test_the_texts_own_token_has_a_cell_however_unlikely() -> None:
+    heads, table_VD, hidden_PD, windows = case()
+    found = [
+        heads.draft_loss(hidden_PD, held, torch.ones(P), table_VD, Objective("eq14", alpha=0.0), 400)[1]
+        for held in (windows, windows.narrowed(table_VD, 1, others=0, chunk_bytes=100))
+    ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_cells_have_the_gradient_of_their_equation() -> None:
+    torch.manual_seed(0)
+    rows_MD, table_VD = torch.randn(5, D, dtype=torch.float64).requires_grad_(), torch.randn(V, D, dtype=torch.float64)
+    tokens_MK = torch.stack([torch.randperm(V)[:3] for _ in range(5)])
+    gain_V, pull_MK1 = torch.rand(V, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    probs_MV = (rows_MD @ table_VD.T + gain_V).softmax(-1)
+    chosen_MK = probs_MV.gather(-1, tokens_MK)
+    expected_MK1 = torch.cat([chosen_MK, 1 - chosen_MK.sum(-1, keepdim=True)], dim=-1).log()
+    found_MK1 = cell_log_probs(rows_MD, table_VD, tokens_MK, gain_V)
+    torch.testing.assert_close(found_MK1, expected_MK1)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((pull_MK1 * each).sum(), rows_MD)[0] for each in (found_MK1, expected_MK1))
+    )
+
+
+def test_an_estimated_normaliser_is_right_on_average() -> None:
+    """The sum of the tokens decides the offset; over the three of a stride of three, all count alike."""
+    counted_V = torch.zeros(20)
+    for tokens in ([1, 1, 1, 2], [1, 1, 2, 2], [1, 2, 2, 2]):
+        column_A, gain_A = columns(torch.tensor(tokens), 20, others=6)
+        assert len(column_A.unique()) == len(column_A) == 8
+        counted_V[column_A] += gain_A.exp() / 3
+    torch.testing.assert_close(counted_V, torch.ones(20))
 
 
 def test_every_objective_has_a_name_that_the_config_knows() -> None:
@@ -161,7 +226,7 @@ def acceptance_by_hand(model: LanguageModel, batch: dict[str, Tensor]) -> list[f
 def test_the_target_of_each_draft_is_read_one_position_before_it(layout: str) -> None:
     model, batch = make(layout), rows()
     none_BT, all_BT = torch.zeros(2, T), torch.ones(2, T)
-    terms = model(**batch, first_weight_BT=none_BT, rest_weight_BT=all_BT, objective=("acceptance", 0.9, 1.0))
+    terms = model(**batch, first_weight_BT=none_BT, rest_weight_BT=all_BT, objective=Objective("acceptance"))
     torch.testing.assert_close(
         terms.rest_nll_P.double(),
         torch.tensor(acceptance_by_hand(model, batch), dtype=torch.float64),
@@ -176,7 +241,7 @@ def test_known_states_change_nothing() -> None:
         hidden_BTD = model.hidden(batch["tokens_BT"], batch["position_ids_BT"])
     known = States(hidden_BTD, model.log_normaliser(hidden_BTD))
     weights = {"first_weight_BT": torch.zeros(2, T), "rest_weight_BT": torch.rand(2, T)}
-    for objective in (None, ("blend", 0.9, 0.8)):
+    for objective in (None, Objective("blend", gamma=0.8)):
         with_trunk = model(**batch, **weights, objective=objective)
         blank = batch | {"tokens_BT": torch.zeros_like(batch["tokens_BT"])}  # the trunk is not asked
         from_states = model(**blank, **weights, objective=objective, states=known)
@@ -300,6 +365,8 @@ def test_more_states_than_the_limit_are_refused_with_the_numbers(tmp_path: Path)
         ({"data.states": 4096}, "data.states=4096 is for heads on a frozen model"),
         ({"loss.gamma": 0.5, "model.trunk": "x", "model.head": "separate"}, "loss.gamma=0.5 needs model.head=shared"),
         ({"data.states": 10, "model.trunk": "x"}, "data.states=10 tokens are less than one row of data.context=256"),
+        ({"loss.target_top": 8, "model.trunk": "x"}, "loss.target_top=8: loss.objective=joint has no target"),
+        ({"loss.normaliser_tokens": 9, "model.trunk": "x"}, "loss.normaliser_tokens=9 needs loss.target_top"),
         ({"loss.objective": "blind"}, "did you mean loss.objective=blend?"),
         ({"loss.gamma": 0}, "loss.gamma=0.0 must lie in"),
         ({"loss.alpha": 1.5}, "loss.alpha=1.5 must lie in"),

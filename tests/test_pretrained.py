@@ -29,6 +29,7 @@ from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.decoding import Sampling, decode, decode_batch
 from cpdlm.hf import CpdlmForCausalLM, export
 from cpdlm.hf.load import Loaded
+from cpdlm.model.losses.draft import Objective
 
 GREEDY = Sampling(0.0)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -165,7 +166,7 @@ def test_heads_are_wider_than_a_narrow_trunk(pretrained: dict[str, Path]) -> Non
     tokens_BT, future_BTN = torch.randint(0, V, (2, 8)), torch.randint(0, V, (2, 8, 4))
     indices_BT, successors_BT = torch.arange(8).expand(2, 8), torch.full((2, 8), 4)
     weights = torch.zeros(2, 8), torch.ones(2, 8)
-    terms = model(tokens_BT, indices_BT, future_BTN, successors_BT, *weights, objective=("blend", 0.9, 1.0))
+    terms = model(tokens_BT, indices_BT, future_BTN, successors_BT, *weights, objective=Objective("blend"))
     terms.loss.backward()
     assert all(each.grad is not None and each.grad.dtype == torch.float32 for each in model.heads.maps.values())
     assert len(decode(model, torch.tensor([3, 4]), 12, Sampling(0.9), torch.Generator().manual_seed(0)).tokens) == 12

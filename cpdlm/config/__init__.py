@@ -21,7 +21,6 @@ from cpdlm.config.settings import (
     CHOICES,
     FAMILIES,
     INCIDENTAL,
-    SIZES,
     Config,
     ConfigError,
     DecodeConfig,
@@ -33,6 +32,7 @@ from cpdlm.config.settings import (
     flatten,
     leaves,
 )
+from cpdlm.config.sizes import SIZES
 
 __all__ = [
     "CHOICES",

@@ -171,6 +171,7 @@ def _frozen(config: Config) -> Iterator[str]:
         f"loss.objective={loss.objective}": loss.objective != "joint",
         f"loss.gamma={loss.gamma}": loss.gamma != 1,
         f"loss.draft_vocabulary={loss.draft_vocabulary}": loss.draft_vocabulary > 0,
+        f"loss.target_top={loss.target_top}": loss.target_top > 0,
         f"data.states={data.states}": data.states > 0,
         f"data.text={data.text}": data.text != "corpus",
         f"model.adapter_layers={model.adapter_layers}": model.adapter_layers > 0,
@@ -185,6 +186,10 @@ def _frozen(config: Config) -> Iterator[str]:
             f"data.states={data.states} tokens are less than one row of data.context={data.context}; "
             "raise it, or type 0 to keep none"
         )
+    if loss.target_top and loss.objective == "joint":
+        yield f"loss.target_top={loss.target_top}: loss.objective=joint has no target; type loss.objective=eq14"
+    if loss.normaliser_tokens and not loss.target_top:
+        yield f"loss.normaliser_tokens={loss.normaliser_tokens} needs loss.target_top (loss.target_top=0)"
     if data.text != "corpus" and not data.states:
         yield f"data.text={data.text} needs data.states: how many tokens the model shall write"
     if data.prompts != "windows" and data.text == "corpus":

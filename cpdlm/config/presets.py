@@ -79,6 +79,15 @@ PRESETS: dict[str, Overrides] = {
         "decode.repeats": 3,
         "decode.warmups": 1,
     },
+    # After retrofit, for millions of positions: every position of a row trains, against few tokens of the target. With
+    # data.states=0 each state is used once.
+    "many": {
+        "data.batch_rows": 4,
+        "loss.objective": "eq14",
+        "loss.joint_fraction": 1.0,
+        "loss.target_top": 32,
+        "loss.normaliser_tokens": 512,
+    },
     # The paper's own setting as far as it is known: from scratch, 56.3M parameters, TinyStories, separate heads.
     "paper": {
         "size": "56m",

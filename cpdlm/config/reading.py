@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cpdlm.config.checks import check, check_choice
 from cpdlm.config.presets import PRESETS
-from cpdlm.config.settings import SIZES, Config, ConfigError, flat, leaves
+from cpdlm.config.settings import Config, ConfigError, flat, leaves
+from cpdlm.config.sizes import SIZES
 
 # Earlier names of settings, still read on the command line, in saved configurations and in records.
 ALIASES = {

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cpdlm.config.sizes import SIZES
+
 
 class ConfigError(ValueError):
     """The user's mistake: names the setting, the value, and what to type instead. Entry points exit 2 on it."""
@@ -38,28 +40,6 @@ WITHIN: dict[str, Callable[[float], bool]] = {
     "[1e-6, 1e6]": lambda value: 1e-6 <= value <= 1e6,
 }
 
-
-@dataclass(frozen=True)
-class Size:
-    """Shape of a trunk. `parameters` of the published layouts are asserted by a test."""
-
-    layers: int
-    width: int
-    attention_heads: int
-    feed_forward: int
-    key_value_heads: int = 0  # 0: as many as attention heads
-
-
-# `56m` has 56.3M parameters with an 8192-token vocabulary and tied embeddings (Llama family); the paper gives the
-# parameter count of its TinyStories model, not its layout, so this layout is ours.
-SIZES: dict[str, Size] = {
-    "micro": Size(layers=2, width=64, attention_heads=2, feed_forward=176),
-    "tiny": Size(layers=4, width=128, attention_heads=4, feed_forward=344),
-    "small": Size(layers=4, width=256, attention_heads=4, feed_forward=688),
-    "base": Size(layers=8, width=512, attention_heads=8, feed_forward=1376),
-    "56m": Size(layers=12, width=576, attention_heads=9, feed_forward=1720),
-    "1b": Size(layers=16, width=2048, attention_heads=32, feed_forward=8192, key_value_heads=8),
-}
 
 FAMILIES = ("llama", "gpt2", "pretrained")
 
@@ -180,6 +160,17 @@ class LossConfig:
     )
     draft_vocabulary: int = knob(
         0, "the draft loss covers the N tokens that the training text uses most (0 = all)", least=0
+    )
+    target_top: int = knob(
+        0,
+        "objectives other than joint see the target as this many tokens, the text's own and the likeliest, and the "
+        "rest as one (0 = all)",
+        least=0,
+    )
+    normaliser_tokens: int = knob(
+        0,
+        "with target_top: about how many of the other tokens the draft's normaliser is estimated from (0 = all, exact)",
+        least=0,
     )
     joint_fraction: float = knob(
         1.0, "share of positions that train x_{t+2..t+n}; x_{t+1} always trains on all", within="(0, 1]"
@@ -330,6 +321,8 @@ class Config:
             objective += f"-a{self.loss.alpha:g}"
         if self.loss.gamma != LossConfig.gamma:
             objective += f"-g{self.loss.gamma:g}"
+        if self.loss.target_top:
+            objective += f"-top{self.loss.target_top}"
         offsets = f"-off{self.model.component_rank}" if self.model.component_rank else ""
         joint = f"-{self.joint}" if self.joint != "cp" else ""
         link = {"first": "token", "all": "link"}.get(self.link, self.link)

@@ -290,30 +290,27 @@ class FactorHeads(nn.Module):
         """`nll` for any objective, of heads that share table_VD, which carries no gradient.
 
         Returns sum_p weight_p loss_p, loss_P (detached) and log_weights_PR. The logits of a chunk take at most
-        chunk_bytes; autograd holds about four times that beside them.
+        chunk_bytes; beside them autograd holds about four times that, with `objective.top` as much.
         """
         assert not self.separate and not table_VD.requires_grad, (
             "objectives of the draft are for maps to a frozen table"
         )
         gate = Gate(self.log_weights(seen_PD), self.log_transitions(seen_PD, self.factors))
-        inputs_PX, features, parameters = (
-            self.inputs(seen_PD, before_PND),
-            self._features(),
-            self._map_parameters(0, self.factors),
-        )
-        vocab_size, per_position = table_VD.shape[0], [inputs_PX, *gate.tensors, *windows]
-        chunk = max(1, chunk_bytes // (4 * self.factors * self.rank * vocab_size))
+        teacher = windows.narrowed(table_VD, objective.top, objective.others, chunk_bytes).teacher
+        inputs_PX, features = self.inputs(seen_PD, before_PND), self._features()
+        parameters = self._map_parameters(0, self.factors)
+        held = (windows.future_PN, windows.counts_PN, windows.state_PN)
+        chunk = max(1, chunk_bytes // (4 * self.factors * self.rank * len(table_VD)))
 
-        def loss(*given: Tensor) -> Tensor:
-            inputs_CX, *rest = given[: len(per_position)]
-            gate_C, window = gate.of(rest[: len(gate.tensors)]), Windows(*rest[len(gate.tensors) :])
-            rows_MD = features(inputs_CX, 0, *given[len(per_position) :])
-            logits_MV = F.linear(rows_MD.to(table_VD.dtype), table_VD)
-            logits_CNRV = logits_MV.view(len(inputs_CX), self.factors, self.rank, vocab_size)
-            joint = Joint(gate_C.log_weights, logits_CNRV, False, gate_C.log_transitions)
-            return objective(joint, window, table_VD)
+        def loss(inputs_CX: Tensor, future_CN: Tensor, counts_CN: Tensor, state_CN: Tensor, *given: Tensor) -> Tensor:
+            gate_C, maps = gate.of(given[: len(gate.tensors)]), given[len(gate.tensors) :]
+            rows_MD = features(inputs_CX, 0, *maps).to(table_VD.dtype)
+            scores_MV, seen = teacher.hold(rows_MD, table_VD, future_CN, state_CN)
+            scores_CNRV = scores_MV.view(len(inputs_CX), self.factors, self.rank, -1)
+            joint = Joint(gate_C.log_weights, scores_CNRV, False, gate_C.log_transitions)
+            return objective(joint, seen, counts_CN)
 
-        total, loss_P = chunked_sum(loss, per_position, parameters, weight_P, chunk)
+        total, loss_P = chunked_sum(loss, (inputs_PX, *held, *gate.tensors), parameters, weight_P, chunk)
         return total, loss_P, gate.log_weights
 
     def _logits(self, inputs: Tensor, table_VD: Tensor, start: int, stop: int, chosen: Tensor | None = None) -> Tensor:

@@ -31,6 +31,7 @@ from cpdlm.model.heads import Before, FactorHeads, HeadsConfig
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows
 from cpdlm.model.losses.joint_nll import Gate, joint_nll
+from cpdlm.model.losses.teacher import WholeTeacher
 from cpdlm.model.maps import no_map
 from cpdlm.model.output import Output
 from cpdlm.model.trunk import Mask, Trunk, new_cache
@@ -97,8 +98,7 @@ class LanguageModel(nn.Module):
         if shape.link != "none":
             self.anchor = Anchor(width, round(shape.draft_width * width), shape.draft_depth, shape.draft_normed)
         self.active = 0  # components that a draft evaluates (`use_active`)
-        # What drafts cover (`use_draft_vocabulary`): ids (V',), their rows of the unembedding, and where on the list an
-        # id is.
+        # `use_draft_vocabulary`: ids (V',), their rows of the unembedding, and where on the list an id is.
         for buffer in ("draft_ids", "_draft_table_VD", "_draft_index_V"):
             self.register_buffer(buffer, None, persistent=False)
         if frozen_target:
@@ -293,14 +293,13 @@ class LanguageModel(nn.Module):
         first_weight_BT: Tensor,
         rest_weight_BT: Tensor,
         states: States | None = None,
-        objective: tuple[str, float, float] | None = None,
+        objective: Objective | None = None,
     ) -> Terms:
         """Weighted negative log-likelihoods; positions of weight 0 cost nothing.
 
         future_BTN: successors (0 where absent); successors_BT: how many exist. The rest term covers, untied, the
         joint's marginal over the successors that exist; tied, that of x_{t+2..} given x_{t+1}. With a draft vocabulary
-        it covers the tokens of that alone. states: of the frozen trunk, where they are known already. objective: name,
-        alpha and gamma of one of `losses.draft`, which then takes the place of the rest term.
+        it covers the tokens of that alone. states: of the frozen trunk, if known. objective: replaces the rest term.
         """
         if states is not None:
             hidden_BTD = states.hidden_BTD
@@ -328,9 +327,8 @@ class LanguageModel(nn.Module):
             )
         else:
             windows = self._windows(hidden_BTD, states, picked_BT, future_PN, exists_PN)
-            asked = Objective(*objective, self.target_logits)
             rest_loss, rest_P, log_weights_PR = self.heads.draft_loss(
-                seen_PD, windows, weight_P, table_VD, asked, self.chunk_bytes, before_PND
+                seen_PD, windows, weight_P, table_VD, objective, self.chunk_bytes, before_PND
             )
         return Terms(first_loss + rest_loss, first_nll_P, rest_P, log_weights_PR)
 
@@ -338,12 +336,13 @@ class LanguageModel(nn.Module):
         self, hidden_BTD: Tensor, states: States | None, picked_BT: Tensor, future_PN: Tensor, exists_PN: Tensor
     ) -> Windows:
         """The target of x_{t+k} is read from h_{t+k-1}; behind the end of a row it is not known."""
-        normaliser_BT = self.log_normaliser(hidden_BTD) if states is None else states.log_normaliser_BT
         row_P, t_P = picked_BT.nonzero(as_tuple=True)
         t_PN = t_P.unsqueeze(-1) + torch.arange(self.horizon, device=t_P.device)[self.horizon - future_PN.shape[1] :]
-        known_PN = t_PN < hidden_BTD.shape[1]
-        index_PN = row_P[:, None], t_PN.clamp(max=hidden_BTD.shape[1] - 1)
-        return Windows(future_PN, exists_PN & known_PN, hidden_BTD.detach()[index_PN], normaliser_BT[index_PN])
+        known_PN, index_PN = t_PN < (length := hidden_BTD.shape[1]), row_P[:, None] * length + t_PN
+        read_U, state_PN = index_PN.where(known_PN, 0).unique(return_inverse=True)
+        read_UD = hidden_BTD.detach().flatten(0, 1)[read_U]
+        norm_U = self.log_normaliser(read_UD) if states is None else states.log_normaliser_BT.flatten()[read_U]
+        return Windows(future_PN, exists_PN & known_PN, state_PN, WholeTeacher(read_UD, norm_U, self.target_logits))
 
     @torch.no_grad()
     def log_normaliser(self, hidden_BTD: Tensor) -> Tensor:

@@ -121,5 +121,6 @@ def loss_flops(shape: Shape, config: Config) -> dict[str, float]:
         first = 0.0 if shape.frozen else table_times * table
     elif share < 1 and not (shape.frozen and (config.loss.draft_vocabulary or other_objective)):
         first = shape.rank * row
-    target = 2.0 * covered * shape.width * shape.factors if other_objective else 0.0
-    return {"next token": first, "window": share * (shape.rows * row + target)}
+    read = 1 - (1 - share) ** shape.factors  # states that a target is read from: windows that overlap share them
+    target = 2.0 * covered * shape.width * read if other_objective else 0.0
+    return {"next token": first, "window": share * shape.rows * row + target}

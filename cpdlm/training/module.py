@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from cpdlm.config import Config
 from cpdlm.model.language_model import LanguageModel, States, Terms
+from cpdlm.model.losses.draft import Objective
 from cpdlm.training import objective
 from cpdlm.training.checkpoints import is_finite
 from cpdlm.training.schedule import learning_rate_factor
@@ -206,16 +207,14 @@ class MultiTokenModule(L.LightningModule):
         groups = self.trainer.optimizers[0].param_groups if self.trainer.optimizers else self._groups()
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
-    def _objective(self) -> tuple[str, float, float] | None:
-        """(name, alpha, gamma) of the draft's objective; None for the joint likelihood."""
+    def _objective(self) -> Objective | None:
+        """Of the draft; None for the joint likelihood."""
         wanted = self.config.loss
         if wanted.objective == "joint" and wanted.gamma == 1:
             return None
-        return wanted.objective, wanted.alpha, wanted.gamma
+        return Objective(wanted.objective, wanted.alpha, wanted.gamma, wanted.target_top, wanted.normaliser_tokens)
 
-    def _terms(
-        self, batch: Batch, first_BT: Tensor, rest_BT: Tensor, other: tuple[str, float, float] | None = None
-    ) -> Terms:
+    def _terms(self, batch: Batch, first_BT: Tensor, rest_BT: Tensor, other: Objective | None = None) -> Terms:
         states = States(batch["hidden_BTD"], batch["log_normaliser_BT"]) if "hidden_BTD" in batch else None
         terms: Terms = self.model(
             batch["tokens_BT"],

@@ -12,7 +12,8 @@ over the factors k = 1..N of gamma^(k-1) L_k:
     blend             L_k = b KL(p_k || q_k) + (1-b) (1 - alpha_k)   ibid.; b = exp(-3 alpha_k), without gradient
 
 With a draft vocabulary both cover its tokens alone. p_k is not renormalised there, since what lies outside is lost to
-the draft; q_k is. A token outside has no draft probability: it drops out of -log q and of the posterior.
+the draft; q_k is. A token outside has no draft probability: it drops out of -log q and of the posterior. V may be less
+still: `teacher` has the target as a few likely tokens and the rest as one.
 
 Letters: P positions, C positions in a chunk, N factors, R rank, V tokens that drafts cover, D width.
 """
@@ -20,38 +21,40 @@ Letters: P positions, C positions in a chunk, N factors, R rank, V tokens that d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cpdlm.model.joint import TINY, Joint
+from cpdlm.model.losses.teacher import Seen, Teacher, TopTeacher, WholeTeacher
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True)
+class Windows:
     """What the drafts of a window are held against. N factors, k = 1..N.
 
     future_PN: tokens, as indices of V, -1 for those that drafts do not cover. counts_PN: bool, which factors count:
-    those of tokens that exist and whose target is known. target_PND: the frozen model's states from which p_k is read,
-    h_{t+k-1}. log_normaliser_PN: their log sum_v exp(logit) over the whole vocabulary.
+    those of tokens that exist and whose target is known. state_PN: which of the teacher's states p_k is read from,
+    that of position t+k-1.
     """
 
     future_PN: Tensor
     counts_PN: Tensor
-    target_PND: Tensor
-    log_normaliser_PN: Tensor
+    state_PN: Tensor
+    teacher: Teacher
 
-
-class Seen(NamedTuple):
-    """One chunk of `Windows` as the objectives see it.
-
-    future_CN: tokens, -1 for those that drafts do not cover. target_CNV: p_1..p_N, probabilities in float32.
-    """
-
-    future_CN: Tensor
-    target_CNV: Tensor
+    def narrowed(self, table_VD: Tensor, top: int, others: int, chunk_bytes: int) -> Windows:
+        """The same with a `TopTeacher`, where `top` is not 0. Windows that share a state have one token behind it."""
+        if not top:
+            return self
+        assert isinstance(self.teacher, WholeTeacher)
+        own_U = self.state_PN.new_full((len(self.teacher.states_UD),), -1)
+        own_U[self.state_PN[self.counts_PN]] = self.future_PN[self.counts_PN]
+        chunk = max(1, chunk_bytes // (4 * len(table_VD)))
+        return replace(self, teacher=TopTeacher.of(self.teacher, own_U, table_VD, top, others, chunk))
 
 
 Formula = Callable[[Joint, Seen, float], Tensor]
@@ -152,24 +155,20 @@ class _ChunkedSum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Objective:
-    """A named objective with its constants, of one frozen model.
+    """A named objective with its constants.
 
-    name: of `OBJECTIVES`. alpha: eq. 14's a. gamma: the discount of each further token.
-
-    target_logits: (states, table) -> logits of the tokens of that table, as the frozen model has them.
+    name: of `OBJECTIVES`. alpha: eq. 14's a. gamma: the discount of each further token. top: how many tokens of the
+    target have a cell of their own (0: all). others: how many of the others the draft's normaliser sums over (0: all).
     """
 
     name: str
-    alpha: float
-    gamma: float
-    target_logits: Callable[[Tensor, Tensor], Tensor]
+    alpha: float = 0.9
+    gamma: float = 1.0
+    top: int = 0
+    others: int = 0
 
-    def __call__(self, joint: Joint, windows: Windows, table_VD: Tensor) -> Tensor:
+    def __call__(self, joint: Joint, seen: Seen, counts_CN: Tensor) -> Tensor:
         """sum_k gamma^(k-1) L_k (C,) over the factors that count."""
-        with torch.no_grad():
-            logits_CNV = self.target_logits(windows.target_PND, table_VD)
-            target_CNV = (logits_CNV.float() - windows.log_normaliser_PN.unsqueeze(-1)).exp()
-        seen = Seen(windows.future_PN, target_CNV)
         each_CN = OBJECTIVES[self.name](joint, seen, self.alpha)
         discount_N = self.gamma ** torch.arange(each_CN.shape[1], device=each_CN.device, dtype=each_CN.dtype)
-        return (each_CN.masked_fill(~windows.counts_PN, 0.0) * discount_N).sum(dim=1)
+        return (each_CN.masked_fill(~counts_CN, 0.0) * discount_N).sum(dim=1)
