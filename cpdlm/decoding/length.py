@@ -37,7 +37,8 @@ BINS = 4  # of the joint's confidence
 FORGET = 0.98  # of what was counted, per forward
 TRUST = 4.0  # how many tests a guess is worth before anything was counted
 LATE = 0.9  # what is kept per forward of the tokens and milliseconds that the rate is made of
-LEARN, RETRY = 0.1, 0.01  # how fast it is learnt that the heads pay or not, and forgotten again without them
+HOPE = 0.5  # tokens of a row that the heads' drafts are thought to bring beyond what their verification costs
+LEARN, RETRY = 0.2, 0.004  # how fast it is learnt what they bring, and hoped again while they are not asked
 MATCHED = 0.75  # the guess for a copied draft
 
 
@@ -196,7 +197,7 @@ class DraftLength:
     def __init__(self, costs: Costs, rows: int, drawn: bool) -> None:
         self.forward, self.heads, self.rates = convex(costs.forward), sorted(costs.draft.items()), Rates(drawn)
         self.tokens, self.milliseconds = float(rows), _at(self.forward, rows)  # autoregressive to begin with
-        self.surplus = 1.0  # tokens of a row that the heads' drafts bring beyond what their verification costs
+        self.surplus = HOPE
         # Of the forward under way: its drafts, those of each row that are verified, and its cost.
         none: list[list[Any]] = [[]] * rows
         self.window, self.verified, self.spent = _Window(none, none, none, none), none, self.milliseconds
@@ -210,7 +211,7 @@ class DraftLength:
         """Whether to ask the heads for drafts, from what they brought when they were asked last."""
         pays = self.surplus * rows >= self.rate * _at(self.heads, rows)
         if not pays:
-            self.surplus += RETRY * (1.0 - self.surplus)
+            self.surplus += RETRY * (HOPE - self.surplus)
         return pays
 
     def paying(self, proposal: Proposal, matched: Sequence[Sequence[int]], asked: bool) -> Proposal:
@@ -227,9 +228,9 @@ class DraftLength:
             if gain == 0 or surplus < 0:
                 break
             size, brought, spent = size + 1, brought + surplus, longer
-        if asked:
+        if asked and not any(map(any, matched)):
             self.surplus += LEARN * (brought / rows - self.surplus)
-            spent += _at(self.heads, rows)
+        spent += _at(self.heads, rows) if asked else 0.0
         self.spent, self.verified = spent, [sorted(order[:size]) for order in best]
         return proposal if size == drafts else shortened(proposal, self.verified)
 
