@@ -66,6 +66,12 @@ def test_the_word_follows_the_truth(claim: str, truth: dict[str, Any], word: str
     assert all(number.interval.low <= number.interval.mean <= number.interval.high for number in verdict.numbers)
 
 
+def test_one_seed_decides_over_rows_or_prompts_alone_and_says_so() -> None:
+    for claim in ("C1", "C2", "C3", "C4"):
+        verdict = sweep(claim, seeds=1)
+        assert verdict.setting.endswith(", 1 seed") and verdict.numbers
+
+
 def test_no_shared_seed_and_no_rank_8_are_not_run() -> None:
     verdict = judged("C1", made(1, 0), made(8, 1))[0]
     assert (verdict.word, verdict.reason) == (NOT_RUN, "0 shared seeds, the rule needs 1")
@@ -194,6 +200,17 @@ def test_a_cell_of_another_wall_clock_or_machine_is_not_taken_for_equal() -> Non
     assert verdict.word == NOT_RUN and "trained on different kinds of hardware" in verdict.reason
 
 
+def test_equal_wall_clock_is_that_of_the_shared_seeds() -> None:
+    """Seed 2 of rank 8, which was slow and on another machine, has no partner."""
+    short, long = timed(1.0)
+    short[-1]["training"]["step_ms_median"] = 400.0
+    equal_clock = judged("C1", *short, *long[:2])[1]
+    assert equal_clock.numbers[0].name == "rank 8 - rank 1 trained for 1.00 times its time:"
+    assert len(equal_clock.records) == 4
+    short[-1]["hardware"] = short[-1]["hardware"] | {"processor": "Another CPU"}
+    assert judged("C1", *short, *long[:2])[1].numbers == equal_clock.numbers
+
+
 # --- balance, sizes and lengths, overhead ----------------------------------------------------------------------------
 
 
@@ -292,6 +309,13 @@ def test_c8_reads_steps_and_forwards(step: float, speed: float, seeds: int, word
     assert verdict.word == word and reason in verdict.reason
     assert verdict.numbers[0].interval.mean == pytest.approx(step)
     assert len(verdict.numbers) == 2 and ", 2 cores, " in verdict.setting
+
+
+def test_timing_cells_say_nothing_about_likelihoods() -> None:
+    contents = [made(rank, seed, claim="C8") for rank in (1, 8) for seed in range(3)]
+    for claim in ("C1", "C2"):
+        assert judged(claim, *contents)[0].word == NOT_RUN
+    assert judged("C8", *contents)[0].reason.startswith("no cell of rank 8 beside a next-token model")
 
 
 # --- heads on a pretrained model -------------------------------------------------------------------------------------

@@ -16,12 +16,14 @@ import pytest
 
 from cpdlm.config import Config, ConfigError, resolve
 from cpdlm.data import corpus as corpus_module
+from cpdlm.data import sources
 from cpdlm.data.corpus import load_corpus, write_bundle
 from cpdlm.data.documents import Documents
 from cpdlm.data.duplicates import clusters
 from cpdlm.data.splits import assign_splits, take
 from cpdlm.data.stored import SPLITS, Corpus
 from cpdlm.data.tokenizer import BytesTokenizer
+from tests.test_data_sources import fake_package
 from tests.tiny import MICRO
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,6 +279,17 @@ def test_two_processes_at_once(tmp_path: Path, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert hashes == {load_corpus(config(tmp_path, corpus=str(folder)), progress=False).describe()["sha256"]}
+
+
+def test_evaluation_splits_are_sorted_by_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = []
+    for number, name in enumerate(("p", "q")):
+        files = {f"{name}/{i}.py": prose(1000 * number + i, words=60).replace(b" ", b"\n") for i in range(150)}
+        packages.append(fake_package(tmp_path / "cache" / "packages", name, files))
+    monkeypatch.setitem(sources.CORPORA, "code", tuple(packages))
+    corpus = load_corpus(config(tmp_path), progress=False)
+    assert corpus.source_names == ["p", "q"] and set(corpus.test.source_ids) == {0, 1}
+    assert (np.diff(corpus.test.source_ids) >= 0).all() and (np.diff(corpus.validation.source_ids) >= 0).all()
 
 
 # --- bundles ---------------------------------------------------------------------------------------------------------

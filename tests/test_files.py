@@ -121,3 +121,14 @@ def test_it_leaves_with_its_code_and_output_and_is_not_aborted(code: int) -> Non
 def test_an_ordinary_end_would_be_aborted() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(end="sys.exit(0)")], capture_output=True, text=True)
     assert done.returncode < 0
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_bytes(tmp_path / "file", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(files.WriteError, match="cannot write .*file: No space left on device; make it writable, free"):
+        write_bytes(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
