@@ -95,8 +95,9 @@ class Measured:
             else "Not timed. "
         )
         return (
-            f"{facts['model']}, {facts['parameters'] / 1e6:.1f}M parameters, {facts['dtype']}, weights {facts['weights']}; {counts}; at most "
-            f"{facts['new_tokens']} new tokens each. {timed}{hardware['processor']}, {hardware['cores']} cores, "
+            f"{facts['model']}, {facts['parameters'] / 1e6:.1f}M parameters, {facts['dtype']}, "
+            f"weights {facts['weights']}; {counts}; at most {facts['new_tokens']} new tokens each. "
+            f"{timed}{hardware['processor']}, {hardware['cores']} cores, "
             f"accelerator: {hardware['accelerator']}. {' '.join(facts['told'])}"
         ).rstrip()
 
