@@ -184,10 +184,10 @@ def test_options_do_something_and_drafts_are_accepted() -> None:
     texts = {tuple(stock_text(name, "common", 1)[1][0]) for name in OPTIONS}
     assert len(texts) >= len(OPTIONS) - 4
     forwards = []
-    model = wrapped("common").model
+    model = wrapped("tied").model
     handle = model.trunk.body.register_forward_hook(lambda *arguments: forwards.append(1))
     try:
-        wrapped("common").generate(**batch(1), max_new_tokens=24)
+        wrapped("tied").generate(**batch(1), max_new_tokens=24)
     finally:
         handle.remove()
     assert 1 < len(forwards) < 24
