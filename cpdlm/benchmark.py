@@ -121,7 +121,8 @@ def measure(request: Request) -> Measured:
     plain = copy.deepcopy(model) if any(method.is_plain for method in wanted.values()) else model
     facts = _facts(request, loaded, given, wanted)  # before weights are laid out anew
     told = prepare(model, request.weights).sentences
-    gguf = request.gguf or gguf_file(request.model, str(default_cache()))
+    needs_file = any(name.startswith(methods.LLAMA) for name in wanted)
+    gguf = request.gguf or (gguf_file(request.model, str(default_cache())) if needs_file else None)
     setup = methods.Setup(model, plain, request.new_tokens, loaded.eos, request.nodes, gguf)
     runs = [(task, mode, tasks.contenders_of(wanted, setup, mode)) for task in given for mode in tasks.MODES]
     progress = Progress(sum(_texts(request, task) * len(each) for task, _, each in runs))
@@ -129,11 +130,10 @@ def measure(request: Request) -> Measured:
     for task, mode, contenders in runs:
         progress.label = f"{task.name}, {mode}"
         comparison = tasks.Comparison(setup, task, mode, contenders, progress)
-        entries += (
-            comparison.counted(request.rows, request.seed)
-            if request.acceptance_only
-            else (comparison.timed(_protocol(request)))
-        )
+        if request.acceptance_only:
+            entries += comparison.counted(request.rows, request.seed)
+        else:
+            entries += comparison.timed(_protocol(request))
     progress.end()
     return Measured(entries, facts | {"weights": model.weights, "told": told})
 

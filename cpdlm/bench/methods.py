@@ -14,7 +14,7 @@ from cpdlm.decoding import Sampling
 from cpdlm.decoding.length import Costs
 from cpdlm.model.language_model import LanguageModel
 
-AUTOREGRESSIVE, GENERATE = "AR", "generate"
+AUTOREGRESSIVE, GENERATE, LLAMA = "AR", "generate", "llama.cpp"
 LOOKED_UP = 10  # tokens that transformers' prompt lookup drafts, as its own examples have it
 
 
