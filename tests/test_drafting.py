@@ -20,7 +20,7 @@ from torch import Tensor
 from cpdlm.decoding import CapturedForwards, Costs, LookupSettings, Options, Sampling, decode, decode_batch, drafters
 from cpdlm.decoding.drafters import make_drafter
 from cpdlm.decoding.drafting import copied, grafted
-from cpdlm.decoding.length import DraftLength
+from cpdlm.decoding.length import DraftLength, convex
 from cpdlm.decoding.lookup import NOTHING, Copy
 from cpdlm.decoding.proposals import Proposal, grow
 from cpdlm.model.joint import Joint
@@ -175,6 +175,16 @@ def test_a_length_that_is_decided_before_the_draw_is_exact(seed: int) -> None:
 
 def test_a_length_that_is_decided_after_the_draw_is_noticed() -> None:
     assert max(error_of(looking_back, seed)[0] for seed in range(3)) > 1e-3
+
+
+def test_costs_are_measured_or_given() -> None:
+    for sampling in (Sampling(0.0), Sampling()):
+        found = Costs.measure(real("llama"), sampling, sizes=(1, 4), rows=(1, 2))
+        assert set(found.forward) == {1, 4} and set(found.draft) == {1, 2}
+    assert convex({1: 2.0, 2: 5.0, 4: 4.0, 8: 4.0}) == [(1, 2.0), (8, 4.0)]
+    for wrong in ({1: 2.0}, {0: 1.0, 2: 1.0}, {1: 0.0, 2: 1.0}):
+        with pytest.raises(ValueError, match="costs: forward=.* must give milliseconds above 0 for at least 2 numbers"):
+            Costs(wrong, {1: 1.0})
 
 
 # --- the whole decoder ----------------------------------------------------------------------------------------------
