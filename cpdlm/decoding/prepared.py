@@ -41,6 +41,7 @@ from cpdlm.processes import processor
 
 FASTEST = "layouts.json"
 ROWS = (1, 4, 8)  # of the products that are measured
+MEASURED = 2**16  # weights of a map, from which on that tells something
 PROBE = 7  # tokens
 Maker = Callable[[Tensor, Tensor | None], Product]
 
@@ -214,9 +215,9 @@ def _unembedding(model: LanguageModel, maker: _Makers) -> None:
 def _fastest(model: LanguageModel) -> str:
     """The name of the layout in which this processor multiplies the largest maps of the trunk fastest."""
     maps = [each.weight for each in model.trunk.body.modules() if type(each) is nn.Linear]
-    if not maps:
+    largest = max(maps, key=torch.numel, default=torch.empty(0))
+    if largest.numel() < MEASURED:
         return "transposed"
-    largest = max(maps, key=torch.numel)
     weights = [each for each in maps if each.shape == largest.shape][:8]
     path, kept = default_cache() / FASTEST, {}
     with contextlib.suppress(OSError, ValueError):

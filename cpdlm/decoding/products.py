@@ -118,13 +118,13 @@ class Int8(Product):
             y = torch._weight_int8pack_mm(flat, self.rows_OI, self.scale_O).view(*x.shape[:-1], -1).to(x.dtype)
             return y if self.bias is None else y + self.bias
         flat_PI = x.reshape(-1, self.in_features).float()
-        largest_P1 = flat_PI.abs().amax(dim=-1, keepdim=True).clamp_(min=TINY)
-        steps_PI = flat_PI * (127 / largest_P1)
+        step_P1 = flat_PI.abs().amax(dim=-1, keepdim=True).clamp_(min=TINY).div_(127)
+        steps_PI = flat_PI / step_P1
         whole_PI = steps_PI.round()
         parts = torch.cat([whole_PI, (steps_PI - whole_PI).mul_(254)])
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(parts, 1.0, 128, self.packed)
         high, low = y.chunk(2)
-        y = torch.add(high, low, alpha=1 / 254).mul_(largest_P1 / 127).view(*x.shape[:-1], -1).to(x.dtype)
+        y = torch.add(high, low, alpha=1 / 254).mul_(step_P1).view(*x.shape[:-1], -1).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
