@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,15 @@ class Way:
             for counts in (False, True):
                 forward, undo = milliseconds(call)
                 undo()
-                products, _ = milliseconds(lambda inputs=inputs: [f(x) for f, x in zip(self.maps, inputs, strict=True)])
+                products, _ = milliseconds(partial(self.multiply, inputs))
                 if counts:
                     taken.setdefault(("forward", size), []).append(forward)
                     taken.setdefault(("products", size), []).append(products)
         taken.setdefault(("prompt", 0), []).append(milliseconds(lambda: self.model.hidden(self.prompt_BT))[0])
+
+    def multiply(self, inputs: Sequence[torch.Tensor]) -> None:
+        for each, x in zip(self.maps, inputs, strict=True):
+            each(x)
 
     @property
     def dtype(self) -> torch.dtype:
