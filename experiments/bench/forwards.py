@@ -4,7 +4,8 @@
 
 forwards.json: per way to hold the weights and tokens of a window, behind a text, with logits: milliseconds of a
 forward, of its linear maps alone, and of reading the maps' weights once at the rate at which a copy reads and writes,
-measured in the same turns. Ways and sizes take turns; medians over the turns, with the least. A prompt's forward stands beside.
+measured in the same turns. Ways and sizes take turns; medians over the turns, with the least. A prompt's forward stands
+beside.
 """
 
 from __future__ import annotations
