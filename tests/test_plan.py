@@ -145,20 +145,6 @@ def test_sharding_checkpointing_and_precision() -> None:
     assert planned(**{"train.precision": "bf16-true"}).memory["weights"] * 2 == one.memory["weights"]
 
 
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        (["data.tokenizer=hf:gpt2"], "type vocab=NUMBER"),
-        (["rate=fast"], "rate=fast is not a number"),
-        (["rnak=8"], "did you mean rank?"),
-        (["preset=llama8b", "model.trunk=./nowhere"], "its shape is not known here"),
-    ],
-)
-def test_errors_say_what_to_type(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry.main(words) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_forward_and_backward_are_counted() -> None:
     left, right = torch.rand(5, 7, requires_grad=True), torch.rand(7, 3, requires_grad=True)
     with FlopCount() as count:
