@@ -134,7 +134,7 @@ def test_a_cell_with_adapters_runs_to_a_valid_record(tmp_path: Path) -> None:
     words += [f"output={tmp_path}/runs", f"data.cache={tmp_path}/cache"]
     assert run.main(words) == 0
     record = load(tmp_path / "runs" / "one" / "one.json")
-    assert record.variant == "token-conditioned, adapters 1" and record["parameters"]["adapters"] > 0
+    assert record.variant == "token-conditioned, draft 4, adapters 1" and record["parameters"]["adapters"] > 0
     assert record["training"]["curve"][-1]["validation/greedy_tokens_per_pass"] >= 1
     assert record["decoding"]["modes"]["greedy"]["tokens"] == 2 * 8
     assert not (tmp_path / "cache" / "states").exists(), "its states change with every step"

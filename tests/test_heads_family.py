@@ -14,6 +14,7 @@ from cpdlm.decoding.proposals import sampled_chain
 from cpdlm.model.heads import Before, FactorHeads, HeadsConfig
 from cpdlm.model.joint import Joint
 from cpdlm.model.losses.draft import Objective, Windows
+from cpdlm.model.losses.teacher import WholeTeacher
 from tests import oracle
 from tests.planted_faults import EXACT, Variant
 from tests.test_accept import DRAFTS, SETTINGS, VOCABULARY, Step, simulate, truth
@@ -65,10 +66,11 @@ def test_the_bounded_loss_is_the_joints_log_prob_with_its_gradients(kind: dict[s
 def test_the_draft_objective_holds_the_conditionals_against_the_target(kind: dict[str, Any]) -> None:
     heads, seen_PD, table_VD = make(kind)
     future_PN, pending_P = torch.randint(0, V, (P, N)), torch.randint(0, V, (P,))
-    target_PND = torch.randn(P, N, D).double()
-    logits_PNV = target_PND @ table_VD.T
-    windows = Windows(future_PN, torch.ones(P, N).bool(), target_PND, logits_PNV.logsumexp(-1))
-    objective = Objective("eq14", 0.7, 0.9, lambda hidden, table: hidden @ table.T)
+    states_UD = torch.randn(P * N, D).double()
+    logits_UV = states_UD @ table_VD.T
+    teacher = WholeTeacher(states_UD, logits_UV.logsumexp(-1).float(), lambda hidden, table: hidden @ table.T)
+    windows = Windows(future_PN, torch.ones(P, N).bool(), torch.arange(P * N).view(P, N), teacher)
+    objective, logits_PNV = Objective("eq14", 0.7, 0.9), logits_UV.view(P, N, V)
     before_PND = table_VD[torch.cat([pending_P[:, None], future_PN[:, :-1]], dim=1)]
     _, loss_P, _ = heads.draft_loss(seen_PD, windows, torch.ones(P), table_VD, objective, 4 * V, before_PND)
     joint, exact_P = heads.joint(seen_PD, table_VD, before(heads, pending_P, table_VD)), torch.zeros(P).double()

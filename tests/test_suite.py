@@ -23,10 +23,11 @@ from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from experiments import cell as one_cell
-from experiments import decode_group, run, scheduler, sweep
+from experiments import decode_group, pipeline, run, scheduler, sweep
 from experiments.claims import CLAIMS
 from experiments.profiles import PROFILES, study
 from experiments.records import Record, load_all
+from experiments.report import Report
 from experiments.star import SMALL_CONTROLS
 from experiments.suite import NARROW, Cell, complete, controls, decode_groups, heads, mates, trunk
 
@@ -168,7 +169,7 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
         for mode in (record["decoding"] or {"modes": {}})["modes"].values():
             assert mode["tokens"] == sum(mode["per_prompt"]["tokens"]) == 2 * 2 * 8
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.json") if ".sweep" not in str(path)}
-    monkeypatch.setattr(one_cell, "report", lambda *given, **more: ("", []))  # it is drawn anew, and slow
+    monkeypatch.setattr(pipeline, "render", lambda *given: Report("", [], []))  # it is drawn anew, and slow
     assert stamps and sweep.main(arguments) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}, "a finished cell was run or written again"
 
@@ -250,7 +251,7 @@ def test_every_kind_of_cell_on_a_pretrained_model_runs_to_a_valid_record(
     write_bundle([cells[0].config("x")], tmp_path / "bundle")
     monkeypatch.setitem(sweep.PROFILES, "smoke", lambda: cells)
     monkeypatch.setattr(sweep, "Local", lambda slots, devices: InProcess())
-    monkeypatch.setattr(one_cell, "report", lambda *given, **more: ("", []))  # the test above draws one
+    monkeypatch.setattr(pipeline, "render", lambda *given: Report("", [], []))  # the test above draws one
     assert sweep.main(["profile=smoke", f"out={tmp_path / 'out'}", f"data={tmp_path / 'bundle'}"]) == 0
     said = capsys.readouterr().out
     records, damaged = load_all(tmp_path / "out" / "results")

@@ -30,7 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "own": {},
     "separate": {"model.head": "separate", "model.tie_embeddings": False},
     "tied": {"model.tie_first": True},
-    "anchored": {"link": "first", "model.map_rank": 4},
+    "anchored": {"link": "first", "model.map_rank": 4, "model.draft_width": 0.5, "model.draft_normed": False},
     "bias": {"balance": "bias"},
     "plain": {"horizon": 1, "rank": 1, "balance": "none"},
 }

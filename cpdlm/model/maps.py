@@ -40,22 +40,24 @@ class Maps:
         rows_PMD = hidden_PD.unsqueeze(1) + self._moved(hidden_PD, given)
         shared_PnD = None
         if "base" in given:
-            shared_PnD = F.linear(hidden_PD, given["base"]).view(len(hidden_PD), -1, width)
+            base = given["base"]
+            shared_PnD = F.linear(hidden_PD, base).view(len(hidden_PD), len(base) // width, width)
         if "link" in given:
             positions, inner = given["link"].shape[:2]
-            inner_PnK = inner_PX.view(len(hidden_PD), -1, inner)[:, first : first + positions]
+            inner_PNK = inner_PX.reshape(len(hidden_PD), inner_PX.shape[1] // inner, inner)
+            inner_PnK = inner_PNK[:, first : first + positions]
             gain_PnD = torch.bmm(inner_PnK.transpose(0, 1), given["link"]).transpose(0, 1)
             shared_PnD = gain_PnD if shared_PnD is None else shared_PnD + gain_PnD
         if shared_PnD is not None:
-            by_position = rows_PMD.view(len(hidden_PD), shared_PnD.shape[1], -1, width)
-            rows_PMD = (by_position + shared_PnD.unsqueeze(2)).flatten(1, 2)
+            rows_PMD = rows_PMD + shared_PnD.repeat_interleave(rows_PMD.shape[1] // shared_PnD.shape[1], dim=1)
         rows = rows_PMD.reshape(-1, width)
         return rows if self.scale == 1 else rows * self.scale
 
     def _moved(self, hidden_PD: Tensor, given: dict[str, Tensor]) -> Tensor:
         """W h (P, M, D) of each, but for what they share."""
         if "full" in given:
-            return F.linear(hidden_PD, given["full"]).view(len(hidden_PD), -1, hidden_PD.shape[-1])
+            full, width = given["full"], hidden_PD.shape[-1]
+            return F.linear(hidden_PD, full).view(len(hidden_PD), len(full) // width, width)
         narrow_PMK = F.linear(hidden_PD, given["down"]).view(len(hidden_PD), *given["up"].shape[:2])
         if self.is_mlp:
             narrow_PMK = F.silu(narrow_PMK)
