@@ -184,10 +184,8 @@ def _export(options: Namespace) -> Sequence[str]:
 
 
 def _release_arguments(parser: ArgumentParser) -> None:
-    from cpdlm.data.pretrained_files import NAMED
-
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished and measured run")
-    parser.add_argument("name", metavar="NAME", choices=sorted(NAMED), help="the model: " + ", ".join(NAMED))
+    parser.add_argument("name", metavar="NAME", help="the model, smollm2, or MODEL-WORD for heads of a kind of text")
 
 
 def _release(options: Namespace) -> Sequence[str]:

@@ -58,7 +58,7 @@ def test_released_heads_write_as_the_run_does(run: Path) -> None:
     path = released.release(run, "smollm2")
     assert path.parent == released.FOLDER and path.stat().st_size < 60_000, "heads alone"
     assert b"elsewhere" not in path.read_bytes(), "nothing of the folder that it was trained in"
-    model = released.load("smollm2")
+    model = released.load("smollm2", dtype="float32")
     assert model.draft_ids is not None and model.draft_ids.tolist() == list(range(3, 23))
     theirs = checkpoints.load_model(run)
     theirs.use_draft_vocabulary(torch.arange(3, 23))
@@ -67,6 +67,16 @@ def test_released_heads_write_as_the_run_does(run: Path) -> None:
     ours, other = (decode(each, prompt_T, 62, Sampling(0.0)) for each in (model, theirs))
     assert ours == other
     assert released.load("smollm2", draft_vocabulary=False).draft_ids is None
+
+
+def test_heads_for_a_kind_of_text_have_a_name_of_their_own(run: Path) -> None:
+    assert not released.is_name(Path("smollm2-chat"))
+    assert released.release(run, "smollm2-chat").name == "smollm2-chat.safetensors"
+    assert released.is_name(Path("smollm2-chat")) and released.load("smollm2-chat").rank == 2
+    with pytest.raises(RunError, match="no heads for smollm2 come"):
+        released.load("smollm2")
+    with pytest.raises(RunError, match="not smollm3"):
+        released.release(run, "smollm3")
 
 
 def test_bfloat16_is_widened_where_it_would_be_emulated(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

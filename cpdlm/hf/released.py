@@ -1,7 +1,8 @@
 """Heads that come with the package, for models that are found by name: speed without training anything first.
 
-A file of `cpdlm/released/` holds the heads alone, the tokens they draft from, the run's settings and the sha256 of the
-model they were trained on. The model itself is fetched when it is used, as in training.
+A file of `cpdlm/released/` holds the heads alone, in bfloat16, the tokens they draft from, the run's settings and the
+sha256 of the model they were trained on. The model itself is fetched when it is used, as in training. A model may have
+heads for several kinds of text: `smollm2` for code, `smollm2-chat` for answers in its chat template.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ DRAFT_IDS = "shortlist"  # the tensor's name in the file
 
 
 def release(run: Path, name: str) -> Path:
-    """Write the heads of a finished run on model=name; returns the file. RunError for any other run."""
+    """Write the heads of a finished run on model=NAME as NAME or NAME-WORD; returns the file. RunError for any other."""
     config = read_config(run)
     target = Target.of(config)
-    if target.kind != "pretrained" or target.name != name:
+    if target.kind != "pretrained" or not f"{name}-".startswith(f"{target.name}-"):
         raise RunError(f"{run} has model.trunk={target.name or 'none'}, not {name}; give a run of heads on it")
     model, draft_ids = load_model(run), run_draft_vocabulary(run)
-    tensors = load_file(run / WEIGHTS)
+    tensors = {key: each.to(torch.bfloat16) for key, each in load_file(run / WEIGHTS).items()}
     if draft_ids is not None:
         tensors[DRAFT_IDS] = draft_ids.to(torch.int32)
-    elsewhere = replace(config, output=Config().output)  # the folder of the run is not for others
+    # The folder of the run is not for others; in bfloat16 a model is read fastest, and `load` widens it where it is not.
+    elsewhere = replace(config, output=Config().output, model=replace(config.model, dtype="bfloat16"))
     facts = {"config": to_dict(elsewhere), "vocab_size": model.vocab_size, "trunk_sha256": target.sha256}
     with replaced(_path(name)) as path:
         save_file(tensors, path, {key: json.dumps(value) for key, value in facts.items()})
@@ -54,7 +56,8 @@ def release(run: Path, name: str) -> Path:
 
 def is_name(source: Path) -> bool:
     """Whether this is what a model is called here, and no folder."""
-    return str(source) in NAMED and not source.exists()
+    name = str(source)
+    return (name in NAMED or (source.name == name and _path(name).is_file())) and not source.exists()
 
 
 def settings(name: str) -> Config:
@@ -65,7 +68,7 @@ def settings(name: str) -> Config:
 def load(name: str, draft_vocabulary: bool = True, dtype: str = "") -> LanguageModel:
     """The named model with its released heads, in evaluation mode.
 
-    draft_vocabulary: whether it drafts from its own. dtype: of the model (default: that of the heads' training). Raises
+    draft_vocabulary: whether it drafts from its own. dtype: of the model (default: bfloat16). Raises
     RunError where no heads are released for it, their file is damaged, or they were trained on other weights;
     ConfigError where the model cannot be had.
     """
