@@ -1,7 +1,7 @@
 """C6, heads: heads alone make a pretrained, frozen model decode faster.
 
 Cells: heads of ranks 1, 2, 4 and 8 on SmolLM2-135M-Instruct, by kind of draft, text, training and precision. The
-README shows the longest training, of which the released heads are. Whether rank adds to it is `c6_rank.py`.
+README shows the longest training. Whether rank adds to it is `c6_rank.py`.
 """
 
 from __future__ import annotations
