@@ -46,7 +46,7 @@ def release(run: Path, name: str) -> Path:
     tensors = {key: each.to(torch.bfloat16) for key, each in load_file(run / WEIGHTS).items()}
     if draft_ids is not None:
         tensors[DRAFT_IDS] = draft_ids.to(torch.int32)
-    # The folder of the run is not for others; in bfloat16 a model is read fastest, and `load` widens it where it is not.
+    # The folder of the run is not for others. In bfloat16 a model is read fastest; `load` widens it elsewhere.
     elsewhere = replace(config, output=Config().output, model=replace(config.model, dtype="bfloat16"))
     facts = {"config": to_dict(elsewhere), "vocab_size": model.vocab_size, "trunk_sha256": target.sha256}
     with replaced(_path(name)) as path:

@@ -157,7 +157,8 @@ def _released(results: Path) -> str:
     if not counted_by_task:
         return ""
     counts = ", ".join(f"{' and '.join(each)} on {task}" for task, each in counted_by_task.items())
-    return f"The released heads on SmolLM2-135M, tokens per forward, greedy and at T = 1: {counts}; speed not yet measured."
+    what = "The released heads on SmolLM2-135M, tokens per forward, greedy and at T = 1"
+    return f"{what}: {counts}; speed not yet measured."
 
 
 def _precision(families: Sequence[Family]) -> str:
