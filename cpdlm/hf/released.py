@@ -37,7 +37,7 @@ DRAFT_IDS = "shortlist"  # the tensor's name in the file
 
 
 def release(run: Path, name: str) -> Path:
-    """Write the heads of a finished run on model=NAME as NAME or NAME-WORD; returns the file. RunError for any other."""
+    """Write the heads of a finished run on model=NAME as NAME or NAME-WORD; returns the file. RunError for others."""
     config = read_config(run)
     target = Target.of(config)
     if target.kind != "pretrained" or not f"{name}-".startswith(f"{target.name}-"):
