@@ -9,8 +9,6 @@
 Slow imports come after the words are read.
 """
 
-from __future__ import annotations
-
 import difflib
 import io
 import os

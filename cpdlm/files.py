@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, and the one lock of the project."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import glob

@@ -4,8 +4,6 @@ torchrun sets RANK, SLURM's srun SLURM_PROCID, Lightning's own launcher NODE_RAN
 launcher is the first of one.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import os

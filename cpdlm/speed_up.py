@@ -3,8 +3,6 @@
 Killed at any point, the same call goes on where it was. A stage that is done is not done again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shlex
 import sys

@@ -5,8 +5,6 @@
 There: ./reproduce.sh --profile PROFILE --only train,decode --data DIR --python PATH
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

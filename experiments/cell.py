@@ -5,8 +5,6 @@ OUTPUT/NAME/evaluate.json   held-out likelihoods
 OUTPUT/NAME/decode.json     decoding, measured beside the other cells of its group
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """The grammar of the suite's commands: settings as KEY=VALUE words and flags, in any order."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 from collections.abc import Iterable

@@ -5,8 +5,6 @@
 GROUP.json: {"cells": [WORDS, ...], "reference": WORDS or null}. WORDS are the settings of a cell as they are typed.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which records may be compared: families, that differ in rank, variant and seed only."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The table of `sweep.py --dry-run`: every cell, its state, and what it will cost by a model fitted to the records."""
 
-from __future__ import annotations
-
 import math
 import os
 

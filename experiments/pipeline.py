@@ -5,8 +5,6 @@ again; where its weights are needed (a trunk) they are made again. A cell that f
 the others go on.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import sys

@@ -1,7 +1,5 @@
 """Arms on a model that exists already: heads on frozen SmolLM2-135M-Instruct."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any

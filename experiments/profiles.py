@@ -1,7 +1,5 @@
 """What a command can run: the cells of a claim, of all claims, or of a profile."""
 
-from __future__ import annotations
-
 from experiments.claims import CLAIMS
 from experiments.pretrained import retrofit, retrofit_gpu, retrofit_screen
 from experiments.star import SMALL_CONTROLS

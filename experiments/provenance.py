@@ -1,7 +1,5 @@
 """Where a result comes from: commit, machine and versions."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import hashlib

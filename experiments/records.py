@@ -4,8 +4,6 @@ One JSON file per cell, results/FOLDER/NAME.json; results/README.md describes th
 record is written whole or not at all. One that is damaged is named, and the report goes on without it.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Mapping

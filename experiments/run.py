@@ -4,8 +4,6 @@ python experiments/run.py rank=8
 python experiments/run.py preset=cpu-heads rank=4 link=first model.trunk=runs/NAME_OF_A_TRUNK_RUN
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -5,8 +5,6 @@ decides what to do with the jobs that are ready: `Local` shares out cores or GPU
 themselves, `Slurm` submits arrays and lets the cluster decide.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import io

@@ -3,8 +3,6 @@
 A range says what can be, not what is likely: a number beyond it would stop a table or a figure, or make it absurd.
 """
 
-from __future__ import annotations
-
 import datetime
 import functools
 import math

@@ -4,8 +4,6 @@ The base cell has heads of rank 4 and horizon 4 on one frozen code trunk. Every 
 rows and data order; only the dial under study differs. First the arms for two cores, then those for one GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any

@@ -8,8 +8,6 @@
 The same command continues a sweep that was stopped or killed. `reproduce.sh` is this plus an environment.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -3,8 +3,6 @@
 A cell is finished once its record lies among the results, with these settings and timed beside its mates.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -8,8 +8,6 @@ per target forward (inside the record's own 95% interval). Speeds depend on the 
 Exit code 0 where all agrees, 1 where something differs or the run fails, 2 where the record cannot be run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib

@@ -4,8 +4,6 @@ Run by `./reproduce.sh --python PATH` and `CPDLM_PYTHON=PATH ./dev`, with that i
 names what is missing or too old.
 """
 
-from __future__ import annotations
-
 import sys
 from importlib import metadata
 from pathlib import Path

@@ -3,8 +3,6 @@
 python -m tests.causal_models            writes tests/causal_models.json again, after a look at what changed
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """One thread, fixed seeds, no network: the same outcome on every machine."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Models behind `transformers`, and what judges them: stock `generate` on the same weights."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

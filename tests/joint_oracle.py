@@ -4,8 +4,6 @@ A mixture is `weights[a]` and `factors[s][a][v]`, plain Python floats; the loss 
 so that autograd differentiates what is written here and nothing else.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 

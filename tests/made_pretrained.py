@@ -1,7 +1,5 @@
 """Small random models of other people's architectures, as folders, and heads on them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Made-up records for the report's tests: the shape of real ones, values from simple laws, no measurement."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

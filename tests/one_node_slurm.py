@@ -4,8 +4,6 @@ It is started by hand from Debian's packages (slurm-wlm, munge) without systemd 
 one folder, which is gone afterwards.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pwd

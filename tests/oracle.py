@@ -6,8 +6,6 @@ wasteful ones (see tests/planted_faults.py). `decoder_law` is the exact law of t
 procedure writes.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict

@@ -5,8 +5,6 @@ verify as `distributions` is its own affair. Batched like the library, so that o
 step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

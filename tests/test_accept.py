@@ -6,8 +6,6 @@ fails it with probability `oracle.FALSE_ALARM` = 1e-4 per (fixed) seed. Each pla
 >= .99: its exact distribution comes from the oracle, its power from the noncentral chi-square, both asserted here.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from functools import cache

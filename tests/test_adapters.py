@@ -1,7 +1,5 @@
 """Adapters for the draft: the target stays what it was, caches roll back, adapters and heads train and are stored."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The layout's own laws: imports point one way, modules say why they exist, and decoding needs no optional package."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

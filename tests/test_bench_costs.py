@@ -1,7 +1,5 @@
 """The benchmarks of loss, overhead and memory: all sides compute one thing, and what is measured is what was meant."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

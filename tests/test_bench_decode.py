@@ -1,7 +1,5 @@
 """The decoding benchmark: its records from one tiny run, and what is drawn from them."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The speed benchmark: forced acceptance forces nothing but the count, a quick run leaves a whole record."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`cpdlm bench`: prompts of tasks, methods side by side, and what a terminal, a file and the report show of them."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

@@ -1,7 +1,5 @@
 """Tables and figures of the benchmarks, from the committed records: what they say is what the record says."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

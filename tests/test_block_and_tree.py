@@ -1,7 +1,5 @@
 """Block verification by enumeration, and drafts that are the likeliest: trees, windows and paths."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """The architectures of the installed transformers, as tests/causal_models.json has them."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

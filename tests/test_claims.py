@@ -1,7 +1,5 @@
 """Verdicts on records whose truth is known: every word is planted once per claim that has it."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

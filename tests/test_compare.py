@@ -1,7 +1,5 @@
 """The speed protocol: what it counts, what it compares, the shape of its record. Times are not judged."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from functools import cache

@@ -1,7 +1,5 @@
 """The config: every error says what is wrong and what to type; precedence; help; round trips; sizes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

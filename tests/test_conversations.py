@@ -1,7 +1,5 @@
 """Conversations as a corpus: lines of a file, tokens with their marks, cache, bundle and training rows."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which rows a process sees: the same for every world size, for loader workers and after a resume."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

@@ -1,7 +1,5 @@
 """Splits, near-duplicates, the token cache and bundles. No network: corpora are folders and wheels made here."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

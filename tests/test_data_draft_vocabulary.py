@@ -1,7 +1,5 @@
 """The most frequent tokens of a corpus, against a plain count."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

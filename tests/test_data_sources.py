@@ -1,7 +1,5 @@
 """Pinned packages, masking, files, folders and datasets; no network: wheels are made here."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

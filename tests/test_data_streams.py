@@ -3,8 +3,6 @@
 Local folders of JSON lines, through `datasets` itself.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Ids and back, and the bytes behind each id."""
 
-from __future__ import annotations
-
 import threading
 import time
 from pathlib import Path

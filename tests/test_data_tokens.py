@@ -1,7 +1,5 @@
 """Tokenising in pieces: the same arrays whatever the pieces and after any kill, and no process is started."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Windows never cross a document, held against a slow loop that shares no code with what it tests."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from cpdlm.data import windows

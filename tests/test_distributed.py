@@ -3,8 +3,6 @@
 Also where one is killed, hangs, has a full disk or a NaN loss; on several machines; on another number of them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

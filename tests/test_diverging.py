@@ -1,7 +1,5 @@
 """A run that diverges leaves the last good checkpoint and no model; a run that was stopped leaves no wrong speed."""
 
-from __future__ import annotations
-
 import math
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The objectives of heads on a frozen model: each is its equation, at every chunk size, in value and gradient."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -5,8 +5,6 @@ sequences to the exact autoregressive distribution, chi-square at `oracle.FALSE_
 by faults planted in block acceptance, the tree's mask and positions, and dead slots.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from dataclasses import replace

@@ -4,8 +4,6 @@ The draft length is judged by enumeration: over all drafts of a window, what the
 emits must be distributed as the target, to 1e-12. A rule that looks at the drawn token is planted, and noticed.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

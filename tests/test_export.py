@@ -1,7 +1,5 @@
 """From a run to a folder that stands alone: weights, tokenizer, draft vocabulary, card."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files and processes: one at a time, never for ever; modes follow the umask; how a process of several ends."""
 
-from __future__ import annotations
-
 import errno
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Filters against the oracle and against `transformers`; draws by their exact boundaries."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -4,8 +4,6 @@ On the CPU the step runs as it is; on a GPU (where there is one) it is a replaye
 the growing forwards there.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from functools import cache

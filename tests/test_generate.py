@@ -1,7 +1,5 @@
 """Text at the keyboard: what streams is the text, colours are the accepted drafts, and every mistake is named."""
 
-from __future__ import annotations
-
 import io
 import re
 import subprocess

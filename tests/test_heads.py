@@ -1,7 +1,5 @@
 """Heads and anchor: hidden states to the joint distribution, against the written-out formulas."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Heads whose joint has transitions, links, offsets, or few active components: losses and drafts against `Joint`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

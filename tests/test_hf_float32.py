@@ -1,7 +1,5 @@
 """Greedy text of `generate` in float32, with heads that have learnt: it differs from the library's at near-ties."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

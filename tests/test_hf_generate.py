@@ -4,8 +4,6 @@ The judge is not ours: `generate` of `transformers` on the Hugging Face model of
 is its softmax, and the stock loop on our `forward` where it is eq. 11.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from functools import cache

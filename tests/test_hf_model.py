@@ -1,7 +1,5 @@
 """The model as `transformers` saves and loads it, bit for bit, and its loss."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

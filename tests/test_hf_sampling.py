@@ -4,8 +4,6 @@ The judge is the oracle's enumeration: SAMPLES rows, chi-square at `oracle.FALSE
 of at least .99 against each fault; and the library's own loop where one token is left.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import cache
 from typing import Any

@@ -1,7 +1,5 @@
 """Laws 1 to 7 of the joint: by enumeration of every window, in float64."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """HMM transitions and the link between tokens: every window and every path of components enumerated, in float64."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """The bounded-memory loss is the dense loss, in value and every gradient, and its memory is bounded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

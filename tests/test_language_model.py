@@ -1,7 +1,5 @@
 """The whole model: causality by gradient, packed documents, cache, layouts, and the chain rule through `forward`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

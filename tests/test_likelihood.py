@@ -1,7 +1,5 @@
 """Reported likelihoods against plain sums, and the identity behind them: the chain-rule terms sum to the joint."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

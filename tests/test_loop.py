@@ -5,8 +5,6 @@ chi-square at `oracle.FALSE_ALARM` = 1e-4 per fixed seed. Each planted fault, ru
 with probability >= .99 at this sample size: asserted from the exact distribution of the faulty decoder.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from functools import cache

@@ -1,7 +1,5 @@
 """The objective: which positions count, unbiased subsets, and the balance terms against loops."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Plans: the presets of the paper's sizes build without numbers, and what is planned is what a step does."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

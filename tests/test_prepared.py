@@ -1,7 +1,5 @@
 """A prepared model decodes as it would without: the same numbers, or those of its rounded weights, on every path."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from pathlib import Path

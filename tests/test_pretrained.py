@@ -1,7 +1,5 @@
 """Pretrained models as frozen trunks: their logits, their greedy text, and back from an exported folder bit for bit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where pretrained models come from, what of them will not do, and that each is refused in words that help."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

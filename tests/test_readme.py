@@ -1,7 +1,5 @@
 """Every command of README.md and docs/ is run: shrunk to seconds where it would take minutes."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The record: what is refused and how, whole writes, provenance, and what may be compared."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """Released heads: found by name, whole or refused, on the very weights they were trained on."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

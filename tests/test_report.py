@@ -1,7 +1,5 @@
 """The report from made-up records: complete, the same bytes every time, and whole when cells are missing."""
 
-from __future__ import annotations
-
 import csv
 import html
 import json

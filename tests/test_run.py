@@ -1,7 +1,5 @@
 """One cell from the command line: its record, its errors, its processes, and what it refuses to continue from."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

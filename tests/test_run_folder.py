@@ -1,7 +1,5 @@
 """A run's folder: whose it is, what in it is refused, full disks, and the weights that come back from it."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import os

@@ -1,7 +1,5 @@
 """The sweep's scheduler, and cells that fail, are killed or are interrupted."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

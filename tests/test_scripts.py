@@ -1,8 +1,6 @@
 """The doors: reproduce.sh, dev, .ci/run and verify. Nothing is installed or downloaded here: a stand-in Python answers
 `-m venv` and `-m pip`, notes what it was asked, and hands everything else to the real one."""
 
-from __future__ import annotations
-
 import os
 import re
 import runpy

@@ -1,7 +1,5 @@
 """Training text by the model itself: what decoding writes, the same for every cell, kept whole when a run is killed."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import cast

@@ -1,7 +1,5 @@
 """`launcher=slurm` on a real SLURM of one node: arrays, failures, a job that is requeued, one that is pre-empted."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

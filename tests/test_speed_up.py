@@ -1,7 +1,5 @@
 """`cpdlm speed-up` from a model's folder to a faster one, and the command itself as it is installed."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Intervals of records and of benchmarks, against spreads known beforehand: what is resampled, and what is paired."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

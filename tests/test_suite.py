@@ -1,7 +1,5 @@
 """Every profile and claim is well formed, and every kind of cell builds, trains, decodes and writes a valid record."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from dataclasses import asdict, replace

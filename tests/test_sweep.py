@@ -1,7 +1,5 @@
 """The sweep: what is finished, what does not belong together, its words, and what it says that cells will cost."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """MLflow shows a run, and can neither change nor lose one."""
 
-from __future__ import annotations
-
 import base64
 import json
 import socket

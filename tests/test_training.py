@@ -1,7 +1,5 @@
 """Training: the golden step, the schedule, resuming, stopping, and everything that can go wrong with a run's folder."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

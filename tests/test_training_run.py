@@ -1,7 +1,5 @@
 """The life of a run as the library offers it: trains without the suite, resumes, and refuses what does not fit."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Trunks from a Hugging Face config: built, trained, decoded; what cannot be rolled back is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """verify: a record is run again at its commit, its results are judged and its speeds shown."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Attention windows that bind: rows, trees and dead slots as `generate` has them; and logits an ulp apart."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

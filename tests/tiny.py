@@ -1,7 +1,5 @@
 """What shrinks a cell to a second: settings, a folder of code, a pretrained model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 # Shrinks any cell to a fraction of a second of training on a folder of a few documents.

@@ -6,8 +6,6 @@ A case may have a fault: what goes wrong, before which step, in which process (o
 left in fault_RANK.json, and the next case follows; a killed process says nothing.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ FOLDER/hydra.safetensors   the heads
 FOLDER/hydra.json          what they are and what they cost
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import time

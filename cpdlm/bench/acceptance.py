@@ -4,8 +4,6 @@ The tokens are recounted from the ids. Autoregressive decoding has exactly one t
 included. The pending token is never counted as a draft. Depth k means x_{t+k}.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Letters: T positions of a prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 

@@ -1,7 +1,5 @@
 """What kind of machine something was measured on."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

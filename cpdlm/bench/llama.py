@@ -5,8 +5,6 @@ Its server takes ids and tells how many tokens it wrote, not which. It ends a te
 Letters: T positions of a prompt.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

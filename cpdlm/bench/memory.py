@@ -6,8 +6,6 @@ count; caches, scores and everything in between do. The numbers are PyTorch's al
 CPU, from its statistics on CUDA: bytes of tensors, not of the process (no fragmentation, no Python).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

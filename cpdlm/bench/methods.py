@@ -1,7 +1,5 @@
 """Ways to decode one target, by name: what `cpdlm bench` can run. A new way is a line in `METHODS`."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How far a long measurement is, and the time left: one line on a terminal, rewritten; a line a minute in a log."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import TextIO

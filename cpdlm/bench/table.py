@@ -1,7 +1,5 @@
 """The table of a benchmark on a terminal: Markdown where it fits, else a few short lines for each row."""
 
-from __future__ import annotations
-
 import itertools
 import textwrap
 from collections.abc import Sequence

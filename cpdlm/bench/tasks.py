@@ -6,8 +6,6 @@ dictionary that a record can hold, with an interval for every number. `row` make
 Letters: T positions of a prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Letters: B rows, T positions, S tokens of a window, P prompts.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

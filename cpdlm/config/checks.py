@@ -1,7 +1,5 @@
 """What a configuration must satisfy: choices, ranges, and rules between settings, which name both values."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 from collections.abc import Iterator

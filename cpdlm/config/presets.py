@@ -3,8 +3,6 @@
 A profile, in experiments/profiles.py, is a list of cells.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 Overrides = dict[str, Any]

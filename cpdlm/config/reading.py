@@ -1,7 +1,5 @@
 """Words and saved files -> a checked Config, and back."""
 
-from __future__ import annotations
-
 import copy
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """Shapes of the trunks that are trained here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

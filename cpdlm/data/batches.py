@@ -6,8 +6,6 @@ or of loader workers, and a resumed run goes on with exactly the rows that come 
 Letters: B rows in a batch, T position, N horizon, P prompts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache

@@ -3,8 +3,6 @@
 A template is a foreign program, which may raise and need not end.
 """
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import threading

@@ -3,8 +3,6 @@
 A document is the JSON list of [role, content] pairs, so that splits and near-duplicates see little but what was said.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

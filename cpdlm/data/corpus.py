@@ -3,8 +3,6 @@
 A folder is written aside and renamed when whole. Every load checks sizes and sha256; what does not fit is rebuilt.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

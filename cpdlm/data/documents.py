@@ -1,7 +1,5 @@
 """Documents as bytes, with their sources; many of them without holding them all in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

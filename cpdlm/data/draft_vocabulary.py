@@ -6,8 +6,6 @@ A draft over a part of the vocabulary costs less and loses only the tokens outsi
 Letters: V vocabulary, V' draft vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -5,8 +5,6 @@ clusters are the connected components. Shingles are hashed with a fixed 64-bit h
 by their hash where there are very many, and matched through an inverted index.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

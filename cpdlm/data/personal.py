@@ -1,7 +1,5 @@
 """Personal data in chats: found by patterns and by how people introduce themselves, and masked."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

@@ -6,8 +6,6 @@
 What comes out is what `from_pretrained` takes: a Hugging Face folder, or a name that is left to the hub.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 The chats and articles come from the test split of corpus=chat and corpus=wiki, which heads on these never see.
 """
 
-from __future__ import annotations
-
 import difflib
 import gzip
 import json

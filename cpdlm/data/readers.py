@@ -1,7 +1,5 @@
 """The default corpora: which packages they are, and how each is read into documents."""
 
-from __future__ import annotations
-
 import json
 import re
 import string

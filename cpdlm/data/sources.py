@@ -3,8 +3,6 @@
 What a corpus *is* (`Origin.identity`) is known without reading it where pins say it; so a cached corpus loads at once.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import os

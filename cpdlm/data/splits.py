@@ -1,7 +1,5 @@
 """Which documents train, validate and test: a function of their content alone."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

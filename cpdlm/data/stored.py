@@ -10,8 +10,6 @@ FOLDER/meta.json                format, request, sizes, sha256 of every file
        bpe.json or hf/          the tokenizer, for those that have files
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ folder. The text is that of the stream from its beginning, whoever read it. A ki
 its last note; the next one goes on from there.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

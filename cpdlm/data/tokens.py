@@ -7,8 +7,6 @@ No process is started: the threads of the `tokenizers` library are as fast as pr
 (results/benchmarks/processes.json).
 """
 
-from __future__ import annotations
-
 import os
 import zipfile
 from collections.abc import Iterator, Sequence

@@ -7,8 +7,6 @@ its row, never beyond its document.
 Letters: B rows, T position in a row, N horizon.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -8,8 +8,6 @@ Letters: B batch, K drafts in the window (horizon - 1 or fewer, may be 0), S = K
 token), M nodes of a tree, J longest path through it, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -8,8 +8,6 @@ Letters: B rows, S tokens of a forward, L slots of the cache, D width, H heads, 
 head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -8,8 +8,6 @@ middle are closed up when they are too many. One row has neither mask nor positi
 Letters: B rows, L slots in use, S tokens of a window, J slots that move, T tokens of a prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

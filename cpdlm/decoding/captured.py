@@ -7,8 +7,6 @@ Letters: B rows, L slots of the cache, S = K+1 positions of a window, K drafts, 
 a prompt, D width, H heads, X numbers of a row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

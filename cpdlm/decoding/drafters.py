@@ -7,8 +7,6 @@ drafters differ in how many of them survive.
 Letters: B batch, K drafts, S = K+1 positions of a window, J longest path through the drafts, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

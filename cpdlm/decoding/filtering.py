@@ -6,8 +6,6 @@ draft probability is then the probability with which it was drawn.
 Letters: V vocabulary; `...` any batch dimensions.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

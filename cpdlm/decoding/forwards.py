@@ -7,8 +7,6 @@ Letters: B rows, S = K+1 positions of a window, K drafts, J longest path through
 vocabulary, D width, X numbers of a row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Protocol
 

@@ -5,8 +5,6 @@ draft is what followed there. It is a function of the text, so that the acceptan
 exact: all of the draft distribution q is on that token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 

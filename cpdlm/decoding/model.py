@@ -3,8 +3,6 @@
 Letters: B batch, T positions, D width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 from torch import Tensor

@@ -17,8 +17,6 @@ unembedding's stay, since embeddings and drafts read their rows.
 Letters: O outputs, I inputs, V vocabulary, D width.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

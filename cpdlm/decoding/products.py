@@ -6,8 +6,6 @@ the plain ones are not kept. A kernel that is missing, or does not take a map's 
 Letters: O outputs, I inputs, G groups of inputs.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The model card of an exported folder, from what its run measured."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import shlex

@@ -1,7 +1,5 @@
 """From a finished run, or a model with released heads, to a folder that `from_pretrained` reads."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path

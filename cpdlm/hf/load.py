@@ -1,7 +1,5 @@
 """A model with its tokenizer, from a run's folder, an exported folder, or the name of a model with released heads."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What stock `generate` of `transformers` takes and our loop does not: refused, or left to the stock loop."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterable

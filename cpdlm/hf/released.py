@@ -5,8 +5,6 @@ sha256 of the model they were trained on. The model itself is fetched when it is
 heads for several kinds of text: `smollm2` for code, `smollm2-chat` for answers in its chat template.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

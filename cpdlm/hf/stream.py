@@ -1,7 +1,5 @@
 """What a streamer is told of rows that are written at different speeds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

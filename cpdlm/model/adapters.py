@@ -7,8 +7,6 @@ the target's state and the draft's side by side, (..., 2D). Only the adapters tr
 Letters: B batch, T position, D width.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

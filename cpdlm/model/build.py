@@ -1,7 +1,5 @@
 """The model of a config, and how many parameters each part of it has."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from cpdlm.config import Config

@@ -6,8 +6,6 @@ makes the mixture one of Markov chains (`cpdlm.model.joint`).
 Letters: P positions (any batch), N factors, M tokens at one factor, D width, K inner width.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Letters: B rows, H heads, L slots in use, S tokens of a forward, W width of a head.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

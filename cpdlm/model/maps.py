@@ -6,8 +6,6 @@ takes them in parts, a position at a time.
 Letters: P positions of text, n positions of the window, R rank, M = n R rows, D width, K inner width, X = D + N K.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

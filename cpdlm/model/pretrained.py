@@ -7,8 +7,6 @@ decoding relies on.
 Letters: B batch, T position, L slots of a cache, S tokens behind it, V vocabulary, D width.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Letters: B batch, T position, S of them a window behind a cache, H attention heads, D width.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import fields

@@ -10,8 +10,6 @@ RUN/tokenizer/          the tokenizer, whole (`cpdlm.data.tokenizer.store_tokeni
 RUN/draft_vocabulary.json   the tokens that the run drafts from, where these are not all
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

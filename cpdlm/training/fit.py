@@ -1,7 +1,5 @@
 """Trains one model, so that it can be watched, interrupted, killed and resumed."""
 
-from __future__ import annotations
-
 import logging
 import resource
 import signal

@@ -1,7 +1,5 @@
 """What a training step costs: the FLOPs that were really done, and the rate of a matrix product on this machine."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

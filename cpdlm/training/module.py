@@ -1,7 +1,5 @@
 """The LightningModule: plumbing between batches, the objective and the optimiser, and nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -9,8 +9,6 @@ are an unbiased estimate of it whose next-token part still sees every position.
 Letters: B batch, T position, P positions picked, R rank. All counts are sums over every process.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ runs once on a micro-batch, and what autograd would keep and what is multiplied 
 Letters: B rows of a micro-batch, T position, F factors, R rank, V vocabulary, D width, K inner width of a map.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

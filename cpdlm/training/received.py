@@ -4,8 +4,6 @@ torch reads the index of such a folder, and its entries that are not tensors, wi
 both restricted first: what it lets pass names only the types that such a folder is made of.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from pathlib import Path

@@ -9,8 +9,6 @@ RUN/sessions.json holds the hashes of the text and of the frozen model that the 
 of each start. The other files of a run's folder are those of `cpdlm.training.checkpoints`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Learning rate as a function of the step."""
 
-from __future__ import annotations
-
 import math
 
 from cpdlm.config import OptimConfig

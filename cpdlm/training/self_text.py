@@ -9,8 +9,6 @@ FOLDER/NNNNN.npz       of one batch: tokens, lengths of the documents, lengths o
 Letters: P prompts of a batch, T tokens of a prompt.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator

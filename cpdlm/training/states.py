@@ -11,8 +11,6 @@ and those that were cut off, zeroed or changed since.
 Letters: B rows, T position, D width.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -14,8 +14,6 @@ decode_strategies.json   speed of every drafter, greedy and sampling
 decode_baselines.json    autoregressive, generate, prompt lookup, assisted generation, sequential heads, ours; memory
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """Our heads against other ways to decode the same target: speed, tokens per forward, memory and what training took."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ A drafter is chosen on prompts of the validation split and reported on those of 
 Letters: P prompts, T positions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What the benchmark of decoding measures: finished heads of several seeds, on one frozen trunk per corpus."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

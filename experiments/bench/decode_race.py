@@ -3,8 +3,6 @@
 Letters: P prompts, T positions.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

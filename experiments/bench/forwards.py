@@ -8,8 +8,6 @@ measured in the same turns. Ways and sizes take turns; medians over the turns, w
 beside.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -1,7 +1,5 @@
 """Contenders in fresh processes, by turns: what a process holds or has warmed up reaches no other one."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import subprocess

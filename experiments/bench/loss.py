@@ -10,8 +10,6 @@ Each row's loss needs a gradient of its own, its component's posterior, so `redu
 that fails, for want of memory, time or its package, stands in the record with the reason.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

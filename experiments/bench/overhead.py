@@ -17,8 +17,6 @@ anything.) Chosen: of the recipes that keep 95 % of the whole loss's gain on ave
 every seed chooses it stands beside.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

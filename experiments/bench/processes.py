@@ -6,8 +6,6 @@ The command that a user types trains on the same rows in every step. Each proces
 step's time is the median of its run. Contenders take turns; medians over the repeats.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -3,8 +3,6 @@
 `experiments.report.benchmarks` reads the records.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

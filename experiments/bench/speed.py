@@ -19,8 +19,6 @@ of --batch-ranks at the first horizon and the last dtype are measured with launc
 Letters: B batch, T position.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

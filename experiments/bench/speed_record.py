@@ -4,8 +4,6 @@ The keys are those of the records on disk: a "pass" is a target forward, "plain"
 the speed-up per token per forward, "shortlist" the draft vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@
 tasks_NAME.json: the facts of `cpdlm.benchmark.Measured`, and an entry per task, mode and method.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import fields

@@ -9,8 +9,6 @@ from one to the other: `whole` has the whole target, `few` sees it as its likeli
 over the repeats.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

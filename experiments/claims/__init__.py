@@ -9,8 +9,6 @@ Verdicts are about the paper's own distribution (untied, link=none) on trunks of
 pretrained model, each kind of draft by itself, and asks two questions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from experiments.claims import c1_likelihood as c1

@@ -4,8 +4,6 @@ Cells: models trained from scratch at ranks 1, 2, 4 and 8 with equal steps. An e
 setting with the most cells.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from experiments import star

@@ -4,8 +4,6 @@ Cells: heads of ranks 1, 2, 4 and 8 on one frozen trunk, on code and text, at ho
 rank 8's time. The README shows the setting with the most cells at equal steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -3,8 +3,6 @@
 Cells: those of C3, decoded side by side. The README shows the setting with the most cells, and answers for each rival.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from experiments import star

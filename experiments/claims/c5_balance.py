@@ -4,8 +4,6 @@ Cells: heads of rank 8 on one frozen trunk, with each way to balance the compone
 default balance (Switch style).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from experiments import star

@@ -4,8 +4,6 @@ Cells: heads of ranks 1, 2, 4 and 8 on SmolLM2-135M-Instruct, by kind of draft, 
 README shows the longest training. Whether rank adds to it is `c6_rank.py`.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ Cells and deciding setting: those of `c6_heads.py`. Until 2026-11-28 this stood 
 alone can satisfy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from experiments import pretrained

@@ -4,8 +4,6 @@ Cells: heads of ranks 1 and 4 on frozen trunks of four sizes, on code, text and 
 the training and with four times as much. The README shows the range of the gains.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from experiments import star

@@ -3,8 +3,6 @@
 Cells: trained for a few steps with nothing else on the machine, and decoded, beside a next-token model.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Equal wall-clock: the top rank against rank 1 trained for as long as the top rank took (C1, C3)."""
 
-from __future__ import annotations
-
 import statistics
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Judging one setting over its ranks, which C1 to C4 share; and the trend that C1 and C3 ask for."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace

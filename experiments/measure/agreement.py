@@ -8,8 +8,6 @@ what sampling accepts?
 Letters: Q positions, K drafts (depth k+2 is draft k), T position, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ Responsible means its posterior weight once the whole window is known, w_a prod_
 Letters: T position, P positions picked, N horizon, R rank, V vocabulary, C class of token, K top tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -10,8 +10,6 @@ What the target puts on other tokens counts as lost in the accepted shares, at e
 Letters: B batch, T position, P positions picked, N horizon, K factors of the mixture, R rank, V vocabulary, D width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`python -m experiments.report`: redraw every table and figure from the records."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

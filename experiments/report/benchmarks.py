@@ -1,7 +1,5 @@
 """Records of `experiments/bench/`, read in one place: what each is of, what makes it, its tables and its figure."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace

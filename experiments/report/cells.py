@@ -1,7 +1,5 @@
 """Tables of the cells: every one, every rank against rank 1, beside a next-token model, and the baseline's strength."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Tables of what training cost, and of the next-token models."""
 
-from __future__ import annotations
-
 from experiments.families import Family, trunk_records
 from experiments.report.cells import PLACE, Place, places
 from experiments.report.table import Column, Columns, Table, average, dash, described, tabulated

@@ -1,7 +1,5 @@
 """Ways to draft, side by side: tables and a figure from the records of `experiments/bench/decode.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ One file that asks for nothing outside itself: pictures are embedded, style and 
 and its content security policy lets nothing else load. The same records give the same bytes.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io

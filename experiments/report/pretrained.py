@@ -1,7 +1,5 @@
 """Tables of heads on a pretrained model: what training took and what it buys, and the drafts accepted by depth."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace

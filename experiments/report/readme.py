@@ -4,8 +4,6 @@
 `reruns` another group's numbers beside ours, `compute` what the records took.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path

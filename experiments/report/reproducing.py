@@ -1,7 +1,5 @@
 """What `docs/reproducing.md` shows of the records: another group's re-run beside ours, and the compute spent."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """How cost grows: tables and a figure from the records of `bench/{loss,overhead,processes}.py`."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """How much of the tokens per forward becomes time: one table of all records of `experiments/bench/speed.py`."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A table, how it is written, and the words and numbers that its cells and captions share."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

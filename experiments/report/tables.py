@@ -1,7 +1,5 @@
 """Every table of the report. The same records always give the same bytes."""
 
-from __future__ import annotations
-
 import itertools
 import textwrap
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The MLflow dashboard, with committed records in it where they are asked for: ./dev ui [OUTPUT] [--results DIR]."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import socket

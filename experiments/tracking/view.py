@@ -1,7 +1,5 @@
 """How MLflow shows an experiment: its note, and the saved view of its cells."""
 
-from __future__ import annotations
-
 import base64
 import json
 import zlib
