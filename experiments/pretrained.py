@@ -148,8 +148,7 @@ def joints() -> list[Cell]:
     Float32, wide drafts, components as offsets from one base; rank 1 of an HMM is CP. Seed by seed, so that a part
     of it is whole.
     """
-    shapes = (("first", "cp", 1), ("first", "cp", 4), ("first", "hmm", 4))
-    shapes += (("all", "cp", 1), ("all", "cp", 4), ("all", "hmm", 4))
+    shapes = [(link, *shape) for link in ("first", "all") for shape in (("cp", 1), ("cp", 4), ("hmm", 4))]
     return [
         Cell(
             "C6-joints",
