@@ -5,8 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -109,45 +108,52 @@ def test_a_model_without_heads_is_measured(tmp_path: Path, prompts: str) -> None
         measure(Request(str(folder), (prompts,), methods=("chain",)))
 
 
-class FakeServer:
-    """Answers as xllamacpp's: every third token was drafted."""
-
-    asked: ClassVar[list[dict[str, Any]]] = []
-
-    def __init__(self, params: Any) -> None:
+FAKE = """
+import json
+from types import SimpleNamespace
+common_speculative_type = SimpleNamespace(COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE="simple")
+def CommonParams():
+    parts = {name: SimpleNamespace() for name in ("model", "cpuparams", "cpuparams_batch")}
+    return SimpleNamespace(**parts, speculative=SimpleNamespace(types=["none"]))
+class Server:
+    def __init__(self, params):
         self.params = params
-
-    def handle_completions(self, question: dict[str, Any]) -> dict[str, Any]:
-        self.asked.append(question)
+        print("a word that is no answer")
+    def handle_completions(self, question):
+        with open("ASKED", "a") as asked:
+            print(json.dumps(question), file=asked)
         drafts = {"draft_n_accepted": 4} if self.params.speculative.types != ["none"] else {}
         return {"usage": {"completion_tokens": question["n_predict"]}, "timings": drafts}
+"""
 
 
 def test_llama_cpp_is_asked_for_the_same_texts(run: Path, prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompt's ids, no filter, no reuse of an earlier prompt."""
-    kinds = {f"COMMON_SPECULATIVE_TYPE_{name}": name for name in ("NGRAM_SIMPLE", "NGRAM_MOD")}
-
-    def params() -> Any:
-        parts = {name: SimpleNamespace() for name in ("model", "cpuparams", "cpuparams_batch")}
-        return SimpleNamespace(**parts, speculative=SimpleNamespace(types=["none"]))
-
-    fake = SimpleNamespace(CommonParams=params, Server=FakeServer, common_speculative_type=SimpleNamespace(**kinds))
-    monkeypatch.setitem(sys.modules, "xllamacpp", fake)
+    """The prompt's ids, no filter, no reuse of an earlier prompt. The fake drafts every third token."""
+    place = run.parent / "fake"
+    place.mkdir()
+    (place / "xllamacpp.py").write_text(FAKE.replace("ASKED", str(place / "asked")))
     (run.parent / "model.gguf").touch()
     methods = ("llama.cpp", "llama.cpp-ngram-simple")
     request = Request(str(run), (prompts,), methods=methods, new_tokens=12, repeats=1, warmups=0)
     with pytest.raises(ConfigError, match="--methods llama.cpp reads a GGUF file"):
         measure(request)
-    found = measure(replace(request, gguf=run.parent / "model.gguf"))
+    request = replace(request, gguf=run.parent / "model.gguf")
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ConfigError, match="pip install xllamacpp"):
+        measure(request)
+    monkeypatch.delitem(sys.modules, "xllamacpp")
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    found = measure(request)
     per_forward = {each["method"]: each["tokens_per_forward"] for each in found.entries if each["mode"] == "T=1"}
     assert per_forward["llama.cpp"]["mean"] == 1.0 and per_forward["llama.cpp-ngram-simple"]["mean"] == 12 / 8
     assert {each["other_than_autoregressive"] for each in found.entries if "llama" in each["method"]} == {None}
-    sampled = [question for question in FakeServer.asked if question["temperature"] == 1.0]
+    asked = [json.loads(line) for line in (place / "asked").read_text().splitlines()]
+    sampled = [question for question in asked if question["temperature"] == 1.0]
     assert sampled[0]["prompt"] == [256, *b"def f(x"] and not sampled[0]["cache_prompt"]
     assert (sampled[0]["top_k"], sampled[0]["top_p"], sampled[0]["min_p"]) == (0, 1.0, 0.0)
-    monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(ConfigError, match="pip install xllamacpp"):
-        measure(replace(request, gguf=run.parent / "other.gguf"))
+    with pytest.raises(ConfigError, match="llama.cpp gave no answer"):
+        measure(replace(request, methods=("llama.cpp-ngram-mod",)))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
-"""llama.cpp as a contender, by the package xllamacpp: the same GGUF file, prompts and threads, in this process.
+"""llama.cpp as a contender, by the package xllamacpp: the same GGUF file, prompts and number of threads.
 
 Its server takes ids and tells how many tokens it wrote, not which. It ends a text at any of the file's end tokens.
 
 Letters: T positions of a prompt.
 """
 
+import contextlib
+import json
+import sys
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
+from select import select
+from subprocess import PIPE, Popen
 from typing import Any
 
 import torch
@@ -16,7 +22,8 @@ from cpdlm.config import ConfigError
 from cpdlm.decoding import Sampling
 
 UNTOLD = -1  # the id of a token that was written, but not told
-SLOTS = 4096  # of its cache
+LIMIT = 300  # seconds
+SCRIPT = Path(__file__).with_name("llama_server.py")
 
 
 class LlamaCpp:
@@ -28,7 +35,7 @@ class LlamaCpp:
     def __init__(self, file: Path | None, new_tokens: int, sampling: Sampling, speculation: str = "") -> None:
         if file is None:
             raise ConfigError("--methods llama.cpp reads a GGUF file of the same model; give it: --gguf FILE")
-        self.server = _server(str(file), torch.get_num_threads(), speculation)
+        self.server = server(str(file), torch.get_num_threads(), speculation)
         self.question = {
             "n_predict": new_tokens,
             "temperature": sampling.temperature,
@@ -41,7 +48,7 @@ class LlamaCpp:
 
     def __call__(self, prompt_T: Tensor, seed: int) -> list[int]:
         asked = self.question | {"prompt": prompt_T.tolist(), "seed": seed % 2**32}
-        answer: dict[str, Any] = self.server.handle_completions(asked)
+        answer = self.server.ask(asked)
         if "usage" not in answer:
             raise ConfigError(f"llama.cpp refused a prompt of {len(prompt_T)} tokens: {answer}")
         tokens = int(answer["usage"]["completion_tokens"])
@@ -53,21 +60,27 @@ class LlamaCpp:
         return self.made
 
 
-@lru_cache(maxsize=4)
-def _server(file: str, threads: int, speculation: str) -> Any:
-    """Shared by the modes; the file is read once."""
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise ConfigError("--methods llama.cpp: xllamacpp is not installed; type pip install xllamacpp") from error
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = file, SLOTS, 1, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.verbosity = 0
-    if speculation:
-        name = f"COMMON_SPECULATIVE_TYPE_{speculation}"
-        kind = getattr(xllamacpp.common_speculative_type, name, None)
-        if kind is None:
-            raise ConfigError(f"this xllamacpp has no {name}; type pip install --upgrade xllamacpp")
-        params.speculative.types = [kind]
-    return xllamacpp.Server(params)
+class Server:
+    """Answers a question at a time; ends with this process, or after `LIMIT` without an answer."""
+
+    def __init__(self, file: str, threads: int, speculation: str) -> None:
+        if find_spec("xllamacpp") is None:
+            raise ConfigError("--methods llama.cpp: xllamacpp is not installed; type pip install xllamacpp")
+        words = [sys.executable, "-P", str(SCRIPT), file, str(threads), speculation]
+        self.process = Popen(words, stdin=PIPE, stdout=PIPE, text=True)
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        asked, answers = self.process.stdin, self.process.stdout
+        assert asked is not None and answers is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(question), file=asked, flush=True)
+        line = answers.readline() if select([answers], [], [], LIMIT)[0] else ""
+        if not line:
+            self.process.kill()
+            raise ConfigError(f"llama.cpp gave no answer (exit code {self.process.wait()}); what it said stands above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+# Shared by the modes; the file is read once.
+server = lru_cache(maxsize=4)(Server)
