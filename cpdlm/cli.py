@@ -96,8 +96,8 @@ def _speed_up_arguments(parser: ArgumentParser) -> None:
 def _speed_up(options: Namespace) -> Sequence[str]:
     from cpdlm.speed_up import speed_up
     from cpdlm.training.checkpoints import RunError
-    from cpdlm.training.fit import Interrupted, ProcessLost
     from cpdlm.training.module import NonFiniteLoss
+    from cpdlm.training.stopping import Interrupted, ProcessLost
 
     folder = options.output or Path(f"{Path(options.model).name}-fast")
     try:

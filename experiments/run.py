@@ -10,6 +10,7 @@ import signal
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
 
@@ -90,7 +91,7 @@ def _launch(config: configuration.Config, arguments: list[str]) -> int:
     except SignalException:
         return 130
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _cause(error.failures)
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             print(
@@ -102,13 +103,21 @@ def _launch(config: configuration.Config, arguments: list[str]) -> int:
     return 0
 
 
+def _cause(failures: dict[int, Any]) -> tuple[int, Any]:
+    """(rank, failure) of what ended the others: the first that was killed, though others may be noted before it, who
+    lost it. SIGTERM is what the launcher then sends."""
+    killed = [rank for rank, each in failures.items() if each.exitcode < 0 and each.exitcode != -signal.SIGTERM]
+    rank = min(killed or failures, key=lambda rank: failures[rank].timestamp)
+    return rank, failures[rank]
+
+
 def _run(config: configuration.Config, command: str, stage: str) -> int:
     # Slow imports come after the checks above.
     from cpdlm.files import WriteError
     from cpdlm.processes import is_first_process, leave
     from cpdlm.training.checkpoints import RunError, exclusive
-    from cpdlm.training.fit import Interrupted, ProcessLost
     from cpdlm.training.module import NonFiniteLoss
+    from cpdlm.training.stopping import Interrupted, ProcessLost
     from experiments import cell
     from experiments.records import RecordError
 

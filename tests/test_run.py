@@ -1,5 +1,6 @@
 """One cell from the command line: its record, its errors, its processes, and what it refuses to continue from."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import PIPE, Popen
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,6 +166,12 @@ def test_more_devices_than_there_are_processors_are_refused(
     assert "devices=4: this machine has 3 processors; lower devices" in capsys.readouterr().err
 
 
+def test_what_was_killed_is_named_though_another_process_noticed_and_ended_first() -> None:
+    lost, killed, told = (SimpleNamespace(exitcode=code, timestamp=7) for code in (1, -signal.SIGKILL, -signal.SIGTERM))
+    assert run._cause({0: lost, 1: killed, 2: told}) == (1, killed)
+    assert run._cause({0: lost, 2: told}) == (0, lost)
+
+
 @pytest.mark.slow
 def test_a_killed_process_stops_the_command_which_then_goes_on_with_another_number(
     corpus: Path, tmp_path: Path
@@ -182,17 +190,16 @@ def test_a_killed_process_stops_the_command_which_then_goes_on_with_another_numb
     assert time.monotonic() - began < 60 and run.returncode == 1 and "Traceback" not in err
     assert "process 0 of 2: another one stopped" in err and "process 1 of 2 was killed (SIGKILL)" in err
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     torchrun += ["--rdzv-backend=c10d"]
     torchrun += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=7", "experiments/run.py", *words, "nodes=2"]
     written = checkpoint.stat().st_mtime
     machines = [Popen(torchrun, **pipes) for _ in range(2)]
     _until(lambda: checkpoint.stat().st_mtime > written, machines[0])
-    for machine in machines:
+    for machine in machines:  # the first one stops both: the second is told when it is saving, or has stopped
         machine.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
     for machine in machines:
         _out, err = machine.communicate(timeout=120)
         assert machine.returncode and "The same command continues from it" in err, err[-2000:]
@@ -210,6 +217,15 @@ def test_a_killed_process_stops_the_command_which_then_goes_on_with_another_numb
 def _words(corpus: Path, place: Path) -> list[str]:
     words = typed(TINY)
     return [*words, f"corpus={corpus}", f"data.cache={place}/cache", f"output={place}/runs", "rank=2", "name=cell"]
+
+
+def _free_port() -> int:
+    """One that the system gives to nobody who asks for any: it is still free when it is used."""
+    for port in range(20000 + os.getpid() % 10000, 32768):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def _until(condition: Callable[[], bool], process: Popen[str], timeout: float = 240) -> None:

@@ -19,9 +19,10 @@ from cpdlm.model.build import build_language_model
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, WEIGHTS
-from cpdlm.training.fit import Interrupted, Journal, Summary, fit
+from cpdlm.training.fit import Summary, fit
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
 from cpdlm.training.schedule import learning_rate_factor
+from cpdlm.training.stopping import Interrupted, ProcessLost, Stop
 from tests.ragged import SETTINGS, VOCAB, RaggedData
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -295,15 +296,39 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
 
 
 def test_a_second_signal_stops_at_once() -> None:
-    from cpdlm.training.fit import _signals_noted
-
-    journal = Journal(settings(), Path("."))
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), _signals_noted(journal):
+    stop, before = Stop(), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert journal.stop_signal == signal.SIGINT
+        assert stop.signal == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("late", ["while it saves", "once it has stopped"])
+def test_a_signal_that_another_process_got_first_is_not_a_second_one(late: str) -> None:
+    """A launcher's SIGTERM reaches processes one after the other: here the last of them, which stops already."""
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process would have ended without a word"))
+    try:
+        with Stop() as stop:
+            stop.is_due = True
+            if late == "while it saves":
+                os.kill(os.getpid(), signal.SIGTERM)
+        if late == "once it has stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(pytest.fail.Exception):  # the caller's own handling is back
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_loss_of_another_process_is_not_cut_short_by_the_launchers_signal() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process would have ended without a word"))
+    try:
+        with pytest.raises(ProcessLost), Stop():
+            raise ProcessLost
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

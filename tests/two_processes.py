@@ -23,8 +23,9 @@ from cpdlm.files import WriteError
 from cpdlm.model.build import build_language_model
 from cpdlm.processes import leave
 from cpdlm.training.checkpoints import load_target
-from cpdlm.training.fit import ProcessLost, fit
+from cpdlm.training.fit import fit
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
+from cpdlm.training.stopping import ProcessLost
 from tests.ragged import SETTINGS, VOCAB, RaggedData
 
 BASE = SETTINGS | {"optim.steps": 3, "optim.warmup": 1, "train.validate_every": 2, "train.checkpoint_every": 1000}

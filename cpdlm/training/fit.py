@@ -2,10 +2,8 @@
 
 import logging
 import resource
-import signal
 import statistics
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -33,14 +31,7 @@ from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, RunError
 from cpdlm.training.flop_count import FlopCount, matmul_rate
 from cpdlm.training.module import MultiTokenModule
 from cpdlm.training.progress import ProgressBar
-
-
-class Interrupted(RuntimeError):
-    """Ctrl-C or SIGTERM: the run stopped at a step boundary and left a checkpoint."""
-
-
-class ProcessLost(RuntimeError):
-    """Another process of this run is gone, or hangs."""
+from cpdlm.training.stopping import Interrupted, ProcessLost, Stop
 
 
 @dataclass
@@ -75,7 +66,7 @@ class Journal(Callback):
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.summary = Summary()
-        self.stop_signal = 0
+        self.stop = Stop()
         self.is_restored = False
         self._step_ms: list[float] = []
         self._spent: list[float] = []  # seconds of this step's micro-batches
@@ -112,22 +103,13 @@ class Journal(Callback):
         assert isinstance(pl_module, MultiTokenModule)
         pl_module.check_moments()
         self.is_restored = True
-        # Lightning has put a SIGTERM handler before ours that ends the run with exit code 0 and no word.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.note_signal)
+        self.stop.take_sigterm()
         if tensor := pl_module.non_finite():
             raise RunError(
                 f"{self.folder / CHECKPOINT} holds a diverged run ({tensor} is not finite); delete it to start again"
             )
         if trainer.world_size == 1 and self.summary.matmul_flops_per_second is None:
             self.summary.matmul_flops_per_second = matmul_rate(pl_module.device, self.config.train.precision)
-
-    def note_signal(self, number: int, frame: Any) -> None:
-        """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once."""
-        if self.stop_signal:
-            raise KeyboardInterrupt
-        self.stop_signal = number
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -153,13 +135,15 @@ class Journal(Callback):
         self.summary.steps = step
         if step % settings.log_every == 0 or step == self.config.optim.steps:
             self._note(trainer, step, "train/")
+        stop = bool(self.stop.signal)
         if trainer.world_size > 1:  # a signal reaches processes at different steps, or one of them only
-            self.stop_signal = int(trainer.strategy.reduce_boolean_decision(bool(self.stop_signal), all=False))
-        due = bool(self.stop_signal) or (step % settings.checkpoint_every == 0 and step < self.config.optim.steps)
+            stop = bool(trainer.strategy.reduce_boolean_decision(stop, all=False))
+        self.stop.is_due = stop
+        due = stop or (step % settings.checkpoint_every == 0 and step < self.config.optim.steps)
         self._save_is_due = due and step % settings.validate_every == 0  # then the checkpoint holds its validation, too
-        if self.stop_signal or (due and not self._save_is_due):
+        if stop or (due and not self._save_is_due):
             self.save(trainer)
-        if self.stop_signal:
+        if stop:
             trainer.should_stop = True
 
     def _time_step(self, trainer: L.Trainer, step: int) -> None:
@@ -261,7 +245,7 @@ def fit(
     trainer = build_trainer(config, [journal, ProgressBar(config.optim.steps, config.run_name)], logger)
     _run(trainer, module, data, journal)
     module.check_finite()
-    if journal.stop_signal and trainer.global_step < config.optim.steps:
+    if journal.stop.is_due and trainer.global_step < config.optim.steps:
         raise Interrupted(
             f"stopped at step {trainer.global_step} of {config.optim.steps}; {folder / CHECKPOINT} is saved. The same "
             "command continues from it"
@@ -286,7 +270,7 @@ def _run(trainer: L.Trainer, module: MultiTokenModule, data: L.LightningDataModu
     config, checkpoint = journal.config, journal.folder / CHECKPOINT
     if checkpoint.exists():
         checkpoints.check_checkpoint(checkpoint, module.state_dict())
-    with _signals_noted(journal), warnings.catch_warnings():
+    with journal.stop, warnings.catch_warnings():
         # Lightning advises more loader workers and shorter logging intervals; rows are cut from memory-mapped arrays.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
@@ -375,22 +359,3 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib if sys.platform == "darwin" else kib * 1024
-
-
-class _signals_noted:
-    """Ctrl-C and SIGTERM go to the journal while the block runs."""
-
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.previous[number] = signal.signal(number, self.journal.note_signal)
-            except ValueError:  # not the main thread: the caller keeps its own handling
-                return
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
