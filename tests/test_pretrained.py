@@ -5,7 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from made_pretrained import CONTEXT, GEMMA, GROUPED, SHAPES, V, continued, loaded, prompts, saved, settings, with_heads
+from made_pretrained import (
+    CONTEXT,
+    GEMMA,
+    GROUPED,
+    SHAPES,
+    SMALL,
+    V,
+    continued,
+    loaded,
+    prompts,
+    saved,
+    settings,
+    with_heads,
+)
 from tokenizers import Tokenizer as TokenizerModel
 from tokenizers.models import WordLevel
 from torch.testing import assert_close
@@ -13,10 +26,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -127,9 +143,19 @@ def test_documents_of_a_row_do_not_see_each_other(name: str, pretrained: dict[st
         assert_close(row_BTD[:, 7:], base.hidden(two_BT), rtol=1e-4, atol=1e-4)
 
 
-def test_positions_by_alibi_are_exact(tmp_path: Path) -> None:
-    """BLOOM: its bias counts the slots of the cache, dead ones and those of other documents and branches too."""
-    folder = saved(BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4), tmp_path / "model")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4),
+        FalconConfig(**SMALL, alibi=True),
+        FalconConfig(**SMALL, alibi=True, new_decoder_architecture=True, num_kv_heads=2),
+        MptConfig(vocab_size=V, d_model=48, n_layers=2, n_heads=6, max_seq_len=64, attn_config={"clip_qkv": 1.0}),
+    ],
+    ids=["bloom", "falcon", "falcon of groups", "mpt of six heads"],
+)
+def test_positions_by_alibi_are_exact(shape: PreTrainedConfig, tmp_path: Path) -> None:
+    """Their biases count the slots of the cache, dead ones and those of other documents and branches too."""
+    folder = saved(shape, tmp_path / "model")
     model, whole = with_heads(loaded(folder), link="first"), AutoModelForCausalLM.from_pretrained(folder).eval()
     asked = prompts(3, 9, 6)
     theirs = [continued(whole, prompt_T, 30) for prompt_T in asked]

@@ -23,7 +23,6 @@ from transformers import (
     BartConfig,
     BertConfig,
     DistilBertConfig,
-    FalconConfig,
     Gemma2Config,
     GenerationConfig,
     GPT2Config,
@@ -55,7 +54,6 @@ REFUSED = {
         MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
         "cannot be cropped",
     ),
-    "ALiBi": (FalconConfig(**SMALL, alibi=True), "is a falcon model with ALiBi"),
     "no cache": (OpenAIGPTConfig(**TINY), "has no key-value cache"),
     "a biased output": (PhiConfig(**SMALL), "its logits are not softcap"),
     "masks of its own": (

@@ -284,7 +284,7 @@ def _longest(shape: Any) -> int | None:
     Where longer texts have other rotary frequencies (longrope), those of the shorter ones, which keys in a cache have.
     """
     text = shape.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None) or 0
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None) or 0
     rope = getattr(text, "rope_parameters", None) or {}
     for each in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
         if isinstance(each, dict) and each.get("rope_type") == "longrope":
@@ -309,13 +309,6 @@ def _check_shape(shape: Any, context: int, longest: int, label: str) -> None:
         raise ConfigError(
             f"model={label} is a {shape.model_type} model, not a causal language model: it has an encoder; "
             "give one without"
-        )
-    attention = getattr(shape, "attn_config", None)
-    if getattr(shape, "alibi", False) or getattr(attention, "alibi", False):
-        raise ConfigError(
-            f"model={label} is a {shape.model_type} model with ALiBi, which takes no positions but those of its slots: "
-            "rows with dead slots, trees and packed documents would shift them; give a model with rotary or learned "
-            "positions, or BLOOM"
         )
     if longest < context:
         raise ConfigError(f"model={label} has a context of {longest} tokens; lower data.context={context}")

@@ -4,9 +4,8 @@ Letters: B batch, T position, S of them a window behind a cache, H attention hea
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import fields
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cpdlm.config import SIZES, Config, ConfigError
 from cpdlm.data.pretrained_files import brings_code
+from cpdlm.model.alibi import count_what_is_seen
 from cpdlm.model.growing_cache import GrowingCache
 
 # What this release of transformers calls the cache, among a model's arguments and in its outputs.
@@ -44,8 +44,7 @@ class Trunk(nn.Module):
     def __init__(self, body: PreTrainedModel) -> None:
         super().__init__()
         self.body = body
-        if (theirs := getattr(body, "build_alibi_tensor", None)) is not None:  # BLOOM's
-            body.build_alibi_tensor = partial(_alibi, theirs)  # type: ignore[assignment]
+        count_what_is_seen(body)
 
     @property
     def width(self) -> int:
@@ -159,28 +158,14 @@ class Trunk(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """The transformer blocks, in order: what FSDP shards one by one."""
-        blocks = getattr(self.body, "layers", None) or getattr(self.body, "h", None)
-        assert blocks is not None, f"{type(self.body).__name__} has neither .layers nor .h"
+        blocks = next((found for name in ("layers", "h", "blocks") if (found := getattr(self.body, name, None))), None)
+        assert blocks is not None, f"{type(self.body).__name__} has neither .layers nor .h nor .blocks"
         return list(blocks)
 
     def recompute_activations(self) -> None:
         """From now on training keeps the input of each block only, and runs the block again in the backward pass."""
         older = "gradient_checkpointing_enable"  # what transformers called it before 5.23
         getattr(self.body, "activation_checkpointing_enable", getattr(self.body, older))({"use_reentrant": False})
-
-
-def _alibi(theirs: Callable[..., Tensor], mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """A body's position bias, whose own function takes masks (B, T) alone. (B * heads, S, T) of what attention adds.
-
-    The bias is linear in the position of what is seen (arXiv 2108.12409), which is its rank among all that is seen:
-    tokens of other documents, dead slots and other branches of a tree do not count.
-    """
-    if mask.dim() == 2:
-        return theirs(mask, heads, dtype)
-    rank_BST = ((mask.squeeze(1) == 0).cumsum(dim=-1) - 1).clamp(min=0)
-    whole_1T = torch.ones(1, mask.shape[-1], dtype=torch.long, device=mask.device)
-    bias_HT = theirs(whole_1T, heads, dtype).squeeze(1)
-    return bias_HT[:, rank_BST].transpose(0, 1).flatten(0, 1)
 
 
 def _documents_apart(position_ids_BT: Tensor) -> Tensor | None:
