@@ -6,8 +6,6 @@ documents, dead slots and other branches of a tree do not count.
 Letters: B batch, S tokens of a window, T those that they may see, D width, H attention heads, W width of a head.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
