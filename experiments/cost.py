@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy import optimize
 
 from cpdlm.config import Config, from_dict
 from cpdlm.training.flops import Shape, draft_flops, loss_flops, trunk_flops, trunk_forwards, trunk_matrices
@@ -46,7 +46,6 @@ ASSUMED = {
         "memory": (7e8, 16.0),
     },
 }
-Array = NDArray[np.float64]
 
 
 # --- what a config computes ------------------------------------------------------------------------------------------
@@ -79,17 +78,11 @@ class Fit:
 
 
 def fit(features: Sequence[Sequence[float]], observed: Sequence[float]) -> Fit:
-    """Least squares of relative errors; a coefficient that would be negative is left out, the most negative first."""
+    """Least squares of relative errors, no coefficient below zero."""
     seen = np.asarray(observed, dtype=float)
-    scaled: Array = np.asarray(features, dtype=float) / seen[:, None]
-    used = list(range(scaled.shape[1]))
-    while True:
-        found = np.linalg.lstsq(scaled[:, used], np.ones(len(seen)), rcond=None)[0]
-        if len(used) == 1 or found.min() >= 0:
-            break
-        used.pop(int(found.argmin()))
-    coefficients = np.zeros(scaled.shape[1])
-    coefficients[used] = np.maximum(found, 0)
+    scaled = np.asarray(features, dtype=float) / seen[:, None]
+    size = np.linalg.norm(scaled, axis=0)  # FLOPs beside seconds: columns of one length
+    coefficients = optimize.nnls(scaled / size, np.ones(len(seen)))[0] / size
     return Fit(tuple(coefficients), float(np.median(np.abs(scaled @ coefficients - 1))), len(seen))
 
 

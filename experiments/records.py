@@ -16,21 +16,7 @@ from cpdlm.config import FAMILIES, SIZES, Config, ConfigError, from_dict, to_dic
 from cpdlm.files import write_json
 from cpdlm.training.flops import Shape, draft_flops
 from experiments.provenance import provenance
-from experiments.schema import PARTS, SCHEMA, RecordError, check_settings, validate, with_nulls
-
-__all__ = [
-    "MODES",
-    "PARTS",
-    "SCHEMA",
-    "VARIANTS",
-    "Record",
-    "RecordError",
-    "build",
-    "load",
-    "load_all",
-    "validate",
-    "write",
-]
+from experiments.schema import SCHEMA, RecordError, check_settings, validate, with_nulls
 
 MODES = ("greedy", "sampling")
 VARIANTS = ("untied", "tied", "token-conditioned", "blind")

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from cpdlm.data.windows import mix
@@ -125,17 +127,7 @@ def _shared_counts(
 
 
 def _components(count: int, first_P: NDArray[np.int64], second_P: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Union-find; the root of a set is its lowest member."""
-    parent = list(range(count))
-
-    def root(node: int) -> int:
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for first, second in zip(first_P.tolist(), second_P.tolist(), strict=True):
-        a, b = root(first), root(second)
-        if a != b:
-            parent[max(a, b)] = min(a, b)
-    return np.array([root(node) for node in range(count)], dtype=np.int64)
+    """The lowest member of each node's connected component."""
+    edges = coo_array((np.ones(len(first_P), bool), (first_P, second_P)), shape=(count, count))
+    _, labels = connected_components(edges, directed=False)
+    return np.unique(labels, return_index=True)[1][labels]

@@ -7,19 +7,3 @@ from cpdlm.decoding.lookup import LookupSettings
 from cpdlm.decoding.loop import Decoded, Options, decode, decode_batch
 from cpdlm.decoding.model import DraftingModel, ModelProxy
 from cpdlm.decoding.prepared import Prepared, prepare
-
-__all__ = [
-    "CapturedForwards",
-    "Captures",
-    "Costs",
-    "Decoded",
-    "DraftingModel",
-    "LookupSettings",
-    "ModelProxy",
-    "Options",
-    "Prepared",
-    "Sampling",
-    "decode",
-    "decode_batch",
-    "prepare",
-]

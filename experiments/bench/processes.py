@@ -7,10 +7,8 @@ step's time is the median of its run. Contenders take turns; medians over the re
 """
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,33 +21,19 @@ QUICK = "--size micro --steps 12 --context 32 --repeats 1"
 SETTINGS = ("corpus", "processes", "size", "rows", "context", "steps", "train_bytes", "repeats")
 
 
-def train_once(options: argparse.Namespace, parallel: str, count: int, folder: Path) -> dict[str, float]:
+def train_once(options: argparse.Namespace, parallel: str, count: int) -> dict[str, float]:
     """The step times of a run with `count` processes."""
     words = [
-        f"corpus={options.corpus}",
-        f"data.cache={options.cache}",
-        f"data.max_bytes={options.train_bytes}",
-        f"data.context={options.context}",
+        *fresh.brief(options),
         f"data.batch_rows={options.rows}",
         f"size={options.size}",
-        f"optim.steps={options.steps}",
-        "optim.warmup=1",
-        f"train.validate_every={options.steps}",
         f"train.validation_rows={max(options.processes)}",
         "evaluate.rows=1",
-        "decode.prompt_tokens=8",
-        "decode.new_tokens=8",
-        "tracking.mlflow=false",
         f"parallel={parallel}",
         f"devices={count}",
-        f"output={folder}",
-        "name=run",
     ]
     threads = max(1, (options.threads or cores()) // count)
-    script = str(record.ROOT / "experiments" / "run.py")
-    name = f"{parallel} with {count} processes"
-    fresh.run(name, [script, *words, "--stage=train"], {"OMP_NUM_THREADS": str(threads)})
-    trained = json.loads((folder / "run" / "train.json").read_text())
+    trained = fresh.train(f"{parallel} with {count} processes", words, {"OMP_NUM_THREADS": str(threads)})
     return {
         "step_ms": trained["step_ms_median"],
         "peak_memory_bytes": trained["peak_memory_bytes"],
@@ -67,8 +51,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     tasks = {f"train {way} {count}": (way, count) for way in ("ddp", "fsdp") for count in options.processes}
     runs: dict[str, list[dict[str, float]]] = {label: [] for label in tasks}
     for label in fresh.by_turns(tasks, options.repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            found = train_once(options, *tasks[label], Path(folder))
+        found = train_once(options, *tasks[label])
         runs[label].append(found)
         record.say(f"{label:<28} " + ", ".join(f"{key} {value:,.1f}" for key, value in found.items()))
     cells = {}
@@ -80,17 +63,13 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = record.parser(__doc__)
+    parser = fresh.training_parser(__doc__)
     add = parser.add_argument
-    add("--corpus", default="code")
     add("--processes", nargs="+", type=int, default=sorted({1, 2, cores()}))
     add("--size", default="small", help="trunk of the training runs")
     add("--rows", type=int, default=4)
     add("--context", type=int, default=128)
     add("--steps", type=int, default=30)
-    add("--train-bytes", type=int, default=1_000_000)
-    add("--repeats", type=int, default=3)
-    add("--cache", default=".cache/cpdlm")
     return record.parse(parser, arguments, QUICK)
 
 

@@ -10,9 +10,7 @@ over the repeats.
 """
 
 import argparse
-import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,37 +30,19 @@ QUICK = "--ranks 1 --horizon 3 --steps 2 --context 32 --states 640 --repeats 1"
 SETTINGS = ("model", "corpus", "ranks", "horizon", "context", "steps", "states", "train_bytes", "repeats")
 
 
-def words_of(options: argparse.Namespace, states: str, target: str, rank: int, folder: Path) -> list[str]:
-    return [
+def train_once(options: argparse.Namespace, states: str, target: str, rank: int) -> dict[str, float]:
+    words = [
+        *fresh.brief(options),
         f"model={options.model}",
-        f"corpus={options.corpus}",
         f"rank={rank}",
         f"horizon={options.horizon}",
-        f"data.cache={options.cache}",
-        f"data.max_bytes={options.train_bytes}",
-        f"data.context={options.context}",
-        f"optim.steps={options.steps}",
-        "optim.warmup=1",
-        f"train.validate_every={options.steps}",
         "train.validation_rows=1",
         "train.decode_prompts=0",
         "decode.prompts=1",
-        "decode.prompt_tokens=8",
-        "decode.new_tokens=8",
-        "tracking.mlflow=false",
-        f"output={folder}",
-        "name=run",
         *TARGETS[target],
         f"data.states={options.states if states == 'kept' else 0}",
     ]
-
-
-def train_once(options: argparse.Namespace, states: str, target: str, rank: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        words = words_of(options, states, target, rank, Path(folder))
-        script = str(record.ROOT / "experiments" / "run.py")
-        fresh.run(f"{states}, {target}, rank {rank}", [script, *words, "--stage=train"])
-        trained = json.loads((Path(folder) / "run" / "train.json").read_text())
+    trained = fresh.train(f"{states}, {target}, rank {rank}", words)
     config = settings_of(words)
     positions = config.data.batch_rows * config.data.context * config.loss.joint_fraction
     return {
@@ -97,18 +77,14 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = record.parser(__doc__)
+    parser = fresh.training_parser(__doc__)
     add = parser.add_argument
     add("--model", default="smollm2")
-    add("--corpus", default="code")
     add("--ranks", nargs="+", type=int, default=[1, 4])
     add("--horizon", type=int, default=4)
     add("--context", type=int, default=256)
     add("--steps", type=int, default=12)
     add("--states", type=int, default=32_768, help="tokens whose states are kept")
-    add("--train-bytes", type=int, default=1_000_000)
-    add("--repeats", type=int, default=3)
-    add("--cache", default=".cache/cpdlm")
     return record.parse(parser, arguments, QUICK)
 
 

@@ -24,8 +24,6 @@ from experiments.tracking.store import Tracker, default_uri, tracking_uri
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
 
-__all__ = ["Tracker", "cell_run", "claim_experiment", "default_uri", "log_record", "start_sweep", "tracking_uri"]
-
 
 @contextlib.contextmanager
 def cell_run(config: Config, command: str, folder: Path) -> Iterator[Tracker]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.families import Cells, Family
-from experiments.records import PARTS
 from experiments.report.figures import style
 from experiments.report.figures.speed import size_axis
 from experiments.report.figures.style import Drawn, Look
+from experiments.schema import PARTS
 from experiments.stats import Interval, Sample, contrast, estimate, over_seeds
 
 if TYPE_CHECKING:
