@@ -1,47 +1,12 @@
-"""The joint law, its loss and the balance terms by enumeration and loops: slow, obvious, sharing no code with cpdlm.
+"""The loss of the joint and the balance terms by loops: slow, obvious, sharing no code with cpdlm.
 
-A mixture is `weights[a]` and `factors[s][a][v]`, plain Python floats; the loss takes torch tensors, a scalar at a time,
-so that autograd differentiates what is written here and nothing else.
+The loss takes torch tensors, a scalar at a time, so that autograd differentiates what is written here and nothing else.
 """
 
-import itertools
 import math
 
 import torch
 from torch import Tensor
-
-Window = tuple[int, ...]
-
-
-def windows(vocab_size: int, length: int) -> list[Window]:
-    return list(itertools.product(range(vocab_size), repeat=length))
-
-
-def probability(weights: list[float], factors: list[list[list[float]]], window: Window) -> float:
-    """sum_a w_a prod_s p_a^(s)(x_s) over the tokens of the window; factors beyond it are 1."""
-    total = 0.0
-    for a, weight in enumerate(weights):
-        product = weight
-        for s, token in enumerate(window):
-            product *= factors[s][a][token]
-        total += product
-    return total
-
-
-def posterior(weights: list[float], factors: list[list[list[float]]], prefix: Window) -> list[float]:
-    joint = []
-    for a, weight in enumerate(weights):
-        for s, token in enumerate(prefix):
-            weight *= factors[s][a][token]
-        joint.append(weight)
-    return [value / sum(joint) for value in joint]
-
-
-def entropy(weights: list[float], factors: list[list[list[float]]]) -> float:
-    vocab_size = len(factors[0][0])
-    distribution = [probability(weights, factors, window) for window in windows(vocab_size, len(factors))]
-    return -sum(p * math.log(p) for p in distribution if p > 0)
-
 
 # --- the dense loss, one row at a time ------------------------------------------------------------------------
 

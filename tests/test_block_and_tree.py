@@ -134,10 +134,9 @@ def test_blocks_accept_at_least_as_many(rank: int) -> None:
 
 def joint(rank: int = 3, factors: int = 3, vocab: int = 4, batch: int = 2, seed: int = 0) -> Joint:
     generator = torch.Generator().manual_seed(seed)
-    return Joint.from_logits(
-        torch.randn(batch, rank, generator=generator, dtype=torch.float64),
-        2 * torch.randn(batch, factors, rank, vocab, generator=generator, dtype=torch.float64),
-    )
+    gate = torch.randn(batch, rank, generator=generator, dtype=torch.float64)
+    scores = 2 * torch.randn(batch, factors, rank, vocab, generator=generator, dtype=torch.float64)
+    return Joint(gate.log_softmax(-1), scores.log_softmax(-1))
 
 
 def prefixes(distribution: Joint, row: int, depth: int) -> dict[tuple[int, ...], float]:

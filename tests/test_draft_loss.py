@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpdlm.config import CHOICES, ConfigError, resolve
+from cpdlm.config import CHOICES, ConfigError
 from cpdlm.model.heads import FactorHeads, HeadsConfig
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel, States
-from cpdlm.model.losses.draft import OBJECTIVES, Objective, Windows, overlap
-from cpdlm.model.losses.teacher import Seen, WholeTeacher, cell_log_probs, columns
+from cpdlm.model.losses.draft import OBJECTIVES, Objective, Windows
+from cpdlm.model.losses.teacher import WholeTeacher, cell_log_probs, columns
 from cpdlm.training import states
 from cpdlm.training.states import kept_states
 from tests.test_language_model import T, make, rows
@@ -98,41 +97,6 @@ def test_each_objective_is_its_equation_with_its_gradient(name: str, kind: str) 
         torch.testing.assert_close(loss_P.double(), expected_P, rtol=1e-5, atol=1e-6)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-
-
-def test_the_joint_objective_is_the_bounded_joint_loss() -> None:
-    heads, table_VD, hidden_PD, windows = case()
-    weight_P, counts_PN = torch.randn(P, dtype=torch.float64), windows.counts_PN & (windows.future_PN >= 0)
-    total, loss_P, _ = heads.draft_loss(
-        hidden_PD,
-        replace(
-            windows,
-            future_PN=windows.future_PN.masked_fill(~counts_PN, -1),
-            counts_PN=torch.ones_like(counts_PN),
-        ),
-        weight_P,
-        table_VD,
-        Objective("joint"),
-        1000,
-    )
-    theirs, nll_P, _ = heads.nll(hidden_PD, windows.future_PN.masked_fill(~counts_PN, -1), weight_P, table_VD, N, 1000)
-    torch.testing.assert_close(loss_P.double(), nll_P, rtol=1e-5, atol=1e-6)
-    for ours, other in zip(
-        torch.autograd.grad(total, list(heads.parameters())),
-        torch.autograd.grad(theirs, list(heads.parameters())),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("joint", "eq14", "eq14-marginal")])
-def test_a_draft_that_is_the_target_has_nothing_to_lose(name: str) -> None:
-    probs_V = torch.randn(V).softmax(-1)
-    joint = Joint(torch.full((1, R), 1 / R).log(), probs_V.log().expand(1, N, R, V))
-    seen = Seen(torch.zeros(1, N, dtype=torch.long), probs_V.expand(1, N, V))
-    loss_CN = OBJECTIVES[name](joint, seen, 0.9)
-    torch.testing.assert_close(loss_CN, torch.zeros(1, N), rtol=0, atol=1e-6)
-    assert math.isclose(float(overlap(joint.factors_NRV[:, :, 0], seen.target_CNV)[0, 0]), 1, abs_tol=1e-6)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -353,24 +317,3 @@ def test_damaged_states_are_computed_again(
 def test_more_states_than_the_limit_are_refused_with_the_numbers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"168 tokens \(0.00 GiB\) are more than data.states_gib=1e-06; keep fewer"):
         stored(make("common"), tmp_path, limit_gib=1e-6)
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"loss.objective": "blend"}, "loss.objective=blend is for heads on a frozen model: give model=NAME"),
-        ({"loss.draft_vocabulary": 9}, "loss.draft_vocabulary=9 is for heads on a frozen model"),
-        ({"data.states": 4096}, "data.states=4096 is for heads on a frozen model"),
-        ({"loss.gamma": 0.5, "model.trunk": "x", "model.head": "separate"}, "loss.gamma=0.5 needs model.head=shared"),
-        ({"data.states": 10, "model.trunk": "x"}, "data.states=10 tokens are less than one row of data.context=256"),
-        ({"loss.target_top": 8, "model.trunk": "x"}, "loss.target_top=8: loss.objective=joint has no target"),
-        ({"loss.normaliser_tokens": 9, "model.trunk": "x"}, "loss.normaliser_tokens=9 needs loss.target_top"),
-        ({"loss.objective": "blind"}, "did you mean loss.objective=blend?"),
-        ({"loss.gamma": 0}, "loss.gamma=0.0 must lie in"),
-        ({"loss.alpha": 1.5}, "loss.alpha=1.5 must lie in"),
-        ({"train.decode_prompts": 2, "parallel": "fsdp"}, "train.decode_prompts=2 needs whole weights"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(given: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        resolve(given)

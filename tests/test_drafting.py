@@ -21,23 +21,15 @@ from cpdlm.decoding.drafting import copied, grafted
 from cpdlm.decoding.length import DraftLength, convex
 from cpdlm.decoding.lookup import NOTHING, Copy
 from cpdlm.decoding.proposals import Proposal, grow
-from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel
 from tests import oracle
+from tests.test_block_and_tree import joint as made_joint
 from tests.test_drafters import RAGGED, real, toy
 from tests.toy import truth
 
 LENGTH, PROMPT, SAMPLES = 4, (2, 0), 500
 COPIES = LookupSettings(least=1, most=3)  # in texts of six tokens
 STEEP = Costs({1: 1.0, 2: 1.4, 3: 1.9, 4: 2.6}, {1: 0.01})  # where a draft must be likely to pay
-
-
-def made_joint(seed: int = 0, batch: int = 1, rank: int = 2, factors: int = 3, vocab: int = 3) -> Joint:
-    generator = torch.Generator().manual_seed(seed)
-    return Joint.from_logits(
-        torch.randn(batch, rank, generator=generator, dtype=torch.float64),
-        2 * torch.randn(batch, factors, rank, vocab, generator=generator, dtype=torch.float64),
-    )
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------
@@ -55,7 +47,7 @@ def test_rows_without_a_copy_keep_their_drafts() -> None:
 
 
 def test_a_graft_is_one_branch_of_the_tree_and_shares_what_both_have() -> None:
-    heads = grow(made_joint(batch=2, vocab=6), 3, 4)
+    heads = grow(made_joint(rank=2, vocab=6), 3, 4)
     first = int(heads.tokens_BK[0, 0])
     stranger = next(v for v in range(6) if v not in heads.tokens_BK[1].tolist())
     copies = [Copy([first, 5, 5, 5], 3), Copy([stranger] * 4, 4)]
@@ -124,7 +116,7 @@ def emitted(size: int, draft: tuple[int, ...], p: dict[tuple[int, ...], list[flo
 def error_of(made: Callable[[Tensor, Tensor], Proposal], seed: int) -> tuple[float, set[int]]:
     """How far the next K+1 tokens are from their distribution where the rule chooses a window's length, and the lengths
     that it chose. made: proposes given drafts."""
-    joint, generator = made_joint(seed), torch.Generator().manual_seed(seed + 100)
+    joint, generator = made_joint(2, 3, 3, 1, seed), torch.Generator().manual_seed(seed + 100)
     p = {
         before: torch.randn(V, generator=generator, dtype=torch.float64).softmax(-1).tolist()
         for size in range(K + 1)

@@ -161,23 +161,6 @@ def test_a_model_comes_back_as_it_was_saved(layout: str, family: str, tmp_path: 
     assert again.embeddings_are_tied == model.embeddings_are_tied
 
 
-@pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_heads_on_a_frozen_trunk_come_back_without_a_copy_of_it(tie_embeddings: bool, tmp_path: Path) -> None:
-    plain = settings(**LAYOUTS["plain"], **{"model.tie_embeddings": tie_embeddings, "optim.steps": 2})
-    train(plain, tmp_path / "trunk")
-    trunk = checkpoints.load_model(tmp_path / "trunk")
-    config = settings(**{"model.trunk": str(tmp_path / "trunk"), "link": "first", "optim.steps": 3})
-    _, state = train(config, tmp_path / "heads")
-    again = checkpoints.load_model(tmp_path / "heads")
-    for name, value in state.items():
-        assert torch.equal(again.state_dict()[name], value), name
-    for name, value in trunk.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), f"training the heads moved {name} of the frozen trunk"
-    assert again.frozen_target and again.embeddings_are_tied == tie_embeddings
-    size = (tmp_path / "heads" / WEIGHTS).stat().st_size
-    assert size < 4 * sum(p.numel() for p in again.parameters() if p.requires_grad) + 4096
-
-
 def test_weights_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
     config = settings()
     with pytest.raises(RunError, match="is not a run folder: it has no config.yaml"):

@@ -199,7 +199,7 @@ def test_a_killed_run_resumes_bit_for_bit(
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_heads_on_a_frozen_trunk_resume_from_a_checkpoint_without_it(
+def test_heads_on_a_frozen_trunk_resume_and_come_back_without_a_copy_of_it(
     tie_embeddings: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = settings(**LAYOUTS["plain"], **{"model.tie_embeddings": tie_embeddings, "optim.steps": 2})
@@ -216,8 +216,14 @@ def test_heads_on_a_frozen_trunk_resume_from_a_checkpoint_without_it(
     torch.manual_seed(99)
     resumed, state = train(config, tmp_path / "killed")
     assert resumed.resumed == 1 and resumed.curve == whole.curve
+    again, trunk = checkpoints.load_model(tmp_path / "whole"), checkpoints.load_model(tmp_path / "trunk")
     for key, value in whole_state.items():
-        assert torch.equal(value, state[key]), key
+        assert torch.equal(value, state[key]) and torch.equal(value, again.state_dict()[key]), key
+    for key, value in trunk.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), f"training the heads moved {key} of the frozen trunk"
+    assert again.frozen_target and again.embeddings_are_tied == tie_embeddings
+    size = (tmp_path / "whole" / WEIGHTS).stat().st_size
+    assert size < 4 * sum(p.numel() for p in again.parameters() if p.requires_grad) + 4096, "the trunk is stored, too"
 
 
 @pytest.mark.parametrize("layout", ["untied", "tied"])

@@ -91,11 +91,6 @@ class Joint:
         )
         assert self.link is None or not self.normalised, "a link adds to scores that are normalised behind it"
 
-    @staticmethod
-    def from_logits(gate_logits_R: Tensor, factor_logits_NRV: Tensor) -> Joint:
-        """Normalise unnormalised scores, in at least float32. Shapes as the fields."""
-        return Joint(log_normalise(gate_logits_R), log_normalise(factor_logits_NRV))
-
     @cached_property
     def log_factors_NRV(self) -> Tensor:
         """Log-probabilities (..., N, R, V), in at least float32 unless the scores were normalised in less.
