@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from experiments.bench import overhead
 from experiments.report import benchmarks, decoding, figures, render, scaling, speed
 from experiments.report.benchmarks import made_of, read_benchmark, upgrade
+from experiments.report.sample import COLOURS, LETTER, svg
 from experiments.report.table import write_made
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -69,7 +71,7 @@ def test_an_odd_record_of_speed_is_named_and_the_others_are_drawn(odd: dict[str,
     (tmp_path / "benchmarks").mkdir()
     for name, more in (("decode_speed", {}), ("decode_speed_odd", odd)):
         (tmp_path / "benchmarks" / f"{name}.json").write_text(json.dumps(content(name[:12]) | more))
-    (made,) = speed.tables(tmp_path)
+    made, *_ = speed.tables(tmp_path)
     assert made.table.rows == speed.speed_table(read_benchmark(tmp_path, "decode_speed")).rows
     assert "Left out: benchmarks/decode_speed_odd.json " in made.table.caption
 
@@ -176,3 +178,17 @@ def test_the_recipe_of_fewest_flops_that_keeps_the_gain_is_chosen(
     ]
     found = overhead.choose(cells)
     assert (found["chosen"], found["decided"]) == ("1/4", decided)
+
+
+def test_the_sample_colours_what_was_drafted_and_escapes_the_text() -> None:
+    record = {"prompt": "a:\n", "pieces": [["  x<", True], ["y\n", False], ["z", True]], "forwards": 2}
+    drawn = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" fill="(#\w+)"[^>]*>([^<]*)</text>', svg(record))
+    grey, white, green = (COLOURS[kind] for kind in ("prompt", "target", "draft"))
+    assert [(fill, text) for *_, fill, text in drawn[:4]] == [
+        (grey, "a:"),
+        (green, "  x&lt;"),
+        (white, "y"),
+        (green, "z"),
+    ]
+    assert float(drawn[2][0]) - float(drawn[1][0]) == 4 * LETTER and drawn[1][1] == drawn[2][1] != drawn[3][1]
+    assert "3 tokens in 2 target forwards: 1.50 per forward" in drawn[4][3]

@@ -29,7 +29,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     from experiments import claims
     from experiments.families import families_of
     from experiments.records import load_all
-    from experiments.report import benchmarks, decoding, page, scaling, speed, table, tables, tasks
+    from experiments.report import benchmarks, decoding, page, sample, scaling, speed, table, tables, tasks
     from experiments.report import figures as drawing
     from experiments.report import readme as front
 
@@ -50,7 +50,7 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
         made += benchmarks.tables(results, decoding.TABLES) + tasks.tables(results) + speed.tables(results)
         made += benchmarks.tables(results, scaling.TABLES)
         pictures, beside = drawing.draw_benchmarks(results, figures)
-        drawn, shown = [*drawn, *pictures], [*shown, *beside]
+        drawn, shown = [*drawn, *pictures, *sample.draw(results, figures)], [*shown, *beside]
     written, left_out = table.write_made(made, figures / "tables")
     files, notes = [*files, *written], [*notes, *left_out]
     html = page.write(figures / "report.html", records, found, shown, made, notes)

@@ -28,6 +28,8 @@ KINDS = {
     "training_overhead": ("", "experiments/bench/overhead.py time"),
     "training_recipes": ("", "experiments/bench/overhead.py gain"),
     "processes": ("", "experiments/bench/processes.py"),
+    "forwards": ("forwards", "experiments/bench/forwards.py"),
+    "sample": ("sample", "experiments/bench/sample.py"),
     "tasks": ("tasks", "experiments/bench/tasks.py smollm2 --name smollm2"),
 }
 

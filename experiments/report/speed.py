@@ -30,7 +30,46 @@ MEASURED = {
 
 def tables(results: Path) -> list[Made]:
     """The table of all records, whatever their machine."""
-    return benchmarks.of_kind(results, "decode_speed", "speed", speed_table)
+    return [
+        *benchmarks.of_kind(results, "decode_speed", "speed", speed_table),
+        *benchmarks.of_kind(results, "forwards", "forwards", forwards_table),
+    ]
+
+
+def forwards_table(*records: Benchmark) -> Table:
+    """What a forward of a pretrained model costs by how its weights are held."""
+    sizes = sorted({row["tokens"] for record in records for row in record["rows"]})
+    columns: Columns = {
+        "machine": lambda row: row["machine"],
+        "weights": lambda row: row["weights"],
+        **{f"{size} tokens (ms)": _forward(size) for size in sizes},
+        "in linear maps": lambda row: f"{row['share']:.0%}",
+        "memory's bound (ms)": lambda row: f"{row['read_ms']:.1f}",
+        "prompt (ms)": lambda row: f"{row['prompt_ms']:.0f}",
+    }
+    rows = []
+    for record in records:
+        for weights, prompt_ms in record["prompt_ms"].items():
+            own = [row for row in record["rows"] if row["weights"] == weights]
+            share = sum(row["products_ms"] for row in own) / sum(row["ms"] for row in own)
+            by_size = {row["tokens"]: row["ms"] for row in own}
+            row = {"machine": machine_text(record["hardware"]), "weights": weights, "ms": by_size, "share": share}
+            rows.append(row | {"read_ms": own[0]["read_ms"], "prompt_ms": prompt_ms})
+    settings = [record["settings"] for record in records]
+    prompts = "; ".join(
+        f"{each['model']} in {record['dtype']}, behind {each['behind']} tokens, prompt of {each['prompt']}"
+        for each, record in zip(settings, records, strict=True)
+    )
+    caption = (
+        "A forward of a pretrained model with its logits, by tokens of the window and by how the weights are held "
+        "(docs/speed-up.md). Memory's bound: reading the maps' weights once, at the rate of a copy in the same run. "
+        f"Medians over turns. {prompts}."
+    )
+    return tabulated("forwards", caption, columns, rows)
+
+
+def _forward(size: int) -> Column:
+    return lambda row: f"{row['ms'][size]:.1f}" if size in row["ms"] else "-"
 
 
 def speed_table(*records: Benchmark) -> Table:
