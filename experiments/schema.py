@@ -4,7 +4,6 @@ A range says what can be, not what is likely: a number beyond it would stop a ta
 """
 
 import datetime
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -219,14 +218,9 @@ def validate(content: Any, where: str = "record") -> dict[str, Any]:
     return content
 
 
-@functools.cache
-def _known() -> dict[str, Any]:
-    return leaves()
-
-
 def check_settings(config: Mapping[str, Any], where: str) -> None:
     """RecordError for a setting of a wrong type or beyond its range; names that are no settings are left alone."""
-    kinds, known = {"int": int, "float": NUMBER, "str": str, "bool": bool}, _known()
+    kinds, known = {"int": int, "float": NUMBER, "str": str, "bool": bool}, leaves()
     for group in {key.partition(".")[0] for key in known if "." in key} & config.keys():
         _check(config[group], {}, f"config.{group}", where)
     for key, value in flat(config).items():

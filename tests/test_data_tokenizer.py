@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,14 @@ def bpe() -> BpeTokenizer:
     return BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20], progress=False)
 
 
+def of_the_hub(bpe: BpeTokenizer, folder: Path, eos_token: str | None = "<|endoftext|>") -> Any:
+    """The same as a tokenizer of transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    bpe.save(folder)
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / BpeTokenizer.FILE), eos_token=eos_token)
+
+
 def test_bpe_round_trip_and_bits_per_byte_accounting(bpe: BpeTokenizer) -> None:
     for text, ids in zip(TEXTS, bpe.encode(TEXTS), strict=True):
         assert bpe.decode([bpe.bos, *ids, bpe.eos]) == text
@@ -57,17 +66,14 @@ def test_non_utf8_needs_bytes(bpe: BpeTokenizer) -> None:
 
 
 def test_hub_tokenizer(bpe: BpeTokenizer, tmp_path: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    bpe.save(tmp_path)
-    model = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE), eos_token="<|endoftext|>")
+    model = of_the_hub(bpe, tmp_path)
     model.save_pretrained(tmp_path / "with")
     tokenizer = build_tokenizer(f"hf:{tmp_path / 'with'}", [])
     for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
     assert tokenizer.bos == tokenizer.eos == tokenizer.vocab_size - 1
-    PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE)).save_pretrained(tmp_path / "without")
+    of_the_hub(bpe, tmp_path, eos_token=None).save_pretrained(tmp_path / "without")
     with pytest.raises(ConfigError, match="has no end-of-sequence token"):
         build_tokenizer(f"hf:{tmp_path / 'without'}", [])
 
@@ -82,7 +88,6 @@ def test_a_model_without_a_tokenizer_is_told_apart(kind: str, tmp_path: Path) ->
 def test_a_prompt_begins_as_the_model_has_seen_texts_begin(bpe: BpeTokenizer, tmp_path: Path) -> None:
     """Ours: with bos. Hugging Face: as its own tokenizer writes a text, or, by its template, a user's turn."""
     from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
 
     bpe.save(tmp_path)
     saved = SavedTokenizer(bpe.name, 300, 299, 299, tmp_path, bpe.token_bytes())
@@ -93,7 +98,7 @@ def test_a_prompt_begins_as_the_model_has_seen_texts_begin(bpe: BpeTokenizer, tm
         with pytest.raises(ConfigError, match=f"the tokenizer {ours.name} has no chat template.*a corpus without"):
             ours.conversation([])
     for name, template in (("bare", None), ("begun", "<|endoftext|> $A")):
-        model = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE), eos_token="<|endoftext|>")
+        model = of_the_hub(bpe, tmp_path)
         if template:
             model.backend_tokenizer.post_processor = TemplateProcessing(
                 single=template, special_tokens=[("<|endoftext|>", 299)]
@@ -116,10 +121,7 @@ def test_a_prompt_begins_as_the_model_has_seen_texts_begin(bpe: BpeTokenizer, tm
 
 
 def test_of_a_conversation_only_the_answers_and_their_ends_are_marked(bpe: BpeTokenizer, tmp_path: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    bpe.save(tmp_path)
-    model = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE), eos_token="<|endoftext|>")
+    model = of_the_hub(bpe, tmp_path)
     turns = "{% for turn in messages %}{{ turn.role }}:{{ turn.content }}<|endoftext|>\n{% endfor %}"
     asked = "{% if add_generation_prompt %}assistant:{% endif %}"
     said = [("user", "def"), ("assistant", "return one"), ("user", "in"), ("assistant", "in x"), ("user", "more")]
@@ -148,12 +150,9 @@ def test_of_a_conversation_only_the_answers_and_their_ends_are_marked(bpe: BpeTo
 def test_a_chat_template_may_raise_and_need_not_end(
     bpe: BpeTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import PreTrainedTokenizerFast
-
     monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.3)
     before = threading.active_count()
-    bpe.save(tmp_path)
-    model = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / BpeTokenizer.FILE), eos_token="<|endoftext|>")
+    model = of_the_hub(bpe, tmp_path)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     for template, why in (
         ("{{ raise_exception('no such role') }}", "TemplateError: no such role"),

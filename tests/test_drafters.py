@@ -15,16 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpdlm.config import resolve
 from cpdlm.decoding import Options, Sampling, accept, cache, decode, decode_batch, drafters, proposals
 from cpdlm.decoding.drafters import DRAFTERS, LOOKUP
 from cpdlm.decoding.filtering import draw
 from cpdlm.decoding.lookup import LookupSettings
-from cpdlm.model.build import build_language_model
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel
 from tests import oracle
-from tests.tiny import MICRO
+from tests.test_loop import real as tiny_model
 from tests.toy import FILTERS, ToyModel, truth
 
 SAMPLES, LENGTH = 4000, 4
@@ -175,17 +173,8 @@ def test_draws_shared_by_the_rows_of_a_batch_are_noticed(monkeypatch: pytest.Mon
 # --- real models --------------------------------------------------------------------------------------------------
 
 
-@memoised
 def real(family: str, anchor: str = "token", common: bool = True, rank: int = 3, horizon: int = 4) -> LanguageModel:
-    torch.manual_seed(0)
-    base = MICRO | {"model.family": family}
-    trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 17) if common else None
-    overrides = base | {"rank": rank, "horizon": horizon, "link": anchor} | ({"model.trunk": "x"} if common else {})
-    model = build_language_model(resolve(overrides), 17, trunk).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.6)  # preferences, so that some drafts are accepted
-    return model
+    return tiny_model(family, rank, anchor, False, common, horizon)
 
 
 RAGGED = [torch.randint(0, 17, (n,), generator=torch.Generator().manual_seed(n)) for n in (1, 9, 4, 17, 2)]

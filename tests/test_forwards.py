@@ -5,7 +5,6 @@ the growing forwards there.
 """
 
 import copy
-from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -20,11 +19,11 @@ from cpdlm.hf import CpdlmForCausalLM
 from cpdlm.model.build import build_language_model
 from cpdlm.model.language_model import LanguageModel
 from tests import oracle
-from tests.test_drafters import LENGTH, PROMPTS
-from tests.toy import FILTERS, ToyModel, truth
+from tests.test_drafters import SAMPLES
+from tests.test_drafters import p_values as of_any
+from tests.toy import FILTERS, ToyModel
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-SAMPLES = 4000
 
 
 class SlotToy(ToyModel):
@@ -58,24 +57,11 @@ def toy(layout: str) -> SlotToy:
 
 
 def p_values(layout: str, sampling: Sampling, draft: str, nodes: int = 8, eos: int | None = None) -> list[float]:
-    model, prompts = toy(layout), [torch.tensor(PROMPTS[row % 2]) for row in range(2 * SAMPLES)]
-    generators = [torch.Generator().manual_seed(row) for row in range(2 * SAMPLES)]
+    model = toy(layout)
     forwards = CapturedForwards(
-        model, len(prompts), sampling, slots=model.context, draft=draft, nodes=nodes, device=torch.device("cpu")
+        model, 2 * SAMPLES, sampling, slots=model.context, draft=draft, nodes=nodes, device=torch.device("cpu")
     )
-    done = decode_batch(
-        model,
-        prompts,
-        LENGTH,
-        sampling,
-        generators,
-        draft=draft,
-        eos=eos,
-        options=Options(nodes=nodes, forwards=forwards),
-    )
-    counts = [Counter(tuple(each.tokens) for each in done[index::2]) for index in (0, 1)]
-    rights = [truth(model, sampling, prompt, LENGTH, eos) for prompt in PROMPTS]
-    return [oracle.p_value(count, right) for count, right in zip(counts, rights, strict=True)]
+    return of_any(model, sampling, draft=draft, eos=eos, options=Options(nodes=nodes, forwards=forwards))
 
 
 PATHS = [("common", "unfiltered", None), ("untied", "all", 1), ("anchored", "all", None)]

@@ -1,7 +1,6 @@
 """What a configuration must satisfy: choices, ranges, and rules between settings, which name both values."""
 
 import difflib
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,9 @@ def _ranges(config: Config) -> Iterator[str]:
         yield from out_of_range(key, value)
 
 
-@functools.cache
-def _known() -> dict[str, Any]:
-    return leaves()
-
-
 def out_of_range(key: str, value: Any) -> Iterator[str]:
     """What is wrong with a setting's number, in words; nothing where it lies in its range."""
-    rules = _known()[key].metadata
+    rules = leaves()[key].metadata
     least, most, within = rules["least"], rules["most"], rules["within"]
     if least is not None and value < least:
         yield f"{key}={value} is too small; the least is {least}"

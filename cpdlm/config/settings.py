@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -361,16 +362,17 @@ INCIDENTAL = (
 )
 
 
-def leaves(group: Any = Config, prefix: str = "") -> dict[str, Any]:
+@functools.cache
+def leaves() -> dict[str, Any]:
     """Dotted name -> dataclass field, for every setting."""
+    return _leaves(Config(), "")
+
+
+def _leaves(group: Any, prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    template = group() if isinstance(group, type) else group
-    for entry in fields(template):
-        value = getattr(template, entry.name)
-        if is_dataclass(value):
-            found |= leaves(value, f"{prefix}{entry.name}.")
-        else:
-            found[prefix + entry.name] = entry
+    for entry in fields(group):
+        value = getattr(group, entry.name)
+        found |= _leaves(value, f"{prefix}{entry.name}.") if is_dataclass(value) else {prefix + entry.name: entry}
     return found
 
 

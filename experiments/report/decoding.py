@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.records import MODES, machine_text
 from experiments.report.benchmarks import Benchmark
-from experiments.report.table import Column, Columns, Table, tabulated
+from experiments.report.table import Column, Columns, Table, recorded, tabulated
 
 Row = dict[str, Any]
 CHOSEN = "Chosen: the drafter and verifier that were fastest on the validation prompts."
@@ -30,11 +30,11 @@ def methods_table(record: Benchmark) -> Table:
         "mode": lambda row: row["mode"],
         "method": lambda row: row["name"],
         "drafter": lambda row: row["strategy"][row["mode"]],
-        "tokens per forward": _interval("tokens_per_pass"),
+        "tokens per forward": recorded("tokens_per_pass", ".3f"),
         "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-        "speed-up": _interval("speedup", 2),
-        "speed-up over generate": _interval("speedup_over_generate", 2),
-        "speed-up per token per forward": _interval("conversion", 2),
+        "speed-up": recorded("speedup", ".2f"),
+        "speed-up over generate": recorded("speedup_over_generate", ".2f"),
+        "speed-up per token per forward": recorded("conversion", ".2f"),
     }
     caption = (
         "Ways to draft for one target per corpus, side by side: the same weights, prompts, number of tokens and "
@@ -75,11 +75,11 @@ def strategies_table(record: Benchmark) -> Table:
     columns: Columns = {
         "mode": lambda row: row["mode"],
         **_SEEDS,
-        **{f"speed-up, {name}": _of(name, "speedup", 2) for name in _DRAFTERS if any(name in row for row in cells)},
+        **{f"speed-up, {name}": _of(name, "speedup", ".2f") for name in _DRAFTERS if any(name in row for row in cells)},
         "chosen": lambda row: row["chosen"],
-        "tokens per forward over chain": _of("chosen", "tokens_per_pass_over_chain", 3, sign=True),
-        "speed over chain": _of("chosen", "speed_over_chain", 2),
-        "speed-up per token per forward": _of("chosen", "conversion", 2),
+        "tokens per forward over chain": _of("chosen", "tokens_per_pass_over_chain", "+.3f"),
+        "speed over chain": _of("chosen", "speed_over_chain", ".2f"),
+        "speed-up per token per forward": _of("chosen", "conversion", ".2f"),
     }
     suggested = ", ".join(f"{mode}: {record['suggested'][mode]}" for mode in MODES)
     caption = (
@@ -96,9 +96,9 @@ def acceptance_table(record: Benchmark) -> Table:
         "mode": lambda row: row["mode"],
         **_SEEDS,
         "drafter": lambda row: row["strategy"],
-        "tokens per forward": _interval("tokens_per_pass"),
-        "over its chain": _interval("tokens_per_pass_over_chain", sign=True),
-        "over rank 1": _interval("tokens_per_pass_over_rank1", sign=True),
+        "tokens per forward": recorded("tokens_per_pass", ".3f"),
+        "over its chain": recorded("tokens_per_pass_over_chain", "+.3f"),
+        "over rank 1": recorded("tokens_per_pass_over_rank1", "+.3f"),
     }
     caption = (
         "Tokens per target forward under every drafter and verifier; what it gains over the chain of the same heads, "
@@ -158,7 +158,7 @@ def filters_table(record: Benchmark) -> Table:
         **_HEADS,
         "drafter": lambda row: row["strategy"],
         "temperature": lambda row: f"{row['temperature']:g}",
-        **{f"tokens per forward, top-p {top:g}": _interval(f"top {top}") for top in tops},
+        **{f"tokens per forward, top-p {top:g}": recorded(f"top {top}", ".3f") for top in tops},
     }
     caption = f"Tokens per target forward under filters; temperature 0 is greedy. {described(record)}"
     return tabulated("filters", caption, columns, found.values())
@@ -183,21 +183,9 @@ def _by_mode(cells: list[Row]) -> Iterator[Row]:
     return (cell | cell["modes"][mode] | {"mode": mode} for mode in MODES for cell in cells)
 
 
-def _interval(key: str, digits: int = 3, sign: bool = False) -> Column:
-    plus = "+" if sign else ""
-
-    def cell(row: Row) -> str:
-        if key not in row:
-            return "-"
-        mean, low, high = (f"{row[key][part]:{plus}.{digits}f}" for part in ("mean", "low", "high"))
-        return f"{mean} [{low}, {high}]"
-
-    return cell
-
-
-def _of(drafter: str, key: str, digits: int, sign: bool = False) -> Column:
+def _of(drafter: str, key: str, form: str) -> Column:
     """Of a drafter, or of the one chosen, on the test prompts."""
-    shown = _interval(key, digits, sign)
+    shown = recorded(key, form)
 
     def cell(row: Row) -> str:
         name = row["chosen"] if drafter == "chosen" else drafter

@@ -10,7 +10,7 @@ import numpy as np
 from experiments import cost
 from experiments.records import machine_text
 from experiments.report.benchmarks import Benchmark
-from experiments.report.table import Column, Columns, Table, tabulated
+from experiments.report.table import Columns, Table, ranged, recorded, tabulated
 
 DIMENSIONS = ("positions", "horizon", "rank", "vocab", "width")
 FIGURE = (
@@ -138,14 +138,14 @@ def overhead_table(record: Benchmark, recipes: Benchmark) -> Table:
     columns: Columns = {
         "trunk": lambda cell: cell["size"],
         "recipe": lambda cell: cell["recipe"],
-        "step (ms)": _ranged("step_ms", ",.0f"),
-        "overhead": _ranged("overhead", "+.0%"),
+        "step (ms)": recorded("step_ms", ",.0f"),
+        "overhead": recorded("overhead", "+.0%"),
         "bound": lambda cell: f"{cell['bound']:+.0%}" if "bound" in cell else "-",
         "peak (MiB)": lambda cell: f"{cell['peak_bytes'] / 2**20:,.0f}",
         "planned (MiB)": lambda cell: f"{cell['planned_bytes'] / 2**20:,.0f}",
-        "tokens per forward": _ranged("tokens_per_pass", ".2f"),
-        "gain kept": _ranged("kept", ".0%"),
-        "joint NLL": _ranged("joint_nll", ".2f"),
+        "tokens per forward": recorded("tokens_per_pass", ".2f"),
+        "gain kept": recorded("kept", ".0%"),
+        "joint NLL": recorded("joint_nll", ".2f"),
     }
     settings, other = record["settings"], recipes["settings"]
     decided = "by every seed" if recipes["decided"] else "not by every seed, or with one alone"
@@ -212,19 +212,9 @@ TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _ranged(key: str, form: str) -> Column:
-    return lambda cell: _range(cell[key], form) if key in cell else "-"
-
-
-def _range(found: dict[str, float], form: str) -> str:
-    """A median or mean with its range."""
-    middle = found["median"] if "median" in found else found["mean"]
-    return f"{middle:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
-
-
 def _over(values: Sequence[float], form: str) -> str:
     """Median and range."""
-    return _range({"median": statistics.median(values), "low": min(values), "high": max(values)}, form)
+    return ranged({"median": statistics.median(values), "low": min(values), "high": max(values)}, form)
 
 
 def conditions(record: Benchmark) -> str:

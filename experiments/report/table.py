@@ -161,6 +161,17 @@ def shown(interval: Interval | None, digits: int = 3, bare: bool = False, sign: 
     return f"{interval.mean:.{digits}f}" if bare else interval.text(digits, sign)
 
 
+def ranged(found: Mapping[str, float], form: str) -> str:
+    """A recorded median or mean with its ends."""
+    middle = found["median"] if "median" in found else found["mean"]
+    return f"{middle:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
+
+
+def recorded(key: str, form: str) -> Column:
+    """`ranged` of a row's entry; "-" where it has none."""
+    return lambda row: ranged(row[key], form) if row.get(key) is not None else "-"
+
+
 def with_spread(interval: Interval | None, digits: int, sign: bool = False) -> str:
     if interval is None:
         return "-"

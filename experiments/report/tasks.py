@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cpdlm.bench.figure import figure_of
 from cpdlm.bench.tasks import row
 from cpdlm.benchmark import Measured
 from experiments.report import benchmarks
 from experiments.report.benchmarks import Benchmark
-from experiments.report.table import Column, Columns, Made, Table, tabulated
+from experiments.report.table import Columns, Made, Table, recorded, tabulated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,11 +30,11 @@ def tasks_table(*records: Benchmark) -> Table:
         "task": lambda entry: entry["task"],
         "mode": lambda entry: entry["mode"],
         "method": lambda entry: entry["method"],
-        "tokens per forward": _interval("tokens_per_forward", 2),
+        "tokens per forward": recorded("tokens_per_forward", ".2f"),
         "accepted by depth": lambda entry: " / ".join(f"{each:.2f}" for each in row(entry)["accepted_by_depth"]) or "-",
-        "speed-up": _interval("speedup", 2),
-        "speed-up over generate": _interval("speedup_over_generate", 2),
-        "tokens/s": _interval("tokens_per_second", 1),
+        "speed-up": recorded("speedup", ".2f"),
+        "speed-up over generate": recorded("speedup_over_generate", ".2f"),
+        "tokens/s": recorded("tokens_per_second", ".1f"),
     }
     caption = (
         "Ways to decode a model: same weights, prompts and machine; a text ends where the model ends it. Accepted by "
@@ -55,14 +55,3 @@ def described(record: Benchmark) -> str:
 
 def _name(record: Benchmark) -> str:
     return str(record["name"]).removeprefix(START)
-
-
-def _interval(key: str, digits: int) -> Column:
-    def cell(entry: dict[str, Any]) -> str:
-        found = entry.get(key)
-        if found is None:
-            return "-"
-        middle = found["median"] if "median" in found else found["mean"]
-        return f"{middle:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
-
-    return cell
