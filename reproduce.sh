@@ -17,7 +17,7 @@ Every stage skips what is complete, so the same command continues a run that was
                    cpu-full         every claim but C6, three seeds               2 cores, 4 h
                    retrofit-screen  heads on a pretrained model: which objective  2 cores, 1 h
                    retrofit         heads on a pretrained model: ranks and text   2 cores, 4 h
-                   joints           what rank is worth by kind of joint           2 cores, 2 h
+                   joints           what rank is worth by kind of joint           2 cores, 30 min
                    gpu              a 56.3M-parameter model                       one GPU
                    retrofit-gpu     heads on a pretrained model, the whole grid   one GPU
                    paper            from scratch on TinyStories                   one large GPU, a hub

@@ -22,21 +22,6 @@ BASE = {
     "decode.prompts": 16,
     "decode.repeats": 2,
 }
-JOINTS = {
-    "preset": "retrofit,many",
-    "model.trunk": "smollm2",
-    "model.family": "pretrained",
-    "corpus": "code",
-    "data.text": "sampled",
-    "data.prompts": "functions",
-    "optim.steps": 250,
-    "train.validate_every": 250,
-    "train.decode_prompts": 0,
-    "evaluate.rows": 64,
-    "decode.prompts": 8,
-    "decode.repeats": 1,
-}
-OFFSETS = {"model.component_rank": 32}
 
 
 @dataclass(frozen=True)
@@ -139,23 +124,6 @@ def retrofit_gpu() -> list[Cell]:
         *objectives(GPU_SCREEN),
         *(heads("code", 4, GPU_SCREEN, {"loss.alpha": alpha}, folder="C6-screen") for alpha in (0.0, 0.5, 1.0)),
         heads("code", 4, GPU_SCREEN, {"loss.gamma": 0.7}, folder="C6-screen"),
-    ]
-
-
-def joints() -> list[Cell]:
-    """What rank is worth by joint: CP, HMM, and with a link to the token before; on text that the model wrote.
-
-    Float32, wide drafts, components as offsets from one base; rank 1 of an HMM is CP. Seed by seed, so that a part
-    of it is whole.
-    """
-    shapes = [(link, *shape) for link in ("first", "all") for shape in (("cp", 1), ("cp", 4), ("hmm", 4))]
-    return [
-        Cell(
-            "C6-joints",
-            JOINTS | {"link": link, "joint": joint, "rank": rank, "seed": seed} | (OFFSETS if rank > 1 else {}),
-        )
-        for seed in range(4)
-        for link, joint, rank in shapes
     ]
 
 

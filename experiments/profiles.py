@@ -1,8 +1,8 @@
 """What a command can run: the cells of a claim, of all claims, or of a profile."""
 
 from experiments.claims import CLAIMS
-from experiments.pretrained import joints, retrofit, retrofit_gpu, retrofit_screen
-from experiments.star import SMALL_CONTROLS
+from experiments.pretrained import retrofit, retrofit_gpu, retrofit_screen
+from experiments.star import SMALL_CONTROLS, joints
 from experiments.suite import RANKS, SEEDS, Cell, complete, controls, heads, scratch, trunk
 
 SCALES = ("cpu", "gpu")
@@ -72,7 +72,7 @@ PROFILES = {
     "cpu-full": cpu_full,
     "retrofit-screen": retrofit_screen,
     "retrofit": retrofit,
-    "joints": joints,
+    "joints": lambda: complete(joints()),
     "gpu": gpu,
     "retrofit-gpu": retrofit_gpu,
     "paper": paper,

@@ -15,6 +15,7 @@ SMALL_CONTROLS = (1024, 1924)
 # Steps that rank 1 takes in the wall-clock time of rank 8's 400 (heads) and 500 (from scratch), by measured step times;
 # the latter has a tenth to spare. The verdict checks the times of the records.
 HEADS_TIME_OF_RANK_8, SCRATCH_TIME_OF_RANK_8 = 1140, 1350
+JOINTS_TIME_OF_RANK_8 = 800  # of 400
 BALANCES: dict[str, dict[str, Any]] = {
     "switch0.001": {"loss.balance_weight": 0.001},
     "switch0.1": {"loss.balance_weight": 0.1},
@@ -99,6 +100,24 @@ def anchors() -> list[Cell]:
             _base(1, seed, link="first", hidden=SMALL_CONTROLS[0]),
         )
     ]
+
+
+def joints() -> list[Cell]:
+    """What rank is worth by joint, at horizon 8: CP, HMM, and either with a link to the token before.
+
+    Wide drafts, components as offsets from one base; beside them rank 1 for rank 8's time.
+    """
+    wide = {"model.draft_width": 4.0, "model.draft_normed": True, "model.component_rank": 32}
+    cells = []
+    for seed in SEEDS:
+        for link in ("first", "all"):
+            one, eight = (
+                replace(_base(rank, seed, horizon=8, link=link), folder="joints").varied("wide", wide)
+                for rank in (1, 8)
+            )
+            cells += [one, eight, eight.varied("hmm", {"joint": "hmm"})]
+            cells.append(one.varied("time8", {"optim.steps": JOINTS_TIME_OF_RANK_8}))
+    return cells
 
 
 def heads_for_equal_time() -> list[Cell]:
