@@ -18,7 +18,8 @@ BASE = {
     "data.max_bytes": 8_000_000,
     "loss.objective": CHOSEN,
     "train.decode_prompts": 16,
-    "evaluate.rows": 4,
+    "data.release": 1,
+    "evaluate.rows": 128,
     "decode.prompts": 16,
     "decode.repeats": 2,
 }
@@ -51,7 +52,7 @@ class Effort:
 CPU_SCREEN = Effort(30_000, 64, more={"decode.repeats": 1})
 CPU_GRID = Effort(150_000, 64, more={"train.decode_prompts": 4, "decode.repeats": 1})
 CPU_LONG = Effort(600_000, 256, label="long", more=CPU_GRID.more)
-_GPU = {"loss.chunk_mib": 256, "train.validation_rows": 16, "train.checkpoint_every": 1000, "evaluate.rows": 32}
+_GPU = {"loss.chunk_mib": 256, "train.validation_rows": 16, "train.checkpoint_every": 1000}
 GPU_SCREEN = Effort(30_000, 128, label="screen", more=_GPU | {"train.validate_every": 78, "decode.repeats": 1})
 GPU_GRID = Effort(150_000, 256, more=_GPU | {"train.validate_every": 195})
 _LONG = {"train.validate_every": 976, "data.states": 800_000}

@@ -48,7 +48,6 @@ ABOVE = Within(NUMBER, 1e-9, 1e12)  # what is divided by, or whose logarithm is 
 SHARE = Within(NUMBER, 0, 1 + 1e-6)
 FLOPS = Within(NUMBER, 1, 1e24)
 _MEAN = {"mean": Within(NUMBER, 0, 1e6), "sem": Within(NUMBER, 0, 1e6)}
-_MEDIAN = {"median": ABOVE, "low": ABOVE, "high": ABOVE}
 
 
 class RecordError(ValueError):
@@ -66,6 +65,7 @@ class Optional(Maybe):
     """A field that may be null or absent."""
 
 
+_MEDIAN = {"median": ABOVE, "low": ABOVE, "high": ABOVE, "sem": Optional(AMOUNT)}
 _MODE: dict[str, Any] = {
     "temperature": AMOUNT,
     "top_k": COUNT,

@@ -1,40 +1,35 @@
-"""Intervals over rows, prompts and seeds.
+"""Intervals of what records hold: estimates over seeds, and differences paired over seeds and rows or prompts.
 
-Rows (or prompts) are resampled by `cpdlm.bench.intervals`, with one draw for all cells and seeds, since all see the
-same rows. A percentile interval over few prompts is too narrow. It is expanded by sqrt(n / (n - 1)) and by the t
-quantile over the normal one (T. Hesterberg, What Teachers Should Know about the Bootstrap, 2015, section 5.3).
-
-Seeds are too few to resample. Their variation enters as Student's t with seeds - 1 degrees of freedom, times the
-standard error over seeds, added exactly to what the resamples say. A recorded interval (of speed-ups: over prompts and
-repeats) counts as an error that all seeds share; for the repeats that is on the wide side. Without row variation the
-interval is the t interval over seeds. With one seed it covers rows only, and `seeds` says so. Of one row or prompt it
-is infinite.
+`cpdlm.bench.intervals` makes the interval of every table: seeds and rows (or prompts) are crossed, each counts once.
+With few seeds their variance is hardly known, so that comparisons of one claim share it: `together`. Where rows are
+missing (older likelihoods by position) a recorded standard error counts as one that all seeds share. A recorded ratio
+(of speeds) has a standard error over prompts; it is laid on them as the tokens per forward vary, since the time of a
+forward hardly does. With one seed the interval covers rows or prompts only, and `seeds` says so.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import optimize, special
+from scipy import special
 
-from cpdlm.bench.intervals import drawn
+from cpdlm.bench.intervals import Array, Effect, pseudo_values, ratio
 from experiments.families import Cells
 from experiments.records import Record
 
-Array = NDArray[np.float64]
-RESAMPLES = 20_000
 RATIOS = ("speedup", "speedup_over_rank1", "speedup_over_trunk", "plain_over_generate")
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate, its interval at `level`, the spread (standard deviation) over seeds and how many seeds there are."""
+    """An estimate, its interval at `level`, the spread (standard deviation) over seeds and how many seeds there are.
+
+    effect: what it was made of, in logarithms where `is_ratio`."""
 
     mean: float
     low: float
@@ -42,6 +37,8 @@ class Interval:
     level: float
     seeds: int
     spread: float = 0.0
+    effect: Effect | None = field(default=None, compare=False, repr=False)
+    is_ratio: bool = field(default=False, compare=False, repr=False)
 
     @classmethod
     def certain(cls, value: float, level: float = 0.95) -> Interval:
@@ -54,7 +51,7 @@ class Interval:
 
     def exp(self) -> Interval:
         """From logarithms to ratios."""
-        return replace(self.of(math.exp), spread=self.spread * math.exp(self.mean))
+        return replace(self.of(math.exp), spread=self.spread * math.exp(self.mean), is_ratio=True)
 
     def text(self, digits: int = 3, sign: bool = False) -> str:
         plus = "+" if sign else ""
@@ -63,151 +60,106 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One cell's measurement: the ratio of two sums over units (rows, prompts), or a mean with a standard error.
+    """One cell's measurement. parts_U: pseudo-values of its units (rows, prompts), where they are recorded; else `sem`,
+    the standard error, of `units` (0 where they are too many to matter)."""
 
-    of: how many units a bootstrapped standard error came from; 0 where they are too many to matter. Samples are equal
-    where all their numbers are: tables and figures ask for the same intervals, which are computed once."""
-
-    top_U: Array | None = None
-    bottom_U: Array | None = None
-    mean: float = 0.0
+    point: float
+    parts_U: Array | None = None
     sem: float = 0.0
-    of: int = 0
-
-    @functools.cached_property
-    def key(self) -> tuple[bytes, ...]:
-        numbers = np.asarray([self.mean, self.sem, self.of])
-        return tuple(b"" if each is None else each.tobytes() for each in (self.top_U, self.bottom_U, numbers))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sample) and self.key == other.key
+    units: int = 0
 
     @classmethod
     def ratio(cls, top: Sequence[float] | Array, bottom: Sequence[float] | Array) -> Sample:
-        """sum(top) / sum(bottom) over units that can be resampled together. Raises ValueError on unequal lengths."""
+        """sum(top) / sum(bottom) over units. Raises ValueError on unequal lengths."""
         top_U, bottom_U = np.asarray(top, dtype=float), np.asarray(bottom, dtype=float)
         if top_U.shape != bottom_U.shape or not len(top_U) or bottom_U.sum() <= 0:
             raise ValueError(f"a ratio of sums needs equally many units, found {top_U.shape} and {bottom_U.shape}")
-        return cls(top_U, bottom_U, of=len(top_U))
+        point_1, parts_1U = pseudo_values(ratio, top_U[None], bottom_U[None])
+        return cls(float(point_1[0]), parts_1U[0], units=len(top_U))
 
     @classmethod
-    def log_ratio(cls, ratio: dict[str, float], prompts: int) -> Sample:
-        """The logarithm of a ratio that was recorded with its 95 % bootstrap interval over so many prompts."""
-        spread = math.log(ratio["high"] / ratio["low"])
-        return cls(mean=math.log(ratio["median"]), sem=spread / (2 * _normal(0.95)), of=prompts)
-
-    @property
-    def point(self) -> float:
-        if self.top_U is None or self.bottom_U is None:
-            return self.mean
-        return float(self.top_U.sum() / self.bottom_U.sum())
-
-    @property
-    def units(self) -> int:
-        return 0 if self.top_U is None else len(self.top_U)
+    def log_ratio(cls, recorded: dict[str, float], mode: dict[str, Any]) -> Sample:
+        """The logarithm of a ratio of a record's mode. Older records have a percentile interval and no "sem"."""
+        rate = cls.ratio(mode["per_prompt"]["tokens"], mode["per_prompt"]["passes"])
+        units, sem = rate.units, recorded.get("sem")
+        if sem is None:
+            half = math.log(recorded["high"] / recorded["low"]) / 2
+            sem = half / float(special.ndtri(0.975)) * math.sqrt(units / max(units - 1, 1))
+        point = math.log(recorded["median"])
+        assert rate.parts_U is not None
+        own = float(np.std(rate.parts_U, ddof=1)) / math.sqrt(units) if units > 1 else math.inf
+        if not own:
+            return cls(point, sem=sem, units=units)
+        return cls(point, point + (rate.parts_U - rate.parts_U.mean()) * (sem / own) if units > 1 else rate.parts_U)
 
     def scaled(self, by: float) -> Sample:
-        top_U = None if self.top_U is None else by * self.top_U
-        return Sample(top_U, self.bottom_U, by * self.mean, by * self.sem, self.of)
+        parts_U = None if self.parts_U is None else by * self.parts_U
+        return Sample(by * self.point, parts_U, by * self.sem, self.units)
 
-    def errors(self, side: int) -> Array:
-        """(S,) resampled values less `point`: by counts of units, or normal. side: 0 or 1, of two that are compared."""
-        return self.sem * _normals(side) if self.top_U is None else _resampled(self)
-
-
-@functools.lru_cache(maxsize=128)
-def _resampled(sample: Sample) -> Array:
-    """(S,) a ratio of sums, drawn by counts of units, less `point`."""
-    assert sample.top_U is not None and sample.bottom_U is not None
-    counts_SU = _counts(sample.units)
-    bottom_S = counts_SU @ sample.bottom_U
-    drawn_S = (counts_SU @ sample.top_U) / np.where(bottom_S > 0, bottom_S, 1.0)
-    return np.where(bottom_S > 0, drawn_S, sample.point) - sample.point
-
-
-@functools.lru_cache(maxsize=8)
-def _counts(units: int) -> Array:
-    """How often each unit is drawn, (S, U): one draw for everything measured on as many units."""
-    return drawn(units, np.random.default_rng(units), RESAMPLES)
-
-
-@functools.lru_cache(maxsize=2)
-def _normals(side: int) -> Array:
-    return np.random.default_rng(side).standard_normal(RESAMPLES)
-
-
-def _normal(level: float) -> float:
-    """The normal quantile of a two-sided interval."""
-    return float(special.ndtri((1 + level) / 2))
-
-
-def _expansion(units: int, level: float) -> float:
-    """By how much a percentile interval over so many units is too narrow."""
-    if not units:
-        return 1.0
-    return float(special.stdtrit(units - 1, (1 + level) / 2)) / _normal(level) * math.sqrt(units / (units - 1))
+    def minus(self, other: Sample) -> Sample:
+        """On the same units."""
+        point, units = self.point - other.point, max(self.units, other.units)
+        if self.parts_U is not None and other.parts_U is not None:
+            return Sample(point, self.parts_U - other.parts_U, units=units)
+        return Sample(point, sem=math.hypot(self.sem, other.sem), units=units)
 
 
 def estimate(samples: Sequence[Sample], level: float = 0.95) -> Interval:
-    """Mean over seeds; samples: one per seed, on the same rows or prompts."""
-    return _interval(tuple((sample, None) for sample in samples), level)
+    """Mean over seeds; samples: one per seed, on the same rows or prompts. Raises ValueError where there are none."""
+    if not samples:
+        raise ValueError("no seeds to estimate from")
+    point_S = np.asarray([sample.point for sample in samples])
+    parts = [sample.parts_U for sample in samples if sample.parts_U is not None]
+    if len(parts) == len(samples):
+        effect = Effect.of(point_S, np.stack(parts))
+    else:
+        spread = float(np.std(point_S, ddof=1)) if len(point_S) > 1 else 0.0
+        units = min((sample.units for sample in samples if sample.units), default=0)
+        within = math.inf if units == 1 else float(np.mean([sample.sem**2 for sample in samples]))
+        freedom = units - 1 if units else math.inf
+        effect = Effect(float(point_S.mean()), len(point_S), spread, spread**2, len(point_S) - 1, within, freedom)
+    return _made(effect, level)
 
 
 def contrast(pairs: Sequence[tuple[Sample, Sample]], level: float = 0.95) -> Interval:
     """Mean over seeds of first minus second; pairs: one per seed."""
-    return _interval(tuple(pairs), level)
+    return estimate([first.minus(second) for first, second in pairs], level)
 
 
-@functools.lru_cache(maxsize=8192)
-def _interval(pairs: tuple[tuple[Sample, Sample | None], ...], level: float) -> Interval:
-    """Raises ValueError where there is nothing to estimate."""
-    if not pairs:
-        raise ValueError("no seeds to estimate from")
-    points, errors = [], []
-    for first, second in pairs:
-        points.append(first.point - (second.point if second is not None else 0.0))
-        errors.append(first.errors(0) - second.errors(1) if second is not None else first.errors(0))
-    seeds = len(pairs)
-    units = min((sample.of for pair in pairs for sample in pair if sample is not None and sample.of), default=0)
-    mean = float(np.mean(points))
-    spread = float(np.std(points, ddof=1)) if seeds > 1 else 0.0
-    if units == 1:
-        return Interval(mean, -math.inf, math.inf, level, seeds, spread)
-    values_S = mean + _expansion(units, level) * np.mean(errors, axis=0)
-    low, high = (
-        _quantile(values_S, spread / math.sqrt(seeds), seeds - 1, q) for q in ((1 - level) / 2, (1 + level) / 2)
-    )
-    return Interval(mean, min(mean, low), max(mean, high), level, seeds, spread)
+def _made(effect: Effect, level: float, *common: float) -> Interval:
+    ends = effect.ends(level, *common)
+    return Interval(effect.mean, ends.low, ends.high, level, effect.seeds, effect.spread, effect)
 
 
-def _quantile(values_S: Array, scale: float, freedom: int, q: float) -> float:
-    """Of one of the values, each as likely, plus `scale` times Student's t with `freedom` degrees of freedom."""
-    if not scale:
-        return float(np.quantile(values_S, q))
-    tail = scale * float(special.stdtrit(freedom, q))
-    low, high = float(values_S.min()) + tail, float(values_S.max()) + tail
-    if high - low < 1e-12 * max(abs(low), abs(high), scale):
-        return low
-    return float(
-        optimize.brentq(lambda x: np.mean(_student(freedom, (x - values_S) / scale)) - q, low, high, xtol=1e-6 * scale)
-    )
+def together(found: Mapping[Key, Interval], level: float = 0.95, one_base: bool = False) -> dict[Key, Interval]:
+    """The same estimates at `level`, their seeds' variance pooled where it is common.
+
+    One whose variance is too large for that (Cochran's C test at 5%) keeps its own, and so do those of one seed.
+    one_base: all are held against the same cells, and so vary together (correlation 1/2): fewer degrees of freedom.
+    """
+    effects = {key: each.effect for key, each in found.items() if each.effect is not None}
+    pool = [effect for effect in effects.values() if effect.seeds > 1]
+    while _has_outlier(pool):
+        pool.remove(max(pool, key=lambda effect: effect.spread))
+    freedom = sum(effect.freedom for effect in pool)
+    between = sum(effect.between * effect.freedom for effect in pool) / max(freedom, 1)
+    if one_base:
+        freedom /= 1 + (len(pool) - 1) / 4
+    pooled = {}
+    for key, effect in effects.items():
+        made = _made(effect, level, *((between, freedom) if effect in pool else ()))
+        pooled[key] = made.exp() if found[key].is_ratio else made
+    return pooled
 
 
-def _student(freedom: int, t_S: Array) -> Array:
-    """Student's distribution function, by its closed forms (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    cosine_S = 1 / (1 + t_S * t_S / freedom)  # of the angle atan(t / sqrt(freedom)), squared
-    odd = freedom % 2
-    term_S = t_S / math.sqrt(freedom) * (cosine_S if odd else np.sqrt(cosine_S))
-    sum_S = np.zeros_like(t_S) if freedom == 1 else term_S.copy()
-    for power in range(2 + odd, freedom - 1, 2):
-        term_S = term_S * cosine_S * ((power - 1) / power)
-        sum_S += term_S
-    if odd:
-        sum_S = (np.arctan(t_S / math.sqrt(freedom)) + sum_S) * (2 / math.pi)
-    return (1 + sum_S) / 2
+def _has_outlier(pool: Sequence[Effect]) -> bool:
+    """W. G. Cochran, 1941: whether the largest of several variances is too large a share of their sum."""
+    total = sum(effect.spread**2 for effect in pool)
+    if len(pool) < 2 or not total:
+        return False
+    others, freedom = len(pool) - 1, min(effect.freedom for effect in pool)
+    limit = 1 / (1 + others / float(special.fdtri(freedom, others * freedom, 1 - 0.05 / len(pool))))
+    return max(effect.spread for effect in pool) ** 2 / total > limit
 
 
 def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | None:
@@ -228,11 +180,11 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         if rows[name]:
             return Sample.ratio(rows[name][int(which) - 1], rows["positions"])
         term = likelihood[name][int(which) - 1]
-        return Sample(mean=term["mean"], sem=term["sem"])
+        return Sample(term["mean"], sem=term["sem"])
     if name == "bits_per_byte":
         if rows["target_nll"] and sum(rows["bytes"] or ()):
             return Sample.ratio(np.asarray(rows["target_nll"]) / math.log(2), rows["bytes"])
-        return None if likelihood[name] is None else Sample(mean=likelihood[name])
+        return None if likelihood[name] is None else Sample(likelihood[name])
     if name == "joint_bits_per_byte":
         size, joint = _bytes_per_token(record), measured(record, "joint_nll")
         return None if size is None or joint is None else joint.scaled(1 / (record.horizon * math.log(2) * size))
@@ -241,12 +193,12 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         return None if size is None or rate is None else rate.scaled(size)
     if name == "kept":
         share = next((each for each in likelihood["kept_by_depth"] or () if each["depth"] == int(which)), None)
-        return None if share is None else Sample(mean=share["mean"], sem=share["sem"])
+        return None if share is None else Sample(share["mean"], sem=share["sem"])
     if name == "effective":
-        return Sample(mean=likelihood["weights"]["effective"])
+        return Sample(likelihood["weights"]["effective"])
     if name == "training":
         value = record["training"].get(which)
-        return None if value is None else Sample(mean=value)
+        return None if value is None else Sample(value)
     if decoded is None:
         return None
     if name == "tokens_per_pass":
@@ -254,7 +206,7 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
     if name == "accepted":
         return _accepted(decoded, int(which))
     assert name in RATIOS, f"unknown quantity {quantity!r}"
-    return None if decoded[name] is None else Sample.log_ratio(decoded[name], decoded["prompts"])
+    return None if decoded[name] is None else Sample.log_ratio(decoded[name], decoded)
 
 
 def _bytes_per_token(record: Record) -> float | None:
@@ -295,10 +247,14 @@ def shared_seeds(cells: Cells, other: Cells) -> list[int]:
 def difference(
     cells: Cells, other: Cells, quantity: str, mode: str = "sampling", level: float = 0.95
 ) -> Interval | None:
-    """First minus second, paired over `shared_seeds` and over rows or prompts; None where no seed has both."""
+    """First minus second, of RATIOS first over second, paired over `shared_seeds` and over rows or prompts; None where
+    no seed has both."""
     pairs = []
     for seed in shared_seeds(cells, other):
         first, second = measured(cells[seed], quantity, mode), measured(other[seed], quantity, mode)
         if first is not None and second is not None:
             pairs.append((first, second))
-    return contrast(pairs, level) if pairs else None
+    if not pairs:
+        return None
+    found = contrast(pairs, level)
+    return found.exp() if quantity in RATIOS else found

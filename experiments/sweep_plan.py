@@ -153,7 +153,8 @@ def refuse_mixed_data(plan: Plan, config: Config, sha256: str) -> None:
 
 def data_settings(config: Config) -> dict[str, Any]:
     """What decides the text and its tokens."""
-    return {"corpus": config.corpus, "tokenizer": config.data.tokenizer, "max_bytes": config.data.max_bytes}
+    data = config.data
+    return {"corpus": config.corpus} | {key: getattr(data, key) for key in ("tokenizer", "max_bytes", "release")}
 
 
 def refused_trunk(plan: Plan, trunk: Cell) -> str:

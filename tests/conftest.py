@@ -1,8 +1,6 @@
 """One thread, fixed seeds, no network: the same outcome on every machine."""
 
-import contextlib
 import os
-from collections.abc import Iterator
 
 # Before any library reads them; processes that tests start inherit them.
 os.environ |= {
@@ -26,7 +24,7 @@ import pytest
 import torch
 from made_records import suite, wider
 
-from experiments import records, stats
+from experiments import records
 from experiments.cost import CostModel
 from experiments.report import Report, render
 
@@ -53,27 +51,7 @@ def made_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(made_results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """The report on them: (folder, report)."""
     folder = tmp_path_factory.mktemp("figures")
-    with a_tenth_of_the_resamples():
-        return folder, render(made_results, folder)
-
-
-@pytest.fixture
-def few_resamples() -> Iterator[None]:
-    with a_tenth_of_the_resamples():
-        yield
-
-
-@contextlib.contextmanager
-def a_tenth_of_the_resamples() -> Iterator[None]:
-    """They are most of an interval's time."""
-    cached = (stats._counts, stats._normals, stats._resampled, stats._interval)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "RESAMPLES", stats.RESAMPLES // 10)
-        for each in cached:
-            each.cache_clear()
-        yield
-    for each in cached:
-        each.cache_clear()
+    return folder, render(made_results, folder)
 
 
 @pytest.fixture(scope="session")

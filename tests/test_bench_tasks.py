@@ -92,7 +92,7 @@ def test_the_command_writes_rows_table_and_figure(
     assert [(row["method"], row["mode"]) for row in rows] == [
         (m, k) for k in ("greedy", "T=1") for m in ("AR", "chain")
     ]
-    assert all(set(row) == ROW and set(row["speedup"]) == {"median", "low", "high"} for row in rows)
+    assert all(set(row) == ROW and set(row["speedup"]) == {"median", "low", "high", "sem"} for row in rows)
     assert rows[0]["prompts"] == 2 and rows[0]["accepted_by_depth"] == [] and len(rows[1]["accepted_by_depth"]) > 0
     out = capsys.readouterr().out
     assert "| mine | greedy | chain " in out and out.startswith((tmp_path / "new" / "bench.md").read_text()[:200])

@@ -130,6 +130,15 @@ def test_near_duplicates_and_copies_never_cross_splits(tmp_path: Path) -> None:
     assert len(set(kept)) == len(kept) and set(kept) == set(documents.texts)
 
 
+def test_every_release_holds_out_other_documents(tmp_path: Path) -> None:
+    documents, _ = planted()
+    found = [assign_splits(documents, config(tmp_path, data__release=n), progress=False)[0] for n in (0, 1, 2)]
+    held_out = [set(each["test"]) | set(each["validation"]) for each in found]
+    assert all(set(each["test"]) <= set(found[0]["train"]) for each in found[1:])
+    assert not held_out[0] & held_out[1] and not held_out[1] & held_out[2] and not held_out[0] & held_out[2]
+    assert all(10 < len(each["test"]) < 50 for each in found)
+
+
 def test_held_out_source_is_the_test_split_and_its_near_duplicates_leave(tmp_path: Path) -> None:
     documents, groups = planted(held_out=True)
     assignment, counts = assign_splits(documents, config(tmp_path), progress=False)

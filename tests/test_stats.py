@@ -18,7 +18,7 @@ from cpdlm.bench.intervals import (
     tokens_per_forward,
 )
 from experiments.records import Record
-from experiments.stats import Interval, Sample, difference, estimate, measured, over_seeds
+from experiments.stats import Interval, Sample, difference, estimate, measured, over_seeds, together
 
 
 def record(content: dict[str, Any]) -> Record:
@@ -55,21 +55,44 @@ def test_bits_per_byte_has_an_interval_where_rows_say_their_bytes() -> None:
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.2 / math.sqrt(60), rel=0.3)
 
 
-def test_seeds_and_prompts_add_as_a_brute_force_draw_has_it() -> None:
-    """99.4%, where draws of t with two degrees of freedom would say little: the tail is exact."""
-    samples = [Sample(mean=mean, sem=0.1) for mean in (1.0, 1.1, 1.3)]
-    generator = np.random.default_rng(0)
-    spread = np.std([1.0, 1.1, 1.3], ddof=1) / math.sqrt(3)
-    draws = 0.1 * generator.standard_normal(4_000_000) + spread * generator.standard_t(2, 4_000_000)
-    found = estimate(samples, 0.994)
-    assert found.mean == pytest.approx(3.4 / 3)
-    assert found.high - found.mean == pytest.approx(np.quantile(draws, 0.997), rel=0.02)
-    assert found.mean - found.low == pytest.approx(-np.quantile(draws, 0.003), rel=0.02)
+@pytest.mark.parametrize("settings", [1, 4])
+@pytest.mark.parametrize("seeds", [0.0, 1.0, 3.0])
+def test_three_seeds_and_sixteen_prompts_cover_the_truth_as_often_as_they_say(seeds: float, settings: int) -> None:
+    """Nominal 95%: 93 to 97% of 1,500 experiments, alone and with the seeds' variance pooled over settings.
+
+    seeds: standard deviation between seeds, in that between prompts, which is also that of a prompt from seed to seed.
+    """
+    generator, inside = np.random.default_rng(0), 0
+    for _ in range(1500):
+        found = {}
+        for setting in range(settings):
+            own_S1, prompts_P = generator.normal(0, seeds, (3, 1)), generator.normal(0, 1, 16)
+            rows_SP = own_S1 + prompts_P + generator.normal(0, 1, (3, 16))
+            found[setting] = estimate([Sample(float(row_P.mean()), row_P, units=16) for row_P in rows_SP])
+        first = together(found)[0]
+        inside += first.low < 0 < first.high
+    assert 0.93 <= inside / 1500 <= 0.97, inside
+
+
+def test_a_setting_whose_seeds_spread_more_keeps_its_own_variance() -> None:
+    calm = {name: estimate([Sample(value) for value in (0.0, 0.1, 0.2)]) for name in "abc"}
+    wild = estimate([Sample(value) for value in (0.0, 10.0, 20.0)])
+    found = together(calm | {"wild": wild})
+    assert found["wild"] == wild
+    assert found["a"] == together(calm)["a"] and found["a"].high < calm["a"].high
+    assert together(calm, one_base=True)["a"].high > found["a"].high, "fewer degrees of freedom"
+
+
+def speed_over(ratio: dict[str, float], prompts: int) -> Sample:
+    """Of a record of as many prompts, of which every second needs fewer forwards."""
+    passes = [10.0 + index % 2 for index in range(prompts)]
+    return Sample.log_ratio(ratio, {"per_prompt": {"tokens": [20.0] * prompts, "passes": passes}})
 
 
 def test_prompts_that_all_seeds_share_do_not_average_out() -> None:
-    one = Sample.log_ratio({"median": 1.2, "low": 1.1, "high": 1.3}, prompts=1000)
-    assert estimate([one, one, one]) == Interval(**vars(estimate([one])) | {"seeds": 3})
+    one = speed_over({"median": 1.2, "low": 1.1, "high": 1.3}, prompts=1000)
+    alone, three = estimate([one]), estimate([one, one, one])
+    assert (three.low, three.high) == pytest.approx((alone.low, alone.high))
 
 
 @pytest.mark.parametrize("prompts", [4, 8])
@@ -84,7 +107,7 @@ def test_an_interval_over_few_prompts_covers_the_truth_as_often_as_it_says(promp
 
 
 def test_one_prompt_says_nothing_about_others() -> None:
-    for sample in (Sample.ratio([3.0], [2.0]), Sample.log_ratio({"median": 1.5, "low": 1.4, "high": 1.6}, prompts=1)):
+    for sample in (Sample.ratio([3.0], [2.0]), speed_over({"median": 1.5, "low": 1.4, "high": 1.6}, prompts=1)):
         found = estimate([sample])
         assert (found.low, found.high) == (-math.inf, math.inf) and found.exp().low == 0.0
     assert Interval(1.5, -math.inf, math.inf, 0.95, 1).text() == "1.500 [-inf, inf]"
@@ -92,7 +115,7 @@ def test_one_prompt_says_nothing_about_others() -> None:
 
 def test_the_interval_of_a_recorded_ratio_is_expanded_as_well() -> None:
     ratio = {"median": 1.2, "low": 1.1, "high": 1.2**2 / 1.1}
-    wide, narrow = (estimate([Sample.log_ratio(ratio, prompts)]) for prompts in (4, 100_000))
+    wide, narrow = (estimate([speed_over(ratio, prompts)]) for prompts in (4, 100_000))
     assert narrow.exp().low == pytest.approx(1.1, rel=0.01)
     factor = (wide.high - wide.low) / (narrow.high - narrow.low)
     assert factor == pytest.approx(stats.t.ppf(0.975, 3) / 1.96 * math.sqrt(4 / 3), rel=1e-3)
@@ -100,9 +123,9 @@ def test_the_interval_of_a_recorded_ratio_is_expanded_as_well() -> None:
 
 def test_seeds_alone_give_the_t_interval() -> None:
     """Four exact values 1..4: mean 2.5, standard error 0.6455, t(3) = 3.182."""
-    found = estimate([Sample(mean=value) for value in (1.0, 2.0, 3.0, 4.0)])
+    found = estimate([Sample(value) for value in (1.0, 2.0, 3.0, 4.0)])
     assert (found.mean, found.seeds) == (2.5, 4)
-    assert (found.high - 2.5, 2.5 - found.low) == pytest.approx((3.182 * 0.6455,) * 2, rel=0.12)
+    assert (found.high - 2.5, 2.5 - found.low) == pytest.approx((3.182 * 0.6455,) * 2, rel=1e-3)
 
 
 def test_rows_alone_give_the_normal_interval_and_seeds_that_differ_a_wider_one() -> None:
@@ -111,17 +134,6 @@ def test_rows_alone_give_the_normal_interval_and_seeds_that_differ_a_wider_one()
     assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
     moved = estimate([Sample.ratio((values + shift).tolist(), [1.0] * 400) for shift in (-5, 0, 5)])
     assert moved.high - moved.low > 10 * (found.high - found.low)
-
-
-def test_coverage_with_three_seeds() -> None:
-    """95% intervals over 3 seeds and 40 rows cover the truth. 200 trials; below 0.90 has probability under 0.002."""
-    generator, inside = np.random.default_rng(4), 0
-    for _ in range(200):
-        rows = generator.normal(0, 0.3, 40)
-        samples = [Sample.ratio((rows + generator.normal(0, 0.2)).tolist(), [1.0] * 40) for _ in range(3)]
-        found = estimate(samples)
-        inside += found.low < 0 < found.high
-    assert inside >= 180, inside
 
 
 def test_pairing_removes_what_all_cells_share() -> None:
@@ -144,14 +156,14 @@ def test_texts_that_are_all_the_same_leave_no_doubt() -> None:
     assert found == {"mean": pytest.approx(2), "low": pytest.approx(2), "high": pytest.approx(2)}
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_each_of_seeds_draws_and_prompts_widens_the_interval(axis: int) -> None:
+@pytest.mark.parametrize("axis", [0, 2])
+def test_seeds_and_prompts_each_widen_the_interval(axis: int) -> None:
     spread = np.array([1.8, 1.9, 2.1, 2.2])
     shape = [3, 3, 3]
     shape[axis] = 4
     rate_HDP = np.ones(shape) * spread.reshape([4 if index == axis else 1 for index in range(3)])
     found = interval(tokens_per_forward, written(rate_HDP))
-    assert 1.8 < found["low"] < 1.93 < found["mean"] < 2.07 < found["high"] < 2.2
+    assert 1.6 < found["low"] < 1.8 < found["mean"] < 2.2 < found["high"] < 2.5
     assert found == interval(tokens_per_forward, written(rate_HDP)), "the same every time"
 
 

@@ -144,7 +144,6 @@ def test_controls_have_the_parameters_or_the_flops_of_what_they_are_held_against
     assert anchored[0] == pytest.approx(sizes(heads(code, 8, "cpu-heads", link="first"))[0], rel=0.01)
 
 
-@pytest.mark.usefixtures("few_resamples")
 def test_every_kind_of_cell_runs_to_a_valid_record(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

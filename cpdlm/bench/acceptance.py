@@ -15,10 +15,10 @@ from cpdlm.decoding import Decoded, Sampling, decode_batch
 from cpdlm.model.language_model import LanguageModel
 
 
-def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0) -> dict[str, Any]:
+def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int) -> dict[str, Any]:
     """The acceptance part of a record's mode. decoded: per prompt, its repeats.
 
-    Resampling is over prompts, each with all of its repeats: texts of one prompt are not independent.
+    Intervals are over prompts, each with all of its repeats: texts of one prompt are not independent.
     """
     runs = [run for prompt in decoded for run in prompt]
     tokens = [sum(len(run.tokens) for run in prompt) for prompt in decoded]
@@ -34,7 +34,7 @@ def acceptance(decoded: Sequence[Sequence[Decoded]], horizon: int, seed: int = 0
     return {
         "tokens": sum(tokens),
         "passes": sum(forwards),
-        "tokens_per_pass": of_ratio(tokens, forwards, seed),
+        "tokens_per_pass": of_ratio(tokens, forwards),
         "emitted_histogram": histogram,
         "acceptance_by_depth": [
             {

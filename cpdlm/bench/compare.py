@@ -2,17 +2,18 @@
 
 Every repeat runs, prompt after prompt, autoregressive decoding, each cell's speculative decoding and Hugging Face's
 generate on the same weights. The order rotates from repeat to repeat, so that a slow minute of the machine falls on all
-alike. Ratios are taken within a repeat; their median is reported, with a bootstrap interval over prompts and repeats.
+alike. Ratios are taken within a repeat; their median is reported, with an interval over prompts.
 Tokens are counted from the ids, forwards by a hook on the trunk. All run for the same number of tokens (nothing stops
 at an eos), with the same seed per (prompt, repeat). A call in which the process stood still (SIGSTOP, a laptop's lid)
 is made again. The time split comes from a separate repeat over a few prompts,
 with timers that synchronise.
 
-Letters: P prompts, K repeats, S resamples, T positions.
+Letters: P prompts, K repeats, T positions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.contenders import Contender, CountsItself, Ours, hugging_face, theirs
-from cpdlm.bench.intervals import bounds, drawn, summed
+from cpdlm.bench.intervals import Array, Effect, log_ratio, named, pseudo_values
 from cpdlm.bench.timers import PARTS, Timer, count_forwards, forward_milliseconds, undisturbed
 from cpdlm.config import DecodeConfig
 from cpdlm.decoding import Decoded, Sampling
@@ -38,7 +39,7 @@ SPLIT_PROMPTS = 4  # of which the time split is taken: shares of a decoding do n
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a comparison runs. draft, nodes: as `decode_batch` takes them. seed: of texts and resamples."""
+    """How a comparison runs. draft, nodes: as `decode_batch` takes them. seed: of texts."""
 
     new_tokens: int
     draft: str = "chain"
@@ -144,9 +145,9 @@ def measure(
 def _mode(
     model: LanguageModel, prompts_PT: Tensor, sampling: Sampling, protocol: Protocol, rivals: _Rivals
 ) -> dict[str, Any]:
-    base, ours, generate, seed = rivals.autoregressive, rivals.speculative, rivals.generate, protocol.seed
-    statistics = acceptance(ours.decoded, model.horizon, seed)
-    speedup = rate_ratio(ours, base, seed)
+    base, ours, generate = rivals.autoregressive, rivals.speculative, rivals.generate
+    statistics = acceptance(ours.decoded, model.horizon)
+    speedup = rate_ratio(ours, base)
     one, window = forward_milliseconds(model, prompts_PT, protocol.new_tokens)
     return {
         "temperature": sampling.temperature,
@@ -162,9 +163,9 @@ def _mode(
             "generate": generate.rate() if generate is not None else None,
         },
         "speedup": speedup,
-        "speedup_over_rank1": rate_ratio(ours, rivals.rank_one, seed) if rivals.rank_one is not None else None,
-        "speedup_over_trunk": rate_ratio(ours, rivals.trunk, seed) if rivals.trunk is not None else None,
-        "plain_over_generate": rate_ratio(base, generate, seed) if generate is not None else None,
+        "speedup_over_rank1": rate_ratio(ours, rivals.rank_one) if rivals.rank_one is not None else None,
+        "speedup_over_trunk": rate_ratio(ours, rivals.trunk) if rivals.trunk is not None else None,
+        "plain_over_generate": rate_ratio(base, generate) if generate is not None else None,
         "other_than_generate": _differing(ours, generate) if generate is not None and sampling.greedy else None,
         "conversion": speedup["median"] / statistics["tokens_per_pass"]["mean"],
         "conversion_limit": one / window,
@@ -289,22 +290,25 @@ def run_seed(seed: int, index: int, repeat: int) -> int:
     return (seed * 1_000_003 + index) * 1009 + repeat
 
 
-def rate_ratio(top: Timing, bottom: Timing, seed: int) -> dict[str, float]:
-    """{"median", "low", "high"}: the median over repeats of the tokens/s ratio, and the interval of total rates.
-
-    Prompts and repeats are resampled, the same ones for both contenders.
-    """
-    ratios_S = _resampled_rates(top, seed) / _resampled_rates(bottom, seed)
-    return {"median": float(np.median(top.rates() / bottom.rates()))} | bounds(ratios_S)
+def rate_ratio(top: Timing, bottom: Timing) -> dict[str, float]:
+    """{"median", "low", "high", "sem"}: the median over repeats of the tokens/s ratio, and the interval over prompts,
+    each with all of its repeats, of the ratio of total rates. sem: standard error of its logarithm."""
+    return _rates(float(np.median(top.rates() / bottom.rates())), top, bottom)
 
 
-def rate_interval(timing: Timing, seed: int) -> dict[str, float]:
-    """{"median", "low", "high"} of tokens/s, as `rate_ratio` has them."""
-    return {"median": timing.rate()} | bounds(_resampled_rates(timing, seed))
+def rate_interval(timing: Timing) -> dict[str, float]:
+    """The same of tokens/s."""
+    return _rates(timing.rate(), timing)
 
 
-def _resampled_rates(timing: Timing, seed: int) -> NDArray[np.float64]:
-    random = np.random.default_rng(seed)
-    times = [drawn(size, random) for size in np.shape(timing.seconds)]
-    tokens_KP, seconds_KP = (np.asarray(each, dtype=np.float64) for each in (timing.tokens, timing.seconds))
-    return summed(tokens_KP, times) / summed(seconds_KP, times)
+def _rates(median: float, *timings: Timing) -> dict[str, float]:
+    parts_1P = [np.sum(part, axis=0, keepdims=True, dtype=float) for t in timings for part in (t.tokens, t.seconds)]
+    effect = Effect.of(*pseudo_values(_log_rate, *parts_1P))
+    return named("median", median, effect, math.exp) | {
+        "sem": math.sqrt(effect.within) if math.isfinite(effect.within) else 0.0
+    }
+
+
+def _log_rate(tokens: Array, seconds: Array, *bottom: Array) -> Array:
+    """Less that of `bottom`, where there is one."""
+    return log_ratio(tokens, seconds) - (log_ratio(*bottom) if bottom else 0.0)

@@ -1,64 +1,121 @@
-"""One bootstrap for everything that is measured: units are drawn with replacement, and percentiles are taken.
+"""One interval for everything that is measured: Student's t around a mean over seeds and over units that they share.
 
-Axes that are crossed (seeds of the heads, draws, repeats, prompts) are each resampled by themselves. Whatever is
-compared gets the same draws, so that what it shares cancels. Few units on an axis say little about its spread: with two
-the interval is too narrow on that side.
+Units are prompts, rows or repeats. A statistic is a function of sums over units. Its pseudo-values (the jackknife of
+Tukey, 1958) say what each unit contributes, so that a ratio of sums is treated as a mean. Seeds and units are crossed:
+the variance of the mean is that of the seeds, that of the units, and their interaction, each once (the two-way layout
+of Searle, Variance Components, 1992, section 4.3). Each part enters the squared half-width with the t quantile of
+its own degrees of freedom (Graybill and Wang, 1980). Of one unit the interval is infinite; of one seed it covers the
+units alone.
 
-Letters: H seeds of the heads, D draws, K repeats, P prompts, U units, S resamples.
+Letters: H seeds of the heads, D draws, P prompts, S seeds, U units.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
-RESAMPLES = 2000
 Array = NDArray[np.float64]
 
 
-def drawn(units: int, random: np.random.Generator, resamples: int = RESAMPLES) -> Array:
-    """(S, U) how often each unit is in each resample."""
-    return random.multinomial(units, np.full(units, 1 / units), resamples).astype(np.float64)
+def pseudo_values(statistic: Callable[..., Array], *parts_SU: Array) -> tuple[Array, Array]:
+    """((S,) the statistic of each seed's sums, (S, U) its pseudo-values). One unit has none: they are infinite."""
+    units = parts_SU[0].shape[-1]
+    sums_S1 = [part_SU.sum(axis=-1, keepdims=True) for part_SU in parts_SU]
+    whole_S1 = np.asarray(statistic(*sums_S1))
+    if units == 1:
+        return whole_S1[:, 0], np.full_like(parts_SU[0], math.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        without_SU = statistic(*(sum_S1 - part_SU for sum_S1, part_SU in zip(sums_S1, parts_SU, strict=True)))
+    return whole_S1[:, 0], whole_S1 + (units - 1) * np.where(np.isfinite(without_SU), whole_S1 - without_SU, 0.0)
 
 
-def summed(values: Array, times: Sequence[Array]) -> Array:
-    """(S,) the sum of each resample. values: one axis per entry of `times`, (S, U) each."""
-    axes = "abc"[: values.ndim]
-    parts = ",".join([*(f"s{axis}" for axis in axes), axes])
-    return np.asarray(np.einsum(f"{parts}->s", *times, values, optimize=True))
+@dataclass(frozen=True)
+class Ends:
+    low: float
+    high: float
 
 
-def bounds(values_S: Array) -> dict[str, float]:
-    """{"low", "high"}: the 95 % percentile interval."""
-    low, high = np.percentile(values_S, [2.5, 97.5])
-    return {"low": float(low), "high": float(high)}
+@dataclass(frozen=True)
+class Effect:
+    """A mean over seeds and the two parts of its variance. Of one seed nothing is known of `between`.
+
+    spread: standard deviation of the seeds' values. between: its square, less what their own units' noise adds to it;
+    it may come out below 0. within: variance of the mean by its units. freedom_within: infinite where a standard error
+    was given.
+    """
+
+    mean: float
+    seeds: int
+    spread: float
+    between: float
+    freedom: float
+    within: float
+    freedom_within: float
+
+    @classmethod
+    def of(cls, point_S: Array, pseudo_SU: Array) -> Effect:
+        seeds, units = pseudo_SU.shape
+        mean, mixed = float(np.mean(point_S)), 0.0
+        spread = float(np.std(point_S, ddof=1)) if seeds > 1 else 0.0
+        if units == 1:
+            return cls(mean, seeds, spread, 0.0, seeds - 1, math.inf, 1)
+        within = float(np.var(pseudo_SU.mean(axis=0), ddof=1)) / units
+        if seeds > 1:
+            apart_SU = pseudo_SU - pseudo_SU.mean(axis=0) - pseudo_SU.mean(axis=1, keepdims=True) + pseudo_SU.mean()
+            mixed = float((apart_SU**2).sum()) / (seeds - 1) / (units - 1) / units
+        return cls(mean, seeds, spread, spread**2 - mixed, seeds - 1, within, units - 1)
+
+    def ends(self, level: float = 0.95, between: float | None = None, freedom: float | None = None) -> Ends:
+        """between, freedom: of several settings, where it is common to them."""
+        seeds = max(0.0, self.between if between is None else between) / self.seeds
+        freedom = self.freedom if freedom is None else freedom
+        q = (1 + level) / 2
+        half = math.sqrt(_share(seeds, freedom, q) + _share(self.within, self.freedom_within, q))
+        return Ends(self.mean - half, self.mean + half)
 
 
-def of_ratio(top: Sequence[float], bottom: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """{"mean", "low", "high"} of sum(top) / sum(bottom) over units (U,) that are resampled together."""
-    top_U, bottom_U = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
-    times = [drawn(len(top_U), np.random.default_rng(seed))]
-    return {"mean": float(top_U.sum() / bottom_U.sum())} | bounds(summed(top_U, times) / summed(bottom_U, times))
+def _share(variance: float, freedom: float, q: float) -> float:
+    """Of the squared half-width: each part of the variance has Student's t of its own degrees of freedom."""
+    if not variance:
+        return 0.0
+    return variance * float(special.stdtrit(freedom, q) if math.isfinite(freedom) else special.ndtri(q)) ** 2
 
 
-def of_median(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """{"median", "low", "high"} of the median over repeats (K,)."""
-    values_K = np.asarray(values, dtype=np.float64)
-    times_SK = drawn(len(values_K), np.random.default_rng(seed))
-    return {"median": float(np.median(values_K))} | bounds(medians(values_K, times_SK))
+def named(name: str, point: float, effect: Effect, change: Callable[[float], float] = float) -> dict[str, float]:
+    """{name, "low", "high"} at 95 %, the point alone where one unit leaves it without an interval.
+
+    A median may lie outside the interval of a mean, which then reaches to it."""
+    ends = effect.ends()
+    low, high = (change(end) if math.isfinite(end) else point for end in (ends.low, ends.high))
+    return {name: point, "low": min(point, low), "high": max(point, high)}
 
 
-def medians(values_K: Array, times_SK: Array) -> Array:
-    """(S,) the median of each resample."""
-    order, half = values_K.argsort(), len(values_K) / 2
-    reached_SK = times_SK[:, order].cumsum(axis=1)
-    # The two middle values of each resample; of an odd number they are one.
-    middle = [values_K[order][(reached_SK >= rank).argmax(axis=1)] for rank in (np.ceil(half), np.floor(half) + 1)]
-    return np.asarray((middle[0] + middle[1]) / 2)
+def ratio(top: Array, bottom: Array) -> Array:
+    return top / bottom
+
+
+def log_ratio(top: Array, bottom: Array) -> Array:
+    return np.asarray(np.log(top / bottom))
+
+
+def of_ratio(top: Sequence[float], bottom: Sequence[float]) -> dict[str, float]:
+    """{"mean", "low", "high"} of sum(top) / sum(bottom) over units (U,), of what is above 0."""
+    parts = [np.asarray([each], dtype=np.float64) for each in (top, bottom)]
+    effect = Effect.of(*pseudo_values(log_ratio, *parts))
+    return named("mean", math.exp(effect.mean), effect, math.exp)
+
+
+def of_median(values: Sequence[float]) -> dict[str, float]:
+    """{"median", "low", "high"} over repeats (K,) of what is above 0; the interval is that of the geometric mean."""
+    logs_1K = np.log(np.asarray([values], dtype=np.float64))
+    return named("median", float(np.median(values)), Effect.of(logs_1K.mean(axis=1), logs_1K), math.exp)
 
 
 @dataclass(frozen=True)
@@ -78,13 +135,15 @@ class Written:
             raise ValueError(f"tokens, forwards and seconds have the shapes {shapes}, not one (H, D, P)")
         return cls(*arrays)
 
-    def totals(self, add: Callable[[Array], Array]) -> Totals:
-        return Totals(add(self.tokens_HDP), add(self.forwards_HDP), add(self.seconds_HDP))
+    def parts(self, seeds: int) -> list[Array]:
+        """(H, P) tokens, forwards and seconds: a prompt with all its draws."""
+        parts = (self.tokens_HDP, self.forwards_HDP, self.seconds_HDP)
+        return [np.broadcast_to(part_HDP.sum(axis=1), (seeds, part_HDP.shape[2])) for part_HDP in parts]
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the texts of each resample, or over all texts."""
+    """Sums over texts."""
 
     tokens: Array
     forwards: Array
@@ -112,28 +171,29 @@ def more_per_forward(one: Totals, other: Totals) -> Array:
     return tokens_per_forward(one) - tokens_per_forward(other)
 
 
-def interval(statistic: Callable[..., Array], *written: Written, seed: int = 0) -> dict[str, float]:
-    """{"mean", "low", "high"}: of all texts, and the 95 % interval over seeds, draws and prompts.
+def interval(statistic: Callable[..., Array], *written: Written) -> dict[str, float]:
+    """{"mean", "low", "high"}: of all texts, and the 95 % interval over seeds and prompts.
 
-    statistic takes one `Totals` per Written. Raises ValueError where their draws and prompts differ, or where there is
-    more than one number of seeds above 1.
+    statistic takes one `Totals` per Written; all but `more_per_forward` are ratios, taken in logarithms. Raises
+    ValueError where their draws and prompts differ, or where there is more than one number of seeds above 1.
     """
     shapes = {each.tokens_HDP.shape[1:] for each in written}
     seeds = {each.tokens_HDP.shape[0] for each in written} - {1}
     if len(shapes) != 1 or len(seeds) > 1:
         raise ValueError(f"not the same texts: {[each.tokens_HDP.shape for each in written]} (seeds, draws, prompts)")
-    ((draws, prompts),) = shapes
-    random = np.random.default_rng(seed)
-    times_SH, *others = (drawn(size, random) for size in (max(seeds, default=1), draws, prompts))
+    parts = [part for each in written for part in each.parts(max(seeds, default=1))]
+    mean = float(statistic(*_threes([part.sum() for part in parts])))
+    if statistic is more_per_forward:
+        return named("mean", mean, Effect.of(*pseudo_values(lambda *sums: statistic(*_threes(sums)), *parts)))
+    effect = Effect.of(*pseudo_values(lambda *sums: np.log(statistic(*_threes(sums))), *parts))
+    return named("mean", mean, effect, math.exp)
 
-    def resampled(counts_HDP: Array) -> Array:
-        own_SH = times_SH if counts_HDP.shape[0] == times_SH.shape[1] else np.ones((RESAMPLES, 1))
-        return summed(counts_HDP, [own_SH, *others])
 
-    mean = statistic(*(each.totals(lambda counts_HDP: np.asarray(counts_HDP.sum())) for each in written))
-    return {"mean": float(mean)} | bounds(statistic(*(each.totals(resampled) for each in written)))
+def _threes(sums: Sequence[Array]) -> list[Totals]:
+    return [Totals(*sums[first : first + 3]) for first in range(0, len(sums), 3)]
 
 
 def by_seed(statistic: Callable[[Totals], Array], written: Written) -> list[float]:
     """The statistic of each seed's heads."""
-    return [float(each) for each in statistic(written.totals(lambda counts_HDP: counts_HDP.sum(axis=(1, 2))))]
+    parts = written.parts(len(written.tokens_HDP))
+    return [float(each) for each in statistic(Totals(*(part_HP.sum(axis=1) for part_HP in parts)))]

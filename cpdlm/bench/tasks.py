@@ -51,13 +51,13 @@ class Comparison:
         models, tick = {"model": self.setup.model, "plain": self.setup.plain}, self.progress.tick
         found = interleaved(keys, models, self._prompts(), protocol, self._say, tick)
         timings = {name: timing for (name, _), timing in found.items()}
-        base, generate, seed = timings[AUTOREGRESSIVE], timings.get(GENERATE), protocol.seed
+        base, generate = timings[AUTOREGRESSIVE], timings.get(GENERATE)
         return [
-            self._entry(name, _by_prompt(timing.tokens), _by_prompt(timing.forwards), timing.decoded, seed)
+            self._entry(name, _by_prompt(timing.tokens), _by_prompt(timing.forwards), timing.decoded)
             | {
-                "tokens_per_second": rate_interval(timing, seed),
-                "speedup": rate_ratio(timing, base, seed),
-                "speedup_over_generate": rate_ratio(timing, generate, seed) if generate is not None else None,
+                "tokens_per_second": rate_interval(timing),
+                "speedup": rate_ratio(timing, base),
+                "speedup_over_generate": rate_ratio(timing, generate) if generate is not None else None,
                 "other_than_autoregressive": _differing(timing, base) if self.mode == "greedy" else None,
                 "seconds": timing.seconds,
             }
@@ -76,7 +76,7 @@ class Comparison:
                 self.progress.tick(len(some))
             tokens = [len(text.tokens if isinstance(text, Decoded) else text) for text, _ in texts]
             decoded = [[text] if isinstance(text, Decoded) else [] for text, _ in texts]
-            entries.append(self._entry(name, tokens, [forwards for _, forwards in texts], decoded, seed))
+            entries.append(self._entry(name, tokens, [forwards for _, forwards in texts], decoded))
         return entries
 
     def _runs(self, name: str) -> str:
@@ -92,13 +92,11 @@ class Comparison:
         if "again" in line:
             self.progress.say(line)
 
-    def _entry(
-        self, name: str, tokens: list[int], forwards: list[int], decoded: Sequence[Sequence[Decoded]], seed: int
-    ) -> Entry:
+    def _entry(self, name: str, tokens: list[int], forwards: list[int], decoded: Sequence[Sequence[Decoded]]) -> Entry:
         """Without times. tokens, forwards: per prompt, all repeats together; forwards 0 where they cannot be seen."""
         depths: list[dict[str, int]] = []
         if all(decoded):
-            statistics = acceptance(decoded, len(decoded[0][0].reached) + 1, seed)
+            statistics = acceptance(decoded, len(decoded[0][0].reached) + 1)
             depths = [each for each in statistics["acceptance_by_depth"] if each["reached"]]
         return {
             "task": self.task.name,
@@ -107,7 +105,7 @@ class Comparison:
             "prompts": len(tokens),
             "tokens": tokens,
             "forwards": forwards if all(forwards) else None,
-            "tokens_per_forward": of_ratio(tokens, forwards, seed) if all(forwards) else None,
+            "tokens_per_forward": of_ratio(tokens, forwards) if all(forwards) else None,
             "acceptance_by_depth": depths,
             "tokens_per_second": None,
             "speedup": None,

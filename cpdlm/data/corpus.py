@@ -51,8 +51,8 @@ def load_corpus(config: Config, progress: bool = True) -> Corpus:
 
 def _request(config: Config) -> dict[str, Any]:
     """The settings that the tokens depend on."""
-    column = {"column": config.data.column} if config.data.column else {}
-    return {"corpus": config.corpus, "tokenizer": _tokenizer_name(config), "max_bytes": config.data.max_bytes} | column
+    more = {key: value for key in ("column", "release") if (value := getattr(config.data, key))}
+    return {"corpus": config.corpus, "tokenizer": _tokenizer_name(config), "max_bytes": config.data.max_bytes} | more
 
 
 def _tokenizer_name(config: Config) -> str:

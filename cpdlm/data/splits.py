@@ -27,8 +27,9 @@ def assign_splits(
     """Indices of each split's documents in hash order, and counts of what was left out.
 
     Whole-document copies are dropped (a held-out one stays). A cluster of near-duplicates goes where the hash of the
-    cluster sends it: about 90 % train, 5 % validation, 5 % test. Where packages are held out, they alone are the test
-    split, near-duplicates of theirs are dropped, and the other documents are 95 % train. ConfigError below 3 clusters.
+    cluster sends it: about 90 % train, 5 % validation, 5 % test, others for every `data.release`. Where packages are
+    held out, they alone are the test split, near-duplicates of theirs are dropped, and the other documents are 95 %
+    train. ConfigError below 3 clusters.
     """
     hashes = document_hashes(documents.texts)
     # Held-out documents first, so that of two copies theirs is kept.
@@ -38,6 +39,7 @@ def assign_splits(
     labels = clusters(Chosen(documents.texts, unique), progress)
     # Of a cluster, `unique` holds the lowest hash first, and labels name the lowest index.
     share = mix(hashes[np.array(unique)][labels] if unique else np.zeros(0, np.uint64)) / 2.0**64
+    share = (share - 2 * HELD_OUT_SHARE * config.data.release) % 1.0
     held_out = np.array([documents.sources[i] in documents.held_out for i in unique], dtype=bool)
     touched = np.isin(labels, labels[held_out])
     counts = {

@@ -88,9 +88,9 @@ def baselines(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[dict[str,
                 "passes": int(mine.written.forwards_HDP.sum()),
             }
             if all(mine.decoded):
-                one |= acceptance(mine.decoded, method.horizon, seed)
-            one |= rate_entry(mine.written, seed) | speed_entry(mine.written, base, seed)
-            one["speedup_over_generate"] = interval(speedup, mine.written, generate, seed=seed)
+                one |= acceptance(mine.decoded, method.horizon)
+            one |= rate_entry(mine.written) | speed_entry(mine.written, base)
+            one["speedup_over_generate"] = interval(speedup, mine.written, generate)
             entry["modes"][mode] = one | _memory(method.racers[mode][0], bench.prompts["test"][0], seed)
     return entries
 

@@ -40,7 +40,7 @@ def speeds(bench: Bench) -> list[dict[str, Any]]:
 
 def _race(bench: Bench, mode: str, split: str, draws: int) -> list[dict[str, dict[str, Any]]]:
     """Per heads, by drafter: its part of the record."""
-    sampling, seed = SAMPLINGS[mode], bench.seed
+    sampling = SAMPLINGS[mode]
     names = [distinct(DRAFTERS[mode], heads) for heads in bench.heads]
     racers = {AUTOREGRESSIVE: bench.autoregressive(sampling)} | {
         f"{index} {drafter}": bench.speculative(heads, sampling, drafter)
@@ -52,12 +52,12 @@ def _race(bench: Bench, mode: str, split: str, draws: int) -> list[dict[str, dic
     def entry(index: int, drafter: str) -> dict[str, Any]:
         mine, chain = raced[f"{index} {drafter}"], raced[f"{index} chain"].written
         return (
-            acceptance(mine.decoded, bench.heads[index].horizon, seed)
-            | rate_entry(mine.written, seed)
-            | speed_entry(mine.written, raced[AUTOREGRESSIVE].written, seed)
+            acceptance(mine.decoded, bench.heads[index].horizon)
+            | rate_entry(mine.written)
+            | speed_entry(mine.written, raced[AUTOREGRESSIVE].written)
             | {
-                "tokens_per_pass_over_chain": interval(more_per_forward, mine.written, chain, seed=seed),
-                "speed_over_chain": interval(speedup, mine.written, chain, seed=seed),
+                "tokens_per_pass_over_chain": interval(more_per_forward, mine.written, chain),
+                "speed_over_chain": interval(speedup, mine.written, chain),
             }
         )
 
@@ -108,7 +108,7 @@ def accepted(bench: Bench) -> list[dict[str, Any]]:
                 if heads.rank > 1 and kin in of_rank1:  # its window and path are its chain
                     others["rank1"] = of_rank1[kin].get(drafter, of_rank1[kin]["chain"])
                 over = {
-                    f"tokens_per_pass_over_{name}": interval(more_per_forward, one, other, seed=bench.seed)
+                    f"tokens_per_pass_over_{name}": interval(more_per_forward, one, other)
                     for name, other in others.items()
                 }
                 rows.append(heads.label | {"mode": mode, "strategy": drafter} | counts | over)
@@ -123,7 +123,7 @@ def _accepted(heads: Heads, sampling: Sampling, drafter: str, bench: Bench) -> t
     tokens = [[[len(one.tokens) for one in draw] for draw in of_seed] for of_seed in by_draw]
     forwards = [[[one.forwards for one in draw] for draw in of_seed] for of_seed in by_draw]
     written = Written.of(tokens, forwards, forwards)  # no seconds: rows of a batch share them
-    return acceptance(pooled(texts), heads.horizon, bench.seed) | rate_entry(written, bench.seed), written
+    return acceptance(pooled(texts), heads.horizon) | rate_entry(written), written
 
 
 def agreements(bench: Bench) -> list[dict[str, Any]]:

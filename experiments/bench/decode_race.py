@@ -82,7 +82,7 @@ class Bench:
 
     @property
     def seed(self) -> int:
-        """Of draws and resamples."""
+        """Of draws."""
         return int(self.options.seeds[0])
 
     def decoder(self, model: DraftingModel, sampling: Sampling, draft: str | Maker) -> Contender:
@@ -133,18 +133,18 @@ def pooled(by_seed: Sequence[Sequence[Sequence[Decoded]]]) -> list[list[Decoded]
     return [[one for draws in prompt for one in draws] for prompt in zip(*by_seed, strict=True)]
 
 
-def rate_entry(written: Written, seed: int) -> dict[str, Any]:
+def rate_entry(written: Written) -> dict[str, Any]:
     return {
-        "tokens_per_pass": interval(tokens_per_forward, written, seed=seed),
+        "tokens_per_pass": interval(tokens_per_forward, written),
         "by_seed": by_seed(tokens_per_forward, written),
     }
 
 
-def speed_entry(written: Written, autoregressive: Written, seed: int) -> dict[str, Any]:
+def speed_entry(written: Written, autoregressive: Written) -> dict[str, Any]:
     return {
-        "tokens_per_second": interval(tokens_per_second, written, seed=seed)["mean"],
-        "speedup": interval(speedup, written, autoregressive, seed=seed),
-        "conversion": interval(speedup_per_token_per_forward, written, autoregressive, seed=seed),
+        "tokens_per_second": interval(tokens_per_second, written)["mean"],
+        "speedup": interval(speedup, written, autoregressive),
+        "conversion": interval(speedup_per_token_per_forward, written, autoregressive),
     }
 
 

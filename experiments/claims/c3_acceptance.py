@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments import star
-from experiments.claims.equal_time import equal_time
+from experiments.claims.equal_cost import equal_cost
 from experiments.claims.ranks import at_top_rank, judged, over_ranks, trend
 from experiments.claims.verdict import Claim, Number, Verdict
 from experiments.families import Family
@@ -35,13 +35,13 @@ CLAIM = Claim(
 
 
 def judge(families: Sequence[Family]) -> list[Verdict]:
-    """A row per setting, and one at equal wall-clock where there is one."""
+    """A row per setting, and those at equal cost where there are such cells."""
     return over_ranks(CLAIM, families, _rows)
 
 
 def _rows(family: Family, ours: list[Family]) -> list[Verdict]:
     row = judged(CLAIM, family, trend)
-    return [replace(row, beside=[*row.beside, *_own_target(family, ours)]), *equal_time(CLAIM, family, ours)]
+    return [replace(row, beside=[*row.beside, *_own_target(family, ours)]), *equal_cost(CLAIM, family, ours)]
 
 
 def _own_target(family: Family, ours: list[Family]) -> list[Number]:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments import pretrained
-from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Number, Verdict, percent
+from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Number, Verdict, cited, percent
 from experiments.families import Cells, Family
 from experiments.records import Record, counted
-from experiments.stats import Interval, over_seeds
+from experiments.stats import Interval, over_seeds, together
 
 CLAIM = Claim(
     id="C6",
@@ -20,13 +20,14 @@ CLAIM = Claim(
     question="Do trained heads make a pretrained model faster than autoregressive decoding?",
     expected="heads alone make a pretrained model decode faster",
     statistic="speed-up when sampling, over autoregressive decoding of the pretrained model, measured side by side",
-    rule="holds: for some rank the interval (95%, corrected for the number of ranks) is above 1; contradicted: for "
-    "every rank it is below 1",
+    rule="holds: for some rank the interval (95%, corrected for the number of ranks) is above 1; no difference: for "
+    "every rank it is inside ±2%; contradicted: for every rank it is below 1",
     quantity="speedup",
     unit="x",
     target="pretrained",
     figure="readme",
     arms=(pretrained.retrofit,),
+    margin=0.02,
     digits=2,
 )
 
@@ -62,15 +63,15 @@ def row(claim: Claim, family: Family, variant: str, finding: Finding, beside: Se
         claim,
         f"{family.label}, {variant}, {said}",
         beside=beside,
-        records=[record.path for record in family.records(variant)],
         seeds=fewest,
+        **cited(family.records(variant)),
     )
 
 
 def _row(family: Family, variant: str) -> Verdict:
     cells = family.by_rank(variant)
     level = 1 - 0.05 / len(cells)  # Bonferroni over the ranks
-    speeds = {rank: over_seeds(by_seed, CLAIM.quantity, level=level) for rank, by_seed in cells.items()}
+    speeds = {rank: over_seeds(by_seed, CLAIM.quantity) for rank, by_seed in cells.items()}
     found = some_rank(CLAIM, speeds, level, "autoregressive decoding")
     why, beside = _why(family.horizon, cells)
     found = replace(found, reason="; ".join(part for part in (found.reason, *why) if part))
@@ -86,15 +87,17 @@ def _row(family: Family, variant: str) -> Verdict:
 
 
 def some_rank(claim: Claim, found: dict[int, Interval | None], level: float, rival: str) -> Finding:
-    """Whether for some rank the ratio is surely above 1. found: at `level`, None where it was not measured."""
-    ratios = {rank: interval for rank, interval in found.items() if interval is not None}
+    """Whether for some rank the ratio is surely above 1, judged at `level`. found: None where it was not measured."""
+    ratios = together({rank: interval for rank, interval in found.items() if interval is not None}, level)
     if not ratios:
         return Finding(NOT_RUN, f"no speed over {rival} was measured")
     faster = {rank: interval for rank, interval in ratios.items() if interval.low > 1}
     best = max(faster or ratios, key=lambda rank: ratios[rank].mean)
     numbers = [claim.number(f"rank {best} over {rival} {percent(level)}:", ratios[best])]
-    if faster:
+    if faster and not all(claim.is_nothing(interval) for interval in ratios.values()):
         return Finding(HOLDS, "", numbers)
+    if len(ratios) == len(found) and all(claim.is_nothing(interval) for interval in ratios.values()):
+        return claim.no_difference(numbers)
     undecided = [interval for interval in ratios.values() if interval.high >= 1]
     if undecided:
         return claim.underpowered(undecided, "for no rank is the interval above 1, and for some not below", numbers)

@@ -4,10 +4,21 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Number, Verdict, sign, trained
+from experiments.claims.verdict import (
+    CONTRADICTED,
+    HOLDS,
+    NOT_RUN,
+    Claim,
+    Finding,
+    Number,
+    Verdict,
+    cited,
+    sign,
+    trained,
+)
 from experiments.families import Cells, Family
 from experiments.records import counted
-from experiments.stats import difference, over_seeds, shared_seeds
+from experiments.stats import difference, over_seeds, shared_seeds, together
 
 Rule = Callable[[Claim, dict[int, Cells]], Finding]
 Rows = Callable[[Family, list[Family]], list[Verdict]]
@@ -42,8 +53,8 @@ def judged(claim: Claim, family: Family, rule: Rule) -> Verdict:
         claim,
         f"{family.label}, {counted(len(shared), 'seed')}",
         beside=beside,
-        records=[record.path for record in family.records("untied")],
         seeds=len(shared),
+        **cited(family.records("untied")),
     )
 
 
@@ -56,22 +67,25 @@ def _means(claim: Claim, cells: dict[int, Cells], mode: str) -> list[Number]:
 
 
 def trend(claim: Claim, cells: dict[int, Cells]) -> Finding:
-    """The top rank against rank 1 has the wanted sign, and no step from one rank to the next surely has the other one
-    (95% over all steps)."""
-    total = difference(cells[claim.top], cells[1], claim.quantity)
+    """The top rank against rank 1 has the wanted sign, and no step from one rank to the next surely has the other one;
+    each at 95%, the seeds' variance pooled over the steps and the whole."""
+    ranks, apart = [rank for rank in sorted(cells) if rank <= claim.top], ""
+    asked = {(1, claim.top), *itertools.pairwise(ranks)}
+    gaps = {(low, high): difference(cells[high], cells[low], claim.quantity) for low, high in sorted(asked)}
+    found = together({pair: gap for pair, gap in gaps.items() if gap is not None}, one_base=True)
+    total = found.get((1, claim.top))
     if total is None:
         return Finding(NOT_RUN, f"the records hold no {claim.quantity}")
     numbers = [claim.number(f"rank {claim.top} - rank 1:", total, sign=True)]
-    ranks, apart = [rank for rank in sorted(cells) if rank <= claim.top], ""
     for low, high in itertools.pairwise(ranks):
-        step = difference(cells[high], cells[low], claim.quantity, level=1 - 0.05 / (len(ranks) - 1))
+        step = found.get((low, high))
         if step is None:
             apart = apart or f"rank {high} shares no seed with rank {low}"
         elif sign(step) == -claim.wanted:
             numbers.append(claim.number(f"rank {high} - rank {low}:", step, sign=True))
             return Finding(CONTRADICTED, f"the step from rank {low} to rank {high} goes the other way", numbers)
-    found = claim.signed(total, numbers)
-    return Finding(NOT_RUN, apart, numbers) if apart and found.word == HOLDS else found
+    finding = claim.signed(total, numbers)
+    return Finding(NOT_RUN, apart, numbers) if apart and finding.word == HOLDS else finding
 
 
 def at_top_rank(verdict: Verdict) -> tuple[str, str]:

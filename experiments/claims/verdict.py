@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from experiments.families import Family
 from experiments.records import Record, counted
@@ -13,6 +14,7 @@ from experiments.suite import Arm
 
 HOLDS, CONTRADICTED, NO_DIFFERENCE = "holds", "contradicted", "no difference"
 UNDERPOWERED, NOT_RUN = "underpowered", "not run"
+RULED = "2026-11-29T02:30"  # margins from what matters to a user; seeds' variance pooled; "every" is not corrected
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Verdict(Finding):
     """The finding of a claim in one setting (what its records share).
 
     numbers decide; beside are reported next to them. expected: what the paper says of this setting, where that is not
-    what it says of the claim.
+    what it says of the claim. started: when the first of its records began.
     """
 
     claim: Claim
@@ -75,10 +77,21 @@ class Verdict(Finding):
     records: list[str] = field(default_factory=list)
     seeds: int = 0
     expected: str = ""
+    started: str = ""
 
     @property
     def verdict(self) -> str:
         return f"{self.phrase}: {self.reason}" if self.reason else self.phrase
+
+    @property
+    def visible(self) -> str:
+        """The smallest effect that its deciding intervals could have shown."""
+        return visible([number.interval for number in self.numbers], self.claim.unit) if self.numbers else "-"
+
+    @property
+    def is_ruled_after(self) -> bool:
+        """Its rule is younger than its records."""
+        return bool(self.started) and self.started < self.claim.ruled
 
     def measured(self) -> str:
         return "; ".join(number.text() for number in self.numbers) or "nothing"
@@ -92,9 +105,10 @@ class Claim:
     file has the same as code. figure: the name of the figure that shows it. arms, gpu_arms: of cells that answer it,
     on two cores and on a GPU. quantity: of `experiments.stats.measured`, in `unit` ("x" for ratios). target: "own"
     (trained with the heads), "common" (frozen, the same for every rank), "any", "pretrained" or "timing". wanted: the
-    sign of the difference that the paper expects. margin: in units of the statistic; a difference that surely lies
-    inside it counts as none. top: the rank held against rank 1. seeds: fewer decide nothing; with one, intervals are
-    over rows or prompts alone, and the setting says `1 seed`. part: tells two questions of one claim apart.
+    sign of the difference that the paper expects. margin: in units of the statistic, of a ratio a share; a difference
+    that surely lies inside it counts as none. top: the rank held against rank 1. seeds: fewer decide nothing; with one,
+    intervals are over rows or prompts alone, and the setting says `1 seed`. part: tells two questions of one claim
+    apart. ruled: when the rule last changed (UTC; results/LOG.md tells how).
     """
 
     id: str
@@ -114,6 +128,7 @@ class Claim:
     top: int = 8
     seeds: int = 1
     part: str = ""
+    ruled: str = RULED
 
     @property
     def name(self) -> str:
@@ -124,22 +139,17 @@ class Claim:
 
     def is_nothing(self, gap: Interval) -> bool:
         """Surely inside the margin: counts as no difference, whatever its sign."""
-        return -self.margin < gap.low and gap.high < self.margin
+        low, high = (-self.margin, self.margin) if self.unit != "x" else (1 - self.margin, 1 + self.margin)
+        return low < gap.low and gap.high < high
 
     def no_difference(self, numbers: Numbers) -> Finding:
-        return Finding(NO_DIFFERENCE, "", numbers, f"within ±{self.margin:g} {self.unit}")
+        size = f"{self.margin:.0%}" if self.unit == "x" else f"{self.margin:g} {self.unit}"
+        return Finding(NO_DIFFERENCE, "", numbers, f"within ±{size}")
 
     def underpowered(self, open_: Iterable[Interval], reason: str, numbers: Numbers = ()) -> Finding:
         """open_: the intervals that decide nothing, at least one. What could have been seen is the largest half-width
         among them, for ratios as a factor: an effect of that size would have moved its interval clear of no effect."""
-        if self.unit == "x":
-            widest = max(math.sqrt(interval.high / interval.low) for interval in open_)
-            size = f"{widest:.2f}x"
-        else:
-            widest = max((interval.high - interval.low) / 2 for interval in open_)
-            size = f"{widest:.2g} {self.unit}"
-        seen = f"{size} or more" if math.isfinite(widest) else "nothing: one row or prompt has no interval"
-        return Finding(UNDERPOWERED, reason, numbers, f"(could have seen {seen})")
+        return Finding(UNDERPOWERED, reason, numbers, f"(could have seen {visible(open_, self.unit)})")
 
     def signed(self, gap: Interval, numbers: Numbers) -> Finding:
         """Of one difference that should have the wanted sign."""
@@ -149,7 +159,8 @@ class Claim:
             return Finding(HOLDS, "", numbers)
         if sign(gap) == -self.wanted:
             return Finding(CONTRADICTED, "the difference goes the other way", numbers)
-        return self.underpowered([gap], "the interval includes 0 and reaches beyond the margin", numbers)
+        same = "1" if gap.is_ratio else "0"
+        return self.underpowered([gap], f"the interval includes {same} and reaches beyond the margin", numbers)
 
     def too_few(self, seeds: int, intervals: Iterable[Interval], numbers: Numbers = ()) -> Finding | None:
         """Where there are fewer seeds than the rule needs: nothing is decided, whatever the intervals."""
@@ -193,6 +204,26 @@ def headline(verdicts: Sequence[Verdict], shorten: Callable[[Verdict], tuple[str
     return Answer(verdicts[0].claim, answer, number)
 
 
+def visible(intervals: Iterable[Interval], unit: str) -> str:
+    """The largest half-width, for ratios as a factor: an effect of that size moves its interval clear of none."""
+    if unit == "x":
+        widest = max(math.sqrt(each.high / each.low) if each.low > 0 else math.inf for each in intervals)
+        size = f"{widest:.2f}x"
+    else:
+        widest = max((each.high - each.low) / 2 for each in intervals)
+        size = f"{widest:.2g} {unit}"
+    return f"{size} or more" if math.isfinite(widest) else "nothing: one row or prompt has no interval"
+
+
+def cited(records: Iterable[Record]) -> dict[str, Any]:
+    """The fields of a verdict that say what it rests on."""
+    those = list(records)
+    return {
+        "records": [record.path for record in those],
+        "started": min((str(record["started"]) for record in those), default=""),
+    }
+
+
 def trained(families: Sequence[Family]) -> list[Family]:
     """Families on trunks of ours whose cells were trained, not only timed."""
     return [family for family in families if not family.is_pretrained and not family.is_timing]
@@ -203,7 +234,9 @@ def on_gpu(family: Family) -> bool:
 
 
 def sign(interval: Interval) -> int:
-    return 1 if interval.low > 0 else -1 if interval.high < 0 else 0
+    """Of a difference; of a ratio, above or below 1."""
+    same = 1 if interval.is_ratio else 0
+    return 1 if interval.low > same else -1 if interval.high < same else 0
 
 
 def percent(level: float) -> str:

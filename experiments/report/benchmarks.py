@@ -1,11 +1,12 @@
 """Records of `experiments/bench/`, read in one place: what each is of, what makes it, its tables and its figure."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cpdlm.bench.intervals import of_ratio
 from experiments.report.table import Made, Table, title_of
 from experiments.schema import HARDWARE, Optional, RecordError, check_kind, non_finite
 from experiments.stats import Sample, contrast
@@ -58,31 +59,49 @@ def read_benchmark(results: Path, name: str) -> Benchmark | str:
 
 
 def upgrade(record: Benchmark) -> Benchmark:
-    """A record of any version as `experiments/bench/` writes it now."""
+    """A record of any version as `experiments/bench/` writes it now; intervals of counts are made anew over prompts."""
     record.get("dimensions", {}).setdefault("dtype", "float32")
     for group in record.get("groups", []):
         group.setdefault("captured", False)
     record.setdefault("compiled_generate", [])
-    rows = record.get("strategies", [])
-    record["paired"] = "seeds, draws and prompts"
-    if rows and not any("tokens_per_pass_over_chain" in row for row in rows):
-        record["paired"] = "prompts, each with all its draws and seeds"
-        found = {(_heads(row), row["rank"], row["strategy"]): row for row in rows}
-        for (heads, rank, drafter), row in found.items():
-            chain = found.get((heads, rank, "chain"), row)
-            one = found.get((heads, 1, drafter)) or found.get((heads, 1, "chain"), row)
-            for name, other in (("chain", chain), ("rank1", one)):
-                if other is not row:
-                    row[f"tokens_per_pass_over_{name}"] = vars(contrast([(_counts(row), _counts(other))]))
+    for part in _parts(record):
+        if "per_prompt" in part:
+            part["tokens_per_pass"] = of_ratio(*_counts(part))
+        elif part.get("forwards") and "tokens_per_forward" in part:
+            part["tokens_per_forward"] = of_ratio(part["tokens"], part["forwards"])
+    cells = record["cells"] if record.get("benchmark") == "decoding strategies" else []
+    for modes in (mode for cell in cells for mode in cell["modes"].values()):
+        for splits in (each for each in modes.values() if isinstance(each, dict)):
+            for split, row in splits.items():
+                row["tokens_per_pass_over_chain"] = _gain(row, modes["chain"][split])
+    found = {(_heads(row), row["rank"], row["strategy"]): row for row in record.get("strategies", [])}
+    for (heads, rank, drafter), row in found.items():
+        chain, one = found.get((heads, rank, "chain")), found.get((heads, 1, drafter)) or found.get((heads, 1, "chain"))
+        for name, other in (("chain", chain), ("rank1", one)):
+            if other is not None and other is not row:
+                row[f"tokens_per_pass_over_{name}"] = _gain(row, other)
     return record
+
+
+def _parts(content: Any) -> Iterator[dict[str, Any]]:
+    """Every dictionary in it."""
+    if isinstance(content, dict):
+        yield content
+    for each in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from _parts(each)
 
 
 def _heads(row: dict[str, Any]) -> tuple[str, ...]:
     return row["mode"], row["corpus"], row["law"]
 
 
-def _counts(row: dict[str, Any]) -> Sample:
-    return Sample.ratio(row["per_prompt"]["tokens"], row["per_prompt"]["passes"])
+def _counts(row: dict[str, Any]) -> tuple[list[float], list[float]]:
+    return row["per_prompt"]["tokens"], row["per_prompt"]["passes"]
+
+
+def _gain(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    gain = contrast([(Sample.ratio(*_counts(row)), Sample.ratio(*_counts(other)))])
+    return {key: getattr(gain, key) for key in ("mean", "low", "high")}
 
 
 def made_of(name: str, make: Callable[..., Result], *given: Any) -> Result | str:

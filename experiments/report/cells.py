@@ -125,7 +125,7 @@ def paired_table(families: list[Family]) -> Table:
     compared = [r for f in families for variant in VARIANTS if (variant, 1) in f.cells for r in f.records(variant)]
     caption = (
         "Every rank against rank 1 of the same variant, target and seed, on the same test rows or prompts: mean over "
-        "seeds, 95% interval (bootstrap over rows or prompts, expanded where they are few, and t over seeds), ± "
+        "seeds, 95% interval over rows or prompts and seeds, ± "
         "standard deviation over seeds where there are several. Speed: medians of interleaved repeats in one "
         f"process, with their own intervals, over all seeds. {described(compared)}"
     )

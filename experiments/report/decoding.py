@@ -103,7 +103,7 @@ def acceptance_table(record: Benchmark) -> Table:
     caption = (
         "Tokens per target forward under every drafter and verifier; what it gains over the chain of the same heads, "
         "and over the same drafter of rank 1 of the same variant (window and path of rank 1 are its chain). "
-        f"Differences are paired over the same {record['paired']}. {described(record)}"
+        f"Differences are paired over the same prompts. {described(record)}"
     )
     return tabulated("acceptance", caption, columns, record["strategies"])
 
@@ -212,7 +212,7 @@ def described(record: Benchmark) -> str:
     untimed = record["benchmark"] == "decoding acceptance"
     prompts = f"{settings['prompts'] if untimed else settings['timed_prompts']} prompts per corpus"
     return (
-        "95% percentile bootstrap intervals over seeds of the heads, draws and prompts, as recorded: narrow, since "
-        f"there are few of each. Targets: {targets}. {prompts}, {settings['new_tokens']} new tokens "
+        "95% intervals over prompts, each with all its draws and seeds of the heads; those of speeds are the record's "
+        f"own. Targets: {targets}. {prompts}, {settings['new_tokens']} new tokens "
         + ("each." if untimed else f"each, batch 1; {machine_text(record['hardware'])}.")
     )

@@ -151,6 +151,10 @@ def _verdict(verdict: Verdict) -> str:
     numbers = "".join(f"<li>{_text(number.text())}</li>" for number in verdict.numbers) or "<li>nothing measured</li>"
     reason = f'<p class="reason">{_text(verdict.reason)}</p>' if verdict.reason else ""
     beside = "".join(f"<li>{_text(number.text())}</li>" for number in verdict.beside)
+    if verdict.is_ruled_after:
+        reason += f'<p class="soft">Judged by a rule of {verdict.claim.ruled[:10]}, younger than its records.</p>'
+    if verdict.numbers:
+        reason += f'<p class="soft">Could have seen {_text(verdict.visible)}.</p>'
     cited = f"<code>{html.escape(braces(verdict.records))}</code>"
     return (
         f'<div class="verdict"><p>{_word(verdict)} <span class="soft">{_text(worded(verdict.setting))}</span></p>\n'

@@ -96,7 +96,7 @@ def speed_table(*records: Benchmark) -> Table:
         "a cached text, output layer included; the floor of a forward: t(n) and the draft measured alone. "
         "Autoregressive: decoding without drafts, what the speed-ups of its group are over; generate: Hugging Face's "
         "on the same weights. Draft vocabulary: tokens that drafts are made of (-: all). ms/token: latency of a row; "
-        "tokens/s: of all rows of a batch. Medians of the repeats, share of limit with its 95% percentile bootstrap "
+        "tokens/s: of all rows of a batch. Medians of the repeats, share of limit with its 95% "
         f"interval over them, as recorded. {' '.join(described)}"
     )
     rows = [

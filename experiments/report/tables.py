@@ -5,12 +5,14 @@ import textwrap
 from collections.abc import Sequence
 
 from experiments.claims import Verdict
+from experiments.claims.verdict import RULED
 from experiments.families import Family
 from experiments.report.cells import baselines_table, cells_table, paired_table, references_table
 from experiments.report.cost import cost_table, trunks_table
 from experiments.report.pretrained import depths_table, pretrained_table
 from experiments.report.table import Made, Table, braces, title_of
 
+RULED_AFTER = "after its records"
 INTERVALS = (
     "Intervals are 95% unless marked, over test rows or prompts and over seeds (one seed: rows or prompts only)."
 )
@@ -44,16 +46,21 @@ def claims_table(verdicts: list[Verdict]) -> Table:
                 v.expected or v.claim.expected,
                 v.measured() + beside,
                 v.verdict,
+                v.visible,
+                RULED_AFTER if v.is_ruled_after else "before its records" if v.records else "-",
                 braces(v.records) or "none",
             )
         )
     caption = (
         f"{INTERVALS} Verdicts are about the paper's distribution (untied, link=none); C6 has a row for each kind "
-        "of draft. Underpowered names the largest half-width among the intervals that decide nothing, for ratios as "
-        "a factor. Rules (results/LOG.md dates each change): "
+        "of draft. Visible: the smallest effect that the deciding intervals could have shown (their largest "
+        f"half-width, for ratios as a factor). Rule: of {RULED[:10]}, its margins being what matters to a user. "
+        f'"{RULED_AFTER}": the row is judged by a rule that is younger than its records. Rules: '
         + " ".join(f"{c.name}: {c.question} {c.statistic}; {c.rule}." for c in dict.fromkeys(v.claim for v in verdicts))
     )
-    return Table("claims", caption, ("claim", "setting", "expected", "measured", "verdict", "record"), rows)
+    return Table(
+        "claims", caption, ("claim", "setting", "expected", "measured", "verdict", "visible", "rule", "record"), rows
+    )
 
 
 def claims_text(verdicts: list[Verdict], notes: Sequence[str] = (), width: int = 118) -> str:

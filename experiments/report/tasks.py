@@ -39,7 +39,7 @@ def tasks_table(*records: Benchmark) -> Table:
     caption = (
         "Ways to decode a model: same weights, prompts and machine; a text ends where the model ends it. Accepted by "
         "depth: from the second token on, the share of drafts that are accepted where all before them are. 95% "
-        f"percentile bootstrap intervals over prompts and repeats, as recorded. {' '.join(map(described, records))}"
+        f"intervals over prompts; those of speeds are the record's own. {' '.join(map(described, records))}"
     )
     entries = [entry | {"record": _name(record)} for record in records for entry in record["entries"]]
     return tabulated("tasks", caption, columns, entries)

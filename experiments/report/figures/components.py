@@ -44,7 +44,7 @@ def usage(families: list[Family]) -> Drawn | str:
             _over_steps(left, cells, name, look, label)
             left.axhline(rank, color=look[0], linewidth=0.6, linestyle=":")
             weights = [sorted(record["likelihood"]["weights"]["mean"], reverse=True) for record in cells.values()]
-            values = [estimate([Sample(mean=seed[a] * rank) for seed in weights]) for a in range(rank)]
+            values = [estimate([Sample(seed[a] * rank) for seed in weights]) for a in range(rank)]
             style.errors(right, list(np.arange(1, rank + 1) + 0.08 * (index - 2)), values, look, "_")
         left.set_ylim(bottom=1)
         left.yaxis.set_major_locator(MultipleLocator(2))
@@ -187,7 +187,7 @@ def _over_steps(axis: Axes, cells: Cells, name: str, look: Look, label: str) -> 
     if not length:
         return
     steps = [step for step, _ in curves[0][:length]]
-    values: list[Interval] = [estimate([Sample(mean=curve[k][1]) for curve in curves]) for k in range(length)]
+    values: list[Interval] = [estimate([Sample(curve[k][1]) for curve in curves]) for k in range(length)]
     axis.plot(steps, [v.mean for v in values], color=look[0], linestyle=look[2], label=label)
     if len(curves) > 2:
         axis.fill_between(

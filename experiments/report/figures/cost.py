@@ -167,7 +167,7 @@ def _draft_ratio(mode: dict[str, Any]) -> float:
 
 def _over(cells: Cells, ratio: Callable[[dict[str, Any]], float]) -> Interval | None:
     """Geometric mean over seeds."""
-    samples = [Sample(mean=math.log(ratio(mode))) for mode in style.modes_of(cells, _MODE)]
+    samples = [Sample(math.log(ratio(mode))) for mode in style.modes_of(cells, _MODE)]
     return estimate(samples).exp() if samples else None
 
 
@@ -219,7 +219,7 @@ def training(families: list[Family]) -> Drawn | str:
 def _ratio(cells: Cells, base: Cells, key: str) -> Interval | None:
     """Geometric mean over seeds of a training quantity over that of `base`, t interval."""
     pairs = [
-        (Sample(mean=math.log(cells[seed]["training"][key])), Sample(mean=math.log(base[seed]["training"][key])))
+        (Sample(math.log(cells[seed]["training"][key])), Sample(math.log(base[seed]["training"][key])))
         for seed in sorted(set(cells) & set(base))
     ]
     return contrast(pairs).exp() if pairs else None

@@ -60,10 +60,10 @@ def first_token(families: list[Family]) -> Drawn | str:
     figure, axes = style.grid(1, len(shown), width=style.COLUMN if len(shown) == 1 else style.WIDE, height=2.0)
     for axis, family in zip(axes[0], shown, strict=True):
         ranks, base = family.ranks(), family.cells["untied", 1]
-        level = c2_first_token.equal_level(len(ranks) - 1)
-        values = [over_base(cells, base, "first_token_nll", level) for cells in family.by_rank().values()]
-        assert values[0] is not None
-        low, high = values[0].mean - margin, values[0].mean + margin
+        gaps = c2_first_token.over_rank_one(family.by_rank(), "first_token_nll", c2_first_token.LEVEL)
+        start = np.mean([r["likelihood"]["first_token_nll"]["mean"] for r in base.values()])
+        values = [gaps.get(rank, Interval.certain(0.0)).of(start.__add__) for rank in ranks]
+        low, high = start - margin, start + margin
         axis.axhspan(low, high, color="0.9", linewidth=0, zorder=0, label=rf"margin of $\pm${margin:g} nats")
         style.by_rank(axis, ranks, values, style.VARIANTS["untied"], "rank r, eq. 11")
         if family.reference:
@@ -76,7 +76,7 @@ def first_token(families: list[Family]) -> Drawn | str:
     return Drawn(
         figure,
         "Held-out first-token NLL against the rank, trained from scratch. Bars: interval of the difference to rank 1 "
-        "(90%, corrected for the number of ranks), paired over seeds and test rows; independence of the rank (C2) "
+        "(90%), paired over seeds and test rows; independence of the rank (C2) "
         f"means that all lie within the grey band of {margin:g} nats. Dotted: a pure next-token model of as many "
         "steps (over positions with one successor).",
         [record for family in shown for record in family.records("untied")],
@@ -92,11 +92,11 @@ def joint(axis: Axes, family: Family, variant: str = "untied") -> None:
     axis.set(ylabel=f"joint NLL of {family.horizon} tokens (nats)", title=style.wrapped(family))
 
 
-def over_base(cells: Cells, base: Cells, quantity: str, level: float = 0.95) -> Interval | None:
+def over_base(cells: Cells, base: Cells, quantity: str) -> Interval | None:
     """The level of `base`, with the interval of the paired difference to it."""
     start = over_seeds(base, quantity)
     assert start is not None, "every record has its likelihoods"
     if cells is base:
-        return Interval.certain(start.mean, level)
-    gap = difference(cells, base, quantity, level=level)
+        return Interval.certain(start.mean)
+    gap = difference(cells, base, quantity)
     return gap and gap.of(lambda end: start.mean + end)
