@@ -258,3 +258,11 @@ def difference(
         return None
     found = contrast(pairs, level)
     return found.exp() if quantity in RATIOS else found
+
+
+def over_rank_one(
+    cells: Mapping[int, Cells], quantity: str, mode: str = "sampling", level: float = 0.95
+) -> dict[int, Interval]:
+    """The difference of every rank above 1 that shares a seed with rank 1, `together`. cells: by rank."""
+    found = {rank: difference(by_seed, cells.get(1, {}), quantity, mode) for rank, by_seed in cells.items() if rank > 1}
+    return together({rank: gap for rank, gap in found.items() if gap is not None}, level, one_base=True)

@@ -78,9 +78,7 @@ class DataConfig:
     max_bytes: int = knob(
         0, "bytes of text to take from the corpus, documents in hash order (0 = all)", least=0, most=2**63 - 1
     )
-    release: int = knob(
-        0, "which documents are held out: a test split serves one release, and is fresh in the next", least=0, most=8
-    )
+    release: int = knob(0, "which documents are held out: each release has a test split of its own", least=0, most=8)
     cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
     bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")
     workers: int = knob(0, "data-loader worker processes", least=0)

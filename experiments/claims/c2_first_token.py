@@ -11,7 +11,7 @@ from experiments import star
 from experiments.claims.ranks import at_top_rank, judged, over_ranks
 from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Verdict, percent
 from experiments.families import Cells, Family
-from experiments.stats import Interval, difference, together
+from experiments.stats import over_rank_one
 
 LEVEL = 0.9  # of two one-sided tests at 5%
 
@@ -38,16 +38,10 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
     return over_ranks(CLAIM, families, lambda family, _: [judged(CLAIM, family, _equal)])
 
 
-def over_rank_one(cells: dict[int, Cells], quantity: str, level: float) -> dict[int, Interval]:
-    """Every rank above 1 that shares a seed with rank 1, the seeds' variance pooled."""
-    found = {rank: difference(by_seed, cells[1], quantity) for rank, by_seed in cells.items() if rank > 1}
-    return together({rank: gap for rank, gap in found.items() if gap is not None}, level, one_base=True)
-
-
 def _equal(claim: Claim, cells: dict[int, Cells]) -> Finding:
     """Every rank above 1 against rank 1; one that surely differs is enough to contradict."""
     ranks = [rank for rank in sorted(cells) if rank > 1]
-    gaps = over_rank_one(cells, claim.quantity, LEVEL)
+    gaps = over_rank_one(cells, claim.quantity, level=LEVEL)
     numbers = [claim.number(f"rank {rank} - rank 1 {percent(LEVEL)}:", gap, sign=True) for rank, gap in gaps.items()]
     outside = [rank for rank, gap in gaps.items() if gap.low > claim.margin or gap.high < -claim.margin]
     alone = [rank for rank in ranks if rank not in gaps]

@@ -9,13 +9,23 @@ from dataclasses import replace
 from experiments import star
 from experiments.claims.equal_cost import equal_cost
 from experiments.claims.ranks import judged, over_ranks
-from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Verdict, percent
+from experiments.claims.verdict import (
+    CONTRADICTED,
+    HOLDS,
+    NOT_RUN,
+    UNDERPOWERED,
+    Claim,
+    Finding,
+    Verdict,
+    percent,
+    sign,
+)
 from experiments.families import Cells, Family
 from experiments.stats import Interval, over_seeds, together
 
 CLAIM = Claim(
     id="C4",
-    question="Is decoding faster than autoregressive (AR), and than rank 1?",
+    question="Is decoding faster than autoregressive (AR), than rank 1?",
     expected="faster than autoregressive decoding and than rank 1",
     statistic="speed-up when sampling, over autoregressive decoding and over rank 1, measured side by side on one "
     "frozen target shared by all ranks",
@@ -83,18 +93,17 @@ def _faster(claim: Claim, cells: dict[int, Cells]) -> Finding:
 
 
 def shown(verdict: Verdict) -> tuple[str, str]:
+    """Autoregressive decoding, rank 1, and rank 1 at equal cost, in this order; the interval is that of rank 1."""
     if len(verdict.numbers) != 2:
         return verdict.plain, "-"
-    words = [
-        f"{rival}: {_beaten(number.interval)}"
-        for rival, number in zip(("than AR", "than rank 1"), verdict.numbers, strict=True)
-    ]
-    rank = verdict.numbers[0].name.partition(" over")[0]
-    equal = [f"{each.name.removesuffix(':')}: {each.short()}" for each in verdict.beside if ", equal " in each.name]
-    return "; ".join(words), "; ".join([f"{rank}: {verdict.numbers[0].short()}", verdict.numbers[1].short(), *equal])
+    (over_ar, over_rank1), equal = verdict.numbers, [each for each in verdict.beside if ", equal " in each.name]
+    asked = {"AR": over_ar, "rank 1": over_rank1} | {
+        "at " + each.name.partition(", ")[2].partition(" (")[0].removesuffix(":"): each for each in equal
+    }
+    words = [f"{rival}: {_beaten(number.interval)}" for rival, number in asked.items()]
+    means = [f"{number.interval.mean:.2f}x" for number in (over_ar, *equal)]
+    return "; ".join(words), "; ".join([means[0], over_rank1.short(), *means[1:]])
 
 
 def _beaten(ratio: Interval) -> str:
-    if ratio.low > 1:
-        return "yes"
-    return "no" if ratio.high < 1 else CLAIM.underpowered([ratio], "").phrase
+    return {1: "yes", -1: "no"}.get(sign(ratio), UNDERPOWERED)

@@ -18,7 +18,7 @@ from experiments.claims.verdict import (
 )
 from experiments.families import Cells, Family
 from experiments.records import counted
-from experiments.stats import difference, over_seeds, shared_seeds, together
+from experiments.stats import difference, over_rank_one, over_seeds, shared_seeds, together
 
 Rule = Callable[[Claim, dict[int, Cells]], Finding]
 Rows = Callable[[Family, list[Family]], list[Verdict]]
@@ -68,12 +68,13 @@ def _means(claim: Claim, cells: dict[int, Cells], mode: str) -> list[Number]:
 
 def trend(claim: Claim, cells: dict[int, Cells]) -> Finding:
     """The top rank against rank 1 has the wanted sign, and no step from one rank to the next surely has the other one;
-    each at 95%, the seeds' variance pooled over the steps and the whole."""
+    each at 95%, the seeds' variance pooled."""
     ranks, apart = [rank for rank in sorted(cells) if rank <= claim.top], ""
-    asked = {(1, claim.top), *itertools.pairwise(ranks)}
-    gaps = {(low, high): difference(cells[high], cells[low], claim.quantity) for low, high in sorted(asked)}
-    found = together({pair: gap for pair, gap in gaps.items() if gap is not None}, one_base=True)
-    total = found.get((1, claim.top))
+    total = over_rank_one(cells, claim.quantity).get(claim.top)
+    steps = {
+        (low, high): difference(cells[high], cells[low], claim.quantity) for low, high in itertools.pairwise(ranks)
+    }
+    found = together({pair: step for pair, step in steps.items() if step is not None}, one_base=True)
     if total is None:
         return Finding(NOT_RUN, f"the records hold no {claim.quantity}")
     numbers = [claim.number(f"rank {claim.top} - rank 1:", total, sign=True)]

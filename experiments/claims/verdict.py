@@ -192,12 +192,12 @@ _OTHERS = {HOLDS: "hold", CONTRADICTED: "contradict", NO_DIFFERENCE: "no differe
 
 def headline(verdicts: Sequence[Verdict], shorten: Callable[[Verdict], tuple[str, str]]) -> Answer:
     """The deciding setting is the first that was run: each claim's rows come with the most evidence first. Words that
-    other settings have are counted behind the answer."""
+    other settings have are counted behind the answer, but for rows whose numbers stand beside the deciding one."""
     run = [verdict for verdict in verdicts if verdict.word != NOT_RUN]
     if not run:
         return Answer(verdicts[0].claim, NOT_RUN, "-")
     answer, number = shorten(run[0])
-    words = [verdict.word for verdict in run[1:]]
+    words = [verdict.word for verdict in run[1:] if not set(verdict.numbers) <= set(run[0].beside)]
     others = [f"{words.count(word)} {said}" for word, said in _OTHERS.items() if word in words]
     if set(words) - {run[0].word}:
         answer += f" (in {counted(len(words), 'other setting')}: {', '.join(others)})"

@@ -7,7 +7,7 @@ from statistics import fmean
 from experiments.families import Cells, Family
 from experiments.records import MODES, VARIANTS, Record
 from experiments.report.table import Column, Columns, Table, described, shown, tabulated, with_spread
-from experiments.stats import difference, over_seeds, shared_seeds
+from experiments.stats import difference, over_rank_one, over_seeds, shared_seeds
 
 NOTES = (
     "Means over seeds with 95% intervals over test rows or prompts and seeds (one seed: rows or prompts only). Joint "
@@ -134,7 +134,9 @@ def paired_table(families: list[Family]) -> Table:
 
 
 def _over_one(quantity: str, mode: str = "sampling") -> Column:
-    return lambda at: with_spread(difference(at.cells, at.one, quantity, mode), 3, sign=True)
+    return lambda at: with_spread(
+        over_rank_one(at.family.by_rank(at.variant), quantity, mode).get(at.rank), 3, sign=True
+    )
 
 
 def _speed_over_one(mode: str) -> Column:

@@ -16,7 +16,7 @@ from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted
 from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
 from experiments.report.reproducing import compute_table, reruns_table
-from experiments.stats import difference, over_seeds
+from experiments.stats import over_rank_one, over_seeds
 
 ALL_ROWS = "paper_figures/tables/claims.md"
 
@@ -97,8 +97,8 @@ def sceptic_block(results: Path, families: Sequence[Family]) -> str:
 def _rank(families: Sequence[Family]) -> str:
     """What rank 8 buys on the frozen target of most cells."""
     for family in families:
-        top, one = (family.cells.get(("untied", rank), {}) for rank in (8, 1))
-        tokens, speed = difference(top, one, "tokens_per_pass"), over_seeds(top, "speedup_over_rank1")
+        top, by_rank = family.cells.get(("untied", 8), {}), family.by_rank()
+        tokens, speed = over_rank_one(by_rank, "tokens_per_pass").get(8), over_seeds(top, "speedup_over_rank1")
         if family.target == "common" and not family.is_pretrained and tokens is not None and speed is not None:
             trunk = f"{_first(top)['parameters']['trunk'] / 1e6:.1f}M {family.settings['corpus']} model"
             return (

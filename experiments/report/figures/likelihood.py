@@ -10,7 +10,7 @@ from experiments.claims import c2_first_token
 from experiments.families import Cells, Family
 from experiments.report.figures import style
 from experiments.report.figures.style import Drawn
-from experiments.stats import Interval, difference, over_seeds
+from experiments.stats import Interval, difference, over_rank_one, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def first_token(families: list[Family]) -> Drawn | str:
     figure, axes = style.grid(1, len(shown), width=style.COLUMN if len(shown) == 1 else style.WIDE, height=2.0)
     for axis, family in zip(axes[0], shown, strict=True):
         ranks, base = family.ranks(), family.cells["untied", 1]
-        gaps = c2_first_token.over_rank_one(family.by_rank(), "first_token_nll", c2_first_token.LEVEL)
+        gaps = over_rank_one(family.by_rank(), "first_token_nll", level=c2_first_token.LEVEL)
         start = np.mean([r["likelihood"]["first_token_nll"]["mean"] for r in base.values()])
         values = [gaps.get(rank, Interval.certain(0.0)).of(start.__add__) for rank in ranks]
         low, high = start - margin, start + margin
