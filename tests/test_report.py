@@ -42,7 +42,7 @@ def test_every_figure_and_table_is_there(drawn: tuple[Path, Report]) -> None:
 def test_the_claims_table_has_expected_measured_verdict_and_record(drawn: tuple[Path, Report]) -> None:
     folder, report = drawn
     rows = list(csv.DictReader((folder / "tables" / "claims.csv").open()))
-    assert list(rows[0]) == ["claim", "setting", "expected", "measured", "verdict", "record"]
+    assert list(rows[0]) == ["claim", "setting", "expected", "measured", "verdict", "visible", "rule", "record"]
     assert [row["claim"] for row in rows] == [verdict.claim.name for verdict in report.verdicts]
     assert rows[0]["record"] == "C1/code-tiny-own-r{1,2,4,8}-n4-none-s{0,1}.json"
     assert all(re.match(WORDS, row["verdict"]) for row in rows)
