@@ -23,7 +23,7 @@ from cpdlm.decoding import Options, Sampling, decode_batch
 from cpdlm.model.build import build_language_model
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import load_pretrained
-from tests.made_pretrained import continued
+from tests.made_pretrained import continued, saved
 
 LIST = Path(__file__).with_suffix(".json")
 VOCABULARY, CONTEXT, NEW, LARGEST = 67, 32, 20, 8_000_000
@@ -80,12 +80,7 @@ def _save(kind: str, folder: Path) -> None:
     with torch.device("meta"):
         count = sum(each.numel() for each in AutoModelForCausalLM.from_config(shape).parameters())
     assert count <= LARGEST, f"{count / 1e6:.0f} M parameters: sizes by other names than ours"
-    model = AutoModelForCausalLM.from_config(shape)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
+    saved(shape, folder)
 
 
 def _small(kind: type[PreTrainedConfig]) -> PreTrainedConfig:

@@ -60,26 +60,20 @@ def draft_by_component(joint: Joint, count: int, sampling: Sampling, uniforms_BS
     return tokens_BK, (own_BKV, _conditionals(joint, tokens_BK).exp())
 
 
-def verify_by_component(
-    target_BSV: Tensor, distributions: Any, tokens_BK: Tensor, uniforms_BS: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(a): accepted by the drawn component's probability, corrected by the mixture's."""
-    if distributions is None:
-        return accept.verify(target_BSV, distributions, tokens_BK, uniforms_BS)
-    accepted_B = _accepted(target_BSV, distributions[0], tokens_BK, uniforms_BS)
-    return accepted_B, _after(
-        target_BSV, distributions[1], accepted_B, uniforms_BS, torch.zeros_like(accepted_B, dtype=torch.bool)
-    )
+def verify_wrongly(from_p: Callable[[Tensor], Tensor], two: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Where the token after accepted_B drafts is drawn from p, whatever was rejected, is up to from_p.
 
+    two: drafts come with two distributions, that by which they are accepted and that by which they are corrected.
+    """
 
-def verify_without_residual(
-    target_BSV: Tensor, distributions: Any, tokens_BK: Tensor, uniforms_BS: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(b): after a partial acceptance the corrected token is dropped and the position starts a fresh window."""
-    if distributions is None:
-        return accept.verify(target_BSV, distributions, tokens_BK, uniforms_BS)
-    accepted_B = _accepted(target_BSV, distributions, tokens_BK, uniforms_BS)
-    return accepted_B, _after(target_BSV, distributions, accepted_B, uniforms_BS, accepted_B > 0)
+    def verify(target_BSV: Tensor, distributions: Any, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
+        if distributions is None:
+            return accept.verify(target_BSV, distributions, tokens_BK, uniforms_BS)
+        accepted_by, corrected_by = distributions if two else (distributions, distributions)
+        accepted_B = _accepted(target_BSV, accepted_by, tokens_BK, uniforms_BS)
+        return accepted_B, _after(target_BSV, corrected_by, accepted_B, uniforms_BS, from_p(accepted_B))
+
+    return verify
 
 
 def draft_filtered_components(
@@ -89,18 +83,6 @@ def draft_filtered_components(
     own_BKV = filtered(_drawn_component(joint, count, uniforms_BS), sampling)
     tokens_BK = draw(own_BKV, uniforms_BS[:, 1:])
     return tokens_BK, filtered(_conditionals(joint, tokens_BK), sampling)
-
-
-def verify_from_target(
-    target_BSV: Tensor, distributions: Any, tokens_BK: Tensor, uniforms_BS: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(d): the corrected token is drawn from p."""
-    if distributions is None:
-        return accept.verify(target_BSV, distributions, tokens_BK, uniforms_BS)
-    accepted_B = _accepted(target_BSV, distributions, tokens_BK, uniforms_BS)
-    return accepted_B, _after(
-        target_BSV, distributions, accepted_B, uniforms_BS, torch.ones_like(accepted_B, dtype=torch.bool)
-    )
 
 
 def draft_component_throughout(
@@ -122,10 +104,13 @@ def draft_filtered_throughout(
 
 EXACT = Variant(proposals.sampled_chain, accept.verify)
 FAULTS = {
-    "a": Variant(draft_by_component, verify_by_component),
-    "b": Variant(proposals.sampled_chain, verify_without_residual),
+    # Accepted by the drawn component's probability, corrected by the mixture's.
+    "a": Variant(draft_by_component, verify_wrongly(lambda accepted_B: accepted_B < 0, two=True)),
+    # After a partial acceptance the corrected token is dropped and the position starts a fresh window.
+    "b": Variant(proposals.sampled_chain, verify_wrongly(lambda accepted_B: accepted_B > 0)),
     "c": Variant(draft_filtered_components, accept.verify),
-    "d": Variant(proposals.sampled_chain, verify_from_target),
+    # The corrected token is drawn from p.
+    "d": Variant(proposals.sampled_chain, verify_wrongly(lambda accepted_B: accepted_B >= 0)),
 }
 WASTEFUL = {
     "component throughout": Variant(draft_component_throughout, accept.verify),

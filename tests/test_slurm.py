@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from one_node_slurm import Unavailable, cluster
+from test_scheduler import ran
 
 from experiments import scheduler
 from experiments.scheduler import Job, Slurm
@@ -53,14 +54,7 @@ def counting(folder: Path, name: str, *needs: str, code: str = COUNTING, alone: 
 
 
 def run(folder: Path, jobs: list[Job]) -> dict[str, int]:
-    codes: dict[str, int] = {}
-
-    def ended(job: Job, code: int) -> bool:
-        codes[job.name] = code
-        return code == 0
-
-    scheduler.schedule(jobs, Slurm(folder / "slurm", {"time": 10}, poll_seconds=0.5), ended)
-    return codes
+    return ran(jobs, Slurm(folder / "slurm", {"time": 10}, poll_seconds=0.5))[0]
 
 
 def starts(folder: Path, name: str) -> list[int]:
