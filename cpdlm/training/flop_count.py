@@ -10,8 +10,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 Formula = Callable[..., int]
 
-# torch's own formulas, and the attention kernel of the CPU, which they lack.
+# torch's own formulas, and what they lack: products that are added in place, and the attention kernel of the CPU.
 _FORMULAS: dict[Any, Formula] = dict(flop_registry) | {
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
