@@ -1,9 +1,9 @@
-"""Documents as bytes, with their sources; many of them without holding them all in memory."""
+"""Documents as bytes, with their sources; many of them without holding them all in memory, and asked for one by one."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,13 +41,7 @@ class FileTexts(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> bytes: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[bytes]: ...
-    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self._bytes[self._offsets[index] : self._offsets[index + 1]].tobytes()
@@ -62,11 +56,5 @@ class Chosen(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> bytes: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[bytes]: ...
-    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
-        if isinstance(index, slice):
-            return [self._texts[i] for i in self._indices[index]]
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]
         return self._texts[self._indices[index]]

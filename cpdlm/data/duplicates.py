@@ -57,7 +57,7 @@ def _inverted_index(texts: Sequence[bytes], progress: bool) -> NDArray[np.uint64
             while stop < len(texts) and (size == 0 or size + len(texts[stop]) <= CHUNK):
                 size += len(texts[stop])
                 stop += 1
-            hashes, documents = _shingles(texts[start:stop], powers, inverses)
+            hashes, documents = _shingles([texts[index] for index in range(start, stop)], powers, inverses)
             if keep_one_in > 1:
                 sampled = hashes % np.uint64(keep_one_in) == 0
                 hashes, documents = hashes[sampled], documents[sampled]

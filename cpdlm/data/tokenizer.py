@@ -8,6 +8,7 @@ that bits per byte can be computed from ids alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Sequence
@@ -128,7 +129,8 @@ class BpeTokenizer:
             vocab_size=size - 1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=progress
         )
         sizes = np.cumsum([len(document) for document in documents])
-        model.train_from_iterator(_texts(documents[: int((sizes <= TRAINING_BYTES).sum()) or 1], name), trainer)
+        few = list(itertools.islice(documents, int((sizes <= TRAINING_BYTES).sum()) or 1))
+        model.train_from_iterator(_texts(few, name), trainer)
         if model.get_vocab_size() < size - 1:
             warnings.warn(f"{name}: the corpus yields only {model.get_vocab_size() + 1} tokens", stacklevel=2)
         return cls(name, model.get_vocab_size() + 1, model=model)
