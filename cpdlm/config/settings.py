@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -379,13 +380,7 @@ def _leaves(group: Any, prefix: str) -> dict[str, Any]:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted name -> value, in the order of the page."""
-    values: dict[str, Any] = {}
-    for key in leaves():
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        values[key] = value
-    return values
+    return {key: attrgetter(key)(config) for key in leaves()}
 
 
 def but_rank(config: Config) -> dict[str, Any]:
