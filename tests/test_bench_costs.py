@@ -24,10 +24,10 @@ def test_every_recipe_costs_less_than_the_whole_and_more_than_none() -> None:
         assert cost[recipe] < cost[WHOLE], recipe
         assert cost[recipe] > cost[NEXT_TOKEN] or "frozen" in recipe, recipe
     assert cost["tied, 1/16"] < cost["tied, 1/4"] < cost["tied"]
-    assert cost["frozen, 1/4, shortlist"] < cost["frozen, 1/4"]
+    assert cost["frozen, 1/4, draft vocabulary"] < cost["frozen, 1/4"]
 
 
-@pytest.mark.parametrize("recipe", ["tied, 1/16", "frozen, 1/4, shortlist"])
+@pytest.mark.parametrize("recipe", ["tied, 1/16", "frozen, 1/4, draft vocabulary"])
 def test_a_timed_cell(recipe: str) -> None:
     found = overhead.time_one("micro", recipe, VOCAB * 8, 2)
     assert found["step_ms"] > 0 and found["tokens"] == 512

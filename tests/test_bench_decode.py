@@ -18,7 +18,7 @@ from experiments.measure.agreement import agreement
 from experiments.report import decoding, render
 from tests.toy import ToyModel
 
-HEADS = [("untied", 1, [0, 1]), ("untied", 2, [0, 1]), ("anchored", 2, [0])]  # of the first corpus
+HEADS = [("untied", 1, [0, 1]), ("untied", 2, [0, 1]), ("token-conditioned", 2, [0])]  # of the first corpus
 ALONE = [("untied", 1, [0])]  # of the second
 
 
@@ -72,7 +72,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         save(root / f"assistant-{corpus}", resolve(common | alone))
         for variant, rank, seeds in all_heads:
             for seed in seeds:
-                anchor = "token" if variant == "anchored" else "none"
+                anchor = "token" if variant == "token-conditioned" else "none"
                 more = {"rank": rank, "link": anchor, "model.trunk": str(trunk), "seed": seed}
                 config = resolve(common | more)
                 save(root / "runs" / config.run_name, config)
@@ -156,10 +156,10 @@ def test_every_baseline_is_measured(measured: tuple[Path, Path]) -> None:
     entries = read(measured[1], "baselines")["methods"]
     corpus = entries[0]["corpus"]
     methods = {entry["name"]: entry for entry in entries if entry["corpus"] == corpus}
-    assert [entry["name"] for entry in entries if entry["corpus"] != corpus].count("plain") == 1
+    assert [entry["name"] for entry in entries if entry["corpus"] != corpus].count("AR") == 1
     of_kind = {entry["kind"]: entry for entry in methods.values()}
-    assert set(of_kind) == {"plain", "generate", "lookup", "assistant", "hydra", "heads"}
-    assert {"rank 1, untied", "rank 2, untied", "rank 2, anchored"} <= set(methods)
+    assert set(of_kind) == {"AR", "generate", "lookup", "assistant", "hydra", "heads"}
+    assert {"rank 1, untied", "rank 2, untied", "rank 2, token-conditioned"} <= set(methods)
     for entry in methods.values():
         tokens = 24 * (2 if entry["kind"] == "hydra" else len(entry.get("seeds", [0])))
         for mode in ("greedy", "sampling"):
@@ -168,7 +168,7 @@ def test_every_baseline_is_measured(measured: tuple[Path, Path]) -> None:
             assert one["tokens_per_pass"]["mean"] == pytest.approx(tokens / one["passes"])
             assert ("acceptance_by_depth" in one) == (entry["kind"] not in ("generate", "assistant"))
             assert one["working_memory_bytes"] >= one["later_memory_bytes"] > one["between_memory_bytes"] > 0
-    assert methods["plain"]["modes"]["greedy"]["passes"] == methods["generate"]["modes"]["greedy"]["passes"] == 24
+    assert methods["AR"]["modes"]["greedy"]["passes"] == methods["generate"]["modes"]["greedy"]["passes"] == 24
     # An assistant that is the target's equal is always right under greedy.
     assert of_kind["assistant"]["modes"]["greedy"]["passes"] < 24 and of_kind["assistant"]["parameters_added"] > 0
     assert of_kind["hydra"]["training_seconds"] > 0 and of_kind["hydra"]["parameters_added"] > 0

@@ -76,17 +76,19 @@ def test_targets() -> None:
     group = {"dtype": "float32", "mode": "greedy", "batch": 1, "cells": cells}
     slow = cell(8, 4, 0.7) | {"pass_over_floor": {"median": 1.2}}
     found = targets([group, group | {"batch": 4, "cells": [cells[0], slow]}], LEAST_TRUNK)
-    shares = [each for each in found if each["what"].startswith("conversion")]
+    shares = [each for each in found if each["what"].startswith("speed-up per token")]
     assert [(each["target"], each["holds"]) for each in shares] == [(0.92, True), (0.80, False)]
-    floors = [each for each in found if each["what"].startswith("pass over floor")]
+    floors = [each for each in found if each["what"].startswith("forward over floor")]
     assert [each["holds"] for each in floors] == [True] * 5 + [False], "batches above 1 have a floor, too"
     assert [each["cell"] for each in floors[3:]] == [
-        "float32 greedy r4 n4 shortlist none",
-        "float32 greedy batch 4 r1 n4 shortlist none",
-        "float32 greedy batch 4 r8 n4 shortlist none",
+        "float32 greedy r4 n4 draft vocabulary none",
+        "float32 greedy batch 4 r1 n4 draft vocabulary none",
+        "float32 greedy batch 4 r8 n4 draft vocabulary none",
     ]
     small = targets([group], LEAST_TRUNK - 1)
-    assert not any(each["what"].startswith("conversion") for each in small), "the target names a trunk of 50M or more"
+    assert not any(each["what"].startswith("speed-up per token") for each in small), (
+        "the target names a trunk of 50M or more"
+    )
 
 
 def test_a_quick_run_writes_a_record(tmp_path: Path) -> None:

@@ -87,7 +87,8 @@ def test_differences_of_acceptance_are_paired_over_prompts(written: Path) -> Non
         | {"per_prompt": {"tokens": [128] * 5, "passes": [each / rate for each in (40, 50, 60, 80, 90)]}}
         for (rank, drafter), rate in rates.items()
     ]
-    shown = {(row[3], row[5]): row[6:] for row in decoding.acceptance_table(upgrade(record)).rows}
+    record = upgrade(record)
+    shown = {(row[3], row[5]): row[6:] for row in decoding.acceptance_table(record).rows}
     assert shown["1", "chain"] == ("2.000 [1.333, 3.001]", "-", "-")
     assert shown["8", "tree"][1].startswith("+0.220 [")
     assert shown["8", "tree"][2].startswith("+0.320 ["), "against the tree of rank 1"

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cpdlm.decoding.products import Product
+from cpdlm.model.trunk import CACHE
 
 FEW = 32  # tokens of a forward whose heads become rows
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # the same whatever the length of the text
@@ -117,15 +117,13 @@ class FewOperations(nn.Module):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         output_hidden_states: bool = False,
-        cache: Cache | None = None,
-        **unused: Any,
+        **given: Any,
     ) -> BaseModelOutputWithPast:
-        cache = past_key_values if cache is None else cache
+        cache = given.get(CACHE)
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         size = hidden_BSD.shape[1]
         before = cache.get_seq_length() if cache is not None else 0
@@ -138,7 +136,7 @@ class FewOperations(nn.Module):
             hidden_BSD = layer(hidden_BSD, turns, mask, causal, cache)
         hidden_BSD = _normed(hidden_BSD, self.norm)
         states = (*between, hidden_BSD) if output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=hidden_BSD, past_key_values=cache, hidden_states=states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_BSD, hidden_states=states)
 
     def _turns(self, positions: Tensor | None, before: int, size: int) -> Tensor:
         longest = before + size if positions is None else int(positions.max()) + 1

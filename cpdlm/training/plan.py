@@ -10,13 +10,11 @@ Letters: B rows of a micro-batch, T position, F factors, R rank, V vocabulary, D
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PretrainedConfig
 
 from cpdlm.config import Config, ConfigError
@@ -27,6 +25,7 @@ from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import check_layers
 from cpdlm.model.trunk import Trunk
+from cpdlm.training.flop_count import FlopCount
 from cpdlm.training.flops import Shape, loss_flops, trunk_forwards
 
 # Shapes of the pretrained models that presets name, so that a plan needs no download.
@@ -173,22 +172,16 @@ def _run_trunk(model: LanguageModel, config: Config, rows: int) -> tuple[int, in
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16-mixed")
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter, saved_tensors_hooks(keep, _same), mixed:
+    with FlopCount() as counted, saved_tensors_hooks(keep, _same), mixed:
         hidden_BTD = model.hidden(tokens_BT)
     model.trunk.requires_grad_(not model.frozen_target)
     layer_bytes = hidden_BTD.numel() * hidden_BTD.element_size()
-    return sum(kept.values()), layer_bytes, counter.get_total_flops() / tokens_BT.numel()
+    return sum(kept.values()), layer_bytes, counted.total / tokens_BT.numel()
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
-    """As for a GPU's kernels: both products, over all pairs of positions."""
-    return int(sdpa_flop_count(query, key, value))
 
 
 def _shape(model: LanguageModel) -> Shape:

@@ -108,7 +108,7 @@ def _methods(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[Method]:
     options = bench.options
     autoregressive = {mode: bench.autoregressive(sampling) for mode, sampling in SAMPLINGS.items()}
     methods = [
-        Method(AUTOREGRESSIVE, "plain", 1, autoregressive, _same("none")),
+        Method(AUTOREGRESSIVE, AUTOREGRESSIVE, 1, autoregressive, _same("none")),
         Method("generate", "generate", 1, _generate(bench), _same("none")),
     ]
     for width in options.lookup_horizons:

@@ -164,9 +164,9 @@ def filters(bench: Bench) -> list[dict[str, Any]]:
 
 
 def ends(heads: Sequence[Heads]) -> list[Heads]:
-    """Untied and anchored, as far as there are any: the lowest and the highest rank."""
+    """Untied and token-conditioned, as far as there are any: the lowest and the highest rank."""
     found: list[Heads] = []
-    for variant in ("untied", "anchored"):
+    for variant in ("untied", "token-conditioned"):
         ranked = sorted((each for each in heads if each.variant == variant), key=lambda each: each.rank)
         found += ranked[:1] + ranked[1:][-1:]
     return found

@@ -10,7 +10,7 @@ from cpdlm.config import Config
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.training import checkpoints
 
-VARIANTS = ("untied", "anchored", "tied")  # how the heads treat the pending token
+VARIANTS = ("untied", "token-conditioned", "tied")  # how the heads treat the pending token
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Run:
     @property
     def variant(self) -> str:
         if self.config.link != "none":
-            return "anchored" if self.config.link == "first" else self.config.link
+            return "token-conditioned" if self.config.link == "first" else self.config.link
         return "tied" if self.config.model.tie_first else "untied"
 
 

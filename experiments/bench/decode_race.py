@@ -36,7 +36,7 @@ from experiments.bench.decode_heads import Heads, load_heads
 from experiments.bench.record import say
 
 SAMPLINGS = {"greedy": Sampling(0.0), "sampling": Sampling()}
-AUTOREGRESSIVE = "plain"  # as records call it
+AUTOREGRESSIVE = "AR"
 
 
 @dataclass(frozen=True)

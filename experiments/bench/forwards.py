@@ -149,10 +149,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--turns", type=int, default=15, help="of all ways")
     options = record.parse(parser, arguments, QUICK)
     options.cpu = True
-    record.settle(options)
-    made = record.begin("forwards", "forwards", arguments, record.chosen(options, SETTINGS))
-    found = measured(options)
-    record.write(options, "forwards", made | found)
+    found = record.run("forwards", arguments, options, SETTINGS, measured)
     print(table(found, options.tokens))
     return 0
 

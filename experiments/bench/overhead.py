@@ -57,7 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tied, 1/4, low rank": _TIED | {"loss.joint_fraction": 1 / 4, "model.map_rank": 16},
     "frozen, 1/4": _FROZEN | {"loss.joint_fraction": 1 / 4},
     # a quarter of the vocabulary
-    "frozen, 1/4, shortlist": _FROZEN | {"loss.joint_fraction": 1 / 4, "loss.draft_vocabulary": 0},
+    "frozen, 1/4, draft vocabulary": _FROZEN | {"loss.joint_fraction": 1 / 4, "loss.draft_vocabulary": 0},
 }
 SCRATCH = [recipe for recipe, settings in RECIPES.items() if recipe != NEXT_TOKEN and "model.trunk" not in settings]
 

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
@@ -46,8 +45,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Label -> what was measured of so many processes that share the training in this way."""
+def measure(options: argparse.Namespace) -> record.Record:
+    """cells: label -> what was measured of so many processes that share the training in this way."""
     tasks = {f"train {way} {count}": (way, count) for way in ("ddp", "fsdp") for count in options.processes}
     runs: dict[str, list[dict[str, float]]] = {label: [] for label in tasks}
     for label in fresh.by_turns(tasks, options.repeats):
@@ -59,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         cell = fresh.medians(each, each[0])
         rate = 1000 * cell["tokens_per_step"] / cell["step_ms"]
         cells[label] = cell | {"repeats": each, "tokens_per_second": rate}
-    return cells
+    return {"cells": cells}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -75,10 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    record.settle(options)
-    found = record.begin("processes", "processes", arguments, record.chosen(options, SETTINGS))
-    found["cells"] = measure(options)
-    record.write(options, "processes", found)
+    found = record.run("processes", arguments, options, SETTINGS, measure)
     for label, cell in found["cells"].items():
         print(f"{label:<28} {cell['step_ms']:8.1f} ms per step")
     return 0

@@ -7,7 +7,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,20 @@ def write(options: argparse.Namespace, name: str, record: Record) -> None:
     path = options.output / f"{name}.json"
     write_json(path, record)
     say(f"record: {path}")
+
+
+def run(
+    name: str,
+    arguments: Sequence[str],
+    options: argparse.Namespace,
+    names: Iterable[str],
+    measure: Callable[[argparse.Namespace], Record],
+) -> Record:
+    """Measures and writes the record NAME, which is returned. names: the options that are its settings."""
+    settle(options)
+    record = begin(name, name, arguments, chosen(options, names)) | measure(options)
+    write(options, name, record)
+    return record
 
 
 def say(line: str) -> None:

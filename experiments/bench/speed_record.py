@@ -76,13 +76,13 @@ def targets(measured: list[dict[str, Any]], trunk_parameters: int) -> list[dict[
         where = f"{group['dtype']} {group['mode']}" + ("" if alone else f" batch {group['batch']}")
         if "plain_over_generate" in group:
             ratio = group["plain_over_generate"]["median"]
-            add("plain over generate, at least", where, ratio, GENERATE_TARGET, ratio >= GENERATE_TARGET)
+            add("AR over generate, at least", where, ratio, GENERATE_TARGET, ratio >= GENERATE_TARGET)
         for cell in group["cells"]:
-            name = f"{where} r{cell['rank']} n{cell['horizon']} shortlist {cell['shortlist'] or 'none'}"
+            name = f"{where} r{cell['rank']} n{cell['horizon']} draft vocabulary {cell['shortlist'] or 'none'}"
             least = TARGETS.get(cell["rank"])
             if alone and least is not None and cell["horizon"] == 4 and trunk_parameters >= LEAST_TRUNK:
                 share = cell["share_of_limit"]["median"]
-                add("conversion over its limit, at least", name, share, least, share >= least)
+                add("speed-up per token per forward over its limit, at least", name, share, least, share >= least)
             over = cell["pass_over_floor"]["median"]
-            add("pass over floor, at most", name, over, FLOOR_TARGET, over <= FLOOR_TARGET)
+            add("forward over floor, at most", name, over, FLOOR_TARGET, over <= FLOOR_TARGET)
     return found

@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
@@ -53,8 +52,8 @@ def train_once(options: argparse.Namespace, states: str, target: str, rank: int)
     }
 
 
-def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Label -> what was measured of it."""
+def measure(options: argparse.Namespace) -> record.Record:
+    """cells: label -> what was measured of it."""
     tasks = {
         f"{states} {target} rank {rank}": (states, target, rank)
         for rank in options.ranks
@@ -73,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             for run, base in zip(each, runs[first], strict=True)
         ]
         cells[label] = fresh.medians(each, each[0]) | {"repeats": each, "over_retrofit": fresh.spread(gains, "median")}
-    return cells
+    return {"cells": cells}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -90,10 +89,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    record.settle(options)
-    found = record.begin("training rate", "training_rate", arguments, record.chosen(options, SETTINGS))
-    found["cells"] = measure(options)
-    record.write(options, "training_rate", found)
+    found = record.run("training_rate", arguments, options, SETTINGS, measure)
     for label, cell in found["cells"].items():
         gain = cell["over_retrofit"]["median"]
         print(f"{label:<28} {cell['positions_per_second']:8,.0f} positions/s {gain:6.2f}")

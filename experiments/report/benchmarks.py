@@ -16,6 +16,13 @@ Result = TypeVar("Result")
 _MACHINE = {key: HARDWARE[key] for key in ("accelerator", "processor", "cores", "threads")}  # what is said of it
 # What code raises on content that is not as it expects.
 ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_WORDS = {  # of older records
+    "anchored": "token-conditioned",
+    "shortlist": "draft vocabulary",
+    "plain over generate": "AR over generate",
+    "conversion over its limit": "speed-up per token per forward over its limit",
+    "pass over floor": "forward over floor",
+}
 # name of the record -> (what its `benchmark` begins with, what makes it)
 KINDS = {
     "decode_acceptance": ("decoding acceptance", "experiments/bench/decode.py"),
@@ -60,6 +67,10 @@ def read_benchmark(results: Path, name: str) -> Benchmark | str:
 
 def upgrade(record: Benchmark) -> Benchmark:
     """A record of any version as `experiments/bench/` writes it now; intervals of counts are made anew over prompts."""
+    for part in _parts(record):
+        part.update({key: _in_words(value) for key, value in part.items() if isinstance(value, str)})
+    for method in record["methods"] if record["benchmark"] == "decoding baselines" else ():
+        method["name"] = "AR" if method["name"] == "plain" else method["name"]
     record.get("dimensions", {}).setdefault("dtype", "float32")
     for group in record.get("groups", []):
         group.setdefault("captured", False)
@@ -89,6 +100,11 @@ def _parts(content: Any) -> Iterator[dict[str, Any]]:
         yield content
     for each in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
         yield from _parts(each)
+
+
+def _in_words(text: str) -> str:
+    """Variants, recipes and targets by their present names."""
+    return ", ".join(_WORDS.get(part, part) for part in text.split(", "))
 
 
 def _heads(row: dict[str, Any]) -> tuple[str, ...]:

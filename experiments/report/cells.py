@@ -86,8 +86,8 @@ def cells_table(families: list[Family]) -> Table:
         "MFLOPs per draft": lambda at: "-" if (flops := at.record.draft_flops()) is None else f"{flops / 1e6:.2f}",
     }
     caption = (
-        "Variant: untied is the paper's; tied, the first token is the target's own; anchored, tied and conditioned "
-        "on the pending token; blind, that map fed h in place of the token's embedding; mlp, perceptron maps with "
+        "Variant: untied is the paper's; tied, the first token is the target's own; token-conditioned, tied, and the "
+        "others also see the pending token; blind, that map fed h in place of its embedding; mlp, perceptron maps with "
         "the parameters of the highest rank. Other kinds of draft on a pretrained model have a table of their own. "
         "Limit: t(1)/t(n), the target's time for one token over that for n."
     )

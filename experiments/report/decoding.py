@@ -38,7 +38,7 @@ def methods_table(record: Benchmark) -> Table:
     }
     caption = (
         "Ways to draft for one target per corpus, side by side: the same weights, prompts, number of tokens and "
-        "machine; all are lossless. Plain: our loop without drafts; generate and assisted generation: Hugging "
+        "machine; all are lossless. AR: our loop without drafts; generate and assisted generation: Hugging "
         f"Face's; rank 1, untied: independent heads, as Medusa's; sequential heads: as Hydra's. {CHOSEN} Tokens per "
         "target forward: autoregressive decoding has 1.00. Speed-up: over autoregressive decoding with our loop. "
         f"{described(record)}"

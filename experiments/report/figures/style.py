@@ -302,19 +302,9 @@ def modes_of(cells: Cells, mode: str) -> list[dict[str, Any]]:
     return [measured for _, record in sorted(cells.items()) if (measured := record.mode(mode))]
 
 
-_WORDS = (
-    ("anchored", "token-conditioned"),
-    ("plain", "AR"),
-    ("shortlist", "draft vocabulary"),
-    ("smollm2", "SmolLM2-135M"),
-)
-
-
 def worded(text: str) -> str:
-    """The words that records have, as the field says them."""
-    for old, new in _WORDS:
-        text = text.replace(old, new)
-    return text
+    """With the name that the world knows a model by."""
+    return text.replace("smollm2", "SmolLM2-135M")
 
 
 def wrapped(family: Family) -> str:
