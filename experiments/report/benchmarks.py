@@ -69,7 +69,7 @@ def upgrade(record: Benchmark) -> Benchmark:
     """A record of any version as `experiments/bench/` writes it now; intervals of counts are made anew over prompts."""
     for part in _parts(record):
         part.update({key: _in_words(value) for key, value in part.items() if isinstance(value, str)})
-    for method in record["methods"] if record["benchmark"] == "decoding baselines" else ():
+    for method in record["methods"] if record.get("benchmark") == "decoding baselines" else ():
         method["name"] = "AR" if method["name"] == "plain" else method["name"]
     record.get("dimensions", {}).setdefault("dtype", "float32")
     for group in record.get("groups", []):
