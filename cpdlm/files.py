@@ -180,9 +180,10 @@ def locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
 
     Waits `seconds` at most, then raises LockHeld. A wait of more than QUIET_SECONDS is announced on stderr. Where the
     file system has no flock, the lock is a file that exists: filelock removes that of a process of this host that is
-    gone. OSError where the lock cannot be written.
+    gone. WriteError where the lock cannot be written.
     """
-    lock = _acquired(path, seconds)
+    with errors_named(path):
+        lock = _acquired(path, seconds)
     note = _holder_note(path)
     try:
         with contextlib.suppress(OSError):  # only for the words of those who wait
@@ -195,6 +196,10 @@ def locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
 
 
 def _acquired(path: Path, seconds: float) -> BaseFileLock:
+    # filelock takes a file that may not be written for one that is held, and waits.
+    os.close(
+        os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    )
     lock: BaseFileLock = FileLock(path)
     try:
         try:

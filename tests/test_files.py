@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_a_lock_of_another_process_is_named_waited_for_and_given_up(
     with locked(path, 5):
         pass
     assert sorted(each.name for each in tmp_path.iterdir()) == ["lock"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody may write to")
+def test_a_lock_that_may_not_be_written_is_not_waited_for() -> None:
+    began = time.monotonic()
+    with (
+        pytest.raises(files.WriteError, match="cannot write /proc/lock: .*make it writable"),
+        locked(Path("/proc/lock")),
+    ):
+        pass
+    assert time.monotonic() - began < 1
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("flock")])
