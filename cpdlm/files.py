@@ -32,8 +32,11 @@ def default_cache() -> Path:
     here = Path(".cache") / "cpdlm"
     if here.is_dir():
         return here
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():  # others are to be ignored (XDG Base Directory Specification)
+        return given / "cpdlm"
     home = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or home).expanduser() / "cpdlm"
+    return Path(home).expanduser() / "cpdlm"
 
 
 class WriteError(OSError):

@@ -46,6 +46,20 @@ def test_a_lock_of_another_process_is_named_waited_for_and_given_up(
     assert sorted(each.name for each in tmp_path.iterdir()) == ["lock"]
 
 
+def test_the_cache_is_the_projects_own_or_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "platform", "linux")
+    for given, found in (("", "/home/me/.cache"), ("relative", "/home/me/.cache"), ("/fast", "/fast")):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert files.default_cache() == Path(found) / "cpdlm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert files.default_cache() == Path("/home/me/Library/Caches/cpdlm")
+    (tmp_path / ".cache" / "cpdlm").mkdir(parents=True)
+    assert files.default_cache() == Path(".cache/cpdlm")
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody may write to")
 def test_a_lock_that_may_not_be_written_is_not_waited_for() -> None:
     began = time.monotonic()
