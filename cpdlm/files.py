@@ -49,9 +49,11 @@ def replaced(path: Path) -> Iterator[Path]:
     with errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = beside(path)
-        temporary.touch(exist_ok=False)  # its mode follows the umask
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode & 0o777  # as the umask says; safetensors makes its files 0600
         try:
             yield temporary
+            temporary.chmod(mode)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -21,8 +21,9 @@ from cpdlm.data.duplicates import clusters
 from cpdlm.data.splits import assign_splits, take
 from cpdlm.data.stored import SPLITS, Corpus
 from cpdlm.data.tokenizer import BytesTokenizer
+from cpdlm.files import WriteError
 from tests.test_data_sources import fake_package
-from tests.tiny import MICRO
+from tests.tiny import MICRO, code_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [f"word{number}" for number in range(3000)]
@@ -369,3 +370,12 @@ def test_real_corpora(tmp_path: Path, name: str) -> None:
     else:
         assert sizes["train"] > 15e6 and min(sizes.values()) > 5e5
         assert all(set(corpus.split(split).source_ids) == {0, 1, 2} for split in SPLITS)
+
+
+@pytest.mark.parametrize("where", ["file/cache", "/proc/cache"])
+def test_a_cache_that_cannot_be_written_is_named(where: str, tmp_path: Path) -> None:
+    code_folder(tmp_path)
+    (tmp_path / "file").touch()
+    cache = tmp_path / where
+    with pytest.raises(WriteError, match=f"cannot write {cache}: .*data.cache=DIR"):
+        load_corpus(resolve(MICRO | {"corpus": str(tmp_path), "data.cache": str(cache)}))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import metadata_load
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,7 @@ from transformers import (
 
 from cpdlm import cli
 from cpdlm.decoding.cache import Text
-from cpdlm.files import write_json
+from cpdlm.files import WriteError, write_json
 from cpdlm.hf import CpdlmForCausalLM, export
 from cpdlm.hf.load import run_tokenizer
 from cpdlm.training import checkpoints
@@ -53,6 +54,29 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
         assert word in card, word
     assert cli.main(["export", str(run), str(folder)]) == 2, "the trunk is gone"
     assert "trunk" in capsys.readouterr().err
+
+
+def test_an_export_that_ends_half_way_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, folder = tmp_path / "run", tmp_path / "exported"
+    make_run(run, {})
+    export.export(run, folder)
+    (folder / "model-00001-of-00002.safetensors").touch()  # of a larger one, before
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cpdlm.hf.export._save_tokenizer", full)
+        with pytest.raises(SafetensorError):
+            export.export(run, folder)
+        patch.setattr("cpdlm.hf.export.CpdlmForCausalLM.save_pretrained", full)
+        with pytest.raises(WriteError, match=f"cannot write {folder}: No space left"):
+            export.export(run, folder)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    export.export(run, folder)
+    assert before.keys() - {path.name for path in folder.iterdir()} == {"model-00001-of-00002.safetensors"}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "by the umask, as all files"
 
 
 def test_a_draft_vocabulary_goes_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +178,10 @@ def test_a_run_without_its_parts_says_so(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
     (tmp_path / "words.txt").rename(tmp_path / "moved.txt")
     fails(run, tmp_path / "out", "the tokenizer of", "bpe:290", "cannot be made again: corpus=", "words.txt")
+    for name, content in (("evaluate.json", {"likelihood": 3}), ("decode.json", {"modes": {"greedy": 7}})):
+        make_run(tmp_path / name, {})
+        write_json(tmp_path / name / name, content)
+        fails(tmp_path / name, tmp_path / "out", "its evaluate.json or decode.json is not as this program writes them")
     (run / "evaluate.json").unlink()
     fails(run, tmp_path / "out", "does not say which text it was trained on")
     (run / "model.safetensors").unlink()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from safetensors.torch import save_file
 
 from cpdlm import files
 from cpdlm.files import LockHeld, locked, partial_folder, remove_partial, replaced_folder, write_bytes
@@ -91,12 +92,15 @@ def test_files_and_folders_follow_the_umask(umask: int, tmp_path: Path) -> None:
         write_bytes(tmp_path / "made" / "file", b"x")
         with replaced_folder(tmp_path / "folder") as aside:
             (aside / "inner").touch()
+        with files.replaced(tmp_path / "weights") as temporary:
+            save_file({}, temporary)
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert modes == {
         "made": 0o777 & ~umask,
         "file": 0o666 & ~umask,
+        "weights": 0o666 & ~umask,
         "folder": 0o777 & ~umask,
         "inner": 0o666 & ~umask,
     }

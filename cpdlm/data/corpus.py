@@ -3,7 +3,6 @@
 A folder is written aside and renamed when whole. Every load checks sizes and sha256; what does not fit is rebuilt.
 """
 
-import errno
 import hashlib
 import json
 import re
@@ -28,7 +27,7 @@ from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import Tokenizer, build_tokenizer, store_tokenizer, stored_tokenizer, tokenizer_hash
 from cpdlm.data.tokens import PIECE_BYTES
 from cpdlm.data.windows import row_count
-from cpdlm.files import LockHeld, locked, remove_partial, replaced_folder
+from cpdlm.files import LockHeld, errors_named, locked, remove_partial, replaced_folder
 
 BUNDLE = "bundle.json"
 
@@ -37,8 +36,8 @@ def load_corpus(config: Config, progress: bool = True) -> Corpus:
     """The corpus of a config: from data.bundle, else from the cache, else built (downloading what is pinned).
 
     ConfigError for an unknown, empty or too short corpus, an unreachable index, a document that the tokenizer cannot
-    read, a bundle without this corpus, a cache folder that cannot be written, or one that another process holds for
-    longer than train.timeout.
+    read, a bundle without this corpus, or a cache folder that another process holds for longer than train.timeout;
+    WriteError for one that cannot be written.
     """
     if config.data.bundle:
         corpus = _from_bundle(config)
@@ -128,18 +127,10 @@ def _read_or_warn(folder: Path, quietly: bool = False) -> Corpus | None:
 @contextmanager
 def _disk_errors_explained(config: Config) -> Iterator[None]:
     try:
-        yield
+        with errors_named(Path(config.data.cache)):
+            yield
     except LockHeld as error:
         raise ConfigError(f"data.cache={config.data.cache}: {error}, or raise train.timeout") from error
-    except OSError as error:
-        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, *reasons):
-            reason = reasons.get(error.errno, error.strerror)
-            raise ConfigError(
-                f"data.cache={config.data.cache}: cannot use {error.filename or 'it'} ({reason}); "
-                "give another folder with data.cache=DIR"
-            ) from error
-        raise
 
 
 # --- building --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from cpdlm.config import Config
 from cpdlm.data.target import Target
 from cpdlm.hf.load import noted, read_json
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.training.checkpoints import RunError
 
 _CARD = """\
 ---
@@ -58,6 +59,7 @@ def card(source: Path, config: Config, model: LanguageModel, name: str) -> str:
     """The model card. It says which measurement is missing, and leaves out what the trunk's source does not say of it.
 
     source: the run's folder, or the name of a model with released heads. name: of the exported folder.
+    RunError where a measurement is not as this program writes it.
     """
     evaluated, decoded = noted(source), read_json(source / "decode.json")
     known: dict[str, Any] = Target.of(config).card
@@ -67,25 +69,37 @@ def card(source: Path, config: Config, model: LanguageModel, name: str) -> str:
         tags=["cpdlm", "multi-token-prediction", "speculative-decoding"],
         **known,
     )
-    if source.is_dir():
-        command = _command(evaluated)
-        made_by = command
-        if not command.startswith("cpdlm speed-up"):  # which exports, too
-            made_by += f"\ncpdlm export {placeless(config.output)}/{config.run_name} {name}"
-        measured = _measured(decoded)
-    else:
-        made_by = f"cpdlm export {source} {name}"
-        measured = "These heads come with `cpdlm`, whose README says how fast they were."
+    try:
+        facts = _facts(config, model, evaluated, decoded)
+        if source.is_dir():
+            command = _command(evaluated)
+            made_by = command
+            if not command.startswith("cpdlm speed-up"):  # which exports, too
+                made_by += f"\ncpdlm export {placeless(config.output)}/{config.run_name} {name}"
+            measured = _measured(decoded)
+        else:
+            made_by = f"cpdlm export {source} {name}"
+            measured = "These heads come with `cpdlm`, whose README says how fast they were."
+    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise RunError(
+            f"{source}: its evaluate.json or decode.json is not as this program writes them "
+            f"({type(error).__name__}: {error}); delete both, and run its command again"
+        ) from error
     return _CARD.format(
         front=front.to_yaml(),
         name=name,
         family=model.trunk.body.config.model_type,
         horizon=model.horizon,
         rank=model.rank,
-        facts="\n".join(f"| {key} | {value} |" for key, value in _facts(config, model, evaluated, decoded).items()),
+        facts="\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items()),
         measured=measured,
         made_by=made_by,
     )
+
+
+def _cell(value: str) -> str:
+    """As text of a table's cell, whatever settings a received folder names."""
+    return " ".join(value.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _command(evaluated: dict[str, Any]) -> str:

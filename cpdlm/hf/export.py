@@ -4,9 +4,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import END, HubTokenizer, Tokenizer
-from cpdlm.files import WriteError, write_bytes, write_json
+from cpdlm.files import errors_named, partial_folder, remove_partial, write_bytes, write_json
 from cpdlm.hf.card import card
 from cpdlm.hf.load import is_pretrained_tokenizer, load, read_json
 from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
@@ -32,14 +34,34 @@ def export(source: Path, folder: Path) -> CpdlmForCausalLM:
     model, tokenizer = loaded.model, loaded.tokenizer
     defaults = Target.of(loaded.config).generation
     wrapped = CpdlmForCausalLM.from_language_model(model, tokenizer.bos, loaded.eos, defaults)
-    try:
+    text = card(source, loaded.config, model, folder.name)
+    with errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        wrapped.save_pretrained(folder)
-    except OSError as error:
-        raise WriteError(f"cannot write {folder}: {error.strerror or error}; give another folder") from error
-    _save_tokenizer(tokenizer, folder, model.context)
-    write_bytes(folder / "README.md", card(source, loaded.config, model, folder.name).encode())
+        remove_partial(folder)
+        with partial_folder(folder / "model") as aside:
+            try:
+                wrapped.save_pretrained(aside)
+            except SafetensorError as error:  # how it says that the disk is full
+                raise OSError(str(error)) from error
+            _save_tokenizer(tokenizer, aside, model.context)
+            write_bytes(aside / "README.md", text.encode())
+            _take_over(aside, folder)
     return wrapped
+
+
+def _take_over(aside: Path, folder: Path) -> None:
+    """Move the files of `aside` into `folder`, with the mode that the umask says, in place of an older export."""
+    mode = aside.stat().st_mode & 0o666
+    for old in folder.glob("model*.safetensors*"):  # there may be more of them, which would be read
+        if not (aside / old.name).exists():
+            old.unlink()
+    for path in sorted(aside.rglob("*")):
+        there = folder / path.relative_to(aside)
+        if path.is_dir():
+            there.mkdir(exist_ok=True)
+            continue
+        path.chmod(mode)
+        path.replace(there)
 
 
 def check_folder(folder: Path) -> None:

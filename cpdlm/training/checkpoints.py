@@ -104,9 +104,10 @@ def read_config(folder: Path) -> Config:
         raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
     try:
         plain = OmegaConf.to_container(OmegaConf.load(path))
-        assert isinstance(plain, dict)
+        if not isinstance(plain, dict):
+            raise ConfigError("it is not a table of settings")
         return from_dict(plain)  # type: ignore[arg-type]
-    except (ConfigError, AssertionError, OSError, ValueError, YAMLError) as error:
+    except (ConfigError, OSError, ValueError, YAMLError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 
 
@@ -182,7 +183,10 @@ def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageMode
     trunk = trunk or load_target(config)
     if trunk is not None and trunk.vocab_size != vocab_size:
         raise RunError(f"{path} has vocabulary {vocab_size}, its trunk {config.model.trunk} has {trunk.vocab_size}")
-    model = build_language_model(config, vocab_size, trunk)
+    try:
+        model = build_language_model(config, vocab_size, trunk)
+    except (MemoryError, RuntimeError) as error:  # a received folder may say any size
+        raise RunError(f"{folder / CONFIG} is of a model that cannot be built here: {str(error)[:200]}") from error
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -255,6 +259,8 @@ def consolidate(folder: Path) -> None:
 
 def check_checkpoint(path: Path, needed: Iterable[str] = ()) -> None:
     """Raise RunError for a checkpoint that is truncated, is not ours, or lacks weights of the names that are needed."""
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited for
+        raise RunError(f"{path} is neither a file nor a folder; delete it to start again")
     try:
         whole = path / _META if path.is_dir() else path
         content = torch.load(whole, map_location="cpu", weights_only=True, mmap=not path.is_dir())
