@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from cpdlm.bench.compare import Protocol, measure
 from cpdlm.bench.hardware import hardware
@@ -25,6 +24,7 @@ from cpdlm.decoding import Sampling
 from cpdlm.files import default_cache, write_json
 from cpdlm.hf.export import check_folder, export
 from cpdlm.hf.load import read_json
+from cpdlm.progress import Bar
 from cpdlm.training import checkpoints, run
 
 # Heads of rank 1, of which each sees the token before it, trained on every position: no higher rank was faster yet.
@@ -105,9 +105,9 @@ def _measured(config: Config, command: str, say: Say) -> dict[str, dict[str, Any
     decode, modes = config.decode, {}
     samplings = {"greedy": Sampling(0.0), "sampling": Sampling(decode.temperature, decode.top_k, decode.top_p)}
     for name, sampling in samplings.items():
-        with tqdm(total=decode.warmups + decode.repeats, desc=f"decoding, {name}", file=sys.stderr) as bar:
+        with Bar(total=decode.warmups + decode.repeats, desc=f"decoding, {name}", file=sys.stderr) as bar:
 
-            def progress(line: str, bar: tqdm = bar) -> None:
+            def progress(line: str, bar: Bar = bar) -> None:
                 bar.update(int(line.startswith(("repeat", "warm-up"))))
 
             protocol = Protocol.of(decode, config.seed)

@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from cpdlm.bench import compare
 from cpdlm.bench.acceptance import tokens_per_forward
@@ -29,11 +29,12 @@ from cpdlm.files import write_json
 from cpdlm.model.build import parameter_counts
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.processes import is_first_process
+from cpdlm.progress import Bar
 from cpdlm.training import checkpoints
 from cpdlm.training import run as training
 from cpdlm.training.checkpoints import run_folder
 from cpdlm.training.module import NonFiniteLoss, lower
-from experiments import tracking
+from experiments import machine, tracking
 from experiments.measure import likelihood
 from experiments.provenance import provenance
 from experiments.records import build, load, summary_table, write
@@ -91,12 +92,21 @@ def is_measured(configs: list[Config], reference: Config | None = None) -> bool:
 
 def run(config: Config, command: str, stage: str) -> int:
     """What `experiments/run.py` does; returns the exit code."""
-    if stage in ("train", "all") and not is_trained(config) and not train(config, command):
-        return 0
+    disable_progress_bar()  # those of transformers: ours say what goes on
+    trained = is_trained(config)
+    if stage in ("train", "all") and not trained:
+        memory = machine.check_memory(config)
+        if stage == "all" and is_first_process():
+            print(machine.estimate(config, memory), flush=True)
+        if not train(config, command):
+            return 0
     if not is_first_process():  # of a distributed run: all that follows is done once
         return 0
+    measured = config.horizon == 1 or is_measured([config])
+    if trained and (measured or stage == "train"):
+        print(f"already complete: {run_folder(config)}; nothing is run again")
     if stage in ("decode", "all"):
-        if config.horizon > 1 and not is_measured([config]):
+        if not measured:
             measure([config])
         path = write_record(config, command, run_folder(config), claim="single", profile="single")
         tracking.log_record(config, path)
@@ -223,11 +233,11 @@ def _decoded(
         "greedy": Sampling(temperature=0),
         "sampling": Sampling(decode.temperature, decode.top_k, decode.top_p),
     }.items():
-        with tqdm(total=decode.warmups + decode.repeats, desc=f"decoding, {mode}", unit="repeat") as bar:
+        with Bar(total=decode.warmups + decode.repeats, desc=f"decoding, {mode}", unit="repeat") as bar:
 
-            def say(line: str, bar: tqdm = bar) -> None:
+            def say(line: str, bar: Bar = bar) -> None:
                 if line.startswith("measured again"):
-                    tqdm.write(line, file=sys.stderr)
+                    Bar.write(line, file=sys.stderr)
                 bar.set_postfix_str(line, refresh=False)
                 bar.update(int(line.startswith(("repeat", "warm-up"))))
 

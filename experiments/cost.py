@@ -134,9 +134,8 @@ class CostModel:
         fits = {name: fit(*values) for name, values in seen.items() if values[1]}
         return cls(fits, statistics.median(spent), ", ".join(sorted(names)), pretrained)
 
-    def estimate(self, cell: Cell, group: int = 1) -> Estimate:
+    def estimate(self, config: Config, group: int = 1) -> Estimate:
         """group: how many cells are decoded beside it, itself among them."""
-        config = cell.config("runs")
         if config.is_pretrained:
             return self._as_the_nearest(config)
         train = self.overhead * config.optim.steps * self.fits["step"](_step(config))
@@ -214,7 +213,7 @@ def _head_flops(config: Config) -> float:
 def estimates(model: CostModel, cells: list[Cell]) -> dict[str, Estimate]:
     """By name of the cell, decoded in the groups that these cells make."""
     sizes = {cell.name: len(group.cells) for group in decode_groups(cells, "runs") for cell in group.cells}
-    return {cell.name: model.estimate(cell, sizes.get(cell.name, 1)) for cell in cells}
+    return {cell.name: model.estimate(cell.config("runs"), sizes.get(cell.name, 1)) for cell in cells}
 
 
 def wall_seconds(cells: list[Cell], costs: dict[str, Estimate], jobs: int, decoded: list[Cell] | None = None) -> float:

@@ -5,6 +5,7 @@ import os
 
 from experiments import cell as one
 from experiments import cost
+from experiments.machine import memory_text, time_text
 from experiments.records import load_all
 from experiments.scheduler import ROOT
 from experiments.suite import Cell
@@ -26,11 +27,11 @@ def forecast(plan: Plan, scale: str, jobs: int = 0) -> str:
         trained = one.is_trained(cell.config(str(plan.out)))
         to_train += [] if trained else [cell]
         each = costs[cell.name]
-        seconds = f"{_time(0 if trained else each.train):>7} {_time(each.decode):>7}"
-        lines.append(f"{cell.name:<56} {_state(plan, cell, trained):<22} {seconds} {_mebibytes(each.memory):>9}")
+        seconds = f"{time_text(0 if trained else each.train):>7} {time_text(each.decode):>7}"
+        lines.append(f"{cell.name:<56} {_state(plan, cell, trained):<22} {seconds} {memory_text(each.memory):>9}")
     jobs = jobs or (1 if scale == "gpu" else min(8, len(os.sched_getaffinity(0))))
     unknown = sum(math.isnan(costs[cell.name].train) for cell in plan.pending)
-    left = _time(cost.wall_seconds(to_train, costs, jobs, plan.pending))
+    left = time_text(cost.wall_seconds(to_train, costs, jobs, plan.pending))
     settings = len({cell.setting for cell in plan.cells})
     return "\n".join(
         [
@@ -51,14 +52,3 @@ def _state(plan: Plan, cell: Cell, trained: bool) -> str:
     if trained:
         return "trained"
     return "failed before" if (plan.out / cell.name / FAILED).is_file() else "to run"
-
-
-def _mebibytes(memory: float) -> str:
-    return "?" if math.isnan(memory) else f"{memory / 2**20:.0f} MiB"
-
-
-def _time(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "?"
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cpdlm.config import Config, ConfigError
 from cpdlm.files import check_writable, remove_partial, write_json
+from cpdlm.progress import Bar
 from experiments import tracking
 from experiments.provenance import git_state
 from experiments.report import render
@@ -56,6 +55,10 @@ def run(plan: Plan, launcher: Launcher) -> int:
     finally:
         for failure in failures:
             print(f"failed: {failure}", file=sys.stderr)
+    if plan.title == "smoke" and plan.stages == STAGES and not failures:
+        print(
+            f"works; these numbers mean nothing; next: ./reproduce.sh --profile cpu, or open {_figures(plan)}/report.html"
+        )
     return 1 if failures else 0
 
 
@@ -86,7 +89,7 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
     track = [f"tracking.experiment={plan.experiment}", *([f"tracking.parent={parent}"] if parent else [])]
     jobs = [_training_job(cell, plan, launcher, track) for cell in pending.values()]
     print(f"      {len(jobs)} cells; each writes {plan.out}/NAME/train.log", flush=True)
-    with tqdm(total=len(jobs), desc="cells", unit="cell") as bar:
+    with Bar(total=len(jobs), desc="cells", unit="cell") as bar:
 
         def ended(job: Job, code: int) -> bool:
             bar.update()
@@ -97,7 +100,7 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
                 failures.extend([why] if why else [])
                 return not why
             failures.append(note_failure(failure, job, code))
-            tqdm.write(f"failed: {failures[-1]}{_last_lines(job)}", file=sys.stderr)
+            Bar.write(f"failed: {failures[-1]}{_last_lines(job)}", file=sys.stderr)
             return False
 
         skipped = schedule(jobs, launcher, ended)
@@ -178,17 +181,21 @@ def _report(plan: Plan, failures: list[str]) -> str:
                 written.append((config, path))
         except (RecordError, RunError) as error:
             failures.append(f"{cell.name}: its record is not written: {error}")
-    figures = Path("paper_figures") if plan.publish else plan.out / "figures"
+    figures = _figures(plan)
     drawn = render(plan.shown or plan.results, figures, Path("README.md") if plan.publish else None)
     notes = "".join(f"note: {line}\n" for line in drawn.notes)
     text = (
-        f"\n{drawn.text}\n{notes}\nfigures and tables: {figures}\nrecords: {plan.shown or plan.results}\n"
+        f"\n{drawn.text}\n{notes}\nreport: {figures}/report.html\nrecords: {plan.shown or plan.results}\n"
         f"dashboard: ./dev ui {plan.out}   (MLflow on http://127.0.0.1:5000)"
     )
     # A sweep that was killed here has written records that MLflow lacks.
     _log(plan, [*written, *ran_here], text, [path for path in drawn.files if path.suffix in (".png", ".html")])
     print(text, flush=True)
     return f"{len(written)} records written, {len(plan.finished)} were there, of {len(plan.cells)} under {plan.results}"
+
+
+def _figures(plan: Plan) -> Path:
+    return Path("paper_figures") if plan.publish else plan.out / "figures"
 
 
 def _log(plan: Plan, records: list[tuple[Config, Path]], text: str, pictures: list[Path]) -> None:

@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
 
+import experiments
+
+experiments.check_python()
+
 from cpdlm import config as configuration
 from cpdlm.files import WriteError
 from experiments.command import Command, pairs

@@ -30,10 +30,15 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """{"commit", "dirty", "hardware", "versions", "started"}: where and from what this process runs."""
+    """{"commit", "dirty", "hardware", "load", "versions", "started"}: where and from what this process runs.
+
+    load: processes that wanted to run over the last minute, this one's threads among them.
+    """
     commit, dirty = git_state()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"commit": commit, "dirty": dirty, "hardware": hardware(), "versions": versions(), "started": started}
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    machine = {"hardware": hardware(), "load": load}
+    return {"commit": commit, "dirty": dirty, **machine, "versions": versions(), "started": started}
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from experiments.provenance import provenance
 from experiments.schema import SCHEMA, RecordError, check_settings, validate, with_nulls
 
 MODES = ("greedy", "sampling")
+FEW_STEPS = 100  # below it a model has learnt too little for its speeds to mean anything
 VARIANTS = ("untied", "tied", "token-conditioned", "blind")
 
 
@@ -220,6 +221,17 @@ def machine_text(hardware: dict[str, Any]) -> str:
     return f"{gpu}{hardware['processor']}, {counted(hardware['cores'], 'core')}{threads}"
 
 
+def is_busy(record: Record) -> str:
+    """What to say beside its timings where other work kept the machine busy; "" where it did not, or is not known."""
+    origin = record["decoding"]["origin"] if record["decoding"] else record.content
+    load, cores = origin["load"], origin["hardware"]["cores"]
+    if load is None or load <= cores:
+        return ""
+    return (
+        f"the machine was busy (load average {load:.1f} on {counted(cores, 'core')}): its timings are not to be trusted"
+    )
+
+
 def counted(count: int, noun: str) -> str:
     """ "1 seed", "3 seeds"."""
     return f"{count} {noun}{'s' * (count != 1)}"
@@ -241,9 +253,22 @@ def summary_table(record: Record) -> str:
     for name in MODES:
         mode = record.mode(name)
         if mode:
-            rate, speedup = mode["tokens_per_pass"], mode["speedup"]
+            rate = mode["tokens_per_pass"]
             lines.append(
                 f"  {name:<17} {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] tokens per target forward, "
-                f"{speedup['median']:.2f}x [{speedup['low']:.2f}, {speedup['high']:.2f}] over autoregressive decoding"
+                f"{_speed_text(record, mode['speedup'])}"
             )
+    if busy := is_busy(record):
+        lines.append(f"  warning           {busy}")
     return "\n".join(lines)
+
+
+def _speed_text(record: Record, speedup: Mapping[str, float]) -> str:
+    """The speed-up with what it is worth. A model that learnt nothing repeats itself, and is drafted with ease."""
+    if record["training"]["steps"] < FEW_STEPS:
+        return f"speed-up not said: {record['training']['steps']} steps of training mean nothing"
+    low, high = speedup["low"], speedup["high"]
+    text = f"{speedup['median']:.2f}x [{low:.2f}, {high:.2f}] over autoregressive decoding"
+    if low <= 1 <= high:
+        text += " (the interval is over 1: neither faster nor slower)"
+    return text + ("; own target: not comparable across cells" if record.target == "own" else "")

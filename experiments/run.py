@@ -2,17 +2,26 @@
 
 python experiments/run.py rank=8
 python experiments/run.py preset=cpu-heads rank=4 link=first model.trunk=runs/NAME_OF_A_TRUNK_RUN
+python experiments/run.py rank=1,2,4 seed=0,1      one cell after another, each in a process of its own
 """
 
+import itertools
 import logging
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import textwrap
 import uuid
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
+
+import experiments
+
+experiments.check_python()
 
 from cpdlm import config as configuration
 from experiments.command import Command
@@ -28,8 +37,15 @@ def main(arguments: list[str]) -> int:
         "--stage", choices=STAGES, default="all", help="train also evaluates, decode writes the record"
     )
     command.add_argument("--print-config", action="store_true", help="show the settings and run nothing")
+    command.add_argument("--list-presets", action="store_true", help="show every preset with its settings")
     try:
         options = command.read(arguments)
+        if options.list_presets:
+            print(_presets())
+            return 0
+        cells = several(options.settings)
+        if len(cells) > 1:
+            return _each(cells, [word for word in arguments if word not in options.settings])
         config = configuration.parse(options.settings)
     except configuration.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,6 +65,49 @@ def main(arguments: list[str]) -> int:
     if config.nodes * config.devices > 1 and not is_launched():
         return _launch(config, arguments)
     return _run(config, configuration.without_credentials(" ".join([program, *options.settings])), options.stage)
+
+
+def _presets() -> str:
+    """Each preset, and the settings that it stands for, as they are typed."""
+    lines = []
+    for name, settings in configuration.PRESETS.items():
+        words = " ".join(f"{key}={value}" for key, value in settings.items())
+        width = max(shutil.get_terminal_size().columns, 30)
+        wrapped = textwrap.wrap(words or "(the defaults)", width - 2, break_long_words=False, break_on_hyphens=False)
+        lines += [name, *(f"  {line}" for line in wrapped)]
+    return "\n".join(lines)
+
+
+def several(words: list[str]) -> list[list[str]]:
+    """The words of every cell that these stand for: a number may have several values, as in rank=1,2,4."""
+    known, choices = configuration.leaves(), []
+    for word in words:
+        key, _, value = word.partition("=")
+        many = key in known and known[key].type in ("int", "float") and "," in value
+        choices.append([f"{key}={each}" for each in value.split(",") if each] if many else [word])
+    return [list(each) for each in itertools.product(*choices)]
+
+
+def _each(cells: list[list[str]], flags: list[str]) -> int:
+    """Run cells one after another, each as this command in a process of its own; then their results side by side."""
+    configs = [configuration.parse(words) for words in cells]
+    if len({config.run_name for config in configs}) < len(cells):
+        raise configuration.ConfigError("these cells have one name: leave out name=, or vary what a name shows")
+    for number, words in enumerate(cells, start=1):
+        print(f"[{number}/{len(cells)}] python experiments/run.py {' '.join([*words, *flags])}", flush=True)
+        child = subprocess.Popen([sys.executable, __file__, *words, *flags])
+        # Ctrl-C reaches the child as well, which saves and ends; SIGTERM does not.
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+        signal.signal(signal.SIGTERM, lambda number, frame, child=child: child.terminate())
+        if code := child.wait():
+            return code if code > 0 else 1
+    from experiments.compare import table
+    from experiments.records import load
+
+    paths = [Path(config.output) / config.run_name / f"{config.run_name}.json" for config in configs]
+    if all(path.is_file() for path in paths):
+        print(f"\n{table([load(path) for path in paths])}")
+    return 0
 
 
 def _launch(config: configuration.Config, arguments: list[str]) -> int:

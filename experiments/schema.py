@@ -124,6 +124,7 @@ FIELDS: dict[str, Any] = {
     "seed": COUNT,
     "started": str,
     "hardware": HARDWARE,
+    "load": Optional(AMOUNT),
     "versions": Each(str),
     "data": {
         "corpus": str,
@@ -195,7 +196,7 @@ FIELDS: dict[str, Any] = {
         {
             "group": [str],
             "rank_one": Maybe(str),
-            "origin": {"commit": str, "dirty": bool, "hardware": HARDWARE},
+            "origin": {"commit": str, "dirty": bool, "hardware": HARDWARE, "load": Optional(AMOUNT)},
             "modes": {"greedy": _MODE, "sampling": _MODE},
         }
     ),

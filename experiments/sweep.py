@@ -18,6 +18,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
 
+import experiments
+
+experiments.check_python()
+
 from cpdlm.config import ConfigError
 from experiments.claims import CLAIMS
 from experiments.command import Command, one_of, pairs

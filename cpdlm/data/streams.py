@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cpdlm.config import ConfigError
 from cpdlm.data.documents import FileTexts
 from cpdlm.files import LOCK_SECONDS, LockHeld, locked
+from cpdlm.progress import Bar
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
 FORMAT = 2  # raise when the column is chosen, or rows are read, in another way
@@ -90,7 +90,7 @@ def fetch_stream(stream: Stream, progress: bool = True) -> dict[str, Any]:
     try:
         dataset, version = _open(stream)
         _start_over_for_other_files(stream, version)
-        with tqdm(
+        with Bar(
             total=stream.limit, desc=f"streaming {stream.name}", unit="B", unit_scale=True, disable=not progress
         ) as bar:
             bar.update(sum(_note(stream, index).bytes for index in range(dataset.num_shards)))

@@ -50,7 +50,7 @@ def plan(texts: Sequence[bytes], splits: dict[str, list[int]], folder: Path) -> 
 def tokenise(
     texts: Sequence[bytes], pieces: list[Piece], tokenizer: Tokenizer, bar: Any, conversations: bool = False
 ) -> None:
-    """Write the pieces that are not there yet. bar: a tqdm over bytes of text."""
+    """Write the pieces that are not there yet. bar: a Bar over bytes of text."""
     todo = [piece for piece in pieces if not zipfile.is_zipfile(piece.path)]
     if len(todo) < len(pieces):
         bar.set_postfix_str(f"{len(pieces) - len(todo)} of {len(pieces)} pieces were there", refresh=False)

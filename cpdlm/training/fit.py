@@ -20,12 +20,12 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from tqdm import tqdm
 
 from cpdlm.config import Config
 from cpdlm.files import errors_named, write_json
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.processes import PauseWatch, is_srun, is_torchrun
+from cpdlm.progress import Bar
 from cpdlm.training import checkpoints
 from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, RunError
 from cpdlm.training.flop_count import FlopCount, matmul_rate
@@ -135,6 +135,8 @@ class Journal(Callback):
         self.summary.steps = step
         if step % settings.log_every == 0 or step == self.config.optim.steps:
             self._note(trainer, step, "train/")
+            recent = self._step_ms[-settings.log_every :]
+            pl_module.log("train_time/step_ms", statistics.median(recent) if recent else 0.0)
         stop = bool(self.stop.signal)
         if trainer.world_size > 1:  # a signal reaches processes at different steps, or one of them only
             stop = bool(trainer.strategy.reduce_boolean_decision(stop, all=False))
@@ -158,7 +160,7 @@ class Journal(Callback):
             self.summary.paused += paused
             seconds = statistics.median(self._step_ms) / 1000 if self._step_ms else max(seconds - paused, 0.0)
             if trainer.is_global_zero:
-                tqdm.write(f"step {step} is not timed: the run stood still for {paused:.1f} s in it", file=sys.stderr)
+                Bar.write(f"step {step} is not timed: the run stood still for {paused:.1f} s in it", file=sys.stderr)
         else:
             self._step_ms.append(1000 * seconds)
         self.summary.seconds += seconds

@@ -119,6 +119,15 @@ class MultiTokenModule(L.LightningModule):
             with torch.no_grad():
                 bias_R += objective.bias_step(self.uses, self.config.loss.balance_rate).to(bias_R.dtype)
         self.uses, self.seen = [], {}
+        step = self.global_step + 1
+        if step % self.config.train.log_every == 0 or step == self.config.optim.steps:
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
+            self.log("train/gradient_norm", self._gradient_norm())
+
+    def _gradient_norm(self) -> Tensor:
+        """Of all gradients together, before they are clipped; on every process the whole."""
+        found = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        return found.full_tensor() if isinstance(found, DTensor) else found
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         weights = objective.evaluation_weights(batch["successors_BT"], self.config.horizon)

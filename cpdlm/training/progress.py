@@ -1,11 +1,11 @@
 """What a terminal shows of a run."""
 
-import sys
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from tqdm import tqdm
+
+from cpdlm.progress import Bar
 
 
 class ProgressBar(Callback):
@@ -13,17 +13,16 @@ class ProgressBar(Callback):
 
     def __init__(self, steps: int, label: str) -> None:
         self.steps, self.label = steps, label
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.bar = tqdm(
+            self.bar = Bar(
                 total=self.steps,
                 initial=trainer.global_step,
                 desc=self.label,
                 unit="step",
-                dynamic_ncols=True,
-                mininterval=1.0 if sys.stderr.isatty() else 20.0,
+                mininterval=1.0,
             )
 
     def on_train_batch_end(
@@ -31,7 +30,8 @@ class ProgressBar(Callback):
     ) -> None:
         if self.bar is None:
             return
-        rate = self.bar.format_dict["rate"] or 0.0
+        state = self.bar.format_dict  # its rate is None until a line was shown
+        rate = state["rate"] or (state["n"] - state["initial"]) / max(state["elapsed"], 1e-9)
         tokens = batch["tokens_BT"].numel() * trainer.world_size * trainer.accumulate_grad_batches
         loss = trainer.callback_metrics.get("train/nll", trainer.callback_metrics.get("train/objective"))
         self.bar.set_postfix_str(

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from cpdlm.config import ConfigError
 from cpdlm.data.batches import prompts
@@ -32,6 +31,7 @@ from cpdlm.decoding.filtering import Sampling
 from cpdlm.decoding.loop import decode_batch
 from cpdlm.files import LOCK_SECONDS, replaced, write_json
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.progress import Bar
 from cpdlm.training.states import folder_of, kept_folder
 
 ORIGIN = "origin.json"
@@ -184,7 +184,7 @@ def _kept(folder: Path, tokens: int) -> list[dict[str, NDArray[Any]]] | None:
 def _write(model: LanguageModel, split: TokenSplit, writing: Writing, folder: Path, device: torch.device) -> None:
     model = model.to(device).eval()
     done, sampling, ends = 0, SAMPLINGS[writing.how], writing.ends
-    with tqdm(total=writing.tokens, desc=f"writing ({writing.how})", unit="token") as bar:
+    with Bar(total=writing.tokens, desc=f"writing ({writing.how})", unit="token") as bar:
         for number, batch in enumerate(writing.batches(split)):
             path = folder / f"{number:05d}.npz"
             if not path.is_file():

@@ -22,12 +22,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cpdlm.config import ConfigError
 from cpdlm.data.batches import Rows
 from cpdlm.files import LOCK_SECONDS, errors_named, locked, remove_partial, write_json
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.progress import Bar
 
 PLAN, HIDDEN, NORMALISER, CHECKSUMS = "plan.json", "hidden.bin", "normaliser.bin", "checksums.bin"
 BATCH_ROWS = 8
@@ -166,7 +166,7 @@ class _Blocks:
 def _compute(model: LanguageModel, rows: Rows, blocks: _Blocks, wanted: list[int], device: torch.device) -> None:
     model = model.to(device)
     total = sum(len(blocks.rows_of(block)) for block in wanted)
-    with blocks.writer() as write, tqdm(total=total, desc="hidden states", unit="row") as bar:
+    with blocks.writer() as write, Bar(total=total, desc="hidden states", unit="row") as bar:
         for block in wanted:
             some = blocks.rows_of(block)
             batch = rows[some]

@@ -23,6 +23,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import experiments
+
+experiments.check_python()
+
 from cpdlm.files import check_writable
 from experiments.bench import decode_drafters as drafters
 from experiments.bench import record

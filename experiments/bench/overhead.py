@@ -28,6 +28,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import experiments
+
+experiments.check_python()
+
 import numpy as np
 import torch
 

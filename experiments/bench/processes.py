@@ -14,6 +14,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import experiments
+
+experiments.check_python()
+
 from experiments.bench import fresh, record
 
 QUICK = "--size micro --steps 12 --context 32 --repeats 1"

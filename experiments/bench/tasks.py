@@ -13,6 +13,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import experiments
+
+experiments.check_python()
+
 from cpdlm import benchmark
 from cpdlm.bench.table import markdown
 from cpdlm.bench.tasks import row

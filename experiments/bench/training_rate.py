@@ -16,6 +16,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import experiments
+
+experiments.check_python()
+
 from cpdlm.config import parse as settings_of
 from experiments.bench import fresh, record
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from cpdlm.files import write_bytes
 from experiments.claims import Claim, Verdict, answers
 from experiments.claims.verdict import CONTRADICTED, HOLDS
-from experiments.records import MODES, Record, decoding_hardware, training_hardware
+from experiments.records import MODES, Record, decoding_hardware, is_busy, training_hardware
 from experiments.report.figures import ADDING, FIGURES, Shown, command
 from experiments.report.figures.style import COLUMN, DPI, worded
 from experiments.report.table import Made, Table, braces, described
@@ -301,7 +301,7 @@ def _row(record: Record) -> dict[str, str]:
         "memory (GiB)": f"{training['peak_memory_bytes'] / 2**30:.2f}",
         "commit": f"{record['commit'][:10]}{dirty}",
         "trained on": training_hardware(record),
-        "decoded on": decoding_hardware(record),
+        "decoded on": "; ".join(filter(None, (decoding_hardware(record), is_busy(record)))),
         "command": str(record["command"]),
     }
 

@@ -73,7 +73,7 @@ def log_record(config: Config, path: Path) -> None:
     tracker = store.continued(folder, uri)
     if not tracker.run_id and folder.is_dir():
         tracker = _open(config, content["command"], folder)
-        tracker.curve(content["training"]["curve"])
+        tracker.curve(store.curve_of(content["training"]))
     store.log_content(tracker, content, path)
     tracker.end()
     if tracker.is_whole:
@@ -121,7 +121,11 @@ def _open(config: Config, command: str, folder: Path) -> Tracker:
         if config.tracking.parent:
             tags["mlflow.parentRunId"] = config.tracking.parent
         tracker = store.create_run(
-            tracking_uri(config), config.tracking.experiment, config.run_name, tags, Path(config.output)
+            tracking_uri(config),
+            config.tracking.experiment,
+            store.short_name(config.run_name),
+            tags | {"name": config.run_name},
+            Path(config.output),
         )
         store.remember(folder, tracker)
         tracker.params(flatten(config))
@@ -135,7 +139,8 @@ def _lightning_logger(tracker: Tracker, experiment: str) -> MLFlowLogger:
 
     class Guarded(MLFlowLogger):
         def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-            tracker.attempt(lambda: super(Guarded, self).log_metrics(metrics, step))
+            shown = {name: store.rounded(value) for name, value in metrics.items()}
+            tracker.attempt(lambda: super(Guarded, self).log_metrics(shown, step))
 
         def log_hyperparams(self, params: Any) -> None:
             """Ours are logged already."""

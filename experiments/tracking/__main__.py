@@ -8,12 +8,22 @@ from pathlib import Path
 
 from experiments.records import RecordError
 from experiments.tracking.importing import import_records
-from experiments.tracking.store import ARTIFACTS, DATABASE, ENVIRONMENT, default_uri, shown
+from experiments.tracking.store import (
+    ARTIFACTS,
+    DATABASE,
+    ENVIRONMENT,
+    RUN_FILE,
+    default_uri,
+    experiments_with_cells,
+    first_line,
+    shown,
+)
+from experiments.tracking.view import address
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="./dev ui", description="Show runs and records in MLflow on 127.0.0.1.")
-    newest = "folder with the store (default: the newest under runs/)"
+    newest = "folder with the store (default: that of the newest cell under runs/)"
     parser.add_argument("output", type=Path, nargs="?", help=newest)
     parser.add_argument("--results", type=Path, help="import the records of this folder first")
     parser.add_argument("--port", type=int, default=5000)
@@ -31,8 +41,14 @@ def main(arguments: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         print(f"{count} records imported into {shown(uri)}")
-    url = f"http://127.0.0.1:{options.port}"
-    print(f"MLflow over {shown(uri)}: {url} after some 20 s; Ctrl-C stops it", flush=True)
+    server = f"http://127.0.0.1:{options.port}"
+    print(f"MLflow over {shown(uri)}: {server} after some 20 s; Ctrl-C stops it", flush=True)
+    try:
+        for name, experiment in experiments_with_cells(uri):
+            print(f"cells of {name}: {address(server, experiment)}", flush=True)
+    except Exception as error:
+        print(f"error: the store {shown(uri)} cannot be read: {first_line(error)}", file=sys.stderr)
+        return 2
     os.execvpe(sys.executable, server_argv(output, uri, options.port), server_environment())
     return 0
 
@@ -44,13 +60,20 @@ def _why_taken(port: int) -> str:
         try:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
-            return f"cannot be used ({error})"
+            return f"cannot be used ({getattr(error, 'strerror', None) or error})"
     return ""
 
 
 def _newest_store() -> Path:
-    found = [*Path("runs").glob(DATABASE), *Path("runs").glob(f"*/{DATABASE}")]
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else Path("runs")
+    """The folder under runs/ with the newest cell: a sweep that trained nothing has a newer store, and hides none."""
+    runs = Path("runs")
+    stores = [*runs.glob(DATABASE), *runs.glob(f"*/{DATABASE}")]
+
+    def newest_cell(store: Path) -> tuple[float, float]:
+        cells = (path for path in store.parent.glob(f"*/{RUN_FILE}") if not path.parent.name.startswith("."))
+        return max((path.stat().st_mtime for path in cells), default=0.0), store.stat().st_mtime
+
+    return max(stores, key=newest_cell).parent if stores else runs
 
 
 def server_argv(output: Path, uri: str, port: int = 5000) -> list[str]:

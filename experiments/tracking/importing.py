@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpdlm.config import flat
+from cpdlm.progress import Bar
 from experiments.tracking import claim_experiment, store
 from experiments.tracking.store import Tracker
 
@@ -54,7 +55,7 @@ def import_records(results: Path, uri: str, prefix: str = "cpdlm", figures: Path
         return 0
     claims = {verdict.claim.id for verdict in verdicts if verdict.records}
     borrowed = claims - {_claim_of(folder) for folder in folders}
-    count = 0
+    count, bar = 0, Bar(total=len(set(digests.values()) - set(known)), desc="importing records", unit="record")
     for folder in (*folders, *sorted(borrowed)):
         mine = folders.get(folder, [])
         name = claim_experiment(_claim_of(folder), prefix)
@@ -67,6 +68,8 @@ def import_records(results: Path, uri: str, prefix: str = "cpdlm", figures: Path
         for record in mine:
             if (digest := digests[record.path]) not in known:
                 count += _show(record, results / record.path, digest, uri, name, parent.run_id, artifacts)
+                bar.update()
+    bar.close()
     return count
 
 
@@ -149,10 +152,10 @@ def _show(
     content = record.content
     tags = store.tags_of(content["config"], record.variant, record.target, content["commit"], content["command"])
     started = int(datetime.datetime.fromisoformat(content["started"]).timestamp() * 1000)
-    tags |= {"record_sha256": digest, "mlflow.parentRunId": parent}
-    tracker = store.create_run(uri, experiment, content["name"], tags, artifacts, started)
+    tags |= {"name": content["name"], "record_sha256": digest, "mlflow.parentRunId": parent}
+    tracker = store.create_run(uri, experiment, store.short_name(content["name"]), tags, artifacts, started)
     tracker.params(flat(content["config"]))
-    tracker.curve(content["training"]["curve"])
+    tracker.curve(store.curve_of(content["training"]))
     store.log_content(tracker, content, path)
     tracker.end(when=started + int(1000 * sum(content["seconds"].values())))
     return bool(tracker.run_id)

@@ -8,13 +8,14 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpdlm.config import Config, flat, without_credentials
 from cpdlm.files import is_gone, locked, owner, write_json
-from experiments.tracking.view import experiment_tags
+from experiments.tracking.view import RESULTS, experiment_tags
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
@@ -56,7 +57,7 @@ class Tracker:
 
             now = int(time.time() * 1000)
             found = [
-                Metric(_name(key), float(value), now, int(point["step"]))
+                Metric(_name(key), rounded(value), now, int(point["step"]))
                 for point in points
                 for key, value in point.items()
                 if key != "step" and isinstance(value, int | float)
@@ -240,7 +241,17 @@ def _experiment(client: Any, name: str, output: Path | None) -> str:
     return str(found.experiment_id)
 
 
-_DIALS = ("rank", "horizon", "size", "corpus", "seed", "link")
+_DIALS = ("rank", "seed", "horizon", "size", "corpus", "link")
+
+
+def short_name(name: str) -> str:
+    """`code-small-common-r8-n4-token-s0` as `r8 n4 code s0 token small common`: what tells runs apart comes first."""
+    found = re.fullmatch(r"(.+?)-(.+)-(r\d+)-(n\d+)-(.+)-(s\d+)", name)
+    if found is None:
+        return name
+    corpus, where, rank, horizon, kind, seed = found.groups()
+    kind = kind.removeprefix("none").strip("-")
+    return " ".join([rank, horizon, corpus, seed, *([kind] if kind else []), *where.split("-")])
 
 
 def tags_of(dials: Mapping[str, Any], variant: str, target: str, commit: str, command: str) -> dict[str, str]:
@@ -255,18 +266,47 @@ def tags_of(dials: Mapping[str, Any], variant: str, target: str, commit: str, co
 
 
 def log_content(tracker: Tracker, content: dict[str, Any], path: Path) -> None:
-    """Final metrics of a record, and the record itself as record.json."""
-    groups = {group: content[group] for group in ("parameters", "seconds", "likelihood", "training")}
-    groups |= (content["decoding"] or {"modes": {}})["modes"]
-    tracker.metrics(
-        {f"{group}/{key}": value for group, values in groups.items() for key, value in flat(values).items()}
-    )
+    """The results of a record, rounded, as metrics; its counts as params; the record itself as record.json."""
+    tracker.metrics({name: value for name, path in RESULTS.items() if (value := _result(content, path)) is not None})
+    groups = {group: flat(content[group]) for group in ("parameters", "training")}
+    counts = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
+    tracker.params({key: f"{value:.6g}" for key, value in counts.items() if isinstance(value, int | float)})
     tracker.text(path.read_text(encoding="utf-8"), "record.json")
+
+
+def _result(content: Any, path: Sequence[str]) -> float | None:
+    """The number that the keys lead to; None where it was not measured."""
+    for key in path:
+        content = content.get(key) if content else None
+    return None if content is None else float(content)
+
+
+def rounded(value: float) -> float:
+    """To four digits, as a column shows it."""
+    return float(f"{value:.4g}")
+
+
+def curve_of(training: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The curve of a record's `training`, with the time of a step between two of its entries."""
+    points = [dict(point) for point in training["curve"]]
+    clock = training["clock"] or []
+    for (one, other), (before, after) in zip(pairwise(points), pairwise(clock), strict=False):
+        if other["step"] > one["step"]:
+            other["train_time/step_ms"] = 1000 * (after - before) / (other["step"] - one["step"])
+    return points
 
 
 def _name(key: str) -> str:
     """A metric name that MLflow takes."""
     return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in key)
+
+
+def experiments_with_cells(uri: str) -> list[tuple[str, str]]:
+    """(name, id) of the experiments that have cells, the one with the newest cell first."""
+    client = client_of(uri)
+    names = {each.experiment_id: each.name for each in client.search_experiments()}
+    newest = client.search_runs(list(names), "tags.rank LIKE '%'", order_by=["attributes.start_time DESC"])
+    return [(names[each], each) for each in dict.fromkeys(run.info.experiment_id for run in newest)]
 
 
 def is_installed() -> bool:

@@ -4,16 +4,24 @@ import base64
 import json
 import zlib
 
-VIEW = "cells"  # the saved view of an experiment: #/experiments/ID/runs?viewStateShareKey=cells
-_COLUMNS = ("corpus", "size", "variant", "rank", "horizon", "seed")
-_MEASURES = (
-    "likelihood/joint_nll.mean",
-    "likelihood/first_token_nll.mean",
-    "greedy/tokens_per_pass.mean",
-    "sampling/tokens_per_pass.mean",
-    "greedy/speedup.median",
-    "sampling/speedup.median",
-)
+VIEW = "cells"  # the saved view of an experiment
+_COLUMNS = ("rank", "seed", "variant")
+# The results of a cell, by their short names, from the keys of its record. All else of a record is in record.json.
+RESULTS = {
+    "joint_nll": ("likelihood", "joint_nll", "mean"),
+    "first_token_nll": ("likelihood", "first_token_nll", "mean"),
+    "greedy_tokens": ("decoding", "modes", "greedy", "tokens_per_pass", "mean"),
+    "sampled_tokens": ("decoding", "modes", "sampling", "tokens_per_pass", "mean"),
+    "greedy_speedup": ("decoding", "modes", "greedy", "speedup", "median"),
+    "sampled_speedup": ("decoding", "modes", "sampling", "speedup", "median"),
+}
+# What MLflow's table calls its own columns.
+_OWN = {"1": 60, "attributes.`Run Name`": 220, "runDateAndNestInfo": 130, "duration": 90}
+
+
+def address(server: str, experiment_id: str) -> str:
+    """Of the view of an experiment's cells, on MLflow's side for training: its other side is about prompts."""
+    return f"{server}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
 
 
 def experiment_tags(experiment: str) -> dict[str, str]:
@@ -46,8 +54,10 @@ def _view() -> str:
             "xaxis": {"key": "rank", "type": "PARAM"},
             "yaxis": {"key": key, "type": "METRIC"},
         }
-        for index, key in enumerate(_MEASURES)
+        for index, key in enumerate(RESULTS)
     ]
+    tags, results = [f"tags.`{key}`" for key in _COLUMNS], [f"metrics.`{key}`" for key in RESULTS]
+    widths = _OWN | dict.fromkeys(tags[:2], 65) | dict.fromkeys(tags[2:], 110) | dict.fromkeys(results, 130)
     state = {
         "searchFilter": "tags.rank LIKE '%'",
         "orderByKey": "tags.`rank`",
@@ -56,9 +66,9 @@ def _view() -> str:
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": [*(f"tags.`{key}`" for key in _COLUMNS), *(f"metrics.`{key}`" for key in _MEASURES)],
-        "columnOrder": [],
-        "columnWidths": {},
+        "selectedColumns": [*tags, *results],
+        "columnOrder": [*list(_OWN)[:2], *tags, *results, *list(_OWN)[2:]],
+        "columnWidths": widths,
         "runsHiddenMode": "SHOWALL",
         "viewMaximized": False,
         "runListHidden": False,
