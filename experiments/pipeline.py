@@ -56,9 +56,8 @@ def run(plan: Plan, launcher: Launcher) -> int:
         for failure in failures:
             print(f"failed: {failure}", file=sys.stderr)
     if plan.title == "smoke" and plan.stages == STAGES and not failures:
-        print(
-            f"works; these numbers mean nothing; next: ./reproduce.sh --profile cpu, or open {_figures(plan)}/report.html"
-        )
+        page = _figures(plan) / "report.html"
+        print(f"works; these numbers mean nothing; next: ./reproduce.sh --profile cpu, or open {page}")
     return 1 if failures else 0
 
 

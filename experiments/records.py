@@ -227,9 +227,7 @@ def is_busy(record: Record) -> str:
     load, cores = origin["load"], origin["hardware"]["cores"]
     if load is None or load <= cores:
         return ""
-    return (
-        f"the machine was busy (load average {load:.1f} on {counted(cores, 'core')}): its timings are not to be trusted"
-    )
+    return f"the machine was busy (load average {load:.1f} on {counted(cores, 'core')}); do not trust its timings"
 
 
 def counted(count: int, noun: str) -> str:

@@ -15,10 +15,13 @@ from tiny import TINY, TINY_RETROFIT, small_pretrained
 from cpdlm.config import parse
 from experiments import plan, sweep
 from experiments.cost import CostModel
+from experiments.run import several
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("speed-up", "results", "reproducing", "processes"))]
+NAMES = ("speed-up", "results", "reproducing", "processes", "data", "model", "scaling")
+PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
+PAGES += [ROOT / "experiments" / "README.md", ROOT / "CONTRIBUTING.md"]
 BENCH = ["--prompts", "2", "--new-tokens", "4", "--repeats", "1", "--warmups", "0"]
 LAUNCHERS = ("torchrun", "srun", "experiments/run.py nodes=2")  # test_distributed.py and test_slurm.py run these
 
@@ -63,6 +66,7 @@ def test_scripts_of_the_suite_take_the_words_that_the_pages_give(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(CostModel, "of", lambda *given: cost_model)  # fitted once
+    monkeypatch.setattr("experiments.forecast.load_all", lambda root: ([], []))
     for command in (c for c in commands() if c.startswith(f"python {script.__name__.replace('.', '/')}.py")):
         words = [word for word in shlex.split(command)[2:] if "NAME" not in word]
         code = script.main([*words, "--dry-run"] if script is sweep else words)
@@ -104,8 +108,13 @@ def test_commands_of_the_pages_run(tmp_path: Path) -> None:
             run([sys.executable, "-m", "cpdlm", *given, *shrunk], tmp_path, command)
         elif given[:1] == ["experiments/run.py"]:
             words = [word for word in given[1:] if "=" in word and not word.startswith("--")]
-            shrunk += [f"corpus={corpus}", f"name={parse(words).run_name}", "devices=1", "parallel=auto"]
+            shrunk += [f"corpus={corpus}", "devices=1", "parallel=auto"]
+            if len(cells := several(words)) == 1:  # later commands look for it
+                shrunk.append(f"name={parse(cells[0]).run_name}")
             run([sys.executable, str(ROOT / given[0]), *given[1:], *shrunk], tmp_path, command)
+        elif given and given[0].startswith("experiments/bench/"):  # test_bench_*.py run their work
+            said = run([sys.executable, str(ROOT / given[0]), "--help"], tmp_path, command)
+            assert all(word in said for word in given if word.startswith("--")), said
         else:
             continue
         ran += 1

@@ -253,3 +253,69 @@ def test_a_tokenizer_of_another_model_is_refused(
     assert run.main([*words, "--stage=train"]) == 2
     said = capsys.readouterr().err
     assert "is another model's; put its own into its folder, or name it: data.tokenizer=hf:NAME" in said
+
+
+def test_a_finished_cell_says_so_and_its_estimate_comes_first(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = _words(corpus, tmp_path)
+    assert run.main(words) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("estimate: ") and "to train" in first and "already complete" not in first
+    assert "speed-up not said: 2 steps of training mean nothing" in first
+    assert run.main(words) == 0
+    again = capsys.readouterr().out
+    assert again.startswith("already complete: ") and "estimate" not in again
+
+
+def test_a_cell_that_exceeds_the_memory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["size=1b", "data.batch_rows=1048576", f"output={tmp_path}", "corpus=/nowhere", "tracking.mlflow=false"]
+    assert run.main(words) == 2
+    assert "lower data.batch_rows=1048576" in capsys.readouterr().err
+
+
+def test_a_number_may_have_several_values(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.several(["preset=smoke,trunk", "rank=1,4", "optim.lr=1e-3,2e-3"]) == [
+        ["preset=smoke,trunk", f"rank={rank}", f"optim.lr={rate}"] for rank in (1, 4) for rate in ("1e-3", "2e-3")
+    ]
+    assert run.main(["rank=1,2", "name=one"]) == 2
+    assert "these cells have one name" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # two processes
+def test_cells_run_one_after_another_and_are_compared(corpus: Path, tmp_path: Path) -> None:
+    words = [word for word in _words(corpus, tmp_path) if not word.startswith(("rank=", "name="))]
+    done = _run(*words, "rank=1,2")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("[2/2]")[1].splitlines()
+    assert any(line.split() == ["rank", "1", "2"] for line in table)
+    assert any("not comparable across cells" in line for line in table)
+    assert any("timed one after another" in line for line in table)
+    assert "\r" not in done.stderr, "no bars in a log"
+
+
+def test_presets_are_listed_with_what_they_hold(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run.main(["--list-presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("trunk") + 1] == "  horizon=1 rank=1 balance=none"
+    assert all(len(line) <= 40 or len(line.split()) == 1 for line in lines)
+
+
+def test_a_python_without_the_packages_is_told_of_the_one_that_has_them() -> None:
+    code = (
+        "import sys, runpy; sys.modules['omegaconf'] = None; sys.argv = ['run.py']; sys.path.insert(0, 'experiments')"
+    )
+    find = "import importlib.util as u; find = u.find_spec"
+    hide = "u.find_spec = lambda name, *rest: None if name == 'omegaconf' else find(name, *rest)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{find}; {hide}; {code}; runpy.run_path('experiments/run.py', run_name='__main__')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "has no omegaconf; the suite runs with .venv/bin/python" in done.stderr

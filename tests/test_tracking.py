@@ -146,7 +146,7 @@ def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert child.data.tags["commit"] == "0123456789abcdef" and child.data.tags["rank"] == "8"
     assert (child.info.start_time, child.info.end_time - child.info.start_time) == (1767225600000, 86_000)
     assert [point.step for point in client.get_metric_history(child.info.run_id, "train/nll")] == [100, 200, 400]
-    assert child.data.metrics["joint_nll"] > 0 and child.data.params["training.steps"] == "400"
+    assert child.data.metrics["joint_nll"] > 0 and child.data.params["training.steps"] == "500"
     assert len([name for name in child.data.metrics if "/" not in name]) == len(view.RESULTS)
     assert store_module.experiments_with_cells(client.tracking_uri)[0][0] == "cpdlm"
     assert "experiments/sweep.py claim=C1" in parent.data.tags["mlflow.note.content"]
