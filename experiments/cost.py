@@ -171,7 +171,7 @@ class CostModel:
     def text(self) -> str:
         """One line: what it rests on and how far off it is."""
         if not next(iter(self.fits.values())).records:
-            text = f"cost model: no such records of a {self.device} yet; assumed rates"
+            text = f"cost model: no records of a {self.device} yet; assumed rates"
             return f"as the nearest of {len(self.pretrained)} records took" if self.pretrained else text
         errors = ", ".join(f"{name} {100 * each.error:.0f}%" for name, each in self.fits.items())
         count = self.fits["step"].records

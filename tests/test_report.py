@@ -17,7 +17,7 @@ from experiments import claims
 from experiments import records as store
 from experiments.families import families_of
 from experiments.records import RecordError, load_all, write
-from experiments.report import Report, figures, readme, render
+from experiments.report import Report, figures, readme, render, tables
 from experiments.report.__main__ import main
 from experiments.report.pretrained import pretrained_table
 
@@ -230,3 +230,14 @@ def test_the_page_is_whole_by_itself(made_results: Path, drawn: tuple[Path, Repo
     for verdict in drawn[1].verdicts:
         assert html.escape(verdict.claim.question) in page and html.escape(verdict.reason) in page
         assert all(html.escape(number.text()) in page for number in verdict.numbers)
+
+
+def test_the_claims_fit_a_terminal_of_40_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = claims.judge(families_of([store.Record(f"C1/{n}", each) for n, each in enumerate(suite())])[0])
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = tables.claims_text(found)
+    assert all(len(line) <= 40 for line in narrow.splitlines())
+    monkeypatch.setenv("COLUMNS", "120")
+    wide = tables.claims_text(found)
+    assert wide.startswith("claim") and all(len(line) <= 118 for line in wide.splitlines())
+    assert all(verdict.verdict.split()[0] in narrow for verdict in found)

@@ -1,8 +1,8 @@
 """Every table of the report. The same records always give the same bytes."""
 
 import itertools
+import shutil
 import textwrap
-from collections.abc import Sequence
 
 from experiments.claims import Verdict
 from experiments.claims.verdict import RULED
@@ -63,8 +63,11 @@ def claims_table(verdicts: list[Verdict]) -> Table:
     )
 
 
-def claims_text(verdicts: list[Verdict], notes: Sequence[str] = (), width: int = 118) -> str:
-    """The claims table for a terminal."""
+def claims_text(verdicts: list[Verdict]) -> str:
+    """The claims table for this terminal; a paragraph each where that is too narrow for columns."""
+    width = min(118, shutil.get_terminal_size((118, 24)).columns)
+    if width < 100:
+        return _claims_narrow(verdicts, max(width, 20))
     widths = (8, 30, 0, 32)
     widths = (*widths[:2], width - sum(widths) - 3 * 2, widths[3])
     header = ("claim", "setting", "measured", "verdict")
@@ -80,5 +83,13 @@ def claims_text(verdicts: list[Verdict], notes: Sequence[str] = (), width: int =
         ]
         for parts in itertools.zip_longest(*wrapped, fillvalue=""):
             lines.append("  ".join(part.ljust(w) for part, w in zip(parts, widths, strict=True)).rstrip())
-    lines += [part for note in notes for part in textwrap.wrap(f"note: {note}", width, subsequent_indent="      ")]
+    return "\n".join(lines)
+
+
+def _claims_narrow(verdicts: list[Verdict], width: int) -> str:
+    lines = []
+    for v in verdicts:
+        lines += textwrap.wrap(f"{v.claim.name}: {v.setting}", width)
+        for said in (*(number.text() for number in v.numbers), v.verdict):
+            lines += textwrap.wrap(said, width, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
