@@ -30,7 +30,8 @@ def server(tmp_path: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["-m", "experiments.tracking", "runs", "--results", "results", "--port", str(port)]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))  # another mlflow may come first
+    variables = os.environ | {"PYTHONPATH": paths}
     with open(tmp_path / "said", "w") as out:
         process = subprocess.Popen([sys.executable, *words], cwd=tmp_path, env=variables, stdout=out, stderr=out)
     try:
@@ -54,8 +55,12 @@ def test_from_the_list_of_runs_to_curves_to_the_report(server: str, tmp_path: Pa
     try:
         browser.open(server)
         browser.says("2 matching runs", "r1 n4 code s0 tiny own", "joint_nll")
-        columns = browser.ask("[...document.querySelectorAll('.ag-header-cell')].map(cell => cell.innerText.trim())")
-        assert columns.index("rank") < columns.index("seed") < columns.index("variant") < columns.index("joint_nll")
+        left = "name => heads.find(head => head.innerText.trim() === name)?.getBoundingClientRect().x"
+        heads = "const heads = [...document.querySelectorAll('.ag-header-cell')]"
+        browser.wait(
+            f"(() => {{ {heads}; const x = ['rank', 'seed', 'variant', 'joint_nll'].map({left});"
+            " return x.every((at, n) => at > (x[n - 1] ?? 0)) })()"
+        )
         cells = browser.ask("[...document.querySelectorAll('.ag-cell')].map(cell => cell.innerText.trim())")
         assert all(len(cell) <= 6 for cell in cells if re.fullmatch(r"\d+\.\d+", cell)), "numbers are rounded"
         browser.click("r8 n4 code s1 tiny own")
