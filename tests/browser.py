@@ -23,6 +23,8 @@ class Browser:
         # The browser reads commands from descriptor 3 and writes to 4.
         command = f'exec "$0" "$@" 3<&{read} 4>&{write}'
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+        # Pages within the page belong to the same process, so that they can be asked as well.
+        flags += ["--disable-features=IsolateSandboxedIframes", "--disable-site-isolation-trials"]
         self.process = subprocess.Popen(
             ["bash", "-c", command, PROGRAM, *flags, f"--window-size={width},{height}", "about:blank"],
             pass_fds=(read, write),
@@ -85,8 +87,14 @@ class Browser:
         for event in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=event, x=x, y=y, button="left", clickCount=1)
 
-    def frame(self) -> str:
-        """The text of the first page within the page."""
+    def frame_says(self, text: str, seconds: float = 60) -> None:
+        """Wait until the first page within the page shows this text."""
+        end = time.monotonic() + seconds
+        while text not in (said := self._frame()):
+            assert time.monotonic() < end, f"the inner page says {said!r}"
+            time.sleep(0.1)
+
+    def _frame(self) -> str:
         found = self.call("Page.getFrameTree")["frameTree"].get("childFrames", [])
         if not found:
             return ""

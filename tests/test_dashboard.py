@@ -73,7 +73,6 @@ def test_from_the_list_of_runs_to_curves_to_the_report(server: str, tmp_path: Pa
         browser.open(f"{experiment}?workflowType=machine_learning")
         for entry in ("records: C1", "Artifacts", "figures", "report.html"):
             browser.click(entry)
-        browser.wait("!!document.querySelector('iframe')")
-        assert "What the records say" in browser.frame()
+        browser.frame_says("What the records say")
     finally:
         browser.close()

@@ -69,7 +69,10 @@ def test_scripts_of_the_suite_take_the_words_that_the_pages_give(
     monkeypatch.setattr("experiments.forecast.load_all", lambda root: ([], []))
     for command in (c for c in commands() if c.startswith(f"python {script.__name__.replace('.', '/')}.py")):
         words = [word for word in shlex.split(command)[2:] if "NAME" not in word]
-        code = script.main([*words, "--dry-run"] if script is sweep else words)
+        try:
+            code = script.main([*words, "--dry-run"] if script is sweep else words)
+        except SystemExit as ended:  # of --help
+            code = ended.code
         said = capsys.readouterr().err
         assert code == 0 or "mix=yes" in said, f"{command}\n{said[-1000:]}"
 

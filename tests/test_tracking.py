@@ -273,7 +273,7 @@ def test_the_dashboard_opens_on_the_newest_cell(tmp_path: Path, monkeypatch: pyt
         folder.mkdir(parents=True)
         for path in (folder / "mlflow.json", folder.parent / "mlflow.db"):
             path.write_text("{}")
-            os.utime(path, (number, number))
+            os.utime(path, (1 + number, 1 + number))
     assert command._newest_store() == Path("runs/mine")
 
 
