@@ -84,7 +84,7 @@ def server_argv(output: Path, uri: str, port: int = 5000) -> list[str]:
 
 
 def server_environment() -> dict[str, str]:
-    """The environment to start it in: telemetry off, and the scripts of this Python found though it is not activated."""
+    """The environment to start it in: telemetry off, and the scripts of this Python found though not activated."""
     scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     off = {key: ENVIRONMENT[key] for key in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")}
     return os.environ | off | {"PATH": scripts}
