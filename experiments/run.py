@@ -16,6 +16,7 @@ import textwrap
 import uuid
 from pathlib import Path
 from typing import Any
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
 
@@ -95,11 +96,7 @@ def _each(cells: list[list[str]], flags: list[str]) -> int:
         raise configuration.ConfigError("these cells have one name: leave out name=, or vary what a name shows")
     for number, words in enumerate(cells, start=1):
         print(f"[{number}/{len(cells)}] python experiments/run.py {' '.join([*words, *flags])}", flush=True)
-        child = subprocess.Popen([sys.executable, __file__, *words, *flags])
-        # Ctrl-C reaches the child as well, which saves and ends; SIGTERM does not.
-        signal.signal(signal.SIGINT, lambda number, frame: None)
-        signal.signal(signal.SIGTERM, lambda number, frame, child=child: child.terminate())
-        if code := child.wait():
+        if code := _in_a_process([*words, *flags]):
             return code if code > 0 else 1
     from experiments.compare import table
     from experiments.records import load
@@ -108,6 +105,19 @@ def _each(cells: list[list[str]], flags: list[str]) -> int:
     if all(path.is_file() for path in paths):
         print(f"\n{table([load(path) for path in paths])}")
     return 0
+
+
+def _in_a_process(arguments: list[str]) -> int:
+    """This command with other arguments; its exit code."""
+    child = subprocess.Popen([sys.executable, __file__, *arguments])
+
+    def stop(number: int, frame: Any) -> None:
+        if number == signal.SIGTERM:  # Ctrl-C reaches the child by itself
+            child.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return child.wait()
 
 
 def _launch(config: configuration.Config, arguments: list[str]) -> int:
