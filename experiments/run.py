@@ -16,7 +16,6 @@ import textwrap
 import uuid
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # experiments/ would hide modules of the same name
 
