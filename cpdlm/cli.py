@@ -89,7 +89,13 @@ def _overview() -> str:
 def _speed_up_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face folder or name, GGUF file, or smollm2")
-    add("settings", nargs="*", metavar="KEY=VALUE", help="settings of the run, such as corpus=FOLDER optim.steps=3000")
+    add(
+        "settings",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the run, such as corpus=FOLDER optim.steps=3000",
+    )
     add("--output", type=Path, metavar="DIR", help="folder to write, new or empty (default: NAME-fast)")
 
 
