@@ -23,4 +23,6 @@ SIZES: dict[str, Size] = {
     "base": Size(layers=8, width=512, attention_heads=8, feed_forward=1376),
     "56m": Size(layers=12, width=576, attention_heads=9, feed_forward=1720),
     "1b": Size(layers=16, width=2048, attention_heads=32, feed_forward=8192, key_value_heads=8),
+    # Of Llama 3.1 8B: timed with random weights, as the paper times it.
+    "8b": Size(layers=32, width=4096, attention_heads=32, feed_forward=14336, key_value_heads=8),
 }

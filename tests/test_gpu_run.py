@@ -1,0 +1,87 @@
+"""The GPU's 25 minutes, without a GPU: the plan adds up, every setting is one, and every step runs, tiny."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpdlm.config import resolve
+from cpdlm.model.build import build_language_model
+from experiments import gpu_run, records
+from experiments.gpu_run import Place, Step, steps
+
+
+def test_the_plan_fits_and_every_setting_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = steps()
+    assert sum(step.minutes for step in planned) <= gpu_run.TOTAL_MINUTES + 1e-9
+    assert max(step.minutes for step in planned) <= gpu_run.MINUTES and [s.part for s in planned] == sorted(
+        s.part for s in planned
+    )
+    place = Place(tmp_path)
+    for name in gpu_run._drafts():
+        words = gpu_run._smollm2_words(place, f"smollm2-{name}")
+        config = gpu_run._config(place, words)
+        assert config.optim.steps * config.data.batch_rows * config.data.context >= gpu_run.POSITIONS
+    trunk = gpu_run._config(place, gpu_run._words_56m(place, "trunk", 0, 0))
+    assert trunk.optim.steps * trunk.data.batch_rows * trunk.data.context > 49e6
+    assert gpu_run._config(place, gpu_run._words_56m(place, "heads", 8, 2)).decode.prompt_tokens + 128 == 1024
+    assert gpu_run.main(["--plan"]) == 0 and "llama-8b" in capsys.readouterr().out
+
+
+def test_the_shape_of_llama_8b_has_its_parameters() -> None:
+    with torch.device("meta"):
+        model = build_language_model(
+            resolve({"size": "8b", "horizon": 1, "rank": 1, "balance": "none", "model.tie_embeddings": False}), 128256
+        )
+    assert sum(each.numel() for each in model.parameters()) == pytest.approx(8.03e9, rel=0.001)
+
+
+def test_every_step_runs_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work, home = tmp_path / "work", tmp_path / "home"
+    words = ["--tiny", "--work", str(work), "--home", str(home)]
+    assert gpu_run.main(words) == 0, capsys.readouterr().err
+    done = {path.stem for path in (work / "done").iterdir()}
+    assert done == {step.name for step in steps(1)}
+    assert records.load(work / "records" / "56m-r8-s0.json").mode("sampling") is not None
+    assert len(list((work / "records").glob("tasks_gpu_*.json"))) == 4
+    capsys.readouterr()
+    assert gpu_run.main(words) == 0 and ": at most" not in capsys.readouterr().err
+    # The next machine has what came home.
+    assert gpu_run.unpack(home, tmp_path / "new", tmp_path / "kept") == {"home"}
+    assert {path.stem for path in (tmp_path / "new" / "runs" / "gpu" / "done").iterdir()} == done
+    assert (tmp_path / "new/runs/gpu/runs/trunk-56m/model.safetensors").is_file()
+
+
+def test_a_step_that_fails_or_lacks_its_pack_costs_no_other_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(place: Place) -> None:
+        raise RuntimeError("a bug")
+
+    made = [
+        Step(1, "a", 1.0, ("model",), fails),
+        Step(1, "b", 1.0, (), fails),
+        Step(2, "c", 1.0, (), lambda place: None),
+    ]
+    monkeypatch.setattr(gpu_run, "steps", lambda seeds: made)
+    assert gpu_run.call(Place(tmp_path), 9.0, set()) == ["a", "b"]
+    said = capsys.readouterr().err
+    assert "a: waits for model" in said and "b: failed" in said and "c: done" in said
+    assert json.loads((tmp_path / "tried.json").read_text()) == {"b": 1, "c": 1}
+    assert gpu_run.call(Place(tmp_path), 0.5, {"model"}) == ["a", "b"] and "no time left" in capsys.readouterr().err
+
+
+def test_chunks_of_several_calls_are_one_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_run, "CHUNK", 4096)
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 64)
+    chunks = gpu_run.write_chunks("tokens", {"deep/file": tmp_path / "file"}, tmp_path / "pack")
+    assert len(chunks) > 2
+    last = chunks[-1].read_bytes()
+    chunks[-1].unlink()
+    assert gpu_run.unpack(tmp_path / "pack", tmp_path / "root", tmp_path / "kept") == set()
+    for chunk in chunks[:-1]:
+        chunk.unlink()
+    chunks[-1].write_bytes(last)
+    assert gpu_run.unpack(tmp_path / "pack", tmp_path / "root", tmp_path / "kept") == {"tokens"}
+    assert (tmp_path / "root" / "deep" / "file").read_bytes() == (tmp_path / "file").read_bytes()
