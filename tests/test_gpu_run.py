@@ -8,8 +8,9 @@ import torch
 
 from cpdlm.config import resolve
 from cpdlm.model.build import build_language_model
-from experiments import gpu_run, records
+from experiments import chunks, gpu_run, records
 from experiments.gpu_run import Place, Step, steps
+from tests.tiny import code_folder, small_pretrained
 
 
 def test_the_plan_fits_and_every_setting_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +40,8 @@ def test_the_shape_of_llama_8b_has_its_parameters() -> None:
 
 def test_every_step_runs_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work, home = tmp_path / "work", tmp_path / "home"
+    (work / "texts").mkdir(parents=True)
+    small_pretrained(work / "model", sorted(code_folder(work / "texts").glob("*.py")))
     words = ["--tiny", "--work", str(work), "--home", str(home)]
     assert gpu_run.main(words) == 0, capsys.readouterr().err
     done = {path.stem for path in (work / "done").iterdir()}
@@ -48,7 +51,7 @@ def test_every_step_runs_and_is_not_run_twice(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert gpu_run.main(words) == 0 and ": at most" not in capsys.readouterr().err
     # The next machine has what came home.
-    assert gpu_run.unpack(home, tmp_path / "new", tmp_path / "kept") == {"home"}
+    assert chunks.unpack(home, tmp_path / "new", tmp_path / "kept") == {"home"}
     assert {path.stem for path in (tmp_path / "new" / "runs" / "gpu" / "done").iterdir()} == done
     assert (tmp_path / "new/runs/gpu/runs/trunk-56m/model.safetensors").is_file()
 
@@ -73,15 +76,15 @@ def test_a_step_that_fails_or_lacks_its_pack_costs_no_other_its_turn(
 
 
 def test_chunks_of_several_calls_are_one_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_run, "CHUNK", 4096)
+    monkeypatch.setattr(chunks, "CHUNK", 4096)
     (tmp_path / "file").write_bytes(bytes(range(256)) * 64)
-    chunks = gpu_run.write_chunks("tokens", {"deep/file": tmp_path / "file"}, tmp_path / "pack")
-    assert len(chunks) > 2
-    last = chunks[-1].read_bytes()
-    chunks[-1].unlink()
-    assert gpu_run.unpack(tmp_path / "pack", tmp_path / "root", tmp_path / "kept") == set()
-    for chunk in chunks[:-1]:
-        chunk.unlink()
-    chunks[-1].write_bytes(last)
-    assert gpu_run.unpack(tmp_path / "pack", tmp_path / "root", tmp_path / "kept") == {"tokens"}
+    parts = chunks.write_chunks("tokens", {"deep/file": tmp_path / "file"}, tmp_path / "pack")
+    assert len(parts) > 2
+    last = parts[-1].read_bytes()
+    parts[-1].unlink()
+    assert chunks.unpack(tmp_path / "pack", tmp_path / "root", tmp_path / "kept") == set()
+    for part in parts[:-1]:
+        part.unlink()
+    parts[-1].write_bytes(last)
+    assert chunks.unpack(tmp_path / "pack", tmp_path / "root", tmp_path / "kept") == {"tokens"}
     assert (tmp_path / "root" / "deep" / "file").read_bytes() == (tmp_path / "file").read_bytes()

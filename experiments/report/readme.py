@@ -1,7 +1,7 @@
 """What README.md and docs/reproducing.md say about results: blocks between markers, generated from the records.
 
 `<!-- claims:begin -->` to `<!-- claims:end -->` is a row per claim, `sceptic` what a sceptical reader asks first,
-`reruns` another group's numbers beside ours, `compute` what the records took.
+`reruns` another group's numbers beside ours, `carried` the cells that answers rest on, `compute` what the records took.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from experiments.claims import Verdict, answers
 from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted
 from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
-from experiments.report.reproducing import compute_table, reruns_table
+from experiments.report.reproducing import carried_table, compute_table, reruns_table
 from experiments.stats import over_rank_one, over_seeds
 
 ALL_ROWS = "paper_figures/tables/claims.md"
@@ -29,7 +29,8 @@ def blocks(
         "claims": claims_block(families, verdicts),
         "sceptic": sceptic_block(results, families),
         "reruns": reruns_table(families),
-        "compute": compute_table(records),
+        "carried": carried_table(records, verdicts),
+        "compute": compute_table(records, verdicts),
     }
 
 
