@@ -35,6 +35,7 @@ KINDS = {
     "joint-loss-growth-cpu": ("", "experiments/bench/loss.py --growth --cpu"),
     "training_overhead": ("", "experiments/bench/overhead.py time"),
     "training_recipes": ("", "experiments/bench/overhead.py gain"),
+    "near_ties": ("near ties", "experiments/bench/near_ties.py smollm2"),
     "processes": ("", "experiments/bench/processes.py"),
     "forwards": ("forwards", "experiments/bench/forwards.py"),
     "sample": ("sample", "experiments/bench/sample.py"),

@@ -164,6 +164,28 @@ def filters_table(record: Benchmark) -> Table:
     return tabulated("filters", caption, columns, found.values())
 
 
+def near_ties_table(record: Benchmark) -> Table:
+    """Where greedy texts part from those of generate."""
+    columns: Columns = {
+        "precision": lambda row: row["dtype"],
+        "method": lambda row: row["method"],
+        "prompts": lambda row: str(row["prompts"]),
+        "tokens": lambda row: str(row["tokens"]),
+        "differing tokens": lambda row: f"{row['differing_tokens'] / row['tokens']:.1%}",
+        "gap at each first difference (nats, float64)": lambda row: (
+            ", ".join("-" if each["gap"] is None else f"{each['gap']:.4f}" for each in row["first_differences"]) or "-"
+        ),
+    }
+    caption = (
+        f"Greedy texts against those of Hugging Face's generate, {record['settings']['model']}, at most "
+        f"{record['settings']['new_tokens']} tokens. In exact arithmetic they are the same; a forward over several "
+        "tokens rounds otherwise than one over a single token. Gap: between the log probabilities, in float64, of the "
+        "two tokens at which a text first differs; all tokens behind it differ as a rule. "
+        f"{machine_text(record['hardware'])}."
+    )
+    return tabulated("near_ties", caption, columns, record["entries"])
+
+
 TABLES: dict[str, tuple[Callable[[Benchmark], Table], tuple[str, ...]]] = {
     "decoding": (methods_table, ("decode_baselines",)),
     "decoding_cost": (methods_cost_table, ("decode_baselines",)),
@@ -172,6 +194,7 @@ TABLES: dict[str, tuple[Callable[[Benchmark], Table], tuple[str, ...]]] = {
     "agreement": (agreement_table, ("decode_acceptance",)),
     "conditioning": (conditioning_table, ("decode_acceptance",)),
     "filters": (filters_table, ("decode_acceptance",)),
+    "near_ties": (near_ties_table, ("near_ties",)),
 }
 
 
