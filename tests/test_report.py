@@ -73,13 +73,14 @@ def test_the_readme_changes_between_its_markers_only(made_results: Path, tmp_pat
     path.write_text(
         "# Above\n\n{}\nstale\n{}\n\nbetween\n{}\nstale\n{}\n\nbelow\n".format(*CLAIMS_BLOCK, *SCEPTIC_BLOCK)
     )
-    families, _ = families_of(load_all(made_results)[0])
+    found, _ = load_all(made_results)
+    families, _ = families_of(found)
     verdicts = claims.judge(families)
-    assert readme.update(path, readme.blocks(made_results, [], families, verdicts)) == ["claims", "sceptic"]
+    assert readme.update(path, readme.blocks(made_results, found, families, verdicts)) == ["claims", "sceptic"]
     text = path.read_text()
     assert text.startswith("# Above\n") and text.endswith(f"{SCEPTIC_BLOCK[1]}\n\nbelow\n") and "between" in text
     assert "stale" not in text and "Made-up CPU" in text
-    assert readme.update(path, readme.blocks(made_results, [], families, verdicts)) and path.read_text() == text
+    assert readme.update(path, readme.blocks(made_results, found, families, verdicts)) and path.read_text() == text
 
 
 def test_a_readme_without_markers_is_left_alone_and_a_torn_one_refused(tmp_path: Path) -> None:
