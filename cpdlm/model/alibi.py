@@ -47,14 +47,15 @@ def _mpt_attention(
     self: Any,
     hidden_BSD: Tensor,
     position_bias: Tensor,
-    past_key_values: Any = None,
     attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    cache: Any = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
     """MptAttention.forward, whose own takes one bias for all rows.
 
     position_bias: (H, 1, longest text), by the distance to its last entry. attention_mask: (B, 1, S, T), True where a
-    token is not seen.
+    token is not seen. cache: what transformers called past_key_values before 5.24.
     """
     assert attention_mask is not None
     qkv_BSD = self.Wqkv(hidden_BSD)
@@ -62,8 +63,9 @@ def _mpt_attention(
         qkv_BSD = qkv_BSD.clamp(min=-self.clip_qkv, max=self.clip_qkv)
     parts = (part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in qkv_BSD.chunk(3, dim=-1))
     query_BHSW, key_BHTW, value_BHTW = parts
-    if past_key_values is not None:
-        key_BHTW, value_BHTW = past_key_values.update(key_BHTW, value_BHTW, self.layer_idx)
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        key_BHTW, value_BHTW = cache.update(key_BHTW, value_BHTW, self.layer_idx)
     rank_B1ST = (~attention_mask).cumsum(dim=-1)
     behind_B1ST = rank_B1ST - rank_B1ST[..., -1:]
     slope_H11 = -position_bias[:, :, -2:-1]
