@@ -10,6 +10,7 @@ import textwrap
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from cpdlm.bench.methods import Method
     from cpdlm.data.prompts import Task
     from cpdlm.hf.load import Loaded
+    from cpdlm.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,15 @@ class Measured:
         ).rstrip()
 
 
-def measure(request: Request) -> Measured:
-    """Every task in both modes; progress goes to standard error. Raises ConfigError or RunError on bad input."""
+def measure(request: Request, output: Path | None = None) -> Measured:
+    """Every task in both modes; progress goes to standard error. Raises ConfigError or RunError on bad input.
+
+    output: what will be written of it; beside that lies what is finished (`bench.kept`, whose `remove` ends it).
+    """
     import torch
 
     from cpdlm.bench import methods, tasks
+    from cpdlm.bench.kept import Kept
     from cpdlm.bench.progress import Progress
     from cpdlm.data.pretrained_files import gguf_file
     from cpdlm.decoding import prepare
@@ -120,6 +126,7 @@ def measure(request: Request) -> Measured:
     model = loaded.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     plain = copy.deepcopy(model) if any(method.is_plain for method in wanted.values()) else model
     facts = _facts(request, loaded, given, wanted)  # before weights are laid out anew
+    kept = Kept(output, vars(request) | facts | {"content": _content(model, given)}, _say)
     told = prepare(model, request.weights).sentences
     needs_file = any(name.startswith(methods.LLAMA) for name in wanted)
     gguf = request.gguf or (gguf_file(request.model, str(default_cache())) if needs_file else None)
@@ -130,10 +137,12 @@ def measure(request: Request) -> Measured:
     for task, mode, contenders in runs:
         progress.label = f"{task.name}, {mode}"
         comparison = tasks.Comparison(setup, task, mode, contenders, progress)
-        if request.acceptance_only:
-            entries += comparison.counted(request.rows, request.seed)
-        else:
-            entries += comparison.timed(_protocol(request))
+        work = partial(comparison.counted, request.rows, request.seed)
+        if not request.acceptance_only:
+            work = partial(comparison.timed, _protocol(request))
+        if progress.label in kept.parts:
+            progress.total -= _texts(request, task) * len(contenders)
+        entries += kept.part(progress.label, work)
     progress.end()
     return Measured(entries, facts | {"weights": model.weights, "told": told})
 
@@ -141,18 +150,22 @@ def measure(request: Request) -> Measured:
 def run(request: Request, file: Path | None = None, folder: Path | None = None) -> list[str]:
     """Measure, write the rows and the table with its figure where they are asked for, and give the lines to print."""
     from cpdlm.bench.figure import draw
+    from cpdlm.bench.kept import remove
     from cpdlm.bench.table import fitting, markdown
     from cpdlm.bench.tasks import row
 
     for place in filter(None, (folder, file and file.parent)):
         check_writable(place)
-    measured = measure(request)
+    output = file or (folder and folder / "bench")
+    measured = measure(request, output)
     rows = [row(entry) for entry in measured.entries]
     if file is not None:
         write_bytes(file, (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode())
     if folder is not None:
         write_bytes(folder / "bench.md", f"{markdown(rows)}\n\n{measured.caption}\n".encode())
         draw(measured.entries, folder / "bench.png")
+    if output is not None:
+        remove(output)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
     return [fitting(rows, width), "", *textwrap.wrap(measured.caption, min(width, 120))]
 
@@ -209,6 +222,16 @@ def _tasks(request: Request, loaded: Loaded) -> list[Task]:
 def _texts(request: Request, task: Task) -> int:
     """How many each method writes."""
     return len(task.prompts) * request.repeats + request.warmups if not request.acceptance_only else len(task.prompts)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _content(model: LanguageModel, given: Sequence[Task]) -> list[Any]:
+    """What tells weights and prompts of the same names apart."""
+    weights = [each for each in model.parameters() if each.requires_grad] + [model.unembedding.weight]
+    return [sum(float(each.detach().double().abs().sum()) for each in weights), [task.prompts for task in given]]
 
 
 def _protocol(request: Request) -> Protocol:

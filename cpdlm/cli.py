@@ -12,6 +12,7 @@ Slow imports come after the words are read.
 import difflib
 import io
 import os
+import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -20,7 +21,6 @@ from pathlib import Path
 
 from cpdlm import benchmark
 from cpdlm.config import CHOICES, WEIGHTS
-from cpdlm.generate import NEW_TOKENS
 
 INTERRUPTED = 130
 
@@ -97,22 +97,36 @@ def _speed_up_arguments(parser: ArgumentParser) -> None:
         help="of the run, such as corpus=FOLDER optim.steps=3000",
     )
     add("--output", type=Path, metavar="DIR", help="folder to write, new or empty (default: NAME-fast)")
+    add("--corpus", default="", metavar="TEXT", help="text like yours: a folder, a file, or hf:NAME")
+    add("--chat", type=Path, metavar="FILE.jsonl", help="conversations like yours; only their answers are trained on")
+    add("--skip-broken", action="store_true", help="leave out lines of --chat that are no conversation")
+    add("--minutes", type=float, default=30.0, help="of writing text and training (default: 30)")
+    add("--dry-run", action="store_true", help="measure the machine, print the plan, and stop")
 
 
 def _speed_up(options: Namespace) -> Sequence[str]:
-    from cpdlm.speed_up import speed_up
+    from cpdlm.speed_up import Request, make_plan, speed_up
     from cpdlm.training.checkpoints import RunError
     from cpdlm.training.module import NonFiniteLoss
     from cpdlm.training.stopping import Interrupted, ProcessLost
 
-    folder = options.output or Path(f"{Path(options.model).name}-fast")
+    given = vars(options)
+    only_plan, folder = given.pop("dry_run"), options.output or Path(f"{Path(options.model).name}-fast")
+    request = Request(**given | {"output": folder, "settings": tuple(options.settings)})
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if only_plan:
+        return make_plan(request, say).lines
     try:
-        found = speed_up(options.model, folder, options.settings, lambda line: print(line, file=sys.stderr, flush=True))
+        found = speed_up(request, say)
     except (NonFiniteLoss, ProcessLost) as error:
         raise RunError(str(error)) from error
     except Interrupted as error:
         raise KeyboardInterrupt(str(error)) from error
-    return [*found.lines(), "", f"{folder}: {found.use}"]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    return [*found.lines(width), "", f"{folder}: {found.use}"]
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -123,16 +137,15 @@ def _generate_arguments(parser: ArgumentParser) -> None:
     add("--model", type=Path, required=True, help="folder of a finished run or an exported one, or smollm2")
     add("--prompt", help="text to continue; without it standard input, less its last newline")
     add("--chat", action="store_true", help="put the prompt to the model as a user's turn, by its chat template")
-    add("--max-new-tokens", type=int, help=f"tokens to write; without it {NEW_TOKENS}, or the room in the context")
+    add("--max-new-tokens", type=int, help="tokens to write; without it 128, or the room in the context")
     add("--temperature", type=float, default=0.0, help="0: the likeliest token (default); 1: the model's distribution")
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens (default: 0, all)")
     add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this much probability")
     add("--seed", type=int, default=0, help="seed of sampling (default: 0)")
     add(
         "--draft",
-        default="chain",
         choices=["none", *CHOICES["decode.draft"]],
-        help="how drafts are made (default: chain)",
+        help="how drafts are made (default: what was fastest for the model when it was made, else chain)",
     )
     add(
         "--draft-vocabulary",

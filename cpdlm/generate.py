@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, TextIO
 from cpdlm.config import ConfigError
 
 if TYPE_CHECKING:
-    from cpdlm.data.tokenizer import Tokenizer
-    from cpdlm.decoding import Decoded
+    from cpdlm.decoding import Decoded, Sampling
+    from cpdlm.hf.load import Opened
+    from cpdlm.text import OnTokens
 
-NEW_TOKENS = 128
 REPEATS = 3  # timed runs of --show: a single one varies too much
 GREEN, RESET = "\033[32m", "\033[0m"
 # A terminal would obey them.
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_EMPTY = "the prompt is empty; give --prompt TEXT, or text on standard input"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    draft: str = "chain"
+    draft: str | None = None  # None: as is best for the model
     draft_vocabulary: str = "own"
     weights: str = "auto"
     show: bool = False
@@ -100,40 +99,19 @@ class Screen:
 
 def run(request: Request, out: TextIO) -> None:
     """Write the text to `out`, the rest to standard error. Raises ConfigError, RunError or ValueError on bad input."""
-    import torch
+    sampling, opened, ids, new_tokens = _checked(request)
+    if sys.stderr.isatty():
+        print(f"loading {request.model} ...", file=sys.stderr, flush=True)
+    from cpdlm.text import Model
 
-    from cpdlm.decoding import Captures, Options, Sampling, decode, prepare
-    from cpdlm.hf.load import open_source
-
-    sampling = Sampling(request.temperature, request.top_k, request.top_p)
-    if request.max_new_tokens is not None and request.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens={request.max_new_tokens} writes nothing; give at least 1")
-    prompt = _standard_input() if request.prompt is None else request.prompt
-    if not prompt:
-        raise ConfigError(_EMPTY)
-    opened = open_source(request.model, request.draft_vocabulary == "own", widen=True)
-    ids, new_tokens = _prompt(prompt, request, opened.tokenizer, opened.context)
-    loaded = opened.load()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = loaded.model.to(device)
-    for sentence in prepare(model, request.weights).sentences:
+    model = Model(opened.load(), request.weights)
+    for sentence in model.told:
         print(sentence, file=sys.stderr)
-    captures = {draft: Captures(model) for draft in (request.draft, "none")}
 
-    def write(draft: str, on_tokens: Callable[[int, list[int]], None] | None = None) -> Decoded:
-        forwards = captures[draft](1, len(ids) + new_tokens, sampling, draft)
-        return decode(
-            model,
-            torch.tensor(ids, device=device),
-            new_tokens,
-            sampling,
-            torch.Generator(device).manual_seed(request.seed),
-            draft=draft,
-            eos=loaded.eos,
-            options=Options(forwards=forwards, on_tokens=on_tokens),
-        )
+    def write(draft: str | None, on_tokens: OnTokens | None = None) -> Decoded:
+        return model.write(ids, new_tokens, sampling, request.seed, draft, on_tokens)
 
-    screen = Screen(out, loaded.tokenizer.decode, request.show)
+    screen = Screen(out, opened.tokenizer.decode, request.show)
     write(request.draft, lambda row, tokens: screen.tokens(tokens))
     screen.end()
     if request.show:
@@ -142,24 +120,19 @@ def run(request: Request, out: TextIO) -> None:
         print(_speed(lambda: write(request.draft), lambda: write("none")), file=sys.stderr)
 
 
-def _prompt(prompt: str | bytes, request: Request, tokenizer: Tokenizer, context: int) -> tuple[list[int], int]:
-    """(ids of the prompt, how many tokens to write). ConfigError where they do not fit the context."""
-    ids = tokenizer.prompt(prompt, request.chat)
-    if not ids:
-        raise ConfigError(_EMPTY)
-    room = context - len(ids)
-    if room < 1:
-        raise ConfigError(
-            f"the prompt has {len(ids)} tokens with those that its tokenizer adds, the context of this model is "
-            f"{context}; give at most {context - 1}"
-        )
-    new_tokens = min(NEW_TOKENS, room) if request.max_new_tokens is None else request.max_new_tokens
-    if new_tokens > room:
-        raise ConfigError(
-            f"a prompt of {len(ids)} tokens leaves room for {room} in the context of {context}; "
-            f"give --max-new-tokens {room} or a shorter prompt"
-        )
-    return ids, new_tokens
+def _checked(request: Request) -> tuple[Sampling, Opened, list[int], int]:
+    """What the small files of the model say to the request; the ids and how many tokens to write."""
+    from cpdlm.decoding import Sampling
+    from cpdlm.hf.load import open_source
+    from cpdlm.text import EMPTY, fitting
+
+    sampling = Sampling(request.temperature, request.top_k, request.top_p)
+    prompt = _standard_input() if request.prompt is None else request.prompt
+    if not prompt:
+        raise ConfigError(EMPTY)
+    opened = open_source(request.model, request.draft_vocabulary == "own", widen=True)
+    ids, new_tokens = fitting(prompt, request.chat, request.max_new_tokens, opened.tokenizer, opened.context)
+    return sampling, opened, ids, new_tokens
 
 
 def _speed(drafting: Callable[[], Decoded], autoregressive: Callable[[], Decoded]) -> str:

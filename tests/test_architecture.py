@@ -21,11 +21,13 @@ ORDER = [
     "baselines",
     "bench",
     "hf",
+    "text",
     "generate",
     "speed_up",
     "benchmark",
     "cli",
     "__main__",
+    "__init__",
 ]  # each may import itself and those before
 MODULES = sorted(
     path for folder in ("cpdlm", "experiments", "tests", "paper_figures") for path in (ROOT / folder).rglob("*.py")

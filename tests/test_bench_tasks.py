@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from cpdlm import benchmark, cli
+from cpdlm.bench.compare import Protocol
 from cpdlm.bench.progress import Progress
 from cpdlm.bench.table import fitting
+from cpdlm.bench.tasks import Comparison
 from cpdlm.benchmark import Request, measure
 from cpdlm.config import ConfigError
 from cpdlm.data.conversations import messages, written
@@ -238,3 +240,32 @@ def test_progress_is_a_line_a_minute_in_a_log(monkeypatch: pytest.MonkeyPatch) -
         "chat, greedy: 4 of 100, 48:00 left",
     ]
     assert len(out.getvalue().splitlines()) == 5 and "\r" not in out.getvalue()
+
+
+def test_a_killed_measurement_goes_on_where_it_was(
+    run: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is finished stands beside the output until that is written; of other weights or options nothing is taken."""
+    request, file = (
+        Request(str(run), (prompts,), methods=("chain",), new_tokens=4, repeats=1, warmups=0),
+        tmp_path / "r",
+    )
+    whole, calls = Comparison.timed, []
+
+    def killed(comparison: Comparison, protocol: Protocol) -> list[dict[str, Any]]:
+        calls.append(comparison.mode)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(comparison, protocol)
+
+    monkeypatch.setattr(Comparison, "timed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.run(request, file)
+    first = json.loads((tmp_path / "r.parts").read_bytes())["parts"]["mine, greedy"]
+    found = measure(request, file)
+    assert calls == ["greedy", "T=1", "T=1"] and found.entries[:2] == first
+    assert "goes on after mine, greedy" in capsys.readouterr().err
+    measure(replace(request, new_tokens=5), file)
+    assert calls[3:] == ["greedy", "T=1"] and "is of another measurement" in capsys.readouterr().err
+    benchmark.run(replace(request, new_tokens=5), file)
+    assert calls[5:] == [] and file.is_file() and not (tmp_path / "r.parts").exists()

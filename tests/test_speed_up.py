@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from tiny import TINY, TINY_RETROFIT, small_pretrained
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
-from cpdlm import cli, speed_up
+from cpdlm import cli
+from cpdlm.config import ConfigError, parse
+from cpdlm.data.conversations import read_conversations
 from cpdlm.hf.load import run_tokenizer
+from cpdlm.speed_up import measured, plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,21 +39,25 @@ def test_a_model_becomes_a_faster_folder(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["speed-up", str(model), "--output", "fast", *words]) == 0
     said = capsys.readouterr().out
-    row = r"\s+[\d.]+\s+[\d.]+\s+[\d.]+\s+[\d.]+ \([\d.]+ to [\d.]+\)"
-    assert re.search(f"greedy{row}\nsampling{row}\n", said) and "output is unchanged" in said
+    row = r" +[\d.]+ tokens/s +[\d.]+ per forward +[\d.]+ x \[[\d.]+, [\d.]+\] +\d+ MiB\n"
+    rows = f"  AR{row}  prompt lookup{row}  this draft{row}"
+    assert re.search(f"greedy\n{rows}sampling at T = 1\n{rows}\nOn this machine it ", said)
     (home,) = (tmp_path / "runs").iterdir()
-    measured = json.loads((home / "decode.json").read_bytes())
-    assert set(measured["modes"]) == {"greedy", "sampling"} and len(measured["shortlist"]) == 300
+    found = json.loads((home / "decode.json").read_bytes())
+    assert set(found["modes"]) == {"greedy", "sampling"} and len(found["tried"]) == len(measured.CANDIDATES)
 
     def again(*arguments: object, **options: object) -> None:
         raise AssertionError("it was measured")
 
-    monkeypatch.setattr(speed_up, "measure", again)
+    monkeypatch.setattr(measured, "interleaved", again)
+    monkeypatch.setattr(plan, "measure_pace", again)
     assert cli.main(["speed-up", str(model), *words, "--output", "fast"]) == 0
     assert capsys.readouterr().out == said
+    assert max(map(len, measured.lines("m", found, 40)[:-1])) <= 40
     loaded, text = AutoModelForCausalLM.from_pretrained("fast"), AutoTokenizer.from_pretrained("fast")
     ids = text("def f1(", return_tensors="pt")["input_ids"]
     plain = AutoModelForCausalLM.from_pretrained(model)
+    assert [loaded.config.draft, loaded.config.nodes] == [found["settings"][name] for name in ("draft", "nodes")]
     ours = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20)
     assert torch.equal(ours, GenerationMixin.generate(plain, ids, max_new_tokens=20))
     card = Path("fast/README.md").read_text()
@@ -74,7 +82,13 @@ def test_a_folder_that_holds_something_else_is_named_before_any_work(
 
 
 @pytest.mark.parametrize(
-    "code", ["import cpdlm", "from cpdlm.cli import main; main(['--help'])", "import cpdlm.hf.load"]
+    "code",
+    [
+        "import cpdlm",
+        "from cpdlm.cli import main; main(['--help'])",
+        "import cpdlm.hf.load",
+        "import cpdlm.text, cpdlm.generate",
+    ],
 )
 def test_what_starts_quickly_loads_nothing_slow(code: str) -> None:
     slow = ("mlflow", "lightning", "matplotlib", "datasets")
@@ -103,3 +117,77 @@ def _copy(folder: Path) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     return source
+
+
+PACE = plan.Pace(
+    forward={1: 20.0, 2: 20.5, 4: 21.0, 8: 23.0, 16: 30.0},
+    draft=0.5,
+    draft_all=9.0,
+    states=1e-3,
+    heads=1e-3,
+    writing=2e-3,
+    width=64,
+    parameters=10**6,
+    head_parameters=10**5,
+    peak=10**9,
+)
+
+
+def test_a_plan_picks_what_pays() -> None:
+    """Long windows where forwards of many tokens cost little, a draft vocabulary where the whole one costs much, and as
+    many steps as there is time for."""
+    assert plan.best_horizon(PACE, 4) > plan.best_horizon(replace(PACE, forward={1: 20.0, 16: 320.0}), 4) == 3
+    words = [*plan.SETTINGS, "model=x"]
+    base = parse(words)
+    config = parse([*words, *plan._picked(base, PACE, 600.0)])
+    assert config.loss.draft_vocabulary == 8192 and config.horizon == plan.best_horizon(PACE, 4)
+    assert plan._seconds(config, PACE)[1] == pytest.approx(600.0, rel=0.01)
+    assert "loss.draft_vocabulary=0" in plan._picked(base, replace(PACE, draft_all=0.6), 600.0)
+    words += ["data.text=sampled", "data.states=256"]
+    config = parse([*words, *plan._picked(parse(words), PACE, 600.0)])
+    assert sum(plan._seconds(config, PACE)[:2]) == pytest.approx(600.0, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--minutes", "0"], "--minutes 0 leaves no time to train; give at least 1"),
+        (["--minutes", "nan"], "leaves no time to train"),
+        (["--corpus", "code", "--chat", "chat.jsonl"], "--corpus and --chat are two texts"),
+        (["--chat", "none.jsonl"], "none.jsonl: there is no such file"),
+        (["--chat", "chat.jsonl"], "line 2 of chat.jsonl is no conversation .*skip_broken=true leaves out"),
+        (["--chat", "chat.jsonl", "--skip-broken"], "model=code brings code of its own"),
+        ([], "model=code brings code of its own .auto_map in its config.json., which is not executed"),
+    ],
+)
+def test_bad_input_is_a_sentence_before_any_work(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    (tmp_path / "chat.jsonl").write_text(f"{turns}\n{{broken\n{turns}\n")
+    (tmp_path / "code").mkdir()
+    foreign = {"model_type": "foreign", "auto_map": {"AutoConfig": "its.Config", "AutoModelForCausalLM": "its.Model"}}
+    (tmp_path / "code" / "config.json").write_text(json.dumps(foreign))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["speed-up", "code", *words]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_an_adapter_is_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "their/model"}))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["speed-up", "lora"]) == 2
+    assert re.search(r"lora is an adapter .*merge_and_unload", capsys.readouterr().err)
+
+
+def test_what_a_broken_line_leaves_is_used(tmp_path: Path) -> None:
+    turns = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    content = f"{json.dumps(turns)}\n{{broken\n".encode()
+    with pytest.warns(UserWarning, match="1 lines are left out: line 2 of c.jsonl is no conversation"):
+        assert len(read_conversations(Path("c.jsonl"), content, "c", skip_broken=True)) == 1
+    with pytest.warns(UserWarning, match="line 2"), pytest.raises(ConfigError, match="line 1 of c.jsonl"):
+        read_conversations(Path("c.jsonl"), content, "c", skip_broken=True)
+        read_conversations(Path("c.jsonl"), b"{broken\n", "c", skip_broken=True)

@@ -6,6 +6,7 @@ count; caches, scores and everything in between do. The numbers are PyTorch's al
 CPU, from its statistics on CUDA: bytes of tensors, not of the process (no fragmentation, no Python).
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ def _on_cpu(work: Callable[[], Any], target: nn.Module, device: torch.device) ->
         with torch.profiler.record_function(name):
             pass
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler says that it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         _with_hooks(work, target, mark)
     kineto: Any = profiler.profiler

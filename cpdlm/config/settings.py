@@ -73,9 +73,8 @@ class DataConfig:
     )
     context: int = knob(256, "tokens in one training row", least=2)
     batch_rows: int = knob(4, "rows in one optimiser step, over all processes", least=1)
-    column: str = knob(
-        "", "corpus=hf:NAME: the column with the text (default: text, content, story, document or the only strings)"
-    )
+    column: str = knob("", "corpus=hf:NAME: column of text (default: text, content, story, document, the only one)")
+    skip_broken: bool = knob(False, "corpus=FILE.jsonl: leave out lines that are no conversation, and say how many")
     max_bytes: int = knob(
         0, "bytes of text to take from the corpus, documents in hash order (0 = all)", least=0, most=2**63 - 1
     )
@@ -220,9 +219,7 @@ class DecodeConfig:
     prompts: int = knob(16, "prompts, drawn by hash from the test split", least=1)
     prompt_tokens: int = knob(64, "tokens of each prompt", least=1)
     new_tokens: int = knob(64, "tokens to write after each prompt", least=1)
-    temperature: float = knob(
-        1.0, "temperature of the sampling runs (greedy is always measured too)", within="[1e-6, 1e6]"
-    )
+    temperature: float = knob(1.0, "of the sampling runs (greedy is always measured too)", within="[1e-6, 1e6]")
     top_k: int = knob(0, "keep the k likeliest tokens (0 = all)", least=0)
     top_p: float = knob(1.0, "keep the smallest set of tokens with this much probability", within="(0, 1]")
     repeats: int = knob(5, "interleaved timed repeats", least=1)

@@ -4,6 +4,7 @@ A document is the JSON list of [role, content] pairs, so that splits and near-du
 """
 
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,29 @@ def messages(document: bytes) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in json.loads(document)]
 
 
-def read_conversations(path: Path, content: bytes, name: str) -> list[bytes]:
+def read_conversations(path: Path, content: bytes, name: str, skip_broken: bool = False) -> list[bytes]:
     """The conversations of a file of JSON lines: `messages` with role and content, or `conversations` with from and
     value. ConfigError, naming the line, where one is broken, or has no such turns or no answer.
 
-    name: of the corpus, for messages.
+    name: of the corpus, for messages. skip_broken: leave such lines out, with a warning that names the first;
+    ConfigError where none is left.
     """
-    found = []
+    found, broken = [], []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             try:
                 found.append(written(_turns(json.loads(line))))
             except ValueError as error:
                 what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise ConfigError(
-                    f"corpus={name}: line {number} of {path.name} is no conversation ({what}); a line is "
-                    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-                ) from error
+                broken.append(f"line {number} of {path.name} is no conversation ({what})")
+    if broken and not (skip_broken and found):
+        raise ConfigError(
+            f"corpus={name}: {broken[0]}; a line is "
+            '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
+            "data.skip_broken=true leaves out what is none"
+        )
+    if broken:
+        warnings.warn(f"corpus={name}: {len(broken)} lines are left out: {broken[0]}", stacklevel=2)
     return found
 
 

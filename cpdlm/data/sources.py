@@ -57,7 +57,7 @@ def locate(config: Config, progress: bool = True) -> Origin:
         )
     if not path.is_dir() and not path.is_file():
         raise ConfigError(f"corpus={name} is neither a file nor a folder; give one of these")
-    documents = _folder(path, name) if path.is_dir() else _file(path, name)
+    documents = _folder(path, name) if path.is_dir() else _file(path, name, config.data.skip_broken)
     return Origin(
         {"content": content_hash(documents.texts), "sources": documents.source_names, "reader": READER_VERSION},
         lambda: documents,
@@ -107,14 +107,14 @@ def _unreadable(path: Path | str, name: str, error: OSError) -> ConfigError:
     )
 
 
-def _file(path: Path, name: str) -> Documents:
+def _file(path: Path, name: str, skip_broken: bool = False) -> Documents:
     content = _read(path, name)
     if not content.strip():
         raise ConfigError(f"corpus={name} is empty; give a file with text in it")
     if kind := not_text(content):
         raise ConfigError(f"corpus={name} is {kind}")
     documents = Documents(conversations=path.suffix == ".jsonl")
-    texts = read_conversations(path, content, name) if documents.conversations else pieces(content)
+    texts = read_conversations(path, content, name, skip_broken) if documents.conversations else pieces(content)
     documents.add_source(path.name, texts)
     return documents
 

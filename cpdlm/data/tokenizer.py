@@ -198,6 +198,7 @@ class HubTokenizer:
                 "data.tokenizer=bpe:8192 or bytes"
             )
         self.vocab_size = len(self._model)
+        self.has_template = bool(self._model.chat_template)
         self.eos = int(self._model.eos_token_id)
         self.bos = self.eos if self._model.bos_token_id is None else int(self._model.bos_token_id)
 

@@ -34,6 +34,7 @@ def export(source: Path, folder: Path) -> CpdlmForCausalLM:
     model, tokenizer = loaded.model, loaded.tokenizer
     defaults = Target.of(loaded.config).generation
     wrapped = CpdlmForCausalLM.from_language_model(model, tokenizer.bos, loaded.eos, defaults)
+    wrapped.config.draft, wrapped.config.nodes = loaded.drafting
     text = card(source, loaded.config, model, folder.name)
     with errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -72,16 +72,16 @@ class SpeculativeGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
         streamer: Any = None,
-        draft: str = "chain",
-        nodes: int = 8,
+        draft: str | None = None,
+        nodes: int | None = None,
         costs: Costs | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """`generate` of `transformers`, several tokens per forward. The output's distribution is the stock loop's.
 
-        inputs: (B, T) ids, padded on the left where attention_mask is 0. draft, nodes, costs: as in `decode_batch`. The
-        rest is as in `GenerationMixin.generate`: greedy search and sampling, logits processors, stopping criteria,
-        streamer, num_return_sequences, and so on.
+        inputs: (B, T) ids, padded on the left where attention_mask is 0. draft, nodes, costs: as in `decode_batch`,
+        the first two by default as the config says. The rest is as in `GenerationMixin.generate`: greedy search and
+        sampling, logits processors, stopping criteria, streamer, num_return_sequences, and so on.
 
         A processor, criterion or prefix_allowed_tokens_fn that is not the library's may keep something between calls or
         answer for the whole batch, and rejected drafts would leave their trace: the stock loop then writes, one token
@@ -201,7 +201,7 @@ def _loop(
     generation_config: GenerationConfig,
     *,
     streamer: Any,
-    drafting: tuple[str, int, Costs | None],
+    drafting: tuple[str | None, int | None, Costs | None],
     exact: bool,
     **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -215,9 +215,11 @@ def _loop(
     return sequences_BT
 
 
-def _speculate(model: CpdlmForCausalLM, call: _Call, streamer: Any, drafting: tuple[str, int, Costs | None]) -> Tensor:
+def _speculate(
+    model: CpdlmForCausalLM, call: _Call, streamer: Any, drafting: tuple[str | None, int | None, Costs | None]
+) -> Tensor:
     """(B, T + new): the loop, on what stock `generate` has prepared."""
-    draft, nodes, costs = drafting
+    draft, nodes, costs = drafting[0] or model.config.draft, drafting[1] or model.config.nodes, drafting[2]
     check_options(call.options, call.processors)
     prompts, ends, most, stop = call.prompts(), call.ends(), call.new_tokens(model.model.context), call.stop()
     rows, longest = call.text_BT.shape

@@ -32,12 +32,14 @@ from cpdlm.training.checkpoints import (
 
 @dataclass(frozen=True)
 class Loaded:
-    """eos: the ids that end a text. config: the settings of the training; None for an exported folder."""
+    """eos: the ids that end a text. config: the settings of the training; None for an exported folder. drafting: draft
+    and nodes that are best for this model, as far as is known."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     eos: int | list[int]
     config: Config | None = None
+    drafting: tuple[str, int] = ("chain", 8)
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,11 @@ class Opened:
     context: int
     config: Config | None
     weights: Callable[[], LanguageModel]
+    drafting: tuple[str, int] = ("chain", 8)
 
     def load(self) -> Loaded:
         """Raises as `open_source`."""
-        loaded = Loaded(self.weights(), self.tokenizer, self.eos, self.config)
+        loaded = Loaded(self.weights(), self.tokenizer, self.eos, self.config, self.drafting)
         _check_vocabulary(self.source, loaded)
         return loaded
 
@@ -95,8 +98,8 @@ def _of_run(source: Path, config: Config, tokenizer: Tokenizer, weights: Callabl
     target, context = Target.of(config), config.data.context
     if target.kind == "pretrained":
         context = longest_text(target.source, target.name) or context
-    eos = target.eos
-    return Opened(source, tokenizer, tokenizer.eos if eos is None else eos, context, config, weights)
+    eos, drafting = target.eos, (config.decode.draft, config.decode.nodes)
+    return Opened(source, tokenizer, tokenizer.eos if eos is None else eos, context, config, weights, drafting)
 
 
 def _finished(run: Path, draft_vocabulary: bool) -> LanguageModel:
@@ -128,7 +131,8 @@ def _exported(folder: Path, draft_vocabulary: bool) -> Opened:
 
     tokenizer = HubTokenizer(f"hf:{folder}", folder)
     context = shape.get("max_position_embeddings", CpdlmConfig.max_position_embeddings)
-    return Opened(folder, tokenizer, tokenizer.eos if eos is None else eos, context, None, weights)
+    drafting = (shape.get("draft", CpdlmConfig.draft), shape.get("nodes", CpdlmConfig.nodes))
+    return Opened(folder, tokenizer, tokenizer.eos if eos is None else eos, context, None, weights, drafting)
 
 
 def run_tokenizer(run: Path) -> Tokenizer:

@@ -1,6 +1,7 @@
 """The model as `transformers` knows models: its configuration and its class, saved to and loaded from a folder.
 
-A folder is self-contained: a frozen trunk is saved with the heads that were trained on it. No remote code is ever run.
+A folder is self-contained: a frozen trunk is saved with the heads that were trained on it. Nothing here runs code that
+comes with a folder.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -31,12 +33,23 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.output import Output
 from cpdlm.model.trunk import CACHE, Trunk
 
+# What a folder has for tools that import nothing of ours: code that they run once they are told to trust it.
+SHIM = "cpdlm_installed"
+AUTO_MAP = {"AutoConfig": f"{SHIM}.CpdlmConfig", "AutoModelForCausalLM": f"{SHIM}.CpdlmForCausalLM"}
+_SHIM = '''"""All of the code that this folder brings: it takes the classes from the installed package cpdlm."""
+
+from cpdlm.hf import CpdlmConfig, CpdlmForCausalLM
+
+__all__ = ["CpdlmConfig", "CpdlmForCausalLM"]
+'''
+
 
 class CpdlmConfig(PreTrainedConfig):
     """Shape of a `LanguageModel`. text_config: the trunk's own configuration, a dict with its model_type or an object.
 
-    max_position_embeddings: the context, in tokens. draft_ids: the tokens that drafts are made of (None: all). The
-    shape of the heads stands beside these, under the names of `HeadsConfig`.
+    max_position_embeddings: the context, in tokens. draft_ids: the tokens that drafts are made of (None: all). draft,
+    nodes: what `generate` drafts with unless it is told. The shape of the heads stands beside these, under the names of
+    `HeadsConfig`.
     """
 
     model_type = "cpdlm"
@@ -51,6 +64,8 @@ class CpdlmConfig(PreTrainedConfig):
     wide_heads: bool = False  # float32 on a trunk of bfloat16 or float16
     draft_ids: list[int] | None = None
     active: int = 0
+    draft: str = "chain"
+    nodes: int = 8
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -72,6 +87,10 @@ class CpdlmConfig(PreTrainedConfig):
                 f"cpdlm speed-up {name}"
             )
         return found
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing, as that of `CpdlmForCausalLM`."""
 
     @property
     def shape(self) -> HeadsConfig:
@@ -189,7 +208,14 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
                 f"this model is prepared for decoding (weights={self.model.weights}), its plain weights are gone; load "
                 "it again and save that"
             )
+        self.config.auto_map = AUTO_MAP
         super().save_pretrained(*arguments, **kwargs)
+        folder = Path(kwargs["save_directory"] if "save_directory" in kwargs else arguments[0])
+        (folder / f"{SHIM}.py").write_text(_SHIM)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: saving would copy a module of this package into the folder, which has a file that imports it."""
 
     def use_draft_vocabulary(self, ids: Tensor | Sequence[int] | None) -> None:
         """Draft from these tokens only, or all (None), and save it so; see `LanguageModel.use_draft_vocabulary`."""

@@ -233,6 +233,11 @@ def _close(ours: Tensor, theirs: Tensor, near: float) -> bool:
 
 def _shape(source: str, label: str) -> Any:
     folder = Path(source)
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"model={label} is an adapter of another model, not a model; merge the two, save them, and give that "
+            "folder: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
+        )
     if folder.is_dir() and not (folder / "config.json").is_file():
         ours = (folder / "config.yaml").is_file()
         advice = f"it is a run of this program: type model.trunk={label}" if ours else "give a Hugging Face folder"

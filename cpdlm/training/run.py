@@ -122,12 +122,12 @@ def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None 
     checkpoints.check_same_run(folder, config)
     trunk = frozen_model(config)
     if config.data.tokenizer == "model" and not config.data.bundle:
-        _check_vocabulary(config, HubTokenizer("model", Target.of(config).source), trunk)  # before the text is read
+        check_vocabulary(config, HubTokenizer("model", Target.of(config).source), trunk)  # before the text is read
     began = time.monotonic()
     corpus = load_corpus(config)
     data_seconds = time.monotonic() - began
     # All that later stages need is checked before the folder is a run of these settings.
-    _check_vocabulary(config, corpus, trunk)
+    check_vocabulary(config, corpus, trunk)
     _check_memory(config, corpus.vocab_size, trunk)
     if config.horizon > 1:
         TokenDataModule(config, corpus).prompts()
@@ -228,7 +228,8 @@ def check_same_text(folder: Path, then: str, now: str) -> None:
         )
 
 
-def _check_vocabulary(config: Config, corpus: Corpus | HubTokenizer, trunk: LanguageModel | None) -> None:
+def check_vocabulary(config: Config, corpus: Corpus | HubTokenizer, trunk: LanguageModel | None) -> None:
+    """RunError where the frozen model and the tokenizer do not belong together."""
     if trunk is None:
         return
     target, own = Target.of(config), config.data.tokenizer == "model"

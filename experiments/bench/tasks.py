@@ -3,6 +3,7 @@
     python experiments/bench/tasks.py smollm2 --name smollm2                       # timed: nothing else runs
     python experiments/bench/tasks.py smollm2 --name acceptance --acceptance-only  # counted alone
 
+tasks_NAME.json.parts: finished tasks, from which a killed call goes on
 tasks_NAME.json: the facts of `cpdlm.benchmark.Measured`, and an entry per task, mode and method.
 """
 
@@ -18,6 +19,7 @@ import experiments
 experiments.check_python()
 
 from cpdlm import benchmark
+from cpdlm.bench.kept import remove
 from cpdlm.bench.table import markdown
 from cpdlm.bench.tasks import row
 from experiments.bench import record
@@ -34,8 +36,10 @@ def main(arguments: Sequence[str]) -> int:
     settings = record.chosen(options, [field.name for field in fields(benchmark.Request)])
     settings["gguf"] = options.gguf and options.gguf.name  # where it lies is not for others
     found = record.begin("tasks", "tasks", arguments, settings, options.seed)
-    measured = benchmark.measure(benchmark.Request(**settings | {"gguf": options.gguf}))
+    output = options.output / f"tasks_{options.name}.json"
+    measured = benchmark.measure(benchmark.Request(**settings | {"gguf": options.gguf}), output)
     record.write(options, f"tasks_{options.name}", found | measured.facts | {"entries": measured.entries})
+    remove(output)
     print(markdown([row(entry) for entry in measured.entries]))
     return 0
 
