@@ -50,7 +50,12 @@ def test_a_saved_model_comes_back_bit_for_bit(overrides: dict[str, Any], tmp_pat
             if buffer is not None:
                 buffer.copy_(torch.tensor([0.5, -0.5]))
     CpdlmForCausalLM.from_language_model(model, 3, 4).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "cpdlm_installed.py",
+        "generation_config.json",
+        "model.safetensors",
+    }
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded, CpdlmForCausalLM) and not loaded.training
     same_weights(model, loaded.model)
