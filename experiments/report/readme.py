@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, LLAMA
 from cpdlm.bench.tasks import row
 from cpdlm.files import write_bytes
 from experiments.claims import Verdict, answers
@@ -16,7 +17,7 @@ from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted
 from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
 from experiments.report.reproducing import carried_table, compute_table, reruns_table
-from experiments.stats import over_rank_one, over_seeds
+from experiments.stats import over_seeds
 
 ALL_ROWS = "paper_figures/tables/claims.md"
 
@@ -85,28 +86,14 @@ def _decoded_on(records: Sequence[Record]) -> list[dict[str, Any]]:
 def sceptic_block(results: Path, families: Sequence[Family]) -> str:
     """A bullet per line, each of at most 200 characters; one whose records are missing is left out."""
     lines = [
-        _rank(families),
         _lookup(results),
         _released(results),
+        _rates(results),
         _precision(families),
         _near_ties(families),
         _gpu(results, families),
     ]
     return "\n".join(f"- {line}" for line in lines if line)
-
-
-def _rank(families: Sequence[Family]) -> str:
-    """What rank 8 buys on the frozen target of most cells."""
-    for family in families:
-        top, by_rank = family.cells.get(("untied", 8), {}), family.by_rank()
-        tokens, speed = over_rank_one(by_rank, "tokens_per_pass").get(8), over_seeds(top, "speedup_over_rank1")
-        if family.target == "common" and not family.is_pretrained and tokens is not None and speed is not None:
-            trunk = f"{_first(top)['parameters']['trunk'] / 1e6:.1f}M {family.settings['corpus']} model"
-            return (
-                f"What rank 8 buys over rank 1: {tokens.text(2, sign=True)} tokens per forward, {speed.text(2)} "
-                f"times the speed (sampling, {trunk})."
-            )
-    return ""
 
 
 def _first(cells: Cells) -> Record:
@@ -157,7 +144,21 @@ def _released(results: Path) -> str:
         return ""
     counts = ", ".join(f"{' and '.join(each)} on {task}" for task, each in counted_by_task.items())
     what = "The released heads on SmolLM2-135M, tokens per forward, greedy and at T = 1"
-    return f"{what}: {counts}; speed not yet measured."
+    return f"{what}: {counts}."
+
+
+def _rates(results: Path) -> str:
+    """Tokens a second on HumanEval with rounded weights, beside llama.cpp on the same file."""
+    record = read_benchmark(results, "tasks_int4")
+    entries = [] if isinstance(record, str) else [each for each in record["entries"] if each["mode"] == "greedy"]
+    rates = {each["method"]: row(each)["tokens_per_second"] for each in entries}
+    if not {AUTOREGRESSIVE, GENERATE, "lookup", "lookup+chain", LLAMA} <= rates.keys():
+        return ""
+    return (
+        f"Tokens a second, greedy, HumanEval, the released heads, {record['weights']} weights: AR "
+        f"{rates[AUTOREGRESSIVE]:.0f}, prompt lookup {rates['lookup']:.0f}, lookup and heads "
+        f"{rates['lookup+chain']:.0f}, llama.cpp on the same file {rates[LLAMA]:.0f}, `generate` {rates[GENERATE]:.0f}."
+    )
 
 
 def _precision(families: Sequence[Family]) -> str:
