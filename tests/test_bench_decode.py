@@ -176,11 +176,12 @@ def test_every_baseline_is_measured(measured: tuple[Path, Path]) -> None:
 
 def test_tables_and_figure_of_a_measured_benchmark(measured: tuple[Path, Path], tmp_path: Path) -> None:
     report = render(measured[1], tmp_path)
-    mine = ("figure decoding", *(f"table {name} left out" for name in decoding.TABLES))
+    tables = [name for name, (_, records) in decoding.TABLES.items() if records != ("near_ties",)]  # not measured here
+    mine = ("figure decoding", *(f"table {name} left out" for name in tables))
     assert not [note for note in report.notes if note.startswith(mine)]
     names = {path.name for path in report.files}
     assert {"decoding.pdf", "decoding.png"} <= names
-    for name in decoding.TABLES:
+    for name in tables:
         assert {f"{name}.{suffix}" for suffix in ("md", "tex", "csv")} <= names
         lines = [line for line in (tmp_path / "tables" / f"{name}.md").read_text().splitlines() if line.startswith("|")]
         assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from experiments.families import Cells, Family
-from experiments.records import MODES, VARIANTS, Record
+from experiments.records import MODES, Record
 from experiments.report.table import Column, Columns, Table, described, shown, tabulated, with_spread
 from experiments.stats import difference, over_rank_one, over_seeds, shared_seeds
 
@@ -31,8 +31,8 @@ class Place:
 
     @property
     def one(self) -> Cells:
-        """Of rank 1."""
-        return self.family.cells.get((self.variant, 1), {})
+        """Of rank 1, where an HMM is the CP."""
+        return self.family.cells.get((self.variant.replace(", hmm", ""), 1), {})
 
     @property
     def alone(self) -> Cells:
@@ -121,21 +121,20 @@ def paired_table(families: list[Family]) -> Table:
         **{f"speed over rank 1, {mode}": _speed_over_one(mode) for mode in MODES},
     }
     families = [family for family in families if not family.is_timing]
-    ours = [at for at in places(families) if at.variant in VARIANTS]
-    compared = [r for f in families for variant in VARIANTS if (variant, 1) in f.cells for r in f.records(variant)]
+    ours = [at for at in places(families) if shared_seeds(at.cells, at.one)]
+    compared = [record for at in ours for record in at.cells.values()]
     caption = (
         "Every rank against rank 1 of the same variant, target and seed, on the same test rows or prompts: mean over "
         "seeds, 95% interval over rows or prompts and seeds, ± "
         "standard deviation over seeds where there are several. Speed: medians of interleaved repeats in one "
         f"process, with their own intervals, over all seeds. {described(compared)}"
     )
-    rows = (at for at in ours if at.rank > 1 and shared_seeds(at.cells, at.one))
-    return tabulated("paired", caption, columns, rows)
+    return tabulated("paired", caption, columns, (at for at in ours if at.rank > 1))
 
 
 def _over_one(quantity: str, mode: str = "sampling") -> Column:
     return lambda at: with_spread(
-        over_rank_one(at.family.by_rank(at.variant), quantity, mode).get(at.rank), 3, sign=True
+        over_rank_one(at.family.by_rank(at.variant) | {1: at.one}, quantity, mode).get(at.rank), 3, sign=True
     )
 
 
