@@ -150,8 +150,9 @@ def _released(results: Path) -> str:
 def _rates(results: Path) -> str:
     """Tokens a second on HumanEval with rounded weights, beside llama.cpp on the same file."""
     record = read_benchmark(results, "tasks_int4")
-    entries = [] if isinstance(record, str) else [each for each in record["entries"] if each["mode"] == "greedy"]
-    rates = {each["method"]: row(each)["tokens_per_second"] for each in entries}
+    if isinstance(record, str):
+        return ""
+    rates = {each["method"]: row(each)["tokens_per_second"] for each in record["entries"] if each["mode"] == "greedy"}
     if not {AUTOREGRESSIVE, GENERATE, "lookup", "lookup+chain", LLAMA} <= rates.keys():
         return ""
     return (
