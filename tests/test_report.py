@@ -17,7 +17,7 @@ from experiments import claims
 from experiments import records as store
 from experiments.families import families_of
 from experiments.records import RecordError, load_all, write
-from experiments.report import Report, figures, readme, render, tables
+from experiments.report import Report, figures, readme, render, tables, tasks
 from experiments.report.__main__ import main
 from experiments.report.pretrained import pretrained_table
 
@@ -116,6 +116,13 @@ def test_what_the_readme_says_is_what_the_records_say() -> None:
     )
     text = (ROOT / "README.md").read_text()
     assert all(row in text for row in rows), "./dev report updates the README"
+    rates = tasks.rates_block(results)
+    assert rates in text and max(map(len, rates.splitlines())) <= 200
+    timed = json.loads((results / "benchmarks/tasks_int4.json").read_text())
+    [llama] = [e for e in timed["entries"] if e["method"] == "llama.cpp" and e["mode"] == "greedy"]
+    assert f" {llama['tokens_per_second']['median']:.0f} |" in next(
+        e for e in rates.splitlines() if "greedy, int4" in e
+    )
 
 
 def test_the_papers_unknown_numbers_are_never_printed(drawn: tuple[Path, Report]) -> None:

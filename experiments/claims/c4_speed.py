@@ -102,7 +102,8 @@ def shown(verdict: Verdict) -> tuple[str, str]:
     }
     words = [f"{rival}: {_beaten(number.interval)}" for rival, number in asked.items()]
     means = [f"{number.interval.mean:.2f}x" for number in (over_ar, *equal)]
-    return "; ".join(words), "; ".join([means[0], over_rank1.short(), *means[1:]])
+    rank = over_ar.name.partition(" over ")[0]
+    return "; ".join(words), f"{rank}: " + "; ".join([means[0], over_rank1.short(), *means[1:]])
 
 
 def _beaten(ratio: Interval) -> str:

@@ -1,7 +1,8 @@
 """What README.md and docs/reproducing.md say about results: blocks between markers, generated from the records.
 
-`<!-- claims:begin -->` to `<!-- claims:end -->` is a row per claim, `sceptic` what a sceptical reader asks first,
-`reruns` another group's numbers beside ours, `carried` the cells that answers rest on, `compute` what the records took.
+`<!-- claims:begin -->` to `<!-- claims:end -->` is a row per claim, `rates` tokens a second of the released heads,
+`sceptic` what a sceptical reader asks first, `reruns` another group's numbers beside ours, `carried` the cells that
+answers rest on, `compute` what the records took.
 """
 
 import contextlib
@@ -9,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, LLAMA
 from cpdlm.bench.tasks import row
 from cpdlm.files import write_bytes
 from experiments.claims import Verdict, answers
@@ -17,7 +17,7 @@ from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted
 from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
 from experiments.report.reproducing import carried_table, compute_table, reruns_table
-from experiments.stats import over_seeds
+from experiments.report.tasks import rates_block
 
 ALL_ROWS = "paper_figures/tables/claims.md"
 
@@ -28,6 +28,7 @@ def blocks(
     """Name -> Markdown of every block that a page may have."""
     return {
         "claims": claims_block(families, verdicts),
+        "rates": rates_block(results),
         "sceptic": sceptic_block(results, families),
         "reruns": reruns_table(families),
         "carried": carried_table(records, verdicts),
@@ -88,8 +89,6 @@ def sceptic_block(results: Path, families: Sequence[Family]) -> str:
     lines = [
         _lookup(results),
         _released(results),
-        _rates(results),
-        _precision(families),
         _near_ties(families),
         _gpu(results, families),
     ]
@@ -116,7 +115,7 @@ def _best_of_both(record: Benchmark) -> str:
         parts.append(f"{mode} {best[0]:.2f}x against {best[1]:.2f}x")
     target = record["targets"][0]
     size = f"{target['parameters'] / 1e6:.1f}M {target['corpus']} model"
-    return f"Prompt lookup, which trains nothing, beside heads of rank 1 and 8, {size}: {'; '.join(parts)}."
+    return f"Prompt lookup, which trains nothing, beside the best of heads of rank 1 and 8, {size}: {'; '.join(parts)}."
 
 
 def _best(record: Benchmark, kind: str, mode: str) -> float | None:
@@ -145,32 +144,6 @@ def _released(results: Path) -> str:
     counts = ", ".join(f"{' and '.join(each)} on {task}" for task, each in counted_by_task.items())
     what = "The released heads on SmolLM2-135M, tokens per forward, greedy and at T = 1"
     return f"{what}: {counts}."
-
-
-def _rates(results: Path) -> str:
-    """Tokens a second on HumanEval with rounded weights, beside llama.cpp on the same file."""
-    record = read_benchmark(results, "tasks_int4")
-    if isinstance(record, str):
-        return ""
-    rates = {each["method"]: row(each)["tokens_per_second"] for each in record["entries"] if each["mode"] == "greedy"}
-    if not {AUTOREGRESSIVE, GENERATE, "lookup", "lookup+chain", LLAMA} <= rates.keys():
-        return ""
-    return (
-        f"Tokens a second, greedy, HumanEval, the released heads, {record['weights']} weights: AR "
-        f"{rates[AUTOREGRESSIVE]:.0f}, prompt lookup {rates['lookup']:.0f}, lookup and heads "
-        f"{rates['lookup+chain']:.0f}, llama.cpp on the same file {rates[LLAMA]:.0f}, `generate` {rates[GENERATE]:.0f}."
-    )
-
-
-def _precision(families: Sequence[Family]) -> str:
-    shown = []
-    for folder in ("C6", "C6-float32"):
-        cells = _pretrained(families, folder, 1, "token-conditioned")
-        speed = over_seeds(cells, "speedup")
-        if speed is None:
-            return ""
-        shown.append(f"{speed.text(2)}x in {_precision_of(cells)} ({_first(cells)['training']['steps']:,} steps)")
-    return f"Without bf16 instructions drafting loses time. Rank 1 on SmolLM2, sampling: {', '.join(shown)}."
 
 
 def _near_ties(families: Sequence[Family]) -> str:

@@ -1,4 +1,4 @@
-"""Ways to decode a model on prompts that people know: one table of all records of `experiments/bench/tasks.py`."""
+"""Ways to decode a model on prompts that people know: the records of `experiments/bench/tasks.py`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpdlm.bench.figure import figure_of
+from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, LLAMA
 from cpdlm.bench.tasks import row
 from cpdlm.benchmark import Measured
+from experiments.records import machine_text
 from experiments.report import benchmarks
-from experiments.report.benchmarks import Benchmark
+from experiments.report.benchmarks import Benchmark, read_benchmark
 from experiments.report.table import Columns, Made, Table, recorded, tabulated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 START = "tasks_"  # of the records' names
+RATED = ("tasks_smollm2", "tasks_smollm2_chat", "tasks_int4")
+RIVALS = {
+    AUTOREGRESSIVE: "AR",
+    "lookup": "prompt lookup",
+    "chain": "heads",
+    "lookup+chain": "lookup and heads",
+    GENERATE: "`generate`",
+    LLAMA: "llama.cpp, same file",
+}
 
 
 def tables(results: Path) -> list[Made]:
@@ -43,6 +54,36 @@ def tasks_table(*records: Benchmark) -> Table:
     )
     entries = [entry | {"record": _name(record)} for record in records for entry in record["entries"]]
     return tabulated("tasks", caption, columns, entries)
+
+
+def rates_block(results: Path) -> str:
+    """Markdown: tokens a second of the released heads and their rivals; the last column has an interval."""
+    records = [record for name in RATED if not isinstance(record := read_benchmark(results, name), str)]
+    lines = [_line("text, mode, weights", *RIVALS.values(), "both over AR"), "|---|" + "---:|" * (len(RIVALS) + 1)]
+    for record in records:
+        for task, mode in dict.fromkeys((each["task"], each["mode"]) for each in record["entries"]):
+            found = {e["method"]: row(e) for e in record["entries"] if (e["task"], e["mode"]) == (task, mode)}
+            rates = [f"{found[each]['tokens_per_second']:.0f}" if each in found else "-" for each in RIVALS]
+            over = found.get("lookup+chain", {}).get("speedup")
+            gain = f"{over['median']:.2f}x [{over['low']:.2f}, {over['high']:.2f}]" if over else "-"
+            lines.append(_line(f"{task}, {mode}, {_held(record)}", *rates, gain))
+    return "\n".join([*lines, "", _machine(records[0])]) if records else ""
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _held(record: Benchmark) -> str:
+    return str(record["dtype"] if record["weights"] in ("plain", "packed") else record["weights"])
+
+
+def _machine(record: Benchmark) -> str:
+    prompts = max(each["prompts"] for each in record["entries"])
+    return (
+        f"Tokens a second, SmolLM2-135M, {prompts} prompts a text, {record['new_tokens']} new tokens at most; "
+        f"{machine_text(record['hardware'])}. Brackets: 95% over prompts."
+    )
 
 
 def figure(record: Benchmark) -> Figure:
