@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpdlm.config import WEIGHTS, ConfigError
 from cpdlm.files import check_writable, default_cache, write_bytes
+from cpdlm.progress import Bar
 
 if TYPE_CHECKING:
     from cpdlm.bench.compare import Protocol
@@ -113,7 +114,6 @@ def measure(request: Request, output: Path | None = None) -> Measured:
 
     from cpdlm.bench import methods, tasks
     from cpdlm.bench.kept import Kept
-    from cpdlm.bench.progress import Progress
     from cpdlm.data.pretrained_files import gguf_file
     from cpdlm.decoding import prepare
 
@@ -132,18 +132,19 @@ def measure(request: Request, output: Path | None = None) -> Measured:
     gguf = request.gguf or (gguf_file(request.model, str(default_cache())) if needs_file else None)
     setup = methods.Setup(model, plain, request.new_tokens, loaded.eos, request.nodes, gguf)
     runs = [(task, mode, tasks.contenders_of(wanted, setup, mode)) for task in given for mode in tasks.MODES]
-    progress = Progress(sum(_texts(request, task) * len(each) for task, _, each in runs))
+    progress = Bar(total=sum(_texts(request, task) * len(each) for task, _, each in runs), unit="text")
     entries = []
     for task, mode, contenders in runs:
-        progress.label = f"{task.name}, {mode}"
+        part = f"{task.name}, {mode}"
+        progress.set_description(part)
         comparison = tasks.Comparison(setup, task, mode, contenders, progress)
         work = partial(comparison.counted, request.rows, request.seed)
         if not request.acceptance_only:
             work = partial(comparison.timed, _protocol(request))
-        if progress.label in kept.parts:
+        if part in kept.parts:
             progress.total -= _texts(request, task) * len(contenders)
-        entries += kept.part(progress.label, work)
-    progress.end()
+        entries += kept.part(part, work)
+    progress.close()
     return Measured(entries, facts | {"weights": model.weights, "told": told})
 
 

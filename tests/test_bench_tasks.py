@@ -1,6 +1,5 @@
 """`cpdlm bench`: prompts of tasks, methods side by side, and what a terminal, a file and the report show of them."""
 
-import io
 import json
 import sys
 from dataclasses import replace
@@ -11,7 +10,6 @@ import pytest
 
 from cpdlm import benchmark, cli
 from cpdlm.bench.compare import Protocol
-from cpdlm.bench.progress import Progress
 from cpdlm.bench.table import fitting
 from cpdlm.bench.tasks import Comparison
 from cpdlm.benchmark import Request, measure
@@ -223,23 +221,6 @@ def test_a_record_is_shown_by_the_report(run: Path, prompts: str, tmp_path: Path
     files, shown = figures.draw_benchmarks(tmp_path, tmp_path)
     (mine,) = [each for each in shown if each.name == "tasks"]
     assert mine.picture in files and "2 interleaved repeats" in mine.caption
-
-
-def test_progress_is_a_line_a_minute_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    out = io.StringIO()
-    progress = Progress(100, out)
-    progress.label = "chat, greedy"
-    for _ in range(10):
-        now[0] += 30.0
-        progress.tick()
-    progress.end()
-    assert out.getvalue().splitlines()[:2] == [
-        "chat, greedy: 2 of 100, 49:00 left",
-        "chat, greedy: 4 of 100, 48:00 left",
-    ]
-    assert len(out.getvalue().splitlines()) == 5 and "\r" not in out.getvalue()
 
 
 def test_a_killed_measurement_goes_on_where_it_was(

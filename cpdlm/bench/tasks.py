@@ -6,6 +6,7 @@ dictionary that a record can hold, with an interval for every number. `row` make
 Letters: T positions of a prompt.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,11 @@ from cpdlm.bench.contenders import Contender, CountsItself, Ours
 from cpdlm.bench.intervals import of_ratio
 from cpdlm.bench.llama import UNTOLD
 from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, METHODS, Method, Setup
-from cpdlm.bench.progress import Progress
 from cpdlm.bench.timers import count_forwards
 from cpdlm.data.prompts import Task
 from cpdlm.decoding import Decoded, Sampling
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.progress import Bar
 
 MODES = {"greedy": Sampling(0.0), "T=1": Sampling()}
 Entry = dict[str, Any]
@@ -43,12 +44,12 @@ class Comparison:
     task: Task
     mode: str
     contenders: Mapping[str, Contender]
-    progress: Progress
+    progress: Bar
 
     def timed(self, protocol: Protocol) -> list[Entry]:
         """An entry per contender, run by turns. One of them is autoregressive decoding, which speed-ups are over."""
         keys = {(name, self._runs(name)): contender for name, contender in self.contenders.items()}
-        models, tick = {"model": self.setup.model, "plain": self.setup.plain}, self.progress.tick
+        models, tick = {"model": self.setup.model, "plain": self.setup.plain}, self.progress.update
         found = interleaved(keys, models, self._prompts(), protocol, self._say, tick)
         timings = {name: timing for (name, _), timing in found.items()}
         base, generate = timings[AUTOREGRESSIVE], timings.get(GENERATE)
@@ -73,7 +74,7 @@ class Comparison:
                 some = prompts[begin : begin + rows]
                 seeds = [run_seed(seed, begin + index, 0) for index in range(len(some))]
                 texts += _written(contender, some, seeds, getattr(self.setup, self._runs(name)))
-                self.progress.tick(len(some))
+                self.progress.update(len(some))
             tokens = [len(text.tokens if isinstance(text, Decoded) else text) for text, _ in texts]
             decoded = [[text] if isinstance(text, Decoded) else [] for text, _ in texts]
             entries.append(self._entry(name, tokens, [forwards for _, forwards in texts], decoded))
@@ -90,7 +91,7 @@ class Comparison:
     def _say(self, line: str) -> None:
         """Of what `interleaved` tells, what the progress does not show."""
         if "again" in line:
-            self.progress.say(line)
+            self.progress.write(line, file=sys.stderr)
 
     def _entry(self, name: str, tokens: list[int], forwards: list[int], decoded: Sequence[Sequence[Decoded]]) -> Entry:
         """Without times. tokens, forwards: per prompt, all repeats together; forwards 0 where they cannot be seen."""

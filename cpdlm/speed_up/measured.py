@@ -14,7 +14,6 @@ from cpdlm.bench.compare import Protocol, Timing, interleaved, rate_ratio
 from cpdlm.bench.contenders import Ours
 from cpdlm.bench.hardware import hardware
 from cpdlm.bench.memory import working_memory
-from cpdlm.bench.progress import Progress
 from cpdlm.config import Config
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import load_corpus
@@ -25,6 +24,7 @@ from cpdlm.decoding import Sampling, prepare
 from cpdlm.files import write_json
 from cpdlm.hf.load import read_json
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.progress import Bar
 from cpdlm.training import checkpoints, run
 
 MEASURED = "decode.json"
@@ -43,7 +43,7 @@ class Decoders:
     prompts: dict[str, list[Tensor]]  # of the validation and test splits
     weights: dict[bool, int]  # bytes, with and without heads, before they were laid out anew
 
-    def timings(self, split: str, drafts: dict[str, tuple[str, int]], sampling: Sampling, progress: Progress) -> Any:
+    def timings(self, split: str, drafts: dict[str, tuple[str, int]], sampling: Sampling, progress: Bar) -> Any:
         """Timing by name. drafts: (draft, nodes) by name."""
         decode = self.config.decode
         contenders = {
@@ -54,7 +54,7 @@ class Decoders:
         if split == "validation":
             protocol = replace(protocol, repeats=1, warmups=1)
         found = interleaved(
-            contenders, {"model": self.model}, self.prompts[split], protocol, lambda line: None, progress.tick
+            contenders, {"model": self.model}, self.prompts[split], protocol, lambda line: None, progress.update
         )
         return {name: timing for (name, _), timing in found.items()}
 
@@ -91,8 +91,8 @@ def measure_drafts(config: Config, command: str, say: run.Say) -> dict[str, Any]
     prompts = {split: _prompts(config, corpus, split) for split in ("validation", "test")}
     decoders = Decoders(model, config, prompts, weights)
     decode = config.decode
-    progress = Progress(len(CANDIDATES) * (TRIED + 1) + 6 * (decode.prompts * decode.repeats + decode.warmups))
-    progress.label = "trying drafts"
+    total = len(CANDIDATES) * (TRIED + 1) + 6 * (decode.prompts * decode.repeats + decode.warmups)
+    progress = Bar(total=total, unit="text", desc="trying drafts")
     tried = decoders.timings("validation", {f"{d} {n}": (d, n) for d, n in CANDIDATES}, Sampling(0.0), progress)
     best = dict(zip(tried, CANDIDATES, strict=True))[max(tried, key=lambda name: tried[name].rate())]
     modes = {}
@@ -100,9 +100,9 @@ def measure_drafts(config: Config, command: str, say: run.Say) -> dict[str, Any]
         "greedy": Sampling(0.0),
         "sampling": Sampling(decode.temperature, decode.top_k, decode.top_p),
     }.items():
-        progress.label = f"decoding, {name}"
+        progress.set_description(f"decoding, {name}")
         modes[name] = _mode(decoders, best, sampling, progress)
-    progress.end()
+    progress.close()
     chosen = replace(config, decode=replace(decode, draft=best[0], nodes=best[1]))
     checkpoints.open_run(home, chosen)
     content = {
@@ -134,7 +134,7 @@ def _prompts(config: Config, corpus: Corpus, split: str) -> list[Tensor]:
     return [torch.tensor(ids, device=device) for ids in found]
 
 
-def _mode(decoders: Decoders, best: tuple[str, int], sampling: Sampling, progress: Progress) -> dict[str, Any]:
+def _mode(decoders: Decoders, best: tuple[str, int], sampling: Sampling, progress: Bar) -> dict[str, Any]:
     drafts = {"plain": ("none", 8), "lookup": ("lookup", 8), "heads": best}
     timings: dict[str, Timing] = decoders.timings("test", drafts, sampling, progress)
     base = timings["plain"]

@@ -24,8 +24,8 @@ RIVALS = {
     "lookup": "prompt lookup",
     "chain": "heads",
     "lookup+chain": "lookup and heads",
-    GENERATE: "`generate`",
-    LLAMA: "llama.cpp, same file",
+    GENERATE: "`generate`, float32",
+    LLAMA: "llama.cpp, no drafts",
 }
 
 
@@ -59,7 +59,10 @@ def tasks_table(*records: Benchmark) -> Table:
 def rates_block(results: Path) -> str:
     """Markdown: tokens a second of the released heads and their rivals; the last column has an interval."""
     records = [record for name in RATED if not isinstance(record := read_benchmark(results, name), str)]
-    lines = [_line("text, mode, weights", *RIVALS.values(), "both over AR"), "|---|" + "---:|" * (len(RIVALS) + 1)]
+    lines = [
+        _line("text, mode, weights", *RIVALS.values(), "lookup and heads / AR"),
+        "|---|" + "---:|" * (len(RIVALS) + 1),
+    ]
     for record in records:
         for task, mode in dict.fromkeys((each["task"], each["mode"]) for each in record["entries"]):
             found = {e["method"]: row(e) for e in record["entries"] if (e["task"], e["mode"]) == (task, mode)}

@@ -84,9 +84,10 @@ def server_argv(output: Path, uri: str, port: int = 5000) -> list[str]:
 
 
 def server_environment() -> dict[str, str]:
-    """The environment to start it in: telemetry off, and the scripts of this Python found though not activated."""
+    """The environment to start it in: telemetry and background jobs off, the scripts of this Python found."""
     scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     off = {key: ENVIRONMENT[key] for key in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")}
+    off["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # its idle workers keep a core busy
     return os.environ | off | {"PATH": scripts}
 
 
