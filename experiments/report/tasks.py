@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 START = "tasks_"  # of the records' names
-RATED = ("tasks_smollm2", "tasks_smollm2_chat", "tasks_int4")
+RATED = ("tasks_smollm2", "tasks_smollm2_chat", "tasks_smollm2_prose", "tasks_int4")
 RIVALS = {
     AUTOREGRESSIVE: "AR",
     "lookup": "prompt lookup",
@@ -70,7 +71,7 @@ def rates_block(results: Path) -> str:
             over = found.get("lookup+chain", {}).get("speedup")
             gain = f"{over['median']:.2f}x [{over['low']:.2f}, {over['high']:.2f}]" if over else "-"
             lines.append(_line(f"{task}, {mode}, {_held(record)}", *rates, gain))
-    return "\n".join([*lines, "", _machine(records[0])]) if records else ""
+    return "\n".join([*lines, "", _machine(records)]) if records else ""
 
 
 def _line(*cells: str) -> str:
@@ -81,11 +82,11 @@ def _held(record: Benchmark) -> str:
     return str(record["dtype"] if record["weights"] in ("plain", "packed") else record["weights"])
 
 
-def _machine(record: Benchmark) -> str:
-    prompts = max(each["prompts"] for each in record["entries"])
+def _machine(records: Sequence[Benchmark]) -> str:
+    prompts = sorted({entry["prompts"] for record in records for entry in record["entries"]})
     return (
-        f"Tokens a second, SmolLM2-135M, {prompts} prompts a text, {record['new_tokens']} new tokens at most; "
-        f"{machine_text(record['hardware'])}. Brackets: 95% over prompts."
+        f"Tokens a second, SmolLM2-135M, {' or '.join(map(str, prompts))} prompts a text, at most "
+        f"{records[0]['new_tokens']} new tokens; {machine_text(records[0]['hardware'])}. Brackets: 95% over prompts."
     )
 
 
