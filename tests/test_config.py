@@ -97,6 +97,7 @@ BAD: list[tuple[str, str]] = [
     ("preset=cpu-heads", "is for heads on a frozen trunk: make one with preset=cpu-trunk,trunk"),
     ("seed=9223372036854775808", "seed=9223372036854775808 is too large; the most is 4294967295"),
     ("rank=99999999999", "rank=99999999999 is too large; the most is 2147483647"),
+    ("data.workers=100000", "data.workers=100000 is too large; the most is 1024"),
     ("optim.beta1=1", "optim.beta1=1.0 must lie in [0, 1)"),
     ("optim.lr=1e38", "optim.lr=1e+38 must lie in (0, 1e6]"),
     ("data.tokenizer=bpe:100", "data.tokenizer='bpe:100'"),

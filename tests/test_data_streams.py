@@ -120,6 +120,10 @@ def test_one_column_for_the_whole_set_and_its_nulls_are_counted(tmp_path: Path) 
     assert list(other.texts) == [b"1", b"2", b"3", b"3", b"4"]
     with pytest.raises(ConfigError, match=r"data.column=txt: .* there are id \(string\), text \(string\)"):
         sources.locate(config(tmp_path, tmp_path / "set", data__column="txt"), progress=False)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "0.jsonl").write_text(json.dumps({"text": ["one"]}) + "\n")
+    with pytest.raises(ConfigError, match=r"cannot tell which column .* there are text \(List.*one of strings"):
+        sources.locate(config(tmp_path, tmp_path / "lists"), progress=False)
 
 
 def test_other_files_are_another_text(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

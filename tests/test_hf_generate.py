@@ -333,6 +333,8 @@ def test_learnt_prompts_are_refused(kind: str) -> None:
     tuned = peft.get_peft_model(wrap(copy.deepcopy(real(*COMMON))), config).eval()
     with pytest.raises(ValueError, match="prompt or prefix tuning .* which this loop does not see"):
         tuned.generate(**batch(1), max_new_tokens=4)
+    theirs = stock("common", **batch(1), max_new_tokens=4).tolist()
+    assert tuned.get_base_model().generate(**batch(1), max_new_tokens=4).tolist() == theirs
 
 
 def test_the_stock_loop_searches_with_beams_as_a_refusal_says() -> None:

@@ -81,7 +81,7 @@ class DataConfig:
     release: int = knob(0, "which documents are held out: each release has a test split of its own", least=0, most=8)
     cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
     bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")
-    workers: int = knob(0, "data-loader worker processes", least=0)
+    workers: int = knob(0, "data-loader worker processes", least=0, most=1024)
     text: str = knob(
         "corpus",
         "what heads on a frozen model train on: corpus | greedy, sampled: data.states tokens that the model itself "

@@ -296,19 +296,17 @@ def text_column(kinds: dict[str, str], stream: Stream) -> str:
     kinds: the type of each column. One that has shown nothing but nulls so far ("null") may hold strings.
     """
     possible = [column for column, kind in kinds.items() if kind in ("string", "large_string", "null")]
+    there = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
     if stream.column:
         if stream.column in possible:
             return stream.column
-        raise ConfigError(
-            f"data.column={stream.column}: {stream.corpus} has no such column of text; there are "
-            + ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
-        )
+        raise ConfigError(f"data.column={stream.column}: {stream.corpus} has no such column of text; there are {there}")
     for column in ("text", "content", "story", "document"):
         if column in possible:
             return column
     if len(possible) == 1 and kinds[possible[0]] != "null":
         return possible[0]
     raise ConfigError(
-        f"corpus={stream.corpus}: cannot tell which column is the text; there are {', '.join(kinds)}. "
-        "Name it: data.column=COLUMN"
+        f"corpus={stream.corpus}: cannot tell which column is the text; there are {there}. "
+        "Name one of strings: data.column=COLUMN"
     )

@@ -94,7 +94,8 @@ def check_weights(model: Any) -> None:
 
 def check_arguments(model: Any, given: dict[str, Any], asked: Callable[[str], Any]) -> None:
     """Raise ValueError for an argument that stock `generate` would take and our loop could not follow."""
-    if "prepare_inputs_for_generation" in vars(model):  # peft puts its own in place where prompts are learnt
+    # peft puts its own in place where prompts are learnt, and the model's back afterwards.
+    if getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model) is not model:
         raise ValueError(
             "prompt or prefix tuning (peft) puts learnt states before the text, which this loop does not see; "
             "give LoRA or another adapter of the weights"
