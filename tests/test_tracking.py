@@ -288,3 +288,5 @@ def test_the_names_of_runs_begin_with_what_tells_them_apart() -> None:
 def test_a_users_password_is_not_kept(tmp_path: Path) -> None:
     store_module.remember(tmp_path, tracking.Tracker(None, "run", "postgresql://me:secret@host/db"))
     assert json.loads((tmp_path / store_module.RUN_FILE).read_text())["uri"] == "postgresql://host/db"
+    error = OSError("no store at 'databricks://me:secret@host?token=secret' and postgresql://me:secret@host/db")
+    assert "secret" not in store_module.first_line(error)

@@ -328,8 +328,8 @@ def warn(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The start of an error, without a user name and password that it may quote."""
-    return re.sub(r"//[^/@\s]+@", "//", (str(error).splitlines() or [""])[0])[:200] or type(error).__name__
+    """The start of an error, without names, passwords and tokens of an address that it may quote."""
+    return without_credentials((str(error).splitlines() or [""])[0])[:200] or type(error).__name__
 
 
 def shown(uri: str) -> str:
