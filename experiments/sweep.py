@@ -124,8 +124,8 @@ def parse(arguments: list[str]) -> Options:
     if "only" in given:
         given["only"] = tuple(one_of("only", name, STAGES) for name in given["only"].split(",") if name)
     if "jobs" in given:
-        if not given["jobs"].isdigit() or int(given["jobs"]) < 1:
-            raise ConfigError(f"jobs={given['jobs']}: write a number of at least 1")
+        if not given["jobs"].isdecimal() or not 1 <= int(given["jobs"]) <= 1024:
+            raise ConfigError(f"jobs={given['jobs']}: write a number from 1 to 1024")
         given["jobs"] = int(given["jobs"])
     given["mix"] = one_of("mix", given.get("mix", "no"), ("yes", "no")) == "yes"
     given |= {key: _from_root(given[key]) for key in ("out", "results", "data") if key in given}

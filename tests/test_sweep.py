@@ -154,6 +154,8 @@ def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path, capsys
         (["claim=C5", "profile=gpu"], "has no cells for profile=gpu"),
         (["profile=smok"], "did you mean smoke?"),
         (["claim=C3", "jobs=none"], "jobs=none"),
+        (["claim=C3", "jobs=²"], "jobs=²: write a number from 1 to 1024"),
+        (["claim=C3", f"jobs={10**22}"], "write a number from 1 to 1024"),
         (["claim=C3", "only=data,trian"], "did you mean train?"),
         (["claim=C3", "launcher=slrum"], "did you mean slurm?"),
         (["claim=C3", "slurm.partition=x"], "needs launcher=slurm"),
