@@ -127,6 +127,8 @@ def _checked(request: Request) -> tuple[Sampling, Opened, list[int], int]:
     from cpdlm.text import EMPTY, fitting
 
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
+    if not 0 <= request.seed < 2**63:
+        raise ConfigError(f"--seed={request.seed} must be between 0 and {2**63 - 1}")
     prompt = _standard_input() if request.prompt is None else request.prompt
     if not prompt:
         raise ConfigError(EMPTY)

@@ -54,6 +54,8 @@ def test_a_run_becomes_a_folder_that_stands_alone(tmp_path: Path, capsys: pytest
         assert word in card, word
     assert cli.main(["export", str(run), str(folder)]) == 2, "the trunk is gone"
     assert "trunk" in capsys.readouterr().err
+    assert cli.main(["speed-up", str(folder), "--dry-run", "--output", str(tmp_path / "more")]) == 2
+    assert "has heads already; give the model that they were trained on" in capsys.readouterr().err
 
 
 def test_an_export_that_ends_half_way_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,8 @@ def load_pretrained(
     available = free_bytes(label) if available_bytes is None else available_bytes
     check_layers(source, dtype.itemsize, label, available)
     shape = _shape(source, label)
+    if shape.model_type == "cpdlm":
+        raise ConfigError(f"model={label} has heads already; give the model that they were trained on")
     longest = _longest(shape) or context
     _check_shape(shape, context, longest, label)
     with torch.device("meta"):
