@@ -14,6 +14,7 @@ import io
 import os
 import shutil
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from cpdlm.training.checkpoints import RunError
 
     disable_progress_bar()
+    warnings.formatwarning = _warning
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that does not have all characters
     try:
@@ -66,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the text has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _warning(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    """Without the line of ours that gave it."""
+    return f"warning: {message}\n"
 
 
 def parse(name: str, words: Sequence[str]) -> Namespace:
