@@ -136,7 +136,7 @@ def measure(request: Request, output: Path | None = None) -> Measured:
     entries = []
     for task, mode, contenders in runs:
         part = f"{task.name}, {mode}"
-        progress.set_description_str(part)
+        progress.set_description_str(part, refresh=False)
         comparison = tasks.Comparison(setup, task, mode, contenders, progress)
         work = partial(comparison.counted, request.rows, request.seed)
         if not request.acceptance_only:

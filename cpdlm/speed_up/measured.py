@@ -100,7 +100,7 @@ def measure_drafts(config: Config, command: str, say: run.Say) -> dict[str, Any]
         "greedy": Sampling(0.0),
         "sampling": Sampling(decode.temperature, decode.top_k, decode.top_p),
     }.items():
-        progress.set_description_str(f"decoding, {name}")
+        progress.set_description_str(f"decoding, {name}", refresh=False)
         modes[name] = _mode(decoders, best, sampling, progress)
     progress.close()
     chosen = replace(config, decode=replace(decode, draft=best[0], nodes=best[1]))

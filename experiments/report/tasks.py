@@ -13,7 +13,7 @@ from cpdlm.benchmark import Measured
 from experiments.records import machine_text
 from experiments.report import benchmarks
 from experiments.report.benchmarks import Benchmark, read_benchmark
-from experiments.report.table import Columns, Made, Table, recorded, tabulated
+from experiments.report.table import Columns, Made, Table, dash, recorded, tabulated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,15 +61,14 @@ def rates_block(results: Path) -> str:
     """Markdown: tokens a second of the released heads and their rivals; the last column has an interval."""
     records = [record for name in RATED if not isinstance(record := read_benchmark(results, name), str)]
     lines = [
-        _line("text, mode, weights", *RIVALS.values(), "lookup and heads / AR"),
+        _line("text, mode, weights", *RIVALS.values(), "lookup and heads / AR (x)"),
         "|---|" + "---:|" * (len(RIVALS) + 1),
     ]
     for record in records:
         for task, mode in dict.fromkeys((each["task"], each["mode"]) for each in record["entries"]):
             found = {e["method"]: row(e) for e in record["entries"] if (e["task"], e["mode"]) == (task, mode)}
-            rates = [f"{found[each]['tokens_per_second']:.0f}" if each in found else "-" for each in RIVALS]
-            over = found.get("lookup+chain", {}).get("speedup")
-            gain = f"{over['median']:.2f}x [{over['low']:.2f}, {over['high']:.2f}]" if over else "-"
+            rates = [dash(found.get(each, {}).get("tokens_per_second"), 0) for each in RIVALS]
+            gain = recorded("speedup", ".2f")(found.get("lookup+chain", {}))
             lines.append(_line(f"{task}, {mode}, {_held(record)}", *rates, gain))
     return "\n".join([*lines, "", _machine(records)]) if records else ""
 
