@@ -1,6 +1,5 @@
 """The decoding benchmark: its records from one tiny run, and what is drawn from them."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from experiments.bench import decode as benchmark
 from experiments.bench import decode_drafters
 from experiments.measure.agreement import agreement
 from experiments.report import decoding, render
+from experiments.report.benchmarks import read_benchmark
 from tests.toy import ToyModel
 
 HEADS = [("untied", 1, [0, 1]), ("untied", 2, [0, 1]), ("token-conditioned", 2, [0])]  # of the first corpus
@@ -87,7 +87,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def read(folder: Path, what: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "benchmarks" / f"decode_{what}.json").read_text())
+    found = read_benchmark(folder, f"decode_{what}")
+    assert not isinstance(found, str), found
     assert found["benchmark"] == f"decoding {what}"
     assert found["command"].startswith("python experiments/bench/decode.py --runs ")
     assert {"commit", "dirty", "hardware", "versions", "started", "seed"} <= set(found)
@@ -112,7 +113,6 @@ def test_every_drafter_is_measured_on_both_splits(measured: tuple[Path, Path]) -
                 assert [row["depth"] for row in one["acceptance_by_depth"]] == [2, 3]
                 product = one["conversion"]["mean"] * one["tokens_per_pass"]["mean"]
                 assert product == pytest.approx(one["speedup"]["mean"])
-                assert len(one["by_seed"]) == len(cell["seeds"])
             assert entry["chain"]["test"]["tokens_per_pass_over_chain"] == {"mean": 0, "low": 0, "high": 0}
     assert set(found["suggested"]) == {"greedy", "sampling"}
 
@@ -124,7 +124,7 @@ def test_acceptance_is_over_seeds_draws_and_prompts(measured: tuple[Path, Path])
         assert row["tokens"] == 3 * 6 * draws * len(row["seeds"])
         rate = row["tokens_per_pass"]
         assert rate["mean"] == pytest.approx(row["tokens"] / row["passes"])
-        assert rate["low"] <= rate["mean"] <= rate["high"] and len(row["by_seed"]) == len(row["seeds"])
+        assert rate["low"] <= rate["mean"] <= rate["high"]
         others = {
             "tokens_per_pass_over_chain": (row["rank"], ("chain",)),
             "tokens_per_pass_over_rank1": (1, (row["strategy"], "chain")),

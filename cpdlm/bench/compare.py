@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.contenders import Contender, CountsItself, Ours, hugging_face, theirs
-from cpdlm.bench.intervals import Array, Effect, log_ratio, named, pseudo_values
+from cpdlm.bench.intervals import Effect, log_ratio, named, pseudo_values
 from cpdlm.bench.timers import PARTS, Timer, count_forwards, forward_milliseconds, undisturbed
 from cpdlm.config import DecodeConfig
 from cpdlm.decoding import Decoded, Sampling
@@ -303,12 +303,7 @@ def rate_interval(timing: Timing) -> dict[str, float]:
 
 def _rates(median: float, *timings: Timing) -> dict[str, float]:
     parts_1P = [np.sum(part, axis=0, keepdims=True, dtype=float) for t in timings for part in (t.tokens, t.seconds)]
-    effect = Effect.of(*pseudo_values(_log_rate, *parts_1P))
+    effect = Effect.of(*pseudo_values(log_ratio, *parts_1P))
     return named("median", median, effect, math.exp) | {
         "sem": math.sqrt(effect.within) if math.isfinite(effect.within) else 0.0
     }
-
-
-def _log_rate(tokens: Array, seconds: Array, *bottom: Array) -> Array:
-    """Less that of `bottom`, where there is one."""
-    return log_ratio(tokens, seconds) - (log_ratio(*bottom) if bottom else 0.0)

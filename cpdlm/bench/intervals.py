@@ -7,7 +7,7 @@ of Searle, Variance Components, 1992, section 4.3). Each part enters the squared
 its own degrees of freedom (Graybill and Wang, 1980). Of one unit the interval is infinite; of one seed it covers the
 units alone.
 
-Letters: H seeds of the heads, D draws, P prompts, S seeds, U units.
+Letters: S seeds, U units.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,13 +113,16 @@ def ratio(top: Array, bottom: Array) -> Array:
     return top / bottom
 
 
-def log_ratio(top: Array, bottom: Array) -> Array:
-    return np.asarray(np.log(top / bottom))
+def log_ratio(top: Array, bottom: Array, *base: Array) -> Array:
+    """Less that of `base`, where there is one."""
+    return np.asarray(np.log(top / bottom)) - (log_ratio(*base) if base else 0.0)
 
 
-def of_ratio(top: Sequence[float], bottom: Sequence[float]) -> dict[str, float]:
-    """{"mean", "low", "high"} of sum(top) / sum(bottom) over units (U,), of what is above 0."""
-    parts = [np.asarray([each], dtype=np.float64) for each in (top, bottom)]
+def of_ratio(*parts_U: Sequence[float] | Array) -> dict[str, float]:
+    """{"mean", "low", "high"} of sum(top) / sum(bottom) over units (U,), of what is above 0.
+
+    parts_U: top and bottom, and those of what the ratio is held against, where it is."""
+    parts = [np.asarray([each_U], dtype=np.float64) for each_U in parts_U]
     effect = Effect.of(*pseudo_values(log_ratio, *parts))
     return named("mean", math.exp(effect.mean), effect, math.exp)
 
@@ -129,84 +131,3 @@ def of_median(values: Sequence[float]) -> dict[str, float]:
     """{"median", "low", "high"} over repeats (K,) of what is above 0; the interval is that of the geometric mean."""
     logs_1K = np.log(np.asarray([values], dtype=np.float64))
     return named("median", float(np.median(values)), Effect.of(logs_1K.mean(axis=1), logs_1K), math.exp)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was counted per text. H is 1 for a method without heads, which is the same for all seeds."""
-
-    tokens_HDP: Array
-    forwards_HDP: Array
-    seconds_HDP: Array
-
-    @classmethod
-    def of(cls, tokens: Sequence[Any], forwards: Sequence[Any], seconds: Sequence[Any]) -> Written:
-        """From nested lists [seed][draw][prompt]. Raises ValueError where their shapes differ."""
-        arrays = [np.asarray(each, dtype=np.float64) for each in (tokens, forwards, seconds)]
-        if len({each.shape for each in arrays}) != 1 or arrays[0].ndim != 3:
-            shapes = [each.shape for each in arrays]
-            raise ValueError(f"tokens, forwards and seconds have the shapes {shapes}, not one (H, D, P)")
-        return cls(*arrays)
-
-    def parts(self, seeds: int) -> list[Array]:
-        """(H, P) tokens, forwards and seconds: a prompt with all its draws."""
-        parts = (self.tokens_HDP, self.forwards_HDP, self.seconds_HDP)
-        return [np.broadcast_to(part_HDP.sum(axis=1), (seeds, part_HDP.shape[2])) for part_HDP in parts]
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over texts."""
-
-    tokens: Array
-    forwards: Array
-    seconds: Array
-
-
-def tokens_per_forward(one: Totals) -> Array:
-    return one.tokens / one.forwards
-
-
-def tokens_per_second(one: Totals) -> Array:
-    return one.tokens / one.seconds
-
-
-def speedup(one: Totals, other: Totals) -> Array:
-    return tokens_per_second(one) / tokens_per_second(other)
-
-
-def speedup_per_token_per_forward(one: Totals, autoregressive: Totals) -> Array:
-    """Share of the tokens per forward that became speed: forwards per second over those of autoregressive decoding."""
-    return (one.forwards / one.seconds) / tokens_per_second(autoregressive)
-
-
-def more_per_forward(one: Totals, other: Totals) -> Array:
-    return tokens_per_forward(one) - tokens_per_forward(other)
-
-
-def interval(statistic: Callable[..., Array], *written: Written) -> dict[str, float]:
-    """{"mean", "low", "high"}: of all texts, and the 95 % interval over seeds and prompts.
-
-    statistic takes one `Totals` per Written; all but `more_per_forward` are ratios, taken in logarithms. Raises
-    ValueError where their draws and prompts differ, or where there is more than one number of seeds above 1.
-    """
-    shapes = {each.tokens_HDP.shape[1:] for each in written}
-    seeds = {each.tokens_HDP.shape[0] for each in written} - {1}
-    if len(shapes) != 1 or len(seeds) > 1:
-        raise ValueError(f"not the same texts: {[each.tokens_HDP.shape for each in written]} (seeds, draws, prompts)")
-    parts = [part for each in written for part in each.parts(max(seeds, default=1))]
-    mean = float(statistic(*_threes([part.sum() for part in parts])))
-    if statistic is more_per_forward:
-        return named("mean", mean, Effect.of(*pseudo_values(lambda *sums: statistic(*_threes(sums)), *parts)))
-    effect = Effect.of(*pseudo_values(lambda *sums: np.log(statistic(*_threes(sums))), *parts))
-    return named("mean", mean, effect, math.exp)
-
-
-def _threes(sums: Sequence[Array]) -> list[Totals]:
-    return [Totals(*sums[first : first + 3]) for first in range(0, len(sums), 3)]
-
-
-def by_seed(statistic: Callable[[Totals], Array], written: Written) -> list[float]:
-    """The statistic of each seed's heads."""
-    parts = written.parts(len(written.tokens_HDP))
-    return [float(each) for each in statistic(Totals(*(part_HP.sum(axis=1) for part_HP in parts)))]

@@ -6,10 +6,10 @@
 
 All methods of a corpus share one frozen trunk, hence one target, the prompts, the loop and the protocol of
 `cpdlm.bench.compare`. Heads of several seeds are one contender: every seed's heads write every draw of every prompt.
-Intervals are over seeds, draws and prompts.
+Intervals are over prompts, each with all its draws and seeds.
 
-decode_acceptance.json   tokens per forward of every drafter, over the chain and rank 1; agreement with the target per
-                         depth; temperatures and top-p; not timed
+decode_acceptance.json   tokens per forward of every drafter; agreement with the target per depth; temperatures and
+                         top-p; not timed
 decode_strategies.json   speed of every drafter, greedy and sampling
 decode_baselines.json    autoregressive, generate, prompt lookup, assisted generation, sequential heads, ours; memory
 """
@@ -31,7 +31,7 @@ from cpdlm.files import check_writable
 from experiments.bench import decode_drafters as drafters
 from experiments.bench import record
 from experiments.bench.decode_baselines import baselines, train_sequential_heads
-from experiments.bench.decode_race import Bench, load_benches, target_entry
+from experiments.bench.decode_heads import Bench, load_benches, target_entry
 
 SETTINGS = (
     *("prompts", "timed_prompts", "prompt_tokens", "new_tokens", "nodes", "validation_draws", "draws"),

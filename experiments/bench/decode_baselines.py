@@ -2,46 +2,43 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from cpdlm.baselines.hydra import Sequential
 from cpdlm.baselines.hydra_training import load_hydra, train_hydra
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.contenders import as_hugging_face, hugging_face, theirs
-from cpdlm.bench.intervals import interval, speedup
+from cpdlm.bench.intervals import of_ratio
 from cpdlm.bench.memory import working_memory
 from cpdlm.config import Config
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import load_corpus
-from cpdlm.decoding import Decoded, Options, Sampling, decode
 from cpdlm.decoding.lookup import LookupSettings
 from cpdlm.model.build import parameter_counts
 from cpdlm.training import checkpoints
 from experiments.bench import record
 from experiments.bench.decode_drafters import ends
-from experiments.bench.decode_heads import Heads, load_heads
-from experiments.bench.decode_race import (
-    AUTOREGRESSIVE,
+from experiments.bench.decode_heads import (
     SAMPLINGS,
     Bench,
-    Contender,
+    Heads,
     Racer,
+    load_heads,
     load_target,
-    rate_entry,
     speed_entry,
+    sums,
 )
 from experiments.bench.record import say
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the comparison. racers, drafter: per mode.
+    """One line of the comparison. racers: for a mode, by its name. drafter: per mode.
 
     kind: plain, generate, lookup, assistant, hydra or heads. training_seconds: of one seed. label: more of the line.
     """
@@ -49,7 +46,7 @@ class Method:
     name: str
     kind: str
     horizon: int
-    racers: dict[str, list[Racer]]
+    racers: Callable[[str], list[Racer]]
     drafter: dict[str, str]
     parameters: int = 0
     training_seconds: float = 0.0
@@ -58,7 +55,7 @@ class Method:
 
 def baselines(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
     """Every method in every mode on the test prompts. chosen: name of the first seed's run -> mode -> drafter."""
-    methods, seed = _methods(bench, chosen), bench.seed
+    methods = _methods(bench, chosen)
     mib = bench.trunk.unembedding.weight.element_size() / 2**20
     entries: list[dict[str, Any]] = [
         {
@@ -77,26 +74,25 @@ def baselines(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[dict[str,
     ]
     for mode in SAMPLINGS:
         say(f"baselines, {bench.config.corpus}, {mode}")
-        raced = bench.race(
-            {method.name: method.racers[mode] for method in methods}, "test", bench.options.baseline_draws
-        )
-        base, generate = (raced[name].written for name in (AUTOREGRESSIVE, "generate"))
+        racers = {method.name: method.racers(mode) for method in methods}
+        raced = bench.race(racers, "test", bench.options.baseline_draws)
+        generate_P, _, generate_seconds_P = sums(raced["generate"])
         for entry, method in zip(entries, methods, strict=True):
             mine = raced[method.name]
-            one: dict[str, Any] = {
-                "tokens": int(mine.written.tokens_HDP.sum()),
-                "passes": int(mine.written.forwards_HDP.sum()),
-            }
+            tokens_P, forwards_P, seconds_P = sums(mine)
+            counts: dict[str, Any] = {"tokens": int(tokens_P.sum()), "passes": int(forwards_P.sum())}
+            counts |= {"tokens_per_pass": of_ratio(tokens_P, forwards_P)}
             if all(mine.decoded):
-                one |= acceptance(mine.decoded, method.horizon)
-            one |= rate_entry(mine.written) | speed_entry(mine.written, base)
-            one["speedup_over_generate"] = interval(speedup, mine.written, generate)
-            entry["modes"][mode] = one | _memory(method.racers[mode][0], bench.prompts["test"][0], seed)
+                counts = acceptance(mine.decoded, method.horizon)
+            over = {"speedup_over_generate": of_ratio(tokens_P, seconds_P, generate_P, generate_seconds_P)}
+            memory = _memory(racers[method.name][0], bench)
+            entry["modes"][mode] = counts | speed_entry(mine, raced["AR"]) | over | memory
     return entries
 
 
-def _memory(racer: Racer, prompt_T: Tensor, seed: int) -> dict[str, int]:
-    found = working_memory(partial(racer.run, prompt_T, seed), racer.model.trunk.body, prompt_T.device)
+def _memory(racer: Racer, bench: Bench) -> dict[str, int]:
+    (model, run), prompt_T = racer, bench.prompts["test"][0]
+    found = working_memory(partial(run, prompt_T, bench.seed), model.trunk.body, prompt_T.device)
     return {
         "working_memory_bytes": found.whole,
         "later_memory_bytes": found.later,
@@ -105,14 +101,17 @@ def _memory(racer: Racer, prompt_T: Tensor, seed: int) -> dict[str, int]:
 
 
 def _methods(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[Method]:
-    options = bench.options
-    autoregressive = {mode: bench.autoregressive(sampling) for mode, sampling in SAMPLINGS.items()}
+    options, trunk = bench.options, bench.trunk
     methods = [
-        Method(AUTOREGRESSIVE, AUTOREGRESSIVE, 1, autoregressive, _same("none")),
+        Method("AR", "AR", 1, lambda mode: bench.autoregressive(SAMPLINGS[mode]), _same("none")),
         Method("generate", "generate", 1, _generate(bench), _same("none")),
     ]
     for width in options.lookup_horizons:
-        racers = {mode: [Racer(bench.trunk, _lookup(bench, width, one))] for mode, one in SAMPLINGS.items()}
+        lookup = LookupSettings(least=1, longest=options.lookup_longest, most=width - 1)
+
+        def racers(mode: str, lookup: LookupSettings = lookup) -> list[Racer]:
+            return [(trunk, bench.decoder(trunk, SAMPLINGS[mode], "lookup", lookup=lookup))]
+
         methods.append(Method(f"prompt lookup, n={width}", "lookup", width, racers, _same("lookup")))
     for folder in options.assistant:
         if checkpoints.read_config(folder).corpus == bench.config.corpus:
@@ -120,7 +119,7 @@ def _methods(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[Method]:
     if options.hydra:
         methods.append(_hydra(bench, options.hydra))
     for heads in ends(bench.heads):
-        picked = chosen[heads.config.run_name]
+        picked = chosen[heads.names[0]]
         methods.append(_ours(bench, heads, _same("chain")))
         if picked != _same("chain"):
             methods.append(_ours(bench, heads, picked, ", chosen"))
@@ -132,36 +131,24 @@ def _same(drafter: str) -> dict[str, str]:
 
 
 def _ours(bench: Bench, heads: Heads, drafter: dict[str, str], suffix: str = "") -> Method:
-    counts = parameter_counts(heads.runs[0].model)
+    counts = parameter_counts(heads.models[0])
     return Method(
         f"rank {heads.rank}, {heads.variant}{suffix}",
         "heads",
-        heads.horizon,
-        {mode: bench.speculative(heads, SAMPLINGS[mode], drafter[mode]) for mode in SAMPLINGS},
+        heads.config.horizon,
+        lambda mode: bench.speculative(heads, SAMPLINGS[mode], drafter[mode]),
         drafter,
         counts["heads"] + counts["gate"] + counts["anchor"],
-        sum(run.seconds for run in heads.runs) / len(heads.runs),
+        fmean(heads.seconds),
         {"rank": heads.rank, "law": heads.variant, "seeds": heads.seeds},
     )
 
 
-def _generate(bench: Bench, **more: Any) -> dict[str, list[Racer]]:
+def _generate(bench: Bench, **more: Any) -> Callable[[str], list[Racer]]:
     """Hugging Face's generate on the target, per mode. more: arguments of its generate."""
     generate = hugging_face(bench.trunk, **more)
     assert generate is not None, "the trunk is a next-token model"
-    return {mode: [Racer(bench.trunk, theirs(generate, bench.new_tokens, one))] for mode, one in SAMPLINGS.items()}
-
-
-def _lookup(bench: Bench, horizon: int, sampling: Sampling) -> Contender:
-    lookup = LookupSettings(least=1, longest=bench.options.lookup_longest, most=horizon - 1)
-
-    def run(prompt_T: Tensor, seed: int) -> Decoded:
-        generator = torch.Generator(prompt_T.device).manual_seed(seed)
-        return decode(
-            bench.trunk, prompt_T, bench.new_tokens, sampling, generator, draft="lookup", options=Options(lookup=lookup)
-        )
-
-    return run
+    return lambda mode: [(bench.trunk, theirs(generate, bench.options.new_tokens, SAMPLINGS[mode]))]
 
 
 def _assistant(bench: Bench, folder: Path) -> Method:
@@ -188,14 +175,15 @@ def _assistant(bench: Bench, folder: Path) -> Method:
 
 def _hydra(bench: Bench, folder: Path) -> Method:
     """Sequential heads of every seed of ours."""
-    loaded = [load_hydra(_hydra_folder(folder, run.config), bench.trunk) for run in bench.heads[0].runs]
-    racers = {
-        mode: [Racer(bench.trunk, bench.decoder(model, sampling, Sequential)) for model, _ in loaded]
-        for mode, sampling in SAMPLINGS.items()
-    }
-    horizon, seconds = loaded[0][0].horizon, sum(summary["seconds"] for _, summary in loaded) / len(loaded)
-    name, parameters = f"sequential heads, n={horizon}", loaded[0][1]["parameters"]
-    return Method(name, "hydra", horizon, racers, _same("sequential"), parameters, seconds)
+    heads = bench.heads[0]
+    loaded = [load_hydra(_hydra_folder(folder, config), bench.trunk) for config in heads.by_seed()]
+    (first, summary), seconds = loaded[0], fmean(each["seconds"] for _, each in loaded)
+
+    def racers(mode: str) -> list[Racer]:
+        return [(bench.trunk, bench.decoder(model, SAMPLINGS[mode], Sequential)) for model, _ in loaded]
+
+    name = f"sequential heads, n={first.horizon}"
+    return Method(name, "hydra", first.horizon, racers, _same("sequential"), summary["parameters"], seconds)
 
 
 def _hydra_folder(folder: Path, config: Config) -> Path:
@@ -205,9 +193,9 @@ def _hydra_folder(folder: Path, config: Config) -> Path:
 def train_sequential_heads(options: argparse.Namespace) -> None:
     """Of every corpus and seed, into the folder --train-hydra."""
     device = record.device(options)
-    for heads in load_heads(options.runs, options.cells, options.seeds, options.corpora):
-        for run in heads[0].runs:
-            config, folder = run.config, _hydra_folder(options.train_hydra, run.config)
+    for heads, *_ in load_heads(options):
+        for config in heads.by_seed():
+            folder = _hydra_folder(options.train_hydra, config)
 
             def progress(step: int, nll: float, config: Config = config, folder: Path = folder) -> None:
                 if step % 50 == 0:

@@ -1,6 +1,7 @@
 """Drafters side by side: their speed, and what is accepted of them.
 
-A drafter is chosen on prompts of the validation split and reported on those of the test split.
+A drafter is chosen on prompts of the validation split and reported on those of the test split. What each gains over the
+chain, and over rank 1, is for the report, which makes it of the counts by prompt.
 
 Letters: P prompts, T positions.
 """
@@ -12,10 +13,9 @@ from typing import Any
 import torch
 
 from cpdlm.bench.acceptance import acceptance
-from cpdlm.bench.intervals import Written, interval, more_per_forward, speedup
+from cpdlm.bench.intervals import of_ratio
 from cpdlm.decoding import Sampling
-from experiments.bench.decode_heads import Heads
-from experiments.bench.decode_race import AUTOREGRESSIVE, SAMPLINGS, Bench, pooled, rate_entry, speed_entry
+from experiments.bench.decode_heads import SAMPLINGS, Bench, Heads, speed_entry, sums
 from experiments.bench.record import say
 from experiments.measure.agreement import agreement
 
@@ -42,7 +42,7 @@ def _race(bench: Bench, mode: str, split: str, draws: int) -> list[dict[str, dic
     """Per heads, by drafter: its part of the record."""
     sampling = SAMPLINGS[mode]
     names = [distinct(DRAFTERS[mode], heads) for heads in bench.heads]
-    racers = {AUTOREGRESSIVE: bench.autoregressive(sampling)} | {
+    racers = {"AR": bench.autoregressive(sampling)} | {
         f"{index} {drafter}": bench.speculative(heads, sampling, drafter)
         for index, heads in enumerate(bench.heads)
         for drafter in names[index]
@@ -50,16 +50,10 @@ def _race(bench: Bench, mode: str, split: str, draws: int) -> list[dict[str, dic
     raced = bench.race(racers, split, draws)
 
     def entry(index: int, drafter: str) -> dict[str, Any]:
-        mine, chain = raced[f"{index} {drafter}"], raced[f"{index} chain"].written
-        return (
-            acceptance(mine.decoded, bench.heads[index].horizon)
-            | rate_entry(mine.written)
-            | speed_entry(mine.written, raced[AUTOREGRESSIVE].written)
-            | {
-                "tokens_per_pass_over_chain": interval(more_per_forward, mine.written, chain),
-                "speed_over_chain": interval(speedup, mine.written, chain),
-            }
-        )
+        mine, chain = raced[f"{index} {drafter}"], raced[f"{index} chain"]
+        (tokens_P, _, seconds_P), (base_P, _, base_seconds_P) = sums(mine), sums(chain)
+        over_chain = {"speed_over_chain": of_ratio(tokens_P, seconds_P, base_P, base_seconds_P)}
+        return acceptance(mine.decoded, bench.config.horizon) | speed_entry(mine, raced["AR"]) | over_chain
 
     return [{drafter: entry(index, drafter) for drafter in each} for index, each in enumerate(names)]
 
@@ -88,42 +82,20 @@ def distinct(names: Sequence[str], heads: Heads) -> list[str]:
 
 
 def accepted(bench: Bench) -> list[dict[str, Any]]:
-    """Tokens per forward of every drafter on the test prompts, decoded in batches.
-
-    Beside it what each gains over the chain of the same heads, and over rank 1 of the same variant and seeds.
-    """
+    """Tokens per forward of every drafter on the test prompts, decoded in batches."""
     rows = []
     for mode, names in DRAFTERS.items():
-        of_rank1: dict[tuple[str, tuple[int, ...]], dict[str, Written]] = {}
         for heads in bench.heads:
             say(f"acceptance, {bench.config.corpus}, {mode}, {heads.variant}, rank {heads.rank}")
-            written: dict[str, Written] = {}
-            kin = (heads.variant, tuple(heads.seeds))
-            if heads.rank == 1:
-                of_rank1[kin] = written
             for drafter in distinct(names, heads):
-                counts, one = _accepted(heads, SAMPLINGS[mode], drafter, bench)
-                written[drafter] = one
-                others = {} if drafter == "chain" else {"chain": written["chain"]}
-                if heads.rank > 1 and kin in of_rank1:  # its window and path are its chain
-                    others["rank1"] = of_rank1[kin].get(drafter, of_rank1[kin]["chain"])
-                over = {
-                    f"tokens_per_pass_over_{name}": interval(more_per_forward, one, other)
-                    for name, other in others.items()
-                }
-                rows.append(heads.label | {"mode": mode, "strategy": drafter} | counts | over)
+                what = {"mode": mode, "strategy": drafter}
+                rows.append(heads.label | what | _accepted(heads, SAMPLINGS[mode], drafter, bench))
     return rows
 
 
-def _accepted(heads: Heads, sampling: Sampling, drafter: str, bench: Bench) -> tuple[dict[str, Any], Written]:
-    """(a row's part of the record, what was counted per text)."""
+def _accepted(heads: Heads, sampling: Sampling, drafter: str, bench: Bench) -> dict[str, Any]:
     draws = 1 if sampling.greedy else bench.options.acceptance_draws  # another greedy draw is the same text
-    texts = [bench.batch(run.model, sampling, drafter, draws) for run in heads.runs]
-    by_draw = [list(zip(*of_seed, strict=True)) for of_seed in texts]
-    tokens = [[[len(one.tokens) for one in draw] for draw in of_seed] for of_seed in by_draw]
-    forwards = [[[one.forwards for one in draw] for draw in of_seed] for of_seed in by_draw]
-    written = Written.of(tokens, forwards, forwards)  # no seconds: rows of a batch share them
-    return acceptance(pooled(texts), heads.horizon) | rate_entry(written), written
+    return acceptance(bench.batch(heads.models, sampling, drafter, draws), heads.config.horizon)
 
 
 def agreements(bench: Bench) -> list[dict[str, Any]]:
@@ -131,12 +103,12 @@ def agreements(bench: Bench) -> list[dict[str, Any]]:
     prompts_PT = bench.prompts["test"]
     found: list[dict[str, Any]] = [heads.label | {"modes": {}} for heads in bench.heads]
     for mode, sampling in SAMPLINGS.items():
-        written = [one.tokens for (one,) in bench.batch(bench.trunk, sampling, "none", 1)]
+        written = [one.tokens for (one,) in bench.batch([bench.trunk], sampling, "none", 1)]
         texts_PT = torch.cat([prompts_PT, torch.tensor(written, device=prompts_PT.device)], dim=1)
         for entry, heads in zip(found, bench.heads, strict=True):
             say(f"agreement, {bench.config.corpus}, {mode}, {heads.variant}, rank {heads.rank}")
             entry["modes"][mode] = _averaged(
-                [agreement(run.model, texts_PT, prompts_PT.shape[1], bench.options.nodes) for run in heads.runs]
+                [agreement(model, texts_PT, prompts_PT.shape[1], bench.options.nodes) for model in heads.models]
             )
     return found
 
@@ -159,7 +131,7 @@ def filters(bench: Bench) -> list[dict[str, Any]]:
         for sampling in settings:
             for drafter in ("chain", "tree"):
                 what = {"temperature": sampling.temperature, "top_p": sampling.top_p, "strategy": drafter}
-                rows.append(heads.label | what | _accepted(heads, sampling, drafter, bench)[0])
+                rows.append(heads.label | what | _accepted(heads, sampling, drafter, bench))
     return rows
 
 
