@@ -17,6 +17,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     OPTConfig,
+    PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -52,6 +53,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
         **GEMMA, final_logit_softcapping=2.0, attn_logit_softcapping=20.0, sliding_window=64
     ),
     "granite, divided logits": GraniteConfig(**SMALL, num_key_value_heads=2, logits_scaling=3.0),
+    "phi, biased logits": PhiConfig(**SMALL),
     "cohere, scaled logits": CohereConfig(**SMALL, num_key_value_heads=2, logit_scale=0.25),
 }
 HEADS = {"rank": 3, "horizon": 4, "data.context": CONTEXT, "decode.prompt_tokens": 4, "decode.new_tokens": 4}
@@ -63,13 +65,16 @@ def settings(trunk: str = "x", **more: Any) -> dict[str, Any]:
 
 
 def saved(shape: PreTrainedConfig, folder: Path, **changes: Any) -> Path:
-    """A small random model whose logits are far enough apart for its scale and cap to matter."""
+    """A small random model whose logits are far enough apart for its scale, cap and bias to matter."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(4)
+        output = model.get_output_embeddings()
+        if getattr(output, "bias", None) is not None:
+            output.bias.normal_()
     model.save_pretrained(folder)
     if changes:
         path = folder / "config.json"

@@ -14,6 +14,7 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     LlamaConfig,
+    PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -54,6 +55,7 @@ KINDS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=8),
     "gpt2": GPT2Config(**GPT2, bos_token_id=None, eos_token_id=None),
+    "phi, biased logits": PhiConfig(**SMALL),
 }
 FEW = {"llama", "tied, biases, wide heads", "scaled", "qwen2"}
 

@@ -55,14 +55,18 @@ def test_the_target_is_the_models_own_distribution(name: str, dtype: torch.dtype
     base = loaded(pretrained[name], dtype)
     whole = AutoModelForCausalLM.from_pretrained(pretrained[name], dtype=dtype).eval()
     tokens_BT = torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(3))
-    near = 1e-5 if dtype == torch.float32 else 0.02
+    near, some = 1e-5 if dtype == torch.float32 else 0.02, torch.tensor([5, 3, 60])
     for model in (base, with_heads(base), with_heads(base, link="first")):
         with torch.inference_mode():
             hidden_BTD, theirs = model.hidden(tokens_BT), whole(tokens_BT).logits.float()
             ours = model.target_logits(hidden_BTD, model.unembedding.weight).float()
             log_probs = model.target_log_probs(hidden_BTD).float()
+            if model.heads is not None:
+                model.use_draft_vocabulary(some)
+            drafted = model.target_logits(hidden_BTD, model._draft_table).float()
         largest = float(theirs.abs().max())
         assert_close(ours, theirs, rtol=near, atol=near * largest)
+        assert_close(drafted, theirs if model is base else theirs[..., some], rtol=near, atol=near * largest)
         assert_close(log_probs, theirs.log_softmax(-1), rtol=near, atol=near * max(1.0, largest))
     assert base.embeddings_are_tied == bool(whole.config.tie_word_embeddings)
 

@@ -279,7 +279,10 @@ def _shared_autoregressive(models: Mapping[str, LanguageModel]) -> dict[str, str
 def _same_target(one: LanguageModel, other: LanguageModel) -> bool:
     if not (one.frozen_target and other.frozen_target):
         return one is other
-    weights, others = ([*model.trunk.body.state_dict().values(), model.unembedding.weight] for model in (one, other))
+    weights, others = (
+        [each for part in (model.trunk.body, model.unembedding) for each in part.state_dict().values()]
+        for model in (one, other)
+    )
     return len(weights) == len(others) and all(
         a.shape == b.shape and torch.equal(a, b) for a, b in zip(weights, others, strict=True)
     )

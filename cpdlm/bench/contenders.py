@@ -123,5 +123,6 @@ def as_hugging_face(model: LanguageModel) -> Any:
     with torch.device("meta"):  # the shell's own weights are never made
         shell = AutoModelForCausalLM.from_config(model.trunk.body.config, trust_remote_code=False)
     setattr(shell, shell.base_model_prefix, model.trunk.body)
-    shell.get_output_embeddings().weight = model.unembedding.weight
+    output = shell.get_output_embeddings()
+    output.weight, output.bias = model.unembedding.weight, model.unembedding.bias
     return shell.eval()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -61,6 +61,7 @@ class CpdlmConfig(PreTrainedConfig):
     frozen_target: bool = False
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    output_bias: bool = False
     wide_heads: bool = False  # float32 on a trunk of bfloat16 or float16
     draft_ids: list[int] | None = None
     active: int = 0
@@ -106,6 +107,7 @@ class CpdlmConfig(PreTrainedConfig):
             frozen_target=model.frozen_target,
             logit_scale=model.output.scale,
             logit_softcap=model.output.softcap,
+            output_bias=model.unembedding.bias is not None,
             wide_heads=model.heads is not None
             and model.heads.gate.weight.dtype == torch.float32
             and model.trunk.embedding.dtype.itemsize < torch.float32.itemsize,
@@ -126,6 +128,8 @@ class CpdlmConfig(PreTrainedConfig):
             tie_embeddings=self.tie_word_embeddings,
             output=Output(self.logit_scale, self.logit_softcap),
         )
+        if self.output_bias:
+            model.unembedding.bias = nn.Parameter(torch.zeros(self.vocab_size), requires_grad=False)
         model.use_active(self.active)
         return model
 

@@ -27,8 +27,10 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         chunk_bytes=config.loss.chunk_mib * 2**20,
     )
     model.use_active(config.decode.active)
-    if trunk is not None and not trunk.embeddings_are_tied:
-        model.unembedding.weight = trunk.unembedding.weight.requires_grad_(False)
+    if trunk is not None:
+        model.unembedding.bias = trunk.unembedding.bias
+        if not trunk.embeddings_are_tied:
+            model.unembedding.weight = trunk.unembedding.weight.requires_grad_(False)
     return model
 
 
@@ -41,7 +43,7 @@ def parameter_counts(model: LanguageModel) -> dict[str, int]:
     gate = count(model.heads.gate) if model.heads is not None else 0
     return {
         "trunk": count(model.trunk),
-        "unembedding": 0 if model.embeddings_are_tied else count(model.unembedding),
+        "unembedding": count(model.unembedding) - (model.trunk.embedding.numel() if model.embeddings_are_tied else 0),
         "heads": count(model.heads) - gate,
         "gate": gate,
         "anchor": count(model.anchor),

@@ -301,20 +301,16 @@ class LanguageModel(nn.Module):
         joint's marginal over the successors that exist; tied, that of x_{t+2..} given x_{t+1}. With a draft vocabulary
         it covers the tokens of that alone. states: of the frozen trunk, if known. objective: replaces the rest term.
         """
-        if states is not None:
-            hidden_BTD = states.hidden_BTD
-        else:
-            learns = not self.frozen_target or self.draft_trunk is not None
-            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-                hidden_BTD = self.hidden(tokens_BT, position_ids_BT)
+        learns = not self.frozen_target or self.draft_trunk is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            hidden_BTD = self.hidden(tokens_BT, position_ids_BT) if states is None else states.hidden_BTD
         first_loss, first_nll_P = self._first_nll(hidden_BTD, future_BTN, first_weight_BT)
         picked_BT = rest_weight_BT != 0
         hidden_PD, future_PN = hidden_BTD[picked_BT], future_BTN[picked_BT]
         count_P, weight_P = successors_BT[picked_BT], rest_weight_BT[picked_BT]
         exists_PN = torch.arange(self.horizon, device=count_P.device) < count_P.unsqueeze(-1)
         if self.heads is None:
-            nothing_P = hidden_PD.new_zeros(0)
-            return Terms(first_loss, first_nll_P, nothing_P, hidden_PD.new_zeros(0, 1))
+            return Terms(first_loss, first_nll_P, hidden_PD.new_zeros(0), hidden_PD.new_zeros(0, 1))
         seen_PD = self._seen(hidden_PD, future_PN[:, 0])
         before_PND = self._embedded(future_PN[:, :-1].clamp(min=0)) if self.heads.link is not None else None
         if self.first_is_tied:
@@ -353,9 +349,13 @@ class LanguageModel(nn.Module):
         return torch.cat(parts).view(hidden_BTD.shape[:-1])
 
     def target_logits(self, hidden: Tensor, table_VD: Tensor | None = None) -> Tensor:
-        """(..., V) logits of the next-token softmax, of the tokens whose unembeddings table_VD (V, D) holds; else of
-        all. Drafts are scaled alike, and not capped."""
-        return self.output(hidden[..., : self.trunk.width], self.unembedding if table_VD is None else table_VD)
+        """(..., V) logits of the next-token softmax: of all tokens, or with the draft's unembeddings table_VD of those
+        that drafts are made of. Drafts are scaled alike, and neither capped nor biased."""
+        hidden, ids = hidden[..., : self.trunk.width], self.draft_ids
+        if table_VD is None:
+            return self.output(hidden, self.unembedding)
+        bias_V = self.unembedding.bias
+        return self.output(hidden, table_VD, bias_V if bias_V is None or ids is None else bias_V[ids])
 
     def target_scores(self, hidden: Tensor) -> Tensor:
         """(..., V), whose softmax is the target p: its logits where it is a softmax, else log p.
@@ -391,9 +391,8 @@ class LanguageModel(nn.Module):
     def _frozen_nll(self, hidden_PD: Tensor, token_P1: Tensor) -> Tensor:
         chunk = max(1, self.chunk_bytes // (4 * self.vocab_size))
         parts = zip(hidden_PD.split(chunk), token_P1.split(chunk), strict=True)
-        nothing_P = hidden_PD.new_zeros(0, dtype=torch.float32)
         found = [-self._trunk_log_probs(part_CD).gather(-1, token_C1).squeeze(-1) for part_CD, token_C1 in parts]
-        return torch.cat([nothing_P, *found])
+        return torch.cat([hidden_PD.new_zeros(0, dtype=torch.float32), *found])
 
     @property
     def embeddings_are_tied(self) -> bool:

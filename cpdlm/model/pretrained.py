@@ -1,7 +1,7 @@
 """Any causal language model of `transformers`, as the frozen trunk and target of heads.
 
-Nothing here knows a model by name. Logits are softcap(scale * U h): scale and cap are what the library's configs call
-so, and a probe of a few tokens decides whether that, the causality, the cache and the masks of a model are what
+Nothing here knows a model by name. Logits are softcap(scale * (U h + b)): scale and cap are what the library's configs
+call so, and a probe of a few tokens decides whether that, the causality, the cache and the masks of a model are what
 decoding relies on.
 
 Letters: B batch, T position, L slots of a cache, S tokens behind it, V vocabulary, D width.
@@ -41,7 +41,7 @@ def load_pretrained(
 
     Raises ConfigError, naming the model and what to type, where it is missing, gated, incomplete, too large, quantised
     in a way that cannot be read here, or not a causal model with an output embedding; and for a kind whose cache cannot
-    be cropped or whose logits are not U h.
+    be cropped or whose logits are not U h + b.
     """
     label = label or source
     available = free_bytes(label) if available_bytes is None else available_bytes
@@ -91,12 +91,6 @@ def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
             f"model={label} ({type(whole).__name__}) has no body that can be run without its output layer "
             f"({_first_line(error)}); it cannot be the trunk here"
         ) from error
-    bias_V = getattr(unembedding, "bias", None)
-    if bias_V is not None and bool(bias_V.any()):  # bfloat16 is too coarse for the probe to tell a small one
-        raise ConfigError(
-            f"model={label} ({type(whole).__name__}): its logits are not softcap(scale * U h), its output layer has a "
-            "bias; it cannot be the target here"
-        )
     model = LanguageModel(
         Trunk(body),
         unembedding.weight.shape[0],
@@ -107,6 +101,7 @@ def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
     )
     if not tied:
         model.unembedding.weight = unembedding.weight
+    model.unembedding.bias = unembedding.bias
     model = model.eval().requires_grad_(False)
     _probe(model, whole, label)
     return model
@@ -165,8 +160,7 @@ def _probe(model: LanguageModel, whole: PreTrainedModel, label: str) -> None:
         if ours_BTV.shape == theirs_BTV.shape:
             apart = f"differ by {float((ours_BTV - theirs_BTV).abs().max()):.2g}"
         raise ConfigError(
-            f"{kind}: its logits are not softcap(scale * U h), they {apart} (a bias in the output layer?); "
-            "it cannot be the target here"
+            f"{kind}: its logits are not softcap(scale * (U h + b)), they {apart}; it cannot be the target here"
         )
     if not _caches(model.trunk, tokens_BT):
         raise ConfigError(f"{kind} has no key-value cache, which drafts are verified with; give a model with one")
