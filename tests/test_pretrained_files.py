@@ -25,8 +25,8 @@ from transformers import (
     DistilBertConfig,
     Gemma2Config,
     GenerationConfig,
+    GitConfig,
     GPT2Config,
-    GPTNeoConfig,
     MambaConfig,
     MistralConfig,
     OpenAIGPTConfig,
@@ -46,7 +46,7 @@ from cpdlm.training.plan import make_plan
 
 TINY: dict[str, Any] = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4}
 HALF = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-LOCAL = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8}
+SEEING = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 REFUSED = {
     "an encoder": (BertConfig(**SMALL), "is not causal: earlier tokens see later ones"),
     "state space": (
@@ -55,7 +55,7 @@ REFUSED = {
     ),
     "no cache": (OpenAIGPTConfig(**TINY), "has no key-value cache"),
     "masks of its own": (
-        GPTNeoConfig(vocab_size=V, hidden_size=32, max_position_embeddings=64, **LOCAL),
+        GitConfig(**SMALL, vision_config=SEEING),
         "does not take masks and positions as they are",
     ),
     "half an encoder-decoder": (

@@ -1,12 +1,15 @@
 """Attention windows that bind: rows, trees and dead slots as `generate` has them; and logits an ulp apart."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from made_pretrained import continued, loaded, saved
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -16,6 +19,7 @@ from transformers import (
 )
 
 from cpdlm.bench.contenders import hugging_face
+from cpdlm.config import ConfigError
 from cpdlm.decoding import Options, Sampling, cache, decode, decode_batch
 from cpdlm.decoding.drafters import DRAFTERS
 from cpdlm.model.heads import HeadsConfig
@@ -86,6 +90,16 @@ def test_a_window_that_cannot_be_masked_is_refused_before_any_work(monkeypatch: 
     for rows, draft in ((prompts, "chain"), (prompts[:1], "tree")):
         with pytest.raises(ValueError, match="attend to the last 48 slots .* one row at a time, with draft='chain'"):
             decode_batch(model, rows, 50, Sampling(0.0), draft=draft)
+
+
+@pytest.mark.parametrize("shape", [MistralConfig, Gemma2Config])
+def test_a_window_is_tried_on_as_many_tokens_as_it_holds(shape: Any, tmp_path: Path) -> None:
+    sizes = NARROW | {"head_dim": 16, "pad_token_id": 0}
+    folder = saved(shape(**sizes | {"sliding_window": 6}), tmp_path / "6")
+    prompt_T, theirs = torch.tensor([4, 5] * 4), AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert decode(loaded(folder, context=6), prompt_T, 24, Sampling(0.0)).tokens == continued(theirs, prompt_T, 24)
+    with pytest.raises(ConfigError, match="the last 5 tokens in some layers, .* tried on 6; give .* a longer window"):
+        loaded(saved(shape(**sizes | {"sliding_window": 5}), tmp_path / "5"), context=5)
 
 
 @pytest.mark.parametrize("draft", DRAFTERS)

@@ -25,7 +25,9 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.output import Output
 from cpdlm.model.trunk import Trunk, new_cache
 
-PROBE = 12  # tokens
+PROBE = 12  # tokens, or as many as an attention window holds beside DEAD
+FEWEST = 4
+DEAD = 2  # slots of a cache that do not count
 GIB = 2**30
 MANY_LAYERS = 1000
 LAYER_BYTES = 50_000  # of the Python objects of a layer without weights, at least
@@ -139,8 +141,14 @@ def _probe(model: LanguageModel, whole: PreTrainedModel, label: str) -> None:
     document in the row are not seen.
     """
     kind = f"model={label} ({type(whole).__name__})"
-    tokens_BT = torch.randint(0, model.vocab_size, (1, PROBE), generator=torch.Generator().manual_seed(0))
-    half = PROBE // 2
+    size = PROBE if model.attention_window is None else min(PROBE, model.attention_window - DEAD)
+    if size < FEWEST:
+        raise ConfigError(
+            f"{kind} attends to the last {model.attention_window} tokens in some layers, and what decoding relies on "
+            f"is tried on {FEWEST + DEAD}; give a model with a longer window"
+        )
+    tokens_BT = torch.randint(0, model.vocab_size, (1, size), generator=torch.Generator().manual_seed(0))
+    half = size // 2
     try:
         theirs_BTV: Tensor = whole(tokens_BT, use_cache=False).logits.float()
         prefix_BTV: Tensor = whole(tokens_BT[:, :half], use_cache=False).logits.float()
@@ -204,10 +212,10 @@ def _cropped(trunk: Trunk, tokens_BT: Tensor, half: int) -> Tensor:
 def _masked(trunk: Trunk, tokens_BT: Tensor, half: int) -> Tensor:
     """The same behind a cache that holds two dead slots, in a batch's terms."""
     cache, indices_BT = new_cache(), torch.arange(tokens_BT.shape[1]).unsqueeze(0)
-    live_BL = torch.ones(1, tokens_BT.shape[1] + 2, dtype=torch.bool)
+    live_BL = torch.ones(1, tokens_BT.shape[1] + DEAD, dtype=torch.bool)
     trunk(tokens_BT[:, :half], indices_BT[:, :half], cache, live_BL[:, :half])
-    trunk(tokens_BT[:, [3, 1]], indices_BT[:, half : half + 2], cache, live_BL[:, : half + 2])
-    live_BL[:, half : half + 2] = False
+    trunk(tokens_BT[:, [3, 1]], indices_BT[:, half : half + DEAD], cache, live_BL[:, : half + DEAD])
+    live_BL[:, half : half + DEAD] = False
     hidden_BSD: Tensor = trunk(tokens_BT[:, half:], indices_BT[:, half:], cache, live_BL)
     return hidden_BSD
 
