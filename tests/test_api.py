@@ -48,7 +48,7 @@ def test_a_prompt_that_does_not_fit_is_a_sentence(folder: Path) -> None:
 
 
 FOREIGN = """
-import sys
+import json, sys, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 assert not any(name.startswith("cpdlm") for name in sys.modules)
@@ -56,6 +56,8 @@ writer = pipeline("text-generation", model="my-fast-llm", trust_remote_code=True
 print(writer("def f1(", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"])
 model = AutoModelForCausalLM.from_pretrained("my-fast-llm", trust_remote_code=True)
 model.save_pretrained("again", max_shard_size="50KB")
+(name,) = json.load(open("again/config.json"))["architectures"]
+getattr(transformers, name).from_pretrained("again", trust_remote_code=True)  # as `transformers serve` loads it
 """
 
 

@@ -93,6 +93,11 @@ class CpdlmConfig(PreTrainedConfig):
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing, as that of `CpdlmForCausalLM`."""
 
+    def save_pretrained(self, *arguments: Any, **kwargs: Any) -> None:
+        """As of the library, with a class of its own as the architecture: `transformers serve` loads no other."""
+        self.architectures, self.auto_map = [AutoModelForCausalLM.__name__], AUTO_MAP
+        super().save_pretrained(*arguments, **kwargs)
+
     @property
     def shape(self) -> HeadsConfig:
         return HeadsConfig(**{field.name: getattr(self, field.name) for field in fields(HeadsConfig)})
@@ -212,7 +217,6 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
                 f"this model is prepared for decoding (weights={self.model.weights}), its plain weights are gone; load "
                 "it again and save that"
             )
-        self.config.auto_map = AUTO_MAP
         super().save_pretrained(*arguments, **kwargs)
         folder = Path(kwargs["save_directory"] if "save_directory" in kwargs else arguments[0])
         (folder / f"{SHIM}.py").write_text(_SHIM)
