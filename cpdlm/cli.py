@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from cpdlm.training.checkpoints import RunError
 
     disable_progress_bar()
-    warnings.formatwarning = _warning
+    warnings.formatwarning = _sentences()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that does not have all characters
     try:
@@ -70,9 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _warning(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
-    """Without the line of ours that gave it."""
-    return f"warning: {message}\n"
+def _sentences() -> Callable[..., str]:
+    """How warnings are written: without the line of ours that gave them, and each once (plan and run read one text)."""
+    said: set[str] = set()
+
+    def sentence(message: Warning | str, *_: object) -> str:
+        text = f"warning: {message}\n"
+        is_new = text not in said
+        said.add(text)
+        return text if is_new else ""
+
+    return sentence
 
 
 def parse(name: str, words: Sequence[str]) -> Namespace:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,13 +32,17 @@ def test_a_model_becomes_a_faster_folder(
     for index in range(12):
         (texts / f"{index}.py").write_text("".join(f"def f{i}(x):\n    return x + {i * index}\n" for i in range(40)))
     model = small_pretrained(tmp_path / "little", sorted(texts.glob("*.py")))
+    (texts / "picture").write_bytes(bytes(9))
     # The preset's 8,192 tokens to draft from are more than this model has.
     left_out = {"size", "tracking.mlflow", "data.tokenizer", "loss.draft_vocabulary", "decode.draft_vocabulary"}
     small = {key: value for key, value in (TINY | TINY_RETROFIT).items() if key not in left_out}
     words = [f"{key}={value}" for key, value in small.items()]
     words += [f"corpus={texts}", f"data.cache={tmp_path / 'cache'}"]
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["speed-up", str(model), "--output", "fast", *words]) == 0
+    with warnings.catch_warnings(record=True) as warned:
+        assert cli.main(["speed-up", str(model), "--output", "fast", *words]) == 0
+    written = "".join(warnings.formatwarning(each.message, each.category, "", 0) for each in warned)
+    assert written.count("1 of 13 files are left out") == 1
     said = capsys.readouterr().out
     row = r" +[\d.]+ tokens/s +[\d.]+ per forward +[\d.]+ x \[[\d.]+, [\d.]+\] +\d+ MiB\n"
     rows = f"  AR{row}  prompt lookup{row}  this draft{row}"
