@@ -1,6 +1,5 @@
 """Contenders in fresh processes, by turns: what a process holds or has warmed up reaches no other one."""
 
-import argparse
 import json
 import os
 import statistics
@@ -40,32 +39,6 @@ def run(what: str, words: Sequence[str], environment: Mapping[str, str] | None =
     if done.returncode:
         raise SystemExit(f"{what}: exit code {done.returncode}\n{done.stderr[-2000:]}")
     return str(done.stdout)
-
-
-def training_parser(about: str | None) -> argparse.ArgumentParser:
-    """Of a benchmark whose contenders are training runs."""
-    parser = record.parser(about)
-    parser.add_argument("--corpus", default="code")
-    parser.add_argument("--train-bytes", type=int, default=1_000_000)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cache", default=".cache/cpdlm")
-    return parser
-
-
-def brief(options: argparse.Namespace) -> list[str]:
-    """Settings of a short run. options: of a `training_parser`, with --context and --steps."""
-    return [
-        f"corpus={options.corpus}",
-        f"data.cache={options.cache}",
-        f"data.max_bytes={options.train_bytes}",
-        f"data.context={options.context}",
-        f"optim.steps={options.steps}",
-        "optim.warmup=1",
-        f"train.validate_every={options.steps}",
-        "decode.prompt_tokens=8",
-        "decode.new_tokens=8",
-        "tracking.mlflow=false",
-    ]
 
 
 def train(what: str, words: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ gap of their logits behind the same prefix, beside the gap that rounding in this
 Letters: T position, V vocabulary.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,17 +82,7 @@ def exact_log_probs(exact: LanguageModel, text: list[int]) -> Tensor:
     return logits_V.log_softmax(dim=-1)
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = record.parser(__doc__)
-    parser.add_argument("model", help="a model without heads: a folder, a GGUF file, smollm2")
-    for name, default in (("--prompts", 4), ("--new-tokens", 48)):
-        parser.add_argument(name, type=int, default=default)
-    parser.add_argument("--task", default="humaneval")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    options = record.parse(parser, arguments, "--prompts 2 --new-tokens 8")
-    record.settle(options)
-    names = ("model", "prompts", "new_tokens", "task", "dtypes")
-    found = record.begin("near ties", "near_ties", arguments, record.chosen(options, names))
+def measured(options: argparse.Namespace) -> record.Record:
     source = checkpoint_folder(options.model, str(default_cache()))
     tokenizer = HubTokenizer("model", source)
     prompts = read_task(options.task, tokenizer, default_cache(), options.prompts).prompts
@@ -105,9 +96,19 @@ def main(arguments: Sequence[str]) -> int:
         for dtype in options.dtypes
         for entry in compare(load(dtype), exact, prompts, options.new_tokens, eos_of(source))
     ]
-    record.write(options, "near_ties", found | {"entries": entries})
-    for entry in entries:
-        print(entry)
+    return {"entries": entries}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = record.parser(__doc__)
+    parser.add_argument("model", help="a model without heads: a folder, a GGUF file, smollm2")
+    for name, default in (("--prompts", 4), ("--new-tokens", 48)):
+        parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--task", default="humaneval")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options = record.parse(parser, arguments, "--prompts 2 --new-tokens 8")
+    names = ("model", "prompts", "new_tokens", "task", "dtypes")
+    print(*record.run("near_ties", arguments, options, names, measured)["entries"], sep="\n")
     return 0
 
 

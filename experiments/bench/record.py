@@ -87,10 +87,14 @@ def run(
     options: argparse.Namespace,
     names: Iterable[str],
     measure: Callable[[argparse.Namespace], Record],
+    script: str = "",
 ) -> Record:
-    """Measures and writes the record NAME, which is returned. names: the options that are its settings."""
+    """Measures and writes the record NAME, which is returned. names: the options that are its settings.
+
+    script: whose name is another."""
     settle(options)
-    record = begin(name, name, arguments, chosen(options, names)) | measure(options)
+    settings, seed = chosen(options, names), getattr(options, "seed", 0)
+    record = begin(name.replace("_", " "), script or name, arguments, settings, seed) | measure(options)
     write(options, name, record)
     return record
 

@@ -61,9 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--seed", type=int, default=0)
     options = record.parse(parser, arguments, QUICK)
-    record.settle(options)
-    found = record.begin("sample", "sample", arguments, record.chosen(options, SETTINGS), options.seed)
-    record.write(options, "sample", found | written(options))
+    record.run("sample", arguments, options, SETTINGS, written)
     return 0
 
 
