@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 import torch
@@ -38,20 +37,14 @@ from experiments import machine, tracking
 from experiments.measure import likelihood
 from experiments.provenance import provenance
 from experiments.records import build, load, summary_table, write
-from experiments.schema import non_finite
+from experiments.schema import NUMBER, Maybe, check_kind, non_finite
 
 EVALUATED, MEASURED = "evaluate.json", "decode.json"
 # What is read of the files of the stages, and its kind; the record's schema judges the rest.
-_PARTS: dict[str, dict[str, type | UnionType]] = {
-    checkpoints.TRAINED: {"seconds": int | float},
-    EVALUATED: {
-        "likelihood": dict,
-        "parameters": dict,
-        "seconds": dict,
-        "data.sha256": str,
-        "origin.commit": str,
-    },
-    MEASURED: {"group": list, "modes": dict, "seconds": int | float, "origin": dict, "rank_one": object},
+_PARTS: dict[str, dict[str, Any]] = {
+    checkpoints.TRAINED: {"seconds": NUMBER},
+    EVALUATED: {"likelihood": {}, "parameters": {}, "seconds": {}, "data": {"sha256": str}, "origin": {"commit": str}},
+    MEASURED: {"group": [str], "modes": {}, "seconds": NUMBER, "origin": {}, "rank_one": Maybe(str)},
 }
 
 
@@ -326,14 +319,9 @@ def _read(path: Path) -> dict[str, Any]:
     """A stage's output; raises RunError where it is damaged."""
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
-        for part, kind in _PARTS.get(path.name, {}).items():
-            value: Any = content
-            for key in part.split("."):
-                value = value[key]
-            if not isinstance(value, kind):
-                raise TypeError(f"{part} is {str(value)[:40]!r}")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        check_kind(content, _PARTS.get(path.name, {}), "content", path.name)
+    except (OSError, ValueError, RecursionError) as error:
         raise checkpoints.RunError(
-            f"{path} is damaged ({type(error).__name__}: {error}); delete it, and the same command makes it again"
+            f"{path} is damaged ({error}); delete it, and the same command makes it again"
         ) from error
     return content

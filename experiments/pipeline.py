@@ -207,7 +207,7 @@ def _log(plan: Plan, records: list[tuple[Config, Path]], text: str, pictures: li
     where = "The verdicts are under *Artifacts*, in `claims.txt`; the figures are beside it."
     parent.tags({"mlflow.note.content": f"`{plan.command}`. {where}"})
     for picture in pictures:
-        parent.artifact(picture, "figures")
+        parent.figure(picture)
     parent.end()
 
 

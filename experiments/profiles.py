@@ -2,7 +2,7 @@
 
 from experiments.claims import CLAIMS
 from experiments.pretrained import retrofit, retrofit_gpu, retrofit_screen
-from experiments.star import SMALL_CONTROLS, joints
+from experiments.star import joints
 from experiments.suite import RANKS, SEEDS, Cell, complete, controls, heads, scratch, trunk
 
 SCALES = ("cpu", "gpu")
@@ -26,7 +26,7 @@ def smoke() -> list[Cell]:
         code,
         *(heads(code, rank, "smoke") for rank in (1, 4)),
         heads(code, 4, "smoke", link="first"),
-        *(scratch("code", rank, "smoke") for rank in (1, 4)),
+        *(scratch(rank, "smoke") for rank in (1, 4)),
     ]
 
 
@@ -38,9 +38,9 @@ def cpu() -> list[Cell]:
         text,
         *(heads(code, rank, "cpu-heads") for rank in RANKS),
         *(heads(code, rank, "cpu-heads", link="first") for rank in RANKS),
-        *controls(code, "cpu-heads", hidden=SMALL_CONTROLS)[:2],
+        *controls(code)[:2],
         trunk("code", "trunk"),
-        *(scratch("code", rank) for rank in RANKS),
+        *(scratch(rank) for rank in RANKS),
         *(heads(text, rank, "cpu-heads") for rank in (1, 8)),
         *(heads(code, 4, "cpu-heads", horizon=horizon) for horizon in (2, 8)),
     ]

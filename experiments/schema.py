@@ -233,9 +233,9 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
             raise RecordError(f"{where}: config.{key} is {_shown(value)}, none of {', '.join(CHOICES[key])}")
 
 
-def check_kind(value: Any, kind: Any, field: str) -> None:
+def check_kind(value: Any, kind: Any, field: str, where: str = "benchmark") -> None:
     """RecordError where a value is not of this kind."""
-    _check(value, kind, field, "benchmark")
+    _check(value, kind, field, where)
 
 
 def _disagreements(content: dict[str, Any]) -> Iterator[str]:

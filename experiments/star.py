@@ -10,8 +10,6 @@ from typing import Any
 
 from experiments.suite import RANKS, SEEDS, Cell, controls, heads, scratch, trunk
 
-# Hidden units of rank-1 perceptron maps with the parameters, and with the FLOPs, of rank 8 (size small, bytes, n=4).
-SMALL_CONTROLS = (1024, 1924)
 # Steps that rank 1 takes in the wall-clock time of rank 8's 400 (heads) and 500 (from scratch), by measured step times;
 # the latter has a tenth to spare. The verdict checks the times of the records.
 HEADS_TIME_OF_RANK_8, SCRATCH_TIME_OF_RANK_8 = 1140, 1350
@@ -43,15 +41,13 @@ def _base(rank: int, seed: int, **dials: Any) -> Cell:
 def ranks_from_scratch() -> list[Cell]:
     """Rank, from scratch, beside the next-token model of equal training. The target is the model's own."""
     return [
-        cell
-        for seed in SEEDS
-        for cell in (trunk("code", "trunk", seed), *(scratch("code", rank, seed=seed) for rank in RANKS))
+        cell for seed in SEEDS for cell in (trunk("code", "trunk", seed), *(scratch(rank, seed=seed) for rank in RANKS))
     ]
 
 
 def scratch_for_equal_time() -> list[Cell]:
     """Rank 1 from scratch, for the training time of rank 8."""
-    rank_one = [replace(scratch("code", 1, seed=seed), reference=None) for seed in SEEDS]
+    rank_one = [replace(scratch(1, seed=seed), reference=None) for seed in SEEDS]
     return [cell.varied("time8", {"optim.steps": SCRATCH_TIME_OF_RANK_8}) for cell in rank_one]
 
 
@@ -65,7 +61,7 @@ def _timed(preset: str, reference: str, brief: dict[str, Any], ranks: Iterable[i
     cells = []
     for seed in SEEDS:
         next_token = trunk("code", reference, seed).varied("timing", brief, folder="C8", alone=True)
-        timed = (replace(scratch("code", rank, preset, seed=seed), reference=next_token) for rank in ranks)
+        timed = (replace(scratch(rank, preset, seed=seed), reference=next_token) for rank in ranks)
         cells += [next_token, *(cell.varied("timing", brief, folder="C8", alone=True) for cell in timed)]
     return cells
 
@@ -96,8 +92,7 @@ def anchors() -> list[Cell]:
         for seed in SEEDS
         for cell in (
             *(_base(rank, seed, link="first") for rank in (1, 4, 8)),
-            *controls(_code(), "cpu-heads", hidden=SMALL_CONTROLS, seed=seed)[:2],
-            _base(1, seed, link="first", hidden=SMALL_CONTROLS[0]),
+            *controls(_code(), seed),
         )
     ]
 
@@ -177,7 +172,7 @@ def gpu_ranks() -> list[Cell]:
 def gpu_from_scratch() -> list[Cell]:
     """Rank, from scratch, beside the next-token model of equal training."""
     reference = _decoded_on_gpu(trunk("code", "gpu-scratch,trunk"))
-    cells = [_decoded_on_gpu(scratch("code", rank, "gpu-scratch")) for rank in RANKS]
+    cells = [_decoded_on_gpu(scratch(rank, "gpu-scratch")) for rank in RANKS]
     return [reference, *(replace(cell, reference=reference) for cell in cells)]
 
 

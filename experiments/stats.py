@@ -21,6 +21,7 @@ from cpdlm.bench.intervals import Array, Effect, pseudo_values, ratio
 from experiments.families import Cells
 from experiments.records import Record
 
+LEVEL = 0.95
 RATIOS = ("speedup", "speedup_over_rank1", "speedup_over_trunk", "plain_over_generate")
 Key = TypeVar("Key", bound=Hashable)
 
@@ -41,9 +42,9 @@ class Interval:
     is_ratio: bool = field(default=False, compare=False, repr=False)
 
     @classmethod
-    def certain(cls, value: float, level: float = 0.95) -> Interval:
+    def certain(cls, value: float) -> Interval:
         """What others are held against."""
-        return cls(value, value, value, level, 1)
+        return cls(value, value, value, LEVEL, 1)
 
     def of(self, change: Callable[[float], float]) -> Interval:
         """Changed in its mean and ends."""
@@ -104,7 +105,7 @@ class Sample:
         return Sample(point, sem=math.hypot(self.sem, other.sem), units=units)
 
 
-def estimate(samples: Sequence[Sample], level: float = 0.95) -> Interval:
+def estimate(samples: Sequence[Sample]) -> Interval:
     """Mean over seeds; samples: one per seed, on the same rows or prompts. Raises ValueError where there are none."""
     if not samples:
         raise ValueError("no seeds to estimate from")
@@ -118,12 +119,12 @@ def estimate(samples: Sequence[Sample], level: float = 0.95) -> Interval:
         within = math.inf if units == 1 else float(np.mean([sample.sem**2 for sample in samples]))
         freedom = units - 1 if units else math.inf
         effect = Effect(float(point_S.mean()), len(point_S), spread, spread**2, len(point_S) - 1, within, freedom)
-    return _made(effect, level)
+    return _made(effect, LEVEL)
 
 
-def contrast(pairs: Sequence[tuple[Sample, Sample]], level: float = 0.95) -> Interval:
+def contrast(pairs: Sequence[tuple[Sample, Sample]]) -> Interval:
     """Mean over seeds of first minus second; pairs: one per seed."""
-    return estimate([first.minus(second) for first, second in pairs], level)
+    return estimate([first.minus(second) for first, second in pairs])
 
 
 def _made(effect: Effect, level: float, *common: float) -> Interval:
@@ -131,7 +132,7 @@ def _made(effect: Effect, level: float, *common: float) -> Interval:
     return Interval(effect.mean, ends.low, ends.high, level, effect.seeds, effect.spread, effect)
 
 
-def together(found: Mapping[Key, Interval], level: float = 0.95, one_base: bool = False) -> dict[Key, Interval]:
+def together(found: Mapping[Key, Interval], level: float = LEVEL, one_base: bool = False) -> dict[Key, Interval]:
     """The same estimates at `level`, their seeds' variance pooled where it is common.
 
     One whose variance is too large for that (Cochran's C test at 5%) keeps its own, and so do those of one seed.
@@ -224,14 +225,14 @@ def _accepted(decoded: dict[str, Any], depth: int) -> Sample | None:
     return Sample.ratio(by_prompt["accepted"][depth - 2], by_prompt["reached"][depth - 2])
 
 
-def over_seeds(cells: Cells, quantity: str, mode: str = "sampling", level: float = 0.95) -> Interval | None:
+def over_seeds(cells: Cells, quantity: str, mode: str = "sampling") -> Interval | None:
     """The estimate of one cell over its seeds (ratios for speed-ups); None where no record has it."""
     samples = [
         sample for _, record in sorted(cells.items()) if (sample := measured(record, quantity, mode)) is not None
     ]
     if not samples:
         return None
-    found = estimate(samples, level)
+    found = estimate(samples)
     return found.exp() if quantity in RATIOS else found
 
 
@@ -244,9 +245,7 @@ def shared_seeds(cells: Cells, other: Cells) -> list[int]:
     ]
 
 
-def difference(
-    cells: Cells, other: Cells, quantity: str, mode: str = "sampling", level: float = 0.95
-) -> Interval | None:
+def difference(cells: Cells, other: Cells, quantity: str, mode: str = "sampling") -> Interval | None:
     """First minus second, of RATIOS first over second, paired over `shared_seeds` and over rows or prompts; None where
     no seed has both."""
     pairs = []
@@ -256,12 +255,12 @@ def difference(
             pairs.append((first, second))
     if not pairs:
         return None
-    found = contrast(pairs, level)
+    found = contrast(pairs)
     return found.exp() if quantity in RATIOS else found
 
 
 def over_rank_one(
-    cells: Mapping[int, Cells], quantity: str, mode: str = "sampling", level: float = 0.95
+    cells: Mapping[int, Cells], quantity: str, mode: str = "sampling", level: float = LEVEL
 ) -> dict[int, Interval]:
     """The difference of every rank above 1 that shares a seed with rank 1, `together`. cells: by rank."""
     found = {rank: difference(by_seed, cells.get(1, {}), quantity, mode) for rank, by_seed in cells.items() if rank > 1}

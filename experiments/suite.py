@@ -18,6 +18,7 @@ from cpdlm.config import Config, but_rank, expand, flatten, resolve
 
 RANKS = (1, 2, 4, 8)
 SEEDS = (0, 1, 2)
+WIDE = 1024  # hidden units of rank-1 perceptron maps with the parameters of rank 8 (size small, bytes, n=4)
 SEED = r"-s\d+$"  # the end of a run's name
 
 
@@ -118,23 +119,20 @@ def heads(
     return Cell(folder, dials | ({"model.map_hidden": hidden} if hidden else {}), target)
 
 
-def scratch(corpus: str, rank: int, preset: str = "none", *, link: str = "none", seed: int = 0) -> Cell:
-    """Trunk and heads trained together: a self target, another one for every rank."""
-    folder = "C1" if link == "none" else "beyond"
-    reference = trunk(corpus, "trunk" if preset == "none" else f"{preset},trunk", seed)
-    return Cell(folder, _dials(corpus, rank, preset, 4, link, seed), reference=reference)
+def scratch(rank: int, preset: str = "none", seed: int = 0) -> Cell:
+    """Trunk and heads trained together on code: a self target, another one for every rank."""
+    reference = trunk("code", "trunk" if preset == "none" else f"{preset},trunk", seed)
+    return Cell("C1", _dials("code", rank, preset, 4, "none", seed), reference=reference)
 
 
-def controls(target: Cell, preset: str, *, hidden: tuple[int, int], seed: int = 0) -> list[Cell]:
-    """Rank 1 with as many parameters, or with as many FLOPs per draft, as what it is compared with.
+def controls(target: Cell, seed: int = 0) -> list[Cell]:
+    """Rank 1 with as many parameters as what it is compared with.
 
-    Token-conditioned drafts: the same map, blind to the token. Rank 8: perceptron maps with hidden[0] units (its
-    parameters) or hidden[1] units (its FLOPs). Token-conditioned rank 8: token-conditioned, hidden[0].
+    Token-conditioned drafts: the same map, blind to the token. Rank 8: perceptron maps. Token-conditioned rank 8: both.
     """
     return [
-        heads(target, 1, preset, link="blind", seed=seed),
-        *(heads(target, 1, preset, hidden=width, seed=seed) for width in hidden),
-        heads(target, 1, preset, link="first", hidden=hidden[0], seed=seed),
+        heads(target, 1, "cpu-heads", link="blind", seed=seed),
+        *(heads(target, 1, "cpu-heads", link=link, hidden=WIDE, seed=seed) for link in ("none", "first")),
     ]
 
 

@@ -129,7 +129,7 @@ def test_a_step_in_which_the_run_stood_still_is_not_timed(
 def test_a_cell_without_a_record_stops_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cells = [trunk("code", "smoke,trunk"), replace(scratch("code", 1, "smoke"), reference=None)]
+    cells = [trunk("code", "smoke,trunk"), replace(scratch(1, "smoke"), reference=None)]
 
     def write(config: Config, command: str, folder: Path, **more: str) -> Path:
         if config.run_name == cells[0].name:

@@ -107,7 +107,7 @@ def test_a_failing_cell_is_recorded_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Cells that only note that they ran; one raises until it is mended, and one needs it."""
-    bad, good = trunk("code", "smoke,trunk"), scratch("code", 1, "smoke")
+    bad, good = trunk("code", "smoke,trunk"), scratch(1, "smoke")
     cells = [bad, heads(bad, 1, "smoke"), replace(good, reference=None)]
     work = "import pathlib, sys; here = pathlib.Path(sys.argv[1]); {}; (here / 'done').open('a').write('ran ')"
     mended = f"pathlib.Path({str(tmp_path / 'mended')!r}).exists()"

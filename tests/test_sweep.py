@@ -60,7 +60,7 @@ def test_a_cell_with_a_record_of_its_settings_is_finished(tmp_path: Path) -> Non
 )
 def test_a_record_of_other_settings_is_not_taken_for_the_cell(change: dict[str, int], tmp_path: Path) -> None:
     """Nor is a damaged one, or one that was not decoded."""
-    cell = replace(scratch("code", 8), reference=None)
+    cell = replace(scratch(8), reference=None)
     recorded(tmp_path / "results", [replace(cell, overrides=cell.overrides | change)])
     assert small([cell], tmp_path).pending
     recorded(tmp_path / "results", [cell], decoding=None)
@@ -70,7 +70,7 @@ def test_a_record_of_other_settings_is_not_taken_for_the_cell(change: dict[str, 
 
 
 def test_records_of_other_code_are_not_added_to_without_a_word(tmp_path: Path) -> None:
-    old, new = (replace(scratch("code", rank), reference=None) for rank in (1, 8))
+    old, new = (replace(scratch(rank), reference=None) for rank in (1, 8))
     recorded(tmp_path / "results", [old], commit="0" * 40)
     content = json.loads((tmp_path / "results/C1" / f"{old.name}.json").read_text())
     content["decoding"]["group"].append(new.name)
@@ -103,7 +103,7 @@ def test_cells_that_other_code_trained_are_not_added_to_without_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They have no record yet: a sweep that was killed between training and report, and the code changed since."""
-    cells = [replace(scratch("code", rank), reference=None) for rank in (1, 8)]
+    cells = [replace(scratch(rank), reference=None) for rank in (1, 8)]
     commit, _ = git_state()
     commits = {cells[0].name: "0" * 40}
     monkeypatch.setattr("experiments.cell.trained_by", lambda config: commits.get(config.run_name, ""))
@@ -232,16 +232,3 @@ def test_two_workers_halve_the_time_but_not_that_of_a_chain() -> None:
     assert cost.wall_seconds(cells, costs, 2) == 34  # trunk, then two, then one; decoding alone
     alone = [replace(cell, alone=True) for cell in cells]
     assert cost.wall_seconds(alone, costs, 2) == 44
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
-
-PAGE = (ROOT / "experiments/README.md").read_text()
-
-
-def test_the_commands_of_the_page_are_understood() -> None:
-    block = PAGE.split("```bash\n")
-    lines = [line.split("#")[0].split() for part in block[1:] for line in part.split("```")[0].splitlines()]
-    for _, script, *words in lines:
-        if script == "experiments/sweep.py" and "--help" not in words:
-            sweep.plan_of(sweep.parse(words))

@@ -179,7 +179,7 @@ def test_a_store_that_dies_in_mid_run_warns_once_and_is_left_alone() -> None:
     with pytest.warns(UserWarning, match="database is locked") as caught:
         for step in range(10):
             tracker.metrics({"loss": 1.0}, step)
-        tracker.artifact(Path("nowhere"))
+        tracker.figure(Path("nowhere"))
         tracker.tags({"a": 1})
         tracker.end()
     assert len(caught) == 1
@@ -204,7 +204,7 @@ def test_without_mlflow_there_is_one_warning(tmp_path: Path, monkeypatch: pytest
         for _ in range(2):
             with tracking.cell_run(config, "x", tmp_path / "cell") as tracker:
                 tracker.metrics({"loss": 1.0})
-                tracker.artifact(Path("nowhere"))
+                tracker.figure(Path("nowhere"))
         assert tracking.start_sweep("cpu", tmp_path, "x").run_id == ""
         tracking.log_record(config, tmp_path / "none.json")
     assert len(caught) == 1

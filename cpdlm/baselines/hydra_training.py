@@ -36,10 +36,9 @@ def train_hydra(
     data: TokenDataModule,
     folder: Path,
     *,
-    hidden_width: int = 0,
     progress: Callable[[int, float], None] = lambda step, nll: None,
 ) -> HydraModel:
-    """Train for config.optim.steps and write the folder. hidden_width: 0 for the trunk's width.
+    """Train for config.optim.steps and write the folder. The heads' hidden layers are as wide as the trunk.
 
     Freezes `base`. The loss is the mean of -log q(x_{t+2..t+N} | x_{t+1}) over the positions that train our heads'
     later factors.
@@ -47,8 +46,7 @@ def train_hydra(
     torch.manual_seed(config.seed)
     base.requires_grad_(False)
     optim, device = config.optim, base.unembedding.weight.device
-    hidden_width = hidden_width or base.trunk.width
-    model = HydraModel(base, HydraHeads(base.trunk.width, config.horizon, hidden_width).to(device))
+    model = HydraModel(base, HydraHeads(base.trunk.width, config.horizon, base.trunk.width).to(device))
     weights = list(model.heads.parameters())
     optimizer, schedule = _optimizer(weights, optim)
     curve: list[float] = []
@@ -76,7 +74,7 @@ def train_hydra(
         folder / SUMMARY,
         {
             "horizon": config.horizon,
-            "hidden_width": hidden_width,
+            "hidden_width": base.trunk.width,
             "trunk": Path(config.model.trunk).name,
             "steps": optim.steps,
             "batch_rows": config.data.batch_rows,

@@ -88,12 +88,10 @@ class Timer:
 
 
 @torch.inference_mode()
-def forward_milliseconds(
-    model: LanguageModel, prompts_PT: Tensor, new_tokens: int, times: int = 30
-) -> tuple[float, float]:
+def forward_milliseconds(model: LanguageModel, prompts_PT: Tensor, new_tokens: int) -> tuple[float, float]:
     """Median ms of a target forward (trunk through the cache, and output layer) of 1 and of `horizon` tokens.
 
-    Behind a text of half the new tokens, in five turns of consecutive calls, as decoding makes them, each after two
+    Behind a text of half the new tokens, in five turns of six consecutive calls, as decoding makes them, each after two
     that do not count. The cache's rollback is not timed. On CUDA both are recorded graphs, as they are in decoding.
     """
     device, horizon = prompts_PT.device, model.horizon
@@ -105,7 +103,7 @@ def forward_milliseconds(
     taken: dict[int, list[float]] = {1: [], horizon: []}
     for _ in range(5):
         for count, seconds in taken.items():
-            for call in range(max(1, times // 5) + 2):
+            for call in range(6 + 2):
                 start = timer.now()
                 rollback = calls[count]()
                 if call > 1:

@@ -80,14 +80,14 @@ def log_record(config: Config, path: Path) -> None:
         store.remember(folder, tracker, digest)
 
 
-def start_sweep(name: str, output: Path, command: str, uri: str = "", experiment: str = "cpdlm") -> Tracker:
+def start_sweep(name: str, output: Path, command: str, experiment: str = "cpdlm") -> Tracker:
     """The parent run of a sweep (pass its run_id on as tracking.parent); continued when the sweep resumes.
 
     Also makes the store, so that cells that start together do not race to.
     """
     if not store.is_installed():
         return Tracker()
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(output)
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(output)
     store.end_killed(uri, experiment)
     folder = output / f".sweep-{name}"
     tracker = store.continued(folder, uri)

@@ -63,7 +63,7 @@ def import_records(results: Path, uri: str, prefix: str = "cpdlm", figures: Path
         tags = {"import": folder, "kind": "sweep", "claim": _claim_of(folder), "mlflow.note.content": note}
         parent = _parent(uri, name, f"records: {folder}" if mine else f"verdicts: {folder}", tags, artifacts, known)
         for path in _pictures(figures):
-            parent.artifact(path, "figures")
+            parent.figure(path)
         parent.end()
         for record in mine:
             if (digest := digests[record.path]) not in known:

@@ -89,9 +89,9 @@ class Tracker:
 
         self.attempt(log)
 
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Copy a file into the run's artefacts."""
-        self.attempt(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
+    def figure(self, path: Path) -> None:
+        """Copy a picture or a page into the run's artefacts."""
+        self.attempt(lambda: self._client.log_artifact(self.run_id, str(path), "figures"))
 
     def text(self, content: str, name: str) -> None:
         """Store text as an artefact of that name."""

@@ -26,9 +26,9 @@ def gain(families: list[Family]) -> Drawn | str:
         for variant in style.VARIANTS:
             if family.ranks(variant):
                 joint(left, family, variant)
-        _by_variant(middle, family, "tokens_per_pass", "sampling")
+        _by_variant(middle, family, "tokens_per_pass")
         middle.set(ylabel="tokens per forward", title="draft length (higher is better)")
-        _by_variant(right, family, "speedup", "sampling")
+        _by_variant(right, family, "speedup")
         right.axhline(1, color="black", linewidth=0.8)
         right.set(ylabel="speed-up over AR (x)", title="speed (line: AR decoding)")
         for axis in (left, middle, right):
@@ -97,14 +97,14 @@ def _by_depth(axis: Axes, family: Family, variant: str, mode: str, ranks: list[i
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.4")
 
 
-def _by_variant(axis: Axes, family: Family, quantity: str, mode: str) -> None:
-    """A line per variant against the rank, and rank 1 of equal size."""
+def _by_variant(axis: Axes, family: Family, quantity: str) -> None:
+    """When sampling: a line per variant against the rank, and rank 1 of equal size."""
     for index, (variant, look) in enumerate(style.VARIANTS.items()):
         ranks = family.ranks(variant)
-        values = [over_seeds(family.cells[variant, rank], quantity, mode) for rank in ranks]
+        values = [over_seeds(family.cells[variant, rank], quantity) for rank in ranks]
         style.by_rank(axis, ranks, values, look, style.worded(variant), shift=(index - 1) * 0.06)
         control = _equal_size(family, variant)
-        value = over_seeds(control, quantity, mode) if control else None
+        value = over_seeds(control, quantity) if control else None
         if value is not None:
             label = f"{style.worded(variant)}, rank 1 of equal size"
             axis.axhline(value.mean, color=look[0], linestyle=":", linewidth=1.0, label=label)
