@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import sys
 import textwrap
@@ -40,6 +41,7 @@ class Request:
     weights: str = "auto"
     acceptance_only: bool = False
     rows: int = 8
+    batch: int = 1
     repeats: int = 3
     warmups: int = 3
     seed: int = 0
@@ -70,6 +72,7 @@ def add_options(parser: ArgumentParser) -> None:
     number("--prompts", "of each task, at most")
     number("--new-tokens", "written after each prompt, fewer where the text ends")
     number("--nodes", "drafts of a tree")
+    number("--batch", "prompts that are decoded at once; above 1 our methods alone")
     number("--repeats", "timed, by turns")
     number("--warmups", "of each method, before anything is timed")
     number("--seed", "of sampling and intervals")
@@ -93,7 +96,8 @@ class Measured:
         facts, hardware = self.facts, self.facts["hardware"]
         counts = ", ".join(f"{task['prompts']} prompts of {name}" for name, task in facts["tasks"].items())
         timed = (
-            f"Speed-up: over AR, our loop without drafts. Batch 1, {facts['repeats']} interleaved repeats; "
+            f"Speed-up: over AR, our loop without drafts. Batch {facts['batch']}, {facts['repeats']} interleaved "
+            "repeats; "
             if facts["repeats"]
             else "Not timed. "
         )
@@ -131,13 +135,15 @@ def measure(request: Request, output: Path | None = None) -> Measured:
     needs_file = any(name.startswith(methods.LLAMA) for name in wanted)
     gguf = request.gguf or (gguf_file(request.model, str(default_cache())) if needs_file else None)
     setup = methods.Setup(model, plain, request.new_tokens, loaded.eos, request.nodes, gguf)
-    runs = [(task, mode, tasks.contenders_of(wanted, setup, mode)) for task in given for mode in tasks.MODES]
+    runs = [
+        (task, mode, tasks.contenders_of(wanted, setup, mode, request.batch)) for task in given for mode in tasks.MODES
+    ]
     progress = Bar(total=sum(_texts(request, task) * len(each) for task, _, each in runs), unit="text")
     entries = []
     for task, mode, contenders in runs:
         part = f"{task.name}, {mode}"
         progress.set_description_str(part, refresh=False)
-        comparison = tasks.Comparison(setup, task, mode, contenders, progress)
+        comparison = tasks.Comparison(setup, task, mode, contenders, progress, request.batch)
         work = partial(comparison.counted, request.rows, request.seed)
         if not request.acceptance_only:
             work = partial(comparison.timed, _protocol(request))
@@ -172,7 +178,7 @@ def run(request: Request, file: Path | None = None, folder: Path | None = None) 
 
 
 def _check(request: Request) -> None:
-    for name in ("prompts", "new_tokens", "nodes", "rows", "repeats"):
+    for name in ("prompts", "new_tokens", "nodes", "rows", "batch", "repeats"):
         if getattr(request, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(request, name)} measures nothing; give at least 1")
     if not request.tasks:
@@ -222,7 +228,9 @@ def _tasks(request: Request, loaded: Loaded) -> list[Task]:
 
 def _texts(request: Request, task: Task) -> int:
     """How many each method writes."""
-    return len(task.prompts) * request.repeats + request.warmups if not request.acceptance_only else len(task.prompts)
+    if request.acceptance_only:
+        return len(task.prompts)
+    return math.ceil(len(task.prompts) / request.batch) * request.repeats + request.warmups
 
 
 def _say(line: str) -> None:
@@ -253,6 +261,7 @@ def _facts(request: Request, loaded: Loaded, given: Sequence[Task], wanted: Mapp
         "rank": model.rank,
         "new_tokens": request.new_tokens,
         "nodes": request.nodes,
+        "batch": request.batch,
         "repeats": 0 if request.acceptance_only else request.repeats,
         "tasks": {task.name: task.provenance | {"prompts": len(task.prompts)} for task in given},
         "methods": {name: method.about for name, method in wanted.items()},

@@ -66,6 +66,19 @@ def test_batches_and_single_texts_count_alike(run: Path, prompts: str) -> None:
     assert all(each["speedup_over_generate"]["median"] > 0 for each in found.values())
 
 
+def test_prompts_that_are_decoded_at_once_have_the_texts_of_single_ones(run: Path, prompts: str) -> None:
+    common = {"model": str(run), "tasks": (prompts,), "new_tokens": 12, "repeats": 1, "warmups": 1}
+    single = measure(Request(**common, methods=("chain", "generate")))
+    both = measure(Request(**common, methods=("chain", "generate"), batch=2))
+    counts = {each["method"]: each["tokens"] for each in single.entries if each["mode"] == "greedy"}
+    for entry in both.entries:
+        assert entry["method"] in ("AR", "chain") and entry["speedup"]["median"] > 0
+        if entry["mode"] == "greedy":
+            first, second, third = counts[entry["method"]]
+            assert entry["tokens"] == [first + second, third]
+            assert entry["forwards"][0] < first + second or entry["method"] == "chain"
+
+
 def test_a_text_ends_where_the_models_text_ends(run: Path, prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For our loop as for generate: with every token an end, each writes one."""
     monkeypatch.setattr(benchmark, "_load", lambda request: replace(load(run), eos=list(range(257))))

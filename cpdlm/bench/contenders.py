@@ -1,6 +1,6 @@
-"""What is timed: our decoding, and Hugging Face's generate on the same weights. One prompt at a time.
+"""What is timed: our decoding, and Hugging Face's generate on the same weights, prompt by prompt; ours in batches too.
 
-Letters: T positions of a prompt.
+Letters: B prompts decoded at once, T positions of a prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from cpdlm.model.language_model import LanguageModel
 Generate = Callable[[Tensor, int, Sampling, int], list[int]]
 Contender = Callable[[Tensor, int], Decoded | list[int]]
 Ends = int | Sequence[int] | None  # ids that end a text
+FILLER = -1  # of the shorter prompts of a batch
 
 
 @runtime_checkable
@@ -27,7 +28,11 @@ class CountsItself(Protocol):
 
 
 class Ours:
-    """Our decoding; on CUDA with captured forwards, made at the first prompt. Called with (prompt_T, seed)."""
+    """Our decoding; on CUDA with captured forwards, made at the first prompt.
+
+    Called with (prompt_T, seed), or with the prompts of a batch, (B, T) filled up with `FILLER`: the ids of all rows
+    come then in a row, and the batch is launched kernel by kernel.
+    """
 
     def __init__(
         self,
@@ -43,7 +48,12 @@ class Ours:
         self.eos, self.costs, self.captures = eos, costs, Captures(model)
         self.captured: CapturedForwards | None = None
 
-    def __call__(self, prompt_T: Tensor, seed: int) -> Decoded:
+    def __call__(self, prompt_T: Tensor, seed: int) -> Decoded | list[int]:
+        if prompt_T.ndim == 2:
+            texts = self.batch(
+                [row_T[row_T != FILLER] for row_T in prompt_T], [seed + row for row in range(len(prompt_T))]
+            )
+            return [token for text in texts for token in text.tokens]
         longest = len(prompt_T) + self.new_tokens
         if self.costs is None:
             self.captured = self.captures(1, longest, self.sampling, self.draft, self.nodes)
@@ -59,7 +69,8 @@ class Ours:
 
     def batch(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> list[Decoded]:
         """All at once, with the texts that single calls write; launched kernel by kernel."""
-        return self._written(prompts, seeds, Options(nodes=self.nodes))
+        self.captured = None
+        return self._written(prompts, seeds, Options(nodes=self.nodes, costs=self.costs))
 
     def _written(self, prompts: Sequence[Tensor], seeds: Sequence[int], options: Options) -> list[Decoded]:
         return decode_batch(

@@ -3,7 +3,7 @@
 A text ends at the model's end of text or after `new_tokens`, for all methods alike. What is measured is an entry: a
 dictionary that a record can hold, with an interval for every number. `row` makes of it what --json writes.
 
-Letters: T positions of a prompt.
+Letters: B prompts decoded at once, T positions of a prompt.
 """
 
 import sys
@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.compare import Protocol, Timing, interleaved, rate_interval, rate_ratio, run_seed
-from cpdlm.bench.contenders import Contender, CountsItself, Ours
+from cpdlm.bench.contenders import FILLER, Contender, CountsItself, Ours
 from cpdlm.bench.intervals import of_ratio
 from cpdlm.bench.llama import UNTOLD
 from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, METHODS, Method, Setup
@@ -31,9 +32,14 @@ Entry = dict[str, Any]
 Text = Decoded | list[int]
 
 
-def contenders_of(methods: Mapping[str, Method], setup: Setup, mode: str) -> dict[str, Contender]:
+def contenders_of(methods: Mapping[str, Method], setup: Setup, mode: str, batch: int = 1) -> dict[str, Contender]:
+    """batch: where several prompts are decoded at once, only our own methods are there."""
     made = {name: method.make(setup, MODES[mode]) for name, method in methods.items()}
-    return {name: contender for name, contender in made.items() if contender is not None}
+    return {
+        name: contender
+        for name, contender in made.items()
+        if contender is not None and (batch == 1 or isinstance(contender, Ours))
+    }
 
 
 @dataclass(frozen=True)
@@ -45,21 +51,22 @@ class Comparison:
     mode: str
     contenders: Mapping[str, Contender]
     progress: Bar
+    batch: int = 1
 
     def timed(self, protocol: Protocol) -> list[Entry]:
         """An entry per contender, run by turns. One of them is autoregressive decoding, which speed-ups are over."""
         keys = {(name, self._runs(name)): contender for name, contender in self.contenders.items()}
         models, tick = {"model": self.setup.model, "plain": self.setup.plain}, self.progress.update
-        found = interleaved(keys, models, self._prompts(), protocol, self._say, tick)
+        found = interleaved(keys, models, self._batches(), protocol, self._say, tick)
         timings = {name: timing for (name, _), timing in found.items()}
-        base, generate = timings[AUTOREGRESSIVE], timings.get(GENERATE)
+        base, generate, alone = timings[AUTOREGRESSIVE], timings.get(GENERATE), self.batch == 1
         return [
             self._entry(name, _by_prompt(timing.tokens), _by_prompt(timing.forwards), timing.decoded)
             | {
                 "tokens_per_second": rate_interval(timing),
                 "speedup": rate_ratio(timing, base),
                 "speedup_over_generate": rate_ratio(timing, generate) if generate is not None else None,
-                "other_than_autoregressive": _differing(timing, base) if self.mode == "greedy" else None,
+                "other_than_autoregressive": _differing(timing, base) if alone and self.mode == "greedy" else None,
                 "seconds": timing.seconds,
             }
             for name, timing in timings.items()
@@ -87,6 +94,14 @@ class Comparison:
     def _prompts(self) -> list[Tensor]:
         device = next(self.setup.model.parameters()).device
         return [torch.tensor(ids, device=device) for ids in self.task.prompts]
+
+    def _batches(self) -> list[Tensor]:
+        """(T,) ids of each prompt or, where they are decoded together, (B, T) with `FILLER` behind the shorter ones."""
+        prompts, size = self._prompts(), self.batch
+        if size == 1:
+            return prompts
+        groups = [prompts[begin : begin + size] for begin in range(0, len(prompts), size)]
+        return [pad_sequence(group, batch_first=True, padding_value=FILLER) for group in groups]
 
     def _say(self, line: str) -> None:
         """Of what `interleaved` tells, what the progress does not show."""

@@ -44,7 +44,7 @@ def compare(
     entries = []
     for name, draft in DRAFTS.items():
         ours = Ours(model, new_tokens, GREEDY, draft, eos=eos)
-        mine = [list(ours(torch.tensor(prompt), 0).tokens) for prompt in prompts]
+        mine = [ours.batch([torch.tensor(prompt)], [0])[0].tokens for prompt in prompts]
         parted = [
             parting(*pair, prompt, exact) for pair, prompt in zip(zip(mine, theirs, strict=True), prompts, strict=True)
         ]
