@@ -76,6 +76,7 @@ def upgrade(record: Benchmark) -> Benchmark:
     for group in record.get("groups", []):
         group.setdefault("captured", False)
     record.setdefault("compiled_generate", [])
+    record.setdefault("batch", 1)
     for part in _parts(record):
         if "per_prompt" in part:
             part["tokens_per_pass"] = of_ratio(*_counts(part))
