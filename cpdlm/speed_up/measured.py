@@ -29,7 +29,7 @@ from cpdlm.training import checkpoints, run
 
 MEASURED = "decode.json"
 # (draft, nodes): what is tried for a few texts before the best is measured.
-CANDIDATES = (("chain", 8), ("lookup+chain", 8), ("tree", 4), ("tree", 8), ("tree", 16), ("lookup+tree", 16))
+CANDIDATES = (("block", 8), ("lookup+block", 8), ("tree", 4), ("tree", 8), ("tree", 16), ("lookup+tree", 16))
 TRIED = 3  # prompts, of the validation split
 METHODS = {"plain": "AR", "lookup": "prompt lookup", "heads": "this draft"}  # in a table
 

@@ -91,7 +91,9 @@ def _training(config: Config, model: LanguageModel, device: torch.device) -> tup
     optimiser = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.0)
 
     def step() -> None:
-        module.training_step(batch, 0).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16-mixed"):
+            loss = module.training_step(batch, 0)
+        loss.backward()
         optimiser.step()
         optimiser.zero_grad()
         module.uses, module.seen = [], {}

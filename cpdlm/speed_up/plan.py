@@ -118,7 +118,9 @@ def _name(request: Request) -> str:
 def _fitting(request: Request, source: str) -> list[str]:
     """Settings that follow from the model's small files: precision, lengths, draft vocabulary, text of its own."""
     context = min(256, longest_text(source, request.model) or 256)
-    words = [f"model.dtype={'bfloat16' if multiplies_bfloat16() else 'float32'}", f"data.context={context}"]
+    narrow = multiplies_bfloat16()
+    words = [f"model.dtype={'bfloat16' if narrow else 'float32'}", f"data.context={context}"]
+    words.append(f"train.precision={'bf16-mixed' if narrow else '32-true'}")
     words += [f"decode.prompt_tokens={min(64, context // 2)}", f"decode.new_tokens={min(48, context // 4)}"]
     tokenizer = HubTokenizer("model", source)
     listed = LISTED if tokenizer.vocab_size > LISTED else 0
