@@ -195,6 +195,7 @@ def _lines(request: Request, plan: Plan, pace: Pace) -> list[str]:
             "there; free some, or give another place"
         )
     text = config.corpus if data.text == "corpus" else f"{data.states:,} tokens that it writes ({data.prompts})"
+    copied = weight * pace.parameters if data.text != "corpus" else 0  # what writes is a copy that is laid out anew
     listed = config.loss.draft_vocabulary
     writing, training, measuring = (seconds / 60 for seconds in plan.seconds)
     return [
@@ -206,6 +207,6 @@ def _lines(request: Request, plan: Plan, pace: Pace) -> list[str]:
         f"text: {text}",
         f"training: {config.optim.steps:,} steps of {data.batch_rows * data.context:,} positions",
         f"minutes: {f'{writing:.1f} writing, ' if writing else ''}{training:.1f} training, {measuring:.1f} measuring",
-        f"memory: {pace.peak / GIB:.1f} GiB ({memory / GIB:.1f} are free); disk: {disk / GIB:.2f} GiB "
+        f"memory: {(pace.peak + copied) / GIB:.1f} GiB ({memory / GIB:.1f} are free); disk: {disk / GIB:.2f} GiB "
         f"({free / GIB:.1f} are free)",
     ]
