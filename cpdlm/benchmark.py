@@ -46,6 +46,7 @@ class Request:
     warmups: int = 3
     seed: int = 0
     gguf: Path | None = None
+    assistant: str = ""
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -77,6 +78,7 @@ def add_options(parser: ArgumentParser) -> None:
     number("--warmups", "of each method, before anything is timed")
     number("--seed", "of sampling and intervals")
     add("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp (default: what MODEL was read from)")
+    add("--assistant", default="", metavar="MODEL", help="of the same tokenizer, for --methods generate-assisted")
     add("--draft-vocabulary", default="own", choices=["own", "none"], help="as of cpdlm generate")
     add("--weights", default="auto", choices=WEIGHTS, help="of our methods, as of cpdlm generate; generate's are plain")
     add("--acceptance-only", action="store_true", help="count tokens per forward in batches, and time nothing")
@@ -134,7 +136,8 @@ def measure(request: Request, output: Path | None = None) -> Measured:
     told = prepare(model, request.weights).sentences
     needs_file = any(name.startswith(methods.LLAMA) for name in wanted)
     gguf = request.gguf or (gguf_file(request.model, str(default_cache())) if needs_file else None)
-    setup = methods.Setup(model, plain, request.new_tokens, loaded.eos, request.nodes, gguf)
+    assistant = _assistant(request.assistant, loaded) if request.assistant else None
+    setup = methods.Setup(model, plain, request.new_tokens, loaded.eos, request.nodes, gguf, assistant)
     runs = [
         (task, mode, tasks.contenders_of(wanted, setup, mode, request.batch)) for task in given for mode in tasks.MODES
     ]
@@ -181,6 +184,8 @@ def _check(request: Request) -> None:
     for name in ("prompts", "new_tokens", "nodes", "rows", "batch", "repeats"):
         if getattr(request, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(request, name)} measures nothing; give at least 1")
+    if bool(request.assistant) != ("generate-assisted" in request.methods):
+        raise ConfigError("--assistant MODEL and --methods generate-assisted need each other; give both")
     if not request.tasks:
         raise ConfigError("--tasks is empty; give humaneval, chat, prose or a file of JSON lines")
 
@@ -208,6 +213,19 @@ def _without_heads(name: str) -> Loaded:
     dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
     tokenizer, eos = HubTokenizer("model", source), eos_of(source)
     return Loaded(load_pretrained(source, dtype, 1, name), tokenizer, tokenizer.eos if eos is None else eos)
+
+
+def _assistant(name: str, loaded: Loaded) -> LanguageModel:
+    """A model that drafts for the loaded one, on its device. ConfigError where their ids are not the same tokens."""
+    other = _without_heads(name)
+    tokenizers = (loaded.tokenizer, other.tokenizer)
+    tokens = [[each.decode([index]) for index in range(each.vocab_size)] for each in tokenizers]
+    if tokens[0] != tokens[1] or loaded.model.vocab_size != other.model.vocab_size:
+        raise ConfigError(
+            f"--assistant {name} has another vocabulary than the model it would draft for; give one with the same "
+            "tokenizer and as many embeddings"
+        )
+    return other.model.to(next(loaded.model.parameters()).device)
 
 
 def _tasks(request: Request, loaded: Loaded) -> list[Task]:

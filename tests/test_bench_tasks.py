@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from made_pretrained import loaded
+from transformers.generation.candidate_generator import AssistedCandidateGenerator, EarlyExitCandidateGenerator
 
 from cpdlm import benchmark, cli
 from cpdlm.bench.compare import Protocol
+from cpdlm.bench.contenders import exit_layer
 from cpdlm.bench.table import fitting
 from cpdlm.bench.tasks import Comparison
 from cpdlm.benchmark import Request, measure
@@ -119,6 +123,42 @@ def test_a_model_without_heads_is_measured(tmp_path: Path, prompts: str) -> None
     assert {each["method"] for each in found.entries} == {"AR", "generate", "generate-lookup", "lookup"}
     with pytest.raises(ConfigError, match="--methods chain drafts with heads, and this model has none"):
         measure(Request(str(folder), (prompts,), methods=("chain",)))
+
+
+def test_early_layers_and_a_second_model_draft_for_generate(
+    tmp_path: Path, prompts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward of the target is counted for each round of drafts; the model is its own perfect assistant."""
+    texts = sorted(code_folder(tmp_path).glob("*.py"))
+    folder = small_pretrained(tmp_path / "model", texts)
+    monkeypatch.setattr("cpdlm.model.pretrained.multiplies_bfloat16", lambda: False)  # no near-ties
+    monkeypatch.setattr(Comparison, "_prompts", lambda self: [torch.tensor(self.task.prompts[0])])
+    drafted = []
+    propose = AssistedCandidateGenerator.get_candidates
+
+    def spy(self: Any, *arguments: Any, **options: Any) -> Any:
+        drafted.append(type(self))
+        return propose(self, *arguments, **options)
+
+    monkeypatch.setattr(AssistedCandidateGenerator, "get_candidates", spy)
+    methods = ("generate-early-exit", "generate-assisted")
+    request = Request(str(folder), (prompts,), methods=methods, new_tokens=12, repeats=1, warmups=0)
+    found = {(each["method"], each["mode"]): each for each in measure(replace(request, assistant=str(folder))).entries}
+    made = {name: sum(each["forwards"][0] for (m, _), each in found.items() if m == name) for name in methods}
+    early = sum(each is EarlyExitCandidateGenerator for each in drafted)
+    assert made == {methods[0]: early, methods[1]: len(drafted) - early}
+    assert found["generate-assisted", "greedy"]["tokens_per_forward"]["mean"] > 1.5
+    assert all(found[name, "greedy"]["other_than_autoregressive"] == 0 for name in methods)
+    other = small_pretrained(tmp_path / "other", texts[:1])
+    for name, said in {"": "need each other; give both", str(other): "has another vocabulary than the model"}.items():
+        with pytest.raises(ConfigError, match=said):
+            measure(replace(request, assistant=name))
+
+
+def test_a_model_that_runs_all_its_layers_has_no_early_exit(pretrained: dict[str, Path]) -> None:
+    assert exit_layer(loaded(pretrained["llama tied"])) == 1
+    with pytest.raises(ConfigError, match="a gpt2 model runs all of its layers"):
+        exit_layer(loaded(pretrained["gpt2"]))
 
 
 FAKE = """

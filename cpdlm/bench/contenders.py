@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from cpdlm.bench.timers import count_calls
+from cpdlm.config import ConfigError
 from cpdlm.decoding import CapturedForwards, Captures, Decoded, Options, Sampling, decode_batch
 from cpdlm.decoding.length import Costs
 from cpdlm.model.language_model import LanguageModel
@@ -87,6 +89,38 @@ class Ours:
     def forwards(self, hooked: int) -> int:
         """Forwards of the last call: counted by the hook or, where replayed (one in vain), on the device."""
         return hooked if self.captured is None else self.captured.forwards_run - 1
+
+
+class EarlyExit:
+    """Hugging Face's generate with drafts of the model's own first layers. Called with (prompt_T, seed)."""
+
+    def __init__(self, model: LanguageModel, write: Contender) -> None:
+        self.last_layer, self.write, self.made = model.trunk.layers()[-1], write, 0
+
+    def __call__(self, prompt_T: Tensor, seed: int) -> Decoded | list[int]:
+        with count_calls(self.last_layer) as calls:
+            text = self.write(prompt_T, seed)
+        self.made = calls.count
+        return text
+
+    def forwards(self, hooked: int) -> int:
+        """Of the last call, those that reached the last layer."""
+        return self.made
+
+
+def exit_layer(model: LanguageModel) -> int:
+    """A third of the layers. ConfigError for a body that runs all of them whatever its config says."""
+    layers, config = model.trunk.layers(), model.trunk.config
+    with count_calls(layers[-1]) as calls, torch.inference_mode():
+        config.num_hidden_layers = max(1, len(layers) // 3)
+        model.hidden(torch.zeros(1, 1, dtype=torch.long, device=model.trunk.embedding.device))
+        config.num_hidden_layers = len(layers)
+    if calls.count:
+        raise ConfigError(
+            f"--methods generate-early-exit: a {config.model_type} model runs all of its layers in transformers; leave "
+            "that method out"
+        )
+    return max(1, len(layers) // 3)
 
 
 def theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Contender:

@@ -5,14 +5,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpdlm.bench.contenders import Contender, Ends, Ours, hugging_face, theirs
+from cpdlm.bench.contenders import (
+    Contender,
+    EarlyExit,
+    Ends,
+    Ours,
+    as_hugging_face,
+    exit_layer,
+    hugging_face,
+    theirs,
+)
 from cpdlm.bench.llama import LlamaCpp
 from cpdlm.config import ConfigError
 from cpdlm.decoding import Sampling
 from cpdlm.decoding.length import Costs
 from cpdlm.model.language_model import LanguageModel
 
-AUTOREGRESSIVE, GENERATE, LLAMA = "AR", "generate", "llama.cpp"
+AUTOREGRESSIVE, GENERATE, ASSISTED, LLAMA = "AR", "generate", "generate-assisted", "llama.cpp"
 LOOKED_UP = 10  # tokens that transformers' prompt lookup drafts, as its own examples have it
 
 
@@ -21,7 +30,7 @@ class Setup:
     """What all methods of a comparison share.
 
     model: made ready for this machine. plain: the same as transformers has it. nodes: drafts of a tree. eos: ids that
-    end a text. gguf: the same model for llama.cpp.
+    end a text. gguf: the same model for llama.cpp. assistant: another model that drafts for it.
     """
 
     model: LanguageModel
@@ -30,6 +39,7 @@ class Setup:
     eos: Ends = None
     nodes: int = 8
     gguf: Path | None = None
+    assistant: LanguageModel | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,17 @@ def _theirs(lookup: int | None = None) -> Callable[[Setup, Sampling], Contender 
     return make
 
 
+def _early_exit(setup: Setup, sampling: Sampling) -> Contender | None:
+    generate = hugging_face(setup.plain, eos=setup.eos, assistant_early_exit=exit_layer(setup.plain))
+    return None if generate is None else EarlyExit(setup.plain, theirs(generate, setup.new_tokens, sampling))
+
+
+def _assisted(setup: Setup, sampling: Sampling) -> Contender | None:
+    assert setup.assistant is not None
+    generate = hugging_face(setup.plain, eos=setup.eos, assistant_model=as_hugging_face(setup.assistant))
+    return None if generate is None else theirs(generate, setup.new_tokens, sampling)
+
+
 def _llama(speculation: str = "") -> Callable[[Setup, Sampling], Contender]:
     def make(setup: Setup, sampling: Sampling) -> Contender:
         return LlamaCpp(setup.gguf, setup.new_tokens, sampling, speculation)
@@ -104,6 +125,10 @@ METHODS = {
     AUTOREGRESSIVE: Method("our loop without drafts", _ours("none"), counted=False),
     GENERATE: Method("transformers' generate", _theirs(), counted=False, is_plain=True),
     "generate-lookup": Method("transformers' prompt lookup", _theirs(LOOKED_UP), is_plain=True),
+    "generate-early-exit": Method(
+        "transformers' drafts of the first third of the layers", _early_exit, named=True, is_plain=True
+    ),
+    ASSISTED: Method("transformers' drafts of a second model", _assisted, named=True, is_plain=True),
     "lookup": Method("our prompt lookup", _ours("lookup")),
     "chain": Method("the heads' drafts as a chain", _ours("chain"), needs_heads=True),
     "block": Method("the same, accepted as a block", _block("block"), needs_heads=True),

@@ -5,7 +5,7 @@ Letters: B rows, T positions, S tokens of a window, P prompts.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -48,7 +48,7 @@ def undisturbed(
 
 
 class ForwardCounter:
-    """Forwards of a trunk since the hook was set."""
+    """Forwards of a module since the hook was set."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -57,11 +57,15 @@ class ForwardCounter:
         self.count += 1
 
 
-@contextmanager
-def count_forwards(model: LanguageModel) -> Iterator[ForwardCounter]:
+def count_forwards(model: LanguageModel) -> AbstractContextManager[ForwardCounter]:
     """Counts by a forward hook on the trunk's body, independently of the decoding loop."""
+    return count_calls(model.trunk.body)
+
+
+@contextmanager
+def count_calls(module: nn.Module) -> Iterator[ForwardCounter]:
     counter = ForwardCounter()
-    hook = model.trunk.body.register_forward_hook(counter)
+    hook = module.register_forward_hook(counter)
     try:
         yield counter
     finally:
