@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: there is no command {words[0]!r}; {hint}", file=sys.stderr)
         return 2
     options = parse(words[0], words[1:])
+    if sys.stderr.isatty():
+        print("loading ...", file=sys.stderr, flush=True)  # torch and transformers alone take seconds
     from transformers.utils.logging import disable_progress_bar
 
     from cpdlm.files import WriteError

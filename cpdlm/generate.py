@@ -100,8 +100,6 @@ class Screen:
 def run(request: Request, out: TextIO) -> None:
     """Write the text to `out`, the rest to standard error. Raises ConfigError, RunError or ValueError on bad input."""
     sampling, opened, ids, new_tokens = _checked(request)
-    if sys.stderr.isatty():
-        print(f"loading {request.model} ...", file=sys.stderr, flush=True)
     from cpdlm.text import Model
 
     model = Model(opened.load(), request.weights)

@@ -194,6 +194,13 @@ def test_a_folder_that_cannot_be_used_is_named(run: Path, tmp_path: Path, capsys
     assert "the weights 257; they do not belong together" in error(tmp_path / "other")
 
 
+def test_a_terminal_is_told_at_once_that_something_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert cli.main(["generate", "--model", "nowhere", "--prompt", "a"]) == 2
+    assert terminal.getvalue().startswith("loading ...\nerror: nowhere is neither")
+
+
 def test_the_command_reads_standard_input(run: Path) -> None:
     line = [sys.executable, "-m", "cpdlm", "generate", "--model", str(run), "--max-new-tokens", "9"]
     done = subprocess.run(line, cwd=ROOT, input=PROMPT.encode() + b"\n", capture_output=True, timeout=300)

@@ -67,6 +67,14 @@ def test_released_heads_write_as_the_run_does(run: Path) -> None:
     assert released.load("smollm2", draft_vocabulary=False).draft_ids is None
 
 
+def test_a_model_whose_heads_are_released_is_not_probed_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released.release(run, "smollm2")
+    monkeypatch.setattr("cpdlm.model.pretrained._probe", None)
+    assert released.load("smollm2").rank == 2
+    with pytest.raises(TypeError):
+        checkpoints.load_model(run)
+
+
 def test_heads_for_a_kind_of_text_have_a_name_of_their_own(run: Path) -> None:
     assert not released.is_name(Path("smollm2-chat"))
     assert released.release(run, "smollm2-chat").name == "smollm2-chat.safetensors"

@@ -77,7 +77,7 @@ def load(name: str, draft_vocabulary: bool = True, dtype: str = "") -> LanguageM
     if target.sha256 != facts["trunk_sha256"]:
         raise RunError(f"{_path(name)}: the heads were trained on other weights of {name} than those that are here")
     ids = tensors.pop(DRAFT_IDS, None)
-    model = build_language_model(config, facts["vocab_size"], load_target(config))
+    model = build_language_model(config, facts["vocab_size"], load_target(config, probed=True))
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     lacking = [each for each in missing if each.startswith(("heads.", "anchor."))]
     if lacking or unexpected:

@@ -34,12 +34,18 @@ LAYER_BYTES = 50_000  # of the Python objects of a layer without weights, at lea
 
 
 def load_pretrained(
-    source: str, dtype: torch.dtype, context: int, label: str = "", available_bytes: int | None = None
+    source: str,
+    dtype: torch.dtype,
+    context: int,
+    label: str = "",
+    available_bytes: int | None = None,
+    probed: bool = False,
 ) -> LanguageModel:
     """The model of a Hugging Face folder or hub name as a next-token `LanguageModel`, frozen, in evaluation mode.
 
     dtype: of its weights and forwards. context: tokens of a training row; the model's own `context` is what its config
-    allows, and this where it says nothing. available_bytes: memory it may take (default: what is free).
+    allows, and this where it says nothing. available_bytes: memory it may take (default: what is free). probed:
+    whether heads were trained on these very weights, which then need no probe.
 
     Raises ConfigError, naming the model and what to type, where it is missing, gated, incomplete, too large, quantised
     in a way that cannot be read here, or not a causal model with an output embedding; and for a kind whose cache cannot
@@ -77,7 +83,10 @@ def load_pretrained(
     if found["missing_keys"]:
         advice = _quantised(shape) or "download it again"
         raise ConfigError(f"model={label} is not whole: its weights lack {sorted(found['missing_keys'])[:3]}; {advice}")
-    return _wrapped(whole.eval().requires_grad_(False), longest, label)
+    model = _wrapped(whole.eval().requires_grad_(False), longest, label)
+    if not probed:
+        _probe(model, whole, label)
+    return model
 
 
 def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
@@ -104,9 +113,7 @@ def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
     if not tied:
         model.unembedding.weight = unembedding.weight
     model.unembedding.bias = unembedding.bias
-    model = model.eval().requires_grad_(False)
-    _probe(model, whole, label)
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def _scale(text: Any) -> float:

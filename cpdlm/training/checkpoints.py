@@ -137,16 +137,18 @@ def _is_stored(name: str, model: LanguageModel) -> bool:
     return not (name == "unembedding.weight" and model.embeddings_are_tied)
 
 
-def load_target(config: Config) -> LanguageModel | None:
+def load_target(config: Config, probed: bool = False) -> LanguageModel | None:
     """The frozen model that heads train on, in evaluation mode; None where nothing is frozen.
 
-    Raises RunError for a run folder that cannot be used, ConfigError for a pretrained model that cannot.
+    probed: as of `load_pretrained`. Raises RunError for a run folder that cannot be used, ConfigError for a pretrained
+    model that cannot.
     """
     target = Target.of(config)
     if target.kind == "run":
         return load_model(Path(target.name))
     if target.kind == "pretrained":
-        return load_pretrained(target.source, getattr(torch, target.dtype), config.data.context, target.name)
+        dtype = getattr(torch, target.dtype)
+        return load_pretrained(target.source, dtype, config.data.context, target.name, probed=probed)
     return None
 
 
