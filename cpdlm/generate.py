@@ -122,11 +122,10 @@ def _checked(request: Request) -> tuple[Sampling, Opened, list[int], int]:
     """What the small files of the model say to the request; the ids and how many tokens to write."""
     from cpdlm.decoding import Sampling
     from cpdlm.hf.load import open_source
-    from cpdlm.text import EMPTY, fitting
+    from cpdlm.text import EMPTY, check_seed, fitting
 
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
-    if not 0 <= request.seed < 2**63:
-        raise ConfigError(f"--seed={request.seed} must be between 0 and {2**63 - 1}")
+    check_seed(request.seed)
     prompt = _standard_input() if request.prompt is None else request.prompt
     if not prompt:
         raise ConfigError(EMPTY)

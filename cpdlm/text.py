@@ -9,6 +9,7 @@ import torch
 from cpdlm.config import ConfigError
 from cpdlm.data.tokenizer import Tokenizer
 from cpdlm.decoding import Captures, Decoded, Options, Sampling, decode, prepare
+from cpdlm.decoding.filtering import is_whole
 from cpdlm.hf.load import Loaded, load
 
 NEW_TOKENS = 128
@@ -64,6 +65,7 @@ class Model:
         >>> len(done.tokens), done.forwards <= 8
         (8, True)
         """
+        check_seed(seed)
         ids, new_tokens = fitting(prompt, chat, max_new_tokens, self.loaded.tokenizer, self.loaded.model.context)
         return self.write(ids, new_tokens, Sampling(temperature, top_k, top_p), seed, draft)
 
@@ -98,6 +100,11 @@ def load_model(source: Path, weights: str = "auto") -> Model:
     return Model(load(source, widen=True), weights)
 
 
+def check_seed(seed: Any) -> None:
+    if not is_whole(seed, 0) or seed >= 2**63:
+        raise ConfigError(f"--seed={seed!r} must be a whole number between 0 and {2**63 - 1}")
+
+
 def fitting(
     prompt: str | bytes, chat: bool, most: int | None, tokenizer: Tokenizer, context: int
 ) -> tuple[list[int], int]:
@@ -112,8 +119,8 @@ def fitting(
             f"{context}; give at most {context - 1}"
         )
     new_tokens = min(NEW_TOKENS, room) if most is None else most
-    if new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens={most} writes nothing; give at least 1")
+    if not is_whole(new_tokens):
+        raise ConfigError(f"--max-new-tokens={most!r} writes nothing; give a whole number, at least 1")
     if new_tokens > room:
         raise ConfigError(
             f"a prompt of {len(ids)} tokens leaves room for {room} in the context of {context}; "

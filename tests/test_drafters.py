@@ -267,7 +267,7 @@ def test_unknown_names_and_sizes_are_refused() -> None:
     model, prompt = toy("common"), torch.tensor([1])
     with pytest.raises(ValueError, match="draft='forest' is not one of none, chain, block, tree"):
         decode(model, prompt, 2, Sampling(0.0), draft="forest")
-    for nodes in (0, -1):
+    for nodes in (0, -1, 10**9):
         with pytest.raises(ValueError, match=f"nodes={nodes} is no number of drafts; pass a whole number"):
             decode(model, prompt, 2, Sampling(0.0), draft="tree", options=Options(nodes=nodes))
     with pytest.raises(ValueError, match="1 generators for 2 prompts; pass one for each row"):

@@ -172,7 +172,7 @@ def test_costs_are_measured_or_given() -> None:
         found = Costs.measure(real("llama"), sampling, sizes=(1, 4), rows=(1, 2))
         assert set(found.forward) == {1, 4} and set(found.draft) == {1, 2}
     assert convex({1: 2.0, 2: 5.0, 4: 4.0, 8: 4.0}) == [(1, 2.0), (8, 4.0)]
-    for wrong in ({1: 2.0}, {0: 1.0, 2: 1.0}, {1: 0.0, 2: 1.0}):
+    for wrong in ({1: 2.0}, {0: 1.0, 2: 1.0}, {1: 0.0, 2: 1.0}, {"1": 1.0, 2: 1.0}, {1: math.inf, 2: 1.0}):
         with pytest.raises(ValueError, match="costs: forward=.* must give milliseconds above 0 for at least 2 numbers"):
             Costs(wrong, {1: 1.0})
 

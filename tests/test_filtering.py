@@ -85,6 +85,9 @@ def test_a_broken_row_stays_broken(setting: Sampling, value: float) -> None:
         ({"top_p": math.nan}, "top_p=nan"),
         ({"top_k": -1}, "top_k=-1 must be a whole number of at least 0"),
         ({"top_k": 2.5}, "top_k=2.5"),
+        ({"top_k": math.inf}, "top_k=inf"),
+        ({"temperature": "1"}, "temperature='1' must be a finite number"),
+        ({"top_p": None}, "top_p=None"),
     ],
 )
 def test_wrong_settings_say_what_to_type(arguments: dict[str, float], message: str) -> None:

@@ -145,9 +145,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "long prompt": (["--prompt", "x" * 64], "the prompt has 65 tokens with those that its tokenizer adds, the context"),
     "no room": (["--prompt", "x" * 50, "--max-new-tokens", "20"], "leaves room for 13 in the context of 64; give"),
     "temperature": (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be a finite number of at least 0"),
-    "seed": (["--prompt", "x", "--seed", str(2**70)], "must be between 0 and 9223372036854775807"),
+    "seed": (["--prompt", "x", "--seed", str(2**70)], "must be a whole number between 0 and 9223372036854775807"),
     "chat": (["--prompt", "x", "--chat"], "the tokenizer bytes has no chat template"),
-    "nothing": (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 writes nothing; give at least 1"),
+    "nothing": (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 writes nothing; give a whole number"),
 }
 
 

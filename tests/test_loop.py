@@ -10,6 +10,7 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -219,7 +220,14 @@ def test_a_broken_target_names_the_position(sampling: Sampling, value: float) ->
             "prompt of 3 tokens and max_new_tokens=3 exceed the model's context of 5; pass max_new_tokens of at most 2",
         ),
         ([1] * 5, 1, {}, "pass a prompt of fewer than 5 tokens"),
-        ([1], 0, {}, "max_new_tokens=0 writes nothing; pass at least 1"),
+        ([1], 0, {}, "max_new_tokens=0 writes nothing; pass a whole number, at least 1"),
+        ([1], 2.5, {}, "max_new_tokens=2.5 writes nothing"),
+        ([1], math.nan, {}, "max_new_tokens=nan writes nothing"),
+        ([1], "2", {}, "max_new_tokens='2' writes nothing"),
+        ([1], 2, {"eos": 2.0}, "eos=2.0 is no token id, nor several of them; pass whole numbers, or None"),
+        ([1], 2, {"eos": "2"}, "eos='2' is no token id"),
+        ([1], 2, {"generator": 0}, r"generator=0 is no generator; pass torch.Generator\(\).manual_seed\(0\)"),
+        ([1], 2, {"options": Options(nodes="5"), "draft": "tree"}, "nodes='5' is no number of drafts"),
         ([1, 3], 2, {}, r"token id 3, the vocabulary is 0\.\.2"),
         ([-1], 2, {}, "token id -1"),
         ([1], 2, {"generator": None}, "sampling needs a generator"),
@@ -227,12 +235,23 @@ def test_a_broken_target_names_the_position(sampling: Sampling, value: float) ->
     ],
 )
 def test_bad_input_is_refused_before_any_work(
-    prompt: list[Any], length: int, options: dict[str, Any], message: str
+    prompt: list[Any], length: Any, options: dict[str, Any], message: str
 ) -> None:
     model = ToyModel()
     with pytest.raises(ValueError, match=message):
         decode(model, torch.tensor(prompt, dtype=torch.long), length, **({"generator": torch.Generator()} | options))
     assert model.calls == 0
+
+
+def test_a_count_may_be_numpys_or_torchs_and_a_batch_one_tensor() -> None:
+    model, ids_BT = real("llama", 2, "none", False, True), torch.tensor([[1, 2], [3, 4]])
+    right = [decode(model, row_T, 4, Sampling(0.0), eos=[5, 6]) for row_T in ids_BT]
+    assert decode_batch(model, ids_BT, np.int64(4), Sampling(0.0), eos=torch.tensor([5, 6])) == right
+    assert decode(model, ids_BT[0], torch.tensor(4), Sampling(0.0), eos=np.int64(5)) == decode(
+        model, ids_BT[0], 4, Sampling(0.0), eos=5
+    )
+    with pytest.raises(ValueError, match=r"the prompt is a list; pass one row of token ids: torch.tensor\(\[1, 2\]\)"):
+        decode(model, [1, 2], 4, Sampling(0.0))  # type: ignore[arg-type]
 
 
 # --- real models ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding.accept import verify, verify_block, verify_greedy, walk
-from cpdlm.decoding.filtering import Sampling, draw, filtered
+from cpdlm.decoding.filtering import Sampling, draw, filtered, is_whole
 from cpdlm.decoding.proposals import Proposal, best_window, greedy_chain, grow, sampled_chain
 from cpdlm.model.joint import Joint
 
@@ -171,6 +171,7 @@ DRAFTERS = {
     "lookup+tree": "the tree, with what followed the last tokens before as one more branch",
 }
 LOOKUP = "lookup"
+MOST_NODES = 4096  # what they see of each other grows with the square
 
 
 def make_drafter(
@@ -186,8 +187,8 @@ def make_drafter(
         return name(sampling, uniforms)
     if name not in DRAFTERS:
         raise ValueError(f"draft={name!r} is not one of {', '.join(DRAFTERS)}")
-    if not isinstance(nodes, int) or nodes < 1:
-        raise ValueError(f"nodes={nodes} is no number of drafts; pass a whole number, at least 1")
+    if not is_whole(nodes) or nodes > MOST_NODES:
+        raise ValueError(f"nodes={nodes!r} is no number of drafts; pass a whole number, 1 to {MOST_NODES}")
     target_distribution = _normalised if processed else None
     name = name.removeprefix(f"{LOOKUP}+")
     if name in ("tree", "window", "path", LOOKUP):

@@ -7,12 +7,23 @@ Letters: V vocabulary; `...` any batch dimensions.
 """
 
 import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 LEAST_TEMPERATURE = 1e-30  # logits divided by it are still float32
+
+
+def is_whole(value: Any, least: int = 1) -> bool:
+    """Whether it counts something: a whole number of Python's, numpy's or torch's, of at least `least`; no bool."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -28,9 +39,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature={self.temperature} must be a finite number of at least 0; type 0 for greedy, 1 for the "
+                f"temperature={self.temperature!r} must be a finite number of at least 0; type 0 for greedy, 1 for the "
                 "model's own distribution"
             )
         if 0 < self.temperature < LEAST_TEMPERATURE:
@@ -39,10 +50,10 @@ class Sampling:
                 f"{LEAST_TEMPERATURE:g}, or type 0 "
                 "for greedy"
             )
-        if isinstance(self.top_k, bool) or self.top_k != int(self.top_k) or self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be a whole number of at least 0; type 0 to keep every token")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; type 1 to keep every token")
+        if not is_whole(self.top_k, 0):
+            raise ValueError(f"top_k={self.top_k!r} must be a whole number of at least 0; type 0 to keep every token")
+        if not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r} must lie in (0, 1]; type 1 to keep every token")
 
     @property
     def greedy(self) -> bool:

@@ -19,15 +19,17 @@ Letters: B rows, K drafts, S = K+1 positions of a window, M nodes of a tree.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
 
 from cpdlm.decoding.drafters import Uniforms, make_drafter
-from cpdlm.decoding.filtering import Sampling
+from cpdlm.decoding.filtering import Sampling, is_whole
 from cpdlm.decoding.model import DraftingModel
 from cpdlm.decoding.proposals import Proposal, nothing, tree
 
@@ -53,7 +55,8 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name, points, fewest in (("forward", self.forward, 2), ("draft", self.draft, 1)):
-            if len(points) < fewest or not all(n >= 1 and ms > 0 for n, ms in points.items()):
+            right = all(is_whole(n) and isinstance(ms, Real) and 0 < ms < math.inf for n, ms in points.items())
+            if len(points) < fewest or not right:
                 raise ValueError(
                     f"costs: {name}={dict(points)} must give milliseconds above 0 for at least {fewest} numbers "
                     "from 1; type for example forward={1: 20.0, 8: 26.0}, draft={1: 2.0}"

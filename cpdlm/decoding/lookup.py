@@ -8,6 +8,8 @@ exact: all of the draft distribution q is on that token.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from cpdlm.decoding.filtering import is_whole
+
 
 @dataclass(frozen=True)
 class LookupSettings:
@@ -23,7 +25,7 @@ class LookupSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value):
                 raise ValueError(f"lookup {field.name}={value!r} is no number of tokens; pass a whole number from 1")
         if self.longest < self.least:
             raise ValueError(f"lookup longest={self.longest} is below least={self.least}; pass at least {self.least}")

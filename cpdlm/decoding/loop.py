@@ -17,8 +17,10 @@ Letters: B rows still written, T position, S = K+1 positions of a window, K draf
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from cpdlm.decoding.cache import Text, window_refusal
 from cpdlm.decoding.captured import CapturedForwards
 from cpdlm.decoding.drafters import LOOKUP, Maker, Uniforms, make_drafter
 from cpdlm.decoding.drafting import Drafting
-from cpdlm.decoding.filtering import Sampling
+from cpdlm.decoding.filtering import Sampling, is_whole
 from cpdlm.decoding.forwards import Forwards, GrowingForwards
 from cpdlm.decoding.length import Costs
 from cpdlm.decoding.lookup import LookupSettings
@@ -175,8 +177,8 @@ def _forwards(
         captured.check(model, rows, sampling, draft, options.nodes, texts.longest)
         captured.uniforms = uniforms
         return captured
-    _check_window(model, rows, texts.longest, draft, options)
     drafter = make_drafter(draft, sampling, uniforms, options.nodes, processed=changes)
+    _check_window(model, rows, texts.longest, draft, options)
     drafting = Drafting.of(model, drafter, draft, texts.prompts, options.lookup, options.costs)
     text = Text(model, rows, texts.prompts[0].device, options.use_cache)
     return GrowingForwards(model, drafting, uniforms, text, texts.processed if changes else None, options.timer)
@@ -195,7 +197,7 @@ class _Texts:
         options: Options,
     ) -> None:
         self.prompts, self.most, self.vocab_size, self.options = prompts, max_new_tokens, model.vocab_size, options
-        self.ends = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self.ends = _ends(eos)
         self.longest = max(len(prompt_T) for prompt_T in prompts) + max_new_tokens
         self.written = [Decoded(reached=[0] * depths, accepted=[0] * depths) for _ in prompts]
         self.rows = list(range(len(prompts)))
@@ -293,7 +295,7 @@ def _check(
     sampling: Sampling,
     generators: Sequence[torch.Generator] | None,
 ) -> None:
-    if not prompts:
+    if len(prompts) == 0:
         raise ValueError("there is no prompt; pass at least one row of token ids")
     for prompt_T in prompts:
         _check_prompt(model, prompt_T, max_new_tokens)
@@ -301,10 +303,21 @@ def _check(
         raise ValueError(
             "sampling needs a generator; pass generator=torch.Generator().manual_seed(0), or temperature 0"
         )
+    for each in generators or ():
+        if not isinstance(each, torch.Generator):
+            raise ValueError(f"generator={each!r} is no generator; pass torch.Generator().manual_seed(0)")
     if generators and len(generators) != len(prompts):
         raise ValueError(f"{len(generators)} generators for {len(prompts)} prompts; pass one for each row")
     if model.training and not getattr(model, "frozen_target", False):  # a frozen one stays in evaluation
         raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
+
+
+def _ends(eos: int | Sequence[int] | None) -> frozenset[int]:
+    several: Any = [] if eos is None else [eos] if is_whole(eos, -1) else eos
+    try:
+        return frozenset(map(operator.index, several))
+    except TypeError as error:
+        raise ValueError(f"eos={eos!r} is no token id, nor several of them; pass whole numbers, or None") from error
 
 
 def _deepest(model: DraftingModel, draft: str | Maker, options: Options) -> int:
@@ -325,6 +338,8 @@ def _check_window(model: DraftingModel, rows: int, longest: int, draft: str | Ma
 
 
 def _check_prompt(model: DraftingModel, prompt_T: Tensor, max_new_tokens: int) -> None:
+    if not isinstance(prompt_T, Tensor):
+        raise ValueError(f"the prompt is a {type(prompt_T).__name__}; pass one row of token ids: torch.tensor([1, 2])")
     if prompt_T.dim() != 1 or prompt_T.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"the prompt is a {prompt_T.dtype} tensor of shape {tuple(prompt_T.shape)}; pass one row of token ids, "
@@ -332,8 +347,8 @@ def _check_prompt(model: DraftingModel, prompt_T: Tensor, max_new_tokens: int) -
         )
     if len(prompt_T) == 0:
         raise ValueError("the prompt is empty; pass at least one token, for example the beginning-of-sequence token")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} writes nothing; pass at least 1")
+    if not is_whole(max_new_tokens):
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} writes nothing; pass a whole number, at least 1")
     if len(prompt_T) + max_new_tokens > model.context:
         room = model.context - len(prompt_T)
         advice = f"max_new_tokens of at most {room}" if room > 0 else f"a prompt of fewer than {model.context} tokens"
