@@ -305,6 +305,8 @@ def test_an_adapter_on_the_unembedding_is_the_targets_too() -> None:
     own = peft.get_peft_model(wrap(copy.deepcopy(real(*OWN))), config).eval()
     with pytest.raises(ValueError, match="whose adapter the heads do not see; merge it first"):
         own.generate(**batch(1), **chosen)
+    with own.disable_adapter():
+        assert own.generate(**batch(1), **chosen).tolist() == stock("own", **batch(1), **chosen).tolist()
 
 
 def test_weights_that_drafts_cannot_read_are_refused(tmp_path: Path) -> None:
@@ -335,6 +337,8 @@ def test_learnt_prompts_are_refused(kind: str) -> None:
         tuned.generate(**batch(1), max_new_tokens=4)
     theirs = stock("common", **batch(1), max_new_tokens=4).tolist()
     assert tuned.get_base_model().generate(**batch(1), max_new_tokens=4).tolist() == theirs
+    with tuned.disable_adapter():
+        assert tuned.generate(**batch(1), max_new_tokens=4).tolist() == theirs
 
 
 def test_the_stock_loop_searches_with_beams_as_a_refusal_says() -> None:

@@ -364,7 +364,7 @@ class LanguageModel(nn.Module):
         """
         if self.first_is_tied or self.frozen_target:
             return self.target_logits(hidden)
-        if type(self.unembedding) is not nn.Linear:
+        if type(self.unembedding) is not nn.Linear and not getattr(self.unembedding, "disable_adapters", False):
             raise ValueError(
                 f"the unembedding is a {type(self.unembedding).__name__}, whose adapter the heads do not see; merge "
                 "it first (merge_and_unload of peft)"
