@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from cpdlm.config import Config, ConfigError, resolve
@@ -124,6 +125,19 @@ def test_one_column_for_the_whole_set_and_its_nulls_are_counted(tmp_path: Path) 
     (tmp_path / "lists" / "0.jsonl").write_text(json.dumps({"text": ["one"]}) + "\n")
     with pytest.raises(ConfigError, match=r"cannot tell which column .* there are text \(List.*one of strings"):
         sources.locate(config(tmp_path, tmp_path / "lists"), progress=False)
+
+
+@pytest.mark.parametrize("column", ["text", "body"])
+def test_a_first_file_of_nulls_does_not_say_what_the_others_hold(column: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for shard, texts in enumerate(([None, None], ["told", None], ["again"])):
+        columns = {"row": [*range(len(texts))], column: texts}
+        if column == "text":  # and others begin with nulls as well
+            columns["more"] = [[shard] if shard else None] * len(texts)
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "set" / f"{shard}.parquet")
+    documents = sources.locate(config(tmp_path, tmp_path / "set"), progress=False).read()
+    assert list(documents.texts) == [b"told", b"again"]
+    assert documents.notes == {str(tmp_path / "set"): {"null_rows": 3}}
 
 
 def test_other_files_are_another_text(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,9 +161,16 @@ def _open(stream: Stream) -> tuple[Any, str]:
     try:
         builder = load_dataset_builder(stream.name)
         dataset = builder.as_streaming_dataset(split="train")
+        if _has_nulls_alone(dataset):
+            builder.info.features = None
         return dataset if dataset.features is not None else dataset._resolve_features(), str(builder.hash)
     except Exception as error:  # the hub client raises errors of many libraries
         raise _unreadable(stream, error) from error
+
+
+def _has_nulls_alone(dataset: Any) -> bool:
+    """Whether some column showed nothing else at first. Rows are then read as they are, not cast to that type."""
+    return "null" in str(dataset.features)
 
 
 def _unreadable(stream: Stream, error: Exception) -> ConfigError:
@@ -211,6 +218,8 @@ def _read_shard(stream: Stream, index: int, shard: Any, advance: Callable[[int],
         shard.load_state_dict(note.state)
     total, documents, nulls = note.bytes, note.documents, note.nulls
     column = text_column({name: str(getattr(kind, "dtype", kind)) for name, kind in shard.features.items()}, stream)
+    if _has_nulls_alone(shard):
+        shard.info.features = None
     with (
         open(stream.shards / f"{index}.bin", "ab") as text_file,
         open(stream.shards / f"{index}.lengths", "ab") as length_file,
@@ -304,7 +313,7 @@ def text_column(kinds: dict[str, str], stream: Stream) -> str:
     for column in ("text", "content", "story", "document"):
         if column in possible:
             return column
-    if len(possible) == 1 and kinds[possible[0]] != "null":
+    if len(possible) == 1:
         return possible[0]
     raise ConfigError(
         f"corpus={stream.corpus}: cannot tell which column is the text; there are {there}. "
