@@ -83,16 +83,16 @@ def test_our_sides_against_float64(side: str) -> None:
 
 def test_a_side_that_fails_is_recorded_beside_those_that_do_not() -> None:
     options = loss.parse([*TOY, "--large"])
-    found = loss.in_fresh_process(["bounded", "liger"], options)
+    found = {side: loss.in_fresh_process(side, options) for side in ("bounded", "liger")}
     assert set(found["bounded"]) >= {"seconds", "peak_bytes", "loss", "errors", "products"}
     assert found["liger"].keys() == {"failed"} and "liger" in found["liger"]["failed"]
     options.seconds = 0.01
-    assert "not done" in loss.in_fresh_process(["dense"], options)["dense"]["failed"]
+    assert "not done" in loss.in_fresh_process("dense", options)["failed"]
 
 
 def test_growth_measures_every_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = {"seconds": 1.0, "peak_bytes": 1}
-    monkeypatch.setattr(loss, "in_fresh_process", lambda sides, options, **changes: {"bounded": cell})
+    monkeypatch.setattr(loss, "in_fresh_process", lambda side, options, **changes: cell)
     record = loss.growth(loss.parse([*TOY, "--growth"]))
     for name in loss_sides.DIMENSIONS:
         assert len({found[name] for found in record["cells"]}) >= 2, name

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,8 +24,16 @@ def by_turns(contenders: Iterable[Contender], repeats: int) -> Iterator[Contende
         yield from order if repeat % 2 == 0 else order[::-1]
 
 
-def run(what: str, words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """The output of a Python process. Raises SystemExit, naming `what`, where it fails."""
+class Failed(SystemExit):
+    """A process that failed, and why, in a line."""
+
+    def __init__(self, what: str, why: str, said: str = "") -> None:
+        super().__init__(f"{what}: {why}\n{said[-2000:]}".strip())
+        self.why = why
+
+
+def run(what: str, words: Sequence[str], environment: Mapping[str, str] | None = None, limit: float = LIMIT) -> str:
+    """The last line that a Python process writes. Raises Failed, naming `what`, also after `limit` seconds."""
     try:
         done = subprocess.run(
             [sys.executable, *words],
@@ -32,13 +41,15 @@ def run(what: str, words: Sequence[str], environment: Mapping[str, str] | None =
             capture_output=True,
             text=True,
             check=False,
-            timeout=LIMIT,
+            timeout=limit,
         )
     except subprocess.TimeoutExpired:
-        raise SystemExit(f"{what}: not done in {LIMIT} s") from None
+        raise Failed(what, f"not done in {limit} s") from None
+    if done.returncode < 0:
+        raise Failed(what, f"killed by {signal.Signals(-done.returncode).name}", done.stderr)
     if done.returncode:
-        raise SystemExit(f"{what}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    return str(done.stdout)
+        raise Failed(what, (done.stderr.strip().splitlines() or ["no word"])[-1], done.stderr)
+    return (done.stdout.splitlines() or [""])[-1]
 
 
 def train(what: str, words: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:

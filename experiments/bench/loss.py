@@ -13,10 +13,7 @@ that fails, for want of memory, time or its package, stands in the record with t
 import argparse
 import json
 import math
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +26,7 @@ experiments.check_python()
 
 import torch
 
-from experiments.bench import record
-from experiments.bench.fresh import by_turns
+from experiments.bench import fresh, record
 from experiments.bench.loss_sides import DIMENSIONS, SIDES, Case, errors, make, measure, products_rate, summary
 
 MEMORY_TARGET, TIME_TARGET = 1 / 8, 1.1
@@ -41,14 +37,6 @@ LARGE = SMALL | {"positions": 4096, "vocab": 128256, "width": 4096, "dtype": "bf
 GROWTH_CPU = SMALL | {"positions": 256, "vocab": 131072, "width": 64}
 CHUNKS_MIB = (128, 1024)  # measured beside it
 QUICK = "--positions 6 --vocab 40 --width 8 --rank 2 --horizon 3 --repeats 1"
-
-
-def report(options: argparse.Namespace) -> None:
-    """What a process measures of its sides: a line of JSON each, so that one that breaks takes no other with it."""
-    device = record.device(options)
-    for side in options.sides:
-        found = _or_why_not(side_of, side, options, device, getattr(torch, options.dtype))
-        print(json.dumps({"side": side, **found}), flush=True)
 
 
 def _or_why_not(measurement: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -73,26 +61,18 @@ def side_of(side: str, options: argparse.Namespace, device: torch.device, dtype:
     return found
 
 
-def in_fresh_process(sides: Sequence[str], options: argparse.Namespace, **changes: Any) -> dict[str, dict[str, Any]]:
-    """What `report` finds there of each side, or {"failed": why}."""
+def in_fresh_process(side: str, options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+    """What `side_of` finds there, or {"failed": why}: one that breaks takes no other with it."""
     settings = record.chosen(options, (*SMALL, "repeats", *(["threads"] if options.threads else []))) | changes
     words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += [f"--{name}" for name in ("cpu", "large") if getattr(options, name)]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        try:
-            code = subprocess.run(
-                [sys.executable, __file__, *words, "--sides", *sides], stdout=out, stderr=err, timeout=options.seconds
-            ).returncode
-            why = f"killed by {signal.Signals(-code).name}" if code < 0 else ""
-        except subprocess.TimeoutExpired:
-            why = f"not done in {options.seconds} s"
-        out.seek(0), err.seek(0)
-        lines = [json.loads(line) for line in out.read().splitlines() if line.startswith('{"side"')]
-        reached = {line.pop("side"): line for line in lines}
-        found = {side: reached.get(side) or {"failed": why or _reason(err.read())} for side in sides}
+    try:
+        line = fresh.run(side, [__file__, *words, "--side", side], limit=options.seconds)
+        found: dict[str, Any] = json.loads(line)
+    except fresh.Failed as error:
+        found = {"failed": _reason(error.why)}
     at = " ".join(f"{name}={value}" for name, value in changes.items())
-    for side, each in found.items():
-        record.say(f"{side:<28} {at:<16} {each.get('failed') or _measured(each)}")
+    record.say(f"{side:<28} {at:<16} {found.get('failed') or _measured(found)}")
     return found
 
 
@@ -102,14 +82,14 @@ def _measured(found: dict[str, Any]) -> str:
 
 
 def _reason(text: str) -> str:
-    return "out of memory" if "OutOfMemoryError" in text else (text.strip().splitlines() or ["no word"])[-1][:300]
+    return "out of memory" if "OutOfMemoryError" in text else text.strip()[:300]
 
 
 def against_dense(options: argparse.Namespace) -> dict[str, Any]:
     """Repeats in fresh processes, by turns."""
     runs: dict[str, list[dict[str, Any]]] = {"bounded": [], "dense": []}
-    for side in by_turns(runs, options.repeats):
-        found = in_fresh_process([side], options, repeats=1)[side]
+    for side in fresh.by_turns(runs, options.repeats):
+        found = in_fresh_process(side, options, repeats=1)
         if "failed" in found:
             raise SystemExit(f"the {side} side failed: {found['failed']}")
         runs[side] += found["repeats"]
@@ -124,17 +104,14 @@ def against_dense(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def against_rivals(options: argparse.Namespace) -> dict[str, Any]:
-    """Every side once; the dense loss also at the positions that fit. On a GPU a package's sides share a process."""
-    packages: tuple[Sequence[str], ...] = (SIDES[:3], SIDES[3:5], SIDES[5:])
-    if options.on == "cpu":
-        packages = tuple([side] for side in SIDES)
-    sides = {side: found for package in packages for side, found in in_fresh_process(package, options).items()}
+    """Every side once; the dense loss also at the positions that fit."""
+    sides = {side: in_fresh_process(side, options) for side in SIDES}
     few = max(1, options.positions // 32)
     products = 6 * options.positions * options.horizon * options.rank * options.vocab * options.width
     found = sides["bounded"]
     large: dict[str, Any] = {
         "sides": sides,
-        "dense_at_few_positions": {"positions": few} | in_fresh_process(["dense"], options, positions=few)["dense"],
+        "dense_at_few_positions": {"positions": few} | in_fresh_process("dense", options, positions=few),
         "products_flops": products,
     }
     if "failed" not in found:
@@ -149,15 +126,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
     cells = [base] + [
         base | {name: base[name] // share} for name in DIMENSIONS for share in (2, 4) if base[name] // share
     ]
-    if options.on == "cpu":  # freed memory stays a process's, so each has its own
-        return _grown([in_fresh_process(["bounded"], options, **cell)["bounded"] for cell in cells], cells)
-    dtype = getattr(torch, options.dtype)
-    loss = make("bounded", options.chunk_mib)
-    return _grown([measure(loss, Case(cell, dtype, torch.device("cuda")), options.repeats) for cell in cells], cells)
-
-
-def _grown(found: list[dict[str, Any]], cells: list[dict[str, int]]) -> dict[str, Any]:
-    return {"cells": [{**cell, **each} for cell, each in zip(cells, found, strict=True)]}
+    return {"cells": [cell | in_fresh_process("bounded", options, **cell) for cell in cells]}
 
 
 def _judged(measured: float, target: float) -> dict[str, Any]:
@@ -179,7 +148,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--chunk-mib", type=int, help="bound on the logits alive at once (loss.chunk_mib)")
     add("--repeats", type=int, default=3)
     add("--seconds", type=int, default=600, help="what a process may take before it counts as failed")
-    add("--sides", choices=SIDES, nargs="+", help=argparse.SUPPRESS)
+    add("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = record.parse(parser, arguments, QUICK)
     options.on = "cpu" if record.device(options).type == "cpu" else "gpu"
     defaults = LARGE if options.large else SMALL
@@ -193,8 +162,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    if options.sides:
-        report(options)
+    if options.side:
+        device, dtype = record.device(options), getattr(torch, options.dtype)
+        print(json.dumps(_or_why_not(side_of, options.side, options, device, dtype)))
         return 0
     name, what, compare = ("", "head=shared, float32", against_dense)
     if options.large:

@@ -85,7 +85,7 @@ def timed(options: argparse.Namespace) -> list[dict[str, Any]]:
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {each: [] for each in contenders}
     for size, recipe in fresh.by_turns(contenders, options.repeats):
         words = ["--sizes", size, "--recipes", recipe, "--vocab", str(options.vocab), "--steps", str(options.steps)]
-        found = json.loads(fresh.run(f"{size}, {recipe}", [__file__, "time", "--one", *words]).splitlines()[-1])
+        found = json.loads(fresh.run(f"{size}, {recipe}", [__file__, "time", "--one", *words]))
         runs[size, recipe].append(found)
         peak, planned = (found[key] / 2**20 for key in ("peak_bytes", "planned_bytes"))
         record.say(f"{size:<6} {recipe:<24} {found['step_ms']:9.0f} ms {peak:7.0f} MiB, planned {planned:7.0f}")
