@@ -37,17 +37,18 @@ PURE = ("omegaconf", "antlr4-python3-runtime", "gguf")  # carried where they are
 MINUTES, TOTAL_MINUTES = 9.0, 25.0
 SPARE = 20.0  # seconds of a call kept for what a step does after it is told to stop
 POSITIONS, SEEDS, RANKS = 50_000_000, 3, (1, 4, 8)
+TASKS = "--tasks humaneval,chat --methods generate,lookup,chain,lookup+chain --prompts 24"
 LLAMA = (
     "--size 8b --vocab 128256 --ranks 1 8 --horizons 4 --dtypes bfloat16 --map-rank 0 --draft-vocabulary 0 --batches"
 )
+SMALL = "--ranks 1 8 --horizons 4 --repeats 3"
 
 
 @dataclass(frozen=True)
 class Place:
-    """work: what is kept between calls. tiny: sizes of seconds."""
+    """work: what is kept between calls."""
 
     work: Path
-    tiny: bool = False
 
     @property
     def records(self) -> Path:
@@ -75,19 +76,19 @@ class OutOfTime(Exception):
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def steps(seeds: int = SEEDS) -> list[Step]:
+def steps() -> list[Step]:
     """In the order of their value; together at most 25 minutes."""
     heads = [f"smollm2-{name}" for name in _drafts()]
     counted = [Step(1, f"tasks-{name}", 0.6, ("tokens", "model"), _tasks(name)) for name in heads]
     trained = [Step(1, name, 2.4, ("tokens", "model"), _smollm2(name)) for name in heads]
-    ranks = [(rank, seed) for seed in range(seeds) for rank in RANKS]
+    ranks = [(rank, seed) for seed in range(SEEDS) for rank in RANKS]
     return [
         *(step for pair in zip(trained, counted, strict=True) for step in pair),
         Step(2, "trunk-56m", 3.0, ("tokens",), _cell("trunk", 0, 0)),
         *(Step(2, f"56m-r{rank}-s{seed}", 0.7, ("tokens",), _cell("heads", rank, seed)) for rank, seed in ranks),
-        *(Step(2, f"56m-decode-s{seed}", 0.4, ("tokens",), _decode(seed)) for seed in range(seeds)),
+        *(Step(2, f"56m-decode-s{seed}", 0.4, ("tokens",), _decode(seed)) for seed in range(SEEDS)),
         Step(3, "llama-8b", 1.5, (), _speed("decode_speed_llama8b", LLAMA)),
-        Step(4, "speed", 1.0, (), _speed("decode_speed_gpu", "--ranks 1 8 --horizons 4 --repeats 3")),
+        Step(4, "speed", 1.0, (), _speed("decode_speed_gpu", SMALL)),
     ]
 
 
@@ -119,19 +120,15 @@ def _smollm2_words(place: Place, name: str) -> dict[str, Any]:
     words |= {"model.dtype": "bfloat16", "data.states": 0, "data.batch_rows": rows, "evaluate.rows": 128}
     words |= {"optim.steps": -(-POSITIONS // (rows * context)), "data.release": 1} | _drafts()[name.partition("-")[2]]
     words |= {"train.validate_every": 1000, "train.checkpoint_every": 500}
-    return _shrunk(place, words | {"name": name}, pretrained=True)
+    return _placed(place, words | {"name": name})
 
 
 def _tasks(name: str) -> Callable[[Place], None]:
     def run(place: Place) -> None:
         from experiments.bench import tasks
 
-        asked = ["--tasks", "humaneval,chat", "--methods", "generate,lookup,chain,lookup+chain", "--prompts", "24"]
-        if place.tiny:
-            (place.work / "few.jsonl").write_text('{"prompt": "def f(x):"}\n{"prompt": "def g(y):"}\n')
-            asked = ["--tasks", str(place.work / "few.jsonl"), "--methods", "generate,chain", "--prompts", "2"]
-            asked += ["--new-tokens", "4", "--repeats", "1", "--warmups", "0"]
-        tasks.main([str(place.work / "runs" / name), *asked, "--name", f"gpu_{name}", "--output", str(place.records)])
+        words = [*TASKS.split(), "--name", f"gpu_{name}", "--output", str(place.records)]
+        tasks.main([str(place.work / "runs" / name), *words])
 
     return run
 
@@ -145,9 +142,9 @@ def _words_56m(place: Place, kind: str, rank: int, seed: int) -> dict[str, Any]:
     rows = {"corpus": "code", "data.context": 1024, "data.batch_rows": 32, "data.release": 1}
     decoding = {"decode.prompts": 16, "decode.prompt_tokens": 896, "decode.new_tokens": 128, "decode.repeats": 3}
     if kind == "trunk":
-        return _shrunk(place, {"preset": "gpu-trunk,trunk"} | rows | decoding | {"name": "trunk-56m"})
+        return _placed(place, {"preset": "gpu-trunk,trunk"} | rows | decoding | {"name": "trunk-56m"})
     words = {"preset": "gpu-heads", "rank": rank, "seed": seed, "name": f"56m-r{rank}-s{seed}"}
-    return _shrunk(place, words | rows | decoding | {"model.trunk": str(place.work / "runs" / "trunk-56m")})
+    return _placed(place, words | rows | decoding | {"model.trunk": str(place.work / "runs" / "trunk-56m")})
 
 
 def _decode(seed: int) -> Callable[[Place], None]:
@@ -169,9 +166,7 @@ def _speed(name: str, words: str) -> Callable[[Place], None]:
     def run(place: Place) -> None:
         from experiments.bench import speed
 
-        few = "--quick --dtypes float32 --ranks 1 --batch-ranks 1 --batches --repeats 1 --warmups 0 --new-tokens 4"
-        sizes = (few if place.tiny else words).split()
-        speed.main([*sizes, "--name", name, "--output", str(place.records)])
+        speed.main([*words.split(), "--name", name, "--output", str(place.records)])
 
     return run
 
@@ -196,27 +191,9 @@ def _command(config: Any) -> str:
     return f"python experiments/gpu_run.py ({config.run_name})"
 
 
-def _shrunk(place: Place, words: dict[str, Any], pretrained: bool = False) -> dict[str, Any]:
+def _placed(place: Place, words: dict[str, Any]) -> dict[str, Any]:
     words |= {"output": str(place.work / "runs"), "tracking.mlflow": False}
-    words |= {"data.bundle": str(place.work / "tokens")} if (place.work / "tokens").is_dir() else {}
-    if not place.tiny:
-        return words
-    tiny = {"size": "micro", "data.tokenizer": "bytes", "data.context": 64, "data.batch_rows": 2, "optim.steps": 2}
-    tiny |= {"optim.warmup": 1, "train.precision": "32-true", "train.validate_every": 2, "train.validation_rows": 2}
-    tiny |= {"evaluate.rows": 2, "decode.prompts": 1, "decode.prompt_tokens": 8, "decode.new_tokens": 4}
-    tiny |= {
-        "decode.repeats": 1,
-        "decode.warmups": 0,
-        "train.decode_prompts": 0,
-        "data.release": 0,
-        "corpus": str(place.work / "texts"),
-    }
-    if pretrained:
-        tiny |= {"data.tokenizer": "model", "model.trunk": str(place.work / "model"), "model.dtype": "float32"}
-        tiny |= {"loss.draft_vocabulary": 100, "decode.draft_vocabulary": 100, "loss.normaliser_tokens": 50}
-        tiny |= {"loss.target_top": 8}
-        del tiny["size"]
-    return words | tiny
+    return words | ({"data.bundle": str(place.work / "tokens")} if (place.work / "tokens").is_dir() else {})
 
 
 # --- one call --------------------------------------------------------------------------------------------------------
@@ -228,13 +205,13 @@ def call(place: Place, minutes: float, there: set[str]) -> list[str]:
     there: items of the pack that are complete. A step that fails is reported, and the next one runs.
     """
     end, tried = time.monotonic() + 60 * minutes - SPARE, _tried(place)
-    left = [step for step in steps(1 if place.tiny else SEEDS) if not place.done(step).is_file()]
+    left = [step for step in steps() if not place.done(step).is_file()]
     for step in sorted(left, key=lambda step: tried.get(step.name, 0)):
         missing = set(step.needs) - there
-        seconds = min(60 * step.minutes, end - time.monotonic()) if not place.tiny else 600.0
-        if missing and not place.tiny:
+        seconds = min(60 * step.minutes, end - time.monotonic())
+        if missing:
             _say(f"{step.name}: waits for {', '.join(sorted(missing))}")
-        elif seconds < 20 and not place.tiny:
+        elif seconds < 20:
             _say(f"{step.name}: no time left in this call")
         else:
             tried[step.name] = tried.get(step.name, 0) + 1
@@ -350,7 +327,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--unpack", type=Path, metavar="DIR", help="chunks that were carried here")
     parser.add_argument("--home", type=Path, metavar="DIR", help="where chunks of records and weights are left")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of this call (default: {MINUTES:g})")
-    parser.add_argument("--tiny", action="store_true", help="every step at no size, on WORK/texts and WORK/model")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu", help="what is kept between calls")
     options = parser.parse_args(arguments)
     if options.plan:
@@ -362,7 +338,7 @@ def main(arguments: Sequence[str]) -> int:
         for chunk in pack(options.pack, default_cache()):
             print(f"{chunk.stat().st_size / 2**20:6.1f} MiB  {chunk}")
         return 0
-    place = Place(options.work, options.tiny)
+    place = Place(options.work)
     there = unpack(options.unpack or place.work / "none", ROOT, place.work / "chunks")
     sys.path.append(str(ROOT / "runs" / "gpu" / "site"))
     left = call(place, options.minutes, there)

@@ -1,7 +1,9 @@
 """The GPU's 25 minutes, without a GPU: the plan adds up, every setting is one, and every step runs, tiny."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from cpdlm.config import resolve
 from cpdlm.model.build import build_language_model
 from experiments import chunks, gpu_run, records
 from experiments.gpu_run import Place, Step, steps
-from tests.tiny import code_folder, small_pretrained
+from tests.tiny import TINY, code_folder, small_pretrained
 
 
 def test_the_plan_fits_and_every_setting_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,14 +40,41 @@ def test_the_shape_of_llama_8b_has_its_parameters() -> None:
     assert sum(each.numel() for each in model.parameters()) == pytest.approx(8.03e9, rel=0.001)
 
 
-def test_every_step_runs_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    work, home = tmp_path / "work", tmp_path / "home"
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine that needs nothing of the pack, on which every step takes seconds; the folder of what is kept."""
+    work, placed = tmp_path / "work", gpu_run._placed
     (work / "texts").mkdir(parents=True)
     small_pretrained(work / "model", sorted(code_folder(work / "texts").glob("*.py")))
-    words = ["--tiny", "--work", str(work), "--home", str(home)]
+    (work / "few.jsonl").write_text('{"prompt": "def f(x):"}\n{"prompt": "def g(y):"}\n')
+    few = {"train.decode_prompts": 0, "data.release": 0, "corpus": str(work / "texts")}
+    heads = {"model.trunk": str(work / "model"), "model.dtype": "float32", "data.tokenizer": "model"}
+    heads |= {"loss.draft_vocabulary": 100, "decode.draft_vocabulary": 100, "loss.normaliser_tokens": 50}
+
+    def tiny(place: Place, words: dict[str, Any]) -> dict[str, Any]:
+        small = placed(place, words) | TINY | few
+        if "model.family" not in words:
+            return small
+        return {key: value for key, value in (small | heads | {"loss.target_top": 8}).items() if key != "size"}
+
+    monkeypatch.setattr(gpu_run, "_placed", tiny)
+    monkeypatch.setattr(gpu_run, "SEEDS", 1)
+    sizes = "--prompts 2 --new-tokens 4 --repeats 1 --warmups 0"
+    monkeypatch.setattr(gpu_run, "TASKS", f"--tasks {work / 'few.jsonl'} --methods generate,chain {sizes}")
+    speeds = "--quick --dtypes float32 --ranks 1 --batch-ranks 1 --batches --repeats 1 --warmups 0 --new-tokens 4"
+    for name in ("LLAMA", "SMALL"):
+        monkeypatch.setattr(gpu_run, name, speeds)
+    every = [replace(step, minutes=10.0, needs=()) for step in steps()]
+    monkeypatch.setattr(gpu_run, "steps", lambda: every)
+    return work
+
+
+def test_every_step_runs_and_is_not_run_twice(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = tmp_path / "home"
+    words = ["--minutes", "60", "--work", str(work), "--home", str(home)]
     assert gpu_run.main(words) == 0, capsys.readouterr().err
     done = {path.stem for path in (work / "done").iterdir()}
-    assert done == {step.name for step in steps(1)}
+    assert done == {step.name for step in gpu_run.steps()}
     assert records.load(work / "records" / "56m-r8-s0.json").mode("sampling") is not None
     assert len(list((work / "records").glob("tasks_gpu_*.json"))) == 4
     capsys.readouterr()
@@ -67,7 +96,7 @@ def test_a_step_that_fails_or_lacks_its_pack_costs_no_other_its_turn(
         Step(1, "b", 1.0, (), fails),
         Step(2, "c", 1.0, (), lambda place: None),
     ]
-    monkeypatch.setattr(gpu_run, "steps", lambda seeds: made)
+    monkeypatch.setattr(gpu_run, "steps", lambda: made)
     assert gpu_run.call(Place(tmp_path), 9.0, set()) == ["a", "b"]
     said = capsys.readouterr().err
     assert "a: waits for model" in said and "b: failed" in said and "c: done" in said
