@@ -180,9 +180,6 @@ def test_the_table_of_pretrained_models_tells_every_dial_apart(tmp_path: Path) -
     assert shown >= {("blend", "tied"), ("eq14, alpha 0.5", "tied"), ("eq14, the model's own text (greedy)", "tied")}
 
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
 def test_figures_hold_no_date_version_or_path(drawn: tuple[Path, Report]) -> None:
     folder, _ = drawn
     for path in [*folder.glob("*.pdf"), *folder.glob("*.png")]:

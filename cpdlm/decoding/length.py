@@ -90,13 +90,13 @@ class Costs:
             make_drafter("chain", sampling, noise).draft(joint, model.horizon - 1)
 
         def fastest(call: Callable[[int], None], size: int) -> float:
-            return 1000 * min(_seconds(lambda: call(size), device) for _ in range(4))
+            return 1000 * min(seconds_of(lambda: call(size), device) for _ in range(4))
 
         drafts = {each: fastest(draft, each) for each in rows} if model.horizon > 1 else {1: 1e-3}
         return cls({size: fastest(forward, size) for size in sizes}, drafts)
 
 
-def _seconds(call: Callable[[], None], device: torch.device) -> float:
+def seconds_of(call: Callable[[], None], device: torch.device) -> float:
     began = time.perf_counter()
     call()
     if device.type == "cuda":

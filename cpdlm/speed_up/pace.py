@@ -4,7 +4,6 @@ seconds, before anything is trained, so that a plan can say what it will take.
 Letters: B rows, T positions.
 """
 
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from cpdlm.config import Config
 from cpdlm.data.batches import Rows, Share, TrainingRows
 from cpdlm.data.stored import TokenSplit
 from cpdlm.decoding import Costs, Sampling, decode_batch, prepare
+from cpdlm.decoding.length import seconds_of
 from cpdlm.model.build import build_language_model
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.training.fit import peak_memory_bytes
@@ -112,16 +112,8 @@ def _writing(config: Config, model: LanguageModel, device: torch.device) -> floa
     def write() -> None:
         decode_batch(model, [prompt_T] * WRITTEN_ROWS, WRITTEN_TOKENS, Sampling(), generators, draft="none")
 
-    return _seconds(write, device) / (WRITTEN_ROWS * WRITTEN_TOKENS)
+    return seconds_of(write, device) / (WRITTEN_ROWS * WRITTEN_TOKENS)
 
 
 def _fastest(work: Callable[[], None], device: torch.device) -> float:
-    return min(_seconds(work, device) for _ in range(2))
-
-
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return min(seconds_of(work, device) for _ in range(2))

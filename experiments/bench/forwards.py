@@ -34,6 +34,7 @@ from cpdlm.decoding.products import GROUP, Int4, Int8, Product
 from cpdlm.hf.load import load
 from cpdlm.model.language_model import LanguageModel
 from experiments.bench import record
+from experiments.report.speed import forwards_table
 
 QUICK = "--tokens 1 4 --behind 16 --prompt 32 --turns 2 --ways plain int8"
 SETTINGS = ("model", "ways", "tokens", "behind", "prompt", "turns")
@@ -131,17 +132,6 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any], tokens: Sequence[int]) -> str:
-    lines = [f"| weights | {' | '.join(map(str, tokens))} | of it maps | memory's bound | prompt |"]
-    lines.append("|---" * (len(tokens) + 4) + "|")
-    for word, prompt in found["prompt_ms"].items():
-        rows = [row for row in found["rows"] if row["weights"] == word]
-        share = sum(row["products_ms"] for row in rows) / sum(row["ms"] for row in rows)
-        cells = [f"{row['ms']:.1f}" for row in rows]
-        lines.append(f"| {word} | {' | '.join(cells)} | {share:.0%} | {rows[0]['read_ms']:.1f} | {prompt:.0f} |")
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str]) -> int:
     parser = record.parser(__doc__)
     add = parser.add_argument
@@ -153,8 +143,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--turns", type=int, default=15, help="of all ways")
     options = record.parse(parser, arguments, QUICK)
     options.cpu = True
-    found = record.run("forwards", arguments, options, SETTINGS, measured)
-    print(table(found, options.tokens))
+    print(forwards_table(record.run("forwards", arguments, options, SETTINGS, measured)).markdown())
     return 0
 
 

@@ -29,6 +29,7 @@ from cpdlm.files import default_cache
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import load_pretrained
 from experiments.bench import record
+from experiments.report.decoding import near_ties_table
 
 GREEDY = Sampling(temperature=0)
 DRAFTS = {"our loop without drafts": "none", "prompt lookup": "lookup"}
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = record.parse(parser, arguments, "--prompts 2 --new-tokens 8")
     names = ("model", "prompts", "new_tokens", "task", "dtypes")
-    print(*record.run("near_ties", arguments, options, names, measured)["entries"], sep="\n")
+    print(near_ties_table(record.run("near_ties", arguments, options, names, measured)).markdown())
     return 0
 
 
