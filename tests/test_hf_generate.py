@@ -237,7 +237,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "positions": ({"position_ids": torch.tensor([[0, 1]])}, "position_ids is not for this loop"),
     "healing": ({"token_healing": True}, "token_healing=True is not for this loop"),
     "stop strings": ({"stop_strings": "x"}, "stop_strings need the tokenizer"),
-    "length": ({"max_new_tokens": 63}, "exceed the model's context of 64; pass max_new_tokens of at most 62"),
     "draft": ({"draft": "guess"}, "draft='guess' is not one of none, chain"),
     "temperature": ({"do_sample": True, "temperature": 0.0}, "temperature"),
     "empty": ({"inputs": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty; pass at least one token"),
@@ -275,11 +274,13 @@ def test_foreign_processors_that_forbid_every_token_do_not_write_token_0() -> No
         wrapped("common").generate(torch.tensor([[1, 2]]), logits_processor=[foreign], max_new_tokens=9)
 
 
-def test_a_length_that_no_call_asks_for_ends_at_the_context() -> None:
-    """As pipeline(...) without options, whose default is 256 new tokens."""
-    longer = GenerationConfig(max_new_tokens=256)
+@pytest.mark.parametrize(
+    "longer", [{"generation_config": GenerationConfig(max_new_tokens=256)}, {"max_new_tokens": 256}]
+)
+def test_a_text_ends_at_the_context(longer: dict[str, Any]) -> None:
+    """pipeline(...) without options asks for 256 new tokens, in the one way or the other."""
     with pytest.warns(UserWarning, match="the text ends at the model's context of 64 tokens"):
-        done = wrapped("common").generate(torch.tensor([[1, 2]]), longer)
+        done = wrapped("common").generate(torch.tensor([[1, 2]]), **longer)
     assert done.shape[1] == 64 and done.tolist() == stock("common", torch.tensor([[1, 2]]), max_length=64).tolist()
 
 

@@ -116,10 +116,7 @@ class SpeculativeGenerationMixin(GenerationMixin):
                 if stop_strings:
                     stopping_criteria = _with_stop_strings(stopping_criteria, stop_strings, tokenizer)
                     kwargs["stop_strings"] = None
-                exact = any(kwargs.get(name) is not None for name in ("max_new_tokens", "max_length"))
-                kwargs["custom_generate"] = partial(
-                    _loop, streamer=streamer, drafting=(draft, nodes, costs), exact=exact
-                )
+                kwargs["custom_generate"] = partial(_loop, streamer=streamer, drafting=(draft, nodes, costs))
         done: Tensor | GenerateDecoderOnlyOutput = stock.generate(
             inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
         )
@@ -142,7 +139,6 @@ class _Call:
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
     options: GenerationConfig
-    exact: bool
 
     def prompts(self) -> list[Tensor]:
         """(T,) each, without padding. ValueError for one that is empty or padded on the right."""
@@ -159,9 +155,9 @@ class _Call:
         return [int(token) for each in self.criteria if type(each) is EosTokenCriteria for token in each.eos_token_id]
 
     def new_tokens(self, context: int) -> int:
-        """How many are asked for, or where a default says it (not exact) at most as many as there is room for."""
+        """How many are asked for, or as many as there is room for: the 256 of pipeline(...) may be nobody's wish."""
         longest = min(each.max_length for each in self.criteria if type(each) is MaxLengthCriteria)
-        if longest > context > self.text_BT.shape[1] and not self.exact:
+        if longest > context > self.text_BT.shape[1]:
             warnings.warn(f"the text ends at the model's context of {context} tokens", stacklevel=2)
             longest = context
         return int(longest) - self.text_BT.shape[1]
@@ -202,13 +198,12 @@ def _loop(
     *,
     streamer: Any,
     drafting: tuple[str | None, int | None, Costs | None],
-    exact: bool,
     **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """What stock `generate` calls in place of a loop of its own, with these names. drafting: draft, nodes, costs."""
     mask_BT = prepared.get("attention_mask")  # absent where nothing is padding
     ids_BT = input_ids if model.device.type == "meta" else input_ids.to(model.device)  # meta: offloaded
-    call = _Call(ids_BT, mask_BT, logits_processor, stopping_criteria, generation_config, exact)
+    call = _Call(ids_BT, mask_BT, logits_processor, stopping_criteria, generation_config)
     sequences_BT = _speculate(model, call, streamer, drafting).to(input_ids.device)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences_BT)  # type: ignore[arg-type]
