@@ -310,6 +310,19 @@ def test_an_adapter_on_the_unembedding_is_the_targets_too() -> None:
         assert own.generate(**batch(1), **chosen).tolist() == stock("own", **batch(1), **chosen).tolist()
 
 
+def test_embeddings_that_an_adapter_trains_are_the_targets() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2, 3, 5])
+    adapted = peft.get_peft_model(wrap(copy.deepcopy(real(*COMMON))), config).eval()
+    torch.manual_seed(4)
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(parameter)
+    ours = adapted.generate(**batch(2), max_new_tokens=24, pad_token_id=0)
+    assert ours.tolist() != stock("common", **batch(2), max_new_tokens=24, pad_token_id=0).tolist()
+    theirs = GenerationMixin.generate(adapted.get_base_model(), **batch(2), max_new_tokens=24, pad_token_id=0)
+    assert ours.tolist() == theirs.tolist()
+
+
 def test_weights_that_drafts_cannot_read_are_refused(tmp_path: Path) -> None:
     """The trunk's modules are called, wherever their weights are; those of unembedding and heads are read."""
     wrap(copy.deepcopy(real(*COMMON))).save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ Letters: B batch, T position, S of them a window behind a cache, H attention hea
 import copy
 from dataclasses import fields
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,8 @@ class Trunk(nn.Module):
 
     @property
     def embedding(self) -> nn.Parameter:
-        """Input embeddings (V, D)."""
-        weight = self.body.get_input_embeddings().weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        """Input embeddings (V, D); a tensor made of several where an adapter trains some of them."""
+        return cast(nn.Parameter, self.body.get_input_embeddings().weight)
 
     @property
     def config(self) -> Any:
