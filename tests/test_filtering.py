@@ -80,6 +80,7 @@ def test_a_broken_row_stays_broken(setting: Sampling, value: float) -> None:
         ({"temperature": -0.1}, "temperature=-0.1 must be a finite number of at least 0"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"temperature": math.inf}, "temperature=inf"),
+        ({"temperature": 10**400}, "temperature=1000"),
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_p": math.nan}, "top_p=nan"),

@@ -8,6 +8,7 @@ Letters: V vocabulary; `...` any batch dimensions.
 
 import math
 import operator
+import sys
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -39,7 +40,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperature, Real) or not 0 <= self.temperature < math.inf:
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature <= sys.float_info.max:
             raise ValueError(
                 f"temperature={self.temperature!r} must be a finite number of at least 0; type 0 for greedy, 1 for the "
                 "model's own distribution"
