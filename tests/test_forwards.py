@@ -103,7 +103,9 @@ def test_narrow_precision_is_captured_too(draft: str, device: str) -> None:
 
 
 @cache
-def real(device: str, family: str = "llama", size: int = 0, dtype: torch.dtype = torch.float64) -> LanguageModel:
+def real(
+    device: str, family: str = "llama", size: int = 0, dtype: torch.dtype = torch.float64, link: str = "first"
+) -> LanguageModel:
     torch.manual_seed(0)
     base: dict[str, Any] = {
         "size": "micro",
@@ -113,7 +115,7 @@ def real(device: str, family: str = "llama", size: int = 0, dtype: torch.dtype =
         "decode.new_tokens": 32,
     }
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), 61)
-    heads = base | {"rank": 3, "horizon": 4, "model.trunk": "random", "link": "first"}
+    heads = base | {"rank": 3, "horizon": 4, "model.trunk": "random", "link": link}
     model = build_language_model(resolve(heads), 61, trunk).to(device, dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():

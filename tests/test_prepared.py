@@ -144,6 +144,24 @@ def test_drafted_and_autoregressive_texts_are_the_same(weights: str, family: str
     assert [each.tokens for each in texts(copy.deepcopy(model), GREEDY, "chain", captures=True)] == alone
 
 
+@pytest.mark.parametrize(("vnni", "near"), [(False, 1e-5), (True, 0.02)])
+def test_heads_draft_as_they_would_from_plain_weights(vnni: bool, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if vnni and not torch.cpu._is_vnni_supported():
+        pytest.skip("this processor has no VNNI instructions")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    plain = real("cpu", size=12, dtype=torch.float32, link="all")
+    model = copy.deepcopy(plain)
+    prepare(model, "packed")
+    assert model.anchor is not None and isinstance(model.draft_product, type(model.anchor.into))
+    assert isinstance(model.draft_product, Int8) == vnni
+    hidden_BD, pending_B = torch.randn(3, model.trunk.width), torch.tensor([0, 7, 9])
+    tokens_BN = torch.tensor([[0, 3, 11], [5, 5, 1], [2, 0, 8]])
+    ours, right = (each.draft_joint(hidden_BD, pending_B).conditionals(tokens_BN) for each in (model, plain))
+    assert (ours - right).abs().max() < near
+    model.use_draft_vocabulary([4, 9])
+    assert model.draft_joint(hidden_BD, pending_B).vocab_size == 2
+
+
 class Missing(Joined):
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         if weight_OI.shape[0] != self.only:

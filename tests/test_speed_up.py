@@ -159,6 +159,7 @@ def test_a_plan_picks_what_pays() -> None:
         (["--minutes", "0"], "--minutes 0 leaves no time to train; give at least 1"),
         (["--minutes", "nan"], "leaves no time to train"),
         (["--corpus", "code", "--chat", "chat.jsonl"], "--corpus and --chat are two texts"),
+        (["--corpus", "nowhere", "--dry-run"], "corpus='nowhere' is neither code"),
         (["--chat", "none.jsonl"], "none.jsonl: there is no such file"),
         (["--chat", "chat.jsonl"], "line 2 of chat.jsonl is no conversation .*skip_broken=true leaves out"),
         (["--chat", "chat.jsonl", "--skip-broken"], "model=code brings code of its own"),
@@ -186,6 +187,8 @@ def test_an_adapter_is_no_model(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["speed-up", "lora"]) == 2
     assert re.search(r"lora is an adapter .*merge_and_unload", capsys.readouterr().err)
+    assert cli.main(["generate", "--model", "lora", "--prompt", "a"]) == 2
+    assert re.search(r"lora is an adapter .*PeftModel", capsys.readouterr().err)
 
 
 def test_what_a_broken_line_leaves_is_used(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def prepare(model: LanguageModel, weights: str = "auto") -> Prepared:
         told = [] if weights in ("auto", "packed") else [_stays(weights, maker.lacking or "no map could be replaced")]
         return Prepared(sentences=told)
     _unembedding(model, maker)
+    _heads(model, maker.kind)
     if maker.plain == maker.made:
         return Prepared(few_operations=done.few_operations, sentences=[_stays(weights, maker.lacking)])
     if maker.plain:
@@ -205,6 +206,16 @@ def _unembedding(model: LanguageModel, maker: _Makers) -> None:
     new = maker(old.weight, old.bias)
     new.weight = old.weight
     model.unembedding = new  # type: ignore[assignment]
+
+
+def _heads(model: LanguageModel, kind: type[Product]) -> None:
+    """What drafts are made with, in 8 bits where that is fastest: a draft is accepted by the distribution it came from,
+    whatever that is."""
+    maker = _Makers(Int8 if kind in ROUNDED.values() or torch.cpu._is_vnni_supported() else kind)
+    for part in filter(None, (model.anchor, model.heads and model.heads.link)):
+        _replaced(part, maker)
+    if model._draft_table_VD is not None:
+        model.draft_product = maker(model._draft_table_VD, None)
 
 
 # --- the measurement --------------------------------------------------------------------------------------------------

@@ -84,6 +84,11 @@ def open_source(source: Path, draft_vocabulary: bool = True, widen: bool = False
         return _of_run(source, config, run_tokenizer(source), lambda: _finished(source, draft_vocabulary))
     if (source / "config.json").is_file():
         return _exported(source, draft_vocabulary)
+    if (source / "adapter_config.json").is_file():
+        raise RunError(
+            f"{source} is an adapter of another model, not a model; give that model, or put the adapter on it in "
+            "Python: peft.PeftModel.from_pretrained(MODEL, ADAPTER)"
+        )
     if source.suffix == ".gguf" and source.is_file():
         raise RunError(f"{source} is a model without heads; make a folder that has them: cpdlm speed-up {source}")
     absent = "" if source.exists() else "there is no such folder; for heads on a model of that name: cpdlm speed-up "

@@ -121,6 +121,15 @@ class Before:
     embed: Callable[[Tensor], Tensor]
 
 
+Table = Tensor | nn.Module  # unembeddings (V, D) or, where no gradient is asked for, what multiplies by them
+
+
+def times(rows_MD: Tensor, table: Table) -> Tensor:
+    """(M, V), in the precision of the table."""
+    rows_MD = rows_MD.to(table.dtype)  # type: ignore[arg-type]
+    return F.linear(rows_MD, table) if isinstance(table, Tensor) else table(rows_MD)
+
+
 class FactorHeads(nn.Module):
     """The gate and the factors of a rank-R mixture over N positions.
 
@@ -196,31 +205,31 @@ class FactorHeads(nn.Module):
         inner_PNK = self.link(self.link.seen(seen_PD), before_PND, slice(None))
         return torch.cat([seen_PD, inner_PNK.flatten(-2)], dim=-1)
 
-    def joint(self, seen_PD: Tensor, table_VD: Tensor, before: Before | None = None, active: int = 0) -> Joint:
+    def joint(self, seen_PD: Tensor, table: Table, before: Before | None = None, active: int = 0) -> Joint:
         """The joint at each position, over all factors. No factor is normalised before something asks for it.
 
         active: how many components are evaluated, the heaviest of the gate (0: all). Their renormalised mixture is a
         joint of that rank.
         """
-        return self._joint(seen_PD, table_VD, (0, self.factors), before, active)
+        return self._joint(seen_PD, table, (0, self.factors), before, active)
 
     def first(self, seen_PD: Tensor, table_VD: Tensor) -> Joint:
         """`joint(...).marginal(1)`, without the work of the other factors: what eq. 11 needs."""
         return self._joint(seen_PD, table_VD, (0, 1))
 
-    def given_first(self, seen_BD: Tensor, table_VD: Tensor, first_B: Tensor, active: int = 0) -> Joint:
+    def given_first(self, seen_BD: Tensor, table: Table, first_B: Tensor, active: int = 0) -> Joint:
         """`joint(...).condition(first_B)`. With one component the first factor tells nothing and is left out.
 
-        first_B: rows of table_VD, -1 for a token that is not among them.
+        first_B: rows of the table, -1 for a token that is not among them.
         """
         if self.rank == 1:
-            return self._joint(seen_BD, table_VD, (1, self.factors))
-        return self.joint(seen_BD, table_VD, active=active).condition(first_B)
+            return self._joint(seen_BD, table, (1, self.factors))
+        return self.joint(seen_BD, table, active=active).condition(first_B)
 
     def _joint(
         self,
         seen: Tensor,
-        table_VD: Tensor,
+        table: Table,
         factors: tuple[int, int],
         before: Before | None = None,
         active: int = 0,
@@ -238,16 +247,16 @@ class FactorHeads(nn.Module):
             inner_P1K = self.link(seen_PK, before.pending_PD.unsqueeze(-2), 0)
             inner_PNK = F.pad(inner_P1K, (0, 0, 0, self.factors - 1))  # later factors gain theirs in the joint
             inputs = torch.cat([seen, inner_PNK.flatten(-2)], dim=-1)
-            link = partial(self._gain, seen_PK, table_VD, before.embed)
-        scores = self._logits(inputs, table_VD, start, stop, chosen)
+            link = partial(self._gain, seen_PK, table, before.embed)
+        scores = self._logits(inputs, table, start, stop, chosen)
         return Joint(log_weights, scores, False, self.log_transitions(seen, stop - start), link)
 
     def _gain(
-        self, seen_PK: Tensor, table_VD: Tensor, embed: Callable[[Tensor], Tensor], k: int, before_M: Tensor
+        self, seen_PK: Tensor, table: Table, embed: Callable[[Tensor], Tensor], k: int, before_M: Tensor
     ) -> Tensor:
         assert self.link is not None
         rows_MD = self.link(seen_PK, embed(before_M).to(seen_PK.dtype), k) @ self.maps["link"][k] * self.logit_scale
-        return F.linear(rows_MD.to(table_VD.dtype), table_VD)
+        return times(rows_MD, table)
 
     def nll(
         self,
@@ -313,7 +322,7 @@ class FactorHeads(nn.Module):
         total, loss_P = chunked_sum(loss, (inputs_PX, *held, *gate.tensors), parameters, weight_P, chunk)
         return total, loss_P, gate.log_weights
 
-    def _logits(self, inputs: Tensor, table_VD: Tensor, start: int, stop: int, chosen: Tensor | None = None) -> Tensor:
+    def _logits(self, inputs: Tensor, table: Table, start: int, stop: int, chosen: Tensor | None = None) -> Tensor:
         """(..., stop-start, R, V) of the factors start..stop-1. chosen: (..., k) the components that are evaluated."""
         flat_PX, rank = inputs.reshape(-1, inputs.shape[-1]), self.rank
         features, parameters = self._features(), self._map_parameters(start, stop)
@@ -325,9 +334,10 @@ class FactorHeads(nn.Module):
         if chosen is not None and not alone:  # several texts choose apart: rows of all are cheap beside their logits
             rows_PNRD = rows_MD.view(len(flat_PX), stop - start, self.rank, self.width)
             rows_MD = rows_PNRD.take_along_dim(chosen_Pk[:, None, :, None], dim=2).reshape(-1, self.width)
-        table = self._unembeddings(table_VD, start, stop).reshape(-1, self.width)
-        logits = F.linear(rows_MD.to(table.dtype), table)
-        return logits.view(*inputs.shape[:-1], stop - start, rank, table_VD.shape[0])
+        if self.separate:
+            assert isinstance(table, Tensor), "separate heads multiply by tables of their own"
+            table = self._unembeddings(table, start, stop).reshape(-1, self.width)
+        return times(rows_MD, table).view(*inputs.shape[:-1], stop - start, rank, -1)
 
     def _unembeddings(self, table_VD: Tensor, start: int, stop: int) -> Tensor:
         """(V, D) shared, or (stop-start, R, V, D)."""

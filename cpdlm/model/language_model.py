@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 
 from cpdlm.model.adapters import DraftTrunk, TwoCaches, check_draft_trunk
 from cpdlm.model.draft_input import Anchor
-from cpdlm.model.heads import Before, FactorHeads, HeadsConfig
+from cpdlm.model.heads import Before, FactorHeads, HeadsConfig, Table
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows
 from cpdlm.model.losses.joint_nll import Gate, joint_nll
@@ -101,6 +101,7 @@ class LanguageModel(nn.Module):
         # `use_draft_vocabulary`: ids (V',), their rows of the unembedding, and where on the list an id is.
         for buffer in ("draft_ids", "_draft_table_VD", "_draft_index_V"):
             self.register_buffer(buffer, None, persistent=False)
+        self.draft_product: nn.Module | None = None  # multiplies by `_draft_table_VD`, in a model that is prepared
         if frozen_target:
             self.trunk.requires_grad_(False)
             self.unembedding.requires_grad_(False)
@@ -170,7 +171,7 @@ class LanguageModel(nn.Module):
         assert self.heads is not None, "horizon 1 has no mixture"
         ids = self.draft_ids
         as_ids = (lambda tokens: tokens) if ids is None else (lambda tokens: ids[tokens.clamp(min=0)])
-        return self._joint(hidden, pending, self._draft_table, as_ids, active)
+        return self._joint(hidden, pending, self.draft_product or self._draft_table, as_ids, active)
 
     def indices(self, tokens: Tensor) -> Tensor:
         """Where in the draft vocabulary each id is, -1 for one that is not; without one the ids themselves."""
@@ -185,23 +186,19 @@ class LanguageModel(nn.Module):
         if self.first_is_tied:
             return self.draft_vocabulary_joint(hidden_BD, pending_B, self.active)
         seen_BD = self._seen(hidden_BD, pending_B)
-        return self.heads.given_first(seen_BD, self._draft_table, self.indices(pending_B), self.active)
+        table = self.draft_product or self._draft_table
+        return self.heads.given_first(seen_BD, table, self.indices(pending_B), self.active)
 
     def _joint(
-        self,
-        hidden: Tensor,
-        pending: Tensor | None,
-        table_VD: Tensor,
-        as_ids: Callable[[Tensor], Tensor],
-        active: int = 0,
+        self, hidden: Tensor, pending: Tensor | None, table: Table, as_ids: Callable[[Tensor], Tensor], active: int = 0
     ) -> Joint:
-        """as_ids: rows of table_VD -> token ids."""
+        """as_ids: rows of the table -> token ids."""
         assert self.heads is not None
         before = None
         if self.heads.link is not None:
             assert pending is not None, "linked factors need the pending token"
             before = Before(self._embedded(pending), lambda tokens: self._embedded(as_ids(tokens)))
-        return self.heads.joint(self._seen(hidden, pending), table_VD, before, active)
+        return self.heads.joint(self._seen(hidden, pending), table, before, active)
 
     def use_active(self, components: int) -> None:
         """Draft from the `components` heaviest components of the gate at each position (0: from all).
@@ -229,6 +226,7 @@ class LanguageModel(nn.Module):
         The draft's unembedding then costs V'/V of the whole. Its rows are copied: call this again after the weights
         change. Raises ValueError where the model has no rows to choose from or `ids` is no list of tokens.
         """
+        self.draft_product = None
         if ids is None:
             self.draft_ids = self._draft_table_VD = self._draft_index_V = None
             return

@@ -12,6 +12,7 @@ import numpy as np
 from cpdlm.config import Config, ConfigError, parse
 from cpdlm.data.conversations import read_conversations
 from cpdlm.data.pretrained_files import checkpoint_folder, free_memory
+from cpdlm.data.sources import locate
 from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.files import default_cache
 from cpdlm.model.pretrained import longest_text, multiplies_bfloat16
@@ -89,6 +90,8 @@ def make_plan(request: Request, say: Say = print) -> Plan:
     """
     request.check()
     first = parse([*request.words, *request.settings])
+    if not first.corpus.startswith("hf:"):  # which is asked over the network
+        locate(first, progress=False)
     source = checkpoint_folder(request.model, first.data.cache)
     words = [*request.words, *_fitting(request, source), _name(request)]
     base = parse([*words, *request.settings])
