@@ -17,7 +17,7 @@ from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted
 from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
 from experiments.report.reproducing import carried_table, compute_table, reruns_table
-from experiments.report.tasks import rates_block
+from experiments.report.tasks import HELD, rates_block
 
 ALL_ROWS = "paper_figures/tables/claims.md"
 
@@ -139,7 +139,7 @@ def _pretrained(families: Sequence[Family], folder: str, rank: int, variant: str
 def _released(results: Path) -> str:
     """What the heads that `cpdlm/released/` holds draft, from the records of `experiments/bench/tasks.py`."""
     counted_by_task: dict[str, list[str]] = {}
-    for name in ("tasks_released", "tasks_released_chat"):
+    for name in HELD:
         record = read_benchmark(results, name)
         for entry in [] if isinstance(record, str) else record["entries"]:
             if entry["method"] == "chain":
