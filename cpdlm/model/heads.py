@@ -334,10 +334,11 @@ class FactorHeads(nn.Module):
         if chosen is not None and not alone:  # several texts choose apart: rows of all are cheap beside their logits
             rows_PNRD = rows_MD.view(len(flat_PX), stop - start, self.rank, self.width)
             rows_MD = rows_PNRD.take_along_dim(chosen_Pk[:, None, :, None], dim=2).reshape(-1, self.width)
+        vocabulary: Any = table.shape[0] if isinstance(table, Tensor) else table.out_features
         if self.separate:
             assert isinstance(table, Tensor), "separate heads multiply by tables of their own"
             table = self._unembeddings(table, start, stop).reshape(-1, self.width)
-        return times(rows_MD, table).view(*inputs.shape[:-1], stop - start, rank, -1)
+        return times(rows_MD, table).view(*inputs.shape[:-1], stop - start, rank, vocabulary)
 
     def _unembeddings(self, table_VD: Tensor, start: int, stop: int) -> Tensor:
         """(V, D) shared, or (stop-start, R, V, D)."""
