@@ -111,16 +111,18 @@ class EarlyExit:
 def exit_layer(model: LanguageModel) -> int:
     """A third of the layers. ConfigError for a body that runs all of them whatever its config says."""
     layers, config = model.trunk.layers(), model.trunk.config
-    with count_calls(layers[-1]) as calls, torch.inference_mode():
-        config.num_hidden_layers = max(1, len(layers) // 3)
-        model.hidden(torch.zeros(1, 1, dtype=torch.long, device=model.trunk.embedding.device))
+    config.num_hidden_layers = few = max(1, len(layers) // 3)
+    try:
+        with count_calls(layers[-1]) as calls, torch.inference_mode():
+            model.hidden(torch.zeros(1, 1, dtype=torch.long, device=model.trunk.embedding.device))
+    finally:
         config.num_hidden_layers = len(layers)
     if calls.count:
         raise ConfigError(
             f"--methods generate-early-exit: a {config.model_type} model runs all of its layers in transformers; leave "
             "that method out"
         )
-    return max(1, len(layers) // 3)
+    return few
 
 
 def theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Contender:

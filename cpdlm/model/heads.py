@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -121,12 +121,21 @@ class Before:
     embed: Callable[[Tensor], Tensor]
 
 
-Table = Tensor | nn.Module  # unembeddings (V, D) or, where no gradient is asked for, what multiplies by them
+class Multiplier(Protocol):
+    """Multiplies rows by unembeddings that it holds in a form of its own; no gradient passes."""
+
+    dtype: torch.dtype
+    out_features: int
+
+    def __call__(self, rows_MD: Tensor) -> Tensor: ...
+
+
+Table = Tensor | Multiplier  # unembeddings (V, D), or what multiplies by them
 
 
 def times(rows_MD: Tensor, table: Table) -> Tensor:
     """(M, V), in the precision of the table."""
-    rows_MD = rows_MD.to(table.dtype)  # type: ignore[arg-type]
+    rows_MD = rows_MD.to(table.dtype)
     return F.linear(rows_MD, table) if isinstance(table, Tensor) else table(rows_MD)
 
 
@@ -334,7 +343,7 @@ class FactorHeads(nn.Module):
         if chosen is not None and not alone:  # several texts choose apart: rows of all are cheap beside their logits
             rows_PNRD = rows_MD.view(len(flat_PX), stop - start, self.rank, self.width)
             rows_MD = rows_PNRD.take_along_dim(chosen_Pk[:, None, :, None], dim=2).reshape(-1, self.width)
-        vocabulary: Any = table.shape[0] if isinstance(table, Tensor) else table.out_features
+        vocabulary = table.shape[0] if isinstance(table, Tensor) else table.out_features
         if self.separate:
             assert isinstance(table, Tensor), "separate heads multiply by tables of their own"
             table = self._unembeddings(table, start, stop).reshape(-1, self.width)

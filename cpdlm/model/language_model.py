@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 
 from cpdlm.model.adapters import DraftTrunk, TwoCaches, check_draft_trunk
 from cpdlm.model.draft_input import Anchor
-from cpdlm.model.heads import Before, FactorHeads, HeadsConfig, Table
+from cpdlm.model.heads import Before, FactorHeads, HeadsConfig, Multiplier, Table
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows
 from cpdlm.model.losses.joint_nll import Gate, joint_nll
@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
         # `use_draft_vocabulary`: ids (V',), their rows of the unembedding, and where on the list an id is.
         for buffer in ("draft_ids", "_draft_table_VD", "_draft_index_V"):
             self.register_buffer(buffer, None, persistent=False)
-        self.draft_product: nn.Module | None = None  # multiplies by `_draft_table_VD`, in a model that is prepared
+        self.draft_product: Multiplier | None = None  # multiplies by `_draft_table_VD`, in a model that is prepared
         if frozen_target:
             self.trunk.requires_grad_(False)
             self.unembedding.requires_grad_(False)
