@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.suite import RANKS, Cell
+from experiments.suite import RANKS, SEEDS, Cell
 
 OBJECTIVES = ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend")
 CHOSEN = "eq14"  # on the validation split; results/LOG.md tells how
@@ -22,6 +22,16 @@ BASE = {
     "evaluate.rows": 128,
     "decode.prompts": 16,
     "decode.repeats": 2,
+}
+
+OWN = {
+    "preset": "retrofit,many",
+    "data.max_bytes": 0,
+    "data.text": "sampled",
+    "data.prompts": "functions",
+    "data.states": 393_216,
+    "model.draft_width": 4.0,
+    "model.component_rank": 32,
 }
 
 
@@ -52,6 +62,18 @@ class Effort:
 CPU_SCREEN = Effort(30_000, 64, more={"decode.repeats": 1})
 CPU_GRID = Effort(150_000, 64, more={"train.decode_prompts": 4, "decode.repeats": 1})
 CPU_LONG = Effort(600_000, 256, label="long", more=CPU_GRID.more)
+CPU_OWN = Effort(
+    1_000_000,
+    1024,
+    rows=4,
+    more={
+        "train.precision": "bf16-mixed",
+        "train.decode_prompts": 0,
+        "decode.prompts": 64,
+        "decode.new_tokens": 64,
+        "decode.repeats": 1,
+    },
+)
 _GPU = {"loss.chunk_mib": 256, "train.validation_rows": 16, "train.checkpoint_every": 1000}
 GPU_SCREEN = Effort(30_000, 128, label="screen", more=_GPU | {"train.validate_every": 78, "decode.repeats": 1})
 GPU_GRID = Effort(150_000, 256, more=_GPU | {"train.validate_every": 195})
@@ -125,6 +147,19 @@ def retrofit_gpu() -> list[Cell]:
         *objectives(GPU_SCREEN),
         *(heads("code", 4, GPU_SCREEN, {"loss.alpha": alpha}, folder="C6-screen") for alpha in (0.0, 0.5, 1.0)),
         heads("code", 4, GPU_SCREEN, {"loss.gamma": 0.7}, folder="C6-screen"),
+    ]
+
+
+def retrofit_own() -> list[Cell]:
+    """What rank is worth in heads of the released kind, on text that the model wrote: with one link and with all.
+
+    Wide drafts, components as offsets from one base, every position trains the drafts.
+    """
+    return [
+        heads("code", rank, CPU_OWN, OWN, link=link, seed=seed, folder="C6-own")
+        for seed in SEEDS
+        for rank in (1, 4)
+        for link in ("first", "all")
     ]
 
 

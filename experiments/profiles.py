@@ -1,7 +1,7 @@
 """What a command can run: the cells of a claim, of all claims, or of a profile."""
 
 from experiments.claims import CLAIMS
-from experiments.pretrained import retrofit, retrofit_gpu, retrofit_screen
+from experiments.pretrained import retrofit, retrofit_gpu, retrofit_own, retrofit_screen
 from experiments.star import joints
 from experiments.suite import RANKS, SEEDS, Cell, complete, controls, heads, scratch, trunk
 
@@ -72,6 +72,7 @@ PROFILES = {
     "cpu-full": cpu_full,
     "retrofit-screen": retrofit_screen,
     "retrofit": retrofit,
+    "retrofit-own": retrofit_own,
     "joints": lambda: complete(joints()),
     "gpu": gpu,
     "retrofit-gpu": retrofit_gpu,
