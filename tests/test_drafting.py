@@ -209,17 +209,41 @@ def test_lengths_that_pay_write_as_the_target(draft: str) -> None:
     assert p_value > oracle.FALSE_ALARM and len(sizes) > 1
 
 
-def windows(costs: Costs | None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The window of each forward of 16 rows whose drafts are seldom right."""
+@pytest.mark.parametrize("draft", ["chain", "lookup+block", "lookup+tree"])
+def test_a_batch_that_leaves_out_drafts_writes_as_the_target(draft: str) -> None:
+    """Three rows of different lengths: the fewer are left, the more drafts each has."""
+    model, sampling = toy("common", 4), Sampling()
+    generators = [torch.Generator().manual_seed(row) for row in range(3)]
+    prompts, counts = [torch.tensor(PROMPT), torch.tensor([1]), torch.tensor(PROMPT)], Counter()
+    options = Options(lookup=COPIES, nodes=5, most_tokens=7)
+    for _ in range(SAMPLES):
+        done = decode_batch(model, prompts, LENGTH, sampling, generators, draft=draft, options=options)
+        counts.update(tuple(done[row].tokens) for row in (0, 2))
+        assert max(len(each.emitted) for each in done) > 1
+    assert oracle.p_value(counts, truth(model, sampling, PROMPT, LENGTH)) > oracle.FALSE_ALARM
+
+
+@pytest.mark.parametrize("draft", ["chain", "tree", "lookup+tree"])
+def test_a_batch_has_as_many_drafts_as_fit(draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rows, most in ((1, 16), (2, 16), (4, 16), (5, 14), (16, 16), (17, 16)):
+        sizes = windows(Options(most_tokens=most, nodes=8), monkeypatch, draft, rows)
+        assert all(size == 1 or size * alive <= most for size, alive in sizes), (rows, sizes)
+        assert max(size for size, _ in sizes) > 1 or rows > most // 2
+
+
+def windows(
+    options: Options, monkeypatch: pytest.MonkeyPatch, draft: str = "chain", rows: int = 16
+) -> list[tuple[int, int]]:
+    """(tokens of a window, rows) of each forward, of rows whose drafts are seldom right."""
     model, sizes, original = real("llama"), [], LanguageModel.hidden
 
     def watched(self: LanguageModel, tokens_BT: Tensor, *rest: Any, **more: Any) -> Tensor:
-        sizes.append(tokens_BT.shape[1])
+        sizes.append((tokens_BT.shape[1], len(tokens_BT)))
         return original(self, tokens_BT, *rest, **more)
 
-    prompts = [torch.tensor([row, 3]) for row in range(16)]
+    prompts = [torch.tensor([row, 3]) for row in range(rows)]
     monkeypatch.setattr(LanguageModel, "hidden", watched)
-    done = decode_batch(model, prompts, 60, Sampling(0.0), options=Options(costs=costs))
+    done = decode_batch(model, prompts, 60, Sampling(0.0), draft=draft, options=options)
     monkeypatch.setattr(LanguageModel, "hidden", original)
     right = decode_batch(model, prompts, 60, Sampling(0.0), draft="none")
     assert [each.tokens for each in done] == [each.tokens for each in right]
@@ -228,7 +252,7 @@ def windows(costs: Costs | None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_large_batch_stops_drafting_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where sixteen tokens fill the machine, drafts cost what they take; where tokens are free, all are verified."""
-    full = windows(Costs({1: 20.0, 16: 22.0, 64: 85.0}, {1: 2.0, 16: 8.0}), monkeypatch)
-    assert len(full) <= 59 and sum(size > 1 for size in full[20:]) < 8
-    free = windows(Costs({1: 20.0, 64: 20.0}, {1: 0.1}), monkeypatch)
-    assert free == windows(None, monkeypatch) and max(free) == 4
+    full = windows(Options(costs=Costs({1: 20.0, 16: 22.0, 64: 85.0}, {1: 2.0, 16: 8.0})), monkeypatch)
+    assert len(full) <= 59 and sum(size > 1 for size, _ in full[20:]) < 8
+    free = windows(Options(costs=Costs({1: 20.0, 64: 20.0}, {1: 0.1})), monkeypatch)
+    assert free == windows(Options(), monkeypatch) and max(free)[0] == 4

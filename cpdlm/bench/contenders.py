@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from cpdlm.bench.timers import count_calls
 from cpdlm.config import ConfigError
 from cpdlm.decoding import CapturedForwards, Captures, Decoded, Options, Sampling, decode_batch
-from cpdlm.decoding.length import Costs
+from cpdlm.decoding.length import Costs, batch_limit
 from cpdlm.model.language_model import LanguageModel
 
 Generate = Callable[[Tensor, int, Sampling, int], list[int]]
@@ -33,7 +33,7 @@ class Ours:
     """Our decoding; on CUDA with captured forwards, made at the first prompt.
 
     Called with (prompt_T, seed), or with the prompts of a batch, (B, T) filled up with `FILLER`: the ids of all rows
-    come then in a row, and the batch is launched kernel by kernel.
+    come then in a row, and the batch is launched kernel by kernel, with as many drafts as `generate` gives it.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Ours:
 
     def __call__(self, prompt_T: Tensor, seed: int) -> Decoded | list[int]:
         if prompt_T.ndim == 2:
-            texts = self.batch(
-                [row_T[row_T != FILLER] for row_T in prompt_T], [seed + row for row in range(len(prompt_T))]
-            )
+            rows = [row_T[row_T != FILLER] for row_T in prompt_T]
+            limit = batch_limit(len(rows), prompt_T.device)
+            texts = self._batch(rows, [seed + row for row in range(len(rows))], limit)
             return [token for text in texts for token in text.tokens]
         longest = len(prompt_T) + self.new_tokens
         if self.costs is None:
@@ -71,8 +71,11 @@ class Ours:
 
     def batch(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> list[Decoded]:
         """All at once, with the texts that single calls write; launched kernel by kernel."""
+        return self._batch(prompts, seeds, 0)
+
+    def _batch(self, prompts: Sequence[Tensor], seeds: Sequence[int], most_tokens: int) -> list[Decoded]:
         self.captured = None
-        return self._written(prompts, seeds, Options(nodes=self.nodes, costs=self.costs))
+        return self._written(prompts, seeds, Options(nodes=self.nodes, costs=self.costs, most_tokens=most_tokens))
 
     def _written(self, prompts: Sequence[Tensor], seeds: Sequence[int], options: Options) -> list[Decoded]:
         return decode_batch(

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding.drafters import LOOKUP, DeterministicDraft, Drafter, Maker, RejectionSampling
-from cpdlm.decoding.length import Costs, DraftLength
+from cpdlm.decoding.length import Costs, DraftLength, shortened
 from cpdlm.decoding.lookup import NOTHING, Copy, Lookup, LookupSettings
 from cpdlm.decoding.model import DraftingModel
 from cpdlm.decoding.proposals import Proposal, nothing, tree
+
+UNLIMITED = 2**31  # more drafts than any window has
 
 
 def propose(model: DraftingModel, drafter: Drafter, hidden_BD: Tensor, pending_B: Tensor, depth: int) -> Proposal:
@@ -32,13 +34,15 @@ def propose(model: DraftingModel, drafter: Drafter, hidden_BD: Tensor, pending_B
 
 @dataclass
 class Drafting:
-    """heads: how deep their drafts are, 0 for none. lookups: one per row, or none. length: None verifies all drafts."""
+    """heads: how deep their drafts are, 0 for none. lookups: one per row, or none. length: None verifies all drafts, as
+    far as a forward then has most_tokens tokens at most (0: however many)."""
 
     model: DraftingModel
     drafter: Drafter
     heads: int
     lookups: list[Lookup] = field(default_factory=list)
     length: DraftLength | None = None
+    most_tokens: int = 0
 
     @classmethod
     def of(
@@ -49,19 +53,22 @@ class Drafting:
         prompts: Sequence[Tensor],
         settings: LookupSettings,
         costs: Costs | None,
+        most_tokens: int,
     ) -> Drafting:
-        """draft: as `loop.decode_batch` takes it, with the drafter of that name."""
+        """draft: as `loop.decode_batch` takes it, with the drafter of that name. costs, most_tokens: of its options."""
         copies = isinstance(draft, str) and draft.startswith(LOOKUP)
         lookups = [Lookup(prompt_T.tolist(), settings) for prompt_T in prompts] if copies else []
         length = None
         if costs is not None and draft != "none":
             length = DraftLength(costs, len(prompts), drawn=isinstance(drafter, RejectionSampling))
         heads = 0 if draft in ("none", LOOKUP) else model.horizon - 1
-        return cls(model, drafter, heads, lookups, length)
+        return cls(model, drafter, heads, lookups, length, most_tokens if costs is None else 0)
 
     def propose(self, hidden_BD: Tensor, pending_B: Tensor, room: int) -> Proposal:
         """Drafts of at most `room` tokens behind the pending one, which the lookups know."""
         rows = len(pending_B)
+        most = max(0, self.most_tokens // rows - 1) if self.most_tokens else UNLIMITED
+        room = min(room, most)
         copies = [lookup.draft(room) for lookup in self.lookups] or [NOTHING] * rows
         grows = isinstance(self.drafter, DeterministicDraft) and self.drafter.shape == "tree"
         asked = self.heads > 0 and room > 0 and (grows or not all(copy.tokens for copy in copies))
@@ -76,7 +83,9 @@ class Drafting:
             else:
                 drawn = self.model.vocab_size if isinstance(self.drafter, RejectionSampling) else 0
                 proposal, matched = copied(proposal, copies, drawn)
-        return proposal if self.length is None else self.length.paying(proposal, matched, asked)
+        if self.length is not None:
+            return self.length.paying(proposal, matched, asked)
+        return proposal if proposal.tokens_BK.shape[1] <= most else shortened(proposal, [[*range(most)]] * rows)
 
     def tell(self, emitted: Sequence[Sequence[int]]) -> None:
         """What each row of the forward wrote."""

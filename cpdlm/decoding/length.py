@@ -42,6 +42,7 @@ LATE = 0.9  # what is kept per forward of the tokens and milliseconds that the r
 HOPE = 0.5  # tokens of a row that the heads' drafts are thought to bring beyond what their verification costs
 LEARN, RETRY = 0.2, 0.004  # how fast it is learnt what they bring, and hoped again while they are not asked
 MATCHED = 0.75  # the guess for a copied draft
+FULL = 16  # tokens of a forward from which on a processor takes as much longer for more tokens as they bring
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ class Costs:
 
         drafts = {each: fastest(draft, each) for each in rows} if model.horizon > 1 else {1: 1e-3}
         return cls({size: fastest(forward, size) for size in sizes}, drafts)
+
+
+def batch_limit(rows: int, device: torch.device) -> int:
+    """Tokens of a forward, 0 for no limit, at which a batch stops drafting where nothing was measured: `FULL` on a
+    processor. A text then depends on its seed and batch, not on a clock."""
+    return FULL if rows > 1 and device.type == "cpu" else 0
 
 
 def seconds_of(call: Callable[[], None], device: torch.device) -> float:

@@ -71,7 +71,7 @@ class Options:
     same tokens, slower. forwards: made once for this model, number of rows, sampling and draft, `CapturedForwards` make
     every target forward with the same tensors, as a GPU wants it; they take no target_scores. lookup: how drafts are
     copied, for the names of `DRAFTERS` that begin with it. costs: of this machine; as many drafts are then verified as
-    pay, instead of all.
+    pay, instead of all. most_tokens: of a target forward over all rows, from which on drafts are left out (0: never).
 
     target_scores(row, tokens so far, scores_V) -> scores_V changes the target, for logits processors such as repetition
     penalties. It replaces the filters of `sampling` on the target; drafts still follow `sampling`. stop(row, tokens so
@@ -85,6 +85,7 @@ class Options:
     forwards: CapturedForwards | None = None
     lookup: LookupSettings = LOOKUP_SETTINGS
     costs: Costs | None = None
+    most_tokens: int = 0
     target_scores: Callable[[int, list[int], Tensor], Tensor] | None = None
     stop: Callable[[int, list[int]], bool] | None = None
     on_tokens: Callable[[int, list[int]], None] | None = None
@@ -179,7 +180,7 @@ def _forwards(
         return captured
     drafter = make_drafter(draft, sampling, uniforms, options.nodes, processed=changes)
     _check_window(model, rows, texts.longest, draft, options)
-    drafting = Drafting.of(model, drafter, draft, texts.prompts, options.lookup, options.costs)
+    drafting = Drafting.of(model, drafter, draft, texts.prompts, options.lookup, options.costs, options.most_tokens)
     text = Text(model, rows, texts.prompts[0].device, options.use_cache)
     return GrowingForwards(model, drafting, uniforms, text, texts.processed if changes else None, options.timer)
 

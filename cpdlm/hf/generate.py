@@ -30,6 +30,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from cpdlm.decoding import Costs, ModelProxy, Options, Sampling, decode_batch
+from cpdlm.decoding.length import batch_limit
 from cpdlm.hf.refusals import AnyAllowed, check_arguments, check_options, check_weights, left_to_stock
 from cpdlm.hf.stream import Stream
 
@@ -244,6 +245,7 @@ def _speculate(
             use_cache=options.use_cache is not False,
             forwards=forwards,
             costs=costs,
+            most_tokens=batch_limit(rows, device),
             target_scores=None if exactly else call.target_scores(),
             stop=stop,
             on_tokens=stream.put if stream is not None else None,
