@@ -76,7 +76,7 @@ def add_options(parser: ArgumentParser) -> None:
     number("--batch", "prompts that are decoded at once; above 1 our methods alone")
     number("--repeats", "timed, by turns")
     number("--warmups", "of each method, before anything is timed")
-    number("--seed", "of sampling and intervals")
+    number("--seed", "of sampling")
     add("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp (default: what MODEL was read from)")
     add("--assistant", default="", metavar="MODEL", help="of the same tokenizer, for --methods generate-assisted")
     add("--draft-vocabulary", default="own", choices=["own", "none"], help="as of cpdlm generate")

@@ -269,4 +269,4 @@ def _speed_text(record: Record, speedup: Mapping[str, float]) -> str:
     text = f"{speedup['median']:.2f}x [{low:.2f}, {high:.2f}] over autoregressive decoding"
     if low <= 1 <= high:
         text += " (the interval is over 1: neither faster nor slower)"
-    return text + ("; own target: not comparable across cells" if record.target == "own" else "")
+    return text + ("; self target: not comparable across cells" if record.target == "own" else "")

@@ -217,7 +217,7 @@ def _bytes_per_token(record: Record) -> float | None:
 
 
 def _accepted(decoded: dict[str, Any], depth: int) -> Sample | None:
-    """Share of the drafts reached at a depth that were accepted; prompts are resampled."""
+    """Share of the drafts reached at a depth that were accepted."""
     counts = next((entry for entry in decoded["acceptance_by_depth"] if entry["depth"] == depth), None)
     if counts is None or not counts["reached"]:
         return None

@@ -226,7 +226,7 @@ def test_settings_that_no_run_has_leave_a_record_readable(tmp_path: Path) -> Non
 
 def test_a_summary_says_what_its_speeds_are_worth() -> None:
     own, busy = made(2), made(2)
-    assert "own target: not comparable across cells" in summary_table(Record("x", own))
+    assert "self target: not comparable across cells" in summary_table(Record("x", own))
     for mode in own["decoding"]["modes"].values():
         mode["speedup"] |= {"low": 0.9, "median": 1.0, "high": 1.1}
     assert "the interval is over 1" in summary_table(Record("x", own))

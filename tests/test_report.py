@@ -101,7 +101,7 @@ def test_what_the_readme_says_is_what_the_records_say() -> None:
     families, _ = families_of(load_all(results)[0])
     verdicts = claims.judge(families)
     rows = [line for line in readme.claims_block(families, verdicts).splitlines() if line.startswith("| C")]
-    lines = readme.sceptic_block(results, families).splitlines()
+    lines = readme.sceptic_block(results, families, verdicts).splitlines()
     assert [row.split(" | ")[0] for row in rows] == [f"| {claim.id}" for claim in claims.CLAIMS]
     assert 3 <= len(lines) <= 6 and max(map(len, [*rows, *lines])) <= 200
     deciding = next(verdict for verdict in verdicts if verdict.claim.id == "C3").numbers[0].interval

@@ -1,9 +1,9 @@
 """The paper's claims C1 to C8, a file each: question, cells, statistic, rule, figure, and the code that judges.
 
-Rules were fixed before the runs; results/LOG.md dates each change. A verdict is a function of the records alone. Its
-word is *holds*, *contradicted*, *no difference within ±x* (the whole interval is inside the claim's margin),
-*underpowered (could have seen y or more)* or *not run*. y is the largest half-width among the intervals that decide
-nothing, for ratios as a factor.
+results/LOG.md dates each change of a rule, and a verdict says where its rule is younger than its records. A verdict is
+a function of the records alone. Its word is *holds*, *contradicted*, *no difference within ±x* (the whole interval is
+inside the claim's margin), *underpowered (could have seen y or more)* or *not run*. y is the largest half-width among
+the intervals that decide nothing, for ratios as a factor.
 
 Verdicts are about the paper's own distribution (untied, link=none) on trunks of ours; C6 is about heads on a
 pretrained model, each kind of draft by itself, and asks two questions.

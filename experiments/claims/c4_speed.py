@@ -93,7 +93,7 @@ def _faster(claim: Claim, cells: dict[int, Cells]) -> Finding:
 
 
 def shown(verdict: Verdict) -> tuple[str, str]:
-    """Autoregressive decoding, rank 1, and rank 1 at equal cost, in this order; the interval is that of rank 1."""
+    """Autoregressive decoding, rank 1, and rank 1 at equal cost, in this order; the number is that over rank 1."""
     if len(verdict.numbers) != 2:
         return verdict.plain, "-"
     (over_ar, over_rank1), equal = verdict.numbers, [each for each in verdict.beside if ", equal " in each.name]
@@ -101,9 +101,7 @@ def shown(verdict: Verdict) -> tuple[str, str]:
         "at " + each.name.partition(", ")[2].partition(" (")[0].removesuffix(":"): each for each in equal
     }
     words = [f"{rival}: {_beaten(number.interval)}" for rival, number in asked.items()]
-    means = [f"{number.interval.mean:.2f}x" for number in (over_ar, *equal)]
-    rank = over_ar.name.partition(" over ")[0]
-    return "; ".join(words), f"{rank}: " + "; ".join([means[0], over_rank1.short(), *means[1:]])
+    return "; ".join(words), over_rank1.short(f"for {over_ar.name.partition(' over ')[0]} over rank 1")
 
 
 def _beaten(ratio: Interval) -> str:

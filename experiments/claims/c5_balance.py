@@ -91,9 +91,8 @@ def _component_use(family: Family) -> list[Number]:
 
 
 def shown(verdict: Verdict) -> tuple[str, str]:
-    """The balance that the star has elsewhere, and the one with the widest interval, which decides what was seen."""
+    """The number is that of the widest interval, which decides what could have been seen."""
     if not verdict.numbers:
         return verdict.plain, "-"
     widest = max(verdict.numbers, key=lambda number: number.interval.high - number.interval.low)
-    both = dict.fromkeys((verdict.numbers[0], widest))
-    return verdict.plain, "; ".join(each.short(f"with {each.name.partition(' - ')[0]}") for each in both)
+    return verdict.plain, widest.short(f"with {widest.name.partition(' - ')[0]}")

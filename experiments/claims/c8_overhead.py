@@ -108,8 +108,8 @@ def _is_low(step: Interval | None, drafting: Interval | None, seeds: int) -> Fin
 
 
 def shown(verdict: Verdict) -> tuple[str, str]:
-    places = zip(("per training step", "per forward with draft"), verdict.numbers, strict=False)
-    return verdict.plain, "; ".join(number.short(place) for place, number in places) or "-"
+    """The number is that of training, the first and the larger one."""
+    return verdict.plain, verdict.numbers[0].short("per training step") if verdict.numbers else "-"
 
 
 def _over_rank_one(cells: dict[int, Cells], cost: Cost) -> dict[int, Interval]:

@@ -29,7 +29,7 @@ def blocks(
     return {
         "claims": claims_block(families, verdicts),
         "rates": _unless_odd(rates_block, results),
-        "sceptic": sceptic_block(results, families),
+        "sceptic": sceptic_block(results, families, verdicts),
         "reruns": reruns_table(families),
         "carried": carried_table(records, verdicts),
         "compute": compute_table(records, verdicts),
@@ -84,15 +84,28 @@ def _decoded_on(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [record["decoding"]["origin"]["hardware"] for record in records if record["decoding"]]
 
 
-def sceptic_block(results: Path, families: Sequence[Family]) -> str:
+def sceptic_block(results: Path, families: Sequence[Family], verdicts: Sequence[Verdict]) -> str:
     """A bullet per line, each of at most 200 characters; one whose records are missing is left out."""
     lines = [
+        _equal_time(verdicts),
         _unless_odd(_lookup, results),
         _unless_odd(_released, results),
         _near_ties(families),
         _gpu(results, families),
     ]
     return "\n".join(f"- {line}" for line in lines if line)
+
+
+def _equal_time(verdicts: Sequence[Verdict]) -> str:
+    """What is left of C1 where rank 1 trains for as long as rank 8."""
+    found = [each for each in verdicts if each.claim.id == "C1" and each.beside and "equal wall-clock" in each.setting]
+    if not found:
+        return ""
+    (joint, *_), (first, *_) = found[0].numbers, found[0].beside
+    return (
+        f"C1, where rank 1 trains for as long as rank 8: {joint.interval.mean:+.2f} nats remain. Rank 8 then predicts "
+        f"the first token worse, by {first.interval.mean:.2f} nats."
+    )
 
 
 def _first(cells: Cells) -> Record:
@@ -169,9 +182,9 @@ def _precision_of(cells: Cells) -> str:
 
 
 def _gpu(results: Path, families: Sequence[Family]) -> str:
-    """Whether any speed was measured on a GPU: by a cell or by a benchmark of decoding."""
+    """Whether any decoding was timed on a GPU, by a cell or by a benchmark."""
     machines = _decoded_on([record for family in families for record in family.records()])
-    for path in sorted((results / "benchmarks").glob("decode_*.json")):
+    for path in sorted((results / "benchmarks").glob("[dt]*.json")):  # decode_, tasks_
         record = read_benchmark(results, path.stem)
         machines += [] if isinstance(record, str) or "hardware" not in record else [record["hardware"]]
-    return "" if any(each["accelerator"] != "none" for each in machines) else "No speed was measured on a GPU."
+    return "" if any(each["accelerator"] != "none" for each in machines) else "No decoding was timed on a GPU."
