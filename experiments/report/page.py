@@ -26,9 +26,9 @@ _COLOURS = 48  # of an embedded picture: a quarter of the bytes, and no differen
 _CLASSES = {HOLDS: "holds", CONTRADICTED: "fails"}
 _TITLE = "Rank-r joint heads: what the records say"
 _LEAD = (
-    "Claims of arXiv 2410.17765, judged by the rules of each claim; a row says where its rule is younger than its "
-    "records. Intervals are 95% unless marked, over test rows or prompts and over seeds. All of it is a function of the "
-    "records under `results/`, drawn by `./dev report`. A click enlarges a figure."
+    "Claims of arXiv 2410.17765, judged by the rule of each claim; a row says where that is younger than its records. "
+    "Intervals are 95% unless marked, over test rows or prompts and over seeds. All of it is a function of the records "
+    "under `results/`, drawn by `./dev report`. A click enlarges a figure."
 )
 _COLUMNS = 11  # that a table shows at once; the others are a tick away
 _TELLING = re.compile(
