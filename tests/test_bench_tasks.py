@@ -56,11 +56,12 @@ def test_batches_and_single_texts_count_alike(run: Path, prompts: str) -> None:
     found = {(each["method"], each["mode"]): each for each in timed.entries}
     names = {"AR", "generate", "generate-lookup", "lookup", "chain", "tree", "lookup+chain", "lookup+tree"}
     names |= {"chain-paying", "lookup+chain-paying"}
+    sampled = {"block", "lookup+block", "branched", "lookup+branched"}
     assert set(found) == {(name, mode) for name in names for mode in ("greedy", "T=1")} | {
-        (name, "T=1") for name in ("block", "lookup+block")
+        (name, "T=1") for name in sampled
     }
     names -= {"chain-paying", "lookup+chain-paying"}
-    assert {each["method"] for each in counted.entries} == names - {"AR", "generate"} | {"block", "lookup+block"}
+    assert {each["method"] for each in counted.entries} == names - {"AR", "generate"} | sampled
     for entry in counted.entries:
         other = found[entry["method"], entry["mode"]]
         assert {key: entry[key] for key in keys} == {key: other[key] for key in keys}

@@ -135,8 +135,22 @@ def test_a_tree_whose_branches_see_each_other_is_noticed(monkeypatch: pytest.Mon
     assert min(p_values(toy("common"), Sampling(), draft="tree")) < oracle.FALSE_ALARM
 
 
+def test_branches_that_go_on_with_the_numbers_of_the_test_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch is entered where a draft was rejected: the number that rejected it is not uniform any more."""
+    call, last = drafters.Uniforms.__call__, {}
+
+    def reused(self: drafters.Uniforms, count: int) -> Tensor:
+        if count <= 4:  # drafts and tests of a chain of three
+            last["numbers"] = call(self, count)
+        return last["numbers"].repeat(1, count)[:, :count]
+
+    monkeypatch.setattr(drafters.Uniforms, "__call__", reused)
+    assert min(p_values(toy("common", 4), Sampling(), draft="branched")) < oracle.FALSE_ALARM
+
+
+@pytest.mark.parametrize("draft", ["block", "branched"])
 @pytest.mark.parametrize("fault", ["residual of the whole target", "longest share"])
-def test_wrong_block_verification_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_block_verification_is_noticed(fault: str, draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right drafts and distributions, and one step of algorithm 2 wrong."""
 
     def wrong(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +172,7 @@ def test_wrong_block_verification_is_noticed(fault: str, monkeypatch: pytest.Mon
         return accepted_B, draw(probs_BV, uniforms_BS[:, drafts])
 
     monkeypatch.setattr(drafters, "verify_block", wrong)
-    assert min(p_values(toy("common", 4), Sampling(), draft="block")) < oracle.FALSE_ALARM
+    assert min(p_values(toy("common", 4), Sampling(), draft=draft)) < oracle.FALSE_ALARM
 
 
 def test_draws_shared_by_the_rows_of_a_batch_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

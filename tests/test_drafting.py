@@ -209,7 +209,7 @@ def test_lengths_that_pay_write_as_the_target(draft: str) -> None:
     assert p_value > oracle.FALSE_ALARM and len(sizes) > 1
 
 
-@pytest.mark.parametrize("draft", ["chain", "lookup+block", "lookup+tree"])
+@pytest.mark.parametrize("draft", ["chain", "lookup+block", "lookup+tree", "lookup+branched"])
 def test_a_batch_that_leaves_out_drafts_writes_as_the_target(draft: str) -> None:
     """Three rows of different lengths: the fewer are left, the more drafts each has."""
     model, sampling = toy("common", 4), Sampling()
@@ -229,6 +229,12 @@ def test_a_batch_has_as_many_drafts_as_fit(draft: str, monkeypatch: pytest.Monke
         sizes = windows(Options(most_tokens=most, nodes=8), monkeypatch, draft, rows)
         assert all(size == 1 or size * alive <= most for size, alive in sizes), (rows, sizes)
         assert max(size for size, _ in sizes) > 1 or rows > most // 2
+
+
+def test_costs_do_not_choose_among_branches() -> None:
+    options = Options(costs=STEEP)
+    with pytest.raises(ValueError, match="costs= cannot choose among the drafts of draft='branched'"):
+        decode(toy("common"), torch.tensor(PROMPT), 2, Sampling(), torch.Generator(), draft="branched", options=options)
 
 
 def windows(

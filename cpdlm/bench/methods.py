@@ -90,8 +90,8 @@ def _paying(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
     return make
 
 
-def _block(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
-    """Under greedy a block is a chain."""
+def _sampled(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
+    """Under greedy a block is a chain, and branched a tree."""
     return lambda setup, sampling: None if sampling.greedy else _ours(draft)(setup, sampling)
 
 
@@ -131,13 +131,17 @@ METHODS = {
     ASSISTED: Method("transformers' drafts of a second model", _assisted, named=True, is_plain=True),
     "lookup": Method("our prompt lookup", _ours("lookup")),
     "chain": Method("the heads' drafts as a chain", _ours("chain"), needs_heads=True),
-    "block": Method("the same, accepted as a block", _block("block"), needs_heads=True),
+    "block": Method("the same, accepted as a block", _sampled("block"), needs_heads=True),
     "tree": Method("the heads' likeliest prefixes as a tree", _ours("tree"), needs_heads=True),
+    "branched": Method("the block, with branches beside it", _sampled("branched"), needs_heads=True),
     "lookup+chain": Method(
         "prompt lookup where it finds something, else the chain", _ours("lookup+chain"), needs_heads=True
     ),
-    "lookup+block": Method("the same, accepted as a block", _block("lookup+block"), needs_heads=True),
+    "lookup+block": Method("the same, accepted as a block", _sampled("lookup+block"), needs_heads=True),
     "lookup+tree": Method("the tree, and prompt lookup as one more branch", _ours("lookup+tree"), needs_heads=True),
+    "lookup+branched": Method(
+        "branched, and prompt lookup as one more branch", _sampled("lookup+branched"), needs_heads=True
+    ),
     "chain-paying": Method(
         "as many drafts of the chain as pay on this machine", _paying("chain"), needs_heads=True, counted=False
     ),

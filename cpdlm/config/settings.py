@@ -57,8 +57,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "loss.objective": ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend"),
     "decode.draft": (
-        *("chain", "block", "tree", "window", "path"),
-        *("lookup", "lookup+chain", "lookup+block", "lookup+tree"),
+        *("chain", "block", "tree", "branched", "window", "path"),
+        *("lookup", "lookup+chain", "lookup+block", "lookup+tree", "lookup+branched"),
     ),
     "train.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
 }
@@ -229,8 +229,9 @@ class DecodeConfig:
     )
     draft: str = knob(
         "chain",
-        "how drafts are made: chain | block | tree | window | path | lookup (copied from the text) | lookup+chain | "
-        "lookup+block | lookup+tree (copied where the text repeats itself, else the heads')",
+        "how drafts are made: chain | block | tree | branched | window | path | lookup (copied from the text) | "
+        "lookup+chain | lookup+block | lookup+tree | lookup+branched (copied where the text repeats itself, else the "
+        "heads')",
     )
     nodes: int = knob(8, "drafts of a tree, or width of the beam of window and path", least=1)
     draft_vocabulary: int = knob(

@@ -9,6 +9,7 @@ token), M nodes of a tree, J longest path through it, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -104,24 +105,29 @@ def verify_block(
     return accepted_B, draw(probs_BV, uniforms_BS[:, drafts])
 
 
-def walk(tokens_BM: Tensor, parents_BM: Tensor, next_BS: Tensor, deepest: int) -> tuple[Tensor, Tensor, Tensor]:
+def walk(
+    tokens_BM: Tensor, parents_BM: Tensor, choose: Callable[[Tensor], Tensor], deepest: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Follow the target's choices down a tree: (accepted_B, path_BJ of window positions, next_B).
 
-    parents_BM: window position before each node. next_BS: the token that the target chose (drew) behind each position
-    of the window. deepest: depth of the tree. A node is entered when its parent's choice is its token; the choice
-    behind the last node entered is emitted. Exact whatever the tree is: each choice is a draw from the target given the
-    tokens before it, and every position is visited at most once.
+    parents_BM: window position before each node. choose(at_B): the token that the target chose (drew) behind these
+    positions of the window. deepest: depth of the tree. A node is entered when its parent's choice is its token; the
+    choice behind the last node entered is emitted. Exact whatever the tree is: each choice is a draw from the target
+    given the tokens before it, and every position is visited at most once.
     """
     batch, nodes = tokens_BM.shape
-    at_B = torch.zeros(batch, dtype=torch.long, device=next_BS.device)
-    going_B = torch.ones(batch, dtype=torch.bool, device=next_BS.device)
-    accepted_B, path = torch.zeros_like(at_B), []
-    for _ in range(min(deepest, nodes)):
-        wanted_B1 = next_BS.gather(1, at_B.unsqueeze(1))
-        match_BM = (parents_BM == at_B.unsqueeze(1)) & (tokens_BM == wanted_B1) & going_B.unsqueeze(1)
+    at_B = torch.zeros(batch, dtype=torch.long, device=tokens_BM.device)
+    going_B = torch.ones(batch, dtype=torch.bool, device=tokens_BM.device)
+    accepted_B, path, levels, next_B = torch.zeros_like(at_B), [], min(deepest, nodes), choose(at_B)
+    for _ in range(levels):
+        match_BM = (parents_BM == at_B[:, None]) & (tokens_BM == next_B[:, None]) & going_B[:, None]
         going_B = match_BM.any(dim=1)
+        if at_B.device.type == "cpu" and not going_B.any():  # elsewhere to look costs more than to choose
+            break
         at_B = torch.where(going_B, match_BM.long().argmax(dim=1) + 1, at_B)
         accepted_B = accepted_B + going_B
         path.append(at_B)
+        next_B = torch.where(going_B, choose(at_B), next_B)
+    path += [at_B] * (levels - len(path))
     path_BJ = torch.stack(path, dim=1) if path else at_B.new_zeros(batch, 0)
-    return accepted_B, path_BJ, next_BS.gather(1, at_B.unsqueeze(1)).squeeze(1)
+    return accepted_B, path_BJ, next_B

@@ -141,7 +141,7 @@ class CapturedForwards:
         self, model: DraftingModel, rows: int, sampling: Sampling, draft: str | Maker, nodes: int, longest: int
     ) -> None:
         """Raise ValueError for a decoding that these forwards were not made for. longest: tokens, prompt included."""
-        if draft not in ("tree", "window", "path"):
+        if draft not in ("tree", "branched", "window", "path"):
             nodes = self.nodes
         if model is not self.model:
             raise ValueError("the forwards were captured for another model; make CapturedForwards for this one")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cpdlm.decoding.accept import verify, verify_block, verify_greedy, walk
 from cpdlm.decoding.filtering import Sampling, draw, filtered, is_whole
-from cpdlm.decoding.proposals import Proposal, best_window, greedy_chain, grow, sampled_chain
+from cpdlm.decoding.proposals import Proposal, best_window, branched, greedy_chain, grow, sampled_chain
 from cpdlm.model.joint import Joint
 
 
@@ -141,10 +141,12 @@ class DeterministicDraft:
         return Proposal(tokens_BK, confidence=lambda: joint.marginal(depth).chain(tokens_BK).exp())
 
     def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
+        if proposal.parents_BK is not None and self.uniforms is not None:
+            fresh = _fresh(self.target_distribution(target_BSV), self.uniforms(target_BSV.shape[1]))
+            return _walked(proposal, proposal.parents_BK, fresh)
         tokens_BK, next_BS = proposal.tokens_BK, self._choices(target_BSV)
         if proposal.parents_BK is not None:
-            accepted_B, path_BJ, next_B = walk(tokens_BK, proposal.parents_BK, next_BS, proposal.deepest)
-            return Acceptance(accepted_B, tokens_BK.gather(1, (path_BJ - 1).clamp(min=0)), next_B, path_BJ)
+            return _walked(proposal, proposal.parents_BK, lambda at_B: _at(next_BS, at_B))
         accepted_B = (next_BS[:, :-1] == tokens_BK).long().cumprod(dim=1).sum(dim=1)
         return Acceptance(accepted_B, tokens_BK, next_BS.gather(1, accepted_B.unsqueeze(1)).squeeze(1))
 
@@ -157,18 +159,71 @@ class DeterministicDraft:
         return draw(self.target_distribution(target_BSV), self.uniforms(target_BSV.shape[1]))
 
 
+class Branched(RejectionSampling):
+    """A drawn chain with branches beside it. The chain is accepted as a block; the token drawn after what was accepted,
+    where it is a branch, leads on to the target's choice behind that branch.
+
+    That token has the law that the acceptance test gives it, each later one is a fresh draw from the target given the
+    tokens before it: which branches there are does not matter.
+    """
+
+    def __init__(
+        self, sampling: Sampling, uniforms: Noise, nodes: int, target_distribution: Distribution | None = None
+    ) -> None:
+        super().__init__(sampling, uniforms, target_distribution)
+        self.nodes = nodes
+
+    def draft(self, joint: Joint, depth: int) -> Proposal:
+        tokens_BK, probs_BKV = sampled_chain(joint, depth, self.sampling, self.uniforms(depth + 1))
+        return branched(tokens_BK, probs_BKV, self.nodes)
+
+    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
+        tokens_BM, probs_BSV = proposal.tokens_BK, self.target_distribution(target_BSV)
+        drafts = 0 if proposal.distributions is None else min(proposal.distributions.shape[1], tokens_BM.shape[1])
+        test_BS, fresh = self.uniforms(drafts + 1), _fresh(probs_BSV, self.uniforms(target_BSV.shape[1]))
+        test = verify_block if drafts else verify
+        q_BKV = probs_BSV[:, :0] if proposal.distributions is None else proposal.distributions[:, :drafts]
+        kept_B, next_B = test(probs_BSV[:, : drafts + 1], q_BKV, tokens_BM[:, :drafts], test_BS)
+        if proposal.parents_BK is None:
+            return Acceptance(kept_B, tokens_BM, next_B)
+
+        def choose(at_B: Tensor) -> Tensor:
+            chosen_B = torch.where(at_B < kept_B, _at(tokens_BM, at_B.clamp(max=tokens_BM.shape[1] - 1)), next_B)
+            if at_B.device.type == "cpu" and not (at_B > kept_B).any():
+                return chosen_B
+            return torch.where(at_B > kept_B, fresh(at_B), chosen_B)
+
+        return _walked(proposal, proposal.parents_BK, choose)
+
+
+def _at(values_BS: Tensor, at_B: Tensor) -> Tensor:
+    return values_BS.gather(1, at_B.unsqueeze(1)).squeeze(1)
+
+
+def _fresh(probs_BSV: Tensor, uniforms_BS: Tensor) -> Callable[[Tensor], Tensor]:
+    """Draws from the target behind positions of the window."""
+    return lambda at_B: draw(probs_BSV.take_along_dim(at_B[:, None, None], dim=1).squeeze(1), _at(uniforms_BS, at_B))
+
+
+def _walked(proposal: Proposal, parents_BM: Tensor, choose: Callable[[Tensor], Tensor]) -> Acceptance:
+    accepted_B, path_BJ, next_B = walk(proposal.tokens_BK, parents_BM, choose, proposal.deepest)
+    return Acceptance(accepted_B, proposal.tokens_BK.gather(1, (path_BJ - 1).clamp(min=0)), next_B, path_BJ)
+
+
 # What `draft=` takes, and what it does under greedy and under sampling.
 DRAFTERS = {
     "none": "autoregressive decoding",
     "chain": "argmaxes of the conditionals; sampled from the conditionals, accepted token by token",
     "block": "the chain, accepted as a block (the same as chain under greedy)",
     "tree": "the likeliest prefixes as a tree",
+    "branched": "the tree under greedy; the sampled chain, accepted as a block, with branches beside it",
     "window": "the likeliest window",
     "path": "the window with the largest expected number of accepted tokens",
     "lookup": "what followed the last tokens where they stood before; none elsewhere, without heads",
     "lookup+chain": "what followed the last tokens where they stood before; elsewhere the chain",
     "lookup+block": "the same, accepted as a block",
     "lookup+tree": "the tree, with what followed the last tokens before as one more branch",
+    "lookup+branched": "branched, with what followed the last tokens before as one more branch",
 }
 LOOKUP = "lookup"
 MOST_NODES = 4096  # what they see of each other grows with the square
@@ -191,6 +246,9 @@ def make_drafter(
         raise ValueError(f"nodes={nodes!r} is no number of drafts; pass a whole number, 1 to {MOST_NODES}")
     target_distribution = _normalised if processed else None
     name = name.removeprefix(f"{LOOKUP}+")
+    if name == "branched" and uniforms is not None:
+        return Branched(sampling, uniforms, nodes, target_distribution)
+    name = "tree" if name == "branched" else name
     if name in ("tree", "window", "path", LOOKUP):
         return DeterministicDraft(name, sampling, uniforms, nodes, target_distribution)
     if uniforms is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cpdlm.decoding.drafters import LOOKUP, DeterministicDraft, Drafter, Maker, RejectionSampling
+from cpdlm.decoding.drafters import LOOKUP, Branched, DeterministicDraft, Drafter, Maker, RejectionSampling
 from cpdlm.decoding.length import Costs, DraftLength, shortened
 from cpdlm.decoding.lookup import NOTHING, Copy, Lookup, LookupSettings
 from cpdlm.decoding.model import DraftingModel
@@ -59,6 +59,8 @@ class Drafting:
         copies = isinstance(draft, str) and draft.startswith(LOOKUP)
         lookups = [Lookup(prompt_T.tolist(), settings) for prompt_T in prompts] if copies else []
         length = None
+        if costs is not None and isinstance(drafter, Branched):  # branches depend on the token that was drawn
+            raise ValueError(f"costs= cannot choose among the drafts of draft={draft!r}; pass draft='lookup+block'")
         if costs is not None and draft != "none":
             length = DraftLength(costs, len(prompts), drawn=isinstance(drafter, RejectionSampling))
         heads = 0 if draft in ("none", LOOKUP) else model.horizon - 1
@@ -70,7 +72,9 @@ class Drafting:
         most = max(0, self.most_tokens // rows - 1) if self.most_tokens else UNLIMITED
         room = min(room, most)
         copies = [lookup.draft(room) for lookup in self.lookups] or [NOTHING] * rows
-        grows = isinstance(self.drafter, DeterministicDraft) and self.drafter.shape == "tree"
+        grows = isinstance(self.drafter, Branched) or (
+            isinstance(self.drafter, DeterministicDraft) and self.drafter.shape == "tree"
+        )
         asked = self.heads > 0 and room > 0 and (grows or not all(copy.tokens for copy in copies))
         if asked and self.length is not None:
             asked = self.length.heads_pay(rows)
@@ -147,7 +151,8 @@ def grafted(proposal: Proposal, copies: Sequence[Copy]) -> tuple[Proposal, Match
             each.extend([filler] * (width - len(each)))
     deepest = max(proposal.deepest, *(len(copy.tokens) for copy in copies))
     grown = tree(torch.tensor(tokens, device=device), torch.tensor(parents, device=device), deepest)
-    return replace(grown, confidence=_wider(proposal.confidence, width - drafts)), matched
+    sure = _wider(proposal.confidence, width - drafts)
+    return replace(grown, distributions=proposal.distributions, confidence=sure), matched
 
 
 def _wider(confidence: Callable[[], Tensor] | None, columns: int) -> Callable[[], Tensor] | None:

@@ -267,4 +267,5 @@ def shortened(proposal: Proposal, chosen: Sequence[Sequence[int]]) -> Proposal:
     order_BM = torch.arange(1, size + 1, device=index_BM.device).expand_as(index_BM)
     new_BS = torch.zeros_like(proposal.depth_BS).scatter(1, index_BM + 1, order_BM)
     parents_BM = new_BS.gather(1, proposal.parents_BK.gather(1, index_BM))
-    return tree(proposal.tokens_BK.gather(1, index_BM), parents_BM, proposal.deepest)
+    kept = tree(proposal.tokens_BK.gather(1, index_BM), parents_BM, proposal.deepest)
+    return replace(kept, distributions=proposal.distributions)

@@ -328,10 +328,10 @@ def _deepest(model: DraftingModel, draft: str | Maker, options: Options) -> int:
 
 
 def _check_window(model: DraftingModel, rows: int, longest: int, draft: str | Maker, options: Options) -> None:
-    branches = isinstance(draft, str) and draft.endswith("tree")
+    branches = isinstance(draft, str) and draft.endswith(("tree", "branched"))
     size = 1 + _deepest(model, draft, options)
     if branches:
-        size = 1 + options.nodes + (0 if draft == "tree" else options.lookup.most)
+        size = 1 + options.nodes + (options.lookup.most if draft.startswith(LOOKUP) else 0)
     apart = rows > 1 or branches  # slots are not positions
     window = model.attention_window if apart else None
     if window is not None and longest + size > window and not model.masks_windows:

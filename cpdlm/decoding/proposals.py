@@ -198,6 +198,22 @@ def grow(joint: Joint, depth: int, nodes: int) -> Proposal:
     return tree(tokens_BM, parents_BM, depth, confidence)
 
 
+def branched(tokens_BK: Tensor, probs_BKV: Tensor, nodes: int) -> Proposal:
+    """A drawn chain, the first K nodes, with branches of one token: what q likes best beside the token that was drawn.
+
+    A draft is taken to be reached half as often as the one before it.
+    """
+    batch, drafts = tokens_BK.shape
+    others_BKV = probs_BKV.scatter(-1, tokens_BK.unsqueeze(-1), -1.0)
+    each = min(nodes, probs_BKV.shape[-1] - 1)
+    score_BKC, branch_BKC = others_BKV.topk(each, dim=-1)
+    reached_K1 = 0.5 ** torch.arange(drafts, device=tokens_BK.device).unsqueeze(-1)
+    best_BE = (score_BKC * reached_K1).flatten(1).topk(max(0, min(nodes - drafts, drafts * each)), dim=-1).indices
+    parents_BM = torch.cat([torch.arange(drafts, device=tokens_BK.device).expand(batch, -1), best_BE // each], dim=1)
+    found = tree(torch.cat([tokens_BK, branch_BKC.flatten(1).gather(1, best_BE)], dim=1), parents_BM, drafts)
+    return replace(found, distributions=probs_BKV)
+
+
 def tree(
     tokens_BM: Tensor, parents_BM: Tensor, deepest: int, confidence: Callable[[], Tensor] | None = None
 ) -> Proposal:

@@ -32,7 +32,7 @@ from cpdlm.training.checkpoints import (
 
 FOLDER = Path(__file__).parents[1] / "released"
 DRAFT_IDS = "shortlist"  # the tensor's name in the file
-DRAFT = "lookup+block"  # what won: results/benchmarks/tasks_smollm2.json
+DRAFT = "lookup+branched"  # what won: results/benchmarks/tasks_smollm2.json
 
 
 def release(run: Path, name: str) -> Path:

@@ -29,7 +29,9 @@ from cpdlm.training import checkpoints, run
 
 MEASURED = "decode.json"
 # (draft, nodes): what is tried for a few texts before the best is measured.
-CANDIDATES = (("block", 8), ("lookup+block", 8), ("tree", 4), ("tree", 8), ("tree", 16), ("lookup+tree", 16))
+CANDIDATES = (
+    *(("block", 8), ("lookup+block", 8), ("branched", 4), ("branched", 8), ("branched", 16), ("lookup+branched", 8)),
+)
 TRIED = 3  # prompts, of the validation split
 METHODS = {"plain": "AR", "lookup": "prompt lookup", "heads": "this draft"}  # in a table
 

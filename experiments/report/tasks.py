@@ -24,8 +24,8 @@ RATED = (*HELD, "tasks_int4")
 RIVALS = {
     AUTOREGRESSIVE: "AR",
     "lookup": "prompt lookup",
-    "block": "heads",
-    "lookup+block": "lookup and heads",
+    "branched": "heads",
+    "lookup+branched": "lookup and heads",
     GENERATE: "`generate`",
     LLAMA: "llama.cpp, no drafts",
 }
@@ -68,10 +68,14 @@ def rates_block(results: Path) -> str:
     for record in records:
         for task, mode in dict.fromkeys((each["task"], each["mode"]) for each in record["entries"]):
             found = {e["method"]: row(e) for e in record["entries"] if (e["task"], e["mode"]) == (task, mode)}
-            for each in ("block", "lookup+block"):  # the same as the chain where nothing is sampled
-                found.setdefault(each, found.get(each.replace("block", "chain"), {}))
+            for each in (
+                "branched",
+                "lookup+branched",
+            ):  # where nothing is sampled a tree, before there was one a chain
+                others = (found.get(each.replace("branched", kind)) for kind in ("tree", "block", "chain"))
+                found.setdefault(each, next((other for other in others if other), {}))
             rates = [dash(found.get(each, {}).get("tokens_per_second"), 0) for each in RIVALS]
-            gain = recorded("speedup", ".2f")(found["lookup+block"])
+            gain = recorded("speedup", ".2f")(found["lookup+branched"])
             lines.append(_line(f"{task}, {mode}, {_held(record)}", *rates, gain))
     return "\n".join([*lines, "", _machine(records)]) if records else ""
 
