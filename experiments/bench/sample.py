@@ -32,6 +32,7 @@ PROMPT = '''class Stack:
 def written(options: argparse.Namespace) -> dict[str, Any]:
     loaded = load(Path(options.model), widen=True)
     prepare(loaded.model)
+    draft, nodes = loaded.drafting
     emitted: list[list[int]] = []
     text = decode(
         loaded.model,
@@ -39,8 +40,9 @@ def written(options: argparse.Namespace) -> dict[str, Any]:
         options.new_tokens,
         Sampling(options.temperature),
         torch.Generator().manual_seed(options.seed),
+        draft=draft,
         eos=loaded.eos,
-        options=Options(on_tokens=lambda _, tokens: emitted.append(tokens)),
+        options=Options(nodes=nodes, on_tokens=lambda _, tokens: emitted.append(tokens)),
     )
     pieces: list[tuple[str, bool]] = []
     ids: list[int] = []
