@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, TINY_RETROFIT, small_pretrained
+from tiny import TINY, TINY_RETROFIT, code_folder, small_pretrained
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from cpdlm import cli
@@ -151,6 +151,36 @@ def test_a_plan_picks_what_pays() -> None:
     words += ["data.text=sampled", "data.states=256"]
     config = parse([*words, *plan._picked(parse(words), PACE, 600.0)])
     assert sum(plan._seconds(config, PACE)[:2]) == pytest.approx(600.0, rel=0.02)
+
+
+@pytest.mark.parametrize("slow", ["bfloat16", "float32"])
+def test_the_precision_is_the_one_that_multiplies_faster(
+    slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(kind: type, maps: list[torch.Tensor], times: int) -> float:
+        assert maps[0].shape[1] == 32 and sum(map(torch.numel, maps)) == 2**24
+        return 9.0 if maps[0].dtype == getattr(torch, slow) else 2.0
+
+    monkeypatch.setattr("cpdlm.decoding.prepared._milliseconds", timed)
+    monkeypatch.setattr(plan, "measure_pace", lambda *_: PACE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    model = small_pretrained(tmp_path / "little", list(code_folder(texts).iterdir()))
+    words = (f"data.cache={tmp_path / 'cache'}", f"output={tmp_path / 'runs'}")
+    asked = plan.Request(str(model), tmp_path / "fast", str(texts), settings=words)
+    made, (fast,) = plan.make_plan(asked, lambda line: None), {"bfloat16", "float32"} - {slow}
+    assert made.config.model.dtype == fast
+    taken = {slow: 9, fast: 2}
+    why = f"in {fast} ({taken['bfloat16']}.0 ms in bfloat16, {taken['float32']}.0 ms in float32)"
+    assert why in made.lines[0]
+
+    def again(*arguments: object) -> None:
+        raise AssertionError("it was given")
+
+    monkeypatch.setattr(plan, "product_times", again)
+    made = plan.make_plan(replace(asked, settings=(*words, f"model.dtype={slow}")), lambda line: None)
+    assert made.config.model.dtype == slow and f"in {slow} (as given)" in made.lines[0]
 
 
 @pytest.mark.parametrize(

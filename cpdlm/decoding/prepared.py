@@ -10,6 +10,7 @@ With int8 and int4 the target is the model with rounded weights: its distributio
 the unrounded model's. Autoregressive and drafted decoding run the same forwards.
 
 A layout is chosen by a measurement of about a second, remembered in the cache folder for the machine and the shape.
+`product_times` measures the same products without a model, for whoever has yet to pick a precision.
 Where a Llama-shaped body fits, `body.FewOperations` takes its place; elsewhere its linear maps alone are replaced.
 Where a kernel is missing the plain modules stay, and a sentence says so. The plain weights go as the others come; the
 unembedding's stay, since embeddings and drafts read their rows.
@@ -40,6 +41,7 @@ from cpdlm.processes import processor
 FASTEST = "layouts.json"
 ROWS = (1, 4, 8)  # of the products that are measured
 MEASURED = 2**16  # weights of a map, from which on that tells something
+STREAMED = 2**24  # weights that few processors keep in a cache between two products
 PROBE = 7  # tokens
 Maker = Callable[[Tensor, Tensor | None], Product]
 
@@ -239,6 +241,15 @@ def _fastest(model: LanguageModel) -> str:
         with contextlib.suppress(OSError):
             write_json(path, kept)
     return str(kept[key])
+
+
+def product_times(width: int) -> dict[str, float]:
+    """ms of products with 16M weights, in maps of a model of that width, by precision: each in its fastest layout."""
+    outputs, taken = min(4 * width, STREAMED // width), {}
+    for name in ("bfloat16", "float32"):
+        maps = [torch.ones(outputs, width, dtype=getattr(torch, name)) for _ in range(STREAMED // (outputs * width))]
+        taken[name] = min(_milliseconds(kind, maps, times=3) for kind in LAYOUTS.values())
+    return taken
 
 
 def _milliseconds(kind: type[Product], weights: Sequence[Tensor], times: int = 7) -> float:

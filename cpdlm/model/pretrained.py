@@ -279,6 +279,12 @@ def longest_text(source: str, label: str = "") -> int | None:
     return _longest(_shape(source, label or source))
 
 
+def width(source: str, label: str = "") -> int:
+    """Of a model's hidden states by its config, or what is usual where that says nothing. Raises as `longest_text`."""
+    text = _shape(source, label or source).get_text_config(decoder=True)
+    return int(getattr(text, "hidden_size", None) or 1024)
+
+
 def _kind(source: str) -> str | None:
     """model_type of a config.json that is here, "" where it names none; None where there is no config.json to read."""
     content = _written(source, local_files_only=True)

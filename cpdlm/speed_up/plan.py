@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cpdlm.config import Config, ConfigError, parse
 from cpdlm.data.conversations import read_conversations
 from cpdlm.data.pretrained_files import checkpoint_folder, free_memory
 from cpdlm.data.sources import locate
 from cpdlm.data.tokenizer import HubTokenizer
+from cpdlm.decoding.prepared import product_times
 from cpdlm.files import default_cache
-from cpdlm.model.pretrained import longest_text, multiplies_bfloat16
+from cpdlm.model.pretrained import longest_text, multiplies_bfloat16, width
 from cpdlm.speed_up.pace import Pace, measure_pace
 from cpdlm.training import checkpoints, run
 
@@ -100,6 +102,9 @@ def make_plan(request: Request, say: Say = print) -> Plan:
         return Plan(checkpoints.read_config(home), [f"{home} goes on as it was planned"])
     say(f"measuring what {request.model} takes on this machine")
     device = run.training_device()
+    dtype, why = _precision(request, base, source, device)
+    words.append(f"model.dtype={dtype}")
+    base = parse([*words, *request.settings])
     target = run.frozen_model(base)
     assert target is not None
     if base.data.tokenizer == "model":
@@ -107,7 +112,7 @@ def make_plan(request: Request, say: Say = print) -> Plan:
     pace = measure_pace(base, target, device, base.data.text != "corpus")
     config = parse([*words, *_picked(base, pace, 60 * SHARE * request.minutes), *request.settings])
     plan = Plan(config, [], _seconds(config, pace))
-    plan.lines.extend(_lines(request, plan, pace))
+    plan.lines.extend(_lines(request, plan, pace, why))
     return plan
 
 
@@ -118,12 +123,21 @@ def _name(request: Request) -> str:
     return f"name={model}-fast-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
 
 
+def _precision(request: Request, base: Config, source: str, device: torch.device) -> tuple[str, str]:
+    """That of the model, and why: as given, else in which this machine decodes faster."""
+    if any(word.startswith("model.dtype=") for word in request.settings):
+        return base.model.dtype, "as given"
+    if device.type == "cuda":
+        return "bfloat16", "on a GPU"
+    taken = product_times(width(source, request.model))
+    return min(taken, key=lambda name: taken[name]), ", ".join(f"{ms:.1f} ms in {name}" for name, ms in taken.items())
+
+
 def _fitting(request: Request, source: str) -> list[str]:
-    """Settings that follow from the model's small files: precision, lengths, draft vocabulary, text of its own."""
+    """Settings that follow from the machine's instructions and the model's small files: lengths, draft vocabulary, text
+    of its own."""
     context = min(256, longest_text(source, request.model) or 256)
-    narrow = multiplies_bfloat16()
-    words = [f"model.dtype={'bfloat16' if narrow else 'float32'}", f"data.context={context}"]
-    words.append(f"train.precision={'bf16-mixed' if narrow else '32-true'}")
+    words = [f"train.precision={'bf16-mixed' if multiplies_bfloat16() else '32-true'}", f"data.context={context}"]
     words += [f"decode.prompt_tokens={min(64, context // 2)}", f"decode.new_tokens={min(48, context // 4)}"]
     tokenizer = HubTokenizer("model", source)
     listed = LISTED if tokenizer.vocab_size > LISTED else 0
@@ -184,8 +198,8 @@ def _measuring(config: Config, pace: Pace) -> float:
     return texts * decode.new_tokens * pace.forward[1] / 1000
 
 
-def _lines(request: Request, plan: Plan, pace: Pace) -> list[str]:
-    """What the plan says. ConfigError where memory or disk do not suffice."""
+def _lines(request: Request, plan: Plan, pace: Pace, why: str) -> list[str]:
+    """What the plan says. why: the precision. ConfigError where memory or disk do not suffice."""
     config = plan.config
     data, weight = config.data, 2 if config.model.dtype == "bfloat16" else 4
     states = data.states * (pace.width * weight + 4)
@@ -202,7 +216,7 @@ def _lines(request: Request, plan: Plan, pace: Pace) -> list[str]:
     listed = config.loss.draft_vocabulary
     writing, training, measuring = (seconds / 60 for seconds in plan.seconds)
     return [
-        f"{request.model}: {pace.parameters / 1e6:.1f}M parameters, in {config.model.dtype}",
+        f"{request.model}: {pace.parameters / 1e6:.1f}M parameters, in {config.model.dtype} ({why})",
         f"a forward of {', '.join(map(str, pace.forward))} tokens: "
         f"{', '.join(f'{ms:.1f}' for ms in pace.forward.values())} ms; drafts: {pace.draft:.1f} ms",
         f"so {config.horizon - 1} drafts for each forward, from "
