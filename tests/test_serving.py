@@ -1,4 +1,4 @@
-"""`transformers serve` on an exported folder, and `transformers chat` with it: the text of `generate`, with drafts."""
+"""Other people's tools on an exported folder: `transformers serve` and `chat`, with drafts, and `lm_eval`."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cpdlm.hf.generate
 from cpdlm.files import write_json
@@ -85,3 +86,21 @@ def test_a_served_model_writes_what_generate_writes_and_drafts(
     )
     assert text in done.stdout, done.stdout + done.stderr
     assert len(seen) == 2 and all(forwards < tokens for tokens, forwards in seen), seen
+
+
+def test_lm_eval_reads_the_probabilities_of_the_model_and_the_text_of_generate(folder: Path) -> None:
+    """As the command loads it (trust_remote_code=True), and after `import cpdlm.hf` without that trust."""
+    models, api = pytest.importorskip("lm_eval.models.huggingface"), pytest.importorskip("lm_eval.api.instance")
+    ours = load_model(folder)
+    model, continuation, text = ours.loaded.model, "x + 1", ours.generate(TURN, NEW_TOKENS)
+    ids, prompt = (ours.loaded.tokenizer.prompt(each, False) for each in (TURN + continuation, TURN))
+    log_probs_TV = model.target_log_probs(model.hidden(torch.tensor([ids])))[0].detach()
+    expected = sum(float(log_probs_TV[index - 1, ids[index]]) for index in range(len(prompt), len(ids)))
+    for trusted in (True, False):
+        measured = models.HFLM(pretrained=str(folder), device="cpu", trust_remote_code=trusted)
+        asked = [api.Instance("loglikelihood", {}, (TURN, continuation), 0)]
+        assert measured.loglikelihood(asked)[0][0] == pytest.approx(expected, abs=1e-3)
+        until = {"until": ["never"], "max_gen_toks": NEW_TOKENS, "do_sample": False}
+        with pytest.warns(UserWarning, match="MultiTokenEOSCriteria may keep something between calls"):
+            (written,) = measured.generate_until([api.Instance("generate_until", {}, (TURN, until), 0)])
+        assert written == text
