@@ -58,7 +58,7 @@ def add_options(parser: ArgumentParser) -> None:
 
     def number(name: str, help: str) -> None:
         known = default[name.removeprefix("--").replace("-", "_")]
-        parser.add_argument(name, type=int, default=known, help=f"{help} (default: {known})")
+        parser.add_argument(name, type=int, default=known, metavar="N", help=f"{help} (default: {known})")
 
     add = parser.add_argument
     add("model", metavar="MODEL", help="exported folder, finished run, smollm2, or a model without heads")
@@ -80,7 +80,13 @@ def add_options(parser: ArgumentParser) -> None:
     add("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp (default: what MODEL was read from)")
     add("--assistant", default="", metavar="MODEL", help="of the same tokenizer, for --methods generate-assisted")
     add("--draft-vocabulary", default="own", choices=["own", "none"], help="as of cpdlm generate")
-    add("--weights", default="auto", choices=WEIGHTS, help="of our methods, as of cpdlm generate; generate's are plain")
+    add(
+        "--weights",
+        default="auto",
+        choices=WEIGHTS,
+        metavar="HOW",
+        help=f"of our methods: {', '.join(WEIGHTS)}, as of cpdlm generate; generate's are plain",
+    )
     add("--acceptance-only", action="store_true", help="count tokens per forward in batches, and time nothing")
     number("--rows", "of a batch of --acceptance-only")
 

@@ -15,23 +15,26 @@ import os
 import shutil
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cpdlm import benchmark
 from cpdlm.config import CHOICES, WEIGHTS
+from cpdlm.terminal import Parser, fitted
 
 INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Command:
-    """What follows `cpdlm`. arguments: adds them to a parser. run: does it; returns the lines for standard output."""
+    """What follows `cpdlm`. needs: the words that it cannot do without. arguments: adds them to a parser. run: does it;
+    returns the lines for standard output."""
 
     help: str
-    arguments: Callable[[ArgumentParser], None]
+    needs: str
+    arguments: Callable[[Parser], None]
     run: Callable[[Namespace], Sequence[str]]
 
 
@@ -88,22 +91,24 @@ def _sentences() -> Callable[..., str]:
 def parse(name: str, words: Sequence[str]) -> Namespace:
     """The options of a command. SystemExit for --help and for words that are no options."""
     command = COMMANDS[name]
-    parser = ArgumentParser(f"cpdlm {name}", description=command.help)
+    parser = Parser(f"cpdlm {name}", f"cpdlm {name} {command.needs} [OPTIONS]", command.help)
     command.arguments(parser)
     return parser.parse_intermixed_args(words)
 
 
 def _overview() -> str:
     lines = [f"  cpdlm {name:<10} {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["Speculative decoding with heads of rank r, lossless.", "", *lines, "", "cpdlm COMMAND --help says more."]
+    return fitted(
+        "\n".join(
+            ["Speculative decoding with heads of rank r, lossless.", "", *lines, "", "cpdlm COMMAND --help says more."]
+        )
     )
 
 
 # --- speed-up ---------------------------------------------------------------------------------------------------------
 
 
-def _speed_up_arguments(parser: ArgumentParser) -> None:
+def _speed_up_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hugging Face folder or name, GGUF file, or smollm2")
     add(
@@ -117,7 +122,7 @@ def _speed_up_arguments(parser: ArgumentParser) -> None:
     add("--corpus", default="", metavar="TEXT", help="text like yours: a folder, a file, or hf:NAME")
     add("--chat", type=Path, metavar="FILE.jsonl", help="conversations like yours; only their answers are trained on")
     add("--skip-broken", action="store_true", help="leave out lines of --chat that are no conversation")
-    add("--minutes", type=float, default=30.0, help="of writing text and training (default: 30)")
+    add("--minutes", type=float, default=30.0, metavar="N", help="of writing text and training (default: 30)")
     add("--dry-run", action="store_true", help="measure the machine, print the plan, and stop")
 
 
@@ -149,20 +154,29 @@ def _speed_up(options: Namespace) -> Sequence[str]:
 # --- generate ---------------------------------------------------------------------------------------------------------
 
 
-def _generate_arguments(parser: ArgumentParser) -> None:
+def _generate_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of a finished run or an exported one, or smollm2")
-    add("--prompt", help="text to continue; without it standard input, less its last newline")
+    add("--prompt", metavar="TEXT", help="text to continue; without it standard input, less its last newline")
     add("--chat", action="store_true", help="put the prompt to the model as a user's turn, by its chat template")
-    add("--max-new-tokens", type=int, help="tokens to write; without it 128, or the room in the context")
-    add("--temperature", type=float, default=0.0, help="0: the likeliest token (default); 1: the model's distribution")
-    add("--top-k", type=int, default=0, help="keep the k likeliest tokens (default: 0, all)")
-    add("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this much probability")
-    add("--seed", type=int, default=0, help="seed of sampling (default: 0)")
+    add("--max-new-tokens", type=int, metavar="N", help="tokens to write; without it 128, or the room in the context")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: the likeliest token (default); 1: the model's distribution",
+    )
+    add("--top-k", type=int, default=0, metavar="K", help="keep the k likeliest tokens (default: 0, all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens of this much probability")
+    add("--seed", type=int, default=0, metavar="N", help="seed of sampling (default: 0)")
+    ways = ["none", *CHOICES["decode.draft"]]
     add(
         "--draft",
-        choices=["none", *CHOICES["decode.draft"]],
-        help="how drafts are made (default: what was fastest for the model when it was made, else chain)",
+        choices=ways,
+        metavar="WAY",
+        help=f"how drafts are made: {', '.join(ways)} (default: what was fastest for the model when it was made, else "
+        "chain)",
     )
     add(
         "--draft-vocabulary",
@@ -174,8 +188,9 @@ def _generate_arguments(parser: ArgumentParser) -> None:
         "--weights",
         default="auto",
         choices=WEIGHTS,
-        help="auto: laid out anew where that is faster here (default); plain: as they are; int8, int4: rounded, and "
-        "the target is then the model with rounded weights",
+        metavar="HOW",
+        help="packed: laid out as this machine multiplies fastest; plain: as they are; auto: the faster of these "
+        "(default); int8, int4: rounded, and the target is then the model with rounded weights",
     )
     add("--show", action="store_true", help="accepted drafts in green, tokens per forward and per second at the end")
 
@@ -190,7 +205,7 @@ def _generate(options: Namespace) -> Sequence[str]:
 # --- bench ------------------------------------------------------------------------------------------------------------
 
 
-def _bench_arguments(parser: ArgumentParser) -> None:
+def _bench_arguments(parser: Parser) -> None:
     benchmark.add_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write the table and a figure")
@@ -205,7 +220,7 @@ def _bench(options: Namespace) -> Sequence[str]:
 # --- export, release --------------------------------------------------------------------------------------------------
 
 
-def _export_arguments(parser: ArgumentParser) -> None:
+def _export_arguments(parser: Parser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or smollm2")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write, new or empty")
 
@@ -217,7 +232,7 @@ def _export(options: Namespace) -> Sequence[str]:
     return [str(path) for path in sorted(options.folder.iterdir())]
 
 
-def _release_arguments(parser: ArgumentParser) -> None:
+def _release_arguments(parser: Parser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished and measured run")
     parser.add_argument("name", metavar="NAME", help="the model, smollm2, or MODEL-WORD for heads of a kind of text")
 
@@ -232,11 +247,14 @@ def _release(options: Namespace) -> Sequence[str]:
 COMMANDS = {
     "speed-up": Command(
         "Train heads that draft for a model, measure how fast it is with them, and export it.",
+        "MODEL [KEY=VALUE]...",
         _speed_up_arguments,
         _speed_up,
     ),
-    "generate": Command("Write text with a finished model.", _generate_arguments, _generate),
-    "bench": Command("Measure every way of decoding a model on known prompts.", _bench_arguments, _bench),
-    "export": Command("Write a run as a folder for transformers and the hub.", _export_arguments, _export),
-    "release": Command("Put a run's heads into this package (for its maintainers).", _release_arguments, _release),
+    "generate": Command("Write text with a finished model.", "--model MODEL", _generate_arguments, _generate),
+    "bench": Command("Measure every way of decoding a model on known prompts.", "MODEL", _bench_arguments, _bench),
+    "export": Command("Write a run as a folder for transformers and the hub.", "RUN DIR", _export_arguments, _export),
+    "release": Command(
+        "Put a run's heads into this package (for its maintainers).", "RUN NAME", _release_arguments, _release
+    ),
 }

@@ -5,11 +5,11 @@
 There: ./reproduce.sh --profile PROFILE --only train,decode --data DIR --python PATH
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from cpdlm.config import ConfigError
+from cpdlm.terminal import Parser
 from experiments.profiles import PROFILES
 
 
@@ -17,9 +17,11 @@ def main(arguments: list[str]) -> int:
     from cpdlm.data.corpus import write_bundle
     from cpdlm.files import WriteError
 
-    parser = argparse.ArgumentParser(prog="./dev bundle", description=__doc__)
-    parser.add_argument("folder", nargs="?", default="bundle")
-    parser.add_argument("--profile", default="gpu", choices=PROFILES)
+    parser = Parser(prog="./dev bundle", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", nargs="?", default="bundle", metavar="DIR", help="to write (default: bundle)")
+    parser.add_argument(
+        "--profile", default="gpu", choices=PROFILES, metavar="NAME", help=f"{', '.join(PROFILES)} (default: gpu)"
+    )
     options = parser.parse_args(arguments)
     profile, folder = options.profile, options.folder
     try:

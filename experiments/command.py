@@ -6,14 +6,16 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from cpdlm.config import ConfigError, check_words
+from cpdlm.terminal import Parser
 
 
-class Command(argparse.ArgumentParser):
+class Command(Parser):
     """Flags as argparse has them. `settings` of the result are the other words; a mistake raises ConfigError."""
 
     def __init__(self, program: str, description: str | None, settings: str = "settings (--help lists them)") -> None:
         style = argparse.RawDescriptionHelpFormatter
-        super().__init__(program, description=description, formatter_class=style, allow_abbrev=False)
+        usage = f"{program} [KEY=VALUE]... [OPTIONS]"
+        super().__init__(program, usage, description, formatter_class=style, allow_abbrev=False)
         self.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings)
 
     def read(self, arguments: list[str]) -> argparse.Namespace:

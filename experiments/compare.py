@@ -3,12 +3,12 @@
 ./dev compare results/C3/A.json results/C3/B.json
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cpdlm.config import INCIDENTAL, flat
+from cpdlm.terminal import Parser
 from experiments.records import MODES, Record, RecordError, decoding_hardware, is_busy, load
 
 
@@ -68,7 +68,7 @@ def _notes(records: Sequence[Record]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="./dev compare", description="Show records side by side.")
+    parser = Parser(prog="./dev compare", description="Show records side by side.")
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORD", help="results/CLAIM/NAME.json, two or more")
     options = parser.parse_args(arguments)
     if len(options.records) < 2:

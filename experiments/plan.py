@@ -1,10 +1,12 @@
 """What a run would take, without running it: parameters, memory per process by part, FLOPs per token, days.
 
-python experiments/plan.py preset=llama8b devices=8
-python experiments/plan.py preset=paper rate=4e14 vocab=8192
+    python experiments/plan.py preset=llama8b devices=8
+    python experiments/plan.py preset=paper rate=4e14 vocab=8192
 
-Takes the settings of experiments/run.py. rate=NUMBER is the FLOP/s that one device reaches in training (default: 4e14,
-an H100 at 40 % of its bf16 peak). vocab=NUMBER is needed where the tokenizer does not say.
+Takes the settings of experiments/run.py, and
+
+  rate=NUMBER   FLOP/s that one device reaches in training (default: 4e14, an H100 at 40 % of its bf16 peak)
+  vocab=NUMBER  size of the vocabulary, where the tokenizer does not say
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ per target forward (inside the record's own 95% interval). Speeds depend on the 
 Exit code 0 where all agrees, 1 where something differs or the run fails, 2 where the record cannot be run again.
 """
 
-import argparse
 import contextlib
 import difflib
 import hashlib
@@ -26,6 +25,7 @@ from typing import Any
 
 from cpdlm.config import INCIDENTAL, flat, is_name
 from cpdlm.files import owner, remove_partial
+from cpdlm.terminal import Parser
 from experiments.provenance import is_commit, run_git
 from experiments.records import MODES, Record, RecordError, load
 
@@ -272,10 +272,10 @@ def verify(path: Path, root: Path, tolerance: float) -> bool:
 
 
 def main(arguments: list[str], root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(prog="./dev verify", description="Run a record again at its commit and compare.")
+    parser = Parser(prog="./dev verify", description="Run a record again at its commit and compare.")
     parser.add_argument("record", type=Path, help="results/CLAIM/NAME.json")
     near = f"nats (default: {TOLERANCE:g}, for the same kind of machine)"
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=near)
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="X", help=near)
     options = parser.parse_args(arguments)
     try:
         return 0 if verify(options.record, root, options.tolerance) else 1

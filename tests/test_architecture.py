@@ -14,6 +14,7 @@ ORDER = [
     "files",
     "processes",
     "progress",
+    "terminal",
     "data",
     "model",
     "decoding",

@@ -1,18 +1,16 @@
 """`python -m experiments.report`: redraw every table and figure from the records."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from cpdlm.files import WriteError
+from cpdlm.terminal import Parser
 from experiments.records import RecordError
 from experiments.report import render
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report", description="Redraw tables and figures from records."
-    )
+    parser = Parser(prog="python -m experiments.report", description="Redraw tables and figures from records.")
     parser.add_argument("--results", default="results", type=Path, help="folder of the records (default: results)")
     parser.add_argument(
         "--figures", default="paper_figures", type=Path, help="folder to draw into (default: paper_figures)"

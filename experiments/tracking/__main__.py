@@ -1,11 +1,11 @@
 """The MLflow dashboard, with committed records in it where they are asked for: ./dev ui [OUTPUT] [--results DIR]."""
 
-import argparse
 import os
 import socket
 import sys
 from pathlib import Path
 
+from cpdlm.terminal import Parser
 from experiments.records import RecordError
 from experiments.tracking.importing import import_records
 from experiments.tracking.store import (
@@ -22,7 +22,7 @@ from experiments.tracking.view import address
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="./dev ui", description="Show runs and records in MLflow on 127.0.0.1.")
+    parser = Parser(prog="./dev ui", description="Show runs and records in MLflow on 127.0.0.1.")
     newest = "folder with the store (default: that of the newest cell under runs/)"
     parser.add_argument("output", type=Path, nargs="?", help=newest)
     parser.add_argument("--results", type=Path, help="import the records of this folder first")

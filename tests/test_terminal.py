@@ -1,0 +1,50 @@
+"""Help on a narrow terminal, of every command."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cpdlm import cli
+from cpdlm.terminal import fitted
+from experiments import bundle, compare, plan, run, sweep, verify
+from experiments.report import __main__ as report
+from experiments.tracking import __main__ as tracking
+
+ROOT = Path(__file__).parents[1]
+MAINS: dict[str, Callable[[list[str]], int]] = {
+    "cpdlm": cli.main,
+    **{f"cpdlm {name}": cli.main for name in cli.COMMANDS},
+    **{each.__name__: each.main for each in (run, sweep, plan, tracking, report, bundle, verify, compare)},
+}
+
+
+@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("name", MAINS)
+def test_no_line_of_help_is_wider_than_the_terminal(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    try:
+        code = MAINS[name]([*name.split()[1:], "--help"])
+    except SystemExit as ended:  # argparse's
+        code = ended.code
+    said = capsys.readouterr().out
+    assert code == 0 and said
+    assert not [line for line in said.splitlines() if len(line) > width and len(line.split()) > 1]
+
+
+@pytest.mark.parametrize("script", ["dev", "reproduce.sh"])
+def test_neither_is_one_of_the_scripts(script: str) -> None:
+    done = subprocess.run(["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert max(map(len, done.stdout.splitlines())) <= 40
+
+
+def test_a_line_goes_on_under_its_last_column_where_there_is_room() -> None:
+    line = "  rank=4  int   components of the mixture (1 = independent heads)"
+    assert fitted(line, 70) == line
+    under = "  rank=4  int   components of the mixture\n" + 16 * " " + "(1 = independent heads)"
+    assert fitted(line, 42) == under
+    assert fitted(line, 30) == "  rank=4  int  components of\n      the mixture (1 =\n      independent heads)"
+    assert fitted("of two words\n\nand-one-that-is-long", 8) == "of two\nwords\n\nand-one-that-is-long"
