@@ -217,8 +217,9 @@ def _without_heads(name: str) -> Loaded:
 
     source = checkpoint_folder(name, str(default_cache()))
     dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    model = load_pretrained(source, dtype, 1, name)
     tokenizer, eos = HubTokenizer("model", source), eos_of(source)
-    return Loaded(load_pretrained(source, dtype, 1, name), tokenizer, tokenizer.eos if eos is None else eos)
+    return Loaded(model, tokenizer, tokenizer.eos if eos is None else eos)
 
 
 def _assistant(name: str, loaded: Loaded) -> LanguageModel:

@@ -82,6 +82,8 @@ def test_a_folder_that_holds_something_else_is_named_before_any_work(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["speed-up", "some-model", "--output", "mine"]) == 2
     assert "mine is a file" in capsys.readouterr().err
+    assert cli.main(["speed-up", "some-model", "--output", "mine", "--dry-run"]) == 2
+    assert "mine is a file" in capsys.readouterr().err
     assert cli.main(["speed-up", "some-model", "optim.stepz=3"]) == 2
     assert "did you mean optim.steps?" in capsys.readouterr().err
 
@@ -158,7 +160,7 @@ def test_the_precision_is_the_one_that_multiplies_faster(
     slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def timed(kind: type, maps: list[torch.Tensor], times: int) -> float:
-        assert maps[0].shape[1] == 32 and sum(map(torch.numel, maps)) == 2**24
+        assert maps[0].shape[1] == 32 and len(maps) == 64
         return 9.0 if maps[0].dtype == getattr(torch, slow) else 2.0
 
     monkeypatch.setattr("cpdlm.decoding.prepared._milliseconds", timed)
@@ -171,9 +173,7 @@ def test_the_precision_is_the_one_that_multiplies_faster(
     asked = plan.Request(str(model), tmp_path / "fast", str(texts), settings=words)
     made, (fast,) = plan.make_plan(asked, lambda line: None), {"bfloat16", "float32"} - {slow}
     assert made.config.model.dtype == fast
-    taken = {slow: 9, fast: 2}
-    why = f"in {fast} ({taken['bfloat16']}.0 ms in bfloat16, {taken['float32']}.0 ms in float32)"
-    assert why in made.lines[0]
+    assert f"in {fast} (products take 2.0 ms, in {slow} 9.0)" in made.lines[0]
 
     def again(*arguments: object) -> None:
         raise AssertionError("it was given")
@@ -191,7 +191,10 @@ def test_the_precision_is_the_one_that_multiplies_faster(
         (["--corpus", "code", "--chat", "chat.jsonl"], "--corpus and --chat are two texts"),
         (["--corpus", "nowhere", "--dry-run"], "corpus='nowhere' is neither code"),
         (["--chat", "none.jsonl"], "none.jsonl: there is no such file"),
-        (["--chat", "chat.jsonl"], "line 2 of chat.jsonl is no conversation .*skip_broken=true leaves out"),
+        (
+            ["--chat", "chat.jsonl"],
+            "line 2 of chat.jsonl is no conversation .*--skip-broken .data.skip_broken=true. leaves out",
+        ),
         (["--chat", "chat.jsonl", "--skip-broken"], "model=code brings code of its own"),
         ([], "model=code brings code of its own .auto_map in its config.json., which is not executed"),
     ],
@@ -201,12 +204,25 @@ def test_bad_input_is_a_sentence_before_any_work(
 ) -> None:
     turns = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
     (tmp_path / "chat.jsonl").write_text(f"{turns}\n{{broken\n{turns}\n")
-    (tmp_path / "code").mkdir()
-    foreign = {"model_type": "foreign", "auto_map": {"AutoConfig": "its.Config", "AutoModelForCausalLM": "its.Model"}}
-    (tmp_path / "code" / "config.json").write_text(json.dumps(foreign))
+    _bringing_code(tmp_path / "code")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["speed-up", "code", *words]) == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def _bringing_code(folder: Path) -> None:
+    folder.mkdir()
+    foreign = {"model_type": "foreign", "auto_map": {"AutoConfig": "its.Config", "AutoModelForCausalLM": "its.Model"}}
+    (folder / "config.json").write_text(json.dumps(foreign))
+
+
+def test_bench_says_of_a_model_what_speed_up_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _bringing_code(tmp_path / "code")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "code", "--tasks", "prompts.jsonl"]) == 2
+    assert "model=code brings code of its own" in capsys.readouterr().err
 
 
 def test_an_adapter_is_no_model(

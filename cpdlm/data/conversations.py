@@ -43,7 +43,7 @@ def read_conversations(path: Path, content: bytes, name: str, skip_broken: bool 
         raise ConfigError(
             f"corpus={name}: {broken[0]}; a line is "
             '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
-            "data.skip_broken=true leaves out what is none"
+            + ("no line is one" if skip_broken else "--skip-broken (data.skip_broken=true) leaves out what is none")
         )
     if broken:
         warnings.warn(f"corpus={name}: {len(broken)} lines are left out: {broken[0]}", stacklevel=2)

@@ -244,10 +244,12 @@ def _fastest(model: LanguageModel) -> str:
 
 
 def product_times(width: int) -> dict[str, float]:
-    """ms of products with 16M weights, in maps of a model of that width, by precision: each in its fastest layout."""
+    """ms of products with maps of a model of that width, 16M weights at most, by precision: each in its fastest
+    layout."""
     outputs, taken = min(4 * width, STREAMED // width), {}
+    number = min(64, STREAMED // (outputs * width))
     for name in ("bfloat16", "float32"):
-        maps = [torch.ones(outputs, width, dtype=getattr(torch, name)) for _ in range(STREAMED // (outputs * width))]
+        maps = [torch.ones(outputs, width, dtype=getattr(torch, name)) for _ in range(number)]
         taken[name] = min(_milliseconds(kind, maps, times=3) for kind in LAYOUTS.values())
     return taken
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm.config import without_credentials
-from cpdlm.hf.export import check_folder, export
+from cpdlm.hf.export import export
 from cpdlm.speed_up.measured import lines, measure_drafts
 from cpdlm.speed_up.plan import Plan, Request, make_plan
 from cpdlm.training import checkpoints, run
@@ -44,7 +44,6 @@ def speed_up(request: Request, say: Say = print) -> SpeedUp:
     say: takes lines for the user. Raises ConfigError for options that do not fit, RunError for folders that cannot be
     used, and what `training.run.train` raises.
     """
-    check_folder(request.output)
     plan = make_plan(request, say)
     for line in plan.lines:
         say(line)

@@ -17,6 +17,7 @@ from cpdlm.data.sources import locate
 from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.decoding.prepared import product_times
 from cpdlm.files import default_cache
+from cpdlm.hf.export import check_folder
 from cpdlm.model.pretrained import longest_text, multiplies_bfloat16, width
 from cpdlm.speed_up.pace import Pace, measure_pace
 from cpdlm.training import checkpoints, run
@@ -61,7 +62,9 @@ class Request:
         return bool(named or self.corpus or self.chat)
 
     def check(self) -> None:
-        """ConfigError for options that do not fit together or that nothing can be done with."""
+        """ConfigError for options that do not fit together or that nothing can be done with, RunError for a folder that
+        holds something else."""
+        check_folder(self.output)
         if not self.minutes > 0:
             raise ConfigError(f"--minutes {self.minutes:g} leaves no time to train; give at least 1, or leave it out")
         if self.corpus and self.chat is not None:
@@ -130,7 +133,8 @@ def _precision(request: Request, base: Config, source: str, device: torch.device
     if device.type == "cuda":
         return "bfloat16", "on a GPU"
     taken = product_times(width(source, request.model))
-    return min(taken, key=lambda name: taken[name]), ", ".join(f"{ms:.1f} ms in {name}" for name, ms in taken.items())
+    fast, slow = sorted(taken, key=lambda name: taken[name])
+    return fast, f"products take {taken[fast]:.1f} ms, in {slow} {taken[slow]:.1f}"
 
 
 def _fitting(request: Request, source: str) -> list[str]:
