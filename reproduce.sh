@@ -9,67 +9,27 @@ usage() {
     cat <<'HELP'
 usage: ./reproduce.sh [OPTIONS]
 
-Makes its own environment (.venv, exact
-versions, no root), gets the data,
-trains, decodes, and prints the claims
-table. Every stage skips what is
-complete, so the same command continues
-a run that was stopped.
+Makes its own environment (.venv, exact versions, no root), gets the data, trains, decodes, and prints the claims table.
+Every stage skips what is complete, so the same command continues a run that was stopped.
 
-  --profile NAME
-      default: gpu where CUDA is
-      present, else cpu
-    smoke            2 cores, 3 min
-      everything once, too small to mean
-      anything
-    cpu              2 cores, 40 min
-      C1 to C4 on code, two ranks on
-      prose
-    cpu-full         2 cores, 4 h
-      every claim but C6, three seeds
-    retrofit-screen  2 cores, 1 h
-      heads on a pretrained model: which
-      objective
-    retrofit         2 cores, 4 h
-      heads on a pretrained model: ranks
-      and text
-    retrofit-own     2 cores, hours
-      what rank is worth on text that
-      the model writes itself
-    joints           2 cores, 30 min
-      what rank is worth by kind of
-      joint
-    gpu              one GPU
-      a 56.3M-parameter model
-    retrofit-gpu     one GPU
-      heads on a pretrained model, the
-      whole grid
-    paper            a large GPU, a hub
-      from scratch on TinyStories
-  --only STAGES
-      comma list of data, train, decode,
-      report (default: all); set-up:
-      only the environment
-  --data DIR
-      tokens made by `./dev bundle DIR`:
-      nothing is downloaded
-  --python PATH
-      use this interpreter and install
-      nothing
-  --out DIR
-      folder of the runs (default:
-      runs/PROFILE)
-  --results DIR
-      folder of the records (default:
-      OUT/results); figures and README
-      are redrawn from there
-  --jobs N
-      cells trained at once (default:
-      one per core, 8 at most; one per
-      GPU)
-  --mix yes
-      add to records of other code or
-      data, which is refused otherwise
+  --profile NAME   smoke            everything once, too small to mean anything   2 cores, 3 min
+                   cpu              C1 to C4 on code, two ranks on prose          2 cores, 40 min
+                   cpu-full         every claim but C6, three seeds               2 cores, 4 h
+                   retrofit-screen  heads on a pretrained model: which objective  2 cores, 1 h
+                   retrofit         heads on a pretrained model: ranks and text   2 cores, 4 h
+                   retrofit-own     the same on text that the model writes        2 cores, 2 h
+                   joints           what rank is worth by kind of joint           2 cores, 30 min
+                   gpu              a 56.3M-parameter model                       one GPU
+                   retrofit-gpu     heads on a pretrained model, the whole grid   one GPU
+                   paper            from scratch on TinyStories                   one large GPU, a hub
+                   (default: gpu where CUDA is present, else cpu)
+  --only STAGES    comma list of data, train, decode, report (default: all); set-up: only the environment
+  --data DIR       tokens made by `./dev bundle DIR`: nothing is downloaded
+  --python PATH    use this interpreter and install nothing
+  --out DIR        folder of the runs (default: runs/PROFILE)
+  --results DIR    folder of the records (default: OUT/results); figures and README are redrawn from there
+  --jobs N         cells trained at once (default: one per core, 8 at most; one per GPU)
+  --mix yes        add to records of other code or data, which is refused otherwise
 HELP
 }
 

@@ -3,32 +3,24 @@
 ./dev compare results/C3/A.json results/C3/B.json
 """
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cpdlm.config import INCIDENTAL, flat
-from cpdlm.terminal import Parser, fitted
+from cpdlm.terminal import Parser
 from experiments.records import MODES, Record, RecordError, decoding_hardware, is_busy, load
 
 
-def table(records: Sequence[Record], width: int = 10**6) -> str:
-    """A column per record, or two lines where that is wider than `width`. Of the settings only those that differ; notes
-    say what cannot be compared."""
+def table(records: Sequence[Record]) -> str:
+    """A column per record; of the settings only those that differ. Notes say what cannot be compared."""
     rows = [("", [record["name"] for record in records]), *_settings(records), *_results(records)]
     names = [label for label, _ in rows]
     widths = [max(len(cells[n]) for _, cells in rows) for n in range(len(records))]
     lines = [
         "  ".join([label.ljust(max(map(len, names))), *map(str.ljust, cells, widths)]).rstrip() for label, cells in rows
     ]
-    if max(map(len, lines)) > width:
-        lines = [
-            line
-            for label, cells in rows[1:]
-            for line in (label, *(f"  {name}\n    {cell}" for name, cell in zip(rows[0][1], cells, strict=True)))
-        ]
-    return fitted("\n".join([*lines, *(f"note: {note}" for note in _notes(records))]), width)
+    return "\n".join([*lines, *(f"note: {note}" for note in _notes(records))])
 
 
 def _settings(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
@@ -82,8 +74,7 @@ def main(arguments: list[str]) -> int:
     if len(options.records) < 2:
         parser.error("give two records or more")
     try:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
-        print(table([load(path) for path in options.records], width))
+        print(table([load(path) for path in options.records]))
     except RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ import pytest
 from made_records import made
 
 from experiments import compare
-from experiments.records import load, write
+from experiments.records import write
 
 
 def test_what_differs_stands_in_a_column_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,8 +16,6 @@ def test_what_differs_stands_in_a_column_each(tmp_path: Path, capsys: pytest.Cap
     assert any(line.split() == ["rank", "1", "4"] for line in lines) and not any("corpus" in line for line in lines)
     assert sum("tokens per forward" in line for line in lines) == 2
     assert any("not comparable across cells" in line for line in lines)
-    narrow = compare.table([load(Path(path)) for path in paths], 40).splitlines()
-    assert max(map(len, narrow)) <= 40 and narrow[narrow.index("rank") + 2].strip() == "1"
     (tmp_path / "torn.json").write_text("{")
     assert compare.main([paths[0], str(tmp_path / "torn.json")]) == 2
     assert "torn.json is damaged" in capsys.readouterr().err
