@@ -331,7 +331,7 @@ def _check_window(model: DraftingModel, rows: int, longest: int, draft: str | Ma
     branches = isinstance(draft, str) and draft.endswith(("tree", "branched"))
     size = 1 + _deepest(model, draft, options)
     if branches:
-        size = 1 + options.nodes + (options.lookup.most if draft.startswith(LOOKUP) else 0)
+        size = 1 + options.nodes + (options.lookup.most if str(draft).startswith(LOOKUP) else 0)
     apart = rows > 1 or branches  # slots are not positions
     window = model.attention_window if apart else None
     if window is not None and longest + size > window and not model.masks_windows:
