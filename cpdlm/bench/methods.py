@@ -91,7 +91,7 @@ def _paying(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
 
 
 def _sampled(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
-    """Under greedy a block is a chain, and branched a tree."""
+    """Under greedy a block, with branches or without, is a chain."""
     return lambda setup, sampling: None if sampling.greedy else _ours(draft)(setup, sampling)
 
 

@@ -216,14 +216,14 @@ DRAFTERS = {
     "chain": "argmaxes of the conditionals; sampled from the conditionals, accepted token by token",
     "block": "the chain, accepted as a block (the same as chain under greedy)",
     "tree": "the likeliest prefixes as a tree",
-    "branched": "the tree under greedy; the sampled chain, accepted as a block, with branches beside it",
+    "branched": "the block with branches of one token beside it (the same as chain under greedy)",
     "window": "the likeliest window",
     "path": "the window with the largest expected number of accepted tokens",
     "lookup": "what followed the last tokens where they stood before; none elsewhere, without heads",
     "lookup+chain": "what followed the last tokens where they stood before; elsewhere the chain",
     "lookup+block": "the same, accepted as a block",
     "lookup+tree": "the tree, with what followed the last tokens before as one more branch",
-    "lookup+branched": "branched, with what followed the last tokens before as one more branch",
+    "lookup+branched": "branched, with what followed the last tokens before as one more branch (greedy: lookup+chain)",
 }
 LOOKUP = "lookup"
 MOST_NODES = 4096  # what they see of each other grows with the square
@@ -246,13 +246,12 @@ def make_drafter(
         raise ValueError(f"nodes={nodes!r} is no number of drafts; pass a whole number, 1 to {MOST_NODES}")
     target_distribution = _normalised if processed else None
     name = name.removeprefix(f"{LOOKUP}+")
-    if name == "branched" and uniforms is not None:
-        return Branched(sampling, uniforms, nodes, target_distribution)
-    name = "tree" if name == "branched" else name
     if name in ("tree", "window", "path", LOOKUP):
         return DeterministicDraft(name, sampling, uniforms, nodes, target_distribution)
     if uniforms is None:
         return Greedy()
+    if name == "branched":
+        return Branched(sampling, uniforms, nodes, target_distribution)
     kind = BlockVerification if name == "block" else RejectionSampling
     return kind(sampling, uniforms, target_distribution)
 

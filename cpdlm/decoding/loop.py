@@ -179,6 +179,8 @@ def _forwards(
         captured.uniforms = uniforms
         return captured
     drafter = make_drafter(draft, sampling, uniforms, options.nodes, processed=changes)
+    if sampling.greedy and isinstance(draft, str):
+        draft = draft.replace("branched", "chain")
     _check_window(model, rows, texts.longest, draft, options)
     drafting = Drafting.of(model, drafter, draft, texts.prompts, options.lookup, options.costs, options.most_tokens)
     text = Text(model, rows, texts.prompts[0].device, options.use_cache)

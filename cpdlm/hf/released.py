@@ -32,7 +32,7 @@ from cpdlm.training.checkpoints import (
 
 FOLDER = Path(__file__).parents[1] / "released"
 DRAFT_IDS = "shortlist"  # the tensor's name in the file
-DRAFT = "lookup+branched"  # what won: results/benchmarks/tasks_smollm2.json
+DRAFT, NODES = "lookup+branched", 5  # what won: results/benchmarks/tasks_smollm2.json
 
 
 def release(run: Path, name: str) -> Path:
@@ -101,7 +101,7 @@ def _read(name: str) -> tuple[dict[str, Any], Config, dict[str, Tensor]]:
             facts = {key: json.loads(value) for key, value in file.metadata().items()}
         config = from_dict(facts["config"])
         config.data.cache = str(default_cache())  # that of the training is not here
-        config.decode.draft = DRAFT
+        config.decode.draft, config.decode.nodes = DRAFT, NODES
         return facts, config, load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); install the package again") from error

@@ -29,9 +29,7 @@ from cpdlm.training import checkpoints, run
 
 MEASURED = "decode.json"
 # (draft, nodes): what is tried for a few texts before the best is measured.
-CANDIDATES = (
-    *(("block", 8), ("lookup+block", 8), ("branched", 4), ("branched", 8), ("branched", 16), ("lookup+branched", 8)),
-)
+CANDIDATES = (("branched", 5), ("lookup+branched", 5), ("tree", 5), ("tree", 8), ("tree", 16), ("lookup+tree", 16))
 TRIED = 3  # prompts, of the validation split
 METHODS = {"plain": "AR", "lookup": "prompt lookup", "heads": "this draft"}  # in a table
 
