@@ -68,11 +68,8 @@ def rates_block(results: Path) -> str:
     for record in records:
         for task, mode in dict.fromkeys((each["task"], each["mode"]) for each in record["entries"]):
             found = {e["method"]: row(e) for e in record["entries"] if (e["task"], e["mode"]) == (task, mode)}
-            for each in (
-                "branched",
-                "lookup+branched",
-            ):  # where nothing is sampled a tree, before there was one a chain
-                others = (found.get(each.replace("branched", kind)) for kind in ("tree", "block", "chain"))
+            for each in ("branched", "lookup+branched"):  # where nothing is sampled, a chain
+                others = (found.get(each.replace("branched", kind)) for kind in ("block", "chain"))
                 found.setdefault(each, next((other for other in others if other), {}))
             rates = [dash(found.get(each, {}).get("tokens_per_second"), 0) for each in RIVALS]
             gain = recorded("speedup", ".2f")(found["lookup+branched"])
