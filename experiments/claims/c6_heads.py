@@ -40,11 +40,12 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
 
 def settings(families: Sequence[Family]) -> list[tuple[Family, str]]:
     """(family, variant) of heads on a pretrained model, the longest trained first. Cells of a short training, by which
-    the objective was chosen, do not count."""
+    the objective was chosen, do not count, nor do those that were never decoded."""
     usable = [
         family
         for family in families
-        if family.is_pretrained and not all(record["claim"] == "C6-screen" for record in family.records())
+        if family.is_pretrained
+        and any(record["decoding"] and record["claim"] != "C6-screen" for record in family.records())
     ]
     usable.sort(key=lambda family: positions(family.records()[0]), reverse=True)
     return [(family, variant) for family in usable for variant in family.variants()]
