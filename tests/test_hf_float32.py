@@ -52,9 +52,9 @@ def test_greedy_in_float32_on_a_hundred_prompts(tmp_path: Path) -> None:
     text_T = torch.tensor([*(tmp_path / "words.txt").read_bytes()])
     model = trained(text_T[:200_000])
     exact, generator, differing, forwards = copy.deepcopy(model).double(), torch.Generator().manual_seed(2), 0, 0
-    for start in range(10):
-        lengths = [4 + (7 * (10 * start + row)) % 29 for row in range(10)]
-        places = torch.randint(200_000, len(text_T) - 64, (10,), generator=generator)
+    for start in range(0, 100, 4):  # more rows at once would draft less
+        lengths = [4 + (7 * (start + row)) % 29 for row in range(4)]
+        places = torch.randint(200_000, len(text_T) - 64, (4,), generator=generator)
         ids = torch.stack([text_T[place : place + max(lengths)] for place in places])
         mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
         chosen = {"max_new_tokens": 64, "pad_token_id": 0, "attention_mask": mask}
@@ -62,13 +62,13 @@ def test_greedy_in_float32_on_a_hundred_prompts(tmp_path: Path) -> None:
         with count_forwards(model) as counted:
             one = wrap(model).generate(ids, **chosen)
         forwards += counted.count
-        assert one.shape == other.shape == (10, max(lengths) + 64)
-        for row in range(10):
+        assert one.shape == other.shape == (4, max(lengths) + 64)
+        for row in range(4):
             unequal = (one[row] != other[row]).nonzero()
             if len(unequal):
                 differing += 1
                 prefix = one[row, max(lengths) - lengths[row] : int(unequal[0])]
                 best = exact.target_log_probs(exact.hidden(prefix[None]))[0, -1].topk(2).values
-                assert float(best[0] - best[1]) < 1e-4, f"prompt {10 * start + row} differs at token {int(unequal[0])}"
+                assert float(best[0] - best[1]) < 1e-4, f"prompt {start + row} differs at token {int(unequal[0])}"
     assert differing <= 1
-    assert forwards < 10 * 45, "even the slowest row of a batch keeps many drafts"
+    assert forwards < 25 * 45, "even the slowest row of a batch keeps many drafts"
