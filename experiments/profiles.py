@@ -2,7 +2,7 @@
 
 from experiments.claims import CLAIMS
 from experiments.pretrained import retrofit, retrofit_gpu, retrofit_own, retrofit_screen
-from experiments.star import joints
+from experiments.star import joints, seeds
 from experiments.suite import RANKS, SEEDS, Cell, complete, controls, heads, scratch, trunk
 
 SCALES = ("cpu", "gpu")
@@ -74,6 +74,7 @@ PROFILES = {
     "retrofit": retrofit,
     "retrofit-own": retrofit_own,
     "joints": lambda: complete(joints()),
+    "seeds": lambda: complete(seeds()),
     "gpu": gpu,
     "retrofit-gpu": retrofit_gpu,
     "paper": paper,
