@@ -13,6 +13,7 @@ from cpdlm.model.build import build_language_model
 from cpdlm.training import checkpoints
 from experiments.bench import decode as benchmark
 from experiments.bench import decode_drafters
+from experiments.bench.decode_heads import Heads
 from experiments.measure.agreement import agreement
 from experiments.report import decoding, render
 from experiments.report.benchmarks import read_benchmark
@@ -79,6 +80,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     runs = ["--runs", str(root / "runs"), "--cpu"]
     assert benchmark.main([*runs, "--train-hydra", str(root / "hydra")]) == 0
     words = [*runs, "--quick", "--hydra", str(root / "hydra"), "--assistant", str(root / "assistant-corpus")]
+    words += ["--active", "1", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_drafters, "TEMPERATURES", (0.8,))
         patch.setattr(decode_drafters, "TOP_P", (0.9, 1.0))
@@ -115,6 +117,24 @@ def test_every_drafter_is_measured_on_both_splits(measured: tuple[Path, Path]) -
                 assert product == pytest.approx(one["speedup"]["mean"])
             assert entry["chain"]["test"]["tokens_per_pass_over_chain"] == {"mean": 0, "low": 0, "high": 0}
     assert set(found["suggested"]) == {"greedy", "sampling"}
+
+
+def test_a_draft_of_few_components_is_measured_beside_all(measured: tuple[Path, Path]) -> None:
+    rows = [row for row in read(measured[1], "sparse")["rows"] if row["mode"] == "sampling"]
+    found = [(row["law"], row["rank"], row["active"], row["speed_over_rank1"] is None) for row in rows]
+    untied = [("untied", 1, 1, True), ("untied", 2, 2, False), ("untied", 2, 1, False)]
+    linked = [("token-conditioned", 2, active, True) for active in (2, 1)]  # no rank 1 to hold them against
+    assert found == [*untied, *linked, ("untied", 1, 1, True)]
+    one, both = rows[:2]
+    assert both["speed_over_rank1"]["mean"] == pytest.approx(both["speedup"]["mean"] / one["speedup"]["mean"])
+
+
+def test_fewer_components_are_the_same_weights_in_another_model() -> None:
+    config = resolve({"size": "micro", "rank": 2, "horizon": 3})
+    model = build_language_model(config, 257, None)
+    (few,) = decode_drafters.with_active(Heads(config, ["heads"], [0], [model], [1.0]), 1).models
+    assert (model.active, few.active) == (0, 1)
+    assert all(mine is theirs for mine, theirs in zip(model.parameters(), few.parameters(), strict=True))
 
 
 def test_acceptance_is_over_seeds_draws_and_prompts(measured: tuple[Path, Path]) -> None:

@@ -71,6 +71,14 @@ def test_batches_and_single_texts_count_alike(run: Path, prompts: str) -> None:
     assert all(each["speedup_over_generate"]["median"] > 0 for each in found.values())
 
 
+def test_a_method_that_is_a_chain_under_greedy_is_left_out_beside_the_chain_alone(run: Path, prompts: str) -> None:
+    common = {"model": str(run), "tasks": (prompts,), "new_tokens": 4, "acceptance_only": True}
+    for methods, greedy in ((("branched",), {"branched"}), (("branched", "chain"), {"chain"})):
+        entries = measure(Request(**common, methods=methods)).entries
+        assert {each["method"] for each in entries if each["mode"] == "greedy"} == greedy
+        assert {each["method"] for each in entries if each["mode"] == "T=1"} == set(methods)
+
+
 def test_prompts_that_are_decoded_at_once_have_the_texts_of_single_ones(run: Path, prompts: str) -> None:
     common = {"model": str(run), "tasks": (prompts,), "new_tokens": 12, "repeats": 1, "warmups": 1}
     single = measure(Request(**common, methods=("chain", "generate")))

@@ -119,10 +119,10 @@ def log_ratio(top: Array, bottom: Array, *base: Array) -> Array:
 
 
 def of_ratio(*parts_U: Sequence[float] | Array) -> dict[str, float]:
-    """{"mean", "low", "high"} of sum(top) / sum(bottom) over units (U,), of what is above 0.
+    """{"mean", "low", "high"} of sum(top) / sum(bottom) over units (U,), or seeds and units (S, U), of what is above 0.
 
     parts_U: top and bottom, and those of what the ratio is held against, where it is."""
-    parts = [np.asarray([each_U], dtype=np.float64) for each_U in parts_U]
+    parts = [np.atleast_2d(np.asarray(each_U, dtype=np.float64)) for each_U in parts_U]
     effect = Effect.of(*pseudo_values(log_ratio, *parts))
     return named("mean", math.exp(effect.mean), effect, math.exp)
 

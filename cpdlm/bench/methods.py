@@ -44,9 +44,9 @@ class Setup:
 
 @dataclass(frozen=True)
 class Method:
-    """make: the contender for this sampling, or None where there is none that is not another method's. counted: whether
-    its tokens per forward say something without its time. named: runs only where it is asked for. is_plain: it runs the
-    modules of transformers."""
+    """make: the contender for this sampling, or None where there is none. counted: whether its tokens per forward say
+    something without its time. named: runs only where it is asked for. is_plain: it runs the modules of transformers.
+    greedy_twin: the method that it is under greedy."""
 
     about: str
     make: Callable[[Setup, Sampling], Contender | None]
@@ -54,6 +54,7 @@ class Method:
     counted: bool = True
     named: bool = False
     is_plain: bool = False
+    greedy_twin: str = ""
 
 
 def chosen(words: Sequence[str], model: LanguageModel) -> dict[str, Method]:
@@ -88,11 +89,6 @@ def _paying(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
         return Ours(setup.model, setup.new_tokens, sampling, draft, setup.nodes, setup.eos, costs)
 
     return make
-
-
-def _sampled(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
-    """Under greedy a block, with branches or without, is a chain."""
-    return lambda setup, sampling: None if sampling.greedy else _ours(draft)(setup, sampling)
 
 
 def _theirs(lookup: int | None = None) -> Callable[[Setup, Sampling], Contender | None]:
@@ -131,16 +127,21 @@ METHODS = {
     ASSISTED: Method("transformers' drafts of a second model", _assisted, named=True, is_plain=True),
     "lookup": Method("our prompt lookup", _ours("lookup")),
     "chain": Method("the heads' drafts as a chain", _ours("chain"), needs_heads=True),
-    "block": Method("the same, accepted as a block", _sampled("block"), needs_heads=True),
+    "block": Method("the same, accepted as a block", _ours("block"), needs_heads=True, greedy_twin="chain"),
     "tree": Method("the heads' likeliest prefixes as a tree", _ours("tree"), needs_heads=True),
-    "branched": Method("the block, with branches beside it", _sampled("branched"), needs_heads=True),
+    "branched": Method("the block, with branches beside it", _ours("branched"), needs_heads=True, greedy_twin="chain"),
     "lookup+chain": Method(
         "prompt lookup where it finds something, else the chain", _ours("lookup+chain"), needs_heads=True
     ),
-    "lookup+block": Method("the same, accepted as a block", _sampled("lookup+block"), needs_heads=True),
+    "lookup+block": Method(
+        "the same, accepted as a block", _ours("lookup+block"), needs_heads=True, greedy_twin="lookup+chain"
+    ),
     "lookup+tree": Method("the tree, and prompt lookup as one more branch", _ours("lookup+tree"), needs_heads=True),
     "lookup+branched": Method(
-        "branched, and prompt lookup as one more branch", _sampled("lookup+branched"), needs_heads=True
+        "branched, and prompt lookup as one more branch",
+        _ours("lookup+branched"),
+        needs_heads=True,
+        greedy_twin="lookup+chain",
     ),
     "chain-paying": Method(
         "as many drafts of the chain as pay on this machine", _paying("chain"), needs_heads=True, counted=False

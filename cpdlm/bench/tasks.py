@@ -33,8 +33,16 @@ Text = Decoded | list[int]
 
 
 def contenders_of(methods: Mapping[str, Method], setup: Setup, mode: str, batch: int = 1) -> dict[str, Contender]:
-    """batch: where several prompts are decoded at once, only our own methods are there."""
-    made = {name: method.make(setup, MODES[mode]) for name, method in methods.items()}
+    """batch: where several prompts are decoded at once, only our own methods are there.
+
+    A method that is another one under greedy is left out beside that.
+    """
+    sampling = MODES[mode]
+    made = {
+        name: method.make(setup, sampling)
+        for name, method in methods.items()
+        if not (sampling.greedy and method.greedy_twin in methods)
+    }
     return {
         name: contender
         for name, contender in made.items()

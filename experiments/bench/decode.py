@@ -1,4 +1,4 @@
-"""Ways to draft, measured side by side: every drafter and rank, filters, and the baselines; three records.
+"""Ways to draft, measured side by side: every drafter and rank, filters, and the baselines; four records.
 
     python experiments/bench/decode.py --runs runs/cpu-full --train-hydra runs/hydra  # once, a minute a corpus and seed
     python experiments/bench/decode.py --runs runs/cpu-full --only acceptance          # not timed
@@ -11,11 +11,11 @@ Intervals are over prompts, each with all its draws and seeds.
 decode_acceptance.json   tokens per forward of every drafter; agreement with the target per depth; temperatures and
                          top-p; not timed
 decode_strategies.json   speed of every drafter, greedy and sampling
+decode_sparse.json       the chain by how many components of a draft are evaluated (only with --active)
 decode_baselines.json    autoregressive, generate, prompt lookup, assisted generation, sequential heads, ours; memory
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,10 +32,11 @@ from experiments.bench import decode_drafters as drafters
 from experiments.bench import record
 from experiments.bench.decode_baselines import baselines, train_sequential_heads
 from experiments.bench.decode_heads import Bench, load_benches, target_entry
+from experiments.report.benchmarks import read_file
 
 SETTINGS = (
     *("prompts", "timed_prompts", "prompt_tokens", "new_tokens", "nodes", "validation_draws", "draws"),
-    *("acceptance_draws", "baseline_draws", "warmups", "seeds", "assistant_tokens", "lookup_longest"),
+    *("acceptance_draws", "baseline_draws", "warmups", "seeds", "assistant_tokens", "lookup_longest", "active"),
 )
 QUICK = (
     "--prompts 3 --timed-prompts 2 --prompt-tokens 8 --new-tokens 6 --nodes 3 --draws 1 --acceptance-draws 2 "
@@ -50,8 +51,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     check_writable(options.output)
     path = options.output / "decode_strategies.json"
-    if options.only == "baselines" and not path.is_file():
-        raise SystemExit(f"there is no {path} to take the chosen drafters from; leave out --only baselines")
+    if options.only == "baselines" and isinstance(there := read_file(path), str):
+        raise SystemExit(f"{there}; the chosen drafters are in it: leave out --only baselines")
     benches = load_benches(options)
     if options.only in (None, "acceptance"):
         found = _begin("acceptance", benches, arguments)
@@ -65,10 +66,16 @@ def main(arguments: Sequence[str]) -> int:
         found["suggested"] = drafters.suggested(found["cells"])
         record.write(options, "decode_strategies", found)
         print(f"suggested: {found['suggested']}")
+    if options.active and options.only in (None, "sparse"):
+        found = _begin("sparse", benches, arguments)
+        found["rows"] = [row for bench in benches for row in drafters.sparse(bench)]
+        record.write(options, "decode_sparse", found)
     if options.only in (None, "baselines"):
+        strategies = read_file(path)
+        assert not isinstance(strategies, str), strategies
         chosen = {
             cell["names"][0]: {mode: entry["chosen"] for mode, entry in cell["modes"].items()}
-            for cell in json.loads(path.read_bytes())["cells"]
+            for cell in strategies["cells"]
         }
         found = _begin("baselines", benches, arguments)
         found["methods"] = [row for bench in benches for row in baselines(bench, chosen)]
@@ -98,16 +105,19 @@ def parser() -> argparse.ArgumentParser:
     add("--lookup-longest", type=int, default=3, help="longest n-gram that prompt lookup looks for")
     add("--prompts", type=int, default=32, help="of the acceptance")
     add("--timed-prompts", type=int, default=8, help="how many of them are timed")
-    add("--prompt-tokens", type=int, default=64)
-    add("--new-tokens", type=int, default=64)
+    add("--prompt-tokens", type=int, default=64, help="tokens of a prompt")
+    add("--new-tokens", type=int, default=64, help="tokens to write")
     add("--nodes", type=int, default=8, help="drafts of a tree, width of a beam")
+    add("--active", type=int, nargs="*", default=[], help="components of a higher rank that a draft evaluates")
     add("--acceptance-draws", type=int, default=3, help="texts per prompt and seed, of the acceptance under sampling")
     add("--draws", type=int, default=2, help="timed texts per prompt and seed of each drafter, test split")
     add("--validation-draws", type=int, default=1, help="and validation split")
     add("--baseline-draws", type=int, default=3, help="timed texts per prompt and seed of the baselines, test split")
-    add("--warmups", type=int, default=1)
-    only = "make one record (acceptance is not timed; baselines takes the choice from strategies)"
-    add("--only", choices=("acceptance", "strategies", "baselines"), help=only)
+    add("--warmups", type=int, default=1, help="untimed texts of each contender")
+    only = (
+        "make one record (acceptance is not timed; sparse needs --active; baselines takes the choice from strategies)"
+    )
+    add("--only", choices=("acceptance", "strategies", "sparse", "baselines"), help=only)
     return made
 
 

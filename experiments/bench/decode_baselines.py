@@ -31,6 +31,7 @@ from experiments.bench.decode_heads import (
     load_heads,
     load_target,
     speed_entry,
+    speed_ratio,
     sums,
 )
 from experiments.bench.record import say
@@ -76,15 +77,14 @@ def baselines(bench: Bench, chosen: dict[str, dict[str, str]]) -> list[dict[str,
         say(f"baselines, {bench.config.corpus}, {mode}")
         racers = {method.name: method.racers(mode) for method in methods}
         raced = bench.race(racers, "test", bench.options.baseline_draws)
-        generate_P, _, generate_seconds_P = sums(raced["generate"])
         for entry, method in zip(entries, methods, strict=True):
             mine = raced[method.name]
-            tokens_P, forwards_P, seconds_P = sums(mine)
-            counts: dict[str, Any] = {"tokens": int(tokens_P.sum()), "passes": int(forwards_P.sum())}
-            counts |= {"tokens_per_pass": of_ratio(tokens_P, forwards_P)}
+            tokens_SP, forwards_SP, _ = sums(mine)
+            counts: dict[str, Any] = {"tokens": int(tokens_SP.sum()), "passes": int(forwards_SP.sum())}
+            counts |= {"tokens_per_pass": of_ratio(tokens_SP, forwards_SP)}
             if all(mine.decoded):
                 counts = acceptance(mine.decoded, method.horizon)
-            over = {"speedup_over_generate": of_ratio(tokens_P, seconds_P, generate_P, generate_seconds_P)}
+            over = {"speedup_over_generate": speed_ratio(mine, raced["generate"])}
             memory = _memory(racers[method.name][0], bench)
             entry["modes"][mode] = counts | speed_entry(mine, raced["AR"]) | over | memory
     return entries

@@ -8,6 +8,8 @@ Letters: P prompts, T positions.
 
 import math
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ import torch
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.intervals import of_ratio
 from cpdlm.decoding import Sampling
-from experiments.bench.decode_heads import SAMPLINGS, Bench, Heads, speed_entry, sums
+from experiments.bench.decode_heads import SAMPLINGS, Bench, Heads, speed_entry, speed_ratio, sums
 from experiments.bench.record import say
 from experiments.measure.agreement import agreement
 
@@ -51,11 +53,48 @@ def _race(bench: Bench, mode: str, split: str, draws: int) -> list[dict[str, dic
 
     def entry(index: int, drafter: str) -> dict[str, Any]:
         mine, chain = raced[f"{index} {drafter}"], raced[f"{index} chain"]
-        (tokens_P, _, seconds_P), (base_P, _, base_seconds_P) = sums(mine), sums(chain)
-        over_chain = {"speed_over_chain": of_ratio(tokens_P, seconds_P, base_P, base_seconds_P)}
+        over_chain = {"speed_over_chain": speed_ratio(mine, chain)}
         return acceptance(mine.decoded, bench.config.horizon) | speed_entry(mine, raced["AR"]) | over_chain
 
     return [{drafter: entry(index, drafter) for drafter in each} for index, each in enumerate(names)]
+
+
+def sparse(bench: Bench) -> list[dict[str, Any]]:
+    """Per mode, heads and number of components that their draft evaluates: speed over AR and over rank 1's chain.
+
+    Intervals are over prompts and seeds."""
+    contenders = [
+        (heads, active)
+        for heads in bench.heads
+        for active in (heads.rank, *(k for k in bench.options.active if k < heads.rank))
+    ]
+    rows = []
+    for mode, sampling in SAMPLINGS.items():
+        say(f"components, {bench.config.corpus}, {mode}")
+        racers = {
+            f"{heads.variant} {heads.rank} {active}": bench.speculative(with_active(heads, active), sampling, "chain")
+            for heads, active in contenders
+        }
+        raced = bench.race({"AR": bench.autoregressive(sampling)} | racers, "test", bench.options.draws)
+        for heads, active in contenders:
+            seeds, mine = len(heads.seeds), raced[f"{heads.variant} {heads.rank} {active}"]
+            one = raced.get(f"{heads.variant} 1 1") if heads.rank > 1 else None
+            tokens_SP, forwards_SP, _ = sums(mine, seeds)
+            rows.append(
+                heads.label
+                | {"mode": mode, "active": active, "tokens_per_forward": of_ratio(tokens_SP, forwards_SP)}
+                | {"speedup": speed_ratio(mine, raced["AR"], seeds)}
+                | {"speed_over_rank1": one and speed_ratio(mine, one, seeds, seeds)}
+            )
+    return rows
+
+
+def with_active(heads: Heads, active: int) -> Heads:
+    """The same weights, of which a draft evaluates so many components."""
+    models = [copy(model) for model in heads.models]
+    for model in models:
+        model.use_active(active)
+    return replace(heads, models=models)
 
 
 def suggested(cells: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What the benchmark of decoding measures of a corpus: finished heads of several seeds, on one frozen trunk.
 
-Letters: P prompts, T positions.
+Letters: P prompts, S seeds, T positions.
 """
 
 import argparse
@@ -131,22 +131,29 @@ def _both(one: Timing, other: Timing) -> Timing:
     )
 
 
-def sums(timing: Timing) -> tuple[Any, Any, Any]:
-    """(P,) tokens, forwards and seconds: of a prompt, with all its draws and seeds."""
-    tokens_P, forwards_P, seconds_P = (
-        np.sum(part, axis=0) for part in (timing.tokens, timing.forwards, timing.seconds)
+def sums(timing: Timing, seeds: int = 1) -> tuple[Any, Any, Any]:
+    """(S, P) tokens, forwards and seconds: of a prompt with all its draws. seeds: that are told apart."""
+    parts = (timing.tokens, timing.forwards, timing.seconds)
+    tokens_SP, forwards_SP, seconds_SP = (
+        np.reshape(part, (seeds, -1, np.shape(part)[-1])).sum(axis=1) for part in parts
     )
-    return tokens_P, forwards_P, seconds_P
+    return tokens_SP, forwards_SP, seconds_SP
+
+
+def speed_ratio(timing: Timing, other: Timing, seeds: int = 1, others: int = 1) -> dict[str, float]:
+    """Of tokens per second, paired over prompts and, where both have several, over seeds."""
+    (tokens_SP, _, seconds_SP), (base_SP, _, base_seconds_SP) = sums(timing, seeds), sums(other, others)
+    return of_ratio(tokens_SP, seconds_SP, base_SP, base_seconds_SP)
 
 
 def speed_entry(timing: Timing, autoregressive: Timing) -> dict[str, Any]:
     """conversion: the speed-up per token per forward."""
-    tokens_P, forwards_P, seconds_P = sums(timing)
-    base_P, _, base_seconds_P = sums(autoregressive)
+    tokens_SP, forwards_SP, seconds_SP = sums(timing)
+    base_SP, _, base_seconds_SP = sums(autoregressive)
     return {
-        "tokens_per_second": float(tokens_P.sum() / seconds_P.sum()),
-        "speedup": of_ratio(tokens_P, seconds_P, base_P, base_seconds_P),
-        "conversion": of_ratio(forwards_P, seconds_P, base_P, base_seconds_P),
+        "tokens_per_second": float(tokens_SP.sum() / seconds_SP.sum()),
+        "speedup": speed_ratio(timing, autoregressive),
+        "conversion": of_ratio(forwards_SP, seconds_SP, base_SP, base_seconds_SP),
     }
 
 

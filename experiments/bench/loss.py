@@ -26,8 +26,9 @@ experiments.check_python()
 
 import torch
 
+from cpdlm.training.flop_count import matmul_rate
 from experiments.bench import fresh, record
-from experiments.bench.loss_sides import DIMENSIONS, SIDES, Case, errors, make, measure, products_rate, summary
+from experiments.bench.loss_sides import DIMENSIONS, SIDES, Case, errors, make, measure, summary
 
 MEMORY_TARGET, TIME_TARGET = 1 / 8, 1.1
 LARGE_TARGET_GIB = 2.0
@@ -54,7 +55,7 @@ def side_of(side: str, options: argparse.Namespace, device: torch.device, dtype:
     if options.large and side == "bounded":
         others = [mib for mib in CHUNKS_MIB if mib != options.chunk_mib]
         found["chunks"] = {mib: _or_why_not(measure, make(side, mib), case, 1) for mib in others}
-        found["products"] = products_rate(device, dtype)
+        found["products"] = matmul_rate(device, {"bfloat16": "bf16"}.get(options.dtype, "32"))
     if options.large:
         del case
         found["errors"] = _or_why_not(errors, loss, dtype, device)
@@ -144,9 +145,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--growth", action="store_true", help="the bounded loss alone, one dimension after the other")
     for name in DIMENSIONS:
         add(f"--{name}", type=int)
-    add("--dtype", choices=("float32", "bfloat16"))
+    add("--dtype", choices=("float32", "bfloat16"), help="of the states and the weights")
     add("--chunk-mib", type=int, help="bound on the logits alive at once (loss.chunk_mib)")
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=int, default=3, help="timed losses of each side")
     add("--seconds", type=int, default=600, help="what a process may take before it counts as failed")
     add("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = record.parse(parser, arguments, QUICK)

@@ -183,18 +183,6 @@ def errors(loss: Callable[[Case, int], Tensor], dtype: torch.dtype, device: torc
     return found
 
 
-def products_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large matrix product: what no loss here can exceed."""
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        (left @ right)[0, 0].item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
-
-
 def _reset_peak(device: torch.device) -> int:
     """Memory in use now, from which the peak counts (bytes)."""
     if device.type == "cuda":

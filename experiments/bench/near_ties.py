@@ -103,10 +103,10 @@ def measured(options: argparse.Namespace) -> record.Record:
 def main(arguments: Sequence[str]) -> int:
     parser = record.parser(__doc__)
     parser.add_argument("model", help="a model without heads: a folder, a GGUF file, smollm2")
-    for name, default in (("--prompts", 4), ("--new-tokens", 48)):
-        parser.add_argument(name, type=int, default=default)
-    parser.add_argument("--task", default="humaneval")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--prompts", type=int, default=4, help="how many")
+    parser.add_argument("--new-tokens", type=int, default=48, help="tokens to write")
+    parser.add_argument("--task", default="humaneval", help="whose prompts are continued")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the weights")
     options = record.parse(parser, arguments, "--prompts 2 --new-tokens 8")
     names = ("model", "prompts", "new_tokens", "task", "dtypes")
     print(near_ties_table(record.run("near_ties", arguments, options, names, measured)).markdown())

@@ -223,17 +223,24 @@ def choose(cells: list[dict[str, Any]]) -> dict[str, Any]:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = record.parser(__doc__)
     add = parser.add_argument
-    add("stage", choices=("time", "gain"))
+    add("stage", choices=("time", "gain"), help="the step times and memory of recipes, or what they gain")
     add("--sizes", nargs="+", default=None, help="trunks (default: tiny small base; gain: tiny)")
-    add("--recipes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES), metavar="RECIPE")
+    add(
+        "--recipes",
+        nargs="+",
+        choices=tuple(RECIPES),
+        default=tuple(RECIPES),
+        metavar="RECIPE",
+        help="which (default: all)",
+    )
     add("--vocab", type=int, default=None, help="tokens (default: 8192); gain: bytes")
     add("--steps", type=int, default=None, help="optimiser steps (default: 5; gain: 300)")
     add("--repeats", type=int, default=3, help="time: fresh processes per cell, by turns (default: 3)")
     add("--seeds", type=int, default=2, help="gain: seeds of the heads, on one trunk (default: 2)")
-    add("--corpus", default="code")
-    add("--max-bytes", type=int, default=4_000_000)
+    add("--corpus", default="code", help="that is trained on")
+    add("--max-bytes", type=int, default=4_000_000, help="of the corpus")
     add("--runs", type=Path, default=Path("runs/overhead"), help="where the trained models go")
-    add("--cache", type=Path, default=Path(".cache/cpdlm"))
+    add("--cache", type=Path, default=Path(".cache/cpdlm"), help="folder of prepared texts")
     add("--one", action="store_true", help=argparse.SUPPRESS)
     options = record.parse(parser, arguments, QUICK)
     timing = options.stage == "time"

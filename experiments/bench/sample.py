@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--prompt", default=PROMPT, help="text that the model goes on with (default: a class and its docstring)")
     add("--new-tokens", type=int, default=96, help="at most")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the text")
     options = record.parse(parser, arguments, QUICK)
     record.run("sample", arguments, options, SETTINGS, written)
     return 0

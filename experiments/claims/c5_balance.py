@@ -95,4 +95,5 @@ def shown(verdict: Verdict) -> tuple[str, str]:
     if not verdict.numbers:
         return verdict.plain, "-"
     widest = max(verdict.numbers, key=lambda number: number.interval.high - number.interval.low)
-    return verdict.plain, widest.short(f"with {widest.name.partition(' - ')[0]}")
+    name = widest.name.partition(" - ")[0].replace("bias", "a gate bias of")
+    return verdict.plain, widest.short(f"with {name}")

@@ -27,6 +27,7 @@ _WORDS = {  # of older records
 KINDS = {
     "decode_acceptance": ("decoding acceptance", "experiments/bench/decode.py"),
     "decode_strategies": ("decoding strategies", "experiments/bench/decode.py"),
+    "decode_sparse": ("decoding sparse", "experiments/bench/decode.py --active 1 2 4 --only sparse"),
     "decode_baselines": ("decoding baselines", "experiments/bench/decode.py"),
     "decode_speed": ("decoding speed", "experiments/bench/speed.py"),
     "joint-loss-cpu": ("", "experiments/bench/loss.py --cpu"),
@@ -44,10 +45,17 @@ KINDS = {
 
 
 def read_benchmark(results: Path, name: str) -> Benchmark | str:
-    """The record results/benchmarks/NAME.json, or why there is none and what makes it. NAME may be longer than that of
-    its kind: decode_speed_avx2 is of decode_speed."""
+    """The record results/benchmarks/NAME.json, or why there is none and what makes it."""
+    return read_file(results / "benchmarks" / f"{name}.json")
+
+
+def read_file(path: Path) -> Benchmark | str:
+    """The record at `path`, or why there is none and what makes it.
+
+    Its name may be longer than that of its kind: decode_speed_avx2 is of decode_speed.
+    """
+    name = path.stem
     kind, maker = next(found for start, found in sorted(KINDS.items(), reverse=True) if name.startswith(start))
-    path = results / "benchmarks" / f"{name}.json"
     if not path.is_file():
         return f"no record benchmarks/{path.name} (python {maker} makes it)"
     try:

@@ -117,8 +117,9 @@ def _deciding(group: Sequence[Verdict]) -> Verdict:
 
 
 def _claims(by_claim: Sequence[tuple[Claim, list[Verdict]]], figures: dict[str, Shown]) -> str:
-    """A claim beside the figure that decides it; a figure of two claims stands at the first."""
-    parts, placed = [], set()
+    """A claim beside the figure that decides it; a figure of two claims stands at the first, and the other names it."""
+    parts: list[str] = []
+    placed: dict[str, Claim] = {}
     for claim, group in by_claim:
         first = _deciding(group)
         others = [verdict for verdict in group if verdict is not first]
@@ -128,8 +129,13 @@ def _claims(by_claim: Sequence[tuple[Claim, list[Verdict]]], figures: dict[str, 
             f"<p>Its records: <code>{html.escape(command(claim.id))}</code> ({_text(ADDING)}).</p>"
         )
         shown = figures.get(claim.figure)
-        picture = _figure(shown) if shown is not None and claim.figure not in placed else ""
-        placed.add(claim.figure)
+        if there := placed.get(claim.figure):
+            picture = (
+                f'<p class="soft">Its figure stands beside <a href="#{_anchor(there)}">{_text(there.name)}</a>.</p>'
+            )
+        else:
+            picture = _figure(shown) if shown is not None else ""
+            placed[claim.figure] = claim
         parts.append(
             f'<article class="claim" id="{_anchor(claim)}">\n<div>\n'
             f"<h2>{_text(claim.name)} · {_text(claim.question)}</h2>\n"
