@@ -45,9 +45,12 @@ def readme(families: list[Family]) -> Drawn | str:
     name = style.worded(shown[0].size)
     lowest, highest = (f(value.mean for value in speeds) for f in (min, max))
     left.set_title(f"Heads on {name}:\n{lowest:.2f} to {highest:.2f} times as fast as without", weight="bold")
-    sure = sum(value.low > 1 for value in gains)
-    said = f"surely faster in {sure} of {len(gains)} cases" if sure else "none is surely faster"
-    right.set_title(f"Ranks above 1 against rank 1:\n{said}", weight="bold")
+    faster, slower = sum(value.low > 1 for value in gains), sum(value.high < 1 for value in gains)
+    right.set_title(
+        f"Ranks above 1 against rank 1, {len(gains)} cases:\n{faster or 'none'} surely faster, "
+        f"{slower or 'none'} surely slower",
+        weight="bold",
+    )
     _legend(figure, left, 4)
     for text in figure.findobj(lambda artist: hasattr(artist, "set_fontsize")):
         text.set_fontsize(_TYPE)  # type: ignore[attr-defined]
