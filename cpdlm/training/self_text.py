@@ -185,32 +185,31 @@ def _kept(folder: Path, tokens: int) -> list[dict[str, NDArray[Any]]] | None:
 
 def _write(model: LanguageModel, split: TokenSplit, writing: Writing, folder: Path, device: torch.device) -> None:
     model = _fast(model.to(device).eval(), device)
-    done, sampling, ends = 0, SAMPLINGS[writing.how], writing.ends
-    with Bar(total=writing.tokens, desc=f"writing ({writing.how})", unit="token") as bar:
+    paths = (folder / f"{number:05d}.npz" for number in itertools.count())
+    kept = [int(np.load(path)["lengths"].sum()) for path in itertools.takewhile(Path.is_file, paths)]
+    done, sampling, ends = sum(kept), SAMPLINGS[writing.how], writing.ends
+    with Bar(total=writing.tokens, initial=done, desc=f"writing ({writing.how})", unit="token") as bar:
         for number, batch in enumerate(writing.batches(split)):
-            path = folder / f"{number:05d}.npz"
-            if not path.is_file():
-                rows = decode_batch(
-                    model,
-                    [prompt_T.to(device) for prompt_T in batch],
-                    writing.context - max(map(len, batch)),
-                    sampling,
-                    [
-                        torch.Generator().manual_seed(SEED + number * writing.batch + index)
-                        for index in range(len(batch))
-                    ],
-                    eos=ends,
-                    draft="none",
+            if number < len(kept):
+                continue
+            rows = decode_batch(
+                model,
+                [prompt_T.to(device) for prompt_T in batch],
+                writing.context - max(map(len, batch)),
+                sampling,
+                [torch.Generator().manual_seed(SEED + number * writing.batch + index) for index in range(len(batch))],
+                eos=ends,
+                draft="none",
+            )
+            documents = [[*prompt_T.tolist(), *row.tokens] for prompt_T, row in zip(batch, rows, strict=True)]
+            with replaced(folder / f"{number:05d}.npz") as temporary, open(temporary, "wb") as file:
+                np.savez(
+                    file,
+                    tokens=np.array([token for each in documents for token in each], split.tokens.dtype),
+                    lengths=np.array([len(each) for each in documents]),
+                    prompts=np.array([len(prompt_T) for prompt_T in batch]),
                 )
-                documents = [[*prompt_T.tolist(), *row.tokens] for prompt_T, row in zip(batch, rows, strict=True)]
-                with replaced(path) as temporary, open(temporary, "wb") as file:
-                    np.savez(
-                        file,
-                        tokens=np.array([token for each in documents for token in each], split.tokens.dtype),
-                        lengths=np.array([len(each) for each in documents]),
-                        prompts=np.array([len(prompt_T) for prompt_T in batch]),
-                    )
-            written = int(np.load(path)["lengths"].sum())
+            written = sum(map(len, documents))
             done += written
             bar.update(written)
             if done >= writing.tokens:
