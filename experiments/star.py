@@ -21,7 +21,7 @@ BALANCES: dict[str, dict[str, Any]] = {
     "bias": {"balance": "bias"},
     "unbalanced": {"balance": "none"},
 }
-FRESH = {"data.release": 1, "decode.prompts": 64, "decode.repeats": 1, "decode.warmups": 1}
+FRESH = {"data.release": 1, "decode.prompts": 32, "decode.repeats": 1, "decode.warmups": 1}
 # On a GPU a token of a small model takes as long as on a core: decoding would take most of the time otherwise.
 GPU_DECODING = {"decode.prompts": 8, "decode.repeats": 3, "decode.warmups": 1}
 TIMING = {"optim.steps": 40, "optim.warmup": 10, "train.validate_every": 40, "evaluate.rows": 8}
