@@ -1,7 +1,7 @@
 """C3: more drafts are accepted as the rank rises.
 
 Cells: heads of ranks 1, 2, 4 and 8 on one frozen trunk, on code and text, at horizons 2, 4 and 8; rank 1 trained for
-rank 8's time. The README shows the setting with the most cells at equal steps.
+rank 8's time. The README shows the setting with the most seeds at equal steps.
 """
 
 from collections.abc import Sequence

@@ -26,14 +26,19 @@ TARGETS = {"own": "a target of their own", "common": "one frozen target"}
 
 
 def over_ranks(claim: Claim, families: Sequence[Family], rows: Rows) -> list[Verdict]:
-    """The rows of every family with the claim's target and two ranks, the family of most cells first; where some have
-    rank 1 and the top one, of those alone."""
+    """The rows of every family with the claim's target and two ranks, that of most seeds first, of two alike that of
+    code, as the star's base cell; where some have rank 1 and the top one, of those alone."""
     ours = trained(families)
     usable = [family for family in ours if family.target == claim.target and len(family.ranks()) > 1]
     whole = [family for family in usable if {1, claim.top} <= set(family.ranks())]
-    found = [row for family in whole or usable for row in rows(family, ours)]
+    found = [row for family in sorted(whole or usable, key=_evidence) for row in rows(family, ours)]
     missing = f"no records of two or more ranks with {TARGETS[claim.target]} and link=none"
     return claim.complete(found, missing, [family for family in ours if family.target == claim.target])
+
+
+def _evidence(family: Family) -> tuple[int, bool]:
+    seeds = set.intersection(*map(set, family.by_rank().values()))
+    return -len(seeds), family.settings["corpus"] != "code"
 
 
 def judged(claim: Claim, family: Family, rule: Rule) -> Verdict:

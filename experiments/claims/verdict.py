@@ -200,7 +200,7 @@ def headline(verdicts: Sequence[Verdict], shorten: Callable[[Verdict], tuple[str
     words = [verdict.word for verdict in run[1:] if not set(verdict.numbers) <= set(run[0].beside)]
     others = [f"{words.count(word)} {said}" for word, said in _OTHERS.items() if word in words]
     if set(words) - {run[0].word}:
-        answer += f" (in {counted(len(words), 'other setting')}: {', '.join(others)})"
+        answer += f" (elsewhere: {', '.join(others)})"
     return Answer(verdicts[0].claim, answer, number)
 
 

@@ -66,7 +66,7 @@ def claims_block(families: Sequence[Family], verdicts: Sequence[Verdict]) -> str
     used = {path for verdict in verdicts for path in verdict.records}
     records = [record for family in families for record in family.records() if record.path in used]
     line = (
-        f"From {counted(len(records), 'record')} on {_machines(records)}. Brackets: intervals of 90 to 99%, by claim. "
+        f"From {counted(len(records), 'record')} on {_machines(records)}. Brackets: 90 to 99% intervals. "
         f"Every setting, rule and record: [{ALL_ROWS}]({ALL_ROWS})."
     )
     return "\n".join(["| | question | answer | number |", "| --- | --- | --- | --- |", *rows, "", line])
