@@ -31,7 +31,8 @@ _FREE = (
     "model.adapter_layers",
     "model.trunk",
 )
-_CONSEQUENCES = ("data.sha256", "data.vocab_size", "trunk")
+# Said only where nothing else differs: what other text brings with it, and how long decoding was measured.
+_CONSEQUENCES = ("data.sha256", "data.vocab_size", "trunk", "decode.prompts", "decode.repeats", "decode.warmups")
 Cells = dict[int, Record]  # seed -> record
 
 
@@ -191,6 +192,10 @@ def _references(family: Family, trunks: list[Record]) -> list[Record]:
     return [r for r in same if r["data"]["sha256"] == family.settings["data.sha256"]]
 
 
+def _differing(family: Family, other: Family) -> list[str]:
+    return [key for key in sorted(family.settings) if family.settings[key] != other.settings.get(key)]
+
+
 def _label(ordered: list[Family]) -> None:
     plain: dict[str, list[Family]] = {}
     for family in ordered:
@@ -198,9 +203,10 @@ def _label(ordered: list[Family]) -> None:
         text = f"{s['corpus']}, {family.size}, n={s['horizon']}, {TARGETS[family.target]}"
         plain.setdefault(text, []).append(family)
     for text, members in plain.items():
-        usual = members[0].settings  # of the largest: the others say in what they differ from it
+        # That from which all differ in the fewest settings, of two alike the largest: the others say in what.
+        usual = min(members, key=lambda each: sum(len(_differing(other, each)) for other in members))
         for family in members:
-            differing = [key for key in sorted(family.settings) if family.settings[key] != usual.get(key)]
+            differing = _differing(family, usual)
             # Other text or another tokenizer shows in hashes, too, and those are said only where nothing else is.
             said = [key for key in differing if key not in _CONSEQUENCES] or differing
             family.label = ", ".join([text, *(f"{key}={str(family.settings[key])[:12]}" for key in said)])
