@@ -103,9 +103,9 @@ class Int8(Product):
         scale_O = wide_OI.abs().amax(dim=1).clamp(min=TINY) / 127
         self.packed = _in_whole_numbers(wide_OI, scale_O) if torch.cpu._is_vnni_supported() else None
         if self.packed is None:
-            if self.in_features % 16:  # torch's kernel for AVX2 reads beyond such rows
+            if self.in_features % 8:  # torch's kernel for AVX2 reads beyond such rows
                 raise NoKernel(
-                    f"8 bits without VNNI instructions need inputs in multiples of 16, not {self.in_features}"
+                    f"8 bits without VNNI instructions need inputs in multiples of 8, not {self.in_features}"
                 )
             self.rows_OI = (wide_OI / scale_O[:, None]).round().to(torch.int8)
             self.scale_O = scale_O.bfloat16()
