@@ -103,11 +103,8 @@ class Int8(Product):
         scale_O = wide_OI.abs().amax(dim=1).clamp(min=TINY) / 127
         self.packed = _in_whole_numbers(wide_OI, scale_O) if torch.cpu._is_vnni_supported() else None
         if self.packed is None:
-            if self.in_features % 8:  # torch's kernel for AVX2 reads beyond such rows
-                raise NoKernel(
-                    f"8 bits without VNNI instructions need inputs in multiples of 8, not {self.in_features}"
-                )
-            self.rows_OI = (wide_OI / scale_O[:, None]).round().to(torch.int8)
+            self.missing = -self.in_features % 8  # torch's kernel for AVX2 reads rows in eights, and beyond their end
+            self.rows_OI = F.pad((wide_OI / scale_O[:, None]).round().to(torch.int8), (0, self.missing))
             self.scale_O = scale_O.bfloat16()
             try:
                 self(torch.zeros(1, self.in_features))
@@ -116,7 +113,7 @@ class Int8(Product):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
-            flat = x.reshape(-1, self.in_features).bfloat16()
+            flat = F.pad(x.reshape(-1, self.in_features).bfloat16(), (0, self.missing))
             y = torch._weight_int8pack_mm(flat, self.rows_OI, self.scale_O).view(*x.shape[:-1], -1).to(x.dtype)
             return y if self.bias is None else y + self.bias
         flat_PI = x.reshape(-1, self.in_features).float()
