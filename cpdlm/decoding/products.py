@@ -104,7 +104,7 @@ class Int8(Product):
         self.packed = _in_whole_numbers(wide_OI, scale_O) if torch.cpu._is_vnni_supported() else None
         if self.packed is None:
             self.missing = -self.in_features % 8  # torch's kernel for AVX2 reads rows in eights, and beyond their end
-            self.rows_OI = F.pad((wide_OI / scale_O[:, None]).round().to(torch.int8), (0, self.missing))
+            self.rows_OI = F.pad((wide_OI / scale_O[:, None]).round().to(torch.int8), (0, self.missing)).contiguous()
             self.scale_O = scale_O.bfloat16()
             try:
                 self(torch.zeros(1, self.in_features))
@@ -113,7 +113,7 @@ class Int8(Product):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
-            flat = F.pad(x.reshape(-1, self.in_features).bfloat16(), (0, self.missing))
+            flat = F.pad(x.reshape(-1, self.in_features).bfloat16(), (0, self.missing)).contiguous()
             y = torch._weight_int8pack_mm(flat, self.rows_OI, self.scale_O).view(*x.shape[:-1], -1).to(x.dtype)
             return y if self.bias is None else y + self.bias
         flat_PI = x.reshape(-1, self.in_features).float()
