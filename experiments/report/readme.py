@@ -112,7 +112,7 @@ def _equal_time(verdicts: Sequence[Verdict]) -> str:
 def _other_heads(verdicts: Sequence[Verdict]) -> str:
     """C6 with drafts of the paper's kind, and without bf16 instructions."""
     rows = [each for each in verdicts if each.claim.name == "C6 heads" and each.numbers]
-    blind = [each.numbers[0].interval.text(2) for each in rows if "untied" in each.setting]
+    blind = [each.numbers[0].short() for each in rows if "untied" in each.setting]
     slow = [each.numbers[0].interval.mean for each in rows if "C6-float32/" in each.records[0]]
     if not blind or not slow:
         return ""

@@ -89,9 +89,9 @@ def _machine(records: Sequence[Benchmark]) -> str:
     prompts = sorted({entry["prompts"] for record in records for entry in record["entries"]})
     return (
         f"Tokens a second, SmolLM2-135M, {' or '.join(map(str, prompts))} prompts a text, at most "
-        f"{records[0]['new_tokens']} new tokens; {machine_text(records[0]['hardware'])}. AR is our loop without\n"
-        f"drafts. `generate` is transformers' loop, on weights as they were loaded. -: not measured. Brackets:\n"
-        "95% over prompts."
+        f"{records[0]['new_tokens']} new tokens; {machine_text(records[0]['hardware'])}.\n"
+        "AR is our loop without drafts. `generate` is transformers' loop, on weights as they were loaded.\n"
+        "-: not measured. Brackets: 95% over prompts."
     )
 
 
