@@ -183,7 +183,7 @@ def test_equal_wall_clock_has_a_row_of_its_own() -> None:
     # Rank 1 gains more from the time than rank 8 from its rank; the README's row says so.
     other = equal_time(1.0, first=0.0, slope=0.0, gain=2.0)
     assert other[1].word == CONTRADICTED
-    assert "yes (elsewhere: 1 contradict)" in claims.answers(other)[0].answer
+    assert "yes (other settings: 1 no)" in claims.answers(other)[0].answer
 
 
 def test_a_cell_of_another_wall_clock_or_machine_is_not_taken_for_equal() -> None:

@@ -111,7 +111,7 @@ def shown(verdict: Verdict) -> tuple[str, str]:
         "at " + each.name.partition(", ")[2].partition(" (")[0].removesuffix(":"): each for each in equal
     }
     words = [f"{rival}: {_beaten(number.interval)}" for rival, number in asked.items()]
-    return "; ".join(words), over_rank1.short("over rank 1")
+    return "; ".join(words).replace("wall-clock", "training time"), over_rank1.short("over rank 1")
 
 
 def _beaten(ratio: Interval) -> str:

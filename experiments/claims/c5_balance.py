@@ -14,7 +14,7 @@ from experiments.stats import difference, over_seeds, shared_seeds, together
 
 CLAIM = Claim(
     id="C5",
-    question="Does a loss that balances the components help?",
+    question="Does a loss that balances the r components help?",
     expected="balancing the components lowers the joint NLL",
     statistic="held-out joint NLL at rank 8, each balance minus none; paired over seeds and test rows",
     rule="holds: for some balance the interval (95%, corrected for their number) is below 0 and not inside ±0.02 "

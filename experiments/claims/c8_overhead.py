@@ -108,8 +108,10 @@ def _is_low(step: Interval | None, drafting: Interval | None, seeds: int) -> Fin
 
 
 def shown(verdict: Verdict) -> tuple[str, str]:
-    """The number is that of training, the first and the larger one."""
-    return verdict.plain, verdict.numbers[0].short("per training step") if verdict.numbers else "-"
+    """The numbers are those of training and of sampling."""
+    where = ("per training step", "per sampled forward")
+    found = [number.short(place) for number, place in zip(verdict.numbers, where, strict=False)]
+    return verdict.plain, ", ".join(found) or "-"
 
 
 def _over_rank_one(cells: dict[int, Cells], cost: Cost) -> dict[int, Interval]:

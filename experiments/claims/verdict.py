@@ -187,7 +187,7 @@ class Answer:
     number: str
 
 
-_OTHERS = {HOLDS: "hold", CONTRADICTED: "contradict", NO_DIFFERENCE: "no difference", UNDERPOWERED: "underpowered"}
+_OTHERS = {HOLDS: "yes", CONTRADICTED: "no", NO_DIFFERENCE: "no difference", UNDERPOWERED: "underpowered"}
 
 
 def headline(verdicts: Sequence[Verdict], shorten: Callable[[Verdict], tuple[str, str]]) -> Answer:
@@ -200,7 +200,7 @@ def headline(verdicts: Sequence[Verdict], shorten: Callable[[Verdict], tuple[str
     words = [verdict.word for verdict in run[1:] if not set(verdict.numbers) <= set(run[0].beside)]
     others = [f"{words.count(word)} {said}" for word, said in _OTHERS.items() if word in words]
     if set(words) - {run[0].word}:
-        answer += f" (elsewhere: {', '.join(others)})"
+        answer += f" (other settings: {', '.join(others)})"
     return Answer(verdicts[0].claim, answer, number)
 
 

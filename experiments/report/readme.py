@@ -104,8 +104,8 @@ def _equal_time(verdicts: Sequence[Verdict]) -> str:
         return ""
     (joint, *_), (first, *_) = found[0].numbers, found[0].beside
     return (
-        f"C1, where rank 1 trains for as long as rank 8: {joint.interval.mean:+.2f} nats remain. Rank 8 then predicts "
-        f"the first token worse, by {first.interval.mean:.2f} nats."
+        f"C1 at equal training time: {joint.interval.mean:+.2f} nats remain, and rank 8 is {first.interval.mean:.2f} "
+        "nats worse on the first token."
     )
 
 
@@ -117,8 +117,8 @@ def _other_heads(verdicts: Sequence[Verdict]) -> str:
     if not blind or not slow:
         return ""
     return (
-        f"C6 with the paper's kind of draft, trained a quarter as long: {blind[0]}. In float32, without bf16 "
-        f"instructions, on an older decoder: {min(slow):.2f}x to {max(slow):.2f}x."
+        f"C6 with the paper's drafts, which see only h_t, and a quarter of the training: {blind[0]}. In float32, "
+        f"without bf16 instructions, on an older decoder: {min(slow):.2f}x to {max(slow):.2f}x."
     )
 
 
@@ -147,7 +147,7 @@ def _best_of_both(record: Benchmark) -> str:
         parts.append(f"{mode} {best[0]:.2f}x and {best[1]:.2f}x")
     target = record["targets"][0]
     size = f"{target['parameters'] / 1e6:.1f}M {target['corpus']} model"
-    return f"Prompt lookup, which trains nothing, and heads (not C4's) on the {size}: {'; '.join(parts)}."
+    return f"On the {size} over AR, prompt lookup and heads (not C4's): {'; '.join(parts)}."
 
 
 def _best(record: Benchmark, kind: str, mode: str) -> float | None:
@@ -187,7 +187,9 @@ def _near_ties(families: Sequence[Family]) -> str:
             return ""
         differing, of = (sum(one[key] for one in found) for key in ("prompts", "of"))
         shown.append(f"{differing} of {of} in {_precision_of(cells)}")
-    return f"Greedy texts that differ from `generate` at near-ties, SmolLM2: {', '.join(shown)}."
+    return (
+        f"Greedy texts that differ from transformers' at near-ties (rounding, see below), SmolLM2: {', '.join(shown)}."
+    )
 
 
 def _precision_of(cells: Cells) -> str:

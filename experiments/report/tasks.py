@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cpdlm.bench.figure import figure_of
 from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, LLAMA
-from cpdlm.bench.tasks import row
+from cpdlm.bench.tasks import Entry, row
 from cpdlm.benchmark import Measured
 from experiments.records import machine_text
 from experiments.report import benchmarks
@@ -22,12 +22,11 @@ START = "tasks_"  # of the records' names
 HELD = ("tasks_smollm2", "tasks_smollm2_chat", "tasks_smollm2_prose")  # of the released heads, weights as they are
 RATED = (*HELD, "tasks_int4")
 RIVALS = {
+    GENERATE: "transformers",
     AUTOREGRESSIVE: "AR",
     "lookup": "prompt lookup",
     "branched": "heads",
     "lookup+branched": "lookup and heads",
-    GENERATE: "`generate`",
-    LLAMA: "llama.cpp, no drafts",
 }
 
 
@@ -66,15 +65,29 @@ def rates_block(results: Path) -> str:
         "|---|" + "---:|" * (len(RIVALS) + 1),
     ]
     for record in records:
-        for task, mode in dict.fromkeys((each["task"], each["mode"]) for each in record["entries"]):
-            found = {e["method"]: row(e) for e in record["entries"] if (e["task"], e["mode"]) == (task, mode)}
-            for each in ("branched", "lookup+branched"):  # where nothing is sampled, a chain
-                others = (found.get(each.replace("branched", kind)) for kind in ("block", "chain"))
-                found.setdefault(each, next((other for other in others if other), {}))
-            rates = [dash(found.get(each, {}).get("tokens_per_second"), 0) for each in RIVALS]
-            gain = recorded("speedup", ".2f")(found["lookup+branched"])
-            lines.append(_line(f"{task}, {mode}, {_held(record)}", *rates, gain))
-    return "\n".join([*lines, "", _machine(records)]) if records else ""
+        for task, mode in texts(record):
+            entries = rivals(record, task, mode)
+            rates = [row(entries[each])["tokens_per_second"] if each in entries else None for each in RIVALS]
+            best = max(filter(None, rates))
+            shown = [f"**{dash(rate, 0)}**" if rate == best else dash(rate, 0) for rate in rates]
+            gain = recorded("speedup", ".2f")(entries["lookup+branched"])
+            lines.append(_line(f"{task}, {mode}, {_held(record)}", *shown, gain))
+    return "\n".join([*lines, "", _notes(records)]) if records else ""
+
+
+def texts(record: Benchmark) -> list[tuple[str, str]]:
+    """(task, mode) of a record, in its order."""
+    return list(dict.fromkeys((entry["task"], entry["mode"]) for entry in record["entries"]))
+
+
+def rivals(record: Benchmark, task: str, mode: str) -> dict[str, Entry]:
+    """The entries by method; what was not run of the names with branches is the chain (or block) that they are of."""
+    found = {each["method"]: each for each in record["entries"] if (each["task"], each["mode"]) == (task, mode)}
+    for name in ("branched", "lookup+branched"):
+        others = (found.get(name.replace("branched", kind)) for kind in ("block", "chain"))
+        if other := next(filter(None, others), None):
+            found.setdefault(name, other)
+    return found
 
 
 def _line(*cells: str) -> str:
@@ -85,14 +98,27 @@ def _held(record: Benchmark) -> str:
     return str(record["dtype"] if record["weights"] in ("plain", "packed") else record["weights"])
 
 
-def _machine(records: Sequence[Benchmark]) -> str:
+def _notes(records: Sequence[Benchmark]) -> str:
     prompts = sorted({entry["prompts"] for record in records for entry in record["entries"]})
-    return (
+    machines = dict.fromkeys(machine_text(record["hardware"]) for record in records)
+    lines = [
         f"Tokens a second, SmolLM2-135M, {' or '.join(map(str, prompts))} prompts a text, at most "
-        f"{records[0]['new_tokens']} new tokens; {machine_text(records[0]['hardware'])}.\n"
-        "AR is our loop without drafts. `generate` is transformers' loop, on weights as they were loaded.\n"
-        "-: not measured. Brackets: 95% over prompts."
-    )
+        f"{records[0]['new_tokens']} new tokens; {'; '.join(machines)}.",
+        "transformers: its own `generate` without drafts. AR: our loop without drafts. Prompt lookup copies what "
+        "followed the same tokens before.",
+        "Bold: fastest. Brackets: 95% over prompts. int4: of the model with rounded weights.",
+    ]
+    return "\n".join([*lines, *filter(None, map(_llama, records))])
+
+
+def _llama(record: Benchmark) -> str:
+    """What llama.cpp writes of the same file."""
+    rates = [
+        f"{row(entry)['tokens_per_second']:.0f} ({entry['mode']})"
+        for entry in record["entries"]
+        if entry["method"] == LLAMA
+    ]
+    return f"llama.cpp without drafts, on the file that the model comes from: {', '.join(rates)}." if rates else ""
 
 
 def figure(record: Benchmark) -> Figure:

@@ -29,7 +29,7 @@ ADDING = (
 
 # In the order of the report.
 FIGURES: dict[str, Plot] = {
-    "readme": Plot("Heads on a pretrained model, and what rank adds", "C6", speed.readme, decoded=True),
+    "pretrained": Plot("Heads on a pretrained model, and what rank adds", "C6", speed.pretrained, decoded=True),
     "main": Plot("What a rank gains on one frozen target", "C3", drafts.gain, decoded=True),
     "nll": Plot("Joint likelihood, and its terms", "C1", likelihood.nll),
     "first_token": Plot("The first token alone", "C2", likelihood.first_token),
@@ -106,6 +106,13 @@ def draw_benchmarks(results: Path, folder: Path) -> tuple[list[Path], list[Shown
 
     made = [_drawn(name, title, partial(draw, *given), folder) for name, (title, *given) in OF_BENCHMARKS.items()]
     return [file for files, _ in made for file in files], [each for _, each in made]
+
+
+def draw_front(results: Path, families: list[Family], folder: Path) -> list[Path]:
+    """The README's figure; no files where it cannot be drawn."""
+    records = [record for name in tasks.HELD if not isinstance(record := read_benchmark(results, name), str)]
+    draw = partial(made_of, "readme", lambda: speed.front(families, records))
+    return _drawn("readme", "What the README shows", draw, folder)[0]
 
 
 def _drawn(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.families import TARGETS, Family, along
 from experiments.records import MODES
+from experiments.report import tasks
+from experiments.report.benchmarks import Benchmark
 from experiments.report.figures import style
 from experiments.report.figures.style import Drawn
 from experiments.stats import Interval, over_seeds
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_FINE = [0.05 * tick for tick in range(10, 50)]  # ticks of ratios near 1
+_METHODS = dict(zip(("lookup", "branched", "lookup+branched"), style.SERIES[4:], strict=True))
 _TYPE = 9  # pt, of the README's figure: 12 px at 700 px across
 _LINE = 0.135  # inches of a line of the forest plot
 _SPAN = (0.78, 1.28)  # of the forest plot; longer intervals run out of it
@@ -25,43 +29,88 @@ _SIZES = ("size", "trunk", "optim.")  # what trunks of several sizes differ in
 # --- C6 --------------------------------------------------------------------------------------------------------------
 
 
-def readme(families: list[Family]) -> Drawn | str:
-    """Speed-up of a pretrained model, and what rank adds to it: the README's figure."""
-    shown = _pretrained(families)
-    if not shown:
+def pretrained(families: list[Family]) -> Drawn | str:
+    """Speed-up of a pretrained model, and what rank adds to it."""
+    found = _settings(families)
+    if not found:
         return "no decoding records of two or more ranks on a pretrained model"
-    variant = next(v for v in ("token-conditioned", "tied", "untied") if len(shown[0].ranks(v)) > 1)
-    shown = [family for family in shown if len(family.ranks(variant)) > 1]
-    settings = [(family, mode) for family in shown for mode in MODES]
-    ranks = sorted({rank for family in shown for rank in family.ranks(variant)})
-    figure, axes = style.grid(1, 2, width=style.WIDE, height=0.75 + 0.17 * len(settings) * len(ranks), share_y=True)
+    settings, variant = found
+    figure, axes = style.grid(1, 2, width=style.WIDE, height=0.75 + 0.68 * len(settings), share_y=True)
     left, right = axes[0]
-    speeds = _groups(left, settings, variant, ranks, "speedup")
-    gains = _groups(right, settings, variant, ranks, "speedup_over_rank1")
-    fine = [0.05 * tick for tick in range(10, 50)]
-    style.ratio_axis(left, "speed over autoregressive decoding (x)", ticks=fine[::2])
-    style.ratio_axis(right, "speed over rank 1 (x)", ticks=fine)
-    style.rows_axis(left, [f"{family.settings['corpus']},\n{mode}" for family, mode in settings])
-    name = style.worded(shown[0].size)
+    speeds = _groups(left, settings, variant, "speedup")
+    style.ratio_axis(left, "speed over autoregressive decoding (x)", ticks=_FINE[::2])
+    name = style.worded(settings[0][0].size)
     lowest, highest = (f(value.mean for value in speeds) for f in (min, max))
     left.set_title(f"Heads on {name}:\n{lowest:.2f} to {highest:.2f} times as fast as without", weight="bold")
-    faster, slower = sum(value.low > 1 for value in gains), sum(value.high < 1 for value in gains)
-    right.set_title(
-        f"Ranks above 1 against rank 1, {len(gains)} cases:\n{faster or 'none'} surely faster, "
-        f"{slower or 'none'} surely slower",
-        weight="bold",
-    )
-    _legend(figure, left, 4)
-    for text in figure.findobj(lambda artist: hasattr(artist, "set_fontsize")):
-        text.set_fontsize(_TYPE)  # type: ignore[attr-defined]
+    _gains(right, settings, variant)
+    style.legend_below(figure, 4)
+    _enlarge(figure)
     return Drawn(
         figure,
         f"Heads on frozen {name} ({style.worded(variant)}), batch 1. Left: speed over autoregressive decoding of the "
         "same model, in the same loop. Right: over rank 1, measured side by side. Lossless: greedy writes the model's "
         "own text, sampling its distribution. Bars: 95% interval over prompts, repeats and seeds (one seed: prompts "
         "and repeats).",
-        [record for family in shown for record in family.records(variant)],
+        [record for family, _ in settings[:: len(MODES)] for record in family.records(variant)],
     )
+
+
+def front(families: list[Family], records: Sequence[Benchmark]) -> tuple[Figure, str] | str:
+    """The README's figure: what the released heads bring by text, and what rank adds on the same model."""
+    found = _settings(families)
+    if not found or not records:
+        return "no decoding records of two or more ranks on a pretrained model, or none of the released heads"
+    settings, variant = found
+    texts = [(record, task, mode) for record in records for task, mode in tasks.texts(record)]
+    figure, (axes,) = style.grid(1, 2, width=style.WIDE, height=0.75 + 0.4 * max(len(texts), 1.5 * len(settings)))
+    left, right = axes
+    for place, (record, task, mode) in enumerate(texts):
+        entries = tasks.rivals(record, task, mode)
+        for shift, (method, look) in zip((-0.25, 0, 0.25), _METHODS.items(), strict=True):
+            speed = entries[method]["speedup"]
+            value = Interval(speed["median"], speed["low"], speed["high"], 0.95, 1)
+            style.across(left, place + shift, value, look, tasks.RIVALS[method])
+    style.rows_axis(left, [f"{task},\n{mode}" for _, task, mode in texts])
+    style.ratio_axis(left, "speed over autoregressive decoding (x)", ticks=(1, 1.25, 1.5, 2, 2.5, 3))
+    name = style.worded(settings[0][0].size)
+    left.set_title(f"Released heads of {name}\n(rank 1): speed by text", weight="bold")
+    _gains(right, settings, variant)
+    for axis in axes:
+        axis.legend(*_labels(axis), loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, handlelength=1)
+    _enlarge(figure)
+    return figure, (
+        f"Left: the heads that come with the package. {' '.join(map(tasks.described, records))} Right: other heads on "
+        f"the same model, trained for less long, ranks above 1 over rank 1, measured side by side "
+        f"({style.worded(variant)}). Bars: 95% intervals."
+    )
+
+
+def _settings(families: list[Family]) -> tuple[list[tuple[Family, str]], str] | None:
+    """The comparisons of ranks on one pretrained model in each mode, and the variant of heads that they are of."""
+    shown = _pretrained(families)
+    if not shown:
+        return None
+    variant = next(v for v in ("token-conditioned", "tied", "untied") if len(shown[0].ranks(v)) > 1)
+    shown = [family for family in shown if len(family.ranks(variant)) > 1]
+    return [(family, mode) for family in shown for mode in MODES], variant
+
+
+def _gains(axis: Axes, settings: Sequence[tuple[Family, str]], variant: str) -> None:
+    """The panel of speeds over rank 1."""
+    gains = _groups(axis, settings, variant, "speedup_over_rank1")
+    style.rows_axis(axis, [f"{family.settings['corpus']},\n{mode}" for family, mode in settings])
+    style.ratio_axis(axis, "speed over rank 1 (x)", ticks=_FINE)
+    faster, slower = sum(value.low > 1 for value in gains), sum(value.high < 1 for value in gains)
+    axis.set_title(
+        f"Ranks 2 and more over rank 1, {len(gains)} cases:\n"
+        f"{faster or 'none'} surely faster, {slower or 'none'} surely slower",
+        weight="bold",
+    )
+
+
+def _enlarge(figure: Figure) -> None:
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_fontsize")):
+        text.set_fontsize(_TYPE)  # type: ignore[attr-defined]
 
 
 def _pretrained(families: list[Family]) -> list[Family]:
@@ -76,10 +125,9 @@ def _pretrained(families: list[Family]) -> list[Family]:
     return [family for family in found.values() if first is not None and family.size == first.size]
 
 
-def _groups(
-    axis: Axes, settings: Sequence[tuple[Family, str]], variant: str, ranks: Sequence[int], quantity: str
-) -> list[Interval]:
+def _groups(axis: Axes, settings: Sequence[tuple[Family, str]], variant: str, quantity: str) -> list[Interval]:
     """A group of points per setting, one per rank, from the top down; returns the intervals."""
+    ranks = sorted({rank for family, _ in settings for rank in family.ranks(variant)})
     styles, found = style.looks(f"rank {rank}" for rank in ranks), []
     for place, (family, mode) in enumerate(settings):
         for index, rank in enumerate(ranks):
@@ -91,10 +139,10 @@ def _groups(
     return found
 
 
-def _legend(figure: Figure, axis: Axes, columns: int) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    found = dict(zip(labels, handles, strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, handlelength=1)
+def _labels(axis: Axes) -> tuple[list[Any], list[str]]:
+    """Handles and labels of a legend, each label once."""
+    found = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    return list(found.values()), list(found)
 
 
 # --- C4 --------------------------------------------------------------------------------------------------------------
