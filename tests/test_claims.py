@@ -153,7 +153,7 @@ def test_a_step_that_shares_no_seed_decides_nothing(claim: str) -> None:
     assert judged(claim, *contents)[0].reason == "the step from rank 4 to rank 8 goes the other way"
 
 
-# --- equal wall-clock ------------------------------------------------------------------------------------------------
+# --- equal training time ----------------------------------------------------------------------------------------------
 
 
 def timed(longer: float, **truth: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -175,9 +175,9 @@ def equal_time(longer: float, **truth: Any) -> list[claims.Verdict]:
 def test_equal_wall_clock_has_a_row_of_its_own() -> None:
     equal_steps, equal_clock = equal_time(1.0)
     assert equal_steps.word == equal_clock.word == HOLDS
-    assert equal_steps.claim is equal_clock.claim and "at equal wall-clock" in equal_clock.expected
-    assert equal_clock.setting.endswith("equal wall-clock, 3 seeds")
-    assert equal_clock.numbers[0].name == "rank 8 - rank 1, equal wall-clock (1.00 of it):"
+    assert equal_steps.claim is equal_clock.claim and "at equal training time" in equal_clock.expected
+    assert equal_clock.setting.endswith("equal training time, 3 seeds")
+    assert equal_clock.numbers[0].name == "rank 8 - rank 1, equal training time (1.00 of it):"
     assert [number.name for number in equal_clock.beside] == ["first token alone:"]
     assert len(equal_clock.records) == 6 and equal_clock.records[0] == "C1/long-s0.json"
     # Rank 1 gains more from the time than rank 8 from its rank; the README's row says so.
@@ -202,7 +202,7 @@ def test_equal_wall_clock_is_that_of_the_shared_seeds() -> None:
     short, long = timed(1.0)
     short[-1]["training"]["step_ms_median"] = 400.0
     equal_clock = judged("C1", *short, *long[:2])[1]
-    assert equal_clock.numbers[0].name == "rank 8 - rank 1, equal wall-clock (1.00 of it):"
+    assert equal_clock.numbers[0].name == "rank 8 - rank 1, equal training time (1.00 of it):"
     assert len(equal_clock.records) == 4
     short[-1]["hardware"] = short[-1]["hardware"] | {"processor": "Another CPU"}
     assert judged("C1", *short, *long[:2])[1].numbers == equal_clock.numbers

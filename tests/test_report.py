@@ -11,15 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 from made_records import made, suite
+from matplotlib.text import Text
 
 from experiments import claims
 from experiments import records as store
 from experiments.families import families_of
 from experiments.records import RecordError, load_all, write
-from experiments.report import Report, figures, readme, render, tables, tasks
+from experiments.report import Report, benchmarks, figures, readme, render, tables, tasks
 from experiments.report.__main__ import main
+from experiments.report.figures import speed
 from experiments.report.pretrained import pretrained_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,14 +127,14 @@ def test_what_the_readme_says_is_what_the_records_say() -> None:
     assert f" {llama['tokens_per_second']['median']:.0f} (greedy)" in rates.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["tasks_smollm2", "decode_baselines"])
+@pytest.mark.parametrize("name", ["tasks_smollm2", "tasks_counted", "decode_baselines"])
 def test_an_odd_benchmark_leaves_the_readme_its_other_lines(name: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "results" / "benchmarks", tmp_path / "benchmarks")
     path = tmp_path / "benchmarks" / f"{name}.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "entries": [3], "methods": [3], "targets": 3}))
     made = readme.blocks(tmp_path, [], [], [])
     assert ("humaneval, greedy" in made["rates"]) == (name != "tasks_smollm2")
-    assert ("humaneval 1." in made["sceptic"]) == (name != "tasks_smollm2")
+    assert ("humaneval 1." in made["sceptic"]) == (name != "tasks_counted")
     assert ("prompt lookup and" in made["sceptic"]) == (name != "decode_baselines")
 
 
@@ -196,6 +199,20 @@ def test_missing_cells_leave_notes_not_tracebacks(kept: int, tmp_path: Path) -> 
     assert not any(path.suffix == ".png" for path in report.files)
     assert len(report.verdicts) >= 4
     assert report.notes[-1] == figures.ADDING and "mix=yes" in figures.ADDING
+
+
+def test_the_readmes_figure_cuts_no_text_off() -> None:
+    families, _ = families_of(load_all(ROOT / "results")[0])
+    held = [benchmarks.read_benchmark(ROOT / "results", name) for name in tasks.HELD]
+    with matplotlib.rc_context(figures.STYLE):
+        figure, _ = speed.front(families, held)
+        figure.canvas.draw()
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        boxes = [text.get_window_extent() for text in texts]
+    assert len(texts) > 30
+    for text, box in zip(texts, boxes, strict=True):
+        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+        assert inside, text.get_text()
 
 
 def said_of_all(report: Report) -> None:

@@ -2,7 +2,7 @@
 
 A file of `cpdlm/released/` holds the heads alone, in bfloat16, the tokens they draft from, the run's settings and the
 sha256 of the model they were trained on. The model itself is fetched when it is used, as in training. A model may have
-heads for several kinds of text: `smollm2` for code, `smollm2-chat` for answers in its chat template.
+heads for several kinds of text: `smollm2` for code, `smollm2-chat` for answers, `smollm2-prose` for articles.
 """
 
 import json

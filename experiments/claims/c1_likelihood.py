@@ -32,7 +32,7 @@ CLAIM = Claim(
 
 
 def judge(families: Sequence[Family]) -> list[Verdict]:
-    """A row per setting, and one at equal wall-clock where there is one."""
+    """A row per setting, and one at equal training time where there is one."""
     return over_ranks(
         CLAIM, families, lambda family, ours: [judged(CLAIM, family, trend), *equal_time(CLAIM, family, ours)]
     )

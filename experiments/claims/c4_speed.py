@@ -32,7 +32,7 @@ CLAIM = Claim(
     "frozen target shared by all ranks",
     rule="holds: for some rank above 1 both intervals (95%, corrected for the number of ranks) are above 1; no "
     "difference: for every rank both are inside ±2%; contradicted: for every rank above 1 some interval is below 1. At "
-    "equal wall-clock and equal parameters of the training: the 95% interval of rank 8 over rank 1",
+    "equal training time and equal parameters: the 95% interval of rank 8 over rank 1",
     quantity="speedup",
     unit="x",
     target="common",
@@ -111,7 +111,7 @@ def shown(verdict: Verdict) -> tuple[str, str]:
         "at " + each.name.partition(", ")[2].partition(" (")[0].removesuffix(":"): each for each in equal
     }
     words = [f"{rival}: {_beaten(number.interval)}" for rival, number in asked.items()]
-    return "; ".join(words).replace("wall-clock", "training time"), over_rank1.short("over rank 1")
+    return "; ".join(words), over_rank1.short("over rank 1")
 
 
 def _beaten(ratio: Interval) -> str:

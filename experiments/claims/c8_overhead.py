@@ -109,9 +109,8 @@ def _is_low(step: Interval | None, drafting: Interval | None, seeds: int) -> Fin
 
 def shown(verdict: Verdict) -> tuple[str, str]:
     """The numbers are those of training and of sampling."""
-    where = ("per training step", "per sampled forward")
-    found = [number.short(place) for number, place in zip(verdict.numbers, where, strict=False)]
-    return verdict.plain, ", ".join(found) or "-"
+    step, forward = verdict.numbers
+    return verdict.plain, f"{step.short('per training step')}, {forward.short('per sampled forward')}"
 
 
 def _over_rank_one(cells: dict[int, Cells], cost: Cost) -> dict[int, Interval]:

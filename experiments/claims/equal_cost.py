@@ -8,19 +8,19 @@ from experiments.families import Cells, Family, trained_longer
 from experiments.records import Record, counted, training_hardware
 from experiments.stats import difference, shared_seeds
 
-# Rank 1 trained for longer counts as equal wall-clock where it had the top rank's time, and at most this factor more.
+# Rank 1 trained for longer counts as equal training time where it had the top rank's, and at most this factor more.
 EQUAL_TIME = 1.33
 EQUAL_PARAMETERS = 0.02  # how far the totals may be apart, as a share
 
 
 def equal_cost(claim: Claim, family: Family, families: list[Family]) -> list[Verdict]:
-    """A row at equal wall-clock and one at equal parameters, where there are such rank-1 cells."""
+    """A row at equal training time and one at equal parameters, where there are such rank-1 cells."""
     return [*equal_time(claim, family, families), *_equal_parameters(claim, family)]
 
 
 def equal_time(claim: Claim, family: Family, families: list[Family]) -> list[Verdict]:
     """One row where there is a rank-1 cell of more steps, else none."""
-    top, setting = _top(claim, family), f"{family.label}, equal wall-clock"
+    top, setting = _top(claim, family), f"{family.label}, equal training time"
     longer = [cells for cells in trained_longer(family, families) if shared_seeds(top, cells)]
     if not longer:
         return []
@@ -30,10 +30,10 @@ def equal_time(claim: Claim, family: Family, families: list[Family]) -> list[Ver
     times = [(_training_seconds(cells, top) / _training_seconds(top, cells), cells) for cells in alike]
     times.sort(key=lambda each: each[0])
     equal = [each for each in times if 1 <= each[0] <= EQUAL_TIME]
-    expected = claim.expected.replace("at equal steps", "at equal wall-clock")
+    expected = claim.expected.replace("at equal steps", "at equal training time")
     if equal:
         ratio, rank_one = equal[0]
-        row = _row(claim, setting, f"equal wall-clock ({ratio:.2f} of it)", top, rank_one)
+        row = _row(claim, setting, f"equal training time ({ratio:.2f} of it)", top, rank_one)
         return [replace(row, expected=expected)]
     reason = "trained on different kinds of hardware, so that their times cannot be compared"
     if alike:

@@ -17,7 +17,7 @@ from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted
 from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
 from experiments.report.reproducing import carried_table, compute_table, reruns_table
-from experiments.report.tasks import HELD, rates_block
+from experiments.report.tasks import COUNTED, rates_block
 
 ALL_ROWS = "paper_figures/tables/claims.md"
 
@@ -99,7 +99,9 @@ def sceptic_block(results: Path, families: Sequence[Family], verdicts: Sequence[
 
 def _equal_time(verdicts: Sequence[Verdict]) -> str:
     """What is left of C1 where rank 1 trains for as long as rank 8."""
-    found = [each for each in verdicts if each.claim.id == "C1" and each.beside and "equal wall-clock" in each.setting]
+    found = [
+        each for each in verdicts if each.claim.id == "C1" and each.beside and "equal training time" in each.setting
+    ]
     if not found:
         return ""
     (joint, *_), (first, *_) = found[0].numbers, found[0].beside
@@ -165,16 +167,16 @@ def _pretrained(families: Sequence[Family], folder: str, rank: int, variant: str
 
 def _released(results: Path) -> str:
     """What the heads that `cpdlm/released/` holds draft, from the records of `experiments/bench/tasks.py`."""
-    counted_by_task: dict[str, list[str]] = {}
-    for name in HELD:
+    found: dict[str, dict[str, str]] = {}
+    for name in COUNTED:
         record = read_benchmark(results, name)
         for entry in [] if isinstance(record, str) else record["entries"]:
             if entry["method"] == "chain":
-                counted_by_task.setdefault(entry["task"], []).append(f"{row(entry)['tokens_per_forward']:.2f}")
-    if not counted_by_task:
+                found.setdefault(entry["task"], {})[entry["mode"]] = f"{row(entry)['tokens_per_forward']:.2f}"
+    if not found:
         return ""
-    counts = "; ".join(f"{task} {' / '.join(each)}" for task, each in counted_by_task.items())
-    return f"Tokens per forward of the released heads alone, greedy / T = 1: {counts}."
+    counts = "; ".join(f"{task} {each.get('greedy', '-')} / {each.get('T=1', '-')}" for task, each in found.items())
+    return f"Tokens per forward of the released heads alone (chain), greedy / T = 1: {counts}."
 
 
 def _near_ties(families: Sequence[Family]) -> str:

@@ -26,7 +26,8 @@ _SMALLER = "theirs has 3B parameters, a GPU and 32 components; ours 3.2M paramet
 
 def reruns_table(families: Sequence[Family]) -> str:
     """Markdown: what the paper says, what re-runs found, what is here, and why they differ."""
-    smollm2 = [f for f in families if f.is_pretrained and f.label == "code, smollm2, n=4, shared frozen target"]
+    smollm2 = [f for f in families if f.is_pretrained and (f.size, f.horizon) == ("smollm2", 4)]
+    smollm2 = [f for f in smollm2 if f.settings["corpus"] == "code"]
     small = [f for f in families if f.label == "code, small, n=8, shared frozen target"]
     why = "the paper's setting is not known; the re-run drafts the first token as well, ours takes it from the model"
     rows = [
@@ -53,15 +54,17 @@ def reruns_table(families: Sequence[Family]) -> str:
 
 
 def _by_rank(families: Sequence[Family], quantity: str) -> str:
-    """Of every kind of draft that has all of RANKS."""
-    found = []
+    """Of every kind of draft that has all of RANKS, in the first family that has one."""
     for family in families:
+        found = []
         for variant in family.variants():
             cells = [family.cells.get((variant, rank), {}) for rank in RANKS]
             means = [mean.mean for each in cells if (mean := over_seeds(each, quantity)) is not None]
             if len(means) == len(RANKS):
                 found.append(f"{' / '.join(f'{mean:.2f}' for mean in means)} ({variant})")
-    return "; ".join(found) or "-"
+        if found:
+            return "; ".join(found)
+    return "-"
 
 
 def _small(families: Sequence[Family], mode: str) -> str:

@@ -41,6 +41,7 @@ def forwards_table(*records: Benchmark) -> Table:
     sizes = sorted({row["tokens"] for record in records for row in record["rows"]})
     columns: Columns = {
         "machine": lambda row: row["machine"],
+        "precision": lambda row: row["dtype"],
         "weights": lambda row: row["weights"],
         **{f"{size} tokens (ms)": _forward(size) for size in sizes},
         "in linear maps": lambda row: f"{row['share']:.0%}",
@@ -53,8 +54,8 @@ def forwards_table(*records: Benchmark) -> Table:
             own = [row for row in record["rows"] if row["weights"] == weights]
             share = sum(row["products_ms"] for row in own) / sum(row["ms"] for row in own)
             by_size = {row["tokens"]: row["ms"] for row in own}
-            row = {"machine": machine_text(record["hardware"]), "weights": weights, "ms": by_size, "share": share}
-            rows.append(row | {"read_ms": own[0]["read_ms"], "prompt_ms": prompt_ms})
+            row = {"machine": machine_text(record["hardware"]), "dtype": record["dtype"], "weights": weights}
+            rows.append(row | {"ms": by_size, "share": share, "read_ms": own[0]["read_ms"], "prompt_ms": prompt_ms})
     settings = [record["settings"] for record in records]
     prompts = "; ".join(
         f"{each['model']} in {record['dtype']}, behind {each['behind']} tokens, prompt of {each['prompt']}"

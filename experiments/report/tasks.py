@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 START = "tasks_"  # of the records' names
 HELD = ("tasks_smollm2", "tasks_smollm2_chat", "tasks_smollm2_prose")  # of the released heads, weights as they are
 RATED = (*HELD, "tasks_int4")
+COUNTED = ("tasks_counted", "tasks_counted_chat", "tasks_counted_prose")  # the same heads, counted alone
 RIVALS = {
     GENERATE: "transformers",
     AUTOREGRESSIVE: "AR",
@@ -68,10 +69,11 @@ def rates_block(results: Path) -> str:
         for task, mode in texts(record):
             entries = rivals(record, task, mode)
             rates = [row(entries[each])["tokens_per_second"] if each in entries else None for each in RIVALS]
-            best = max(filter(None, rates))
+            best = max(filter(None, rates), default=0)
             shown = [f"**{dash(rate, 0)}**" if rate == best else dash(rate, 0) for rate in rates]
-            gain = recorded("speedup", ".2f")(entries["lookup+branched"])
-            lines.append(_line(f"{task}, {mode}, {_held(record)}", *shown, gain))
+            gain = recorded("speedup", ".2f")(entries.get("lookup+branched", {"speedup": None}))
+            star = "" if _machine(record) == _machine(records[0]) else " *"
+            lines.append(_line(f"{task}, {mode}, {_held(record)}{star}", *shown, gain))
     return "\n".join([*lines, "", _notes(records)]) if records else ""
 
 
@@ -100,15 +102,20 @@ def _held(record: Benchmark) -> str:
 
 def _notes(records: Sequence[Benchmark]) -> str:
     prompts = sorted({entry["prompts"] for record in records for entry in record["entries"]})
-    machines = dict.fromkeys(machine_text(record["hardware"]) for record in records)
+    longest = sorted({record["new_tokens"] for record in records})
+    first, *others = dict.fromkeys(map(_machine, records))
     lines = [
         f"Tokens a second, SmolLM2-135M, {' or '.join(map(str, prompts))} prompts a text, at most "
-        f"{records[0]['new_tokens']} new tokens; {'; '.join(machines)}.",
+        f"{' or '.join(map(str, longest))} new tokens; {first}{'; *: ' * bool(others)}{', '.join(others)}.",
         "transformers: its own `generate` without drafts. AR: our loop without drafts. Prompt lookup copies what "
         "followed the same tokens before.",
-        "Bold: fastest. Brackets: 95% over prompts. int4: of the model with rounded weights.",
+        "Bold: highest median. Brackets: 95% over prompts. int4: weights rounded, so another target.",
     ]
     return "\n".join([*lines, *filter(None, map(_llama, records))])
+
+
+def _machine(record: Benchmark) -> str:
+    return machine_text(record["hardware"])
 
 
 def _llama(record: Benchmark) -> str:
@@ -118,7 +125,7 @@ def _llama(record: Benchmark) -> str:
         for entry in record["entries"]
         if entry["method"] == LLAMA
     ]
-    return f"llama.cpp without drafts, on the file that the model comes from: {', '.join(rates)}." if rates else ""
+    return f"llama.cpp, same file and prompts as {record['weights']}, no drafts: {', '.join(rates)}." if rates else ""
 
 
 def figure(record: Benchmark) -> Figure:

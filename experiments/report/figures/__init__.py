@@ -108,11 +108,11 @@ def draw_benchmarks(results: Path, folder: Path) -> tuple[list[Path], list[Shown
     return [file for files, _ in made for file in files], [each for _, each in made]
 
 
-def draw_front(results: Path, families: list[Family], folder: Path) -> list[Path]:
-    """The README's figure; no files where it cannot be drawn."""
+def draw_front(results: Path, families: list[Family], folder: Path) -> tuple[list[Path], Shown]:
+    """The README's figure."""
     records = [record for name in tasks.HELD if not isinstance(record := read_benchmark(results, name), str)]
     draw = partial(made_of, "readme", lambda: speed.front(families, records))
-    return _drawn("readme", "What the README shows", draw, folder)[0]
+    return _drawn("readme", "What the README shows", draw, folder)
 
 
 def _drawn(

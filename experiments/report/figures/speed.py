@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.families import TARGETS, Family, along
 from experiments.records import MODES
@@ -12,6 +12,7 @@ from experiments.report import tasks
 from experiments.report.benchmarks import Benchmark
 from experiments.report.figures import style
 from experiments.report.figures.style import Drawn
+from experiments.report.table import described
 from experiments.stats import Interval, over_seeds
 
 if TYPE_CHECKING:
@@ -67,21 +68,22 @@ def front(families: list[Family], records: Sequence[Benchmark]) -> tuple[Figure,
     for place, (record, task, mode) in enumerate(texts):
         entries = tasks.rivals(record, task, mode)
         for shift, (method, look) in zip((-0.25, 0, 0.25), _METHODS.items(), strict=True):
-            speed = entries[method]["speedup"]
-            value = Interval(speed["median"], speed["low"], speed["high"], 0.95, 1)
-            style.across(left, place + shift, value, look, tasks.RIVALS[method])
+            if speed := entries.get(method, {}).get("speedup"):
+                value = Interval(speed["median"], speed["low"], speed["high"], 0.95, 1)
+                style.across(left, place + shift, value, look, tasks.RIVALS[method])
     style.rows_axis(left, [f"{task},\n{mode}" for _, task, mode in texts])
     style.ratio_axis(left, "speed over autoregressive decoding (x)", ticks=(1, 1.25, 1.5, 2, 2.5, 3))
     name = style.worded(settings[0][0].size)
     left.set_title(f"Released heads of {name}\n(rank 1): speed by text", weight="bold")
     _gains(right, settings, variant)
     for axis in axes:
-        axis.legend(*_labels(axis), loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, handlelength=1)
+        axis.legend(*style.labels(axis), loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, handlelength=1)
     _enlarge(figure)
     return figure, (
         f"Left: the heads that come with the package. {' '.join(map(tasks.described, records))} Right: other heads on "
         f"the same model, trained for less long, ranks above 1 over rank 1, measured side by side "
-        f"({style.worded(variant)}). Bars: 95% intervals."
+        f"({style.worded(variant)}). Bars: 95% intervals. "
+        + described([record for family, _ in settings[:: len(MODES)] for record in family.records(variant)], True)
     )
 
 
@@ -102,8 +104,7 @@ def _gains(axis: Axes, settings: Sequence[tuple[Family, str]], variant: str) -> 
     style.ratio_axis(axis, "speed over rank 1 (x)", ticks=_FINE)
     faster, slower = sum(value.low > 1 for value in gains), sum(value.high < 1 for value in gains)
     axis.set_title(
-        f"Ranks 2 and more over rank 1, {len(gains)} cases:\n"
-        f"{faster or 'none'} surely faster, {slower or 'none'} surely slower",
+        f"Over rank 1, {len(gains)} cases:\n{faster or 'none'} surely faster, {slower or 'none'} surely slower",
         weight="bold",
     )
 
@@ -137,12 +138,6 @@ def _groups(axis: Axes, settings: Sequence[tuple[Family, str]], variant: str, qu
                 style.across(axis, y, value, styles[f"rank {rank}"], f"rank {rank}")
                 found.append(value)
     return found
-
-
-def _labels(axis: Axes) -> tuple[list[Any], list[str]]:
-    """Handles and labels of a legend, each label once."""
-    found = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    return list(found.values()), list(found)
 
 
 # --- C4 --------------------------------------------------------------------------------------------------------------

@@ -201,13 +201,18 @@ def rows_axis(axis: Axes, names: Sequence[str]) -> None:
     axis.grid(False, axis="y")
 
 
-def legend_below(figure: Figure, columns: int) -> None:
-    """One legend under the whole figure; entries of the same name once."""
+def labels(*axes: Axes) -> tuple[list[Any], list[str]]:
+    """Handles and labels for a legend, each label once."""
     found: dict[str, Any] = {}
-    for axis in figure.axes:
+    for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, columnspacing=1.2)
+    return list(found.values()), list(found)
+
+
+def legend_below(figure: Figure, columns: int) -> None:
+    """One legend under the whole figure."""
+    figure.legend(*labels(*figure.axes), loc="outside lower center", ncols=columns, columnspacing=1.2)
 
 
 # --- marks -----------------------------------------------------------------------------------------------------------
