@@ -10,6 +10,7 @@ from cpdlm.config import ConfigError
 from cpdlm.data.tokenizer import Tokenizer
 from cpdlm.decoding import Captures, Decoded, Options, Sampling, decode, prepare
 from cpdlm.decoding.filtering import is_whole
+from cpdlm.decoding.prepared import paying
 from cpdlm.hf.load import Loaded, load
 
 NEW_TOKENS = 128
@@ -80,7 +81,7 @@ class Model:
     ) -> Decoded:
         """`decode` of ids that fit. on_tokens: as of `decoding.Options`."""
         best, nodes = self.loaded.drafting
-        draft = draft or best
+        draft = draft or paying(best, self.loaded.model.weights)
         captures = self._captures.setdefault(draft, Captures(self.loaded.model))
         forwards = captures(1, len(ids) + new_tokens, sampling, draft, nodes)
         return decode(

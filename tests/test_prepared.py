@@ -89,7 +89,7 @@ def test_products_of_any_number_of_rows(name: str, widths: tuple[int, int]) -> N
         torch.testing.assert_close(some_PO, whole_PO[5 : 5 + rows], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("widths", [(96, 64), (33, 51)])  # torch's own kernel reads beyond rows of 51
+@pytest.mark.parametrize("widths", [(96, 64), (33, 51), (20, 3)])  # torch's own kernels read beyond rows of 51 and 20
 def test_8_bits_without_vnni_round_the_inputs_to_bfloat16(
     widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

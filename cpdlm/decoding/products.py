@@ -103,7 +103,7 @@ class Int8(Product):
         scale_O = wide_OI.abs().amax(dim=1).clamp(min=TINY) / 127
         self.packed = _in_whole_numbers(wide_OI, scale_O) if torch.cpu._is_vnni_supported() else None
         if self.packed is None:
-            self.missing = -self.in_features % 8  # torch's kernel for AVX2 reads rows in eights, and beyond their end
+            self.missing = -self.in_features % 16  # torch reads rows in eights (AVX2) or sixteens, and beyond their end
             self.rows_OI = F.pad((wide_OI / scale_O[:, None]).round().to(torch.int8), (0, self.missing)).contiguous()
             self.scale_O = scale_O.bfloat16()
             try:

@@ -31,6 +31,7 @@ from transformers.generation.stopping_criteria import (
 
 from cpdlm.decoding import Costs, ModelProxy, Options, Sampling, decode_batch
 from cpdlm.decoding.length import batch_limit
+from cpdlm.decoding.prepared import paying
 from cpdlm.hf.refusals import AnyAllowed, check_arguments, check_options, check_weights, left_to_stock
 from cpdlm.hf.stream import Stream
 
@@ -215,7 +216,8 @@ def _speculate(
     model: CpdlmForCausalLM, call: _Call, streamer: Any, drafting: tuple[str | None, int | None, Costs | None]
 ) -> Tensor:
     """(B, T + new): the loop, on what stock `generate` has prepared."""
-    draft, nodes, costs = drafting[0] or model.config.draft, drafting[1] or model.config.nodes, drafting[2]
+    draft, nodes, costs = drafting
+    draft, nodes = draft or paying(model.config.draft, model.model.weights), nodes or model.config.nodes
     check_options(call.options, call.processors)
     prompts, ends, most, stop = call.prompts(), call.ends(), call.new_tokens(model.model.context), call.stop()
     rows, longest = call.text_BT.shape
