@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_a_prompt_that_does_not_fit_is_a_sentence(folder: Path) -> None:
             model.generate(prompt, most)
     with pytest.raises(RuntimeError, match="no such folder"):
         cpdlm.load("nowhere/at-all")
+
+
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+def test_with_rounded_weights_the_chain_takes_the_place_of_branches(weights: str, folder: Path) -> None:
+    model = cpdlm.load(folder, weights=weights)
+    model.loaded = replace(model.loaded, drafting=("branched", 4))
+    own = model.decode("def f1(", 30, temperature=1.0)
+    assert (own == model.decode("def f1(", 30, temperature=1.0, draft="chain")) == (weights == "int8")
 
 
 FOREIGN = """

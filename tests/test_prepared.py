@@ -249,6 +249,21 @@ def test_a_prepared_model_is_neither_saved_nor_moved_nor_prepared_otherwise(tmp_
         wrapped.prepare("int3")
 
 
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+def test_with_rounded_weights_the_chain_takes_the_place_of_branches(weights: str) -> None:
+    wrapped = CpdlmForCausalLM.from_language_model(copy.deepcopy(real("cpu", "llama", dtype=torch.float32)), 1, 2)
+    wrapped.config.draft = "branched"
+    wrapped.prepare(weights)
+    ids = torch.randint(3, 61, (1, 7), generator=torch.Generator().manual_seed(0))
+
+    def written(**draft: str) -> Tensor:
+        torch.manual_seed(0)
+        return wrapped.generate(ids, do_sample=True, max_new_tokens=30, eos_token_id=None, pad_token_id=0, **draft)
+
+    assert torch.equal(written(), written(draft="chain")) == (weights == "int8")
+    assert torch.equal(written(), written(draft="branched")) == (weights == "packed")
+
+
 def test_a_growing_cache_holds_what_a_dynamic_one_does() -> None:
     random = torch.Generator().manual_seed(0)
     ours, theirs = GrowingCache(), DynamicCache()
