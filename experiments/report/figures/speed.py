@@ -104,7 +104,7 @@ def _gains(axis: Axes, settings: Sequence[tuple[Family, str]], variant: str) -> 
     style.ratio_axis(axis, "speed over rank 1 (x)", ticks=_FINE)
     faster, slower = sum(value.low > 1 for value in gains), sum(value.high < 1 for value in gains)
     axis.set_title(
-        f"Over rank 1, {len(gains)} cases:\n{faster or 'none'} surely faster, {slower or 'none'} surely slower",
+        f"Over rank 1, {len(gains)} cases:\n{faster or 'none'} surely faster, {slower or 'none'} slower",
         weight="bold",
     )
 
