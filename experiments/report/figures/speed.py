@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from experiments.families import TARGETS, Family, along
-from experiments.records import MODES
+from experiments.records import MODES, Record
 from experiments.report import tasks
 from experiments.report.benchmarks import Benchmark
 from experiments.report.figures import style
@@ -35,7 +35,7 @@ def pretrained(families: list[Family]) -> Drawn | str:
     found = _settings(families)
     if not found:
         return "no decoding records of two or more ranks on a pretrained model"
-    settings, variant = found
+    settings, variant, cells = found
     figure, axes = style.grid(1, 2, width=style.WIDE, height=0.75 + 0.68 * len(settings), share_y=True)
     left, right = axes[0]
     speeds = _groups(left, settings, variant, "speedup")
@@ -52,7 +52,7 @@ def pretrained(families: list[Family]) -> Drawn | str:
         "same model, in the same loop. Right: over rank 1, measured side by side. Lossless: greedy writes the model's "
         "own text, sampling its distribution. Bars: 95% interval over prompts, repeats and seeds (one seed: prompts "
         "and repeats).",
-        [record for family, _ in settings[:: len(MODES)] for record in family.records(variant)],
+        cells,
     )
 
 
@@ -61,7 +61,7 @@ def front(families: list[Family], records: Sequence[Benchmark]) -> tuple[Figure,
     found = _settings(families)
     if not found or not records:
         return "no decoding records of two or more ranks on a pretrained model, or none of the released heads"
-    settings, variant = found
+    settings, variant, cells = found
     texts = [(record, task, mode) for record in records for task, mode in tasks.texts(record)]
     figure, (axes,) = style.grid(1, 2, width=style.WIDE, height=0.75 + 0.4 * max(len(texts), 1.5 * len(settings)))
     left, right = axes
@@ -82,19 +82,20 @@ def front(families: list[Family], records: Sequence[Benchmark]) -> tuple[Figure,
     return figure, (
         f"Left: the heads that come with the package. {' '.join(map(tasks.described, records))} Right: other heads on "
         f"the same model, trained for less long, ranks above 1 over rank 1, measured side by side "
-        f"({style.worded(variant)}). Bars: 95% intervals. "
-        + described([record for family, _ in settings[:: len(MODES)] for record in family.records(variant)], True)
+        f"({style.worded(variant)}). Bars: 95% intervals. " + described(cells, True)
     )
 
 
-def _settings(families: list[Family]) -> tuple[list[tuple[Family, str]], str] | None:
-    """The comparisons of ranks on one pretrained model in each mode, and the variant of heads that they are of."""
+def _settings(families: list[Family]) -> tuple[list[tuple[Family, str]], str, list[Record]] | None:
+    """The comparisons of ranks on one pretrained model in each mode, the variant of heads that they are of, and their
+    records."""
     shown = _pretrained(families)
     if not shown:
         return None
     variant = next(v for v in ("token-conditioned", "tied", "untied") if len(shown[0].ranks(v)) > 1)
     shown = [family for family in shown if len(family.ranks(variant)) > 1]
-    return [(family, mode) for family in shown for mode in MODES], variant
+    records = [record for family in shown for record in family.records(variant)]
+    return [(family, mode) for family in shown for mode in MODES], variant, records
 
 
 def _gains(axis: Axes, settings: Sequence[tuple[Family, str]], variant: str) -> None:
@@ -111,7 +112,7 @@ def _gains(axis: Axes, settings: Sequence[tuple[Family, str]], variant: str) -> 
 
 def _enlarge(figure: Figure) -> None:
     for text in figure.findobj(lambda artist: hasattr(artist, "set_fontsize")):
-        text.set_fontsize(_TYPE)  # type: ignore[attr-defined]
+        text.set(fontsize=_TYPE)
 
 
 def _pretrained(families: list[Family]) -> list[Family]:
