@@ -16,7 +16,6 @@ from cpdlm import cli, generate
 from cpdlm.config import resolve
 from cpdlm.data import pretrained_files, target
 from cpdlm.decoding import Sampling, decode
-from cpdlm.files import write_json
 from cpdlm.hf import export, released
 from cpdlm.hf.load import load
 from cpdlm.model.build import build_language_model
@@ -48,7 +47,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(3)
     model = build_language_model(config, trunk.vocab_size, trunk)
     checkpoints.save_model(folder, model, model.state_dict(), trunk.vocab_size, torch.bfloat16)
-    write_json(folder / "decode.json", {"shortlist": list(range(3, 23))})
+    checkpoints.save_draft_vocabulary(folder, config, torch.arange(3, 23))
     return folder
 
 

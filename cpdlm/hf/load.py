@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 
 from cpdlm.config import Config, ConfigError
-from cpdlm.data.corpus import load_corpus
 from cpdlm.data.pretrained_files import NAMED, generation_of
 from cpdlm.data.target import Target
-from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, SavedTokenizer, Tokenizer, stored_tokenizer
+from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, Tokenizer, stored_tokenizer
 from cpdlm.hf import released
 from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel
@@ -26,7 +24,6 @@ from cpdlm.training.checkpoints import (
     load_model,
     read_config,
     run_draft_vocabulary,
-    text_hash,
 )
 
 
@@ -141,44 +138,17 @@ def _exported(folder: Path, draft_vocabulary: bool) -> Opened:
 
 
 def run_tokenizer(run: Path) -> Tokenizer:
-    """The tokenizer of a run: in its folder, or for older runs in the cache, or made again from the corpus.
-
-    RunError where it is damaged, or gone and not to be made again.
-    """
-    config = read_config(run)
-    if config.data.tokenizer == BytesTokenizer.name:
+    """The tokenizer in a run's folder; RunError where it is damaged or not there."""
+    if read_config(run).data.tokenizer == BytesTokenizer.name:
         return BytesTokenizer()
+    again = "run its command again, which writes it"
     try:
-        if (stored := stored_tokenizer(run / TOKENIZER)) is not None:
-            return stored
+        stored = stored_tokenizer(run / TOKENIZER)
     except ConfigError as error:
-        raise RunError(f"{error}; delete that folder, and the tokenizer is made again") from error
-    if config.data.bundle:
-        try:
-            return load_corpus(config, progress=False).tokenizer
-        except ConfigError as error:
-            raise RunError(f"{run} has no tokenizer here: {error}") from error
-    if config.data.tokenizer == "model":
-        return HubTokenizer("model", Target.of(config).source)
-    if not (sha256 := text_hash(run)):
-        raise RunError(f"{run} does not say which text it was trained on, so its tokenizer is not known; run it again")
-    tokens = Path(config.data.cache) / "tokens"
-    for path in sorted(tokens.glob("*/meta.json")):
-        meta = read_json(path)
-        if meta is not None and meta.get("sha256") == sha256:
-            saved = meta["tokenizer"]
-            token_bytes = np.load(path.parent / "token_bytes.npy")
-            return SavedTokenizer(
-                saved["name"], saved["vocab_size"], saved["bos"], saved["eos"], path.parent, token_bytes
-            )
-    lost = f"the tokenizer of {run} ({config.data.tokenizer}) is neither in its folder nor in {tokens}"
-    try:
-        again = load_corpus(config)
-    except ConfigError as error:
-        raise RunError(f"{lost}, and cannot be made again: {error}") from error
-    if again.describe()["sha256"] != sha256:
-        raise RunError(f"{lost}, and corpus={config.corpus} is another text now; give the text that it was trained on")
-    return again.tokenizer
+        raise RunError(f"{error}; delete that folder, and {again}") from error
+    if stored is None:
+        raise RunError(f"{run} has no tokenizer (no folder {TOKENIZER}); {again}")
+    return stored
 
 
 def _first_line(error: BaseException) -> str:

@@ -110,7 +110,6 @@ def measure_drafts(config: Config, command: str, say: run.Say) -> dict[str, Any]
         "data": corpus.describe(),
         "settings": asdict(chosen.decode),
         "measured_weights": identity,
-        "shortlist": listed.ids.tolist() if listed is not None else None,
         "shortlist_coverage": listed.coverage if listed is not None else None,
         "tried": {name: timing.rate() for name, timing in tried.items()},
         "modes": modes,

@@ -315,24 +315,11 @@ def run_draft_vocabulary(run: Path) -> Tensor | None:
     size = read_config(run).decode.draft_vocabulary
     if not size:
         return None
-    for name, key in ((DRAFT_VOCABULARY, "ids"), ("decode.json", "shortlist")):  # older runs have the second alone
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            content = json.loads((run / name).read_bytes())
-            ids = content[key]
-            if ids is not None and size in (len(ids), content.get("size")):
-                return torch.tensor(ids)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        content = json.loads((run / DRAFT_VOCABULARY).read_bytes())
+        if size in (len(content["ids"]), content["size"]):
+            return torch.tensor(content["ids"])
     raise RunError(
-        f"{run} drafts from a part of the vocabulary (decode.draft_vocabulary={size}) that neither its "
-        f"{DRAFT_VOCABULARY} nor its decode.json holds; run its command again, which measures it with that size"
+        f"{run} drafts from a part of the vocabulary (decode.draft_vocabulary={size}) that its {DRAFT_VOCABULARY} does "
+        "not hold; run its command again, which measures it with that size"
     )
-
-
-def text_hash(run: Path) -> str:
-    """sha256 of the text that a run was trained on, by which its tokenizer is found; "" where it is not known."""
-    for name, keys in (("sessions.json", ("data_sha256",)), ("evaluate.json", ("data", "sha256"))):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            content = json.loads((run / name).read_bytes())
-            for key in keys:
-                content = content[key]
-            return str(content)
-    return ""
