@@ -96,8 +96,7 @@ def test_bfloat16_is_widened_where_it_would_be_emulated(run: Path, monkeypatch: 
 
 def written(model: str | Path, *words: str) -> str:
     out = io.StringIO()
-    asked = cli.parse("generate", ["--model", str(model), "--max-new-tokens", "12", *words])
-    generate.run(generate.Request(**vars(asked)), out)
+    generate.run(cli.parse("generate", ["--model", str(model), "--max-new-tokens", "12", *words]), out)
     return out.getvalue()
 
 

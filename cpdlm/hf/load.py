@@ -41,21 +41,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Opened:
-    """What the small files of a model say; `load` reads the weights. context: the most tokens of a text."""
+    """What the small files of a model say. context: the most tokens of a text. load: reads the weights, and raises as
+    `open_source`."""
 
-    source: Path
     tokenizer: Tokenizer
-    eos: int | list[int]
     context: int
-    config: Config | None
-    weights: Callable[[], LanguageModel]
-    drafting: tuple[str, int] = ("chain", 8)
-
-    def load(self) -> Loaded:
-        """Raises as `open_source`."""
-        loaded = Loaded(self.weights(), self.tokenizer, self.eos, self.config, self.drafting)
-        _check_vocabulary(self.source, loaded)
-        return loaded
+    load: Callable[[], Loaded]
 
 
 def load(source: Path, draft_vocabulary: bool = True, widen: bool = False) -> Loaded:
@@ -101,7 +92,8 @@ def _of_run(source: Path, config: Config, tokenizer: Tokenizer, weights: Callabl
     if target.kind == "pretrained":
         context = longest_text(target.source, target.name) or context
     eos, drafting = target.eos, (config.decode.draft, config.decode.nodes)
-    return Opened(source, tokenizer, tokenizer.eos if eos is None else eos, context, config, weights, drafting)
+    eos = tokenizer.eos if eos is None else eos
+    return Opened(tokenizer, context, lambda: _checked(source, Loaded(weights(), tokenizer, eos, config, drafting)))
 
 
 def _finished(run: Path, draft_vocabulary: bool) -> LanguageModel:
@@ -134,7 +126,8 @@ def _exported(folder: Path, draft_vocabulary: bool) -> Opened:
     tokenizer = HubTokenizer(f"hf:{folder}", folder)
     context = shape.get("max_position_embeddings", CpdlmConfig.max_position_embeddings)
     drafting = (shape.get("draft", CpdlmConfig.draft), shape.get("nodes", CpdlmConfig.nodes))
-    return Opened(folder, tokenizer, tokenizer.eos if eos is None else eos, context, None, weights, drafting)
+    eos = tokenizer.eos if eos is None else eos
+    return Opened(tokenizer, context, lambda: _checked(folder, Loaded(weights(), tokenizer, eos, None, drafting)))
 
 
 def run_tokenizer(run: Path) -> Tokenizer:
@@ -155,17 +148,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def noted(run: Path) -> dict[str, Any]:
-    """What a run says of itself: its command and its data, and how good it is if it was evaluated; {} for none."""
-    return read_json(run / "evaluate.json") or read_json(run / "decode.json") or {}
-
-
 def is_pretrained_tokenizer(tokenizer: Tokenizer) -> bool:
     return tokenizer.name.partition(":")[0] in ("hf", "model")
 
 
-def _check_vocabulary(source: Path, loaded: Loaded) -> None:
-    """Raise RunError where ids of the tokenizer are not ids of the model."""
+def _checked(source: Path, loaded: Loaded) -> Loaded:
+    """The same; RunError where ids of the tokenizer are not ids of the model."""
     model, tokenizer = loaded.model, loaded.tokenizer
     # Pretrained models may have more embeddings than tokens: padding of the table.
     padded = model.frozen_target and is_pretrained_tokenizer(tokenizer)
@@ -174,6 +162,7 @@ def _check_vocabulary(source: Path, loaded: Loaded) -> None:
             f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the weights "
             f"{model.vocab_size}; they do not belong together"
         )
+    return loaded
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
