@@ -13,8 +13,6 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from cpdlm.config import ConfigError
-
 if TYPE_CHECKING:
     from cpdlm.decoding import Decoded, Sampling
     from cpdlm.hf.load import Opened
@@ -106,13 +104,11 @@ def _checked(request: Namespace) -> tuple[Sampling, Opened, list[int], int]:
     """What the small files of the model say to the request; the ids and how many tokens to write."""
     from cpdlm.decoding import Sampling
     from cpdlm.hf.load import open_source
-    from cpdlm.text import EMPTY, check_seed, fitting
+    from cpdlm.text import check_seed, fitting
 
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
     check_seed(request.seed)
     prompt = _standard_input() if request.prompt is None else request.prompt
-    if not prompt:
-        raise ConfigError(EMPTY)
     opened = open_source(request.model, request.draft_vocabulary == "own", widen=True)
     ids, new_tokens = fitting(prompt, request.chat, request.max_new_tokens, opened.tokenizer, opened.context)
     return sampling, opened, ids, new_tokens

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCardData
 
 from cpdlm.config import Config
 from cpdlm.data.target import Target
-from cpdlm.hf.load import read_json
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.training.checkpoints import read_json
 
 _CARD = """\
 ---

@@ -1,10 +1,8 @@
 """A model with its tokenizer, from a run's folder, an exported folder, or the name of a model with released heads."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -163,14 +161,3 @@ def _checked(source: Path, loaded: Loaded) -> Loaded:
             f"{model.vocab_size}; they do not belong together"
         )
     return loaded
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file. RunError for a damaged one."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error})") from error
-    return content if isinstance(content, dict) else None

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -46,6 +47,16 @@ _FREE = (*INCIDENTAL, "decode.", "evaluate.")
 
 class RunError(RuntimeError):
     """A run folder that cannot be used; the message says what is there and what to type."""
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file. RunError for a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
 
 
 def run_folder(config: Config) -> Path:
@@ -296,10 +307,9 @@ def run_draft_vocabulary(run: Path) -> Tensor | None:
     size = read_config(run).decode.draft_vocabulary
     if not size:
         return None
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        content = json.loads((run / DRAFT_VOCABULARY).read_bytes())
-        if content["size"] == size:
-            return torch.tensor(content["ids"])
+    content = read_json(run / DRAFT_VOCABULARY) or {}
+    if content.get("size") == size:
+        return torch.tensor(content["ids"])
     raise RunError(
         f"{run} drafts from a part of the vocabulary (decode.draft_vocabulary={size}) that its {DRAFT_VOCABULARY} does "
         "not hold; run its command again, which measures it with that size"
