@@ -58,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from cpdlm.training.checkpoints import RunError
 
     disable_progress_bar()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the line of ours that gave it
-    warnings.simplefilter("once", UserWarning, append=True)  # plan and run read one text
+    warnings.formatwarning = _sentences()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that does not have all characters
     try:
@@ -74,6 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the text has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _sentences() -> Callable[..., str]:
+    """How warnings are written: without the line of ours that gave them, and each once (plan and run read one text)."""
+    said: set[str] = set()
+
+    def sentence(message: Warning | str, *_: object) -> str:
+        text = f"warning: {message}\n"
+        is_new = text not in said
+        said.add(text)
+        return text if is_new else ""
+
+    return sentence
 
 
 def parse(name: str, words: Sequence[str]) -> Namespace:
