@@ -198,7 +198,8 @@ def _check(request: Request) -> None:
 
 def _load(request: Request) -> Loaded:
     """With its heads, where it has some. A folder of transformers or a GGUF file is a model without."""
-    from cpdlm.hf.load import load, read_json
+    from cpdlm.hf.load import load
+    from cpdlm.training.checkpoints import read_json
 
     path = Path(request.model)
     shape = read_json(path / "config.json")

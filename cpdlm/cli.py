@@ -198,7 +198,7 @@ def _generate_arguments(parser: Parser) -> None:
 def _generate(options: Namespace) -> Sequence[str]:
     from cpdlm import generate
 
-    generate.run(generate.Request(**vars(options)), sys.stdout)
+    generate.run(options, sys.stdout)
     return ()
 
 

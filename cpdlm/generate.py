@@ -9,12 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
-
-from cpdlm.config import ConfigError
 
 if TYPE_CHECKING:
     from cpdlm.decoding import Decoded, Sampling
@@ -26,24 +23,6 @@ GREEN, RESET = "\033[32m", "\033[0m"
 # A terminal would obey them.
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class Request:
-    """The options of `cpdlm generate`, by their names there."""
-
-    model: Path
-    prompt: str | None = None  # None: standard input
-    chat: bool = False
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    draft: str | None = None  # None: as is best for the model
-    draft_vocabulary: str = "own"
-    weights: str = "auto"
-    show: bool = False
 
 
 class Incremental:
@@ -97,8 +76,11 @@ class Screen:
         self.out.flush()
 
 
-def run(request: Request, out: TextIO) -> None:
-    """Write the text to `out`, the rest to standard error. Raises ConfigError, RunError or ValueError on bad input."""
+def run(request: Namespace, out: TextIO) -> None:
+    """Write the text to `out`, the rest to standard error. request: the options of `cpdlm generate`.
+
+    Raises ConfigError, RunError or ValueError on bad input.
+    """
     sampling, opened, ids, new_tokens = _checked(request)
     from cpdlm.text import Model
 
@@ -118,17 +100,15 @@ def run(request: Request, out: TextIO) -> None:
         print(_speed(lambda: write(request.draft), lambda: write("none")), file=sys.stderr)
 
 
-def _checked(request: Request) -> tuple[Sampling, Opened, list[int], int]:
+def _checked(request: Namespace) -> tuple[Sampling, Opened, list[int], int]:
     """What the small files of the model say to the request; the ids and how many tokens to write."""
     from cpdlm.decoding import Sampling
     from cpdlm.hf.load import open_source
-    from cpdlm.text import EMPTY, check_seed, fitting
+    from cpdlm.text import check_seed, fitting
 
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
     check_seed(request.seed)
     prompt = _standard_input() if request.prompt is None else request.prompt
-    if not prompt:
-        raise ConfigError(EMPTY)
     opened = open_source(request.model, request.draft_vocabulary == "own", widen=True)
     ids, new_tokens = fitting(prompt, request.chat, request.max_new_tokens, opened.tokenizer, opened.context)
     return sampling, opened, ids, new_tokens

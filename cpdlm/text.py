@@ -14,7 +14,6 @@ from cpdlm.decoding.prepared import paying
 from cpdlm.hf.load import Loaded, load
 
 NEW_TOKENS = 128
-EMPTY = "the prompt is empty; give --prompt TEXT, or text on standard input"
 OnTokens = Callable[[int, list[int]], None]
 
 
@@ -112,7 +111,7 @@ def fitting(
     """(ids of the prompt, how many tokens to write). ConfigError where they do not fit the context."""
     ids = tokenizer.prompt(prompt, chat) if prompt else []
     if not ids:
-        raise ConfigError(EMPTY)
+        raise ConfigError("the prompt is empty; give --prompt TEXT, or text on standard input")
     room = context - len(ids)
     if room < 1:
         raise ConfigError(

@@ -194,7 +194,6 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
     shared = {
         "group": list(models),
         "reference": [reference.run_name, _weights_hash(reference)] if reference is not None else None,
-        "shortlist": listed.ids.tolist() if listed is not None else None,
         "shortlist_coverage": listed.coverage if listed is not None else None,
         "seconds": (time.monotonic() - began) / len(configs),
         "origin": provenance(),

@@ -29,9 +29,9 @@ def make_run(folder: Path, overrides: dict[str, Any], vocabulary: int = 257, mea
     return model
 
 
-def write_measurements(folder: Path, config: Config, sha256: str = "0") -> None:
+def write_measurements(folder: Path, config: Config) -> None:
     sources = [{"name": "sympy", "version": "1.14.0", "licence": "BSD-3-Clause"}]
-    data = {"corpus": config.corpus, "sha256": sha256, "splits": {"train": {"tokens": 12345}}, "sources": sources}
+    data = {"corpus": config.corpus, "sha256": "0", "splits": {"train": {"tokens": 12345}}, "sources": sources}
     evaluated = {"command": "python experiments/run.py rank=2", "data": data, "likelihood": {"bits_per_byte": 2.345}}
     write_json(folder / "evaluate.json", evaluated)
     speed = {"median": 1.23, "low": 1.1, "high": 1.31}
@@ -45,8 +45,9 @@ LISTED = [5, *range(40, 58), 256]
 
 def listed_run(folder: Path) -> Path:
     make_run(folder, {"decode.draft_vocabulary": len(LISTED), "model.tie_embeddings": False})
+    checkpoints.save_draft_vocabulary(folder, checkpoints.read_config(folder), torch.tensor(LISTED))
     measured = json.loads((folder / "decode.json").read_text())
-    write_json(folder / "decode.json", measured | {"shortlist": LISTED, "shortlist_coverage": 0.913})
+    write_json(folder / "decode.json", measured | {"shortlist_coverage": 0.913})
     return folder
 
 
@@ -65,5 +66,6 @@ def bpe_run(tmp_path: Path) -> Path:
     config = resolve(MICRO | overrides)
     corpus = load_corpus(config, progress=False)
     make_run(tmp_path / "run", overrides, corpus.vocab_size, measured=False)
-    write_measurements(tmp_path / "run", config, corpus.describe()["sha256"])
+    checkpoints.save_tokenizer(tmp_path / "run", corpus.tokenizer)
+    write_measurements(tmp_path / "run", config)
     return tmp_path / "run"

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from cpdlm.config import Config
 from cpdlm.training import checkpoints
-from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, WEIGHTS, RunError
+from cpdlm.training.checkpoints import CHECKPOINT, TRAINED, WEIGHTS
 from cpdlm.training.module import MultiTokenModule, NonFiniteLoss
 from experiments import pipeline
 from experiments.records import RecordError
@@ -45,7 +44,7 @@ def test_no_checkpoint_of_a_diverged_run_replaces_the_good_one(tmp_path: Path, m
         train(config, tmp_path)
     held = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert held["global_step"] == 3
-    assert all(checkpoints.is_finite(tensor) for tensor in held["state_dict"].values())
+    assert all(tensor.isfinite().all() for tensor in held["state_dict"].values())
     monkeypatch.undo()
     train(config, tmp_path)  # goes on from it
     assert checkpoints.is_finished(tmp_path)
@@ -56,28 +55,6 @@ def test_a_run_that_diverges_in_its_last_step_is_not_finished(tmp_path: Path, mo
     with pytest.raises(NonFiniteLoss, match="after step 6"):
         train(settings(**{"train.validate_every": 10}), tmp_path)
     assert not (tmp_path / WEIGHTS).exists() and not (tmp_path / TRAINED).exists()
-
-
-def test_a_diverged_checkpoint_or_model_of_an_earlier_version_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = settings()
-    poison_after(monkeypatch, 5)
-    with pytest.raises(NonFiniteLoss):
-        train(config, tmp_path)
-    held = torch.load(tmp_path / CHECKPOINT, weights_only=True)
-    next(iter(held["state_dict"].values())).fill_(math.inf)
-    torch.save(held, tmp_path / CHECKPOINT)
-    with pytest.raises(RunError, match=r"last.ckpt holds a diverged run .*delete it to start again"):
-        train(config, tmp_path)
-    (tmp_path / CHECKPOINT).unlink()
-    monkeypatch.undo()
-    train(config, tmp_path)
-    state = load_file(tmp_path / WEIGHTS)
-    state["trunk.body.norm.weight"][0] = math.nan
-    save_file(state, tmp_path / WEIGHTS, metadata={"vocab_size": "23"})
-    with pytest.raises(RunError, match=r"has diverged \(trunk.body.norm.weight is not finite\)"):
-        checkpoints.load_model(tmp_path)
 
 
 WATCHED = """

@@ -47,7 +47,7 @@ class Terminal(io.StringIO):
 
 def written(run: Path, *words: str, out: io.StringIO | None = None) -> str:
     out = io.StringIO() if out is None else out
-    generate.run(generate.Request(**vars(cli.parse("generate", ["--model", str(run), *words]))), out)
+    generate.run(cli.parse("generate", ["--model", str(run), *words]), out)
     return out.getvalue()
 
 
@@ -192,13 +192,6 @@ def test_a_folder_that_cannot_be_used_is_named(run: Path, tmp_path: Path, capsys
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "theirs" / name).replace(tmp_path / "other" / name)
     assert "the weights 257; they do not belong together" in error(tmp_path / "other")
-
-
-def test_a_terminal_is_told_at_once_that_something_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    assert cli.main(["generate", "--model", "nowhere", "--prompt", "a"]) == 2
-    assert terminal.getvalue().startswith("loading ...\nerror: nowhere is neither")
 
 
 def test_the_command_reads_standard_input(run: Path) -> None:

@@ -17,8 +17,7 @@ from cpdlm.hf import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.model.build import build_language_model
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import CACHE
-from tests.hf_models import TIED, wrap, wrapped
-from tests.test_loop import real
+from tests.hf_models import wrap, wrapped
 
 
 def same_weights(one: LanguageModel, other: LanguageModel) -> None:
@@ -89,13 +88,6 @@ def test_a_folder_with_other_weights_is_refused(tmp_path: Path) -> None:
         CpdlmForCausalLM.from_pretrained(tmp_path)
 
 
-def test_wrapping_changes_nothing() -> None:
-    model = real(*TIED)
-    before = copy.deepcopy(model.state_dict())
-    wrap(model)
-    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
-
-
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_cache_is_taken_under_both_names_that_the_library_has_for_it(name: str) -> None:
     model, ids, cache = wrapped("own"), torch.tensor([[1, 5, 2, 9]]), DynamicCache()
@@ -134,15 +126,6 @@ def test_other_embeddings_are_refused_before_anything_changes(change: dict[str, 
         model.set_input_embeddings(torch.nn.Embedding(20, 64))
     assert model.resize_token_embeddings(17) is model.get_input_embeddings()
     same_weights(model.model, wrapped("common").model)
-
-
-def test_a_draft_vocabulary_is_a_list_as_well(tmp_path: Path) -> None:
-    model = wrap(copy.deepcopy(wrapped("common").model))
-    model.use_draft_vocabulary([3, 5, 11])
-    assert model.model.draft_ids is not None and model.model.draft_ids.tolist() == model.config.draft_ids == [3, 5, 11]
-    for wrong in ([0.5, 1.5], ["a"], [], [[1, 2]], 3):
-        with pytest.raises(ValueError, match="a draft vocabulary is"):
-            model.use_draft_vocabulary(wrong)  # type: ignore[arg-type]
 
 
 def test_a_loss_that_trains_nothing_says_how_heads_train() -> None:

@@ -25,7 +25,7 @@ def losses() -> tuple[Tensor, Tensor]:
 
 def weigh(
     successors_BT: Tensor, fraction: float, first_is_tied: bool, generator: torch.Generator | None = None
-) -> objective.PositionWeights:
+) -> tuple[Tensor, Tensor]:
     """Weights of a step of one micro-batch."""
     picked_BT = torch.rand(successors_BT.shape, generator=generator) < fraction
     exists_BT = successors_BT > 0
@@ -33,10 +33,10 @@ def weigh(
     return objective.position_weights(successors_BT, picked_BT, counts, first_is_tied)
 
 
-def value(weights: objective.PositionWeights, first_is_tied: bool) -> float:
+def value(weights: tuple[Tensor, Tensor], first_is_tied: bool) -> float:
     first, later = losses()
     rest = later if first_is_tied else first + later
-    return (weights.first_BT * first + weights.rest_BT * rest).sum().item()
+    return (weights[0] * first + weights[1] * rest).sum().item()
 
 
 def mean_joint_nll() -> float:
@@ -46,18 +46,17 @@ def mean_joint_nll() -> float:
 
 
 def test_all_positions_untied_is_exactly_the_mean_joint_nll() -> None:
-    weights = weigh(ragged(), 1.0, first_is_tied=False)
+    first_BT, rest_BT = weigh(ragged(), 1.0, first_is_tied=False)
     exists = ragged() > 0
-    assert torch.equal(weights.first_BT, torch.zeros(B, T, dtype=torch.float64))
-    torch.testing.assert_close(weights.rest_BT, exists / exists.sum().double())
-    assert (weights.positions, weights.picked) == (exists.sum(), exists.sum())
-    assert math.isclose(value(weights, False), mean_joint_nll(), rel_tol=1e-12)
+    assert torch.equal(first_BT, torch.zeros(B, T, dtype=torch.float64))
+    torch.testing.assert_close(rest_BT, exists / exists.sum().double())
+    assert math.isclose(value((first_BT, rest_BT), False), mean_joint_nll(), rel_tol=1e-12)
 
 
 def test_all_positions_tied_is_the_same_mean() -> None:
-    weights = weigh(ragged(), 1.0, first_is_tied=True)
-    assert torch.equal(weights.first_BT, weights.rest_BT)
-    assert math.isclose(value(weights, True), mean_joint_nll(), rel_tol=1e-12)
+    first_BT, rest_BT = weigh(ragged(), 1.0, first_is_tied=True)
+    assert torch.equal(first_BT, rest_BT)
+    assert math.isclose(value((first_BT, rest_BT), True), mean_joint_nll(), rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("first_is_tied", [False, True])
@@ -76,25 +75,20 @@ def test_a_random_subset_is_an_unbiased_estimate(first_is_tied: bool, fraction: 
 @pytest.mark.parametrize("first_is_tied", [False, True])
 def test_the_next_token_is_trained_at_every_position_of_a_subset(first_is_tied: bool) -> None:
     """Weight of -log p(x_{t+1}), over both terms: the same everywhere. That of later tokens: on the subset."""
-    weights = weigh(ragged(), 0.3, first_is_tied, torch.Generator().manual_seed(0))
+    first_BT, rest_BT = weigh(ragged(), 0.3, first_is_tied, torch.Generator().manual_seed(0))
     exists = ragged() > 0
-    of_first = weights.first_BT if first_is_tied else weights.first_BT + weights.rest_BT
+    of_first = first_BT if first_is_tied else first_BT + rest_BT
     torch.testing.assert_close(of_first, exists / exists.sum().double())
-    assert 0 < (weights.rest_BT > 0).sum() == weights.picked < exists.sum()
-    assert not (weights.rest_BT > 0)[~exists].any()
-    torch.testing.assert_close(weights.rest_BT.sum(), torch.ones((), dtype=torch.float64))
+    assert 0 < (rest_BT > 0).sum() < exists.sum()
+    assert not (rest_BT > 0)[~exists].any()
+    torch.testing.assert_close(rest_BT.sum(), torch.ones((), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.01])
 def test_no_position_at_all_is_no_weight_and_no_nan(fraction: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = weigh(torch.zeros(1, 4, dtype=torch.long), fraction, False, generator)
-    assert not weights.first_BT.any() and not weights.rest_BT.any()
-
-
-def test_reported_losses_use_positions_with_every_successor() -> None:
-    first_BT, rest_BT = objective.evaluation_weights(ragged(), N)
-    assert torch.equal(first_BT, (ragged() == N).double()) and torch.equal(first_BT, rest_BT)
+    first_BT, rest_BT = weigh(torch.zeros(1, 4, dtype=torch.long), fraction, False, generator)
+    assert not first_BT.any() and not rest_BT.any()
 
 
 # --- balance ----------------------------------------------------------------------------------------------------

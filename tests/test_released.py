@@ -16,7 +16,6 @@ from cpdlm import cli, generate
 from cpdlm.config import resolve
 from cpdlm.data import pretrained_files, target
 from cpdlm.decoding import Sampling, decode
-from cpdlm.files import write_json
 from cpdlm.hf import export, released
 from cpdlm.hf.load import load
 from cpdlm.model.build import build_language_model
@@ -48,7 +47,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(3)
     model = build_language_model(config, trunk.vocab_size, trunk)
     checkpoints.save_model(folder, model, model.state_dict(), trunk.vocab_size, torch.bfloat16)
-    write_json(folder / "decode.json", {"shortlist": list(range(3, 23))})
+    checkpoints.save_draft_vocabulary(folder, config, torch.arange(3, 23))
     return folder
 
 
@@ -97,8 +96,7 @@ def test_bfloat16_is_widened_where_it_would_be_emulated(run: Path, monkeypatch: 
 
 def written(model: str | Path, *words: str) -> str:
     out = io.StringIO()
-    asked = cli.parse("generate", ["--model", str(model), "--max-new-tokens", "12", *words])
-    generate.run(generate.Request(**vars(asked)), out)
+    generate.run(cli.parse("generate", ["--model", str(model), "--max-new-tokens", "12", *words]), out)
     return out.getvalue()
 
 

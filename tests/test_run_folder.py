@@ -1,6 +1,5 @@
 """A run's folder: whose it is, what in it is refused, full disks, and the weights that come back from it."""
 
-import copy
 import errno
 import os
 import resource
@@ -38,20 +37,11 @@ def test_a_checkpoint_that_is_damaged_foreign_or_of_other_weights_is_refused(
     for part in (whole[: len(whole) // 2], whole[:-1], b"", b"not a checkpoint"):
         checkpoint.write_bytes(part)
         refused("is truncated or not a checkpoint")
-    checkpoint.unlink()
-    os.mkfifo(checkpoint)
-    refused("is neither a file nor a folder")
-    checkpoint.unlink()
     for foreign in ({"weights": torch.zeros(2)}, torch.zeros(2), {"global_step": 3, "state_dict": {}}):
         torch.save(foreign, checkpoint)
         refused("is not a checkpoint of this program")
     weights, name = content["state_dict"], "model.heads.gate.weight"
-    (state,) = copy.deepcopy(content["optimizer_states"])
-    moments = next(each for each in state["state"].values() if each["exp_avg"].dim())
-    moments["exp_avg"] = torch.zeros(3, 5)
     for damage, why in (
-        ({"optimizer_states": [state]}, r"does not fit this run .*exp_avg of the optimiser has shape \(3, 5\)"),
-        ({"optimizer_states": []}, "holds no state of the optimiser"),
         ({"state_dict": weights | {name: weights[name].T}}, "does not fit this run .*size mismatch"),
         ({"state_dict": {key: weights[key] for key in weights if key != name}}, rf"lacks \['{name}'\]"),
         ({"loops": {}}, "does not fit this run"),
@@ -179,11 +169,6 @@ def test_weights_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
         (tmp_path / WEIGHTS).write_bytes(part)
         with pytest.raises(RunError, match="is truncated or not a safetensors file"):
             checkpoints.load_model(tmp_path)
-    checkpoints.save_model(tmp_path, model, model.state_dict(), VOCAB)
-    path = tmp_path / checkpoints.CONFIG
-    path.write_text(path.read_text().replace(f"rank: {config.rank}\n", "rank: 2147483647\n"))
-    with pytest.raises(RunError, match="config.yaml is of a model that cannot be built here"):
-        checkpoints.load_model(tmp_path)
     for name, theirs, saved, why in (
         ("separate", {}, LAYOUTS["separate"], "missing"),
         ("deeper", {}, {"rank": 4}, ""),

@@ -70,8 +70,7 @@ def resolve(overrides: Mapping[str, Any]) -> Config:
         if key not in known:
             _refuse_unknown(key, tuple(known))
         try:
-            # The value as YAML reads it, so that 3e-4 is a number on the command line as well.
-            OmegaConf.update(merged, key, _read(value, known[key].type))
+            OmegaConf.update(merged, key, value)
             OmegaConf.select(merged, key, throw_on_missing=True)  # an interpolation that leads nowhere raises here
         except OmegaConfBaseException as error:
             raise ConfigError(
@@ -105,21 +104,19 @@ def _defaults() -> DictConfig:
 
 def upgrade(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration, nested, with the present settings and names."""
-    content = {key: dict(value) if isinstance(value, Mapping) else value for key, value in saved.items()}
-    for old, new in [*ALIASES.items(), (WIDTH, "model.draft_width"), *((old, "") for old in OBSOLETE)]:
-        (*group, name), renamed = old.split("."), new.split(".")[-1]
-        holder = content.get(group[0]) if group else content
-        if isinstance(holder, dict) and name in holder:
-            value = holder.pop(name)
-            if renamed:
-                holder[renamed] = _multiple(value, content) if old == WIDTH else VALUES.get(new, {}).get(value, value)
-    return content
+    nested: dict[str, Any] = {}
+    for key, value in _renamed(flat(saved)).items():
+        *groups, name = key.split(".")
+        holder = nested
+        for group in groups:
+            holder = holder.setdefault(group, {})
+        holder[name] = value
+    return nested
 
 
-def _multiple(units: Any, saved: Mapping[str, Any]) -> float:
-    """An earlier model.anchor_width as model.draft_width."""
-    trunk = saved.get("model", {}).get("trunk")
-    if units and (trunk or saved.get("size") not in SIZES):
+def _multiple(units: int, saved: Mapping[str, Any]) -> float:
+    """An earlier model.anchor_width as model.draft_width. saved: the settings beside it, by dotted name."""
+    if units and (saved.get("model.trunk") or saved.get("size") not in SIZES):
         raise ConfigError(
             f"{WIDTH}={units} is now model.draft_width, a multiple of the trunk's width: type it so, for example "
             f"model.draft_width=2 for {WIDTH}=1152 on a width of 576"
@@ -184,12 +181,6 @@ def _renamed(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value for key, value in found.items()
     }
-
-
-def _read(value: Any, kind: str) -> Any:
-    if isinstance(value, str) and kind == "int" and value.replace("_", "").lstrip("+-").isdigit():
-        return int(value)
-    return value
 
 
 def _refuse_unknown(key: str, known: tuple[str, ...]) -> NoReturn:

@@ -10,9 +10,9 @@ from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import END, HubTokenizer, Tokenizer
 from cpdlm.files import errors_named, partial_folder, remove_partial, write_bytes, write_json
 from cpdlm.hf.card import card
-from cpdlm.hf.load import is_pretrained_tokenizer, load, read_json
+from cpdlm.hf.load import is_pretrained_tokenizer, load
 from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
-from cpdlm.training.checkpoints import CONFIG, RunError, read_config
+from cpdlm.training.checkpoints import CONFIG, RunError, read_config, read_json
 
 
 def export(source: Path, folder: Path) -> CpdlmForCausalLM:

@@ -33,7 +33,6 @@ from cpdlm.decoding import Costs, ModelProxy, Options, Sampling, decode_batch
 from cpdlm.decoding.length import batch_limit
 from cpdlm.decoding.prepared import paying
 from cpdlm.hf.refusals import AnyAllowed, check_arguments, check_options, check_weights, left_to_stock
-from cpdlm.hf.stream import Stream
 
 if TYPE_CHECKING:
     from cpdlm.hf.model import CpdlmForCausalLM
@@ -226,7 +225,7 @@ def _speculate(
     if pad is None and stop is not None and rows > 1:
         raise ValueError("rows that stop at different lengths need padding: pass pad_token_id (or eos_token_id)")
     sampling, exactly = _sampling(options, call.processors)
-    stream = Stream(streamer, rows) if streamer is not None else None
+    stream = _Stream(streamer, rows) if streamer is not None else None
     generators = None
     if not sampling.greedy:
         seeds = torch.randint(2**63 - 1, (rows,)).tolist()
@@ -289,9 +288,30 @@ def _row_blind(processor: Any) -> bool:
     return type(processor) in _ROW_BLIND
 
 
+class _Stream:
+    """Hands tokens to a streamer as stock `generate` does: one of every row at a time, pad where a row has ended."""
+
+    def __init__(self, streamer: Any, rows: int) -> None:
+        self.streamer, self.sent = streamer, 0
+        self.texts: list[list[int]] = [[] for _ in range(rows)]
+
+    def put(self, row: int, tokens: list[int]) -> None:
+        self.texts[row].extend(tokens)
+        self._send(min(len(text) for text in self.texts), None)
+
+    def end(self, pad: int | None) -> None:
+        self._send(max(len(text) for text in self.texts), pad)
+        self.streamer.end()
+
+    def _send(self, until: int, pad: int | None) -> None:
+        for index in range(self.sent, until):
+            self.streamer.put(torch.tensor([text[index] if index < len(text) else pad for text in self.texts]))
+        self.sent = max(self.sent, until)
+
+
 class _WithScores(ModelProxy):
     """The model with the scores that processors expect in place of log-probabilities."""
 
     def __init__(self, wrapped: CpdlmForCausalLM) -> None:
         super().__init__(wrapped.model)
-        self.target_log_probs = self.target_scores = wrapped.scores
+        self.target_log_probs = wrapped.model.target_scores

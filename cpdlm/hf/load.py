@@ -1,19 +1,15 @@
 """A model with its tokenizer, from a run's folder, an exported folder, or the name of a model with released heads."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 
 from cpdlm.config import Config, ConfigError
-from cpdlm.data.corpus import load_corpus
 from cpdlm.data.pretrained_files import NAMED, generation_of
 from cpdlm.data.target import Target
-from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, SavedTokenizer, Tokenizer, stored_tokenizer
+from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, Tokenizer, stored_tokenizer
 from cpdlm.hf import released
 from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.model.language_model import LanguageModel
@@ -26,7 +22,6 @@ from cpdlm.training.checkpoints import (
     load_model,
     read_config,
     run_draft_vocabulary,
-    text_hash,
 )
 
 
@@ -44,21 +39,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Opened:
-    """What the small files of a model say; `load` reads the weights. context: the most tokens of a text."""
+    """What the small files of a model say. context: the most tokens of a text. load: reads the weights, and raises as
+    `open_source`."""
 
-    source: Path
     tokenizer: Tokenizer
-    eos: int | list[int]
     context: int
-    config: Config | None
-    weights: Callable[[], LanguageModel]
-    drafting: tuple[str, int] = ("chain", 8)
-
-    def load(self) -> Loaded:
-        """Raises as `open_source`."""
-        loaded = Loaded(self.weights(), self.tokenizer, self.eos, self.config, self.drafting)
-        _check_vocabulary(self.source, loaded)
-        return loaded
+    load: Callable[[], Loaded]
 
 
 def load(source: Path, draft_vocabulary: bool = True, widen: bool = False) -> Loaded:
@@ -104,7 +90,8 @@ def _of_run(source: Path, config: Config, tokenizer: Tokenizer, weights: Callabl
     if target.kind == "pretrained":
         context = longest_text(target.source, target.name) or context
     eos, drafting = target.eos, (config.decode.draft, config.decode.nodes)
-    return Opened(source, tokenizer, tokenizer.eos if eos is None else eos, context, config, weights, drafting)
+    eos = tokenizer.eos if eos is None else eos
+    return Opened(tokenizer, context, lambda: _checked(source, Loaded(weights(), tokenizer, eos, config, drafting)))
 
 
 def _finished(run: Path, draft_vocabulary: bool) -> LanguageModel:
@@ -137,65 +124,34 @@ def _exported(folder: Path, draft_vocabulary: bool) -> Opened:
     tokenizer = HubTokenizer(f"hf:{folder}", folder)
     context = shape.get("max_position_embeddings", CpdlmConfig.max_position_embeddings)
     drafting = (shape.get("draft", CpdlmConfig.draft), shape.get("nodes", CpdlmConfig.nodes))
-    return Opened(folder, tokenizer, tokenizer.eos if eos is None else eos, context, None, weights, drafting)
+    eos = tokenizer.eos if eos is None else eos
+    return Opened(tokenizer, context, lambda: _checked(folder, Loaded(weights(), tokenizer, eos, None, drafting)))
 
 
 def run_tokenizer(run: Path) -> Tokenizer:
-    """The tokenizer of a run: in its folder, or for older runs in the cache, or made again from the corpus.
-
-    RunError where it is damaged, or gone and not to be made again.
-    """
-    config = read_config(run)
-    if config.data.tokenizer == BytesTokenizer.name:
+    """The tokenizer in a run's folder; RunError where it is damaged or not there."""
+    if read_config(run).data.tokenizer == BytesTokenizer.name:
         return BytesTokenizer()
+    again = "run its command again, which writes it"
     try:
-        if (stored := stored_tokenizer(run / TOKENIZER)) is not None:
-            return stored
+        stored = stored_tokenizer(run / TOKENIZER)
     except ConfigError as error:
-        raise RunError(f"{error}; delete that folder, and the tokenizer is made again") from error
-    if config.data.bundle:
-        try:
-            return load_corpus(config, progress=False).tokenizer
-        except ConfigError as error:
-            raise RunError(f"{run} has no tokenizer here: {error}") from error
-    if config.data.tokenizer == "model":
-        return HubTokenizer("model", Target.of(config).source)
-    if not (sha256 := text_hash(run)):
-        raise RunError(f"{run} does not say which text it was trained on, so its tokenizer is not known; run it again")
-    tokens = Path(config.data.cache) / "tokens"
-    for path in sorted(tokens.glob("*/meta.json")):
-        meta = read_json(path)
-        if meta is not None and meta.get("sha256") == sha256:
-            saved = meta["tokenizer"]
-            token_bytes = np.load(path.parent / "token_bytes.npy")
-            return SavedTokenizer(
-                saved["name"], saved["vocab_size"], saved["bos"], saved["eos"], path.parent, token_bytes
-            )
-    lost = f"the tokenizer of {run} ({config.data.tokenizer}) is neither in its folder nor in {tokens}"
-    try:
-        again = load_corpus(config)
-    except ConfigError as error:
-        raise RunError(f"{lost}, and cannot be made again: {error}") from error
-    if again.describe()["sha256"] != sha256:
-        raise RunError(f"{lost}, and corpus={config.corpus} is another text now; give the text that it was trained on")
-    return again.tokenizer
+        raise RunError(f"{error}; delete that folder, and {again}") from error
+    if stored is None:
+        raise RunError(f"{run} has no tokenizer (no folder {TOKENIZER}); {again}")
+    return stored
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def noted(run: Path) -> dict[str, Any]:
-    """What a run says of itself: its command and its data, and how good it is if it was evaluated; {} for none."""
-    return read_json(run / "evaluate.json") or read_json(run / "decode.json") or {}
-
-
 def is_pretrained_tokenizer(tokenizer: Tokenizer) -> bool:
     return tokenizer.name.partition(":")[0] in ("hf", "model")
 
 
-def _check_vocabulary(source: Path, loaded: Loaded) -> None:
-    """Raise RunError where ids of the tokenizer are not ids of the model."""
+def _checked(source: Path, loaded: Loaded) -> Loaded:
+    """The same; RunError where ids of the tokenizer are not ids of the model."""
     model, tokenizer = loaded.model, loaded.tokenizer
     # Pretrained models may have more embeddings than tokens: padding of the table.
     padded = model.frozen_target and is_pretrained_tokenizer(tokenizer)
@@ -204,14 +160,4 @@ def _check_vocabulary(source: Path, loaded: Loaded) -> None:
             f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the weights "
             f"{model.vocab_size}; they do not belong together"
         )
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file. RunError for a damaged one."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error})") from error
-    return content if isinstance(content, dict) else None
+    return loaded

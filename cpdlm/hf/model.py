@@ -225,11 +225,6 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing: saving would copy a module of this package into the folder, which has a file that imports it."""
 
-    def use_draft_vocabulary(self, ids: Tensor | Sequence[int] | None) -> None:
-        """Draft from these tokens only, or all (None), and save it so; see `LanguageModel.use_draft_vocabulary`."""
-        self.model.use_draft_vocabulary(ids)
-        self.config.draft_ids = self.model.draft_ids.tolist() if self.model.draft_ids is not None else None
-
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Nothing: a `LanguageModel` starts its own weights, its body does as its own class says."""
 
@@ -251,11 +246,6 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
             self.set_input_embeddings(embeddings)
         return embeddings
 
-    def scores(self, hidden: Tensor) -> Tensor:
-        """`LanguageModel.target_scores`: processors that are not blind to a constant (repetition_penalty) then do here
-        what they do to the trunk."""
-        return self.model.target_scores(hidden)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -273,7 +263,7 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
 
         input_ids: (B, T). attention_mask: (B, L+T), L tokens in the cache. cache: also under its older name
         past_key_values. labels: (B, T), -100 where there is none; the loss is the mean of -log p(next) in nats, under
-        the target alone (cpdlm.training trains the heads). Returns logits (B, T, V); see `scores`. Raises ValueError
+        the target alone (cpdlm.training trains the heads). Returns logits (B, T, V). Raises ValueError
         for inputs and outputs that this model does not have, whatever their names.
         """
         if cache is not None and past_key_values is not None:
@@ -288,7 +278,8 @@ class CpdlmForCausalLM(PreTrainedModel, SpeculativeGenerationMixin):
             cache = self.model.new_cache()
         hidden_BTD = self.model.hidden(input_ids, position_ids, cache, attention_mask)
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.scores(hidden_BTD[:, positions])
+        # Processors that are not blind to a constant (repetition_penalty) do to these what they do to the trunk's.
+        logits_BTV = self.model.target_scores(hidden_BTD[:, positions])
         loss = None
         if labels is not None:
             if self.training and torch.is_grad_enabled() and not logits_BTV.requires_grad:

@@ -32,13 +32,6 @@ _REASONS = {
     "cache": _CACHE,
     "past_key_values": _CACHE,
 }
-# Modes that transformers itself no longer has: where their code is.
-_MOVED = {
-    GenerationMode.CONTRASTIVE_SEARCH: "transformers-community/contrastive-search",
-    GenerationMode.DOLA_GENERATION: "transformers-community/dola",
-    GenerationMode.GROUP_BEAM_SEARCH: "transformers-community/group-beam-search",
-    GenerationMode.CONSTRAINED_BEAM_SEARCH: "transformers-community/constrained-beam-search",
-}
 
 
 def left_to_stock(processors: Iterable[Any], criteria: Iterable[Any], allowed: Any = None) -> bool:
@@ -118,27 +111,16 @@ def check_options(options: GenerationConfig, processors: LogitsProcessorList) ->
             raise ValueError(f"{name} {_REASONS['assistant_model']}; leave it out")
     mode = options.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        refusal = (
+        raise ValueError(
             f"{mode.value.replace('_', ' ')} is not for this loop, which decodes greedily (do_sample=False) or samples "
-            "(do_sample=True) with num_beams=1 and drafts by itself"
+            f"(do_sample=True) with num_beams=1 and drafts by itself; {STOCK} has it, or says where it is"
         )
-        if mode in _MOVED:
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if options.return_dict_in_generate and getattr(options, name):
             raise ValueError(
-                f"{refusal}; sample, or use plain beams ({STOCK} with num_beams), or give the generate of the trunk's "
-                f"own model, without heads, custom_generate='{_MOVED[mode]}' and trust_remote_code=True"
+                f"{name}=True: this loop returns `sequences` alone; {STOCK} returns scores and logits, "
+                "model.model.trunk.body(sequences, ...) attentions and hidden states"
             )
-        raise ValueError(f"{refusal}; {STOCK} has it")
-    if options.return_dict_in_generate:
-        for name in ("output_scores", "output_logits"):
-            if getattr(options, name):
-                raise ValueError(f"{name}=True: this loop returns `sequences` alone; {STOCK} returns the rest")
-        for name in ("output_attentions", "output_hidden_states"):
-            if getattr(options, name):
-                eager = " of a model loaded with attn_implementation='eager'" if name == "output_attentions" else ""
-                raise ValueError(
-                    f"{name}=True: this loop returns `sequences` alone; pass those to "
-                    f"model.model.trunk.body(sequences, {name}=True){eager}"
-                )
     for processor in processors:
         if isinstance(processor, _STATEFUL):
             raise ValueError(

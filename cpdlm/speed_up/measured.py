@@ -22,7 +22,6 @@ from cpdlm.data.stored import Corpus
 from cpdlm.data.target import Target
 from cpdlm.decoding import Sampling, prepare
 from cpdlm.files import write_json
-from cpdlm.hf.load import read_json
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.progress import Bar
 from cpdlm.training import checkpoints, run
@@ -74,7 +73,7 @@ def measure_drafts(config: Config, command: str, say: run.Say) -> dict[str, Any]
     """
     home = checkpoints.run_folder(config)
     identity = hashlib.sha256((home / checkpoints.WEIGHTS).read_bytes() + Target.of(config).sha256.encode()).hexdigest()
-    found = read_json(home / MEASURED)
+    found = checkpoints.read_json(home / MEASURED)
     if found is not None and found.get("measured_weights") == identity:
         return found
     began, device = time.monotonic(), run.training_device()
@@ -110,7 +109,6 @@ def measure_drafts(config: Config, command: str, say: run.Say) -> dict[str, Any]
         "data": corpus.describe(),
         "settings": asdict(chosen.decode),
         "measured_weights": identity,
-        "shortlist": listed.ids.tolist() if listed is not None else None,
         "shortlist_coverage": listed.coverage if listed is not None else None,
         "tried": {name: timing.rate() for name, timing in tried.items()},
         "modes": modes,

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -46,6 +47,16 @@ _FREE = (*INCIDENTAL, "decode.", "evaluate.")
 
 class RunError(RuntimeError):
     """A run folder that cannot be used; the message says what is there and what to type."""
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file. RunError for a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
 
 
 def run_folder(config: Config) -> Path:
@@ -152,20 +163,13 @@ def load_target(config: Config, probed: bool = False) -> LanguageModel | None:
     return None
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no number of it is NaN or infinite."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
-
-
 def check_has_weights(run: Path) -> None:
     if not (run / WEIGHTS).is_file():
         raise RunError(f"{run} has no finished model ({WEIGHTS}); run its command again to finish it")
 
 
 def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageModel:
-    """The finished model of a run folder, in evaluation mode; RunError for a truncated, foreign or diverged one.
+    """The finished model of a run folder, in evaluation mode; RunError for a truncated or foreign one.
 
     trunk: what `load_target` gave for its config, where that is loaded already; it is shared, not copied.
     """
@@ -177,18 +181,10 @@ def load_model(folder: Path, trunk: LanguageModel | None = None) -> LanguageMode
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} is truncated or not a safetensors file ({error}); delete it and run again") from error
-    if diverged := [name for name, tensor in state.items() if not is_finite(tensor)]:
-        raise RunError(
-            f"{path} is of a run that has diverged ({diverged[0]} is not finite); delete {folder} and train again with "
-            "a lower optim.lr"
-        )
     trunk = trunk or load_target(config)
     if trunk is not None and trunk.vocab_size != vocab_size:
         raise RunError(f"{path} has vocabulary {vocab_size}, its trunk {config.model.trunk} has {trunk.vocab_size}")
-    try:
-        model = build_language_model(config, vocab_size, trunk)
-    except (MemoryError, RuntimeError) as error:  # a received folder may say any size
-        raise RunError(f"{folder / CONFIG} is of a model that cannot be built here: {str(error)[:200]}") from error
+    model = build_language_model(config, vocab_size, trunk)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -261,8 +257,6 @@ def consolidate(folder: Path) -> None:
 
 def check_checkpoint(path: Path, needed: Iterable[str] = ()) -> None:
     """Raise RunError for a checkpoint that is truncated, is not ours, or lacks weights of the names that are needed."""
-    if not path.is_dir() and not path.is_file():  # a pipe would be waited for
-        raise RunError(f"{path} is neither a file nor a folder; delete it to start again")
     try:
         whole = path / _META if path.is_dir() else path
         content = torch.load(whole, map_location="cpu", weights_only=True, mmap=not path.is_dir())
@@ -277,8 +271,6 @@ def check_checkpoint(path: Path, needed: Iterable[str] = ()) -> None:
     if foreign:
         raise RunError(f"{path} is not a checkpoint of this program; delete it to start again")
     held = sharded or content.get("state_dict") or {}
-    if not sharded and not content.get("optimizer_states"):
-        raise RunError(f"{path} holds no state of the optimiser; delete it to start again")
     if absent := [name for name in needed if name not in held]:
         raise RunError(f"{path} does not fit this run: it lacks {absent[:3]}; delete it to start again")
 
@@ -315,24 +307,10 @@ def run_draft_vocabulary(run: Path) -> Tensor | None:
     size = read_config(run).decode.draft_vocabulary
     if not size:
         return None
-    for name, key in ((DRAFT_VOCABULARY, "ids"), ("decode.json", "shortlist")):  # older runs have the second alone
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            content = json.loads((run / name).read_bytes())
-            ids = content[key]
-            if ids is not None and size in (len(ids), content.get("size")):
-                return torch.tensor(ids)
+    content = read_json(run / DRAFT_VOCABULARY) or {}
+    if content.get("size") == size:
+        return torch.tensor(content["ids"])
     raise RunError(
-        f"{run} drafts from a part of the vocabulary (decode.draft_vocabulary={size}) that neither its "
-        f"{DRAFT_VOCABULARY} nor its decode.json holds; run its command again, which measures it with that size"
+        f"{run} drafts from a part of the vocabulary (decode.draft_vocabulary={size}) that its {DRAFT_VOCABULARY} does "
+        "not hold; run its command again, which measures it with that size"
     )
-
-
-def text_hash(run: Path) -> str:
-    """sha256 of the text that a run was trained on, by which its tokenizer is found; "" where it is not known."""
-    for name, keys in (("sessions.json", ("data_sha256",)), ("evaluate.json", ("data", "sha256"))):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            content = json.loads((run / name).read_bytes())
-            for key in keys:
-                content = content[key]
-            return str(content)
-    return ""

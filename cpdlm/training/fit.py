@@ -100,14 +100,8 @@ class Journal(Callback):
         trainer.strategy.barrier()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, MultiTokenModule)
-        pl_module.check_moments()
         self.is_restored = True
         self.stop.take_sigterm()
-        if tensor := pl_module.non_finite():
-            raise RunError(
-                f"{self.folder / CHECKPOINT} holds a diverged run ({tensor} is not finite); delete it to start again"
-            )
         if trainer.world_size == 1 and self.summary.matmul_flops_per_second is None:
             self.summary.matmul_flops_per_second = matmul_rate(pl_module.device, self.config.train.precision)
 

@@ -13,7 +13,6 @@ from cpdlm.config import Config
 from cpdlm.model.language_model import LanguageModel, States, Terms
 from cpdlm.model.losses.draft import Objective
 from cpdlm.training import objective
-from cpdlm.training.checkpoints import is_finite
 from cpdlm.training.schedule import learning_rate_factor
 
 Batch = dict[str, Tensor]
@@ -69,7 +68,7 @@ class MultiTokenModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         loss_config = self.config.loss
-        weights = objective.position_weights(
+        first_BT, rest_BT = objective.position_weights(
             batch["successors_BT"], batch["picked_BT"], batch["step_counts"], self.model.first_is_tied
         )
         other = self._objective()
@@ -77,8 +76,9 @@ class MultiTokenModule(L.LightningModule):
         alone = self.model.frozen_target and (
             self.model.first_is_tied or other is not None or loss_config.draft_vocabulary > 0
         )
-        first_BT = torch.zeros_like(weights.first_BT) if alone else weights.first_BT
-        terms = self._terms(batch, first_BT, weights.rest_BT, other)
+        if alone:
+            first_BT = torch.zeros_like(first_BT)
+        terms = self._terms(batch, first_BT, rest_BT, other)
         # The weights normalise the sum over micro-batches; Lightning takes their mean.
         loss = terms.loss * self.config.train.accumulate
         shared_loss = objective.global_sum(loss.detach()) / objective.world_size()
@@ -130,8 +130,8 @@ class MultiTokenModule(L.LightningModule):
         return found.full_tensor() if isinstance(found, DTensor) else found
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        weights = objective.evaluation_weights(batch["successors_BT"], self.config.horizon)
-        terms = self._terms(batch, *weights)
+        whole_BT = (batch["successors_BT"] >= self.config.horizon).double()  # reported losses are over whole windows
+        terms = self._terms(batch, whole_BT, whole_BT)
         joint_P = terms.joint_nll(self.model.first_is_tied)
         if len(joint_P):
             self.validation_joint.update(joint_P.double())
@@ -150,14 +150,6 @@ class MultiTokenModule(L.LightningModule):
             for module in was_training:
                 module.training = True
 
-    def check_moments(self) -> None:
-        """ValueError where a checkpoint has brought moments of other shapes than those of the weights."""
-        for parameter, state in self.trainer.optimizers[0].state.items():
-            for name, moment in state.items():
-                if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
-                    shapes = f"{tuple(moment.shape)}, its weight {tuple(parameter.shape)}"
-                    raise ValueError(f"{name} of the optimiser has shape {shapes}")
-
     def configure_optimizers(self) -> Any:
         """AdamW, weight decay on matrices only; learning rate by step."""
         optim = self.config.optim
@@ -172,21 +164,15 @@ class MultiTokenModule(L.LightningModule):
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
 
-    def non_finite(self) -> str:
-        """Name of a weight or buffer of this process that has a NaN or an infinity; "" where all are finite."""
-        for name, tensor in self.state_dict().items():
-            if not is_finite(tensor.to_local() if isinstance(tensor, DTensor) else tensor):
-                return name.removeprefix("model.")
-        return ""
-
     def check_finite(self) -> None:
-        """NonFiniteLoss, on every process, where the weights of any have diverged."""
-        tensor = self.non_finite()
-        if self.trainer.strategy.reduce_boolean_decision(not tensor, all=True):
+        """NonFiniteLoss, on every process, where a weight or buffer of any has a NaN or an infinity."""
+        diverged = [name.removeprefix("model.") for name, tensor in self.state_dict().items() if not _is_finite(tensor)]
+        if self.trainer.strategy.reduce_boolean_decision(not diverged, all=True):
             return
+        named = diverged[0] if diverged else "a weight of another process"
         raise NonFiniteLoss(
-            f"{tensor or 'a weight of another process'} is not finite after step {self.global_step}: the run has "
-            f"diverged. No checkpoint of it is written; one from before it is kept. {lower(self.config)}"
+            f"{named} is not finite after step {self.global_step}: "
+            f"the run has diverged. No checkpoint of it is written; one from before it is kept. {lower(self.config)}"
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -234,6 +220,14 @@ class MultiTokenModule(L.LightningModule):
             other,
         )
         return terms
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no number of it, as far as this process holds it, is NaN or infinite."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not own.is_floating_point() or not own.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(own.detach())).isfinite().all())
 
 
 def _without_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

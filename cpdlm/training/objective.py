@@ -18,20 +18,11 @@ import torch.distributed
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class PositionWeights:
-    """first_weight_BT and rest_weight_BT as `LanguageModel.forward` takes them, and the global counts behind them."""
-
-    first_BT: Tensor
-    rest_BT: Tensor
-    positions: Tensor
-    picked: Tensor
-
-
 def position_weights(
     successors_BT: Tensor, picked_BT: Tensor, step_counts: Tensor, first_is_tied: bool
-) -> PositionWeights:
-    """Weights with which the sums of nll, averaged over processes and summed over micro-batches, are the means of L.
+) -> tuple[Tensor, Tensor]:
+    """(first_BT, rest_BT) as `LanguageModel.forward` takes them: weights with which the sums of nll, averaged over
+    processes and summed over micro-batches, are the means of L.
 
     successors_BT: how many successors exist. picked_BT: which positions are in S. step_counts: (2,) positions that
     exist and those of them in S, over all micro-batches of this process in this optimiser step. first_is_tied: the rest
@@ -45,13 +36,7 @@ def position_weights(
     every_BT = exists_BT * (share / positions.clamp_min(1))
     rest_BT = chosen_BT * (share / picked.clamp_min(1))
     first_BT = every_BT if first_is_tied else (every_BT - rest_BT)
-    return PositionWeights(first_BT, rest_BT, positions, picked)
-
-
-def evaluation_weights(successors_BT: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
-    """Weight 1 on the positions with all `horizon` successors, for both terms: what reported losses are taken over."""
-    whole_BT = (successors_BT >= horizon).double()
-    return whole_BT, whole_BT
+    return first_BT, rest_BT
 
 
 @dataclass(frozen=True)

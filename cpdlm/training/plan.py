@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PretrainedConfig
@@ -173,15 +173,11 @@ def _run_trunk(model: LanguageModel, config: Config, rows: int) -> tuple[int, in
         return tensor
 
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16-mixed")
-    with FlopCount() as counted, saved_tensors_hooks(keep, _same), mixed:
+    with FlopCount() as counted, saved_tensors_hooks(keep, lambda tensor: tensor), mixed:
         hidden_BTD = model.hidden(tokens_BT)
     model.trunk.requires_grad_(not model.frozen_target)
     layer_bytes = hidden_BTD.numel() * hidden_BTD.element_size()
     return sum(kept.values()), layer_bytes, counted.total / tokens_BT.numel()
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _shape(model: LanguageModel) -> Shape:
@@ -204,24 +200,25 @@ def _separate(model: LanguageModel) -> bool:
     return model.heads is not None and model.heads.separate
 
 
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _weights(model: LanguageModel, config: Config) -> dict[str, int]:
     """Weights, gradients and AdamW's two moments; under fsdp a share of each, and what is gathered at a time."""
-
-    def size(parameters: list[nn.Parameter]) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     everything, trained = list(model.parameters()), [p for p in model.parameters() if p.requires_grad]
     share = config.devices if config.parallel == "fsdp" else 1
     found = {
-        "weights": size(everything) // share,
-        "gradients": size(trained) // share,
-        "optimiser": 2 * size(trained) // share,
+        "weights": _size(everything) // share,
+        "gradients": _size(trained) // share,
+        "optimiser": 2 * _size(trained) // share,
     }
     if share > 1:
         layers = [list(layer.parameters()) for layer in model.trunk.layers()]
         inside = {id(parameter) for layer in layers for parameter in layer}
         # Embedding, unembedding and heads stay gathered from forward to backward; of the layers, one and the next.
-        found["gathered"] = size([p for p in everything if id(p) not in inside]) + 2 * max(map(size, layers))
+        found["gathered"] = _size([p for p in everything if id(p) not in inside]) + 2 * max(map(_size, layers))
     return found
 
 
@@ -238,17 +235,14 @@ def _loss_memory(model: LanguageModel, config: Config, rows: int, compiled: bool
         # Beside them, their float32 copy in eager half precision, and about six copies of the rows that they come from.
         return logits * (1 + (fast / logit if logit > fast else 0) + 6 * width / tokens)
 
-    def size(parameters: Iterable[Tensor]) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
     has_next_token = loss_flops(_shape(model), config)["next token"] > 0
-    table_bytes = 0 if model.frozen_target or _separate(model) else size([table])
+    table_bytes = 0 if model.frozen_target or _separate(model) else _size([table])
     most, sums = 0.0, 0
     if has_next_token:
         most = chunk(positions, 1 if model.first_is_tied else model.rank, model.vocab_size)
         sums += table_bytes
     if model.heads is not None:
-        picked, maps = max(1, round(positions * config.loss.joint_fraction)), size(model.heads.maps.values())
+        picked, maps = max(1, round(positions * config.loss.joint_fraction)), _size(model.heads.maps.values())
         window = chunk(picked, model.heads.factors * model.rank, config.loss.draft_vocabulary or model.vocab_size)
         most = max(most, window)
         sums += table_bytes + maps

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _KNOWN = {
@@ -40,26 +39,16 @@ class _Unpickler(pickle.Unpickler):
         raise Refused(f"it names {module}.{name}, which no checkpoint needs and which is not executed")
 
 
-class RestrictedReader(FileSystemReader):
-    """torch's reader of a checkpoint folder, whose index is no program. Raises Refused where it would be."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-            metadata: Metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise Refused("its index is of another kind")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
 def shard_names(path: Path) -> set[str]:
     """Names of the weights in a sharded checkpoint that torch may open.
 
     Refused for one that would execute something or reads files elsewhere; EOFError where a shard is shorter than the
     index says.
     """
-    index = RestrictedReader(path).read_metadata()
+    with open(path / ".metadata", "rb") as file:
+        index = _Unpickler(file).load()
+    if not isinstance(index, Metadata):
+        raise Refused("its index is of another kind")
     for part in index.storage_data.values():
         if Path(part.relative_path).name != part.relative_path:
             raise Refused(f"its index names the file {part.relative_path}, which is not beside it")

@@ -10,7 +10,6 @@ of each start. The other files of a run's folder are those of `cpdlm.training.ch
 """
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -207,18 +206,6 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_inputs(folder: Path) -> dict[str, Any]:
-    """{"data_sha256", "trunk_sha256", "sessions"} of a run that has begun; {} of none. RunError where it is damaged."""
-    path = folder / INPUTS
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
-    return content
-
-
 def check_same_text(folder: Path, then: str, now: str) -> None:
     """RunError where the corpus is no longer the one that the run began with."""
     if then != now:
@@ -275,7 +262,7 @@ def _note_inputs(
 
     A checkpoint holds neither of them, so a resumed run would mix two without a word.
     """
-    found = read_inputs(folder)
+    found = checkpoints.read_json(folder / INPUTS) or {}
     sessions: list[dict[str, Any]] = found.get("sessions", [])
     check_same_text(folder, found.get("data_sha256", data_sha256), data_sha256)
     if (then := found.get("trunk_sha256", trunk_sha256)) != trunk_sha256:

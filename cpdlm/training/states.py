@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,8 +76,8 @@ def kept_states(
         raise ConfigError(
             f"{label} are more than data.states_gib={limit_gib:g}; keep fewer (data.states={most}), or raise the limit"
         )
-    with kept_folder(cache / "states", plan, seconds) as folder:
-        blocks = _Blocks(folder, rows.count, rows.context * width * dtype.itemsize, rows.context * 4)
+    with kept_folder(cache / "states", plan, seconds) as folder, contextlib.ExitStack() as opened:
+        blocks = _Blocks(folder, rows.count, rows.context * width * dtype.itemsize, rows.context * 4, opened)
         if wrong := blocks.wrong():
             again = "" if len(wrong) == blocks.count else f", {len(wrong)} of {blocks.count} blocks to be computed"
             say(f"{label}: {folder}{again}")
@@ -102,58 +102,53 @@ def kept_folder(parent: Path, plan: dict[str, Any], seconds: float) -> Iterator[
 
 
 class _Blocks:
-    """The files of a folder, block by block of BATCH_ROWS rows (the last may have fewer)."""
+    """The files of a folder, open, block by block of BATCH_ROWS rows (the last may have fewer)."""
 
-    def __init__(self, folder: Path, rows: int, hidden_bytes: int, normaliser_bytes: int) -> None:
-        """The byte counts are those of one row."""
-        self.folder, self.rows, self.count = folder, rows, -(-rows // BATCH_ROWS)
+    def __init__(
+        self, folder: Path, rows: int, hidden_bytes: int, normaliser_bytes: int, opened: contextlib.ExitStack
+    ) -> None:
+        """The byte counts are those of one row. opened: closes the files."""
+        self.rows, self.count = rows, -(-rows // BATCH_ROWS)
         self.row_bytes = {HIDDEN: hidden_bytes, NORMALISER: normaliser_bytes}
+        self.files: dict[str, BinaryIO] = {}
+        for name, size in (
+            *((name, rows * each) for name, each in self.row_bytes.items()),
+            (CHECKSUMS, 4 * self.count),
+        ):
+            (folder / name).touch()
+            self.files[name] = opened.enter_context(open(folder / name, "r+b"))  # noqa: SIM115
+            self.files[name].truncate(size)
 
     def rows_of(self, block: int) -> list[int]:
         return list(range(block * BATCH_ROWS, min((block + 1) * BATCH_ROWS, self.rows)))
 
     def wrong(self) -> list[int]:
         """Blocks that are missing, or not as they were written. Reads all of them."""
-        try:
-            with contextlib.ExitStack() as opened:
-                files = [opened.enter_context(open(self.folder / name, "rb")) for name in self.row_bytes]
-                noted = np.fromfile(self.folder / CHECKSUMS, np.uint32)
-                return [
-                    block
-                    for block in range(self.count)
-                    if block >= len(noted) or self._checksum(self._read(files, block)) != noted[block]
-                ]
-        except FileNotFoundError:
-            return list(range(self.count))
+        noted = np.frombuffer(self._at(CHECKSUMS, 0).read(), np.uint32)
+        return [
+            block
+            for block in range(self.count)
+            if not noted[block] or self._checksum(self._read(block)) != noted[block]
+        ]
 
-    @contextlib.contextmanager
-    def writer(self) -> Iterator[Callable[[int, bytes, bytes], None]]:
-        """Takes (block, its hidden states, its normalisers)."""
-        with contextlib.ExitStack() as opened:
-            sizes = {name: self.rows * size for name, size in self.row_bytes.items()} | {CHECKSUMS: 4 * self.count}
-            files = {}
-            for name, size in sizes.items():
-                (self.folder / name).touch()
-                files[name] = opened.enter_context(open(self.folder / name, "r+b"))
-                files[name].truncate(size)
+    def write(self, block: int, *parts: bytes) -> None:
+        """parts: its hidden states, its normalisers."""
+        for (name, size), part in zip(self.row_bytes.items(), parts, strict=True):
+            self._put(name, block * BATCH_ROWS * size, part)
+        self._put(CHECKSUMS, 4 * block, np.uint32(self._checksum(parts)).tobytes())
 
-            def write(block: int, *parts: bytes) -> None:
-                for (name, size), part in zip(self.row_bytes.items(), parts, strict=True):
-                    files[name].seek(block * BATCH_ROWS * size)
-                    files[name].write(part)
-                    files[name].flush()
-                files[CHECKSUMS].seek(4 * block)
-                files[CHECKSUMS].write(np.uint32(self._checksum(parts)).tobytes())
-                files[CHECKSUMS].flush()
+    def _read(self, block: int) -> list[bytes]:
+        rows = len(self.rows_of(block))
+        return [self._at(name, block * BATCH_ROWS * size).read(rows * size) for name, size in self.row_bytes.items()]
 
-            yield write
+    def _put(self, name: str, offset: int, content: bytes) -> None:
+        file = self._at(name, offset)
+        file.write(content)
+        file.flush()
 
-    def _read(self, files: Sequence[BinaryIO], block: int) -> list[bytes]:
-        parts, rows = [], len(self.rows_of(block))
-        for file, size in zip(files, self.row_bytes.values(), strict=True):
-            file.seek(block * BATCH_ROWS * size)
-            parts.append(file.read(rows * size))
-        return parts
+    def _at(self, name: str, offset: int) -> BinaryIO:
+        self.files[name].seek(offset)
+        return self.files[name]
 
     @staticmethod
     def _checksum(parts: Iterable[bytes]) -> int:
@@ -166,7 +161,7 @@ class _Blocks:
 def _compute(model: LanguageModel, rows: Rows, blocks: _Blocks, wanted: list[int], device: torch.device) -> None:
     model = model.to(device)
     total = sum(len(blocks.rows_of(block)) for block in wanted)
-    with blocks.writer() as write, Bar(total=total, desc="hidden states", unit="row") as bar:
+    with Bar(total=total, desc="hidden states", unit="row") as bar:
         for block in wanted:
             some = blocks.rows_of(block)
             batch = rows[some]
@@ -174,7 +169,7 @@ def _compute(model: LanguageModel, rows: Rows, blocks: _Blocks, wanted: list[int
                 hidden_BTD = model.hidden(batch["tokens_BT"].to(device), batch["position_ids_BT"].to(device))
                 normaliser_BT = model.log_normaliser(hidden_BTD)
             hidden = hidden_BTD.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            write(block, hidden, normaliser_BT.cpu().float().numpy().tobytes())
+            blocks.write(block, hidden, normaliser_BT.cpu().float().numpy().tobytes())
             bar.update(len(some))
 
 
