@@ -45,9 +45,14 @@ DEFAULT: list[Case] = [
     ("fsdp", {"balance": "bias"} | FLOAT64, "adamw"),
     ("fsdp", {"train.recompute": True, "train.accumulate": 2} | FLOAT64, "adamw"),
     ("fsdp", {"train.precision": "bf16-mixed"}, "sgd"),
-    ("ddp", {"model.family": "gpt2", "balance": "kl"}, "sgd"),
-    ("fsdp", {"link": "first", "model.map_rank": 4} | FLOAT64, "adamw"),
 ]
+EVERY: list[Case] = [
+    (parallel, head | tie | FLOAT64 if optimizer == "adamw" else head | tie, optimizer)
+    for parallel in ("ddp", "fsdp")
+    for head in ({}, SEPARATE, {"link": "first", "model.map_rank": 4}, {"balance": "kl"}, {"train.accumulate": 2})
+    for tie in ({}, UNTIED)
+    for optimizer in ("sgd", "adamw")
+] + [(parallel, {"model.family": "gpt2"}, "sgd") for parallel in ("ddp", "fsdp")]
 # "sharded": FSDP2, and a checkpoint that is a folder.
 CROSSINGS = [("auto", "ddp"), ("auto", "fsdp"), ("ddp", "auto"), ("fsdp", "ddp")]
 CROSSINGS += [("auto", "sharded"), ("sharded", "auto"), ("sharded", "ddp")]
@@ -140,6 +145,14 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("every")
+    launch([entry(folder / _name(case), case) for case in EVERY], folder)
+    return folder
+
+
 def compare(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -179,6 +192,12 @@ def check_equal(case: Case, two: Path, one: Path) -> None:
 @pytest.mark.parametrize("case", DEFAULT, ids=_name)
 def test_two_processes_equal_one(case: Case, default: Path) -> None:
     check_equal(case, default / _name(case), single(case, default))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERY, ids=_name)
+def test_two_processes_equal_one_everywhere(case: Case, every: Path) -> None:
+    check_equal(case, every / _name(case), single(case, every))
 
 
 def test_the_comparison_would_see_a_wrong_normalisation(tmp_path: Path) -> None:
