@@ -17,7 +17,7 @@ from cpdlm.files import write_bytes
 from experiments.claims import Claim, Verdict, answers
 from experiments.claims.verdict import CONTRADICTED, HOLDS
 from experiments.records import MODES, Record, decoding_hardware, is_busy, training_hardware
-from experiments.report.figures import ADDING, FIGURES, Shown, command
+from experiments.report.figures import ADDING, Shown, command
 from experiments.report.figures.style import COLUMN, DPI, worded
 from experiments.report.table import Made, Table, braces, described
 
@@ -48,12 +48,10 @@ def write(
     """Write the page to `path`, which is returned. Raises WriteError."""
     by_claim = [(claim, list(group)) for claim, group in itertools.groupby(verdicts, key=lambda verdict: verdict.claim)]
     deciding = {claim.figure for claim, _ in by_claim}
-    appendix = {name for name, plot in FIGURES.items() if plot.appendix}
     further = [each for each in figures if each.name not in deciding]
     listed = [f"<li>{_text(note)}</li>" for note in (described(records), *notes)]
     folded = {
-        "figures": ("Further figures", "\n".join(_figure(each) for each in further if each.name not in appendix)),
-        "appendix": ("Appendix", "\n".join(_figure(each) for each in further if each.name in appendix)),
+        "figures": ("Further figures", "\n".join(map(_figure, further))),
         "tables": ("Tables", _tables(tables)),
         "records": ("Records", _records(records)),
         "notes": ("Notes", f'<ul class="notes">{"".join(listed)}</ul>'),

@@ -60,7 +60,7 @@ STYLE: dict[str, Any] = {
     "figure.constrained_layout.w_pad": 0.05,
     "image.cmap": "cividis",
 }
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, YELLOW = (
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
     "#000000",
     "#E69F00",
     "#56B4E9",
@@ -68,7 +68,6 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, YELLOW = (
     "#0072B2",
     "#D55E00",
     "#CC79A7",
-    "#F0E442",
 )
 Look = tuple[str, str, str]  # colour, marker, dashes
 # Of ranks, positions and the like, in their order.
@@ -84,16 +83,8 @@ SERIES: tuple[Look, ...] = (
 # The same of a variant of the heads, as records name it.
 VARIANTS = {"untied": (BLUE, "o", "-"), "tied": (ORANGE, "s", "--"), "token-conditioned": (GREEN, "^", "-.")}
 BY_MODE = {"greedy": (RED, "s", "none"), "sampling": (BLUE, "o", "none")}
-FILLS = {
-    "prefill": (BLACK, ""),
-    "draft": (ORANGE, "////"),
-    "trunk": (BLUE, ""),
-    "verify": (GREEN, "...."),
-    "other": ("0.8", ""),
-}
 ARMS: dict[str, Any] = {"elinewidth": 0.8, "markeredgewidth": 0}
 TICKS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 16)  # of ratios
-COMPONENTS = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, YELLOW, "0.55")  # component a of a mixture
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,7 @@ class Plot:
 
     draw: from families to a Drawn, or to the reason why there is none ("no ..."). claim: whose cells it needs.
     of_time: it is about training time, so that it is drawn from the timing cells, and it alone. decoded: it shows
-    what was measured in decoding, so that its caption states the prompts. appendix: it stands at the report's end.
+    what was measured in decoding, so that its caption states the prompts.
     """
 
     title: str
@@ -119,7 +110,6 @@ class Plot:
     draw: Callable[[list[Family]], Drawn | str]
     of_time: bool = False
     decoded: bool = False
-    appendix: bool = False
 
 
 def save(figure: Figure, caption: str, folder: Path, name: str) -> list[Path]:
@@ -146,7 +136,6 @@ def grid(
     width: float = COLUMN,
     height: float = ROW,
     share_y: bool | str = False,
-    ratios: list[float] | None = None,
 ) -> tuple[Figure, Any]:
     """A figure without pyplot's global state, and its axes, always two-dimensional. height: of a row, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -155,7 +144,7 @@ def grid(
     figure = Figure(figsize=(width, height * rows + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     shared: Any = share_y
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey=shared, height_ratios=ratios)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=shared)
 
 
 def pairs(count: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
@@ -275,26 +264,6 @@ def decoded(families: Sequence[Family]) -> list[Family]:
     """Those worth a panel whose cells were decoded: of any variant, with two ranks at least."""
     found = list({id(family): family for variant in VARIANTS for family in widest(families, variant)}.values())
     return [family for family in found if any(record.mode("sampling") for record in family.records())][:PANELS]
-
-
-def on_pretrained(families: Sequence[Family]) -> list[tuple[Family, str]]:
-    """(family, variant) of the cells on pretrained models, PANELS at most.
-
-    Those of most ranks come first, of these the longest trained.
-    """
-    theirs = sorted((f for f in families if f.is_pretrained), key=lambda family: -family.settings["optim.steps"])
-    found = [(family, variant) for family in theirs for variant in VARIANTS if lines(family, variant)]
-    return sorted(found, key=lambda each: -len({label.split(",")[0] for label in lines(*each)}))[:PANELS]
-
-
-def lines(family: Family, variant: str) -> dict[str, Cells]:
-    """A line per rank of a variant, with the sizes that a cell has of its own: "rank 4", and "rank 1, mlp 1152"."""
-    return {
-        ", ".join([f"rank {rank}", *found.split(", ")[1:]]): family.cells[found, rank]
-        for found in family.variants()
-        if found.split(", ")[0] == variant
-        for rank in family.ranks(found)
-    }
 
 
 def looks(shown: Iterable[str]) -> dict[str, Look]:
