@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 WORDS = r"(holds|contradicted|no difference within ±.*|underpowered \(could have seen .* or more\)|not run)(: |$)"
-TABLES = ("claims", "cells", "paired", "references", "pretrained", "depths", "baselines", "cost", "trunks")
+TABLES = ("claims", "cells", "paired", "references", "pretrained", "baselines", "cost")
 
 
 def test_every_figure_and_table_is_there(drawn: tuple[Path, Report]) -> None:

@@ -18,12 +18,11 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Place:
-    """What a row is about: a variant and rank of a family. depth: where a table has a row for each."""
+    """What a row is about: a variant and rank of a family."""
 
     family: Family
     variant: str
     rank: int
-    depth: int = 0
 
     @property
     def cells(self) -> Cells:

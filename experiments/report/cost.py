@@ -1,8 +1,8 @@
-"""Tables of what training cost, and of the next-token models."""
+"""The table of what training cost."""
 
-from experiments.families import Family, trunk_records
+from experiments.families import Family
 from experiments.report.cells import PLACE, Place, places
-from experiments.report.table import Column, Columns, Table, average, dash, described, tabulated
+from experiments.report.table import Column, Table, average, described, tabulated
 
 
 def cost_table(families: list[Family]) -> Table:
@@ -39,24 +39,3 @@ def _counted(key: str, by: str = "", scale: float = 1) -> Column:
         return average([each[key] * (each[by] if by else 1) * scale for each in counted], 1)
 
     return cell
-
-
-_TRUNK: Columns = {
-    "trunk": lambda record: str(record["name"]),
-    "corpus": lambda record: str(record.config["corpus"]),
-    "size": lambda record: str(record.config["size"]),
-    "parameters": lambda record: f"{record['parameters']['total']:,}",
-    "steps": lambda record: str(record.config["optim"]["steps"]),
-    "first-token NLL (nats)": lambda record: f"{record['likelihood']['first_token_nll']['mean']:.4f}",
-    "standard error (nats)": lambda record: f"{record['likelihood']['first_token_nll']['sem']:.4f}",
-    "bits per byte": lambda record: dash(record["likelihood"]["bits_per_byte"], 4),
-    "record": lambda record: record.path,
-}
-
-
-def trunks_table(families: list[Family]) -> Table:
-    """Next-token models: the frozen targets, and the references of equal training."""
-    caption = (
-        "Next-token models: frozen targets of the heads, and references trained for as long as the from-scratch cells."
-    )
-    return tabulated("trunks", caption, _TRUNK, trunk_records(families))

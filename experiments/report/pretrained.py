@@ -1,16 +1,12 @@
-"""Tables of heads on a pretrained model: what training took and what it buys, and the drafts accepted by depth."""
+"""The table of heads on a pretrained model: what training took and what it buys."""
 
 import statistics
-from collections.abc import Iterator
-from dataclasses import replace
 
 from cpdlm.config import LossConfig
 from experiments.claims.c6_heads import positions
 from experiments.families import Family
-from experiments.records import MODES, Record, counted
 from experiments.report.cells import NOTES, Place, by_mode, places
-from experiments.report.table import Column, Columns, Table, described, listed, shown, tabulated
-from experiments.stats import over_seeds
+from experiments.report.table import Columns, Table, described, tabulated
 
 _PLACE: Columns = {
     "setting": lambda at: f"{at.family.settings['corpus']}, {at.family.size}, n={at.family.horizon}",
@@ -43,40 +39,8 @@ def pretrained_table(families: list[Family]) -> Table:
         "(exp of the entropy of the mean weights); dead: below a tenth of an equal share."
     )
     families = [family for family in families if family.is_pretrained]
-    return tabulated("pretrained", f"{caption} {NOTES} {described(_records(families))}", columns, places(families))
-
-
-def depths_table(families: list[Family]) -> Table:
-    """Drafts of heads on a pretrained model, accepted by depth."""
-    families = [family for family in families if family.is_pretrained]
-    columns = _PLACE | {
-        "depth": lambda at: str(at.depth),
-        "accepted on test text": _accepted("kept"),
-        **{f"accepted, {mode}": _accepted("accepted", mode) for mode in MODES},
-    }
-    caption = (
-        "Accepted on test text: mean of sum min(p, q), the chance that a sampled draft of x_{t+depth} is accepted if "
-        "all before it are the text's own; 1 minus it is the total variation of target p and draft q (depth 1 is the "
-        "target itself where it is tied). Accepted: drafts accepted in decoding, of those that were reached. "
-        f"{_covered(_records(families))}"
-    )
-    return tabulated("depths", caption.strip(), columns, _depths(families))
-
-
-def _depths(families: list[Family]) -> Iterator[Place]:
-    """Every depth that a share is known at."""
-    known = (_accepted("kept"), _accepted("accepted"), _accepted("accepted", "greedy"))
-    for at in places(families):
-        found = (replace(at, depth=depth) for depth in range(1, at.record.horizon + 1))
-        yield from (each for each in found if any(cell(each) != "-" for cell in known))
-
-
-def _accepted(what: str, mode: str = "sampling") -> Column:
-    return lambda at: shown(over_seeds(at.cells, f"{what}:{at.depth}", mode), bare=True)
-
-
-def _records(families: list[Family]) -> list[Record]:
-    return [record for family in families for record in family.records()]
+    records = [record for family in families for record in family.records()]
+    return tabulated("pretrained", f"{caption} {NOTES} {described(records)}", columns, places(families))
 
 
 def _objective(family: Family) -> str:
@@ -95,23 +59,3 @@ def _objective(family: Family) -> str:
 def _component_use(at: Place, key: str, form: str) -> str:
     weights = [record["likelihood"]["weights"] for record in at.cells.values()]
     return f"{statistics.fmean(each[key] for each in weights):{form}}" if len(weights[0]["mean"]) > 1 else "-"
-
-
-def _covered(records: list[Record]) -> str:
-    """What the accepted shares of cells with a draft vocabulary are of."""
-    limited = [record for record in records if record.config["loss"]["draft_vocabulary"]]
-    new = [record["likelihood"]["shortlist"] for record in limited if record["likelihood"]["shortlist"]]
-    parts = []
-    if new:
-        parts.append(
-            f"With a draft vocabulary ({listed({each['tokens'] for each in new})} tokens) accepted shares are those "
-            "of drafts made from it, with what the target has elsewhere counted as lost; the joint NLL is that of "
-            f"the same distribution, over the windows that it covers ({min(each['windows'] for each in new):.1%} of "
-            "them at least)."
-        )
-    if len(new) < len(limited):
-        parts.append(
-            f"{counted(len(limited) - len(new), 'record')} of an older version: accepted shares and joint NLL of the "
-            "distribution over the whole vocabulary, where training and drafts had a draft vocabulary."
-        )
-    return " ".join(parts)

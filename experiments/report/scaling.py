@@ -1,4 +1,4 @@
-"""How cost grows: tables and a figure from the records of `bench/{loss,overhead,training_rate}.py`."""
+"""How cost grows: tables from the records of `bench/{loss,overhead,training_rate}.py`."""
 
 import math
 import statistics

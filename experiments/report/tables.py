@@ -8,8 +8,8 @@ from experiments.claims import Verdict
 from experiments.claims.verdict import RULED
 from experiments.families import Family
 from experiments.report.cells import baselines_table, cells_table, paired_table, references_table
-from experiments.report.cost import cost_table, trunks_table
-from experiments.report.pretrained import depths_table, pretrained_table
+from experiments.report.cost import cost_table
+from experiments.report.pretrained import pretrained_table
 from experiments.report.table import Made, Table, braces, title_of
 
 RULED_AFTER = "after its records"
@@ -22,10 +22,8 @@ TABLES = (
     paired_table,
     references_table,
     pretrained_table,
-    depths_table,
     baselines_table,
     cost_table,
-    trunks_table,
 )
 
 
