@@ -81,8 +81,6 @@ def upgrade(record: Benchmark) -> Benchmark:
     for method in record["methods"] if record.get("benchmark") == "decoding baselines" else ():
         method["name"] = "AR" if method["name"] == "plain" else method["name"]
     record.get("dimensions", {}).setdefault("dtype", "float32")
-    for group in record.get("groups", []):
-        group.setdefault("captured", False)
     record.setdefault("compiled_generate", [])
     record.setdefault("batch", 1)
     for part in _parts(record):

@@ -1,4 +1,4 @@
-"""Tables of the cells: every one, every rank against rank 1, beside a next-token model, and the baseline's strength."""
+"""Tables of the cells: every one, every rank against rank 1, beside a next-token model, the baseline, and cost."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from statistics import fmean
 
 from experiments.families import Cells, Family
 from experiments.records import MODES, Record
-from experiments.report.table import Column, Columns, Table, described, shown, tabulated, with_spread
+from experiments.report.table import Column, Columns, Table, average, described, shown, tabulated, with_spread
 from experiments.stats import difference, over_rank_one, over_seeds, shared_seeds
 
 NOTES = (
@@ -202,3 +202,42 @@ def _rate(mode: str, key: str) -> Column:
         return f"{fmean(m['tokens_per_second'][key] for m in modes):,.0f}" if modes else "-"
 
     return mean
+
+
+# --- what training cost ----------------------------------------------------------------------------------------------
+
+
+def cost_table(families: list[Family]) -> Table:
+    """What training each cell cost, against what the machine can do."""
+    columns = PLACE | {
+        "step (ms)": _over_seeds("step_ms_median", digits=1),
+        "tokens/s": _over_seeds("tokens_per_second"),
+        "peak memory (GiB)": _over_seeds("peak_memory_bytes", scale=2**-30, digits=2),
+        "MFLOPs per token": _counted("flops_per_token", scale=1e-6),
+        "GFLOP/s done": _counted("flops_per_token", "tokens_per_second", scale=1e-9),
+        "GFLOP/s of a matrix product": _counted("matmul_flops_per_second", scale=1e-9),
+        "achieved (%)": _counted("matmul_fraction", scale=100),
+    }
+    records = [record for family in families for record in family.records()]
+    caption = (
+        "Training cost, means over seeds (± their standard deviation). Step: median; memory: of the process (of the "
+        "GPU, where there is one). FLOPs: matrix products and attention, forward and backward, counted on the first "
+        "step, 2 per multiply-add; achieved: those done per second over the rate of a large square matrix product on "
+        f"the same device, threads and precision. -: not counted. {described(records, decoded=False)}"
+    )
+    return tabulated("cost", caption, columns, places(families))
+
+
+def _over_seeds(key: str, scale: float = 1, digits: int = 0) -> Column:
+    return lambda at: average([record["training"][key] * scale for record in at.cells.values()], digits)
+
+
+def _counted(key: str, by: str = "", scale: float = 1) -> Column:
+    """Of the records that counted their FLOPs."""
+
+    def cell(at: Place) -> str:
+        training = [record["training"] for record in at.cells.values()]
+        counted = [each for each in training if each["flops_per_token"] and each["matmul_flops_per_second"]]
+        return average([each[key] * (each[by] if by else 1) * scale for each in counted], 1)
+
+    return cell

@@ -124,10 +124,6 @@ def _other_heads(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def _first(cells: Cells) -> Record:
-    return next(iter(cells.values()))
-
-
 def _unless_odd(make: Callable[[Path], str], results: Path) -> str:
     """ "" where a benchmark's record is not as it should be: its table says so."""
     with contextlib.suppress(*ODD):
@@ -136,11 +132,10 @@ def _unless_odd(make: Callable[[Path], str], results: Path) -> str:
 
 
 def _lookup(results: Path) -> str:
+    """What prompt lookup and heads gain on the model that all drafters were measured on."""
     record = read_benchmark(results, "decode_baselines")
-    return "" if isinstance(record, str) else _best_of_both(record)
-
-
-def _best_of_both(record: Benchmark) -> str:
+    if isinstance(record, str):
+        return ""
     parts = []
     for mode in MODES:
         best = [_best(record, kind, mode) for kind in ("lookup", "heads")]
@@ -188,14 +183,10 @@ def _near_ties(families: Sequence[Family]) -> str:
         if not found or None in found:
             return ""
         differing, of = (sum(one[key] for one in found) for key in ("prompts", "of"))
-        shown.append(f"{differing} of {of} in {_precision_of(cells)}")
+        shown.append(f"{differing} of {of} in {next(iter(cells.values())).config['model']['dtype']}")
     return (
         f"Greedy texts that differ from transformers' at near-ties (rounding, see below), SmolLM2: {', '.join(shown)}."
     )
-
-
-def _precision_of(cells: Cells) -> str:
-    return str(_first(cells).config["model"]["dtype"])
 
 
 def _gpu(results: Path, families: Sequence[Family]) -> str:

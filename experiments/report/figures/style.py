@@ -1,7 +1,7 @@
 """What all figures share: one palette, one set of type sizes, one grid, one way to save.
 
 Drawn for one column (3.4 in) or two (7 in) with text of 7 pt or more, in Okabe and Ito's colours, told apart by
-marker or hatch as well.
+marker as well.
 """
 
 from __future__ import annotations
@@ -41,11 +41,9 @@ STYLE: dict[str, Any] = {
     "ytick.major.width": 0.6,
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
-    "hatch.linewidth": 0.5,
     "legend.frameon": False,
     "legend.handlelength": 1.8,
     "pdf.fonttype": 42,
-    "figure.dpi": 100,
     "savefig.dpi": DPI,
     "axes.axisbelow": True,
     "grid.linewidth": 0.4,
@@ -53,12 +51,9 @@ STYLE: dict[str, Any] = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.ymargin": 0.1,
-    "svg.hashsalt": "cpdlm",
-    "text.usetex": False,
     "figure.constrained_layout.h_pad": 0.05,
     "axes.titlelocation": "left",
     "figure.constrained_layout.w_pad": 0.05,
-    "image.cmap": "cividis",
 }
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
     "#000000",
