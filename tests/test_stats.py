@@ -16,19 +16,6 @@ def record(content: dict[str, Any]) -> Record:
     return Record("x.json", content)
 
 
-def test_accepted_drafts_are_resampled_by_prompt() -> None:
-    content = made(4)
-    mode = content["decoding"]["modes"]["sampling"]
-    mode["drafts_per_prompt"]["reached"][0] = [10] * 16
-    mode["drafts_per_prompt"]["accepted"][0] = [0, 10] * 8  # all or nothing: wider than independent drafts
-    mode["acceptance_by_depth"][0] = {"depth": 2, "reached": 160, "accepted": 80}
-    sample = measured(record(content), "accepted:2")
-    assert sample is not None and (sample.point, sample.units) == (0.5, 16)
-    by_prompt = estimate([sample])
-    assert by_prompt.high - by_prompt.low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 16), rel=0.15)
-    assert measured(record(content), "accepted:9") is None
-
-
 def test_bits_per_byte_has_an_interval_where_rows_say_their_bytes() -> None:
     content = made(1)
     bare = measured(record(content), "bits_per_byte")

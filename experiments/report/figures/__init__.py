@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from experiments.families import Family
 from experiments.report import tasks
 from experiments.report.benchmarks import made_of, read_benchmark
-from experiments.report.figures import drafts, likelihood, speed, training
+from experiments.report.figures import ranks, speed, training
 from experiments.report.figures.style import STYLE, Plot, save
 from experiments.report.table import described
 
@@ -30,14 +30,13 @@ ADDING = (
 # In the order of the report.
 FIGURES: dict[str, Plot] = {
     "pretrained": Plot("Heads on a pretrained model, and what rank adds", "C6", speed.pretrained, decoded=True),
-    "main": Plot("What a rank gains on one frozen target", "C3", drafts.gain, decoded=True),
-    "nll": Plot("Joint likelihood, and its terms", "C1", likelihood.nll),
-    "first_token": Plot("The first token alone", "C2", likelihood.first_token),
+    "main": Plot("What a rank gains on one frozen target", "C3", ranks.gain, decoded=True),
+    "nll": Plot("Joint likelihood, and its terms", "C1", ranks.nll),
+    "first_token": Plot("The first token alone", "C2", ranks.first_token),
     "over_rank1": Plot("Speed over rank 1, in every setting", "C4", speed.over_rank_one, decoded=True),
     "balance": Plot("The balance loss", "C5", training.balance, decoded=True),
     "by_size": Plot("Tokens per forward and speed-up by model size", "C7", speed.by_size, decoded=True),
     "training_cost": Plot("What a rank costs in training", "C8", training.cost, of_time=True),
-    "acceptance": Plot("Drafts accepted, by depth", "C3", drafts.acceptance, decoded=True),
 }
 
 

@@ -255,12 +255,6 @@ def widest(families: Sequence[Family], variant: str = "untied") -> list[Family]:
     return found[:PANELS]
 
 
-def decoded(families: Sequence[Family]) -> list[Family]:
-    """Those worth a panel whose cells were decoded: of any variant, with two ranks at least."""
-    found = list({id(family): family for variant in VARIANTS for family in widest(families, variant)}.values())
-    return [family for family in found if any(record.mode("sampling") for record in family.records())][:PANELS]
-
-
 def looks(shown: Iterable[str]) -> dict[str, Look]:
     """A look by label: the same in every panel and figure for the ranks 1, 2, 4, 8; the others follow."""
     labels = dict.fromkeys([*(f"rank {rank}" for rank in (1, 2, 4, 8)), *shown])
