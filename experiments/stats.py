@@ -22,7 +22,7 @@ from experiments.families import Cells
 from experiments.records import Record
 
 LEVEL = 0.95
-RATIOS = ("speedup", "speedup_over_rank1", "speedup_over_trunk", "plain_over_generate")
+RATIOS = ("speedup", "speedup_over_rank1", "speedup_over_trunk")
 Key = TypeVar("Key", bound=Hashable)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cpdlm.files import write_bytes
 from experiments.claims import Claim, Verdict, answers
-from experiments.claims.verdict import CONTRADICTED, HOLDS
+from experiments.claims.verdict import CONTRADICTED, HOLDS, RULED
 from experiments.records import MODES, Record, decoding_hardware, is_busy, training_hardware
 from experiments.report.figures import ADDING, Shown, command
 from experiments.report.figures.style import COLUMN, DPI, worded
@@ -151,7 +151,7 @@ def _verdict(verdict: Verdict) -> str:
     reason = f'<p class="reason">{_text(verdict.reason)}</p>' if verdict.reason else ""
     beside = "".join(f"<li>{_text(number.text())}</li>" for number in verdict.beside)
     if verdict.is_ruled_after:
-        reason += f'<p class="soft">Judged by a rule of {verdict.claim.ruled[:10]}, younger than its records.</p>'
+        reason += f'<p class="soft">Judged by a rule of {RULED[:10]}, younger than its records.</p>'
     if verdict.numbers:
         reason += f'<p class="soft">Could have seen {_text(verdict.visible)}.</p>'
     cited = f"<code>{html.escape(braces(verdict.records))}</code>"

@@ -5,8 +5,7 @@
 answers rest on, `compute` what the records took.
 """
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from cpdlm.files import write_bytes
 from experiments.claims import Verdict, answers
 from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted
-from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
+from experiments.report.benchmarks import Benchmark, read_benchmark
 from experiments.report.reproducing import carried_table, compute_table, reruns_table
 from experiments.report.tasks import COUNTED, rates_block
 
@@ -28,7 +27,7 @@ def blocks(
     """Name -> Markdown of every block that a page may have."""
     return {
         "claims": claims_block(families, verdicts),
-        "rates": _unless_odd(rates_block, results),
+        "rates": rates_block(results),
         "sceptic": sceptic_block(results, families, verdicts),
         "reruns": reruns_table(families),
         "carried": carried_table(records, verdicts),
@@ -89,8 +88,8 @@ def sceptic_block(results: Path, families: Sequence[Family], verdicts: Sequence[
     lines = [
         _equal_time(verdicts),
         _other_heads(verdicts),
-        _unless_odd(_lookup, results),
-        _unless_odd(_released, results),
+        _lookup(results),
+        _released(results),
         _near_ties(families),
         _gpu(results, families),
     ]
@@ -122,13 +121,6 @@ def _other_heads(verdicts: Sequence[Verdict]) -> str:
         f"C6 with the paper's drafts, which see only h_t, and a quarter of the training: {blind[0]}. In float32, "
         f"without bf16 instructions, on an older decoder: {min(slow):.2f}x to {max(slow):.2f}x."
     )
-
-
-def _unless_odd(make: Callable[[Path], str], results: Path) -> str:
-    """ "" where a benchmark's record is not as it should be: its table says so."""
-    with contextlib.suppress(*ODD):
-        return make(results)
-    return ""
 
 
 def _lookup(results: Path) -> str:

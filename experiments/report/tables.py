@@ -6,8 +6,13 @@ import textwrap
 from experiments.claims import Verdict
 from experiments.claims.verdict import RULED
 from experiments.families import Family
-from experiments.report.cells import baselines_table, cells_table, cost_table, paired_table, references_table
-from experiments.report.pretrained import pretrained_table
+from experiments.report.cells import (
+    cells_table,
+    cost_table,
+    paired_table,
+    pretrained_table,
+    references_table,
+)
 from experiments.report.table import Made, Table, braces, title_of
 
 RULED_AFTER = "after its records"
@@ -20,7 +25,6 @@ TABLES = (
     paired_table,
     references_table,
     pretrained_table,
-    baselines_table,
     cost_table,
 )
 

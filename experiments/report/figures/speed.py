@@ -225,7 +225,7 @@ def _brief(family: Family) -> str:
 
 def by_size(families: list[Family]) -> Drawn | str:
     """Speed-up and tokens per forward against the trunk's parameters, a line per rank."""
-    timed = [f for f in families if any(style.modes_of(f.cells["untied", rank], "sampling") for rank in f.ranks())]
+    timed = [f for f in families if any(record.mode("sampling") for record in f.records("untied"))]
     ours = [family for family in timed if not family.is_pretrained]
     groups = [group for group in along(ours, *_SIZES) if len({f.size for f in group}) > 1]
     if not groups:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpdlm.files import write_bytes
-from experiments.families import Cells, Family, along
+from experiments.families import Family, along
 from experiments.records import Record
 from experiments.stats import Interval
 
@@ -202,9 +202,7 @@ def legend_below(figure: Figure, columns: int) -> None:
 # --- marks -----------------------------------------------------------------------------------------------------------
 
 
-def errors(
-    axis: Axes, x: Sequence[float], values: Sequence[Interval | None], look: Look, label: str, **options: Any
-) -> None:
+def errors(axis: Axes, x: Sequence[float], values: Sequence[Interval | None], look: Look, label: str) -> None:
     """A line through points with interval arms; a missing value is left out."""
     kept = [(place, value) for place, value in zip(x, values, strict=True) if value is not None]
     if kept:
@@ -213,7 +211,7 @@ def errors(
             [place for place, _ in kept],
             [v.mean for _, v in kept],
             arms([v for _, v in kept]),
-            **ARMS | {"color": color, "marker": marker, "linestyle": style, "label": label} | options,
+            **ARMS | {"color": color, "marker": marker, "linestyle": style, "label": label},
         )
 
 
@@ -259,10 +257,6 @@ def looks(shown: Iterable[str]) -> dict[str, Look]:
     """A look by label: the same in every panel and figure for the ranks 1, 2, 4, 8; the others follow."""
     labels = dict.fromkeys([*(f"rank {rank}" for rank in (1, 2, 4, 8)), *shown])
     return {label: SERIES[index % len(SERIES)] for index, label in enumerate(labels)}
-
-
-def modes_of(cells: Cells, mode: str) -> list[dict[str, Any]]:
-    return [measured for _, record in sorted(cells.items()) if (measured := record.mode(mode))]
 
 
 def worded(text: str) -> str:
