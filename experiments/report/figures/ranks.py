@@ -21,8 +21,12 @@ def nll(families: list[Family]) -> Drawn | str:
     shown = style.widest(families)
     if not shown:
         return "no records of two or more ranks"
-    figure, axes = style.pairs(len(shown))
-    for (left, right), family in zip(axes, shown, strict=True):
+    beside = min(len(shown), 2)  # comparisons to a row, of two panels each
+    figure, axes = style.grid(-(-len(shown) // 2), 2 * beside, width=style.WIDE if beside == 2 else style.COLUMN)
+    panels = axes.reshape(-1, 2)
+    for axis in panels[len(shown) :].flat:
+        axis.remove()
+    for (left, right), family in zip(panels, shown, strict=False):
         ranks = family.ranks()
         _joint(left, family)
         positions = range(1, family.horizon + 1)

@@ -142,16 +142,6 @@ def grid(
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=shared)
 
 
-def pairs(count: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """Two panels for each of `count` comparisons, two comparisons to a row."""
-    beside = min(count, 2)
-    figure, axes = grid(-(-count // 2), 2 * beside, width=WIDE if beside == 2 else COLUMN)
-    flat = list(axes.flat)
-    for axis in flat[2 * count :]:
-        axis.remove()
-    return figure, [(flat[index], flat[index + 1]) for index in range(0, 2 * count, 2)]
-
-
 def rank_axis(axis: Axes, ranks: Sequence[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(ranks), [str(rank) for rank in ranks])
