@@ -157,11 +157,6 @@ def trained_longer(family: Family, families: Iterable[Family]) -> list[Cells]:
     return [other.cells["untied", 1] for other in sorted(others, key=lambda other: other.settings["optim.steps"])]
 
 
-def trunk_records(records: Iterable[Family]) -> list[Record]:
-    """Every reference trunk once, by path."""
-    return sorted({r.path: r for family in records for r in family.reference}.values(), key=lambda r: r.path)
-
-
 def _settings(record: Record) -> dict[str, Any]:
     settings = {key: value for key, value in flat(record.config).items() if not key.startswith(_FREE)}
     settings["target"] = record.target

@@ -22,7 +22,7 @@ from experiments.families import Cells
 from experiments.records import Record
 
 LEVEL = 0.95
-RATIOS = ("speedup", "speedup_over_rank1", "speedup_over_trunk", "plain_over_generate")
+RATIOS = ("speedup", "speedup_over_rank1", "speedup_over_trunk")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -168,7 +168,7 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
 
     In nats: `joint_nll`, `first_token_nll`, `position_nll:K`. `bits_per_byte` is the target's. `joint_bits_per_byte`
     and `bytes_per_pass` count a token as the bytes it has in the test split. `tokens_per_pass`: tokens per forward.
-    `accepted:DEPTH`: share of the drafts reached. `kept:DEPTH`: sum min(p, q) on test text. `effective`: components.
+    `kept:DEPTH`: sum min(p, q) on test text. `effective`: components.
     `training:KEY`. The `RATIOS` are logarithms.
     """
     likelihood, decoded = record["likelihood"], record.mode(mode)
@@ -204,8 +204,6 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
         return None
     if name == "tokens_per_pass":
         return Sample.ratio(decoded["per_prompt"]["tokens"], decoded["per_prompt"]["passes"])
-    if name == "accepted":
-        return _accepted(decoded, int(which))
     assert name in RATIOS, f"unknown quantity {quantity!r}"
     return None if decoded[name] is None else Sample.log_ratio(decoded[name], decoded)
 
@@ -214,15 +212,6 @@ def _bytes_per_token(record: Record) -> float | None:
     """Over the test split, what separates documents included; None where the record does not count it."""
     test = record["data"]["splits"].get("test")
     return test["bytes"] / test["tokens"] if test else None
-
-
-def _accepted(decoded: dict[str, Any], depth: int) -> Sample | None:
-    """Share of the drafts reached at a depth that were accepted."""
-    counts = next((entry for entry in decoded["acceptance_by_depth"] if entry["depth"] == depth), None)
-    if counts is None or not counts["reached"]:
-        return None
-    by_prompt = decoded["drafts_per_prompt"]
-    return Sample.ratio(by_prompt["accepted"][depth - 2], by_prompt["reached"][depth - 2])
 
 
 def over_seeds(cells: Cells, quantity: str, mode: str = "sampling") -> Interval | None:

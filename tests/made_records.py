@@ -80,7 +80,7 @@ def made(
             "dead": 0,
             "mean": [1 / rank] * rank,
         },
-    } | ({"components": _components(rank)} if rank > 1 else {})
+    }
     decoding = None
     if config.horizon > 1:
         modes = {mode: _mode(config, mode, octave, pace, speed, bonus, rows, own) for mode in MODES}
@@ -152,28 +152,6 @@ def _training(config: Config, octave: float, wobble: float) -> dict[str, Any]:
         "flops_per_token": flops,
         "matmul_flops_per_second": 5e11,
         "matmul_fraction": flops * rate / 5e11,
-    }
-
-
-def _components(rank: int) -> dict[str, Any]:
-    """Component a begins its windows with class a (mod 4) twice as often as with the others."""
-    classes = ["lower case", "digit", "space", "line break"]
-    weight = [[2.0 if a % 4 == c else 1.0 for c in range(4)] for a in range(rank)]
-    total = sum(map(sum, weight))
-    text = list("def f(x):\n\treturn x_1 + 2\n") * 4
-    return {
-        "classes": classes,
-        "class_share": [[value / total for value in row] for row in weight],
-        "certainty": 0.8,
-        "top_tokens": [[{"token": token, "share": 0.2, "lift": 2.0} for token in "e \n"] for _ in range(rank)],
-        "examples": [
-            {
-                "source": "package",
-                "tokens": text,
-                "component": [k % rank for k in range(len(text))],
-                "share": [0.5 + 0.1 * (k % 5) for k in range(len(text))],
-            }
-        ],
     }
 
 

@@ -5,7 +5,6 @@ import html
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +21,14 @@ from experiments.families import families_of
 from experiments.records import RecordError, load_all, write
 from experiments.report import Report, benchmarks, figures, readme, render, tables, tasks
 from experiments.report.__main__ import main
+from experiments.report.cells import pretrained_table
 from experiments.report.figures import speed
-from experiments.report.pretrained import pretrained_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 WORDS = r"(holds|contradicted|no difference within ±.*|underpowered \(could have seen .* or more\)|not run)(: |$)"
-TABLES = ("claims", "cells", "paired", "references", "pretrained", "depths", "baselines", "cost", "trunks")
+TABLES = ("claims", "cells", "paired", "references", "pretrained", "cost")
 
 
 def test_every_figure_and_table_is_there(drawn: tuple[Path, Report]) -> None:
@@ -127,22 +126,6 @@ def test_what_the_readme_says_is_what_the_records_say() -> None:
     assert f" {llama['tokens_per_second']['median']:.0f} (greedy)" in rates.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["tasks_smollm2", "tasks_counted", "decode_baselines"])
-def test_an_odd_benchmark_leaves_the_readme_its_other_lines(name: str, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "results" / "benchmarks", tmp_path / "benchmarks")
-    path = tmp_path / "benchmarks" / f"{name}.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "entries": [3], "methods": [3], "targets": 3}))
-    made = readme.blocks(tmp_path, [], [], [])
-    assert ("humaneval, greedy" in made["rates"]) == (name != "tasks_smollm2")
-    assert ("humaneval 1." in made["sceptic"]) == (name != "tasks_counted")
-    assert ("prompt lookup and" in made["sceptic"]) == (name != "decode_baselines")
-
-
-def test_the_papers_unknown_numbers_are_never_printed(drawn: tuple[Path, Report]) -> None:
-    rows = list(csv.DictReader((drawn[0] / "tables" / "claims.csv").open()))
-    assert not any(re.search(r"\d", row["expected"].replace("rank 1", "")) for row in rows)
-
-
 def test_entry_point_errors_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--results", str(tmp_path / "no"), "--figures", str(tmp_path)]) == 2
     assert "is not a folder of records" in capsys.readouterr().err
@@ -179,14 +162,6 @@ def test_the_table_of_pretrained_models_tells_every_dial_apart(tmp_path: Path) -
     shown = {(row[1], row[2]) for row in table.rows}
     assert shown >= {("eq14", "untied"), ("eq14", "token-conditioned, draft 3"), ("eq14", "tied, low 64")}
     assert shown >= {("blend", "tied"), ("eq14, alpha 0.5", "tied"), ("eq14, the model's own text (greedy)", "tied")}
-
-
-def test_figures_hold_no_date_version_or_path(drawn: tuple[Path, Report]) -> None:
-    folder, _ = drawn
-    for path in [*folder.glob("*.pdf"), *folder.glob("*.png")]:
-        content = path.read_bytes()
-        for word in (b"CreationDate", b"Producer", b"Software", b"matplotlib", str(folder).encode()):
-            assert word not in content, f"{path.name} holds {word!r}"
 
 
 @pytest.mark.parametrize("kept", [0, 1])
@@ -269,7 +244,4 @@ def test_the_claims_fit_a_terminal_of_40_columns(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("COLUMNS", "40")
     narrow = tables.claims_text(found)
     assert all(len(line) <= 40 for line in narrow.splitlines())
-    monkeypatch.setenv("COLUMNS", "120")
-    wide = tables.claims_text(found)
-    assert wide.startswith("claim") and all(len(line) <= 118 for line in wide.splitlines())
     assert all(verdict.verdict.split()[0] in narrow for verdict in found)

@@ -16,19 +16,6 @@ def record(content: dict[str, Any]) -> Record:
     return Record("x.json", content)
 
 
-def test_accepted_drafts_are_resampled_by_prompt() -> None:
-    content = made(4)
-    mode = content["decoding"]["modes"]["sampling"]
-    mode["drafts_per_prompt"]["reached"][0] = [10] * 16
-    mode["drafts_per_prompt"]["accepted"][0] = [0, 10] * 8  # all or nothing: wider than independent drafts
-    mode["acceptance_by_depth"][0] = {"depth": 2, "reached": 160, "accepted": 80}
-    sample = measured(record(content), "accepted:2")
-    assert sample is not None and (sample.point, sample.units) == (0.5, 16)
-    by_prompt = estimate([sample])
-    assert by_prompt.high - by_prompt.low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 16), rel=0.15)
-    assert measured(record(content), "accepted:9") is None
-
-
 def test_bits_per_byte_has_an_interval_where_rows_say_their_bytes() -> None:
     content = made(1)
     bare = measured(record(content), "bits_per_byte")
@@ -117,14 +104,6 @@ def test_seeds_alone_give_the_t_interval() -> None:
     found = estimate([Sample(value) for value in (1.0, 2.0, 3.0, 4.0)])
     assert (found.mean, found.seeds) == (2.5, 4)
     assert (found.high - 2.5, 2.5 - found.low) == pytest.approx((3.182 * 0.6455,) * 2, rel=1e-3)
-
-
-def test_rows_alone_give_the_normal_interval_and_seeds_that_differ_a_wider_one() -> None:
-    values = np.random.default_rng(1).normal(5, 2, 400)
-    found = estimate([Sample.ratio(values.tolist(), [1.0] * 400)])
-    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
-    moved = estimate([Sample.ratio((values + shift).tolist(), [1.0] * 400) for shift in (-5, 0, 5)])
-    assert moved.high - moved.low > 10 * (found.high - found.low)
 
 
 def test_pairing_removes_what_all_cells_share() -> None:

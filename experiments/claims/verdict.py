@@ -14,7 +14,9 @@ from experiments.suite import Arm
 
 HOLDS, CONTRADICTED, NO_DIFFERENCE = "holds", "contradicted", "no difference"
 UNDERPOWERED, NOT_RUN = "underpowered", "not run"
-RULED = "2026-11-29T02:30"  # margins from what matters to a user; seeds' variance pooled; "every" is not corrected
+# When the rules last changed (UTC; results/LOG.md tells how): margins from what matters to a user; seeds' variance
+# pooled; "every" is not corrected.
+RULED = "2026-11-29T02:30"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Verdict(Finding):
     @property
     def is_ruled_after(self) -> bool:
         """Its rule is younger than its records."""
-        return bool(self.started) and self.started < self.claim.ruled
+        return bool(self.started) and self.started < RULED
 
     def measured(self) -> str:
         return "; ".join(number.text() for number in self.numbers) or "nothing"
@@ -108,7 +110,7 @@ class Claim:
     sign of the difference that the paper expects. margin: in units of the statistic, of a ratio a share; a difference
     that surely lies inside it counts as none. top: the rank held against rank 1. seeds: fewer decide nothing; with one,
     intervals are over rows or prompts alone, and the setting says `1 seed`. part: tells two questions of one claim
-    apart. ruled: when the rule last changed (UTC; results/LOG.md tells how).
+    apart.
     """
 
     id: str
@@ -128,7 +130,6 @@ class Claim:
     top: int = 8
     seeds: int = 1
     part: str = ""
-    ruled: str = RULED
 
     @property
     def name(self) -> str:

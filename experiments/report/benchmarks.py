@@ -8,12 +8,11 @@ from typing import Any, TypeVar
 
 from cpdlm.bench.intervals import of_ratio
 from experiments.report.table import Made, Table, title_of
-from experiments.schema import HARDWARE, Optional, RecordError, check_kind, non_finite
+from experiments.schema import check_kind
 from experiments.stats import Sample, contrast
 
 Benchmark = dict[str, Any]
 Result = TypeVar("Result")
-_MACHINE = {key: HARDWARE[key] for key in ("accelerator", "processor", "cores", "threads")}  # what is said of it
 # What code raises on content that is not as it expects.
 ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _WORDS = {  # of older records
@@ -61,15 +60,10 @@ def read_file(path: Path) -> Benchmark | str:
     try:
         record: Benchmark = json.loads(path.read_bytes())
         check_kind(record, {}, "the record")
-        check_kind(record.get("hardware"), Optional(_MACHINE), "hardware")
-        if field := non_finite(record):
-            raise RecordError(f"{field} is not a finite number")
     except (OSError, RecursionError, ValueError) as error:  # RecordError is a ValueError
         return f"benchmarks/{path.name} is damaged ({error}); make it again with {maker}"
     if kind and not str(record.get("benchmark")).startswith(kind):
         return f"benchmarks/{path.name} is not a record of {kind!r}; {maker} makes one"
-    if maker.endswith("decode.py") and "targets" not in record:
-        return f"benchmarks/{path.name} is of an earlier version; make it again with {maker}"
     found = made_of(name, upgrade, record)
     return found if isinstance(found, str) else {"name": name} | found
 
@@ -81,8 +75,6 @@ def upgrade(record: Benchmark) -> Benchmark:
     for method in record["methods"] if record.get("benchmark") == "decoding baselines" else ():
         method["name"] = "AR" if method["name"] == "plain" else method["name"]
     record.get("dimensions", {}).setdefault("dtype", "float32")
-    for group in record.get("groups", []):
-        group.setdefault("captured", False)
     record.setdefault("compiled_generate", [])
     record.setdefault("batch", 1)
     for part in _parts(record):

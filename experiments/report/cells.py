@@ -1,12 +1,14 @@
-"""Tables of the cells: every one, every rank against rank 1, beside a next-token model, and the baseline's strength."""
+"""Tables of the cells: every one, against rank 1, beside others, what training cost, heads on a pretrained model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
 
+from cpdlm.config import LossConfig
+from experiments.claims.c6_heads import positions
 from experiments.families import Cells, Family
 from experiments.records import MODES, Record
-from experiments.report.table import Column, Columns, Table, described, shown, tabulated, with_spread
+from experiments.report.table import Column, Columns, Table, average, described, shown, tabulated, with_spread
 from experiments.stats import difference, over_rank_one, over_seeds, shared_seeds
 
 NOTES = (
@@ -18,12 +20,11 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Place:
-    """What a row is about: a variant and rank of a family. depth: where a table has a row for each."""
+    """What a row is about: a variant and rank of a family."""
 
     family: Family
     variant: str
     rank: int
-    depth: int = 0
 
     @property
     def cells(self) -> Cells:
@@ -173,33 +174,92 @@ def _stands_beside(at: Place) -> bool:
     return at.family.target == "own" and bool(at.alone) and at.rank in at.family.ranks()
 
 
-def baselines_table(families: list[Family]) -> Table:
-    """How strong the baseline is: autoregressive decoding with our loop against Hugging Face's generate."""
-    columns: Columns = {
-        "setting": PLACE["setting"],
-        "seeds": PLACE["seeds"],
-        **{
-            f"{what}, {mode} (tokens/s)": _rate(mode, key)
-            for mode in MODES
-            for what, key in (("autoregressive", "plain"), ("generate", "generate"))
-        },
-        **by_mode("autoregressive / generate", "plain_over_generate", 2),
+# --- what training cost ----------------------------------------------------------------------------------------------
+
+
+def cost_table(families: list[Family]) -> Table:
+    """What training each cell cost, against what the machine can do."""
+    columns = PLACE | {
+        "step (ms)": _over_seeds("step_ms_median", digits=1),
+        "tokens/s": _over_seeds("tokens_per_second"),
+        "peak memory (GiB)": _over_seeds("peak_memory_bytes", scale=2**-30, digits=2),
+        "MFLOPs per token": _counted("flops_per_token", scale=1e-6),
+        "GFLOP/s done": _counted("flops_per_token", "tokens_per_second", scale=1e-9),
+        "GFLOP/s of a matrix product": _counted("matmul_flops_per_second", scale=1e-9),
+        "achieved (%)": _counted("matmul_fraction", scale=100),
     }
-    rows = []
-    for family in families:
-        held = [at for at in places([family]) if over_seeds(at.cells, "plain_over_generate") is not None]
-        held.sort(key=lambda at: (at.variant, at.rank))
-        rows += [max(held, key=lambda at: len(at.cells))] if held else []
+    records = [record for family in families for record in family.records()]
     caption = (
-        "Autoregressive decoding with our loop, and Hugging Face generate on the same weights (shared, not copied), "
-        "both with a cache, side by side. Targets trained with untied heads (eq. 11) have no counterpart in generate."
+        "Training cost, means over seeds (± their standard deviation). Step: median; memory: of the process (of the "
+        "GPU, where there is one). FLOPs: matrix products and attention, forward and backward, counted on the first "
+        "step, 2 per multiply-add; achieved: those done per second over the rate of a large square matrix product on "
+        f"the same device, threads and precision. -: not counted. {described(records, decoded=False)}"
     )
-    return tabulated("baselines", caption, columns, rows)
+    return tabulated("cost", caption, columns, places(families))
 
 
-def _rate(mode: str, key: str) -> Column:
-    def mean(at: Place) -> str:
-        modes = [m for r in at.cells.values() if (m := r.mode(mode)) and m["plain_over_generate"]]
-        return f"{fmean(m['tokens_per_second'][key] for m in modes):,.0f}" if modes else "-"
+def _over_seeds(key: str, scale: float = 1, digits: int = 0) -> Column:
+    return lambda at: average([record["training"][key] * scale for record in at.cells.values()], digits)
 
-    return mean
+
+def _counted(key: str, by: str = "", scale: float = 1) -> Column:
+    """Of the records that counted their FLOPs."""
+
+    def cell(at: Place) -> str:
+        training = [record["training"] for record in at.cells.values()]
+        counted = [each for each in training if each["flops_per_token"] and each["matmul_flops_per_second"]]
+        return average([each[key] * (each[by] if by else 1) * scale for each in counted], 1)
+
+    return cell
+
+
+# --- heads on a pretrained model -------------------------------------------------------------------------------------
+
+
+def pretrained_table(families: list[Family]) -> Table:
+    """Heads on a pretrained model, by objective, variant and rank: what training takes, and what it buys."""
+    columns: Columns = {
+        "setting": lambda at: f"{at.family.settings['corpus']}, {at.family.size}, n={at.family.horizon}",
+        "objective": lambda at: _objective(at.family),
+        "variant": lambda at: at.variant,
+        "precision": lambda at: str(at.record.config["model"]["dtype"]),
+        "rank": lambda at: str(at.rank),
+        "seeds": lambda at: str(len(at.cells)),
+        "steps": lambda at: f"{at.record['training']['steps']:,}",
+        "positions": lambda at: f"{positions(at.record):,}",
+        "trained parameters": lambda at: f"{at.record['parameters']['trained']:,}",
+        "heads (MiB)": lambda at: f"{at.record.trained_bytes() / 2**20:.1f}",
+        "training (min)": lambda at: f"{fmean(r['seconds']['train'] for r in at.cells.values()) / 60:.1f}",
+        "memory (GiB)": lambda at: f"{at.record['training']['peak_memory_bytes'] / 2**30:.1f}",
+        "components in use": lambda at: _component_use(at, "effective", ".2f"),
+        "dead components": lambda at: _component_use(at, "dead", "g"),
+        **by_mode("tokens per forward", "tokens_per_pass", 2),
+        **by_mode("speed-up", "speedup", 2),
+        **by_mode("speed over rank 1", "speedup_over_rank1", 2),
+    }
+    caption = (
+        "Heads on a pretrained, frozen model, which is the target. Positions: those that trained the window, of all "
+        "steps. Heads: bytes of all that is trained, as stored. Components in use: effective number on test text "
+        "(exp of the entropy of the mean weights); dead: below a tenth of an equal share."
+    )
+    families = [family for family in families if family.is_pretrained]
+    records = [record for family in families for record in family.records()]
+    return tabulated("pretrained", f"{caption} {NOTES} {described(records)}", columns, places(families))
+
+
+def _objective(family: Family) -> str:
+    """With its constants and the text where those are not the preset's."""
+    settings = family.settings
+    words = [str(settings["loss.objective"])]
+    if words[0].startswith("eq14") and settings["loss.alpha"] != LossConfig.alpha:
+        words.append(f"alpha {settings['loss.alpha']:g}")
+    if settings["loss.gamma"] != LossConfig.gamma:
+        words.append(f"gamma {settings['loss.gamma']:g}")
+    if settings["data.text"] != "corpus":
+        words.append(f"the model's own text ({settings['data.text']})")
+    return ", ".join(words)
+
+
+def _component_use(at: Place, key: str, form: str) -> str:
+    weights = [record["likelihood"]["weights"] for record in at.cells.values()]
+    return f"{fmean(each[key] for each in weights):{form}}" if len(weights[0]["mean"]) > 1 else "-"

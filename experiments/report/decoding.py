@@ -1,4 +1,4 @@
-"""Ways to draft, side by side: tables and a figure from the records of `experiments/bench/decode.py`."""
+"""Ways to draft, side by side: tables from the records of `experiments/bench/decode.py`."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,10 +9,6 @@ from experiments.report.table import Column, Columns, Table, recorded, tabulated
 
 Row = dict[str, Any]
 CHOSEN = "Chosen: the drafter and verifier that were fastest on the validation prompts."
-FIGURE = (
-    "Tokens per target forward, and speed-up over autoregressive (AR) decoding, of every way to draft: the same "
-    f"target, prompts and machine. {CHOSEN} A logarithmic scale."
-)
 _HEADS: Columns = {
     "corpus": lambda row: row["corpus"],
     "variant": lambda row: row["law"],
@@ -20,7 +16,6 @@ _HEADS: Columns = {
 }
 _SEEDS: Columns = _HEADS | {"seeds": lambda row: " ".join(map(str, row["seeds"]))}
 _DRAFTERS = ("chain", "block", "tree", "window", "path")
-_WINDOWS = ("chain", "marginals", "window", "path")
 
 
 def methods_table(record: Benchmark) -> Table:
@@ -127,62 +122,6 @@ def acceptance_table(record: Benchmark) -> Table:
     return tabulated("acceptance", caption, columns, record["strategies"])
 
 
-def agreement_table(record: Benchmark) -> Table:
-    """The joint against the target, position by position."""
-    columns: Columns = {
-        "text": lambda row: row["mode"],
-        **_HEADS,
-        "depth": lambda row: str(row["depth"] + 2),
-        "argmax right": lambda row: f"{row['chain']['right'][row['depth']]:.3f}",
-        "given the true tokens": lambda row: f"{row['told'][row['depth']]:.3f}",
-        "overlap": lambda row: f"{row['overlap'][row['depth']]:.3f}",
-    }
-    caption = (
-        "Drafts against what the target wrote, at every position of its own text (greedy or sampled). Argmax right: "
-        "behind drafts that are the joint's own, and given the true tokens before it. Overlap: mean of sum min(p, q) "
-        f"given the true tokens, what sampling accepts. All seeds together. {described(record)}"
-    )
-    cells = _by_mode(record["agreement"])
-    rows = (row | {"depth": depth} for row in cells for depth in range(len(row["overlap"])))
-    return tabulated("agreement", caption, columns, rows)
-
-
-def conditioning_table(record: Benchmark) -> Table:
-    """What conditioning on the drafts before changes, and tokens per forward of each kind of window."""
-    columns: Columns = {
-        "text": lambda row: row["mode"],
-        **_HEADS,
-        **{f"tokens per forward, {name}": _expected(name) for name in _WINDOWS},
-        "positions behind right drafts": lambda row: f"{row['changed']['reached']:,}",
-        "argmax changed": lambda row: f"{row['changed']['differs']:,}",
-        "then right": lambda row: f"{row['changed']['now right']:,}",
-        "right before": lambda row: f"{row['changed']['was right']:,}",
-    }
-    caption = (
-        "Tokens per forward as if a window began at every position of the target's own text. Marginals: the argmax "
-        "of each position alone. Argmax changed: of the positions with right drafts before, where conditioning on "
-        f"those drafts changed it. All seeds together. {described(record)}"
-    )
-    return tabulated("conditioning", caption, columns, _by_mode(record["agreement"]))
-
-
-def filters_table(record: Benchmark) -> Table:
-    """Tokens per forward under temperatures and top-p."""
-    tops = sorted({row["top_p"] for row in record["filters"]})
-    found: dict[tuple[Any, ...], Row] = {}
-    for row in record["filters"]:
-        key = tuple(row[each] for each in ("corpus", "law", "rank", "strategy", "temperature"))
-        found.setdefault(key, dict(row))[f"top {row['top_p']}"] = row["tokens_per_pass"]
-    columns: Columns = {
-        **_HEADS,
-        "drafter": lambda row: row["strategy"],
-        "temperature": lambda row: f"{row['temperature']:g}",
-        **{f"tokens per forward, top-p {top:g}": recorded(f"top {top}", ".3f") for top in tops},
-    }
-    caption = f"Tokens per target forward under filters; temperature 0 is greedy. {described(record)}"
-    return tabulated("filters", caption, columns, found.values())
-
-
 def near_ties_table(record: Benchmark) -> Table:
     """Where greedy texts part from those of generate."""
     columns: Columns = {
@@ -211,9 +150,6 @@ TABLES: dict[str, tuple[Callable[[Benchmark], Table], tuple[str, ...]]] = {
     "strategies": (strategies_table, ("decode_strategies",)),
     "sparse": (sparse_table, ("decode_sparse",)),
     "acceptance": (acceptance_table, ("decode_acceptance",)),
-    "agreement": (agreement_table, ("decode_acceptance",)),
-    "conditioning": (conditioning_table, ("decode_acceptance",)),
-    "filters": (filters_table, ("decode_acceptance",)),
     "near_ties": (near_ties_table, ("near_ties",)),
 }
 
@@ -235,10 +171,6 @@ def _of(drafter: str, key: str, form: str) -> Column:
         return shown(row[name]["test"]) if name in row else "-"
 
     return cell
-
-
-def _expected(window: str) -> Column:
-    return lambda row: f"{1 + sum(row[window]['kept']):.3f}"
 
 
 def _kib(key: str) -> Column:

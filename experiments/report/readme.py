@@ -5,8 +5,7 @@
 answers rest on, `compute` what the records took.
 """
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from cpdlm.files import write_bytes
 from experiments.claims import Verdict, answers
 from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted
-from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
+from experiments.report.benchmarks import Benchmark, read_benchmark
 from experiments.report.reproducing import carried_table, compute_table, reruns_table
 from experiments.report.tasks import COUNTED, rates_block
 
@@ -28,7 +27,7 @@ def blocks(
     """Name -> Markdown of every block that a page may have."""
     return {
         "claims": claims_block(families, verdicts),
-        "rates": _unless_odd(rates_block, results),
+        "rates": rates_block(results),
         "sceptic": sceptic_block(results, families, verdicts),
         "reruns": reruns_table(families),
         "carried": carried_table(records, verdicts),
@@ -89,8 +88,8 @@ def sceptic_block(results: Path, families: Sequence[Family], verdicts: Sequence[
     lines = [
         _equal_time(verdicts),
         _other_heads(verdicts),
-        _unless_odd(_lookup, results),
-        _unless_odd(_released, results),
+        _lookup(results),
+        _released(results),
         _near_ties(families),
         _gpu(results, families),
     ]
@@ -124,23 +123,11 @@ def _other_heads(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def _first(cells: Cells) -> Record:
-    return next(iter(cells.values()))
-
-
-def _unless_odd(make: Callable[[Path], str], results: Path) -> str:
-    """ "" where a benchmark's record is not as it should be: its table says so."""
-    with contextlib.suppress(*ODD):
-        return make(results)
-    return ""
-
-
 def _lookup(results: Path) -> str:
+    """What prompt lookup and heads gain on the model that all drafters were measured on."""
     record = read_benchmark(results, "decode_baselines")
-    return "" if isinstance(record, str) else _best_of_both(record)
-
-
-def _best_of_both(record: Benchmark) -> str:
+    if isinstance(record, str):
+        return ""
     parts = []
     for mode in MODES:
         best = [_best(record, kind, mode) for kind in ("lookup", "heads")]
@@ -188,14 +175,10 @@ def _near_ties(families: Sequence[Family]) -> str:
         if not found or None in found:
             return ""
         differing, of = (sum(one[key] for one in found) for key in ("prompts", "of"))
-        shown.append(f"{differing} of {of} in {_precision_of(cells)}")
+        shown.append(f"{differing} of {of} in {next(iter(cells.values())).config['model']['dtype']}")
     return (
         f"Greedy texts that differ from transformers' at near-ties (rounding, see below), SmolLM2: {', '.join(shown)}."
     )
-
-
-def _precision_of(cells: Cells) -> str:
-    return str(_first(cells).config["model"]["dtype"])
 
 
 def _gpu(results: Path, families: Sequence[Family]) -> str:

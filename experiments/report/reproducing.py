@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.claims import Verdict
 from experiments.claims.verdict import NOT_RUN
-from experiments.families import Cells, Family
+from experiments.families import Family
 from experiments.records import MODES, Record
 from experiments.stats import over_seeds
 from experiments.verify import TOLERANCE
@@ -70,15 +70,10 @@ def _by_rank(families: Sequence[Family], quantity: str) -> str:
 def _small(families: Sequence[Family], mode: str) -> str:
     found = []
     for rank, cells in (item for family in families for item in family.by_rank().items() if item[0] in (1, 8)):
-        rate, speeds = over_seeds(cells, "tokens_per_pass", mode), _speeds(cells, mode)
-        if rate is not None and speeds:
+        rate, modes = over_seeds(cells, "tokens_per_pass", mode), [record.mode(mode) for record in cells.values()]
+        if rate is not None and (speeds := [each["tokens_per_second"]["speculative"] for each in modes if each]):
             found.append(f"rank {rank} {rate.mean:.2f}, {fmean(speeds):,.0f}")
     return "; ".join(found) or "-"
-
-
-def _speeds(cells: Cells, mode: str) -> list[float]:
-    modes = [record.mode(mode) for record in cells.values()]
-    return [each["tokens_per_second"]["speculative"] for each in modes if each]
 
 
 def carried_table(records: Iterable[Record], verdicts: Sequence[Verdict]) -> str:
@@ -111,15 +106,9 @@ def compute_table(records: Iterable[Record], verdicts: Sequence[Verdict]) -> str
 
 def _spent(records: Iterable[Record]) -> tuple[str, str, str]:
     those = list(records)
-    return str(len(those)), f"{sum(map(_core_hours, those)):.1f}", f"{sum(map(_gpu_minutes, those)):.0f}"
-
-
-def _core_hours(record: Record) -> float:
-    return _seconds(record, lambda hardware: hardware["cores"] * (hardware["accelerator"] == "none")) / 3600
-
-
-def _gpu_minutes(record: Record) -> float:
-    return _seconds(record, lambda hardware: float(hardware["accelerator"] != "none")) / 60
+    cores = sum(_seconds(each, lambda machine: machine["cores"] * (machine["accelerator"] == "none")) for each in those)
+    gpus = sum(_seconds(each, lambda machine: float(machine["accelerator"] != "none")) for each in those)
+    return str(len(those)), f"{cores / 3600:.1f}", f"{gpus / 60:.0f}"
 
 
 def _seconds(record: Record, weight: Callable[[dict[str, Any]], float]) -> float:

@@ -1,15 +1,18 @@
 """Every table of the report. The same records always give the same bytes."""
 
-import itertools
 import shutil
 import textwrap
 
 from experiments.claims import Verdict
 from experiments.claims.verdict import RULED
 from experiments.families import Family
-from experiments.report.cells import baselines_table, cells_table, paired_table, references_table
-from experiments.report.cost import cost_table, trunks_table
-from experiments.report.pretrained import depths_table, pretrained_table
+from experiments.report.cells import (
+    cells_table,
+    cost_table,
+    paired_table,
+    pretrained_table,
+    references_table,
+)
 from experiments.report.table import Made, Table, braces, title_of
 
 RULED_AFTER = "after its records"
@@ -22,10 +25,7 @@ TABLES = (
     paired_table,
     references_table,
     pretrained_table,
-    depths_table,
-    baselines_table,
     cost_table,
-    trunks_table,
 )
 
 
@@ -64,30 +64,8 @@ def claims_table(verdicts: list[Verdict]) -> Table:
 
 
 def claims_text(verdicts: list[Verdict]) -> str:
-    """The claims table for this terminal; a paragraph each where that is too narrow for columns."""
-    width = min(118, shutil.get_terminal_size((118, 24)).columns)
-    if width < 100:
-        return _claims_narrow(verdicts, max(width, 20))
-    widths = (8, 30, 0, 32)
-    widths = (*widths[:2], width - sum(widths) - 3 * 2, widths[3])
-    header = ("claim", "setting", "measured", "verdict")
-    lines = [
-        "  ".join(h.ljust(w) for h, w in zip(header, widths, strict=True)).rstrip(),
-        "  ".join("-" * w for w in widths),
-    ]
-    for v in verdicts:
-        cells = (v.claim.name, v.setting, "\n".join(n.text() for n in v.numbers) or "nothing", v.verdict)
-        wrapped = [
-            [part for line in cell.splitlines() for part in textwrap.wrap(line, w) or [""]]
-            for cell, w in zip(cells, widths, strict=True)
-        ]
-        for parts in itertools.zip_longest(*wrapped, fillvalue=""):
-            lines.append("  ".join(part.ljust(w) for part, w in zip(parts, widths, strict=True)).rstrip())
-    return "\n".join(lines)
-
-
-def _claims_narrow(verdicts: list[Verdict], width: int) -> str:
-    lines = []
+    """For this terminal: of every verdict its claim and setting, what was measured, and the word."""
+    width, lines = max(20, min(118, shutil.get_terminal_size((118, 24)).columns)), []
     for v in verdicts:
         lines += textwrap.wrap(f"{v.claim.name}: {v.setting}", width)
         for said in (*(number.text() for number in v.numbers), v.verdict):

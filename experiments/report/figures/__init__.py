@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.families import Family
-from experiments.report import decoding, scaling, tasks
+from experiments.report import tasks
 from experiments.report.benchmarks import made_of, read_benchmark
-from experiments.report.figures import benchmarks, components, cost, drafts, likelihood, speed, training
+from experiments.report.figures import ranks, speed, training
 from experiments.report.figures.style import STYLE, Plot, save
 from experiments.report.table import described
 
@@ -30,36 +30,13 @@ ADDING = (
 # In the order of the report.
 FIGURES: dict[str, Plot] = {
     "pretrained": Plot("Heads on a pretrained model, and what rank adds", "C6", speed.pretrained, decoded=True),
-    "main": Plot("What a rank gains on one frozen target", "C3", drafts.gain, decoded=True),
-    "nll": Plot("Joint likelihood, and its terms", "C1", likelihood.nll),
-    "first_token": Plot("The first token alone", "C2", likelihood.first_token),
+    "main": Plot("What a rank gains on one frozen target", "C3", ranks.gain, decoded=True),
+    "nll": Plot("Joint likelihood, and its terms", "C1", ranks.nll),
+    "first_token": Plot("The first token alone", "C2", ranks.first_token),
     "over_rank1": Plot("Speed over rank 1, in every setting", "C4", speed.over_rank_one, decoded=True),
     "balance": Plot("The balance loss", "C5", training.balance, decoded=True),
     "by_size": Plot("Tokens per forward and speed-up by model size", "C7", speed.by_size, decoded=True),
-    "training_cost": Plot("What a rank costs in training", "C8", cost.training, of_time=True),
-    "acceptance": Plot("Drafts accepted, by depth", "C3", drafts.acceptance, decoded=True),
-    "equal_time": Plot("Equal training time", "C3", training.equal_time, decoded=True),
-    "forward_cost": Plot("What a target forward costs, by model size", "C7", cost.forward, decoded=True),
-    "time_split": Plot("Where the time goes", "C4", cost.time_split, decoded=True),
-    "usage": Plot("Components in use", "C5", components.usage),
-    "specialities": Plot("What each component explains", "C5", components.specialities, appendix=True),
-    "windows": Plot("Example windows", "C5", components.windows, appendix=True),
-}
-# name -> (title, its record, how it is drawn, its caption)
-OF_BENCHMARKS: dict[str, tuple[Any, ...]] = {
-    "decoding": (
-        "Ways to draft, side by side",
-        "decode_baselines",
-        benchmarks.ways_to_draft,
-        lambda record: f"{decoding.FIGURE} {decoding.described(record)}",
-    ),
-    "tasks": ("Ways to decode, by task", "tasks_smollm2", tasks.figure, tasks.described),
-    "overhead_sizes": (
-        "Training overhead",
-        "training_overhead",
-        benchmarks.training_overhead,
-        lambda record: f"{scaling.FIGURE} {scaling.conditions(record)}",
-    ),
+    "training_cost": Plot("What a rank costs in training", "C8", training.cost, of_time=True),
 }
 
 
@@ -78,34 +55,18 @@ def command(claim: str) -> str:
     return f"python experiments/sweep.py claim={claim}"
 
 
-def meant_for(plot: Plot, families: list[Family]) -> list[Family]:
-    """The timing cells for a figure about training time, where there are any; for the others all but those."""
-    timed = [family for family in families if family.is_timing]
-    return (timed or families) if plot.of_time else [family for family in families if not family.is_timing]
-
-
 def draw_all(families: list[Family], folder: Path) -> tuple[list[Path], list[Shown]]:
     """Draw every figure of the cells into `folder`: (files, every figure, drawn or not)."""
+    timed, untimed = ([family for family in families if family.is_timing is those] for those in (True, False))
 
     def draw(plot: Plot) -> tuple[Figure, str] | str:
-        drawn = plot.draw(meant_for(plot, families))
+        drawn = plot.draw(timed or families if plot.of_time else untimed)
         if isinstance(drawn, str):
             return f"{drawn}; `{command(plot.claim)}` makes them"
         return drawn.figure, f"{drawn.caption} {described(drawn.records, plot.decoded)}"
 
     made = [_drawn(name, plot.title, partial(draw, plot), folder) for name, plot in FIGURES.items()]
     return sorted(file for files, _ in made for file in files), [each for _, each in made]
-
-
-def draw_benchmarks(results: Path, folder: Path) -> tuple[list[Path], list[Shown]]:
-    """The same of the benchmarks' records."""
-
-    def draw(name: str, plot: Callable[..., Figure], caption: Callable[..., str]) -> tuple[Figure, str] | str:
-        record = read_benchmark(results, name)
-        return record if isinstance(record, str) else made_of(name, lambda: (plot(record), caption(record)))
-
-    made = [_drawn(name, title, partial(draw, *given), folder) for name, (title, *given) in OF_BENCHMARKS.items()]
-    return [file for files, _ in made for file in files], [each for _, each in made]
 
 
 def draw_front(results: Path, families: list[Family], folder: Path) -> tuple[list[Path], Shown]:

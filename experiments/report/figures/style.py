@@ -1,7 +1,7 @@
 """What all figures share: one palette, one set of type sizes, one grid, one way to save.
 
 Drawn for one column (3.4 in) or two (7 in) with text of 7 pt or more, in Okabe and Ito's colours, told apart by
-marker or hatch as well.
+marker as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpdlm.files import write_bytes
-from experiments.families import Cells, Family, along
+from experiments.families import Family, along
 from experiments.records import Record
 from experiments.stats import Interval
 
@@ -41,11 +41,9 @@ STYLE: dict[str, Any] = {
     "ytick.major.width": 0.6,
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
-    "hatch.linewidth": 0.5,
     "legend.frameon": False,
     "legend.handlelength": 1.8,
     "pdf.fonttype": 42,
-    "figure.dpi": 100,
     "savefig.dpi": DPI,
     "axes.axisbelow": True,
     "grid.linewidth": 0.4,
@@ -53,14 +51,11 @@ STYLE: dict[str, Any] = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.ymargin": 0.1,
-    "svg.hashsalt": "cpdlm",
-    "text.usetex": False,
     "figure.constrained_layout.h_pad": 0.05,
     "axes.titlelocation": "left",
     "figure.constrained_layout.w_pad": 0.05,
-    "image.cmap": "cividis",
 }
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, YELLOW = (
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
     "#000000",
     "#E69F00",
     "#56B4E9",
@@ -68,7 +63,6 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, YELLOW = (
     "#0072B2",
     "#D55E00",
     "#CC79A7",
-    "#F0E442",
 )
 Look = tuple[str, str, str]  # colour, marker, dashes
 # Of ranks, positions and the like, in their order.
@@ -84,16 +78,8 @@ SERIES: tuple[Look, ...] = (
 # The same of a variant of the heads, as records name it.
 VARIANTS = {"untied": (BLUE, "o", "-"), "tied": (ORANGE, "s", "--"), "token-conditioned": (GREEN, "^", "-.")}
 BY_MODE = {"greedy": (RED, "s", "none"), "sampling": (BLUE, "o", "none")}
-FILLS = {
-    "prefill": (BLACK, ""),
-    "draft": (ORANGE, "////"),
-    "trunk": (BLUE, ""),
-    "verify": (GREEN, "...."),
-    "other": ("0.8", ""),
-}
 ARMS: dict[str, Any] = {"elinewidth": 0.8, "markeredgewidth": 0}
 TICKS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 16)  # of ratios
-COMPONENTS = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, YELLOW, "0.55")  # component a of a mixture
 
 
 @dataclass(frozen=True)
@@ -111,7 +97,7 @@ class Plot:
 
     draw: from families to a Drawn, or to the reason why there is none ("no ..."). claim: whose cells it needs.
     of_time: it is about training time, so that it is drawn from the timing cells, and it alone. decoded: it shows
-    what was measured in decoding, so that its caption states the prompts. appendix: it stands at the report's end.
+    what was measured in decoding, so that its caption states the prompts.
     """
 
     title: str
@@ -119,7 +105,6 @@ class Plot:
     draw: Callable[[list[Family]], Drawn | str]
     of_time: bool = False
     decoded: bool = False
-    appendix: bool = False
 
 
 def save(figure: Figure, caption: str, folder: Path, name: str) -> list[Path]:
@@ -146,7 +131,6 @@ def grid(
     width: float = COLUMN,
     height: float = ROW,
     share_y: bool | str = False,
-    ratios: list[float] | None = None,
 ) -> tuple[Figure, Any]:
     """A figure without pyplot's global state, and its axes, always two-dimensional. height: of a row, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -155,17 +139,7 @@ def grid(
     figure = Figure(figsize=(width, height * rows + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     shared: Any = share_y
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey=shared, height_ratios=ratios)
-
-
-def pairs(count: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """Two panels for each of `count` comparisons, two comparisons to a row."""
-    beside = min(count, 2)
-    figure, axes = grid(-(-count // 2), 2 * beside, width=WIDE if beside == 2 else COLUMN)
-    flat = list(axes.flat)
-    for axis in flat[2 * count :]:
-        axis.remove()
-    return figure, [(flat[index], flat[index + 1]) for index in range(0, 2 * count, 2)]
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=shared)
 
 
 def rank_axis(axis: Axes, ranks: Sequence[int]) -> None:
@@ -218,9 +192,7 @@ def legend_below(figure: Figure, columns: int) -> None:
 # --- marks -----------------------------------------------------------------------------------------------------------
 
 
-def errors(
-    axis: Axes, x: Sequence[float], values: Sequence[Interval | None], look: Look, label: str, **options: Any
-) -> None:
+def errors(axis: Axes, x: Sequence[float], values: Sequence[Interval | None], look: Look, label: str) -> None:
     """A line through points with interval arms; a missing value is left out."""
     kept = [(place, value) for place, value in zip(x, values, strict=True) if value is not None]
     if kept:
@@ -229,7 +201,7 @@ def errors(
             [place for place, _ in kept],
             [v.mean for _, v in kept],
             arms([v for _, v in kept]),
-            **ARMS | {"color": color, "marker": marker, "linestyle": style, "label": label} | options,
+            **ARMS | {"color": color, "marker": marker, "linestyle": style, "label": label},
         )
 
 
@@ -271,40 +243,10 @@ def widest(families: Sequence[Family], variant: str = "untied") -> list[Family]:
     return found[:PANELS]
 
 
-def decoded(families: Sequence[Family]) -> list[Family]:
-    """Those worth a panel whose cells were decoded: of any variant, with two ranks at least."""
-    found = list({id(family): family for variant in VARIANTS for family in widest(families, variant)}.values())
-    return [family for family in found if any(record.mode("sampling") for record in family.records())][:PANELS]
-
-
-def on_pretrained(families: Sequence[Family]) -> list[tuple[Family, str]]:
-    """(family, variant) of the cells on pretrained models, PANELS at most.
-
-    Those of most ranks come first, of these the longest trained.
-    """
-    theirs = sorted((f for f in families if f.is_pretrained), key=lambda family: -family.settings["optim.steps"])
-    found = [(family, variant) for family in theirs for variant in VARIANTS if lines(family, variant)]
-    return sorted(found, key=lambda each: -len({label.split(",")[0] for label in lines(*each)}))[:PANELS]
-
-
-def lines(family: Family, variant: str) -> dict[str, Cells]:
-    """A line per rank of a variant, with the sizes that a cell has of its own: "rank 4", and "rank 1, mlp 1152"."""
-    return {
-        ", ".join([f"rank {rank}", *found.split(", ")[1:]]): family.cells[found, rank]
-        for found in family.variants()
-        if found.split(", ")[0] == variant
-        for rank in family.ranks(found)
-    }
-
-
 def looks(shown: Iterable[str]) -> dict[str, Look]:
     """A look by label: the same in every panel and figure for the ranks 1, 2, 4, 8; the others follow."""
     labels = dict.fromkeys([*(f"rank {rank}" for rank in (1, 2, 4, 8)), *shown])
     return {label: SERIES[index % len(SERIES)] for index, label in enumerate(labels)}
-
-
-def modes_of(cells: Cells, mode: str) -> list[dict[str, Any]]:
-    return [measured for _, record in sorted(cells.items()) if (measured := record.mode(mode))]
 
 
 def worded(text: str) -> str:
