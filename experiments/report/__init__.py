@@ -49,8 +49,9 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     if (results / "benchmarks").is_dir():  # a sweep has none
         made += benchmarks.tables(results, decoding.TABLES) + tasks.tables(results) + speed.tables(results)
         made += benchmarks.tables(results, scaling.TABLES)
+        pictures, beside = drawing.draw_benchmarks(results, figures)
         front_files, front_shown = drawing.draw_front(results, families, figures)
-        drawn, shown = [*drawn, *front_files, *sample.draw(results, figures)], [*shown, front_shown]
+        drawn, shown = [*drawn, *pictures, *front_files, *sample.draw(results, figures)], [*shown, *beside, front_shown]
     written, left_out = table.write_made(made, figures / "tables")
     files, notes = [*files, *written], [*notes, *left_out]
     html = page.write(figures / "report.html", records, found, shown, made, notes)

@@ -13,6 +13,12 @@ from experiments.report.benchmarks import Benchmark
 from experiments.report.table import Columns, Table, ranged, recorded, tabulated
 
 DIMENSIONS = ("positions", "horizon", "rank", "vocab", "width")
+FIGURE = (
+    "A training step over the next-token model's on the same trunk, by recipe and size of the trunk: measured (bars: "
+    "the range over fresh processes), and what the FLOPs would allow. Whole: untied heads trained at every position; "
+    "1/4, 1/16: at that share of them; low rank: maps of rank 16; frozen: the trunk is; draft vocabulary: a quarter "
+    "of the tokens."
+)
 
 
 # --- the joint loss --------------------------------------------------------------------------------------------------
@@ -209,6 +215,12 @@ TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
 def _over(values: Sequence[float], form: str) -> str:
     """Median and range."""
     return ranged({"median": statistics.median(values), "low": min(values), "high": max(values)}, form)
+
+
+def conditions(record: Benchmark) -> str:
+    made = record["settings"]
+    sizes = f"Rank {made['rank']}, n={made['horizon']}, V={made['vocab']:,}"
+    return f"{sizes}, {made['steps']} steps in each of {made['repeats']} processes. {described(record)}"
 
 
 def described(record: Benchmark) -> str:

@@ -1,8 +1,12 @@
 """Ways to decode a model on prompts that people know: the records of `experiments/bench/tasks.py`."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cpdlm.bench.figure import figure_of
 from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, LLAMA
 from cpdlm.bench.tasks import Entry, row
 from cpdlm.benchmark import Measured
@@ -10,6 +14,9 @@ from experiments.records import machine_text
 from experiments.report import benchmarks
 from experiments.report.benchmarks import Benchmark, read_benchmark
 from experiments.report.table import Columns, Made, Table, dash, recorded, tabulated
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 START = "tasks_"  # of the records' names
 HELD = ("tasks_smollm2", "tasks_smollm2_chat", "tasks_smollm2_prose")  # of the released heads, weights as they are
@@ -119,6 +126,10 @@ def _llama(record: Benchmark) -> str:
         if entry["method"] == LLAMA
     ]
     return f"llama.cpp, same file and prompts as {record['weights']}, no drafts: {', '.join(rates)}." if rates else ""
+
+
+def figure(record: Benchmark) -> Figure:
+    return figure_of(record["entries"])
 
 
 def described(record: Benchmark) -> str:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.families import Family
-from experiments.report import tasks
+from experiments.report import decoding, scaling, tasks
 from experiments.report.benchmarks import made_of, read_benchmark
-from experiments.report.figures import ranks, speed, training
+from experiments.report.figures import benchmarks, cost, ranks, speed, training
 from experiments.report.figures.style import STYLE, Plot, save
 from experiments.report.table import described
 
@@ -37,6 +37,24 @@ FIGURES: dict[str, Plot] = {
     "balance": Plot("The balance loss", "C5", training.balance, decoded=True),
     "by_size": Plot("Tokens per forward and speed-up by model size", "C7", speed.by_size, decoded=True),
     "training_cost": Plot("What a rank costs in training", "C8", training.cost, of_time=True),
+    "equal_time": Plot("Equal training time", "C3", training.equal_time, decoded=True),
+    "forward_cost": Plot("What a target forward costs, by model size", "C7", cost.forward, decoded=True),
+}
+# name -> (title, its record, how it is drawn, its caption)
+OF_BENCHMARKS: dict[str, tuple[Any, ...]] = {
+    "decoding": (
+        "Ways to draft, side by side",
+        "decode_baselines",
+        benchmarks.ways_to_draft,
+        lambda record: f"{decoding.FIGURE} {decoding.described(record)}",
+    ),
+    "tasks": ("Ways to decode, by task", "tasks_smollm2", tasks.figure, tasks.described),
+    "overhead_sizes": (
+        "Training overhead",
+        "training_overhead",
+        benchmarks.training_overhead,
+        lambda record: f"{scaling.FIGURE} {scaling.conditions(record)}",
+    ),
 }
 
 
@@ -67,6 +85,17 @@ def draw_all(families: list[Family], folder: Path) -> tuple[list[Path], list[Sho
 
     made = [_drawn(name, plot.title, partial(draw, plot), folder) for name, plot in FIGURES.items()]
     return sorted(file for files, _ in made for file in files), [each for _, each in made]
+
+
+def draw_benchmarks(results: Path, folder: Path) -> tuple[list[Path], list[Shown]]:
+    """The same of the benchmarks' records."""
+
+    def draw(name: str, plot: Callable[..., Figure], caption: Callable[..., str]) -> tuple[Figure, str] | str:
+        record = read_benchmark(results, name)
+        return record if isinstance(record, str) else made_of(name, lambda: (plot(record), caption(record)))
+
+    made = [_drawn(name, title, partial(draw, *given), folder) for name, (title, *given) in OF_BENCHMARKS.items()]
+    return [file for files, _ in made for file in files], [each for _, each in made]
 
 
 def draw_front(results: Path, families: list[Family], folder: Path) -> tuple[list[Path], Shown]:

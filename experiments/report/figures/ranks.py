@@ -127,13 +127,13 @@ def gain(families: list[Family]) -> Drawn | str:
 def _joint(axis: Axes, family: Family, variant: str = "untied") -> None:
     """Joint NLL against the rank, with the interval of its difference to the lowest."""
     cells = family.by_rank(variant)
-    values = [_over_base(each, cells[min(cells)], "joint_nll") for each in cells.values()]
+    values = [over_base(each, cells[min(cells)], "joint_nll") for each in cells.values()]
     style.by_rank(axis, list(cells), values, style.VARIANTS[variant], "_")
     style.rank_axis(axis, list(cells))
     axis.set(ylabel=f"joint NLL of {family.horizon} tokens (nats)", title=style.wrapped(family))
 
 
-def _over_base(cells: Cells, base: Cells, quantity: str) -> Interval | None:
+def over_base(cells: Cells, base: Cells, quantity: str) -> Interval | None:
     """The level of `base`, with the interval of the paired difference to it."""
     start = over_seeds(base, quantity)
     assert start is not None, "every record has its likelihoods"

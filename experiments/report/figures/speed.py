@@ -244,7 +244,7 @@ def by_size(families: list[Family]) -> Drawn | str:
                 values = [over_seeds(sizes[size].cells.get(("untied", rank), {}), quantity, mode) for size in ordered]
                 x = [trunks[size] / 1e6 * 1.1 ** (index - (len(ranks) - 1) / 2) for size in ordered]
                 style.errors(axis, x, values, style.SERIES[index % len(style.SERIES)], f"rank {rank}")
-            _size_axis(axis, [trunks[size] for size in ordered])
+            size_axis(axis, [trunks[size] for size in ordered])
             axis.set_title(mode)
         row[0].set_ylabel(label)
     for axis in axes[1]:
@@ -259,9 +259,9 @@ def by_size(families: list[Family]) -> Drawn | str:
     )
 
 
-def _size_axis(axis: Axes, trunks: Sequence[int]) -> None:
-    """Parameters of the trunk on a logarithmic x axis."""
-    ticks = [trunk / 1e6 for trunk in trunks]
+def size_axis(axis: Axes, trunks: Sequence[int], decades: bool = False) -> None:
+    """Parameters of the trunk on a logarithmic x axis; decades: marked at powers of ten, not at the trunks."""
+    ticks = [0.1, 1, 10, 100, 1000, 10_000] if decades else [trunk / 1e6 for trunk in trunks]
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:.2g}" if tick < 100 else f"{tick:,.0f}" for tick in ticks])
     axis.minorticks_off()

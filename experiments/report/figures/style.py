@@ -192,8 +192,10 @@ def legend_below(figure: Figure, columns: int) -> None:
 # --- marks -----------------------------------------------------------------------------------------------------------
 
 
-def errors(axis: Axes, x: Sequence[float], values: Sequence[Interval | None], look: Look, label: str) -> None:
-    """A line through points with interval arms; a missing value is left out."""
+def errors(
+    axis: Axes, x: Sequence[float], values: Sequence[Interval | None], look: Look, label: str, **options: Any
+) -> None:
+    """A line through points with interval arms; a missing value is left out. options: of the markers."""
     kept = [(place, value) for place, value in zip(x, values, strict=True) if value is not None]
     if kept:
         color, marker, style = look
@@ -201,7 +203,7 @@ def errors(axis: Axes, x: Sequence[float], values: Sequence[Interval | None], lo
             [place for place, _ in kept],
             [v.mean for _, v in kept],
             arms([v for _, v in kept]),
-            **ARMS | {"color": color, "marker": marker, "linestyle": style, "label": label},
+            **ARMS | {"color": color, "marker": marker, "linestyle": style, "label": label} | options,
         )
 
 

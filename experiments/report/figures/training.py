@@ -1,14 +1,74 @@
-"""Whether the balance loss helps (C5), and what a rank costs in training (C8)."""
+"""What a rank is worth at equal training time (C1, C3), whether the balance loss helps (C5), what a rank costs (C8)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from experiments.families import Cells, Family, along
+import numpy as np
+
+from experiments.families import Cells, Family, along, trained_longer
 from experiments.report.figures import style
+from experiments.report.figures.ranks import over_base
 from experiments.report.figures.style import Drawn
 from experiments.stats import Interval, Sample, contrast, difference, over_seeds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def equal_time(families: list[Family]) -> Drawn | str:
+    """Held-out joint NLL and tokens per forward against the time spent in training."""
+    found = [(family, trained_longer(family, families)) for family in style.widest(families) if 1 in family.ranks()]
+    shown = [each for each in found if each[1]][:2] or found[:2]
+    if not shown:
+        return "no records of rank 1 and a higher one"
+    figure, axes = style.grid(2, len(shown), width=style.WIDE if len(shown) > 1 else 3.4, height=1.6)
+    panels = (("joint_nll", "joint NLL (nats)"), ("tokens_per_pass", "tokens per forward"))
+    for column, (family, longer) in zip(axes.T, shown, strict=True):
+        for axis, (quantity, label) in zip(column, panels, strict=True):
+            _against_time(axis, family, longer, quantity)
+            axis.set(ylabel=label, xlabel="seconds of training steps")
+        column[0].set_title(style.wrapped(family))
+    style.legend_below(figure, 3)
+    return Drawn(
+        figure,
+        "Held-out joint NLL (top) and tokens per target forward when sampling (bottom) against the time spent in "
+        "training steps (median step times their number, mean over seeds); untied heads of equal steps, and rank 1 "
+        "trained for longer (open), joined to rank 1 by a dashed line: at equal wall-clock a rank is read against "
+        "that line. Bars: 95% interval, of the joint NLL that of the difference to rank 1 of equal steps, paired "
+        "over seeds and test rows.",
+        [
+            record
+            for family, longer in shown
+            for record in (*family.records("untied"), *(r for cells in longer for r in cells.values()))
+        ],
+    )
+
+
+def _against_time(axis: Axes, family: Family, longer: list[Cells], quantity: str) -> None:
+    base = family.cells["untied", 1]
+
+    def value(cells: Cells) -> Interval | None:
+        paired = over_base(cells, base, quantity) if quantity == "joint_nll" else None
+        return paired or over_seeds(cells, quantity)
+
+    styles = style.looks(f"rank {rank}" for rank in family.ranks())
+    known = [(_seconds(cells), each.mean) for cells in (base, *longer) if (each := value(cells)) is not None]
+    axis.plot(*zip(*known, strict=True), color=style.BLACK, linestyle=(0, (4, 2)), linewidth=0.8, zorder=1)
+    marks: list[tuple[Cells, str, dict[str, Any]]] = [(c, f"rank {rank}", {}) for rank, c in family.by_rank().items()]
+    open_marker = {"markerfacecolor": "white", "markeredgewidth": 1.0}
+    marks += [(cells, "rank 1, trained for longer", open_marker) for cells in longer]
+    for cells, label, options in marks:
+        color, marker, _ = styles[label.partition(",")[0]]
+        style.errors(axis, [_seconds(cells)], [value(cells)], (color, marker, "none"), label, **options)
+    axis.set_xlim(left=0)
+
+
+def _seconds(cells: Cells) -> float:
+    """Mean over seeds of the time in training steps, without validation, checkpoints and pauses."""
+    return float(np.mean([record.step_seconds for record in cells.values()]))
 
 
 def balance(families: list[Family]) -> Drawn | str:
