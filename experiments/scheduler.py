@@ -35,8 +35,8 @@ SECONDS_TO_SAVE = 60.0
 class Job:
     """A command line.
 
-    argv: after the Python interpreter, from the repository's root. log: takes its output. needs: names of jobs before
-    it. alone: it is timed, so nothing may run beside it. logged: bytes of the log that earlier attempts left.
+    argv: after the Python interpreter, from the repository's root. log: takes it, and its output. needs: names of jobs
+    before it. alone: it is timed, so nothing may run beside it.
     """
 
     name: str
@@ -44,7 +44,6 @@ class Job:
     log: Path
     needs: frozenset[str] = field(default_factory=frozenset)
     alone: bool = False
-    logged: int = 0
 
 
 class Launcher(Protocol):
@@ -88,6 +87,8 @@ def schedule(jobs: list[Job], launcher: Launcher, ended: Callable[[Job, int], bo
 def _child(job: Job, environment: dict[str, str], first: Callable[[], Any], apart: bool) -> subprocess.Popen[bytes]:
     """The job's process. first: what it does before its command. apart: it has a session of its own."""
     with open(job.log, "ab") as log:
+        log.write(f"$ python {shlex.join(job.argv)}\n".encode())
+        log.flush()
         return subprocess.Popen(
             [sys.executable, *job.argv],
             cwd=ROOT,

@@ -17,7 +17,6 @@ from experiments.scheduler import ROOT
 from experiments.suite import Cell, complete, mates
 
 STAGES = ("data", "train", "decode", "report")
-FAILED = "failed.json"
 AFRESH = "out=OTHER results=OTHER/results"
 # What decides the numbers of a record. Commits that differ elsewhere only are the same code.
 CODE = (
