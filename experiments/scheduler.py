@@ -5,12 +5,9 @@ decides what to do with the jobs that are ready: `Local` shares out cores or GPU
 themselves, `Slurm` submits arrays and lets the cluster decide.
 """
 
-import contextlib
 import ctypes
-import io
 import json
 import os
-import pickle
 import shlex
 import shutil
 import signal
@@ -292,23 +289,13 @@ class Slurm:
         write_json(self._book, self._ids)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads texts and numbers, which is what a job's result is made of; executes nothing."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"a job's result names {module}.{name}; it is not executed")
-
-
 def _result(job: Job, handle: Any) -> int | None:
     """Exit code of a job of the cluster, None while it has none; an error of the worker goes to the job's log."""
-    path = Path(handle.paths.result_pickle)
-    if not path.is_file():
+    if not Path(handle.paths.result_pickle).is_file():
         return None
-    with contextlib.suppress(EOFError):
-        outcome, value = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        if outcome == "success":
-            return int(value)
-        with open(job.log, "a") as log:
-            log.write(str(value))
-        return 1
-    return None
+    error = handle.exception()
+    if error is None:
+        return int(handle.result())
+    with open(job.log, "a") as log:
+        log.write(str(error))
+    return 1
