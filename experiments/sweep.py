@@ -29,7 +29,6 @@ from experiments.pipeline import run
 from experiments.profiles import PROFILES, SCALES, study
 from experiments.scheduler import ROOT, Launcher, Local, Slurm
 from experiments.sweep_plan import STAGES, Plan
-from experiments.tracking import claim_experiment
 
 PROGRAM = "python experiments/sweep.py"
 SETTINGS = {
@@ -168,7 +167,7 @@ def plan_of(options: Options) -> Plan:
         results=results,
         command=options.command,
         comparisons=[each for each in comparisons if each],
-        experiment=claim_experiment(options.claim) if options.claim not in ("", "all") else "cpdlm",
+        experiment=f"cpdlm {options.claim}" if options.claim not in ("", "all") else "cpdlm",
         stages=options.only,
         mix=options.mix,
         shown=Path("results") if results.parts[:1] == ("results",) else results,

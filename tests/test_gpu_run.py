@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from cpdlm.config import resolve
-from cpdlm.model.build import build_language_model
 from experiments import chunks, gpu_run, records
 from experiments.gpu_run import Step, steps
 from tests.tiny import TINY, code_folder, small_pretrained
@@ -28,14 +25,6 @@ def test_the_plan_fits_and_every_setting_is_one(tmp_path: Path, capsys: pytest.C
     assert trunk.optim.steps * trunk.data.batch_rows * trunk.data.context > 49e6
     assert gpu_run.resolved(gpu_run.heads_56m(8, 2), tmp_path).decode.prompt_tokens + 128 == 1024
     assert gpu_run.main(["--plan"]) == 0 and "llama-8b" in capsys.readouterr().out
-
-
-def test_the_shape_of_llama_8b_has_its_parameters() -> None:
-    with torch.device("meta"):
-        model = build_language_model(
-            resolve({"size": "8b", "horizon": 1, "rank": 1, "balance": "none", "model.tie_embeddings": False}), 128256
-        )
-    assert sum(each.numel() for each in model.parameters()) == pytest.approx(8.03e9, rel=0.001)
 
 
 @pytest.fixture

@@ -215,12 +215,6 @@ def test_the_star_fits_its_budget(scale: str, jobs: int, hours: float, cost_mode
     assert cost.wall_seconds(cells, cost.estimates(model, cells), jobs) / 3600 <= hours
 
 
-def test_without_records_of_a_gpu_the_rates_are_assumed_and_it_says_so() -> None:
-    model = cost.CostModel.of([], "gpu")
-    assert "no records of a gpu yet; assumed rates" in model.text()
-    assert model.estimate(study("C3", "gpu")[0].config("runs")).train > cost.START_SECONDS
-
-
 def test_two_workers_halve_the_time_but_not_that_of_a_chain() -> None:
     target = trunk("code", "cpu-trunk,trunk")
     cells = [target, *(heads(target, rank, "cpu-heads") for rank in (1, 2, 4))]
