@@ -154,7 +154,8 @@ def _decode(seed: int, work: Path) -> None:
     from experiments import cell
 
     configs = [resolved(heads_56m(rank, seed), work) for rank in RANKS]
-    if not cell.is_measured(configs):
+    names = [config.run_name for config in configs]
+    if not all(cell.is_measured(config, names) for config in configs):
         cell.measure(configs)
     for config in configs:
         cell.write_record(config, _command(config), work / "records", claim="C3", profile="gpu_run")

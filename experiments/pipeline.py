@@ -4,7 +4,6 @@ Every stage skips what is complete, so the same sweep continues where a killed o
 again; where its weights are needed (a trunk) they are made again. Where a cell fails the others go on.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -120,10 +119,7 @@ def _decode(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
 
     def is_measured(cell: Cell) -> bool:
         reference = cell.reference.config(out) if cell.reference is not None and cell.reference.name in names else None
-        if not one.is_measured([cell.config(out)], reference):
-            return False
-        measured = json.loads((plan.out / cell.name / one.MEASURED).read_bytes())
-        return mates(cell, drafting) <= set(measured["group"])
+        return one.is_measured(cell.config(out), mates(cell, drafting), reference)
 
     due = [cell for cell in drafting if not is_measured(cell)]
     if not due:
@@ -134,7 +130,7 @@ def _decode(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
         path = plan.out / "groups" / f"decoding-{group.cells[0].name}.json"
         reference = group.reference.words(out) if group.reference is not None else None
         write_json(path, {"cells": [cell.words(out) for cell in group.cells], "reference": reference})
-        argv = ("-m", "experiments.decode_group", str(path))
+        argv = ("-m", "experiments.cell", str(path))
         jobs.append(Job(path.stem, argv, path.with_suffix(".log"), alone=True))
 
     def ended(job: Job, code: int) -> bool:
@@ -166,10 +162,10 @@ def _report(plan: Plan, failures: list[str]) -> str:
         except (RecordError, RunError) as error:
             failures.append(f"{cell.name}: its record is not written: {error}")
     figures = _figures(plan)
-    drawn = render(plan.shown or plan.results, figures, Path("README.md") if plan.publish else None)
+    drawn = render(plan.shown, figures, Path("README.md") if plan.publish else None)
     notes = "".join(f"note: {line}\n" for line in drawn.notes)
     text = (
-        f"\n{drawn.text}\n{notes}\nreport: {figures}/report.html\nrecords: {plan.shown or plan.results}\n"
+        f"\n{drawn.text}\n{notes}\nreport: {figures}/report.html\nrecords: {plan.shown}\n"
         f"dashboard: ./dev ui {plan.out}   (MLflow on http://127.0.0.1:5000)"
     )
     # A sweep that was killed here has written records that MLflow lacks.

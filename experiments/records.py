@@ -123,8 +123,7 @@ def build(config: Config, origin: dict[str, Any] | None = None, **parts: Any) ->
 
 
 def write(content: dict[str, Any], folder: Path) -> Path:
-    """Validate and write folder/NAME.json whole; what is there stays until then. Raises WriteError."""
-    validate(content, f"record {content.get('name', '')}")
+    """Write folder/NAME.json whole; what is there stays until then. Raises WriteError."""
     path = folder / f"{content['name']}.json"
     write_json(path, content)
     return path

@@ -210,7 +210,7 @@ def validate(content: Any, where: str = "record") -> dict[str, Any]:
     if content.get("schema") != SCHEMA:
         schema = _shown(content.get("schema"))
         raise RecordError(f"{where}: schema is {schema}, this version reads {SCHEMA}; run the cell again")
-    _check(content, FIELDS, "", where)
+    check_kind(content, FIELDS, "", where)
     if field := non_finite(content):
         raise RecordError(f"{where}: {field} is not a finite number")
     check_settings(content["config"], where)
@@ -223,19 +223,14 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
     """RecordError for a setting of a wrong type or beyond its range; names that are no settings are left alone."""
     kinds, known = {"int": int, "float": NUMBER, "str": str, "bool": bool}, leaves()
     for group in {key.partition(".")[0] for key in known if "." in key} & config.keys():
-        _check(config[group], {}, f"config.{group}", where)
+        check_kind(config[group], {}, f"config.{group}", where)
     for key, value in flat(config).items():
         if key in known:
-            _check(value, kinds[known[key].type], f"config.{key}", where)
+            check_kind(value, kinds[known[key].type], f"config.{key}", where)
             for said in out_of_range(key, value):
                 raise RecordError(f"{where}: config.{said}")
         if key in CHOICES and value not in CHOICES[key]:
             raise RecordError(f"{where}: config.{key} is {_shown(value)}, none of {', '.join(CHOICES[key])}")
-
-
-def check_kind(value: Any, kind: Any, field: str, where: str = "benchmark") -> None:
-    """RecordError where a value is not of this kind."""
-    _check(value, kind, field, where)
 
 
 def _disagreements(content: dict[str, Any]) -> Iterator[str]:
@@ -286,21 +281,22 @@ def with_nulls(value: Any, kind: Any = None) -> Any:
     return value
 
 
-def _check(value: Any, kind: Any, field: str, where: str) -> None:
+def check_kind(value: Any, kind: Any, field: str, where: str = "benchmark") -> None:
+    """RecordError where a value is not of this kind."""
     if isinstance(kind, Maybe):
         if value is None:
             return
         kind = kind.kind
     if isinstance(kind, Within):
-        _check(value, kind.kind, field, where)
+        check_kind(value, kind.kind, field, where)
         if not kind.least <= value <= kind.most:
             raise RecordError(f"{where}: {field} is {_shown(value)}; it lies from {kind.least:g} to {kind.most:g}")
     elif isinstance(kind, Each):
-        _check(value, {}, field, where)
+        check_kind(value, {}, field, where)
         for key, item in value.items():
-            _check(item, kind.kind, f"{field}.{key}", where)
+            check_kind(item, kind.kind, f"{field}.{key}", where)
     elif isinstance(kind, Some):
-        _check(value, [kind.kind], field, where)
+        check_kind(value, [kind.kind], field, where)
         if not value:
             raise RecordError(f"{where}: {field} is empty")
     elif isinstance(kind, dict):
@@ -309,7 +305,7 @@ def _check(value: Any, kind: Any, field: str, where: str) -> None:
         for key, inner in kind.items():
             name = f"{field}.{key}" if field else key
             if key in value:
-                _check(value[key], inner, name, where)
+                check_kind(value[key], inner, name, where)
             elif not isinstance(inner, Optional):
                 there = f"{field or 'the record'} has {', '.join(sorted(value)) or 'nothing'}"
                 raise RecordError(f"{where}: {name} is missing; {there}")
@@ -317,7 +313,7 @@ def _check(value: Any, kind: Any, field: str, where: str) -> None:
         if not isinstance(value, list):
             raise RecordError(f"{where}: {field} must be a list, found {_shown(value)}")
         for index, item in enumerate(value):
-            _check(item, kind[0], f"{field}[{index}]", where)
+            check_kind(item, kind[0], f"{field}[{index}]", where)
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
         raise RecordError(f"{where}: {field} must be {names}, found {_shown(value)}")

@@ -170,8 +170,6 @@ def plan_of(options: Options) -> Plan:
         experiment=f"cpdlm {options.claim}" if options.claim not in ("", "all") else "cpdlm",
         stages=options.only,
         mix=options.mix,
-        shown=Path("results") if results.parts[:1] == ("results",) else results,
-        publish=results != out / "results",
     )
 
 

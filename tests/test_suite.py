@@ -19,7 +19,7 @@ from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from experiments import cell as one_cell
-from experiments import decode_group, pipeline, run, scheduler, sweep
+from experiments import pipeline, run, scheduler, sweep
 from experiments.claims import CLAIMS
 from experiments.profiles import PROFILES, study
 from experiments.records import Record, load_all
@@ -186,7 +186,7 @@ class InProcess:
     def start(self, ready: list[scheduler.Job]) -> list[scheduler.Job]:
         job = ready[0]
         script, *words = job.argv
-        code = run.main(words) if script == "experiments/run.py" else decode_group.main(words[1:])
+        code = run.main(words) if script == "experiments/run.py" else one_cell.main(words[1])
         self.ended.append((job, code))
         return [job]
 
