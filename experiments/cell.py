@@ -36,9 +36,10 @@ from cpdlm.training import run as training
 from cpdlm.training.checkpoints import run_folder
 from cpdlm.training.module import NonFiniteLoss, lower
 from experiments import machine, tracking
+from experiments.compare import table
 from experiments.measure import likelihood
 from experiments.provenance import provenance
-from experiments.records import build, load, summary_table, write
+from experiments.records import build, load, write
 from experiments.schema import NUMBER, Maybe, check_kind, non_finite
 
 EVALUATED, MEASURED = "evaluate.json", "decode.json"
@@ -99,7 +100,7 @@ def run(config: Config, command: str, stage: str) -> int:
             measure([config])
         path = write_record(config, command, run_folder(config), claim="single", profile="single")
         tracking.log_record(config, path)
-        print(summary_table(load(path)))
+        print(table([load(path)]))
         print(f"record: {path}")
     return 0
 

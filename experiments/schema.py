@@ -32,13 +32,6 @@ class Each:
     kind: Any
 
 
-@dataclass(frozen=True)
-class Some:
-    """A list that is not empty, of this kind."""
-
-    kind: Any
-
-
 COUNT, POSITIVE = Within(int, 0, 2**53), Within(int, 1, 2**53)
 FEW = Within(int, 1, 10_000)  # ranks, horizons, depths
 REAL = Within(NUMBER, -1e6, 1e6)
@@ -76,7 +69,7 @@ _MODE: dict[str, Any] = {
     "tokens": POSITIVE,
     "passes": POSITIVE,
     "tokens_per_pass": {"mean": ABOVE, "low": ABOVE, "high": ABOVE},
-    "emitted_histogram": Some(COUNT),
+    "emitted_histogram": [COUNT],
     "acceptance_by_depth": [{"depth": FEW, "reached": COUNT, "accepted": COUNT}],
     "per_prompt": {"tokens": [ABOVE], "passes": [ABOVE]},
     "drafts_per_prompt": {"reached": [[COUNT]], "accepted": [[COUNT]]},
@@ -168,7 +161,7 @@ FIELDS: dict[str, Any] = {
         "per_source": Each({}),
         "kept_by_depth": Optional([{"depth": FEW, "mean": SHARE, "sem": AMOUNT}]),
         "per_row": {
-            "positions": Some(POSITIVE),
+            "positions": [POSITIVE],
             "joint_nll": [NATS],
             "first_token_nll": [NATS],
             "position_nll": Optional([[NATS]]),
@@ -295,10 +288,6 @@ def check_kind(value: Any, kind: Any, field: str, where: str = "benchmark") -> N
         check_kind(value, {}, field, where)
         for key, item in value.items():
             check_kind(item, kind.kind, f"{field}.{key}", where)
-    elif isinstance(kind, Some):
-        check_kind(value, [kind.kind], field, where)
-        if not value:
-            raise RecordError(f"{where}: {field} is empty")
     elif isinstance(kind, dict):
         if not isinstance(value, dict):
             raise RecordError(f"{where}: {field} must be an object, found {_shown(value)}")

@@ -14,7 +14,7 @@ from made_records import ORIGIN, made
 from cpdlm.config import Config, flat, to_dict
 from experiments.families import along, families_of
 from experiments.provenance import code_hash, git_state, is_commit
-from experiments.records import Record, RecordError, load, load_all, summary_table, validate, write
+from experiments.records import Record, RecordError, load, load_all, validate, write
 
 
 def test_a_record_survives_the_round_trip(tmp_path: Path) -> None:
@@ -25,7 +25,6 @@ def test_a_record_survives_the_round_trip(tmp_path: Path) -> None:
     assert record.content == content, "nothing is lost, and nothing has to be upgraded"
     assert (record.path, record.rank, record.seed, record.horizon) == ("C1/code-tiny-own-r4-n4-none-s0.json", 4, 0, 4)
     assert (record.target, record.variant) == ("own", "untied")
-    assert "tokens per target forward" in summary_table(record)
 
 
 WRONG: list[tuple[str, Any, str]] = [
@@ -194,17 +193,3 @@ def test_settings_that_no_run_has_leave_a_record_readable(tmp_path: Path) -> Non
     content["config"]["data"]["context"] = 2  # less than the horizon
     (tmp_path / "a.json").write_text(json.dumps(content))
     assert load(tmp_path / "a.json").draft_flops() is None
-
-
-def test_a_summary_says_what_its_speeds_are_worth() -> None:
-    own, busy = made(2), made(2)
-    assert "self target: not comparable across cells" in summary_table(Record("x", own))
-    for mode in own["decoding"]["modes"].values():
-        mode["speedup"] |= {"low": 0.9, "median": 1.0, "high": 1.1}
-    assert "the interval is over 1" in summary_table(Record("x", own))
-    own["training"]["steps"] = 3
-    said = summary_table(Record("x", own))
-    assert "speed-up not said: 3 steps" in said and "1.00x" not in said
-    assert "warning" not in said
-    busy["decoding"]["origin"]["load"] = 7.25
-    assert "the machine was busy (load average 7.2 on 2 cores)" in summary_table(Record("x", busy))

@@ -189,8 +189,6 @@ def test_dev_test_passes_arguments_on(machine: Machine) -> None:
     (machine.tree / "pytest.py").write_text("import sys\nprint('pytest', *sys.argv[1:])\n")
     assert "loadfile tests/x.py -k a b" in machine("dev", "test", "tests/x.py", "-k", "a b").stdout
     assert "loadfile -m slow -x" in machine("dev", "test", "--slow", "-x").stdout
-    done = script(machine.tree, "dev", "test", path=str(machine.bin), CPDLM_JUNIT="report.xml")
-    assert "loadfile --junitxml=report.xml" in done.stdout
 
 
 # --- .ci/run ---------------------------------------------------------------------------------------------------------
