@@ -69,7 +69,6 @@ _MODE: dict[str, Any] = {
     "tokens": POSITIVE,
     "passes": POSITIVE,
     "tokens_per_pass": {"mean": ABOVE, "low": ABOVE, "high": ABOVE},
-    "emitted_histogram": [COUNT],
     "acceptance_by_depth": [{"depth": FEW, "reached": COUNT, "accepted": COUNT}],
     "per_prompt": {"tokens": [ABOVE], "passes": [ABOVE]},
     "drafts_per_prompt": {"reached": [[COUNT]], "accepted": [[COUNT]]},
@@ -84,7 +83,6 @@ _MODE: dict[str, Any] = {
     "t1_ms": ABOVE,
     "tn_ms": ABOVE,
     "seconds_by_part": dict.fromkeys(PARTS, AMOUNT),
-    "repeat_seconds": {"plain": [ABOVE], "speculative": [ABOVE]},
 }
 
 HARDWARE = {
@@ -143,7 +141,6 @@ FIELDS: dict[str, Any] = {
         "step_ms_median": ABOVE,
         "peak_memory_bytes": COUNT,
         "curve": [Each(REAL)],
-        "resumed": COUNT,
         "seconds": ABOVE,
         "clock": [AMOUNT],
         "flops_per_token": Maybe(FLOPS),
@@ -158,7 +155,6 @@ FIELDS: dict[str, Any] = {
         "position_nll": [_MEAN],
         "first_token_nll": _MEAN,
         "bits_per_byte": Maybe(AMOUNT),
-        "per_source": Each({}),
         "kept_by_depth": Optional([{"depth": FEW, "mean": SHARE, "sem": AMOUNT}]),
         "per_row": {
             "positions": [POSITIVE],
@@ -170,7 +166,6 @@ FIELDS: dict[str, Any] = {
         },
         "shortlist": Optional({"tokens": COUNT, "windows": SHARE}),
         "weights": {
-            "entropy_mean": Within(NUMBER, -1e-6, 100),
             "effective": AMOUNT,
             "dead": COUNT,
             "mean": [SHARE],
@@ -255,7 +250,6 @@ def _disagreements(content: dict[str, Any]) -> Iterator[str]:
         yield from _lengths(f"{at}.drafts_per_prompt", drafts, depths, "acceptance_by_depth")
         for each in (*drafts["reached"], *drafts["accepted"]):
             yield from _lengths(f"{at}.drafts_per_prompt", {"[]": each}, measured["prompts"], "prompts")
-        yield from _lengths(f"{at}.repeat_seconds", measured["repeat_seconds"], measured["repeats"], "repeats")
 
 
 def _lengths(field: str, lists: Mapping[str, Any], length: int, of: str) -> Iterator[str]:

@@ -63,11 +63,6 @@ class Options:
     slurm: dict[str, Any] = field(default_factory=dict)
     command: str = PROGRAM
 
-    @property
-    def scale(self) -> str:
-        """Of the machine: cpu or gpu."""
-        return "gpu" if self.profile in ("gpu", "retrofit-gpu", "paper") else "cpu"
-
 
 def main(arguments: list[str]) -> int:
     try:
@@ -77,7 +72,8 @@ def main(arguments: list[str]) -> int:
             if options.dry_run:
                 from experiments.forecast import forecast
 
-                print(forecast(plan, options.scale, options.jobs))
+                scale = "gpu" if options.profile in ("gpu", "retrofit-gpu", "paper") else "cpu"
+                print(forecast(plan, scale, options.jobs))
                 return 0
             return _run(plan, options)
     except ConfigError as error:
@@ -91,7 +87,7 @@ def _run(plan: Plan, options: Options) -> int:
     from cpdlm.training.checkpoints import RunError, exclusive
     from experiments.records import RecordError
 
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         # Two sweeps in one folder would train the same cells and disturb each other's timings.
         with exclusive(plan.out):
@@ -102,10 +98,6 @@ def _run(plan: Plan, options: Options) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command continues where it was", file=sys.stderr)
         return 130
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def parse(arguments: list[str]) -> Options:

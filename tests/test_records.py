@@ -56,7 +56,6 @@ ODD: list[tuple[str, Any]] = [
     ("likelihood.per_row.first_token_nll", [math.nan] * 60),
     ("decoding.modes.greedy.speedup.median", 0.0),
     ("decoding.modes.greedy.drafts_per_prompt.reached", [[]]),
-    ("decoding.modes.sampling.repeat_seconds.plain", []),
     ("decoding.origin.hardware", {}),
 ]
 
