@@ -1,5 +1,7 @@
 """The life of one cell: train, evaluate, decode, record. Both entry points call these and nothing else.
 
+    python -m experiments.cell GROUP.json      times the decoders of a group side by side, as a sweep does per group
+
 OUTPUT/NAME/train.json      training summary    (with model.safetensors, config.yaml, sessions.json)
 OUTPUT/NAME/evaluate.json   held-out likelihoods
 OUTPUT/NAME/decode.json     decoding, measured beside the other cells of its group
@@ -9,7 +11,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from cpdlm.bench import compare
 from cpdlm.bench.acceptance import tokens_per_forward
-from cpdlm.config import Config, DecodeConfig, EvaluateConfig, but_rank, upgrade
+from cpdlm.config import Config, ConfigError, DecodeConfig, EvaluateConfig, but_rank, parse, upgrade
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.data.corpus import load_corpus
 from cpdlm.data.target import Target
 from cpdlm.decoding import Sampling
-from cpdlm.files import write_json
+from cpdlm.files import WriteError, write_json
 from cpdlm.model.build import parameter_counts
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.processes import is_first_process
@@ -34,9 +36,10 @@ from cpdlm.training import run as training
 from cpdlm.training.checkpoints import run_folder
 from cpdlm.training.module import NonFiniteLoss, lower
 from experiments import machine, tracking
+from experiments.compare import table
 from experiments.measure import likelihood
 from experiments.provenance import provenance
-from experiments.records import build, load, summary_table, write
+from experiments.records import build, load, write
 from experiments.schema import NUMBER, Maybe, check_kind, non_finite
 
 EVALUATED, MEASURED = "evaluate.json", "decode.json"
@@ -66,21 +69,15 @@ def trained_by(config: Config) -> str:
     return str(_read(run_folder(config) / EVALUATED)["origin"]["commit"]) if is_trained(config) else ""
 
 
-def is_measured(configs: list[Config], reference: Config | None = None) -> bool:
-    """True where each cell was measured as its config says, beside (at least) all the others and the reference."""
-    names = {config.run_name for config in configs}
-    for config in configs:
-        path = run_folder(config) / MEASURED
-        if not path.is_file():
-            return False
-        found = _read(path)
-        if not _same(found.get("settings"), config.decode) or found.get("weights") != _weights_hash(config):
-            return False
-        if not names <= set(found["group"]):
-            return False
-        if reference is not None and found.get("reference") != [reference.run_name, _weights_hash(reference)]:
-            return False
-    return True
+def is_measured(config: Config, beside: Iterable[str] = (), reference: Config | None = None) -> bool:
+    """True where the cell was measured as its config says, beside (at least) these runs and the reference."""
+    path = run_folder(config) / MEASURED
+    if not path.is_file():
+        return False
+    found = _read(path)
+    same = _same(found.get("settings"), config.decode) and found.get("weights") == _weights_hash(config)
+    timed = reference is None or found.get("reference") == [reference.run_name, _weights_hash(reference)]
+    return same and timed and set(beside) <= set(found["group"])
 
 
 def run(config: Config, command: str, stage: str) -> int:
@@ -95,7 +92,7 @@ def run(config: Config, command: str, stage: str) -> int:
             return 0
     if not is_first_process():  # of a distributed run: all that follows is done once
         return 0
-    measured = config.horizon == 1 or is_measured([config])
+    measured = config.horizon == 1 or is_measured(config)
     if trained and (measured or stage == "train"):
         print(f"already complete: {run_folder(config)}; nothing is run again")
     if stage in ("decode", "all"):
@@ -103,7 +100,7 @@ def run(config: Config, command: str, stage: str) -> int:
             measure([config])
         path = write_record(config, command, run_folder(config), claim="single", profile="single")
         tracking.log_record(config, path)
-        print(summary_table(load(path)))
+        print(table([load(path)]))
         print(f"record: {path}")
     return 0
 
@@ -243,7 +240,7 @@ def write_record(config: Config, command: str, folder: Path, *, claim: str, prof
     """Assemble the record of a trained cell in folder/NAME.json; `decoding` is null where it was not measured."""
     own = run_folder(config)
     evaluated = _read(own / EVALUATED)
-    measured = _read(own / MEASURED) if config.horizon > 1 and is_measured([config]) else None
+    measured = _read(own / MEASURED) if config.horizon > 1 and is_measured(config) else None
     kept = ("group", "rank_one", "reference", "shortlist_coverage", "modes", "origin")
     record = build(
         config,
@@ -324,3 +321,19 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} is damaged ({error}); delete it, and the same command makes it again"
         ) from error
     return content
+
+
+def main(path: str) -> int:
+    """Measure a group. Its file: {"cells": [WORDS, ...], "reference": WORDS or null}, WORDS as they are typed."""
+    group = json.loads(Path(path).read_bytes())
+    try:
+        reference = parse(group["reference"]) if group["reference"] is not None else None
+        measure([parse(words) for words in group["cells"]], reference)
+    except (ConfigError, checkpoints.RunError, WriteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

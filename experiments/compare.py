@@ -1,6 +1,8 @@
 """Records side by side: what differs between them, what came out, and what stands against a comparison.
 
 ./dev compare results/C3/A.json results/C3/B.json
+
+`experiments/run.py` shows its own record so.
 """
 
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 from cpdlm.config import INCIDENTAL, flat
 from cpdlm.terminal import Parser
 from experiments.records import MODES, Record, RecordError, decoding_hardware, is_busy, load
+
+FEW_STEPS = 100  # below it a model has learnt too little: it repeats itself, and is drafted with ease
 
 
 def table(records: Sequence[Record]) -> str:
@@ -31,7 +35,9 @@ def _settings(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
 
 
 def _results(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
-    rows = [
+    trained = [(r["parameters"]["trained"], r["training"]["tokens_per_second"]) for r in records]
+    rows = [("trained parameters, tokens/s", [f"{parameters:,}, {rate:,.0f}" for parameters, rate in trained])]
+    rows += [
         (label, [f"{record['likelihood'][key]['mean']:.4f}" for record in records])
         for label, key in (("joint NLL (nats)", "joint_nll"), ("first-token NLL (nats)", "first_token_nll"))
     ]
@@ -63,6 +69,9 @@ def _notes(records: Sequence[Record]) -> list[str]:
     groups = [set((record["decoding"] or {"group": [record["name"]]})["group"]) for record in records]
     if not {record["name"] for record in records} <= set.intersection(*groups):
         notes.append("timed one after another, not side by side as `experiments/sweep.py` does")
+    for name, steps in [(record["name"], record["training"]["steps"]) for record in records]:
+        if steps < FEW_STEPS:
+            notes.append(f"{name}: {steps} steps of training, so its speeds mean nothing")
     notes += [f"{record['name']}: {busy}" for record in records if (busy := is_busy(record))]
     return notes
 

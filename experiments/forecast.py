@@ -9,7 +9,7 @@ from experiments.machine import memory_text, time_text
 from experiments.records import load_all
 from experiments.scheduler import ROOT
 from experiments.suite import Cell
-from experiments.sweep_plan import FAILED, Plan, mixed_code
+from experiments.sweep_plan import Plan, mixed_code
 
 
 def forecast(plan: Plan, scale: str, jobs: int = 0) -> str:
@@ -26,9 +26,10 @@ def forecast(plan: Plan, scale: str, jobs: int = 0) -> str:
             continue
         trained = one.is_trained(cell.config(str(plan.out)))
         to_train += [] if trained else [cell]
-        each = costs[cell.name]
+        each, finished = costs[cell.name], cell.name in plan.finished
+        state = ("finished" if trained else "for its weights") if finished else "trained" if trained else "to run"
         seconds = f"{time_text(0 if trained else each.train):>7} {time_text(each.decode):>7}"
-        lines.append(f"{cell.name:<56} {_state(plan, cell, trained):<22} {seconds} {memory_text(each.memory):>9}")
+        lines.append(f"{cell.name:<56} {state:<22} {seconds} {memory_text(each.memory):>9}")
     jobs = jobs or (1 if scale == "gpu" else min(8, len(os.sched_getaffinity(0))))
     unknown = sum(math.isnan(costs[cell.name].train) for cell in plan.pending)
     left = time_text(cost.wall_seconds(to_train, costs, jobs, plan.pending))
@@ -44,11 +45,3 @@ def forecast(plan: Plan, scale: str, jobs: int = 0) -> str:
             *(f"mixed: {line}{'' if plan.mix else '; refused without mix=yes'}" for line in mixed_code(plan)),
         ]
     )
-
-
-def _state(plan: Plan, cell: Cell, trained: bool) -> str:
-    if cell.name in plan.finished:
-        return "finished" if trained else "for its weights"
-    if trained:
-        return "trained"
-    return "failed before" if (plan.out / cell.name / FAILED).is_file() else "to run"

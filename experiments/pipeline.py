@@ -1,12 +1,9 @@
 """The stages of a sweep: data, train, decode, report. `experiments/sweep.py` is its command line.
 
 Every stage skips what is complete, so the same sweep continues where a killed one was. A finished cell never runs
-again; where its weights are needed (a trunk) they are made again. A cell that fails leaves OUT/NAME/failed.json, and
-the others go on.
+again; where its weights are needed (a trunk) they are made again. Where a cell fails the others go on.
 """
 
-import datetime
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -17,19 +14,10 @@ from cpdlm.config import Config, ConfigError
 from cpdlm.files import check_writable, remove_partial, write_json
 from cpdlm.progress import Bar
 from experiments import tracking
-from experiments.provenance import git_state
 from experiments.report import render
 from experiments.scheduler import Job, Launcher, Slurm, schedule
 from experiments.suite import Cell, decode_groups, mates
-from experiments.sweep_plan import (
-    FAILED,
-    STAGES,
-    Plan,
-    data_settings,
-    refuse_mixed_code,
-    refuse_mixed_data,
-    refused_trunk,
-)
+from experiments.sweep_plan import STAGES, Plan, data_settings, refuse_mixed_code, refuse_mixed_data, refused_trunk
 
 
 def run(plan: Plan, launcher: Launcher) -> int:
@@ -92,14 +80,12 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
 
         def ended(job: Job, code: int) -> bool:
             bar.update()
-            failure = plan.out / job.name / FAILED
             if code == 0:
-                failure.unlink(missing_ok=True)
                 why = refused_trunk(plan, pending[job.name])
                 failures.extend([why] if why else [])
                 return not why
-            failures.append(note_failure(failure, job, code))
-            Bar.write(f"failed: {failures[-1]}{_last_lines(job)}", file=sys.stderr)
+            failures.append(_failure(job, code))
+            Bar.write(f"failed: {failures[-1]}", file=sys.stderr)
             return False
 
         skipped = schedule(jobs, launcher, ended)
@@ -115,8 +101,8 @@ def _training_job(cell: Cell, plan: Plan, launcher: Launcher, track: list[str]) 
     if not isinstance(launcher, Slurm):
         with exclusive(folder, patience=60):
             pass
-    log, needs = folder / "train.log", frozenset({cell.trunk.name} if cell.trunk is not None else ())
-    return Job(cell.name, train_command(cell, plan, track), log, needs, cell.alone, logged=_size(log))
+    needs = frozenset({cell.trunk.name} if cell.trunk is not None else ())
+    return Job(cell.name, train_command(cell, plan, track), folder / "train.log", needs, cell.alone)
 
 
 def train_command(cell: Cell, plan: Plan, track: list[str]) -> tuple[str, ...]:
@@ -133,10 +119,7 @@ def _decode(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
 
     def is_measured(cell: Cell) -> bool:
         reference = cell.reference.config(out) if cell.reference is not None and cell.reference.name in names else None
-        if not one.is_measured([cell.config(out)], reference):
-            return False
-        measured = json.loads((plan.out / cell.name / one.MEASURED).read_bytes())
-        return mates(cell, drafting) <= set(measured["group"])
+        return one.is_measured(cell.config(out), mates(cell, drafting), reference)
 
     due = [cell for cell in drafting if not is_measured(cell)]
     if not due:
@@ -147,14 +130,12 @@ def _decode(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
         path = plan.out / "groups" / f"decoding-{group.cells[0].name}.json"
         reference = group.reference.words(out) if group.reference is not None else None
         write_json(path, {"cells": [cell.words(out) for cell in group.cells], "reference": reference})
-        argv, log = ("-m", "experiments.decode_group", str(path)), path.with_suffix(".log")
-        jobs.append(Job(path.stem, argv, log, alone=True, logged=_size(log)))
+        argv = ("-m", "experiments.cell", str(path))
+        jobs.append(Job(path.stem, argv, path.with_suffix(".log"), alone=True))
 
     def ended(job: Job, code: int) -> bool:
         print(f"      {job.name}: {'measured' if code == 0 else f'exit {code}'}", flush=True)
-        failure = job.log.with_suffix(f".{FAILED}")
-        failure.unlink(missing_ok=True)
-        failures.extend([note_failure(failure, job, code) + _last_lines(job)] if code else [])
+        failures.extend([_failure(job, code)] if code else [])
         return code == 0
 
     before = len(failures)
@@ -181,10 +162,10 @@ def _report(plan: Plan, failures: list[str]) -> str:
         except (RecordError, RunError) as error:
             failures.append(f"{cell.name}: its record is not written: {error}")
     figures = _figures(plan)
-    drawn = render(plan.shown or plan.results, figures, Path("README.md") if plan.publish else None)
+    drawn = render(plan.shown, figures, Path("README.md") if plan.publish else None)
     notes = "".join(f"note: {line}\n" for line in drawn.notes)
     text = (
-        f"\n{drawn.text}\n{notes}\nreport: {figures}/report.html\nrecords: {plan.shown or plan.results}\n"
+        f"\n{drawn.text}\n{notes}\nreport: {figures}/report.html\nrecords: {plan.shown}\n"
         f"dashboard: ./dev ui {plan.out}   (MLflow on http://127.0.0.1:5000)"
     )
     # A sweep that was killed here has written records that MLflow lacks.
@@ -211,39 +192,8 @@ def _log(plan: Plan, records: list[tuple[Config, Path]], text: str, pictures: li
     parent.end()
 
 
-# --- failures --------------------------------------------------------------------------------------------------------
-
-
-def note_failure(path: Path, job: Job, code: int) -> str:
-    """Write what a failed job leaves: command, exit code and the traceback (else the last lines) of this attempt's log.
-    Returns a line that says so."""
-    _, found, trace = _said(job).partition("Traceback (most recent call last):")
-    write_json(
-        path,
-        {
-            "name": job.name,
-            "command": " ".join(["python", *job.argv]),
-            "exit": code,
-            "traceback": (found + trace).strip() if found else _last_lines(job, 20).strip(),
-            "log": job.log.name,
-            "commit": git_state()[0],
-            "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        },
-    )
-    return f"{job.name}: exit {code}; see {path}"
-
-
-def _size(log: Path) -> int:
-    return log.stat().st_size if log.is_file() else 0
-
-
-def _said(job: Job) -> str:
-    """What this attempt added to the job's log."""
-    added = job.log.read_bytes()[job.logged :] if job.log.is_file() else b""
-    return added.decode(errors="replace").replace("\r", "\n")
-
-
-def _last_lines(job: Job, count: int = 5) -> str:
-    """The end of what a failed job said, where its error is."""
-    lines = [line for line in _said(job).splitlines() if line.strip()]
-    return "".join(f"\n    {line}" for line in lines[-count:])
+def _failure(job: Job, code: int) -> str:
+    """What became of a job that failed, where it is told, and the end of that, where its error is."""
+    said = job.log.read_text(errors="replace").replace("\r", "\n") if job.log.is_file() else ""
+    lines = [line for line in said.splitlines() if line.strip()]
+    return f"{job.name}: exit {code}; see {job.log}" + "".join(f"\n    {line}" for line in lines[-5:])

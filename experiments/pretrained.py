@@ -124,11 +124,6 @@ def ranks(effort: Effort) -> list[Cell]:
     ]
 
 
-def retrofit_screen() -> list[Cell]:
-    """Which objective."""
-    return objectives(CPU_SCREEN)
-
-
 def retrofit() -> list[Cell]:
     """The grid; rank after four times the training; text that the model wrote itself."""
     longer = [heads("code", rank, CPU_LONG, folder="C6-long") for rank in (1, 4)]

@@ -1,7 +1,7 @@
 """What a command can run: the cells of a claim, of all claims, or of a profile."""
 
 from experiments.claims import CLAIMS
-from experiments.pretrained import retrofit, retrofit_gpu, retrofit_own, retrofit_screen
+from experiments.pretrained import CPU_SCREEN, objectives, retrofit, retrofit_gpu, retrofit_own
 from experiments.star import joints, seeds
 from experiments.suite import RANKS, SEEDS, Cell, complete, controls, heads, scratch, trunk
 
@@ -46,16 +46,6 @@ def cpu() -> list[Cell]:
     ]
 
 
-def cpu_full() -> list[Cell]:
-    """All claims, on two cores."""
-    return study("all")
-
-
-def gpu() -> list[Cell]:
-    """All claims at the size that needs a GPU."""
-    return study("all", "gpu")
-
-
 def paper() -> list[Cell]:
     """From scratch on TinyStories at 56.3M parameters, equal steps per rank; needs a hub and a large GPU."""
     cells = []
@@ -69,13 +59,13 @@ def paper() -> list[Cell]:
 PROFILES = {
     "smoke": smoke,
     "cpu": cpu,
-    "cpu-full": cpu_full,
-    "retrofit-screen": retrofit_screen,
+    "cpu-full": lambda: study("all"),
+    "retrofit-screen": lambda: objectives(CPU_SCREEN),
     "retrofit": retrofit,
     "retrofit-own": retrofit_own,
     "joints": lambda: complete(joints()),
     "seeds": lambda: complete(seeds()),
-    "gpu": gpu,
+    "gpu": lambda: study("all", "gpu"),
     "retrofit-gpu": retrofit_gpu,
     "paper": paper,
 }

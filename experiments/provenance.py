@@ -36,8 +36,7 @@ def provenance() -> dict[str, Any]:
     """
     commit, dirty = git_state()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    machine = {"hardware": hardware(), "load": load}
+    machine = {"hardware": hardware(), "load": round(os.getloadavg()[0], 2)}
     return {"commit": commit, "dirty": dirty, **machine, "versions": versions(), "started": started}
 
 

@@ -19,7 +19,6 @@ from experiments.provenance import provenance
 from experiments.schema import SCHEMA, RecordError, check_settings, validate, with_nulls
 
 MODES = ("greedy", "sampling")
-FEW_STEPS = 100  # below it a model has learnt too little for its speeds to mean anything
 VARIANTS = ("untied", "tied", "token-conditioned", "blind")
 
 
@@ -123,8 +122,7 @@ def build(config: Config, origin: dict[str, Any] | None = None, **parts: Any) ->
 
 
 def write(content: dict[str, Any], folder: Path) -> Path:
-    """Validate and write folder/NAME.json whole; what is there stays until then. Raises WriteError."""
-    validate(content, f"record {content.get('name', '')}")
+    """Write folder/NAME.json whole; what is there stays until then. Raises WriteError."""
     path = folder / f"{content['name']}.json"
     write_json(path, content)
     return path
@@ -233,40 +231,3 @@ def is_busy(record: Record) -> str:
 def counted(count: int, noun: str) -> str:
     """ "1 seed", "3 seeds"."""
     return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def summary_table(record: Record) -> str:
-    """A few lines on one cell, for a terminal."""
-    likelihood, training, joint = record["likelihood"], record["training"], record["likelihood"]["joint_nll"]["mean"]
-    window = f"{record.horizon} tokens, {likelihood['positions']:,} positions"
-    lines = [
-        f"{record['name']}",
-        f"  parameters        {record['parameters']['total']:,} ({record['parameters']['trained']:,} trained)",
-        f"  training          {training['steps']} steps, {training['tokens_per_second']:,.0f} tokens/s",
-        f"  joint NLL         {joint:.4f} nats over {window}",
-        f"  first-token NLL   {likelihood['first_token_nll']['mean']:.4f} nats",
-    ]
-    if likelihood["bits_per_byte"] is not None:
-        lines.append(f"  bits per byte     {likelihood['bits_per_byte']:.4f}")
-    for name in MODES:
-        mode = record.mode(name)
-        if mode:
-            rate = mode["tokens_per_pass"]
-            lines.append(
-                f"  {name:<17} {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] tokens per target forward, "
-                f"{_speed_text(record, mode['speedup'])}"
-            )
-    if busy := is_busy(record):
-        lines.append(f"  warning           {busy}")
-    return "\n".join(lines)
-
-
-def _speed_text(record: Record, speedup: Mapping[str, float]) -> str:
-    """The speed-up with what it is worth. A model that learnt nothing repeats itself, and is drafted with ease."""
-    if record["training"]["steps"] < FEW_STEPS:
-        return f"speed-up not said: {record['training']['steps']} steps of training mean nothing"
-    low, high = speedup["low"], speedup["high"]
-    text = f"{speedup['median']:.2f}x [{low:.2f}, {high:.2f}] over autoregressive decoding"
-    if low <= 1 <= high:
-        text += " (the interval is over 1: neither faster nor slower)"
-    return text + ("; self target: not comparable across cells" if record.target == "own" else "")

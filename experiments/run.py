@@ -211,4 +211,6 @@ def _run(config: configuration.Config, command: str, stage: str) -> int:
 
 
 if __name__ == "__main__":
+    if "--list-presets" in sys.argv:  # `| head` ends it without a traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

@@ -5,12 +5,9 @@ decides what to do with the jobs that are ready: `Local` shares out cores or GPU
 themselves, `Slurm` submits arrays and lets the cluster decide.
 """
 
-import contextlib
 import ctypes
-import io
 import json
 import os
-import pickle
 import shlex
 import shutil
 import signal
@@ -35,8 +32,8 @@ SECONDS_TO_SAVE = 60.0
 class Job:
     """A command line.
 
-    argv: after the Python interpreter, from the repository's root. log: takes its output. needs: names of jobs before
-    it. alone: it is timed, so nothing may run beside it. logged: bytes of the log that earlier attempts left.
+    argv: after the Python interpreter, from the repository's root. log: takes it, and its output. needs: names of jobs
+    before it. alone: it is timed, so nothing may run beside it.
     """
 
     name: str
@@ -44,7 +41,6 @@ class Job:
     log: Path
     needs: frozenset[str] = field(default_factory=frozenset)
     alone: bool = False
-    logged: int = 0
 
 
 class Launcher(Protocol):
@@ -88,6 +84,8 @@ def schedule(jobs: list[Job], launcher: Launcher, ended: Callable[[Job, int], bo
 def _child(job: Job, environment: dict[str, str], first: Callable[[], Any], apart: bool) -> subprocess.Popen[bytes]:
     """The job's process. first: what it does before its command. apart: it has a session of its own."""
     with open(job.log, "ab") as log:
+        log.write(f"$ python {shlex.join(job.argv)}\n".encode())
+        log.flush()
         return subprocess.Popen(
             [sys.executable, *job.argv],
             cwd=ROOT,
@@ -291,23 +289,13 @@ class Slurm:
         write_json(self._book, self._ids)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads texts and numbers, which is what a job's result is made of; executes nothing."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"a job's result names {module}.{name}; it is not executed")
-
-
 def _result(job: Job, handle: Any) -> int | None:
     """Exit code of a job of the cluster, None while it has none; an error of the worker goes to the job's log."""
-    path = Path(handle.paths.result_pickle)
-    if not path.is_file():
+    if not Path(handle.paths.result_pickle).is_file():
         return None
-    with contextlib.suppress(EOFError):
-        outcome, value = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        if outcome == "success":
-            return int(value)
-        with open(job.log, "a") as log:
-            log.write(str(value))
-        return 1
-    return None
+    error = handle.exception()
+    if error is None:
+        return int(handle.result())
+    with open(job.log, "a") as log:
+        log.write(str(error))
+    return 1

@@ -32,13 +32,6 @@ class Each:
     kind: Any
 
 
-@dataclass(frozen=True)
-class Some:
-    """A list that is not empty, of this kind."""
-
-    kind: Any
-
-
 COUNT, POSITIVE = Within(int, 0, 2**53), Within(int, 1, 2**53)
 FEW = Within(int, 1, 10_000)  # ranks, horizons, depths
 REAL = Within(NUMBER, -1e6, 1e6)
@@ -76,7 +69,6 @@ _MODE: dict[str, Any] = {
     "tokens": POSITIVE,
     "passes": POSITIVE,
     "tokens_per_pass": {"mean": ABOVE, "low": ABOVE, "high": ABOVE},
-    "emitted_histogram": Some(COUNT),
     "acceptance_by_depth": [{"depth": FEW, "reached": COUNT, "accepted": COUNT}],
     "per_prompt": {"tokens": [ABOVE], "passes": [ABOVE]},
     "drafts_per_prompt": {"reached": [[COUNT]], "accepted": [[COUNT]]},
@@ -91,7 +83,6 @@ _MODE: dict[str, Any] = {
     "t1_ms": ABOVE,
     "tn_ms": ABOVE,
     "seconds_by_part": dict.fromkeys(PARTS, AMOUNT),
-    "repeat_seconds": {"plain": [ABOVE], "speculative": [ABOVE]},
 }
 
 HARDWARE = {
@@ -150,7 +141,6 @@ FIELDS: dict[str, Any] = {
         "step_ms_median": ABOVE,
         "peak_memory_bytes": COUNT,
         "curve": [Each(REAL)],
-        "resumed": COUNT,
         "seconds": ABOVE,
         "clock": [AMOUNT],
         "flops_per_token": Maybe(FLOPS),
@@ -165,10 +155,9 @@ FIELDS: dict[str, Any] = {
         "position_nll": [_MEAN],
         "first_token_nll": _MEAN,
         "bits_per_byte": Maybe(AMOUNT),
-        "per_source": Each({}),
         "kept_by_depth": Optional([{"depth": FEW, "mean": SHARE, "sem": AMOUNT}]),
         "per_row": {
-            "positions": Some(POSITIVE),
+            "positions": [POSITIVE],
             "joint_nll": [NATS],
             "first_token_nll": [NATS],
             "position_nll": Optional([[NATS]]),
@@ -177,7 +166,6 @@ FIELDS: dict[str, Any] = {
         },
         "shortlist": Optional({"tokens": COUNT, "windows": SHARE}),
         "weights": {
-            "entropy_mean": Within(NUMBER, -1e-6, 100),
             "effective": AMOUNT,
             "dead": COUNT,
             "mean": [SHARE],
@@ -210,7 +198,7 @@ def validate(content: Any, where: str = "record") -> dict[str, Any]:
     if content.get("schema") != SCHEMA:
         schema = _shown(content.get("schema"))
         raise RecordError(f"{where}: schema is {schema}, this version reads {SCHEMA}; run the cell again")
-    _check(content, FIELDS, "", where)
+    check_kind(content, FIELDS, "", where)
     if field := non_finite(content):
         raise RecordError(f"{where}: {field} is not a finite number")
     check_settings(content["config"], where)
@@ -223,19 +211,14 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
     """RecordError for a setting of a wrong type or beyond its range; names that are no settings are left alone."""
     kinds, known = {"int": int, "float": NUMBER, "str": str, "bool": bool}, leaves()
     for group in {key.partition(".")[0] for key in known if "." in key} & config.keys():
-        _check(config[group], {}, f"config.{group}", where)
+        check_kind(config[group], {}, f"config.{group}", where)
     for key, value in flat(config).items():
         if key in known:
-            _check(value, kinds[known[key].type], f"config.{key}", where)
+            check_kind(value, kinds[known[key].type], f"config.{key}", where)
             for said in out_of_range(key, value):
                 raise RecordError(f"{where}: config.{said}")
         if key in CHOICES and value not in CHOICES[key]:
             raise RecordError(f"{where}: config.{key} is {_shown(value)}, none of {', '.join(CHOICES[key])}")
-
-
-def check_kind(value: Any, kind: Any, field: str, where: str = "benchmark") -> None:
-    """RecordError where a value is not of this kind."""
-    _check(value, kind, field, where)
 
 
 def _disagreements(content: dict[str, Any]) -> Iterator[str]:
@@ -267,7 +250,6 @@ def _disagreements(content: dict[str, Any]) -> Iterator[str]:
         yield from _lengths(f"{at}.drafts_per_prompt", drafts, depths, "acceptance_by_depth")
         for each in (*drafts["reached"], *drafts["accepted"]):
             yield from _lengths(f"{at}.drafts_per_prompt", {"[]": each}, measured["prompts"], "prompts")
-        yield from _lengths(f"{at}.repeat_seconds", measured["repeat_seconds"], measured["repeats"], "repeats")
 
 
 def _lengths(field: str, lists: Mapping[str, Any], length: int, of: str) -> Iterator[str]:
@@ -286,30 +268,27 @@ def with_nulls(value: Any, kind: Any = None) -> Any:
     return value
 
 
-def _check(value: Any, kind: Any, field: str, where: str) -> None:
+def check_kind(value: Any, kind: Any, field: str, where: str = "benchmark") -> None:
+    """RecordError where a value is not of this kind."""
     if isinstance(kind, Maybe):
         if value is None:
             return
         kind = kind.kind
     if isinstance(kind, Within):
-        _check(value, kind.kind, field, where)
+        check_kind(value, kind.kind, field, where)
         if not kind.least <= value <= kind.most:
             raise RecordError(f"{where}: {field} is {_shown(value)}; it lies from {kind.least:g} to {kind.most:g}")
     elif isinstance(kind, Each):
-        _check(value, {}, field, where)
+        check_kind(value, {}, field, where)
         for key, item in value.items():
-            _check(item, kind.kind, f"{field}.{key}", where)
-    elif isinstance(kind, Some):
-        _check(value, [kind.kind], field, where)
-        if not value:
-            raise RecordError(f"{where}: {field} is empty")
+            check_kind(item, kind.kind, f"{field}.{key}", where)
     elif isinstance(kind, dict):
         if not isinstance(value, dict):
             raise RecordError(f"{where}: {field} must be an object, found {_shown(value)}")
         for key, inner in kind.items():
             name = f"{field}.{key}" if field else key
             if key in value:
-                _check(value[key], inner, name, where)
+                check_kind(value[key], inner, name, where)
             elif not isinstance(inner, Optional):
                 there = f"{field or 'the record'} has {', '.join(sorted(value)) or 'nothing'}"
                 raise RecordError(f"{where}: {name} is missing; {there}")
@@ -317,7 +296,7 @@ def _check(value: Any, kind: Any, field: str, where: str) -> None:
         if not isinstance(value, list):
             raise RecordError(f"{where}: {field} must be a list, found {_shown(value)}")
         for index, item in enumerate(value):
-            _check(item, kind[0], f"{field}[{index}]", where)
+            check_kind(item, kind[0], f"{field}[{index}]", where)
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
         raise RecordError(f"{where}: {field} must be {names}, found {_shown(value)}")

@@ -107,14 +107,12 @@ def heads(
     *,
     horizon: int = 4,
     link: str = "none",
-    tied: bool = False,
     hidden: int = 0,
     seed: int = 0,
 ) -> Cell:
     """Heads on a frozen trunk, which every rank shares. hidden: width of perceptron maps (0: linear maps)."""
-    folder = "beyond" if link != "none" or tied or hidden else "C3" if horizon == 4 else "horizon"
+    folder = "beyond" if link != "none" or hidden else "C3" if horizon == 4 else "horizon"
     dials = _dials(target.overrides["corpus"], rank, preset, horizon, link, seed)
-    dials |= {"model.tie_first": True} if tied else {}
     dials |= {key: target.overrides[key] for key in ("size", "data.tokenizer") if key in target.overrides}
     return Cell(folder, dials | ({"model.map_hidden": hidden} if hidden else {}), target)
 
@@ -141,12 +139,9 @@ NARROW = {"model.draft_width": 0.5, "model.draft_normed": False}
 
 
 def _dials(corpus: str, rank: int, preset: str, horizon: int, link: str, seed: int) -> dict[str, Any]:
-    overrides: dict[str, Any] = {} if preset == "none" else {"preset": preset}
-    return (
-        overrides
-        | {"corpus": corpus, "rank": rank, "horizon": horizon, "link": link, "seed": seed}
-        | ({} if link == "none" else NARROW)
-    )
+    dials: dict[str, Any] = {} if preset == "none" else {"preset": preset}
+    dials |= {"corpus": corpus, "rank": rank, "horizon": horizon, "link": link, "seed": seed}
+    return dials if link == "none" else dials | NARROW
 
 
 # --- sets of cells ---------------------------------------------------------------------------------------------------

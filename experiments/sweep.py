@@ -29,7 +29,6 @@ from experiments.pipeline import run
 from experiments.profiles import PROFILES, SCALES, study
 from experiments.scheduler import ROOT, Launcher, Local, Slurm
 from experiments.sweep_plan import STAGES, Plan
-from experiments.tracking import claim_experiment
 
 PROGRAM = "python experiments/sweep.py"
 SETTINGS = {
@@ -64,11 +63,6 @@ class Options:
     slurm: dict[str, Any] = field(default_factory=dict)
     command: str = PROGRAM
 
-    @property
-    def scale(self) -> str:
-        """Of the machine: cpu or gpu."""
-        return "gpu" if self.profile in ("gpu", "retrofit-gpu", "paper") else "cpu"
-
 
 def main(arguments: list[str]) -> int:
     try:
@@ -78,7 +72,8 @@ def main(arguments: list[str]) -> int:
             if options.dry_run:
                 from experiments.forecast import forecast
 
-                print(forecast(plan, options.scale, options.jobs))
+                scale = "gpu" if options.profile in ("gpu", "retrofit-gpu", "paper") else "cpu"
+                print(forecast(plan, scale, options.jobs))
                 return 0
             return _run(plan, options)
     except ConfigError as error:
@@ -92,7 +87,7 @@ def _run(plan: Plan, options: Options) -> int:
     from cpdlm.training.checkpoints import RunError, exclusive
     from experiments.records import RecordError
 
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         # Two sweeps in one folder would train the same cells and disturb each other's timings.
         with exclusive(plan.out):
@@ -103,10 +98,6 @@ def _run(plan: Plan, options: Options) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command continues where it was", file=sys.stderr)
         return 130
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def parse(arguments: list[str]) -> Options:
@@ -168,11 +159,9 @@ def plan_of(options: Options) -> Plan:
         results=results,
         command=options.command,
         comparisons=[each for each in comparisons if each],
-        experiment=claim_experiment(options.claim) if options.claim not in ("", "all") else "cpdlm",
+        experiment=f"cpdlm {options.claim}" if options.claim not in ("", "all") else "cpdlm",
         stages=options.only,
         mix=options.mix,
-        shown=Path("results") if results.parts[:1] == ("results",) else results,
-        publish=results != out / "results",
     )
 
 

@@ -17,7 +17,6 @@ from experiments.scheduler import ROOT
 from experiments.suite import Cell, complete, mates
 
 STAGES = ("data", "train", "decode", "report")
-FAILED = "failed.json"
 AFRESH = "out=OTHER results=OTHER/results"
 # What decides the numbers of a record. Commits that differ elsewhere only are the same code.
 CODE = (
@@ -37,8 +36,7 @@ class Plan:
     """What to run and where.
 
     title: the claim or the profile. comparisons: sets of cells that are compared with each other. mix: records of other
-    code or data may be added to. shown: the folder whose records the report is drawn from (default: results). publish:
-    the report takes the place of the committed figures and of README's claims.
+    code or data may be added to.
     """
 
     title: str
@@ -50,8 +48,16 @@ class Plan:
     experiment: str = "cpdlm"
     stages: tuple[str, ...] = STAGES
     mix: bool = False
-    shown: Path | None = None
-    publish: bool = False
+
+    @property
+    def shown(self) -> Path:
+        """The folder whose records the report is drawn from: those of a GPU join the others."""
+        return Path("results") if self.results.parts[:1] == ("results",) else self.results
+
+    @property
+    def publish(self) -> bool:
+        """Whether the report takes the place of the committed figures and of README's claims."""
+        return self.results != self.out / "results"
 
     @cached_property
     def finished(self) -> dict[str, Record]:

@@ -14,9 +14,7 @@ from made_records import ORIGIN, made
 from cpdlm.config import Config, flat, to_dict
 from experiments.families import along, families_of
 from experiments.provenance import code_hash, git_state, is_commit
-from experiments.records import Record, RecordError, load, load_all, summary_table, validate, write
-from experiments.stats import measured
-from experiments.verify import VerifyError, _words
+from experiments.records import Record, RecordError, load, load_all, validate, write
 
 
 def test_a_record_survives_the_round_trip(tmp_path: Path) -> None:
@@ -27,7 +25,6 @@ def test_a_record_survives_the_round_trip(tmp_path: Path) -> None:
     assert record.content == content, "nothing is lost, and nothing has to be upgraded"
     assert (record.path, record.rank, record.seed, record.horizon) == ("C1/code-tiny-own-r4-n4-none-s0.json", 4, 0, 4)
     assert (record.target, record.variant) == ("own", "untied")
-    assert "tokens per target forward" in summary_table(record)
 
 
 WRONG: list[tuple[str, Any, str]] = [
@@ -45,33 +42,20 @@ WRONG: list[tuple[str, Any, str]] = [
 # What could not be, whatever the words: the field is named.
 ODD: list[tuple[str, Any]] = [
     ("config.rank", 0),
-    ("config.rank", 10**30),
     ("config.optim", []),
     ("config.optim.lr", "fast"),
-    ("config.loss", 5),
     ("config.model.dtype", "float7"),
     ("config.decode.top_p", 1.5),
     ("started", "yesterday"),
-    ("started", "0001-01-01"),
     ("command", "python\x00"),
     ("seconds.train", -1.0),
     ("versions.torch", 2),
-    ("data.vocab_size", -257),
-    ("parameters.trunk", 0),
-    ("training.tokens_per_second", 0),
-    ("training.step_ms_median", -5.0),
     ("training.clock", []),
     ("training.curve", [{"step": 1, "train/nll": None}]),
-    ("likelihood.weights.mean", [2.0]),
     ("likelihood.per_row.positions", []),
-    ("likelihood.per_row.joint_nll", [1.0]),
     ("likelihood.per_row.first_token_nll", [math.nan] * 60),
-    ("decoding.modes.greedy.passes", -3),
     ("decoding.modes.greedy.speedup.median", 0.0),
-    ("decoding.modes.greedy.per_prompt.tokens", [1e300] * 16),
-    ("decoding.modes.greedy.emitted_histogram", []),
     ("decoding.modes.greedy.drafts_per_prompt.reached", [[]]),
-    ("decoding.modes.sampling.repeat_seconds.plain", []),
     ("decoding.origin.hardware", {}),
 ]
 
@@ -203,36 +187,8 @@ def test_families_along_one_setting() -> None:
     }
 
 
-def test_target_likelihoods_may_be_absent(tmp_path: Path) -> None:
-    content = made(2)
-    content["likelihood"]["per_row"] |= {"bytes": [100.0] * content["likelihood"]["rows"], "target_nll": None}
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    assert measured(load(tmp_path / "a.json"), "bits_per_byte") is not None
-
-
-def test_a_command_that_cannot_be_read_is_not_run_again(tmp_path: Path) -> None:
-    content = made(2) | {"command": "python experiments/run.py 'rank=2"}
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    with pytest.raises(VerifyError, match="its command is"):
-        _words(load(tmp_path / "a.json"))
-
-
 def test_settings_that_no_run_has_leave_a_record_readable(tmp_path: Path) -> None:
     content = made(2)
     content["config"]["data"]["context"] = 2  # less than the horizon
     (tmp_path / "a.json").write_text(json.dumps(content))
     assert load(tmp_path / "a.json").draft_flops() is None
-
-
-def test_a_summary_says_what_its_speeds_are_worth() -> None:
-    own, busy = made(2), made(2)
-    assert "self target: not comparable across cells" in summary_table(Record("x", own))
-    for mode in own["decoding"]["modes"].values():
-        mode["speedup"] |= {"low": 0.9, "median": 1.0, "high": 1.1}
-    assert "the interval is over 1" in summary_table(Record("x", own))
-    own["training"]["steps"] = 3
-    said = summary_table(Record("x", own))
-    assert "speed-up not said: 3 steps" in said and "1.00x" not in said
-    assert "warning" not in said
-    busy["decoding"]["origin"]["load"] = 7.25
-    assert "the machine was busy (load average 7.2 on 2 cores)" in summary_table(Record("x", busy))

@@ -72,7 +72,7 @@ def test_one_cell_from_the_command_line(corpus: Path, tmp_path: Path) -> None:
     path = Path(done.stdout.split("record: ")[1].strip())
     record = load(path)
     assert record["command"].startswith("python experiments/run.py ") and record["config"]["rank"] == 2
-    assert "tokens per target forward" in done.stdout
+    assert "tokens per forward, sampling" in done.stdout
     assert f"{json.loads(path.read_text())['likelihood']['joint_nll']['mean']:.4f}" in done.stdout
 
 
@@ -262,7 +262,7 @@ def test_a_finished_cell_says_so_and_its_estimate_comes_first(
     assert run.main(words) == 0
     first = capsys.readouterr().out
     assert first.startswith("estimate: ") and "to train" in first and "already complete" not in first
-    assert "speed-up not said: 2 steps of training mean nothing" in first
+    assert "2 steps of training, so its speeds mean nothing" in first
     assert run.main(words) == 0
     again = capsys.readouterr().out
     assert again.startswith("already complete: ") and "estimate" not in again

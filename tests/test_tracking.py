@@ -77,14 +77,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         owners = {"gone": f"{owner().partition('-')[0]}-{gone.pid}", "away": "0123abcd-1"}
         uri, left = tracking.default_uri(output), {}
         for name, left_by in owners.items():
-            left[name] = store_module.create_run(uri, "cpdlm", name, {}, output).run_id
+            left[name] = store_module.create_run(uri, "cpdlm", name, {}).run_id
             client.set_tag(left[name], store_module.OWNER, left_by)
         write(made(8, seed=1), output / "results" / "C1")
         (output / "results" / "torn.json").write_text("{")
         with pytest.warns(UserWarning, match="torn.json"):
             imported = [
-                importing.import_records(output / "results", tracking.default_uri(output), "imported", figures=output)
-                for _ in range(2)
+                importing.import_records(output / "results", tracking.default_uri(output), output) for _ in range(2)
             ]
     return {
         "client": client,
@@ -137,7 +136,7 @@ def test_a_run_of_a_killed_process_does_not_run_for_ever(store: dict[str, Any]) 
 def test_records_are_imported_once(store: dict[str, Any]) -> None:
     assert store["imported"] == [2, 0]
     client = store["client"]
-    experiment = client.get_experiment_by_name("imported C1")
+    experiment = client.get_experiment_by_name("cpdlm C1")
     runs = client.search_runs([experiment.experiment_id])
     by_name = {run.info.run_name: run for run in runs}
     assert len(runs) == len(by_name) == 3
@@ -237,7 +236,7 @@ import sys
 from pathlib import Path
 from experiments.tracking import store
 output = Path(sys.argv[1])
-print(store.create_run(store.default_uri(output), 'cpdlm', sys.argv[2], {}, output).run_id)
+print(store.create_run(store.default_uri(output), 'cpdlm', sys.argv[2], {}).run_id)
 """
 
 

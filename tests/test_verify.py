@@ -105,6 +105,7 @@ def test_verify_runs_a_record_again_at_its_commit(repository: Path, capfd: pytes
         ({"dirty": True}, 2, "uncommitted changes"),
         ({"commit": "0" * 40}, 2, "is not in this clone"),
         ({"command": "rm everything"}, 2, "not `python experiments/run.py"),
+        ({"command": "python experiments/run.py 'rank=2"}, 2, "its command is"),
         ({"command": "python experiments/run.py nonsense"}, 1, "exit code 1"),
         ({"schema": 99}, 2, "schema is 99"),
         # What would be written outside the temporary folder, or is no setting.

@@ -12,7 +12,6 @@ Letters: B batch, T position, P positions picked, N horizon, K factors of the mi
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.losses.draft import overlap
 from experiments.measure.components import Components
 
-ROW = ("successors_BT", "future_BTN", "source_B")  # what is read of a row of a batch
 CHUNK_BYTES = 64 * 2**20
 STRIDE = 8  # positions between those whose draft q is held against the target p
 
@@ -49,126 +47,109 @@ def evaluate(
     model = model.to(device).eval()
     bytes_V = torch.as_tensor(token_bytes_V, dtype=torch.float64)
     components = Components(model, token_texts_V) if token_texts_V and model.rank > 1 else None
-    sums = _Sums([], torch.zeros(model.rank, dtype=torch.float64), 0.0, 0, [])
+    sums = _Sums(model, bytes_V, components)
     for batch in batches:
         hidden_BTD = model.hidden(batch["tokens_BT"].to(device), batch["position_ids_BT"].to(device))
-        for index, hidden_TD in enumerate(hidden_BTD):
-            row = {name: batch[name][index] for name in ROW if name in batch}
-            _add(sums, model, row, hidden_TD, bytes_V, components, source_names)
-    _check_positions(sums, model)
-    return _summary(sums, model, components, source_names)
+        rows = zip(hidden_BTD, batch["future_BTN"], batch["successors_BT"], batch["source_B"], strict=True)
+        for hidden_TD, future_TN, successors_T, source in rows:
+            sums.add(hidden_TD, future_TN, successors_T, source_names[int(source)])
+    return sums.summary()
 
 
-@dataclass
 class _Sums:
     """Of all rows. entropy: of the gate's weights, summed; whole: windows with all successors; shares: (P, K) a row."""
 
-    rows: list[dict[str, Any]]
-    weights_R: Tensor
-    entropy: float
-    whole: int
-    shares: list[Tensor]
+    def __init__(self, model: LanguageModel, bytes_V: Tensor, components: Components | None) -> None:
+        self.model, self.bytes_V, self.components = model, bytes_V, components
+        self.rows: list[dict[str, Any]] = []
+        self.weights_R = torch.zeros(model.rank, dtype=torch.float64)
+        self.entropy, self.whole = 0.0, 0
+        self.shares: list[Tensor] = []
 
-    @property
-    def positions(self) -> int:
-        return sum(row["positions"] for row in self.rows)
+    def add(self, hidden_TD: Tensor, future_TN: Tensor, successors_T: Tensor, source: str) -> None:
+        """One row of a batch."""
+        model, device = self.model, hidden_TD.device
+        exists_T = successors_T > 0
+        token_P = future_TN[exists_T][:, 0]
+        target_P = _gathered(model.target_log_probs(hidden_TD[exists_T.to(device)]), token_P.to(device))
+        whole_T = successors_T >= model.horizon
+        covered_T = whole_T & _covered(model, future_TN.to(device)).cpu()
+        terms_PN, log_weights_PR, log_posterior_PR = position_terms(
+            model, hidden_TD[covered_T.to(device)], future_TN[covered_T].to(device)
+        )
+        weights_PR = log_weights_PR.double().exp().cpu()
+        self.whole += int(whole_T.sum())
+        self.weights_R += weights_PR.sum(dim=0)
+        self.entropy += float(-(weights_PR * log_weights_PR.double().cpu()).sum())
+        self.rows.append(
+            {
+                "source": source,
+                "terms": -terms_PN.double().sum(dim=0).cpu().numpy(),
+                "positions": int(covered_T.sum()),
+                "target": -float(target_P.double().sum()),
+                "bytes": float(self.bytes_V[token_P].sum()),
+            }
+        )
+        if self.components is not None:
+            self.components.add(log_posterior_PR, future_TN, covered_T, source)
+        self.shares.append(accepted_shares(model, hidden_TD, future_TN.to(device), whole_T.to(device)))
 
-
-def _add(
-    sums: _Sums,
-    model: LanguageModel,
-    row: dict[str, Tensor],
-    hidden_TD: Tensor,
-    bytes_V: Tensor,
-    components: Components | None,
-    source_names: list[str],
-) -> None:
-    """One row of a batch."""
-    device = hidden_TD.device
-    successors_T, future_TN = row["successors_BT"], row["future_BTN"]
-    exists_T = successors_T > 0
-    token_P = future_TN[exists_T][:, 0]
-    target_P = _gathered(model.target_log_probs(hidden_TD[exists_T.to(device)]), token_P.to(device))
-    whole_T = successors_T >= model.horizon
-    covered_T = whole_T & _covered(model, future_TN.to(device)).cpu()
-    terms_PN, log_weights_PR, log_posterior_PR = position_terms(
-        model, hidden_TD[covered_T.to(device)], future_TN[covered_T].to(device)
-    )
-    weights_PR = log_weights_PR.double().exp().cpu()
-    sums.whole += int(whole_T.sum())
-    sums.weights_R += weights_PR.sum(dim=0)
-    sums.entropy += float(-(weights_PR * log_weights_PR.double().cpu()).sum())
-    source = int(row["source_B"]) if "source_B" in row else 0
-    sums.rows.append(
-        {
-            "source": source,
-            "terms": -terms_PN.double().sum(dim=0).cpu().numpy(),
-            "positions": int(covered_T.sum()),
-            "target": -float(target_P.double().sum()),
-            "bytes": float(bytes_V[token_P].sum()),
+    def summary(self) -> dict[str, Any]:
+        """What `evaluate` returns. Raises ConfigError where there is no position."""
+        model, rows = self.model, self.rows
+        positions = sum(row["positions"] for row in rows)
+        self._check(positions)
+        counts, joint = [row["positions"] for row in rows], [row["terms"].sum() for row in rows]
+        terms = [[row["terms"][k] for row in rows] for k in range(model.horizon)]
+        by_source: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["positions"]:
+                by_source.setdefault(row["source"], []).append(row)
+        mean_R = (self.weights_R / positions).clamp_min(1e-12)
+        found: dict[str, Any] = {
+            "split": "test",
+            "rows": len(rows),
+            "positions": positions,
+            "joint_nll": _ratio(joint, counts),
+            "position_nll": [_ratio(each, counts) for each in terms],
+            "first_token_nll": _ratio(terms[0], counts),
+            "bits_per_byte": _bits_per_byte(rows),
+            "kept_by_depth": _by_depth(torch.cat(self.shares), model),
+            "per_source": {name: _of_source(mine) for name, mine in by_source.items()},
+            # Row by row, so that two models can be compared on the same rows.
+            "per_row": {
+                "positions": counts,
+                "joint_nll": [round(float(value), 3) for value in joint],
+                "first_token_nll": [round(float(value), 3) for value in terms[0]],
+                "position_nll": [[round(float(value), 3) for value in each] for each in terms],
+                "target_nll": [round(row["target"], 3) for row in rows],
+                "bytes": [row["bytes"] for row in rows],
+            },
+            "weights": {
+                "entropy_mean": self.entropy / positions,
+                "effective": float(torch.exp(-(mean_R * mean_R.log()).sum())),
+                "dead": int((mean_R < 0.1 / model.rank).sum()),
+                "mean": [float(value) for value in mean_R],
+            },
         }
-    )
-    if components is not None:
-        components.add(log_posterior_PR, future_TN, covered_T, source_names[source])
-    sums.shares.append(accepted_shares(model, hidden_TD, future_TN.to(device), whole_T.to(device)))
+        if self.components is not None:
+            found["components"] = self.components.summary()
+        if model.draft_ids is not None:
+            found["shortlist"] = {"tokens": len(model.draft_ids), "windows": positions / self.whole}
+        return found
 
-
-def _check_positions(sums: _Sums, model: LanguageModel) -> None:
-    if not sums.whole:
-        raise ConfigError(
-            f"no test position has all {model.horizon} successors, the documents are too short; "
-            f"lower horizon={model.horizon}"
-        )
-    if not sums.positions:
-        size = len(model.draft_ids) if model.draft_ids is not None else 0
-        raise ConfigError(
-            f"the draft vocabulary of {size} tokens covers none of the {sums.whole:,} test windows; "
-            "raise loss.draft_vocabulary"
-        )
-
-
-def _summary(
-    sums: _Sums, model: LanguageModel, components: Components | None, source_names: list[str]
-) -> dict[str, Any]:
-    rows, positions = sums.rows, sums.positions
-    counts, joint = [row["positions"] for row in rows], [row["terms"].sum() for row in rows]
-    terms = [[row["terms"][k] for row in rows] for k in range(model.horizon)]
-    by_source: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["positions"]:
-            by_source.setdefault(source_names[row["source"]], []).append(row)
-    mean_R = (sums.weights_R / positions).clamp_min(1e-12)
-    found: dict[str, Any] = {
-        "split": "test",
-        "rows": len(rows),
-        "positions": positions,
-        "joint_nll": _ratio(joint, counts),
-        "position_nll": [_ratio(each, counts) for each in terms],
-        "first_token_nll": _ratio(terms[0], counts),
-        "bits_per_byte": _bits_per_byte(rows),
-        "kept_by_depth": _by_depth(torch.cat(sums.shares), model),
-        "per_source": {name: _of_source(mine) for name, mine in by_source.items()},
-        # Row by row, so that two models can be compared on the same rows.
-        "per_row": {
-            "positions": counts,
-            "joint_nll": [round(float(value), 3) for value in joint],
-            "first_token_nll": [round(float(value), 3) for value in terms[0]],
-            "position_nll": [[round(float(value), 3) for value in each] for each in terms],
-            "target_nll": [round(row["target"], 3) for row in rows],
-            "bytes": [row["bytes"] for row in rows],
-        },
-        "weights": {
-            "entropy_mean": sums.entropy / positions,
-            "effective": float(torch.exp(-(mean_R * mean_R.log()).sum())),
-            "dead": int((mean_R < 0.1 / model.rank).sum()),
-            "mean": [float(value) for value in mean_R],
-        },
-    }
-    if components is not None:
-        found["components"] = components.summary()
-    if model.draft_ids is not None:
-        found["shortlist"] = {"tokens": len(model.draft_ids), "windows": positions / sums.whole}
-    return found
+    def _check(self, positions: int) -> None:
+        if not self.whole:
+            raise ConfigError(
+                f"no test position has all {self.model.horizon} successors, the documents are too short; "
+                f"lower horizon={self.model.horizon}"
+            )
+        if not positions:
+            assert self.model.draft_ids is not None
+            raise ConfigError(
+                f"the draft vocabulary of {len(self.model.draft_ids)} tokens covers none of the {self.whole:,} test "
+                "windows; raise loss.draft_vocabulary"
+            )
 
 
 def _covered(model: LanguageModel, future_TN: Tensor) -> Tensor:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,16 +59,11 @@ def log_record(config: Config, path: Path) -> None:
     if not config.tracking.mlflow or not store.is_installed():
         return
     folder, uri = Path(config.output) / config.run_name, tracking_uri(config)
-    try:
-        text = path.read_bytes()
-        content = json.loads(text)
-    except (OSError, ValueError) as error:
-        store.warn(f"{path} was not logged to MLflow: {error}")
-        return
+    text = path.read_bytes()
     digest = hashlib.sha256(text).hexdigest()
     if store.has_record(folder, uri, digest):
         return
-    tracker = store.continued(folder, uri)
+    content, tracker = json.loads(text), store.continued(folder, uri)
     if not tracker.run_id and folder.is_dir():
         tracker = _open(config, content["command"], folder)
         tracker.curve(store.curve_of(content["training"]))
@@ -87,25 +80,15 @@ def start_sweep(name: str, output: Path, command: str, experiment: str = "cpdlm"
     """
     if not store.is_installed():
         return Tracker()
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(output)
+    uri = default_uri(output)
     store.end_killed(uri, experiment)
     folder = output / f".sweep-{name}"
     tracker = store.continued(folder, uri)
     if not tracker.run_id:
-        tracker = store.create_run(
-            uri,
-            experiment,
-            f"{name} sweep",
-            {"mlflow.note.content": f"`{command}`", "command": command, "kind": "sweep"},
-            output,
-        )
+        tags = {"mlflow.note.content": f"`{command}`", "command": command, "kind": "sweep"}
+        tracker = store.create_run(uri, experiment, f"{name} sweep", tags)
         store.remember(folder, tracker)
     return tracker
-
-
-def claim_experiment(claim: str, prefix: str = "cpdlm") -> str:
-    """The MLflow experiment of a claim's runs: the sweep's parent run and its cells."""
-    return f"{prefix} {claim}"
 
 
 def _open(config: Config, command: str, folder: Path) -> Tracker:
@@ -120,13 +103,8 @@ def _open(config: Config, command: str, folder: Path) -> Tracker:
         tags = store.tags_of(settings, variant_of(settings), config.target, commit + "-dirty" * dirty, command)
         if config.tracking.parent:
             tags["mlflow.parentRunId"] = config.tracking.parent
-        tracker = store.create_run(
-            tracking_uri(config),
-            config.tracking.experiment,
-            store.short_name(config.run_name),
-            tags | {"name": config.run_name},
-            Path(config.output),
-        )
+        tags["name"], shown = config.run_name, store.short_name(config.run_name)
+        tracker = store.create_run(tracking_uri(config), config.tracking.experiment, shown, tags)
         store.remember(folder, tracker)
         tracker.params(flatten(config))
         tracker.text(as_yaml(config), "config.yaml")
@@ -152,8 +130,8 @@ def _lightning_logger(tracker: Tracker, experiment: str) -> MLFlowLogger:
 
 
 def _system_metrics(tracker: Tracker) -> Any:
-    """A running monitor of processor, memory and GPU; None where psutil is missing."""
-    if not tracker.run_id or importlib.util.find_spec("psutil") is None:
+    """A running monitor of processor, memory and GPU; None where there is none."""
+    if not tracker.run_id:
         return None
     try:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         return 2
     output = options.output or _newest_store()
     output.mkdir(parents=True, exist_ok=True)
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(output)
+    uri = default_uri(output)
     if options.results is not None:
         try:
             count = import_records(options.results, uri, figures=Path("paper_figures"))

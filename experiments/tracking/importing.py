@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpdlm.config import flat
 from cpdlm.progress import Bar
-from experiments.tracking import claim_experiment, store
+from experiments.tracking import store
 from experiments.tracking.store import Tracker
 
 if TYPE_CHECKING:
@@ -19,15 +19,14 @@ if TYPE_CHECKING:
     from experiments.records import Record
 
 
-def import_records(results: Path, uri: str, prefix: str = "cpdlm", figures: Path | None = None) -> int:
+def import_records(results: Path, uri: str, figures: Path | None = None) -> int:
     """Show committed records in a store. Returns how many were new.
 
-    An experiment per claim (`claim_experiment`) has a parent run per results folder, and that a child per record. A
+    An experiment per claim has a parent run per results folder, and that a child per record. A
     record that is there already (by its sha256) is skipped, so a second import adds nothing. Where there is a new one,
     every parent's note is renewed: the command, and each verdict that rests on the folder; the page and the pictures of
     `figures` are attached. A claim that is answered from other claims' cells alone has a parent without children, which
-    says whose. Copies lie beside a SQLite store. Raises RuntimeError without mlflow or
-    with a store that fails, RecordError where `results` is no folder.
+    says whose. Raises RuntimeError without mlflow or with a store that fails, RecordError where `results` is no folder.
     """
     if not store.is_installed():
         raise RuntimeError("mlflow is not installed; pip install mlflow")
@@ -39,11 +38,8 @@ def import_records(results: Path, uri: str, prefix: str = "cpdlm", figures: Path
     for line in damaged:
         store.warn(line)
     verdicts = judge(families_of(records)[0])
-    artifacts = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else None
     try:
-        if artifacts is not None:
-            artifacts.mkdir(parents=True, exist_ok=True)
-        known = _imported(store.client_of(uri), prefix)
+        known = _imported(store.client_of(uri))
     except Exception as error:
         raise RuntimeError(f"the MLflow store {store.shown(uri)} cannot be used: {store.first_line(error)}") from error
     folders: dict[str, list[Record]] = {}
@@ -53,21 +49,22 @@ def import_records(results: Path, uri: str, prefix: str = "cpdlm", figures: Path
         digests[record.path] = hashlib.sha256((results / record.path).read_bytes()).hexdigest()
     if all(digest in known for digest in digests.values()):
         return 0
+    pictures = [*figures.glob("report.html"), *sorted(figures.glob("*.png"))] if figures is not None else []
     claims = {verdict.claim.id for verdict in verdicts if verdict.records}
     borrowed = claims - {_claim_of(folder) for folder in folders}
     count, bar = 0, Bar(total=len(set(digests.values()) - set(known)), desc="importing records", unit="record")
     for folder in (*folders, *sorted(borrowed)):
         mine = folders.get(folder, [])
-        name = claim_experiment(_claim_of(folder), prefix)
+        name = f"cpdlm {_claim_of(folder)}"
         note = _note(folder, sorted({str(record["profile"]) for record in mine}), verdicts)
         tags = {"import": folder, "kind": "sweep", "claim": _claim_of(folder), "mlflow.note.content": note}
-        parent = _parent(uri, name, f"records: {folder}" if mine else f"verdicts: {folder}", tags, artifacts, known)
-        for path in _pictures(figures):
-            parent.figure(path)
+        parent = _parent(uri, name, f"records: {folder}" if mine else f"verdicts: {folder}", tags, known)
+        for picture in pictures:
+            parent.figure(picture)
         parent.end()
         for record in mine:
             if (digest := digests[record.path]) not in known:
-                count += _show(record, results / record.path, digest, uri, name, parent.run_id, artifacts)
+                count += _show(record, results / record.path, digest, uri, name, parent.run_id)
                 bar.update()
     bar.close()
     return count
@@ -80,10 +77,10 @@ def _claim_of(folder: str) -> str:
     return found[0] if found else name
 
 
-def _imported(client: Any, prefix: str) -> dict[str, str]:
-    """Run ids by record_sha256 and by import, over all experiments of the prefix."""
+def _imported(client: Any) -> dict[str, str]:
+    """Run ids by record_sha256 and by import, over the experiments of all claims."""
     known: dict[str, str] = {}
-    ids = [found.experiment_id for found in client.search_experiments() if found.name.startswith(f"{prefix} ")]
+    ids = [found.experiment_id for found in client.search_experiments() if found.name.startswith("cpdlm ")]
     token: str | None = None
     while ids:
         page = client.search_runs(ids, max_results=1000, page_token=token)
@@ -97,12 +94,10 @@ def _imported(client: Any, prefix: str) -> dict[str, str]:
     return known
 
 
-def _parent(
-    uri: str, experiment: str, name: str, tags: dict[str, str], artifacts: Path | None, known: Mapping[str, str]
-) -> Tracker:
+def _parent(uri: str, experiment: str, name: str, tags: dict[str, str], known: Mapping[str, str]) -> Tracker:
     """The parent run of an import: the one that is there, its note renewed, or a new one."""
     if tags["import"] not in known:
-        return store.create_run(uri, experiment, name, tags, artifacts)
+        return store.create_run(uri, experiment, name, tags)
     tracker = Tracker(store.client_of(uri), known[tags["import"]], uri)
     tracker.tags(tags)
     return tracker
@@ -139,21 +134,13 @@ def _folders(verdicts: list[Verdict]) -> set[str]:
     return {Path(path).parent.as_posix() for verdict in verdicts for path in verdict.records}
 
 
-def _pictures(figures: Path | None) -> list[Path]:
-    if figures is None:
-        return []
-    return [path for path in (figures / "report.html", *sorted(figures.glob("*.png"))) if path.is_file()]
-
-
-def _show(
-    record: Record, path: Path, digest: str, uri: str, experiment: str, parent: str, artifacts: Path | None
-) -> bool:
+def _show(record: Record, path: Path, digest: str, uri: str, experiment: str, parent: str) -> bool:
     """A finished run for one record; False where the store did not take it."""
     content = record.content
     tags = store.tags_of(content["config"], record.variant, record.target, content["commit"], content["command"])
     started = int(datetime.datetime.fromisoformat(content["started"]).timestamp() * 1000)
     tags |= {"name": content["name"], "record_sha256": digest, "mlflow.parentRunId": parent}
-    tracker = store.create_run(uri, experiment, store.short_name(content["name"]), tags, artifacts, started)
+    tracker = store.create_run(uri, experiment, store.short_name(content["name"]), tags, started)
     tracker.params(flat(content["config"]))
     tracker.curve(store.curve_of(content["training"]))
     store.log_content(tracker, content, path)

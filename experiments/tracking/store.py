@@ -57,7 +57,7 @@ class Tracker:
 
             now = int(time.time() * 1000)
             found = [
-                Metric(_name(key), rounded(value), now, int(point["step"]))
+                Metric(key, rounded(value), now, int(point["step"]))
                 for point in points
                 for key, value in point.items()
                 if key != "step" and isinstance(value, int | float)
@@ -121,25 +121,22 @@ class Tracker:
 
 def tracking_uri(config: Config) -> str:
     """The store of a run: tracking.uri, else MLFLOW_TRACKING_URI, else SQLite in the output folder."""
-    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(Path(config.output))
+    return config.tracking.uri or default_uri(Path(config.output))
 
 
 def default_uri(output: Path) -> str:
-    return f"sqlite:///{(output / DATABASE).resolve()}"
+    """MLFLOW_TRACKING_URI, else SQLite in this folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{(output / DATABASE).resolve()}"
 
 
-def create_run(
-    uri: str, experiment: str, name: str, tags: Mapping[str, str], output: Path | None, started: int | None = None
-) -> Tracker:
+def create_run(uri: str, experiment: str, name: str, tags: Mapping[str, str], started: int | None = None) -> Tracker:
     """A new run; off, with a warning, where the store cannot be used."""
     if uri in _unusable:
         return Tracker()
     try:
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
         client = client_of(uri)
-        experiment_id, tags = _experiment(client, experiment, output), {**tags, OWNER: owner()}
-        run = client.create_run(experiment_id, start_time=started, tags=tags, run_name=name)
+        tags = {**tags, OWNER: owner()}
+        run = client.create_run(_experiment(client, experiment), start_time=started, tags=tags, run_name=name)
     except Exception as error:
         _give_up(uri, error)
         return Tracker()
@@ -190,9 +187,9 @@ def client_of(uri: str) -> Any:
         os.environ.setdefault(key, value)
     from mlflow.tracking import MlflowClient
 
-    if not uri.startswith("sqlite:///") or uri in _made:
+    database = _database(uri)
+    if database is None or uri in _made:
         return MlflowClient(tracking_uri=uri)
-    database = Path(uri.removeprefix("sqlite:///"))
     database.parent.mkdir(parents=True, exist_ok=True)
     # The client makes the tables; processes that do so at once break each other's.
     with locked(database.with_name(f"{database.name}.lock"), STORE_SECONDS):
@@ -200,6 +197,11 @@ def client_of(uri: str) -> Any:
         client.search_experiments(max_results=1)
     _made.add(uri)
     return client
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a SQLite store."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 _made: set[str] = set()  # local stores that are there
@@ -226,14 +228,14 @@ def _give_up(uri: str, error: Exception) -> None:
     warn(f"MLflow at {shown(uri)} cannot be used ({first_line(error)}); the run and its record go on without it")
 
 
-def _experiment(client: Any, name: str, output: Path | None) -> str:
-    """Its id; a new one keeps its artefacts beside a local store, and where the server says for a remote one."""
+def _experiment(client: Any, name: str) -> str:
+    """Its id; a new one keeps its artefacts beside a SQLite store, and where MLflow says for another one."""
     found = client.get_experiment_by_name(name)
     if found is None:
-        local = output is not None and not client.tracking_uri.startswith(("http", "databricks"))
+        database = _database(client.tracking_uri)
         try:
-            index = (output / ARTIFACTS).resolve().as_uri() if output and local else None
-            return str(client.create_experiment(name, index, experiment_tags(name)))
+            place = (database.parent / ARTIFACTS).resolve().as_uri() if database is not None else None
+            return str(client.create_experiment(name, place, experiment_tags(name)))
         except Exception:
             found = client.get_experiment_by_name(name)  # another process made it meanwhile
             if found is None:
@@ -294,11 +296,6 @@ def curve_of(training: Mapping[str, Any]) -> list[dict[str, float]]:
         if other["step"] > one["step"]:
             other["train_time/step_ms"] = 1000 * (after - before) / (other["step"] - one["step"])
     return points
-
-
-def _name(key: str) -> str:
-    """A metric name that MLflow takes."""
-    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in key)
 
 
 def experiments_with_cells(uri: str) -> list[tuple[str, str]]:
