@@ -166,7 +166,6 @@ def _frozen(config: Config) -> Iterator[str]:
         f"loss.target_top={loss.target_top}": loss.target_top > 0,
         f"data.states={data.states}": data.states > 0,
         f"data.text={data.text}": data.text != "corpus",
-        f"model.adapter_layers={model.adapter_layers}": model.adapter_layers > 0,
     }
     for setting in [words for words, is_used in used.items() if is_used]:
         if not model.trunk:
@@ -194,8 +193,6 @@ def _processes(config: Config) -> Iterator[str]:
     nodes, devices, accumulate, rows = config.nodes, config.devices, config.train.accumulate, config.data.batch_rows
     if config.train.sharded and config.parallel != "fsdp":
         yield f"train.sharded=true needs parallel=fsdp (parallel={config.parallel} has the whole model everywhere)"
-    if config.parallel == "fsdp" and config.model.adapter_layers:
-        yield f"model.adapter_layers={config.model.adapter_layers} is not for parallel=fsdp; type parallel=auto"
     if config.parallel == "fsdp" and config.train.decode_prompts:
         yield (
             f"train.decode_prompts={config.train.decode_prompts} needs whole weights; parallel=fsdp shards them: type 0"

@@ -136,15 +136,8 @@ class ModelConfig:
         "hidden width of the map through which a draft sees x_{t+1} (link=first or all), as a multiple of the trunk's",
         within="(0, 64]",
     )
-    draft_depth: int = knob(1, "hidden layers of that map", least=1, most=16)
     draft_normed: bool = knob(True, "that map sees h_t and the token's embedding at equal size")
     link_width: int = knob(256, "inner width of link=all", least=1)
-    adapter_layers: int = knob(
-        0,
-        "last layers of a frozen trunk that the draft has once more, with low-rank adapters (0 = none; needs peft)",
-        least=0,
-    )
-    adapter_rank: int = knob(8, "rank of those adapters", least=1)
 
 
 @dataclass
@@ -329,13 +322,10 @@ class Config:
         link = {"first": "token", "all": "link"}.get(self.link, self.link)
         if self.link != "none" and self.model.draft_width != 0.5:
             link += f"-w{self.model.draft_width:g}"
-        if self.model.draft_depth > 1:
-            link += f"-d{self.model.draft_depth}"
         text = f"-{self.data.text}" if self.data.text != "corpus" else ""
         if self.data.prompts != "windows":
             text += f"-{self.data.prompts}"
-        adapters = f"-lora{self.model.adapter_layers}" if self.model.adapter_layers else ""
-        draft = f"{link}{joint}{tie}{hidden}{low}{offsets}{adapters}{objective}{text}"
+        draft = f"{link}{joint}{tie}{hidden}{low}{offsets}{objective}{text}"
         return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{draft}-s{self.seed}"
 
 

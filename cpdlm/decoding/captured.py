@@ -77,7 +77,7 @@ class CapturedForwards:
 
     Made for one model, number of rows, sampling and draft; reusable for any number of texts. On CUDA, making it takes
     some tenths of a second. uniforms: of the rows that are written; the loop sets it. Raises ValueError for a model in
-    training mode or with adapters for the draft, and where a layer of the model attends to fewer slots than there are.
+    training mode, and where a layer of the model attends to fewer slots than there are.
     """
 
     runs_ahead = True
@@ -126,10 +126,6 @@ class CapturedForwards:
             )
         if self.model.training:  # a recording would keep its dropout
             raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
-        if getattr(self.model, "draft_trunk", None) is not None:
-            raise ValueError(
-                "adapters for the draft keep a second cache, which captured forwards do not have; decode without them"
-            )
         window = self.model.attention_window
         if window is not None and window < self.slots:
             raise ValueError(
@@ -284,12 +280,7 @@ class Captures:
         weights = [*self.model.parameters(), *self.model.buffers()]
         window = self.model.attention_window
         most = self.model.context if window is None else min(window, self.model.context)
-        if (
-            draft.startswith(LOOKUP)
-            or weights[0].device.type != self.on
-            or most < longest
-            or self.model.draft_trunk is not None
-        ):
+        if draft.startswith(LOOKUP) or weights[0].device.type != self.on or most < longest:
             return None
         kind = (rows, sampling, draft, nodes, *((each.data_ptr(), each.shape, each.dtype) for each in weights))
         if self.forwards is None or self.kind != kind or self.forwards.slots < longest:

@@ -38,13 +38,12 @@ class HeadsConfig:
     joint: `cp`, or `hmm`, whose component may change between two positions.
     link: which factors see a token of the window. `first`: gate and later factors see x_{t+1} (`Anchor`). `all`: each
     factor sees the token before it as well (`Link`). `blind`: the control of `first`, which sees h_t twice.
-    draft_width: hidden width of the map that sees x_{t+1}, as a multiple of the trunk's.  draft_depth: its hidden
-    layers.  draft_normed: its two inputs have equal size.  link_width: inner width of the link.
+    draft_width: hidden width of the map that sees x_{t+1}, as a multiple of the trunk's.  draft_normed: its
+    two inputs have equal size.  link_width: inner width of the link.
     separate: an unembedding for each (position, component).  component_rank: components are offsets of that rank from
     one map per position (0: each has a map of its own).  map_rank: rank of each map (0: full).  map_hidden: hidden
     width of each map as a two-layer perceptron (0: a linear map).  noise: size of the maps' random start.
     bias_buffer: the gate has a buffer that balances it in place of a bias.
-    adapter_layers, adapter_rank: how many last layers of the trunk the draft has once more, with LoRA of that rank.
     """
 
     rank: int = 1
@@ -53,7 +52,6 @@ class HeadsConfig:
     joint: str = "cp"
     link: str = "none"
     draft_width: float = 4.0
-    draft_depth: int = 1
     draft_normed: bool = True
     link_width: int = 256
     separate: bool = False
@@ -62,8 +60,6 @@ class HeadsConfig:
     map_hidden: int = 0
     noise: float = 0.2
     bias_buffer: bool = False
-    adapter_layers: int = 0
-    adapter_rank: int = 8
 
     def __post_init__(self) -> None:
         assert self.first_is_tied or self.link == "none", "a token-conditioned draft has a next-token head of its own"
@@ -79,7 +75,6 @@ class HeadsConfig:
             joint=config.joint,
             link=config.link,
             draft_width=model.draft_width,
-            draft_depth=model.draft_depth,
             draft_normed=model.draft_normed,
             link_width=model.link_width,
             separate=model.head == "separate",
@@ -88,8 +83,6 @@ class HeadsConfig:
             map_hidden=model.map_hidden,
             noise=model.noise,
             bias_buffer=config.balance == "bias",
-            adapter_layers=model.adapter_layers,
-            adapter_rank=model.adapter_rank,
         )
 
     @staticmethod

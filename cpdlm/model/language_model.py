@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from cpdlm.model.adapters import DraftTrunk, TwoCaches, check_draft_trunk
 from cpdlm.model.draft_input import Anchor
 from cpdlm.model.heads import Before, FactorHeads, HeadsConfig, Multiplier, Table
 from cpdlm.model.joint import Joint, log_normalise
@@ -96,7 +95,7 @@ class LanguageModel(nn.Module):
         self.heads = FactorHeads(width, vocab_size, shape, self.output.scale) if shape.factors else None
         self.anchor: Anchor | None = None
         if shape.link != "none":
-            self.anchor = Anchor(width, round(shape.draft_width * width), shape.draft_depth, shape.draft_normed)
+            self.anchor = Anchor(width, round(shape.draft_width * width), shape.draft_normed)
         self.active = 0  # components that a draft evaluates (`use_active`)
         # `use_draft_vocabulary`: ids (V',), their rows of the unembedding, and where on the list an id is.
         for buffer in ("draft_ids", "_draft_table_VD", "_draft_index_V"):
@@ -105,11 +104,6 @@ class LanguageModel(nn.Module):
         if frozen_target:
             self.trunk.requires_grad_(False)
             self.unembedding.requires_grad_(False)
-        self.draft_trunk: DraftTrunk | None = None
-        if shape.adapter_layers:
-            assert frozen_target, "only a frozen trunk has adapters for the draft"
-            self.draft_trunk = DraftTrunk(trunk, shape.adapter_layers, shape.adapter_rank)
-            check_draft_trunk(trunk, self.draft_trunk)
 
     @property
     def embedded(self) -> int:
@@ -129,23 +123,17 @@ class LanguageModel(nn.Module):
         super().train(mode)
         if self.frozen_target:
             self.trunk.eval()
-        if self.draft_trunk is not None:
-            self.draft_trunk.eval()
         return self
 
-    def new_cache(self) -> Cache | TwoCaches:
-        return new_cache() if self.draft_trunk is None else TwoCaches()
+    def new_cache(self) -> Cache:
+        return new_cache()
 
     def hidden(
         self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Mask | None = None
     ) -> Tensor:
-        """Hidden states (B, T, D); see `Trunk.forward`. With adapters the target's and the draft's, (B, T, 2D)."""
-        if self.draft_trunk is None:
-            hidden_BTD: Tensor = self.trunk(tokens_BT, position_ids_BT, cache, mask)
-            return hidden_BTD
-        own, drafts = (cache.target, cache.draft) if cache is not None else (None, None)
-        target_BTD, middle_BTD = self.trunk.with_middle(tokens_BT, self.draft_trunk.layers, position_ids_BT, own, mask)
-        return torch.cat([target_BTD, self.draft_trunk(middle_BTD, position_ids_BT, drafts, mask)], dim=-1)
+        """Hidden states (B, T, D); see `Trunk.forward`."""
+        hidden_BTD: Tensor = self.trunk(tokens_BT, position_ids_BT, cache, mask)
+        return hidden_BTD
 
     def next_token_log_probs(self, hidden: Tensor) -> Tensor:
         """The model's own log p(x_{t+1}) (..., V): eq. 11, or the tied head's softmax."""
@@ -276,8 +264,7 @@ class LanguageModel(nn.Module):
         return self.trunk.embed(tokens).to(self.heads.gate.weight.dtype)
 
     def _for_heads(self, hidden: Tensor) -> Tensor:
-        """The draft's half, in the heads' own precision: a frozen trunk may have a narrower one."""
-        hidden = hidden[..., -self.trunk.width :]
+        """In the heads' own precision: a frozen trunk may have a narrower one."""
         return hidden if self.heads is None else hidden.to(self.heads.gate.weight.dtype)
 
     # --- training and evaluation --------------------------------------------------------------------------------
@@ -299,8 +286,7 @@ class LanguageModel(nn.Module):
         joint's marginal over the successors that exist; tied, that of x_{t+2..} given x_{t+1}. With a draft vocabulary
         it covers the tokens of that alone. states: of the frozen trunk, if known. objective: replaces the rest term.
         """
-        learns = not self.frozen_target or self.draft_trunk is not None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_target):
             hidden_BTD = self.hidden(tokens_BT, position_ids_BT) if states is None else states.hidden_BTD
         first_loss, first_nll_P = self._first_nll(hidden_BTD, future_BTN, first_weight_BT)
         picked_BT = rest_weight_BT != 0
@@ -349,10 +335,9 @@ class LanguageModel(nn.Module):
     def target_logits(self, hidden: Tensor, table_VD: Tensor | None = None) -> Tensor:
         """(..., V) logits of the next-token softmax: of all tokens, or with the draft's unembeddings table_VD of those
         that drafts are made of. Drafts are scaled alike, and neither capped nor biased."""
-        hidden, ids = hidden[..., : self.trunk.width], self.draft_ids
         if table_VD is None:
             return self.output(hidden, self.unembedding)
-        bias_V = self.unembedding.bias
+        bias_V, ids = self.unembedding.bias, self.draft_ids
         return self.output(hidden, table_VD, bias_V if bias_V is None or ids is None else bias_V[ids])
 
     def target_scores(self, hidden: Tensor) -> Tensor:

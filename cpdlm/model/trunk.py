@@ -105,33 +105,6 @@ class Trunk(nn.Module):
         mask: see `Mask`; tokens in the cache come first. Without one, positions that restart within a row separate
         documents: the attention is then block-diagonal.
         """
-        hidden_BTD: Tensor = self._run(position_ids_BT, cache, mask, input_ids=tokens_BT).last_hidden_state
-        return hidden_BTD
-
-    def with_middle(
-        self,
-        tokens_BT: Tensor,
-        last: int,
-        position_ids_BT: Tensor | None = None,
-        cache: Cache | None = None,
-        mask: Mask | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`forward`, and the states (B, T, D) that go into the last `last` layers."""
-        done = self._run(position_ids_BT, cache, mask, input_ids=tokens_BT, output_hidden_states=True)
-        return done.last_hidden_state, done.hidden_states[-1 - last]
-
-    def embedded(
-        self,
-        embedded_BTD: Tensor,
-        position_ids_BT: Tensor | None = None,
-        cache: Cache | None = None,
-        mask: Mask | None = None,
-    ) -> Tensor:
-        """`forward` of what stands where the embedded tokens would."""
-        hidden_BTD: Tensor = self._run(position_ids_BT, cache, mask, inputs_embeds=embedded_BTD).last_hidden_state
-        return hidden_BTD
-
-    def _run(self, position_ids_BT: Tensor | None, cache: Cache | None, mask: Mask | None, **inputs: Any) -> Any:
         if mask is None and cache is None and position_ids_BT is not None:
             mask = _documents_apart(position_ids_BT)
         given: Any = mask
@@ -141,13 +114,11 @@ class Trunk(nn.Module):
                 given = given["sliding_attention"]
         elif mask is not None and mask.dim() == 4:
             given = self._added(mask)
-        return self.body(
-            position_ids=position_ids_BT,
-            attention_mask=given,
-            use_cache=cache is not None,
-            **{CACHE: cache},
-            **inputs,
-        )
+        use: dict[str, Any] = {"use_cache": cache is not None, CACHE: cache}
+        hidden_BTD: Tensor = self.body(
+            input_ids=tokens_BT, position_ids=position_ids_BT, attention_mask=given, **use
+        ).last_hidden_state
+        return hidden_BTD
 
     def _added(self, mask: Tensor) -> Tensor:
         """A mask of four dimensions, as attention adds it. Not -inf: a padding row that sees nothing would be NaN."""
