@@ -24,7 +24,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cpdlm.config import SIZES, Config, ConfigError
 from cpdlm.data.pretrained_files import brings_code
-from cpdlm.model.alibi import count_what_is_seen
 from cpdlm.model.growing_cache import GrowingCache
 
 # What this release of transformers calls the cache, among a model's arguments and in its outputs.
@@ -44,7 +43,6 @@ class Trunk(nn.Module):
     def __init__(self, body: PreTrainedModel) -> None:
         super().__init__()
         self.body = body
-        count_what_is_seen(body)
 
     @property
     def width(self) -> int:
