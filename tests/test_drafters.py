@@ -154,8 +154,10 @@ def test_wrong_block_verification_is_noticed(fault: str, draft: str, monkeypatch
     """Right drafts and distributions, and one step of algorithm 2 wrong."""
 
     def wrong(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
-        accepted_B, _ = accept.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
+        accepted_B, next_B = accept.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
         drafts = tokens_BK.shape[1]
+        if drafts == 0:
+            return accepted_B, next_B
         if fault == "longest share":  # every prefix is kept with its share alone
             p_BK, q_BK = (
                 distribution[:, :drafts].gather(-1, tokens_BK[..., None]).squeeze(-1)

@@ -140,15 +140,6 @@ def test_a_draft_vocabulary_of_all_tokens_changes_nothing(layout: str) -> None:
     torch.testing.assert_close(model.draft_joint(hidden_BD, pending_B).log_prob(model.indices(window)), whole)
 
 
-def test_what_cannot_draft_from_a_few_components_is_refused() -> None:
-    for layout, message in (("hmm", "joint=cp"), ("separate", "use shared")):
-        with pytest.raises(ValueError, match=message):
-            make(layout).use_active(1)
-    model = make()
-    model.use_active(1)
-    assert model.draft_joint(torch.randn(2, 64, dtype=torch.float64), torch.tensor([1, 2])).rank == 1
-
-
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_target_and_draft_distributions_of_each_layout(layout: str) -> None:
     model = make(layout)

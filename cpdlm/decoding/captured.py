@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from cpdlm.decoding.drafters import LOOKUP, Acceptance, Maker, Uniforms, make_drafter
 from cpdlm.decoding.drafting import propose
 from cpdlm.decoding.filtering import Sampling
-from cpdlm.decoding.forwards import Outcome, last_accepted, packed
+from cpdlm.decoding.forwards import Read, last_accepted, packed
 from cpdlm.decoding.model import DraftingModel
 from cpdlm.decoding.proposals import Proposal, nothing
 
@@ -79,8 +79,6 @@ class CapturedForwards:
     some tenths of a second. uniforms: of the rows that are written; the loop sets it. Raises ValueError for a model in
     training mode, and where a layer of the model attends to fewer slots than there are.
     """
-
-    runs_ahead = True
 
     @torch.inference_mode()
     def __init__(
@@ -159,7 +157,7 @@ class CapturedForwards:
         return int(self._count)
 
     @torch.inference_mode()
-    def first(self, prompts: Sequence[Tensor]) -> Outcome:
+    def first(self, prompts: Sequence[Tensor]) -> Read:
         assert len(prompts) == self.rows
         self.cache.reset()  # a NaN that an earlier text left behind would count for more than the mask
         hidden_BD, lengths_B = self._prefill(prompts)
@@ -173,20 +171,17 @@ class CapturedForwards:
         self._hidden_BD.copy_(hidden_BD)
         self._pending_B.copy_(acceptance.next_B.clamp(max=self.model.vocab_size - 1))
         self._count.fill_(1)
-        return _Copied(packed(acceptance))
+        return _copied(packed(acceptance))
 
     @torch.inference_mode()
-    def next(self, room: int) -> Outcome:
-        """room is not read: the shapes are fixed."""
+    def next(self) -> Read:
+        """It may be called before the last one is read. Rows that are done stay in it; theirs are not to be read."""
         if self._noise is not None:
             assert self.uniforms is not None, "the loop gives the rows' generators"
             self._noise.fill(self.uniforms)
         self._replay()
         assert self._out_BX is not None, "the first step made it"
-        return _Copied(self._out_BX)
-
-    def commit(self, emitted: Sequence[Sequence[int]], going: Sequence[int]) -> None:
-        raise AssertionError("captured forwards commit on the device")
+        return _copied(self._out_BX)
 
     def _prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Hidden states (B, D) behind the prompts, whose tokens take the first slots, and the prompts' lengths (B,).
@@ -338,21 +333,18 @@ def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]
     return replay
 
 
-class _Copied:
-    """An outcome that the device writes to the host while it goes on."""
+def _copied(packed_BX: Tensor) -> Read:
+    """What the device writes to the host while it goes on."""
+    if packed_BX.device.type != "cuda":
+        return packed_BX.clone().tolist
+    host_BX = torch.empty(packed_BX.shape, dtype=packed_BX.dtype, pin_memory=True)
+    host_BX.copy_(packed_BX, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
 
-    def __init__(self, packed_BX: Tensor) -> None:
-        self.event: torch.cuda.Event | None = None
-        if packed_BX.device.type == "cuda":
-            self.host_BX = torch.empty(packed_BX.shape, dtype=packed_BX.dtype, pin_memory=True)
-            self.host_BX.copy_(packed_BX, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.host_BX = packed_BX.clone()
-
-    def read(self) -> list[list[int]]:
-        if self.event is not None:
-            self.event.synchronize()
-        rows: list[list[int]] = self.host_BX.tolist()
+    def read() -> list[list[int]]:
+        event.synchronize()
+        rows: list[list[int]] = host_BX.tolist()
         return rows
+
+    return read

@@ -30,7 +30,7 @@ from cpdlm.decoding.captured import CapturedForwards
 from cpdlm.decoding.drafters import LOOKUP, Maker, Uniforms, make_drafter
 from cpdlm.decoding.drafting import Drafting
 from cpdlm.decoding.filtering import Sampling, is_whole
-from cpdlm.decoding.forwards import Forwards, GrowingForwards
+from cpdlm.decoding.forwards import GrowingForwards
 from cpdlm.decoding.length import Costs
 from cpdlm.decoding.lookup import LookupSettings
 from cpdlm.decoding.model import DraftingModel
@@ -140,24 +140,24 @@ def decode_batch(
     uniforms = Uniforms(generators, prompts[0].device) if generators and not sampling.greedy else None
     forwards, timer = _forwards(model, texts, sampling, uniforms, draft, options), options.timer
     timer("other")
-    outcome, part = forwards.first(texts.prompts), "prefill"
+    read, part = forwards.first(texts.prompts), "prefill"
     while True:
-        # Forwards that do not wait for the host are one ahead of it; the last one is then in vain.
-        ahead = forwards.next(texts.room - 1) if forwards.runs_ahead else None
-        host = outcome.read()
+        # Captured forwards do not wait for the host and are one ahead of it; the last one is then in vain.
+        ahead = forwards.next() if isinstance(forwards, CapturedForwards) else None
+        host = read()
         timer(part)
         part = "verify"
         emitted, going = texts.commit(host)
         if not going:
             timer("other")
             return texts.written
-        if ahead is not None:
-            outcome = ahead
-            continue
-        texts.select(going)
-        forwards.commit(emitted, going)
-        timer("other")
-        outcome = forwards.next(texts.room - 1)
+        if isinstance(forwards, GrowingForwards):
+            texts.select(going)
+            forwards.commit(emitted, going)
+            timer("other")
+            ahead = forwards.next(texts.room - 1)
+        assert ahead is not None
+        read = ahead
 
 
 def _forwards(
@@ -167,7 +167,7 @@ def _forwards(
     uniforms: Uniforms | None,
     draft: str | Maker,
     options: Options,
-) -> Forwards:
+) -> GrowingForwards | CapturedForwards:
     """The captured ones, or new ones that grow."""
     changes, captured, rows = options.target_scores is not None, options.forwards, len(texts.prompts)
     if captured is not None:
@@ -215,7 +215,7 @@ class _Texts:
         self.rows = [self.rows[index] for index in going]
 
     def commit(self, host: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-        """host: `Outcome.read`. -> accepted drafts and next token per row, and the indices of rows that go on."""
+        """host: see `Read`. -> accepted drafts and next token per row, and the indices of rows that go on."""
         going = []
         for index, (row, (accepted, *drafts, following)) in enumerate(zip(self.rows, host, strict=True)):
             if row in self.done:

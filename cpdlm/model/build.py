@@ -26,7 +26,7 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         output=trunk.output if trunk is not None else None,
         chunk_bytes=config.loss.chunk_mib * 2**20,
     )
-    model.use_active(config.decode.active)
+    model.active = config.decode.active
     if trunk is not None:
         model.unembedding.bias = trunk.unembedding.bias
         if not trunk.embeddings_are_tied:

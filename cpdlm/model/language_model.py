@@ -96,7 +96,9 @@ class LanguageModel(nn.Module):
         self.anchor: Anchor | None = None
         if shape.link != "none":
             self.anchor = Anchor(width, round(shape.draft_width * width), shape.draft_normed)
-        self.active = 0  # components that a draft evaluates (`use_active`)
+        # Components that a draft evaluates, the heaviest of the gate at each position (0: all). Their renormalised
+        # mixture is a joint of that rank, from which drafts are drawn and against which they are accepted.
+        self.active = 0
         # `use_draft_vocabulary`: ids (V',), their rows of the unembedding, and where on the list an id is.
         for buffer in ("draft_ids", "_draft_table_VD", "_draft_index_V"):
             self.register_buffer(buffer, None, persistent=False)
@@ -187,21 +189,6 @@ class LanguageModel(nn.Module):
             assert pending is not None, "linked factors need the pending token"
             before = Before(self._embedded(pending), lambda tokens: self._embedded(as_ids(tokens)))
         return self.heads.joint(self._seen(hidden, pending), table, before, active)
-
-    def use_active(self, components: int) -> None:
-        """Draft from the `components` heaviest components of the gate at each position (0: from all).
-
-        Their renormalised mixture is a joint of that rank, from which drafts are drawn and against which they are
-        accepted: what is written keeps its distribution. Raises ValueError where the heads cannot.
-        """
-        if components < 0:
-            raise ValueError(f"active={components} is no number of components; pass 1 to {self.rank}, or 0 for all")
-        if 0 < components < self.rank and self.heads is not None:
-            if self.heads.transitions is not None:
-                raise ValueError("the components of joint=hmm follow one another; only joint=cp can draft from a few")
-            if self.heads.separate:
-                raise ValueError("separate heads (model.head=separate) cannot draft from a few components; use shared")
-        self.active = components
 
     @property
     def _draft_table(self) -> Tensor:
