@@ -2,10 +2,9 @@
 
 import difflib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from cpdlm.config.settings import CHOICES, FAMILIES, WITHIN, Config, ConfigError, flatten, leaves
+from cpdlm.config.settings import CHOICES, WITHIN, Config, ConfigError, flatten, leaves
 
 MOST_TOKENS = 2**20  # of a vocabulary that is made here
 PRETRAINED = "a Hugging Face folder or name, a GGUF file, smollm2"
@@ -17,8 +16,6 @@ def check(config: Config) -> None:
     values = flatten(config)
     for key, allowed in CHOICES.items():
         check_choice(key, values[key], allowed)
-    if not config.model.family.endswith(".json"):
-        check_choice("model.family", config.model.family, FAMILIES)
     for rules in (_ranges, _names, _mixture, _heads, _text, _pretrained, _frozen, _processes):
         for message in rules(config):
             raise ConfigError(message)
@@ -137,11 +134,6 @@ def _text(config: Config) -> Iterator[str]:
 
 def _pretrained(config: Config) -> Iterator[str]:
     model, tokenizer = config.model, config.data.tokenizer
-    if model.family.endswith(".json") and not Path(model.family).is_file():
-        yield (
-            f"model.family={model.family}: there is no such file; give a Hugging Face config.json, "
-            f"or one of {', '.join(FAMILIES)}"
-        )
     if config.is_pretrained and not model.trunk:
         yield f"model.family=pretrained needs the model: type model=NAME ({PRETRAINED})"
     if config.is_pretrained and tokenizer != "model" and not tokenizer.startswith("hf:"):

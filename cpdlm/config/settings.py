@@ -53,6 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel": ("auto", "ddp", "fsdp"),
     "data.text": ("corpus", "greedy", "sampled"),
     "data.prompts": ("windows", "functions", "conversations", "starts"),
+    "model.family": FAMILIES,
     "model.head": ("shared", "separate"),
     "model.dtype": ("float32", "bfloat16"),
     "loss.objective": ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend"),
@@ -107,8 +108,7 @@ class DataConfig:
 class ModelConfig:
     family: str = knob(
         "llama",
-        "trunk: llama | gpt2, of the size above | a Hugging Face config.json, whose shape it then has | pretrained: "
-        "that of model.trunk (model=NAME says both)",
+        "trunk: llama | gpt2, of the size above | pretrained: that of model.trunk (model=NAME says both)",
     )
     trunk: str = knob(
         "",
@@ -306,7 +306,7 @@ class Config:
         corpus = "".join(c if c.isalnum() else "-" for c in corpus).strip("-")
         tie = "-tied" if self.model.tie_first and self.link == "none" else ""
         hidden = f"-mlp{self.model.map_hidden}" if self.model.map_hidden else ""
-        size = self.size if self.model.family in FAMILIES else Path(self.model.family).stem
+        size = self.size
         if self.is_pretrained:
             size = re.sub(r"[^a-z0-9]+", "-", Path(self.model.trunk).name.removesuffix(".gguf").lower()).strip("-")
         low = f"-low{self.model.map_rank}" if self.model.map_rank else ""

@@ -10,20 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2Model,
-    LlamaConfig,
-    LlamaModel,
-    PreTrainedModel,
-)
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from cpdlm.config import SIZES, Config, ConfigError
-from cpdlm.data.pretrained_files import brings_code
+from cpdlm.config import SIZES, Config
 from cpdlm.model.growing_cache import GrowingCache
 
 # What this release of transformers calls the cache, among a model's arguments and in its outputs.
@@ -149,13 +140,7 @@ def new_cache() -> Cache:
 
 
 def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
-    """A randomly initialised body of the size and family that the config names; context = data.context.
-
-    Raises ConfigError for a config.json that is not a causal language model's, whose context is shorter than ours, or
-    whose layers keep a state that cannot be rolled back behind rejected drafts.
-    """
-    if config.model.family.endswith(".json"):
-        return _build_foreign_body(config.model.family, vocab_size, config.data.context)
+    """A randomly initialised body of the size and family that the config names; context = data.context."""
     size = SIZES[config.size]
     if config.model.family == "gpt2":
         return GPT2Model(
@@ -186,33 +171,3 @@ def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
             pad_token_id=None,
         )
     )
-
-
-def _build_foreign_body(path: str, vocab_size: int, context: int) -> PreTrainedModel:
-    try:
-        shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        if brings_code(error):
-            raise ConfigError(
-                f"model.family={path} brings code of its own (auto_map), which is not executed"
-            ) from error
-        raise ConfigError(f"model.family={path} is not a Hugging Face config: {str(error).splitlines()[0]}") from error
-    text = shape.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None) or context
-    if longest < context:
-        raise ConfigError(f"model.family={path} has a context of {longest}, data.context={context}; lower data.context")
-    text.vocab_size = vocab_size
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(text, token, None)
-    try:
-        whole = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-    except ValueError as error:
-        raise ConfigError(f"model.family={path} is not a causal language model's config: {error}") from error
-    kinds = {"full_attention", "sliding_attention", "chunked_attention", *(getattr(text, "layer_types", None) or [])}
-    if getattr(whole, "_is_stateful", False) or len(kinds) > 3:
-        raise ConfigError(
-            f"model.family={path} is a {shape.model_type} model, which keeps a state that cannot be rolled back behind "
-            "rejected drafts; give the config of one with attention in every layer"
-        )
-    body: PreTrainedModel = getattr(whole, whole.base_model_prefix)
-    return body
