@@ -208,6 +208,7 @@ def test_a_batch_is_its_rows_one_by_one(draft: str, kind: tuple[str, str, bool])
     """Greedy and sampled, with and without a cache, rows that end at different times; dead slots closed up or not."""
     model, alone_greedily, accepted = real(*kind), greedy(*kind), 0
     for sampling in (Sampling(0.0), Sampling(0.8, 5, 0.95)):
+        cached = None
         for use_cache in (True, False):
             options: dict[str, Any] = {
                 "draft": draft,
@@ -218,6 +219,8 @@ def test_a_batch_is_its_rows_one_by_one(draft: str, kind: tuple[str, str, bool])
                 decode(model, prompt, 40, sampling, torch.Generator().manual_seed(row), **options)
                 for row, prompt in enumerate(RAGGED)
             ]
+            cached = cached or alone
+            assert alone == cached
             generators = [torch.Generator().manual_seed(row) for row in range(len(RAGGED))]
             together = decode_batch(model, RAGGED, 40, sampling, generators, **options)
             if sampling.greedy:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cpdlm.config import CHOICES
 from cpdlm.decoding.accept import argmaxes, follow, verify, verify_block, walk
 from cpdlm.decoding.filtering import Sampling, draw, filtered, is_whole
 from cpdlm.decoding.proposals import Proposal, best_window, branched, greedy_chain, grow, sampled_chain
@@ -185,21 +186,7 @@ def _walked(proposal: Proposal, parents_BM: Tensor, choose: Callable[[Tensor], T
     return Acceptance(accepted_B, proposal.tokens_BK.gather(1, (path_BJ - 1).clamp(min=0)), next_B, path_BJ)
 
 
-# What `draft=` takes, and what it does under greedy and under sampling.
-DRAFTERS = {
-    "none": "autoregressive decoding",
-    "chain": "argmaxes of the conditionals; sampled from the conditionals, accepted token by token",
-    "block": "the chain, accepted as a block (the same as chain under greedy)",
-    "tree": "the likeliest prefixes as a tree",
-    "branched": "the block with branches of one token beside it (the same as chain under greedy)",
-    "window": "the likeliest window",
-    "path": "the window with the largest expected number of accepted tokens",
-    "lookup": "what followed the last tokens where they stood before; none elsewhere, without heads",
-    "lookup+chain": "what followed the last tokens where they stood before; elsewhere the chain",
-    "lookup+block": "the same, accepted as a block",
-    "lookup+tree": "the tree, with what followed the last tokens before as one more branch",
-    "lookup+branched": "branched, with what followed the last tokens before as one more branch (greedy: lookup+chain)",
-}
+DRAFTERS = ("none", *CHOICES["decode.draft"])  # what `draft=` takes; docs/speed-up.md says what each does
 LOOKUP = "lookup"
 MOST_NODES = 4096  # what they see of each other grows with the square
 
