@@ -161,12 +161,8 @@ class CapturedForwards:
         assert len(prompts) == self.rows
         self.cache.reset()  # a NaN that an earlier text left behind would count for more than the mask
         hidden_BD, lengths_B = self._prefill(prompts)
-        target_B1V = self._target(hidden_BD[:, None])
-        if self._noise is not None:
-            self._noise.direct = self.uniforms
-        acceptance = self._drafter.verify(target_B1V, nothing(self._pending_B))
-        if self._noise is not None:
-            self._noise.direct = None
+        drafter = make_drafter(self.draft, self.sampling, self.uniforms, self.nodes)
+        acceptance = drafter.verify(self._target(hidden_BD[:, None]), nothing(self._pending_B))
         self._lengths_B.copy_(lengths_B)
         self._hidden_BD.copy_(hidden_BD)
         self._pending_B.copy_(acceptance.next_B.clamp(max=self.model.vocab_size - 1))
@@ -293,11 +289,8 @@ class _Noise:
         self.rows, self.device = rows, device
         self.held: list[Tensor] = []
         self.turn = 0
-        self.direct: Uniforms | None = None  # where the numbers come from outside of a replayed forward
 
     def __call__(self, count: int) -> Tensor:
-        if self.direct is not None:
-            return self.direct(count)
         if self.turn == len(self.held):
             self.held.append(torch.zeros(self.rows, count, dtype=torch.float64, device=self.device))
         self.turn += 1

@@ -188,6 +188,7 @@ def _walked(proposal: Proposal, parents_BM: Tensor, choose: Callable[[Tensor], T
 
 DRAFTERS = ("none", *CHOICES["decode.draft"])  # what `draft=` takes; docs/speed-up.md says what each does
 LOOKUP = "lookup"
+BRANCHES = ("tree", "branched")  # ends of the names whose drafts are a tree
 MOST_NODES = 4096  # what they see of each other grows with the square
 
 
