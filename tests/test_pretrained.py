@@ -131,17 +131,6 @@ def test_where_the_config_names_no_context_the_rows_say_it(tmp_path: Path) -> No
     assert loaded(saved(SHAPES["llama tied"], tmp_path, max_position_embeddings=-1)).context == CONTEXT
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_documents_of_a_row_do_not_see_each_other(name: str, pretrained: dict[str, Path]) -> None:
-    base = loaded(pretrained[name])
-    one_BT, two_BT = (torch.randint(3, V, (2, size), generator=torch.Generator().manual_seed(size)) for size in (7, 9))
-    indices_BT = torch.cat([torch.arange(7), torch.arange(9)]).expand(2, 16)
-    with torch.inference_mode():
-        row_BTD = base.hidden(torch.cat([one_BT, two_BT], dim=1), indices_BT)
-        assert_close(row_BTD[:, :7], base.hidden(one_BT), rtol=1e-4, atol=1e-4)
-        assert_close(row_BTD[:, 7:], base.hidden(two_BT), rtol=1e-4, atol=1e-4)
-
-
 def test_a_frozen_trunk_has_no_dropout_while_its_heads_train(pretrained: dict[str, Path]) -> None:
     model = with_heads(loaded(pretrained["gpt2"])).train()
     tokens_BT = torch.arange(3, 19).unsqueeze(0)

@@ -17,7 +17,7 @@ D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from cpdlm.model.draft_input import Anchor
-from cpdlm.model.heads import Before, FactorHeads, HeadsConfig, Multiplier, Table
+from cpdlm.model.heads import Before, FactorHeads, HeadsConfig, Multiplier
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows
 from cpdlm.model.losses.joint_nll import Gate, joint_nll
@@ -148,20 +148,19 @@ class LanguageModel(nn.Module):
         """log p (..., V) of x_{t+1}, which decoding preserves: the frozen trunk's, or the model's own."""
         return self._trunk_log_probs(hidden) if self.frozen_target else self.next_token_log_probs(hidden)
 
-    def joint(self, hidden: Tensor, pending: Tensor | None = None) -> Joint:
-        """The mixture at each position (...): untied over N tokens; tied over x_{t+2..t+N} given x_{t+1} = pending."""
-        assert self.heads is not None, "horizon 1 has no mixture"
-        return self._joint(hidden, pending, self.unembedding.weight, lambda tokens: tokens)
+    def joint(self, hidden: Tensor, pending: Tensor | None = None, active: int = 0) -> Joint:
+        """The mixture at each position (...): untied over N tokens; tied over x_{t+2..t+N} given x_{t+1} = pending.
 
-    def draft_vocabulary_joint(self, hidden: Tensor, pending: Tensor | None = None, active: int = 0) -> Joint:
-        """`joint` with each factor restricted to the draft vocabulary: token v of it is draft_ids[v].
-
-        active: components that are evaluated, the heaviest of the gate (0: all).
+        With a draft vocabulary each factor is restricted to it: token v is draft_ids[v]. active: components that are
+        evaluated, the heaviest of the gate (0: all).
         """
         assert self.heads is not None, "horizon 1 has no mixture"
-        ids = self.draft_ids
-        as_ids = (lambda tokens: tokens) if ids is None else (lambda tokens: ids[tokens.clamp(min=0)])
-        return self._joint(hidden, pending, self.draft_product or self._draft_table, as_ids, active)
+        before, ids = None, self.draft_ids
+        if self.heads.link is not None:
+            assert pending is not None, "linked factors need the pending token"
+            as_ids = (lambda tokens: tokens) if ids is None else (lambda tokens: ids[tokens.clamp(min=0)])
+            before = Before(self._embedded(pending), lambda tokens: self._embedded(as_ids(tokens)))
+        return self.heads.joint(self._seen(hidden, pending), self.draft_product or self._draft_table, before, active)
 
     def indices(self, tokens: Tensor) -> Tensor:
         """Where in the draft vocabulary each id is, -1 for one that is not; without one the ids themselves."""
@@ -174,21 +173,10 @@ class LanguageModel(nn.Module):
         """
         assert self.heads is not None, "horizon 1 has no mixture"
         if self.first_is_tied:
-            return self.draft_vocabulary_joint(hidden_BD, pending_B, self.active)
+            return self.joint(hidden_BD, pending_B, self.active)
         seen_BD = self._seen(hidden_BD, pending_B)
         table = self.draft_product or self._draft_table
         return self.heads.given_first(seen_BD, table, self.indices(pending_B), self.active)
-
-    def _joint(
-        self, hidden: Tensor, pending: Tensor | None, table: Table, as_ids: Callable[[Tensor], Tensor], active: int = 0
-    ) -> Joint:
-        """as_ids: rows of the table -> token ids."""
-        assert self.heads is not None
-        before = None
-        if self.heads.link is not None:
-            assert pending is not None, "linked factors need the pending token"
-            before = Before(self._embedded(pending), lambda tokens: self._embedded(as_ids(tokens)))
-        return self.heads.joint(self._seen(hidden, pending), table, before, active)
 
     @property
     def _draft_table(self) -> Tensor:
@@ -212,19 +200,15 @@ class LanguageModel(nn.Module):
                 "separate heads (model.head=separate) have no unembedding in common to restrict; "
                 "use model.head=shared, or no draft vocabulary"
             )
-        if not isinstance(ids, Tensor):
-            try:
-                ids = torch.tensor(list(ids))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"a draft vocabulary is a list of token ids, or a tensor; got {type(ids)}") from error
-        if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32) or not len(ids):
+        try:
+            ids = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"a draft vocabulary is a list of token ids, or a tensor; got {type(ids)}") from error
+        whole = ids.dim() == 1 and len(ids) > 0 and ids.dtype in (torch.int64, torch.int32)
+        if not whole or int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size or len(ids.unique()) < len(ids):
             raise ValueError(
-                f"a draft vocabulary is a row of token ids, shape (V',), int64; got {ids.dtype} {tuple(ids.shape)}"
-            )
-        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size or len(ids.unique()) < len(ids):
-            raise ValueError(
-                f"a draft vocabulary holds distinct ids of 0..{self.vocab_size - 1}; got {len(ids)} ids from "
-                f"{int(ids.min())} to {int(ids.max())}, {len(ids.unique())} of them distinct"
+                f"a draft vocabulary is a row of distinct token ids of 0..{self.vocab_size - 1}; got {ids.dtype} "
+                f"{tuple(ids.shape)}: {ids}"
             )
         weight = self.unembedding.weight
         self.draft_ids = ids.to(weight.device, torch.int64)
