@@ -83,7 +83,7 @@ def test_bias_buffer_takes_the_place_of_the_gates_bias() -> None:
     after = heads.joint(hidden_PD, table_VD).log_weights_R
     expected = (before + torch.tensor([0.3, -0.2], dtype=torch.float64)).log_softmax(-1)
     torch.testing.assert_close(after, expected)
-    torch.testing.assert_close(heads.first(hidden_PD, table_VD).log_weights_R, expected)
+    torch.testing.assert_close(heads.joint(hidden_PD, table_VD, stop=1).log_weights_R, expected)
 
 
 def test_the_token_condition_starts_as_the_identity_and_learns_from_the_first_step() -> None:

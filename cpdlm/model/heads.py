@@ -207,36 +207,31 @@ class FactorHeads(nn.Module):
         inner_PNK = self.link(self.link.seen(seen_PD), before_PND, slice(None))
         return torch.cat([seen_PD, inner_PNK.flatten(-2)], dim=-1)
 
-    def joint(self, seen_PD: Tensor, table: Table, before: Before | None = None, active: int = 0) -> Joint:
-        """The joint at each position, over all factors. No factor is normalised before something asks for it.
-
-        active: how many components are evaluated, the heaviest of the gate (0: all). Their renormalised mixture is a
-        joint of that rank.
-        """
-        return self._joint(seen_PD, table, (0, self.factors), before, active)
-
-    def first(self, seen_PD: Tensor, table_VD: Tensor) -> Joint:
-        """`joint(...).marginal(1)`, without the work of the other factors: what eq. 11 needs."""
-        return self._joint(seen_PD, table_VD, (0, 1))
-
     def given_first(self, seen_BD: Tensor, table: Table, first_B: Tensor, active: int = 0) -> Joint:
         """`joint(...).condition(first_B)`. With one component the first factor tells nothing and is left out.
 
         first_B: rows of the table, -1 for a token that is not among them.
         """
         if self.rank == 1:
-            return self._joint(seen_BD, table, (1, self.factors))
+            return self.joint(seen_BD, table, start=1)
         return self.joint(seen_BD, table, active=active).condition(first_B)
 
-    def _joint(
+    def joint(
         self,
         seen: Tensor,
         table: Table,
-        factors: tuple[int, int],
         before: Before | None = None,
         active: int = 0,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Joint:
-        start, stop = factors
+        """The joint at each position (...), over the factors start..stop-1 (default: all). No factor is normalised
+        before something asks for it.
+
+        active: how many components are evaluated, the heaviest of the gate (0: all). Their renormalised mixture is a
+        joint of that rank.
+        """
+        stop = stop or self.factors
         log_weights, chosen = self.log_weights(seen), None
         if 0 < active < self.rank:
             assert self.transitions is None and not self.separate, "an HMM or separate heads evaluate all components"

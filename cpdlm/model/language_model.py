@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
         if self.first_is_tied:
             return self._trunk_log_probs(hidden)
         assert self.heads is not None
-        return self.heads.first(self._for_heads(hidden), self.unembedding.weight).first()
+        return self.heads.joint(self._for_heads(hidden), self.unembedding.weight, stop=1).first()
 
     def target_log_probs(self, hidden: Tensor) -> Tensor:
         """log p (..., V) of x_{t+1}, which decoding preserves: the frozen trunk's, or the model's own."""
