@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from cpdlm.config.settings import CHOICES, WITHIN, Config, ConfigError, flatten, leaves
+from cpdlm.config.settings import CHOICES, FAMILIES, WITHIN, Config, ConfigError, flatten, leaves
 
 MOST_TOKENS = 2**20  # of a vocabulary that is made here
 PRETRAINED = "a Hugging Face folder or name, a GGUF file, smollm2"
@@ -16,6 +16,7 @@ def check(config: Config) -> None:
     values = flatten(config)
     for key, allowed in CHOICES.items():
         check_choice(key, values[key], allowed)
+    check_choice("model.family", config.model.family, FAMILIES)
     for rules in (_ranges, _names, _mixture, _heads, _text, _pretrained, _frozen, _processes):
         for message in rules(config):
             raise ConfigError(message)

@@ -53,7 +53,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel": ("auto", "ddp", "fsdp"),
     "data.text": ("corpus", "greedy", "sampled"),
     "data.prompts": ("windows", "functions", "conversations", "starts"),
-    "model.family": FAMILIES,
     "model.head": ("shared", "separate"),
     "model.dtype": ("float32", "bfloat16"),
     "loss.objective": ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend"),
