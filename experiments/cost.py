@@ -146,9 +146,8 @@ class CostModel:
     def _as_the_nearest(self, config: Config) -> Estimate:
         """Medians over the nearest records on the same model; nan without one."""
 
-        def distance(other: Config) -> tuple[bool, bool, bool, float]:
+        def distance(other: Config) -> tuple[bool, bool, float]:
             return (
-                other.model.adapter_layers != config.model.adapter_layers,
                 other.model.dtype != config.model.dtype,
                 other.loss.joint_fraction != config.loss.joint_fraction,
                 abs(math.log2(other.rank / config.rank)),

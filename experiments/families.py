@@ -22,13 +22,11 @@ _FREE = (
     "model.tie_first",
     "model.draft_width",
     "model.draft_normed",
-    "model.draft_depth",
     "model.link_width",
     "model.component_rank",
     "joint",
     "model.map_hidden",
     "model.map_rank",
-    "model.adapter_layers",
     "model.trunk",
 )
 # Said only where nothing else differs: what other text brings with it, and how long decoding was measured.

@@ -138,7 +138,6 @@ def retrofit_gpu() -> list[Cell]:
         *ranks(GPU_GRID),
         *_pair({"model.map_rank": 64}),
         *_pair({"model.draft_width": 2.0}),
-        *_pair({"model.adapter_layers": 4}),
         *objectives(GPU_SCREEN),
         *(heads("code", 4, GPU_SCREEN, {"loss.alpha": alpha}, folder="C6-screen") for alpha in (0.0, 0.5, 1.0)),
         heads("code", 4, GPU_SCREEN, {"loss.gamma": 0.7}, folder="C6-screen"),

@@ -184,14 +184,14 @@ def variant_of(config: Mapping[str, Any]) -> str:
 
     untied: the paper's distribution. tied: one next-token head. token-conditioned: tied, and the rest also sees
     x_{t+1}. blind: its control, which sees h_t in place of x_{t+1}. Sizes: hidden units of perceptron maps (mlp), rank
-    of low-rank maps (low) or of offsets, multiples of the trunk's width (draft; 0.5 is not said), layers with adapters.
+    of low-rank maps (low) or of offsets, multiples of the trunk's width (draft; 0.5 is not said).
     linked: each factor also sees the token before it.
     """
     model, link = config["model"], config["link"]
     distribution = {"first": "token-conditioned", "all": "linked", "blind": "blind"}.get(
         link, "tied" if model["tie_first"] else "untied"
     )
-    sizes = {"mlp": "map_hidden", "low": "map_rank", "offsets": "component_rank", "adapters": "adapter_layers"}
+    sizes = {"mlp": "map_hidden", "low": "map_rank", "offsets": "component_rank"}
     wide = [f"draft {model['draft_width']:g}"] if link != "none" and model["draft_width"] != 0.5 else []
     hmm = ["hmm"] if config["joint"] == "hmm" else []
     return ", ".join(

@@ -1,8 +1,8 @@
 """The oracle: slow, obvious, in plain Python floats, sharing no code with the library that it judges.
 
 Distributions, called laws here for short, are lists of probabilities; a window or a history is a tuple of token ids. A
-*procedure* names a way to draft and accept: "exact", the four planted faults "a".."d", and the two lossless but
-wasteful ones (see tests/planted_faults.py). `decoder_law` is the exact law of the sequences that a decoder with that
+*procedure* names a way to draft and accept: "exact", or one of the planted faults "a".."d" (see
+tests/planted_faults.py). `decoder_law` is the exact law of the sequences that a decoder with that
 procedure writes.
 """
 
@@ -81,10 +81,6 @@ def window_law(
     keep: Callable[[Law], Law],
 ) -> dict[History, float]:
     """Law of what one forward emits: accepted drafts and the token after them. target: filtered; keep: the filter."""
-    if procedure == "filtered components throughout":
-        factors = [[keep(factor) for factor in position] for position in factors]
-        keep = list  # nothing is left to filter
-    by_component = procedure in ("a", "c", "component throughout")
     emitted: dict[History, float] = defaultdict(float)
 
     def distributions(component: int | None, prefix: History) -> tuple[Law, Law, Law]:
@@ -93,9 +89,7 @@ def window_law(
         if component is None:
             return scored, scored, scored
         own = factors[len(prefix)][component]
-        return {"a": (own, own, scored), "c": (keep(own), scored, scored), "component throughout": (own, own, own)}[
-            procedure
-        ]
+        return (own, own, scored) if procedure == "a" else (keep(own), scored, scored)
 
     def walk(component: int | None, prefix: History, mass: float) -> None:
         p = target(history + prefix)
@@ -120,7 +114,7 @@ def window_law(
         for token, probability in enumerate(normalise(corrected)):
             emitted[(*prefix, token)] += rejected * probability
 
-    if by_component:
+    if procedure in ("a", "c"):
         for component, weight in enumerate(weights):
             walk(component, (), weight)
     else:

@@ -1,4 +1,4 @@
-"""Wrong decoders, there so that the tests can be tested, and two right but wasteful ones that must pass them.
+"""Wrong decoders, there so that the tests can be tested.
 
 Each variant is a pair with the signatures of `proposals.sampled_chain` and `accept.verify`; what its draft hands to its
 verify as `distributions` is its own affair. Batched like the library, so that one call simulates every sample of a
@@ -85,23 +85,6 @@ def draft_filtered_components(
     return tokens_BK, filtered(_conditionals(joint, tokens_BK), sampling)
 
 
-def draft_component_throughout(
-    joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Lossless, wasteful: the drawn component is the draft q everywhere (no filters)."""
-    own_BKV = _drawn_component(joint, count, uniforms_BS).exp()
-    return draw(own_BKV, uniforms_BS[:, 1:]), own_BKV
-
-
-def draft_filtered_throughout(
-    joint: Joint, count: int, sampling: Sampling, uniforms_BS: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Lossless, another joint: the mixture of the filtered components, drawn from and scored by."""
-    other = Joint(joint.log_weights_R, filtered(joint.log_factors_NRV, sampling).log())
-    tokens_BK = draw(_drawn_component(other, count, uniforms_BS).exp(), uniforms_BS[:, 1:])
-    return tokens_BK, _conditionals(other, tokens_BK).exp()
-
-
 EXACT = Variant(proposals.sampled_chain, accept.verify)
 FAULTS = {
     # Accepted by the drawn component's probability, corrected by the mixture's.
@@ -111,8 +94,4 @@ FAULTS = {
     "c": Variant(draft_filtered_components, accept.verify),
     # The corrected token is drawn from p.
     "d": Variant(proposals.sampled_chain, verify_wrongly(lambda accepted_B: accepted_B >= 0)),
-}
-WASTEFUL = {
-    "component throughout": Variant(draft_component_throughout, accept.verify),
-    "filtered components throughout": Variant(draft_filtered_throughout, accept.verify),
 }

@@ -35,9 +35,6 @@ def test_lookup_copies_what_followed_the_longest_match_last_seen() -> None:
     assert not Lookup(text, LookupSettings(least=3)).draft(2).tokens
     for nothing in ([], [1], [1, 2, 3]):
         assert not Lookup(nothing, LookupSettings(least=1)).draft(2).tokens
-    for wrong in ({"least": 0}, {"least": 1.5}, {"longest": 2}, {"most": 0}):
-        with pytest.raises(ValueError, match="lookup (least|longest|most)=.*pass"):
-            LookupSettings(**wrong)
 
 
 def test_lookup_writes_the_greedy_text_in_fewer_forwards() -> None:

@@ -89,8 +89,6 @@ BAD: list[tuple[str, str]] = [
     ("loss.normaliser_tokens=9 model.trunk=x", "loss.normaliser_tokens=9 needs loss.target_top"),
     ("loss.objective=blind", "did you mean loss.objective=blend?"),
     ("train.decode_prompts=2 parallel=fsdp", "train.decode_prompts=2 needs whole weights"),
-    ("model.adapter_layers=2", "model.adapter_layers=2 is for heads on a frozen model: give model=NAME"),
-    ("model.adapter_layers=2 model.trunk=runs/t parallel=fsdp", "is not for parallel=fsdp; type parallel=auto"),
     ("train.decode_prompts=99", "train.decode_prompts=99 are more than decode.prompts="),
     ("preset=cpu-heads", "is for heads on a frozen trunk: make one with preset=cpu-trunk,trunk"),
     ("seed=9223372036854775808", "seed=9223372036854775808 is too large; the most is 4294967295"),

@@ -154,8 +154,10 @@ def test_wrong_block_verification_is_noticed(fault: str, draft: str, monkeypatch
     """Right drafts and distributions, and one step of algorithm 2 wrong."""
 
     def wrong(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor) -> tuple[Tensor, Tensor]:
-        accepted_B, _ = accept.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
+        accepted_B, next_B = accept.verify_block(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
         drafts = tokens_BK.shape[1]
+        if drafts == 0:
+            return accepted_B, next_B
         if fault == "longest share":  # every prefix is kept with its share alone
             p_BK, q_BK = (
                 distribution[:, :drafts].gather(-1, tokens_BK[..., None]).squeeze(-1)
@@ -206,6 +208,7 @@ def test_a_batch_is_its_rows_one_by_one(draft: str, kind: tuple[str, str, bool])
     """Greedy and sampled, with and without a cache, rows that end at different times; dead slots closed up or not."""
     model, alone_greedily, accepted = real(*kind), greedy(*kind), 0
     for sampling in (Sampling(0.0), Sampling(0.8, 5, 0.95)):
+        cached = None
         for use_cache in (True, False):
             options: dict[str, Any] = {
                 "draft": draft,
@@ -216,6 +219,8 @@ def test_a_batch_is_its_rows_one_by_one(draft: str, kind: tuple[str, str, bool])
                 decode(model, prompt, 40, sampling, torch.Generator().manual_seed(row), **options)
                 for row, prompt in enumerate(RAGGED)
             ]
+            cached = cached or alone
+            assert alone == cached
             generators = [torch.Generator().manual_seed(row) for row in range(len(RAGGED))]
             together = decode_batch(model, RAGGED, 40, sampling, generators, **options)
             if sampling.greedy:

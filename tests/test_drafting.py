@@ -83,16 +83,6 @@ def test_captured_forwards_do_not_read_the_text() -> None:
         CapturedForwards(real("llama"), 1, Sampling(0.0), slots=32, draft="lookup+chain")
 
 
-def test_one_token_and_nothing_to_look_up() -> None:
-    """A prompt of one token has no match; an empty one is refused."""
-    model = real("llama")
-    for draft in ("lookup", "lookup+chain", "lookup+tree"):
-        right = decode(model, torch.tensor([3]), 12, Sampling(0.0), draft="none").tokens
-        assert decode(model, torch.tensor([3]), 12, Sampling(0.0), draft=draft).tokens == right
-        with pytest.raises(ValueError, match="the prompt is empty"):
-            decode(model, torch.tensor([], dtype=torch.long), 12, Sampling(0.0), draft=draft)
-
-
 # --- the length, by enumeration -------------------------------------------------------------------------------------
 
 V, K = 3, 3

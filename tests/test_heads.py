@@ -46,15 +46,6 @@ def test_joint_is_the_written_out_formula(kind: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_first_factor_alone_is_the_joints_first(kind: str) -> None:
-    heads, hidden_PD, table_VD = make(kind)
-    joint = heads.joint(hidden_PD, table_VD)
-    first = heads.first(hidden_PD, table_VD)
-    torch.testing.assert_close(first.log_weights_R, joint.log_weights_R)
-    torch.testing.assert_close(first.log_factors_NRV, joint.log_factors_NRV[:, :1])
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [1, R])
 def test_given_the_first_token_is_the_joint_conditioned(kind: str, rank: int) -> None:
     heads, hidden_PD, table_VD = make(kind, rank)
@@ -92,7 +83,7 @@ def test_bias_buffer_takes_the_place_of_the_gates_bias() -> None:
     after = heads.joint(hidden_PD, table_VD).log_weights_R
     expected = (before + torch.tensor([0.3, -0.2], dtype=torch.float64)).log_softmax(-1)
     torch.testing.assert_close(after, expected)
-    torch.testing.assert_close(heads.first(hidden_PD, table_VD).log_weights_R, expected)
+    torch.testing.assert_close(heads.joint(hidden_PD, table_VD, stop=1).log_weights_R, expected)
 
 
 def test_the_token_condition_starts_as_the_identity_and_learns_from_the_first_step() -> None:

@@ -134,15 +134,6 @@ def test_a_second_backward_says_what_to_do() -> None:
         total.backward()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_float32(kind: str) -> None:
-    case = Case(kind, torch.float32)
-    total, _ = case.bounded(POSITION_BYTES)
-    assert total.dtype == torch.float32
-    torch.testing.assert_close(total.double(), case.dense()[0], rtol=1e-5, atol=1e-5)
-    compare(gradients(case, lambda: case.bounded(POSITION_BYTES)[0]), gradients(case, lambda: case.dense()[0]), 1e-5)
-
-
 @pytest.mark.parametrize("kind", LINEAR)
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
 def test_bfloat16_under_autocast_and_throughout(kind: str, parameters: torch.dtype) -> None:

@@ -75,19 +75,6 @@ class Embeddings:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_states_see_no_later_token(family: str) -> None:
-    model = make(family=family)
-    seen = Embeddings(model)
-    hidden_BTD = model.hidden(rows()["tokens_BT"])
-    for t in range(T):
-        (gradient,) = torch.autograd.grad(hidden_BTD[0, t].square().sum(), seen.calls[0], retain_graph=True)
-        reached = gradient.abs().amax(-1)
-        assert (reached[0, : t + 1] > 0).all(), "every earlier token is seen"
-        assert (reached[0, t + 1 :] == 0).all(), "a later token leaks"
-        assert (reached[1] == 0).all(), "another row leaks"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ["untied", "tied", "anchored", "hmm"])
 def test_nothing_beyond_the_pending_token_leaks_into_the_draft(layout: str, family: str) -> None:
     """The loss of position t depends on the tokens up to t and, anchored, on the embedding of x_{t+1}, and no other."""
@@ -140,15 +127,6 @@ def test_a_draft_vocabulary_of_all_tokens_changes_nothing(layout: str) -> None:
     torch.testing.assert_close(model.draft_joint(hidden_BD, pending_B).log_prob(model.indices(window)), whole)
 
 
-def test_what_cannot_draft_from_a_few_components_is_refused() -> None:
-    for layout, message in (("hmm", "joint=cp"), ("separate", "use shared")):
-        with pytest.raises(ValueError, match=message):
-            make(layout).use_active(1)
-    model = make()
-    model.use_active(1)
-    assert model.draft_joint(torch.randn(2, 64, dtype=torch.float64), torch.tensor([1, 2])).rank == 1
-
-
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_target_and_draft_distributions_of_each_layout(layout: str) -> None:
     model = make(layout)
@@ -176,14 +154,13 @@ def test_target_and_draft_distributions_of_each_layout(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", [name for name in WITH_MIXTURE if name != "separate"])
 def test_a_draft_vocabulary_restricts_the_distribution_to_it(layout: str) -> None:
-    """Every factor renormalised on the list, untied the first one, too; the target and the joint stay as they are."""
+    """Every factor renormalised on the list, untied the first one, too; the target stays as it is."""
     model, ids, pending_B = make(layout), torch.tensor([7, 0, 4, 9]), torch.tensor([4, 3])  # 4 is on the list, 3 is not
     hidden_BD = model.hidden(rows()["tokens_BT"])[:, -1]
     whole, target = model.joint(hidden_BD, pending_B), model.target_log_probs(hidden_BD)
     model.use_draft_vocabulary(ids)
     assert model.draft_ids is not None and torch.equal(model.draft_ids, ids)
     assert torch.equal(model.target_log_probs(hidden_BD), target)
-    assert torch.equal(model.joint(hidden_BD, pending_B).log_factors_NRV, whole.log_factors_NRV)
     draft, skip = model.draft_joint(hidden_BD, pending_B), 0 if model.first_is_tied else 1
     assert (draft.horizon, draft.rank, draft.vocab_size) == (N - 1, R, len(ids))
     restricted = whole.log_factors_NRV[..., ids].log_softmax(-1)
@@ -204,12 +181,10 @@ def test_a_draft_vocabulary_restricts_the_distribution_to_it(layout: str) -> Non
     [
         ("separate", [0, 1], "model.head=shared"),
         ("plain", [0, 1], "horizon 2 or more"),
-        ("untied", [0, V], f"0..{V - 1}"),
-        ("untied", [-1, 2], "distinct ids"),
-        ("untied", [3, 3], "1 of them distinct"),
-        ("untied", [[1, 2]], "a row of token ids"),
-        ("untied", [0.5], "a row of token ids"),
-        ("untied", [], "a row of token ids"),
+        *(
+            ("untied", ids, f"distinct token ids of 0..{V - 1}")
+            for ids in ([0, V], [-1, 2], [3, 3], [[1, 2]], [0.5], [])
+        ),
     ],
 )
 def test_what_is_no_draft_vocabulary_is_refused(layout: str, ids: list[Any], message: str) -> None:
@@ -278,56 +253,15 @@ def test_packed_documents_equal_separate_ones(family: str) -> None:
     assert (packed_BTD - model.hidden(tokens_BT)).abs().max() > 1e-3, "the mask would not matter"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("split", [[8], [1] * 8, [3, 1, 4], [5, 3]])
-def test_cache_equals_no_cache(family: str, split: list[int]) -> None:
-    model, tokens_BT = make(family=family), rows()["tokens_BT"]
-    whole, cache, parts, start = model.hidden(tokens_BT), model.new_cache(), [], 0
-    for n in split:
-        parts.append(model.hidden(tokens_BT[:, start : start + n], cache=cache))
-        start += n
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cache_after_rollback_is_cache_recomputed(family: str) -> None:
-    model, tokens_BT = make(family=family), rows(1)["tokens_BT"]
-    other = (tokens_BT + 1) % V
-    cache = model.new_cache()
-    model.hidden(tokens_BT[:, :4], cache=cache)
-    model.hidden(other[:, 4:7], cache=cache)  # rejected drafts
-    cache.crop(-3)
-    again = model.hidden(tokens_BT[:, 4:], cache=cache)
-    torch.testing.assert_close(again, model.hidden(tokens_BT)[:, 4:], rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_parameter_counts_add_up(layout: str) -> None:
     model = make(layout)
-    counts, width = parameter_counts(model), 64
+    counts = parameter_counts(model)
     parts = ("trunk", "unembedding", "heads", "gate", "anchor")
     assert sum(counts[part] for part in parts) == counts["total"] == sum(p.numel() for p in model.parameters())
-    factors = N - 1 if model.first_is_tied else N
-    if layout == "separate":
-        assert counts["heads"] == N * R * V * width
-        assert counts["unembedding"] == 0, "nothing would use it"
-    elif layout in ("low-rank", "mlp"):
-        assert counts["heads"] == 2 * N * R * 4 * width
-    elif layout == "offsets":
-        assert counts["heads"] == N * (2 * R * 4 + width) * width
-    elif layout == "linked":
-        assert counts["heads"] == factors * R * width**2 + 8 * (2 * width + factors * (width + 1))
-    elif layout == "hmm":
-        assert counts["heads"] == N * R * width**2 + (N - 1) * R * R * (width + 1)
-    elif layout != "plain":
-        assert counts["heads"] == factors * R * width * width and counts["unembedding"] == 0
-    assert counts["gate"] == (0 if layout == "plain" else R * width + (0 if layout == "bias" else R))
-    assert counts["anchor"] == (
-        (2 * width + 1) * 4 * width + (4 * width + 1) * width if model.anchor is not None else 0
-    )
-    assert counts["trained"] == counts["total"] - (
-        counts["trunk"] + counts["unembedding"] if model.frozen_target else 0
-    )
+    assert counts["unembedding"] == 0, "tied ones count once, and of separate heads nothing would use it"
+    assert counts["gate"] == (0 if layout == "plain" else R * 64 + (0 if layout == "bias" else R))
+    assert counts["trained"] == counts["total"] - (counts["trunk"] if model.frozen_target else 0)
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])

@@ -200,7 +200,7 @@ class InProcess:
 
 # What else is under study on a pretrained model: the objective with its constants, and the kinds of maps and anchors.
 MORE_DIALS = {"loss.objective", "loss.alpha", "loss.gamma", "model.map_rank", "model.draft_width"}
-MORE_DIALS |= {"model.adapter_layers", "model.tie_first", "model.map_hidden"}
+MORE_DIALS |= {"model.tie_first", "model.map_hidden"}
 
 
 @pytest.mark.parametrize("profile", [name for name in PROFILES if name.startswith("retrofit")])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpdlm.decoding.drafters import Acceptance, Drafter, Greedy, Noise, RejectionSampling
+from cpdlm.decoding.drafters import Acceptance, Drafter, Noise, make_drafter
 from cpdlm.decoding.filtering import Sampling, draw, filtered
 from cpdlm.decoding.model import ModelProxy
 from cpdlm.decoding.proposals import Proposal
@@ -97,7 +97,7 @@ class Sequential:
 
     def __init__(self, sampling: Sampling, uniforms: Noise | None) -> None:
         self.sampling, self.uniforms = sampling, uniforms
-        self.chain: Drafter = Greedy() if uniforms is None else RejectionSampling(sampling, uniforms)
+        self.chain: Drafter = make_drafter("chain", sampling, uniforms)
 
     def draft(self, joint: SequentialDistribution, depth: int) -> Proposal:
         tokens_BJ = joint.pending_B[:, None][:, :0]

@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from cpdlm.config.settings import CHOICES, FAMILIES, WITHIN, Config, ConfigError, flatten, leaves
@@ -17,8 +16,7 @@ def check(config: Config) -> None:
     values = flatten(config)
     for key, allowed in CHOICES.items():
         check_choice(key, values[key], allowed)
-    if not config.model.family.endswith(".json"):
-        check_choice("model.family", config.model.family, FAMILIES)
+    check_choice("model.family", config.model.family, FAMILIES)
     for rules in (_ranges, _names, _mixture, _heads, _text, _pretrained, _frozen, _processes):
         for message in rules(config):
             raise ConfigError(message)
@@ -137,11 +135,6 @@ def _text(config: Config) -> Iterator[str]:
 
 def _pretrained(config: Config) -> Iterator[str]:
     model, tokenizer = config.model, config.data.tokenizer
-    if model.family.endswith(".json") and not Path(model.family).is_file():
-        yield (
-            f"model.family={model.family}: there is no such file; give a Hugging Face config.json, "
-            f"or one of {', '.join(FAMILIES)}"
-        )
     if config.is_pretrained and not model.trunk:
         yield f"model.family=pretrained needs the model: type model=NAME ({PRETRAINED})"
     if config.is_pretrained and tokenizer != "model" and not tokenizer.startswith("hf:"):
@@ -166,7 +159,6 @@ def _frozen(config: Config) -> Iterator[str]:
         f"loss.target_top={loss.target_top}": loss.target_top > 0,
         f"data.states={data.states}": data.states > 0,
         f"data.text={data.text}": data.text != "corpus",
-        f"model.adapter_layers={model.adapter_layers}": model.adapter_layers > 0,
     }
     for setting in [words for words, is_used in used.items() if is_used]:
         if not model.trunk:
@@ -194,8 +186,6 @@ def _processes(config: Config) -> Iterator[str]:
     nodes, devices, accumulate, rows = config.nodes, config.devices, config.train.accumulate, config.data.batch_rows
     if config.train.sharded and config.parallel != "fsdp":
         yield f"train.sharded=true needs parallel=fsdp (parallel={config.parallel} has the whole model everywhere)"
-    if config.parallel == "fsdp" and config.model.adapter_layers:
-        yield f"model.adapter_layers={config.model.adapter_layers} is not for parallel=fsdp; type parallel=auto"
     if config.parallel == "fsdp" and config.train.decode_prompts:
         yield (
             f"train.decode_prompts={config.train.decode_prompts} needs whole weights; parallel=fsdp shards them: type 0"

@@ -25,7 +25,12 @@ ALIASES = {
 }
 VALUES = {"link": {"token": "first"}}  # earlier names of values
 # Settings that are gone, and why; they are dropped wherever they are read.
-OBSOLETE = {"data.processes": "a corpus is read by one process and tokenised by the threads of the tokenizer"}
+OBSOLETE = {
+    "data.processes": "a corpus is read by one process and tokenised by the threads of the tokenizer",
+    "model.draft_depth": "that map has one hidden layer",
+    "model.adapter_layers": "drafts have no adapters in the trunk",
+    "model.adapter_rank": "drafts have no adapters in the trunk",
+}
 WIDTH = "model.anchor_width"  # was in units, 0 for half the trunk's width; model.draft_width is a multiple of that
 
 

@@ -107,8 +107,7 @@ class DataConfig:
 class ModelConfig:
     family: str = knob(
         "llama",
-        "trunk: llama | gpt2, of the size above | a Hugging Face config.json, whose shape it then has | pretrained: "
-        "that of model.trunk (model=NAME says both)",
+        "trunk: llama | gpt2, of the size above | pretrained: that of model.trunk (model=NAME says both)",
     )
     trunk: str = knob(
         "",
@@ -136,15 +135,8 @@ class ModelConfig:
         "hidden width of the map through which a draft sees x_{t+1} (link=first or all), as a multiple of the trunk's",
         within="(0, 64]",
     )
-    draft_depth: int = knob(1, "hidden layers of that map", least=1, most=16)
     draft_normed: bool = knob(True, "that map sees h_t and the token's embedding at equal size")
     link_width: int = knob(256, "inner width of link=all", least=1)
-    adapter_layers: int = knob(
-        0,
-        "last layers of a frozen trunk that the draft has once more, with low-rank adapters (0 = none; needs peft)",
-        least=0,
-    )
-    adapter_rank: int = knob(8, "rank of those adapters", least=1)
 
 
 @dataclass
@@ -313,7 +305,7 @@ class Config:
         corpus = "".join(c if c.isalnum() else "-" for c in corpus).strip("-")
         tie = "-tied" if self.model.tie_first and self.link == "none" else ""
         hidden = f"-mlp{self.model.map_hidden}" if self.model.map_hidden else ""
-        size = self.size if self.model.family in FAMILIES else Path(self.model.family).stem
+        size = self.size
         if self.is_pretrained:
             size = re.sub(r"[^a-z0-9]+", "-", Path(self.model.trunk).name.removesuffix(".gguf").lower()).strip("-")
         low = f"-low{self.model.map_rank}" if self.model.map_rank else ""
@@ -329,13 +321,10 @@ class Config:
         link = {"first": "token", "all": "link"}.get(self.link, self.link)
         if self.link != "none" and self.model.draft_width != 0.5:
             link += f"-w{self.model.draft_width:g}"
-        if self.model.draft_depth > 1:
-            link += f"-d{self.model.draft_depth}"
         text = f"-{self.data.text}" if self.data.text != "corpus" else ""
         if self.data.prompts != "windows":
             text += f"-{self.data.prompts}"
-        adapters = f"-lora{self.model.adapter_layers}" if self.model.adapter_layers else ""
-        draft = f"{link}{joint}{tie}{hidden}{low}{offsets}{adapters}{objective}{text}"
+        draft = f"{link}{joint}{tie}{hidden}{low}{offsets}{objective}{text}"
         return f"{corpus}-{size}-{self.target}-r{self.rank}-n{self.horizon}-{draft}-s{self.seed}"
 
 

@@ -41,33 +41,47 @@ def verify(target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS
     q_BK = draft_BKV.gather(-1, index_BK1).squeeze(-1)
     # U < p/q without the division; NaN on either side compares false, that is, rejects.
     accepted_B = (uniforms_BS[:, :drafts] * q_BK < p_BK).long().cumprod(dim=-1).sum(dim=-1)
+    return accepted_B, _drawn_after(accepted_B, target_BSV, draft_BKV, uniforms_BS[:, drafts])
+
+
+def _drawn_after(
+    accepted_B: Tensor, target_BSV: Tensor, draft_BKV: Tensor, uniforms_B: Tensor, share_B1: Tensor | None = None
+) -> Tensor:
+    """(B,) the token after the accepted drafts: from norm(max(0, share p - q)), or from p behind them all."""
+    drafts = draft_BKV.shape[1]
     stop_B11 = accepted_B[:, None, None]
     target_BV = target_BSV.take_along_dim(stop_B11, dim=1).squeeze(1)
     draft_BV = draft_BKV.take_along_dim(stop_B11.clamp(max=drafts - 1), dim=1).squeeze(1)
+    taken_BV = target_BV if share_B1 is None else share_B1 * target_BV
     rejected_B1 = (accepted_B < drafts).unsqueeze(-1)
-    probs_BV = torch.where(rejected_B1, residual(target_BV, draft_BV), target_BV)
-    return accepted_B, draw(probs_BV, uniforms_BS[:, drafts])
+    return draw(torch.where(rejected_B1, residual(taken_BV, draft_BV), target_BV), uniforms_B)
 
 
-def verify_greedy(target_BSV: Tensor, tokens_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """`verify` at temperature 0: drafts are accepted while each is the target's argmax, which also follows them.
+def argmaxes(target_BSV: Tensor) -> Tensor:
+    """(B, S) the target's choices at temperature 0; V where it is NaN or -inf alone.
 
     target_BSV: log-probabilities or any scores that rank alike.
     """
-    vocabulary, drafts = target_BSV.shape[-1], tokens_BK.shape[1]
     best_BS = target_BSV.argmax(dim=-1)  # of ties the one that everybody's argmax takes
     value_BS = target_BSV.gather(-1, best_BS.unsqueeze(-1)).squeeze(-1)
-    best_BS = best_BS.masked_fill(~(value_BS > -math.inf), vocabulary)  # no draft equals V: NaN rejects
-    if drafts == 0:
-        return torch.zeros_like(best_BS[:, 0]), best_BS[:, 0]
-    accepted_B = (best_BS[:, :drafts] == tokens_BK).long().cumprod(dim=-1).sum(dim=-1)
-    return accepted_B, best_BS.gather(1, accepted_B.unsqueeze(-1)).squeeze(-1)
+    return best_BS.masked_fill(~(value_BS > -math.inf), target_BSV.shape[-1])
+
+
+def follow(chosen_BS: Tensor, tokens_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """`verify` of drafts that are not drawn: they are accepted while each is what the target chose in its place.
+
+    chosen_BS: ids, behind the pending token and each draft; V, which no draft equals, where p is no distribution.
+    """
+    if tokens_BK.shape[1] == 0:
+        return torch.zeros_like(chosen_BS[:, 0]), chosen_BS[:, 0]
+    accepted_B = (chosen_BS[:, :-1] == tokens_BK).long().cumprod(dim=-1).sum(dim=-1)
+    return accepted_B, chosen_BS.gather(1, accepted_B.unsqueeze(-1)).squeeze(-1)
 
 
 def verify_block(
     target_BSV: Tensor, draft_BKV: Tensor, tokens_BK: Tensor, uniforms_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`verify`, for the drafts as a block (Sun et al., arXiv 2403.10444, algorithm 2). K at least 1.
+    """`verify`, for the drafts as a block (Sun et al., arXiv 2403.10444, algorithm 2): never fewer are accepted.
 
     share_k = min(1, share_{k-1} p(d_k)/q(d_k)) is how much of the prefix's draft mass the target can take. Prefix k < K
     is accepted with probability h_k = s_k / (s_k + 1 - share_k), s_k = sum max(0, share_k p - q) of the p and q behind
@@ -76,6 +90,8 @@ def verify_block(
     there.
     """
     drafts = tokens_BK.shape[1]
+    if drafts == 0:
+        return verify(target_BSV, draft_BKV, tokens_BK, uniforms_BS)
     index_BK1 = tokens_BK.unsqueeze(-1)
     p_BK = target_BSV[:, :drafts].gather(-1, index_BK1).squeeze(-1)
     q_BK = draft_BKV.gather(-1, index_BK1).squeeze(-1)
@@ -94,15 +110,9 @@ def verify_block(
     accepted_BK = uniforms_BS[:, :drafts] < keep_BK
     order_K = torch.arange(1, drafts + 1, device=tokens_BK.device)
     accepted_B = (accepted_BK * order_K).amax(dim=1)
-    stop_B11 = accepted_B[:, None, None]
-    target_BV = target_BSV.take_along_dim(stop_B11, dim=1).squeeze(1)
-    draft_BV = draft_BKV.take_along_dim(stop_B11.clamp(max=drafts - 1), dim=1).squeeze(1)
     share_BS = torch.nn.functional.pad(share_BK, (1, 0), value=1.0)
     share_B1 = share_BS.gather(1, accepted_B.unsqueeze(1))
-    rest_BV = (share_B1 * target_BV - draft_BV).clamp(min=0)
-    rest_BV = torch.where(rest_BV.sum(dim=-1, keepdim=True) > 0, rest_BV, target_BV)
-    probs_BV = torch.where((accepted_B < drafts).unsqueeze(-1), rest_BV, target_BV)
-    return accepted_B, draw(probs_BV, uniforms_BS[:, drafts])
+    return accepted_B, _drawn_after(accepted_B, target_BSV, draft_BKV, uniforms_BS[:, drafts], share_B1)
 
 
 def walk(

@@ -116,27 +116,19 @@ class FewOperations(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        input_ids: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        output_hidden_states: bool = False,
         **given: Any,
     ) -> BaseModelOutputWithPast:
-        cache = given.get(CACHE)
-        hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache, hidden_BSD = given.get(CACHE), self.embed_tokens(input_ids)
         size = hidden_BSD.shape[1]
         before = cache.get_seq_length() if cache is not None else 0
         turns = self._turns(position_ids, before, size)
         mask, causal = self._mask(attention_mask, hidden_BSD, before)
-        between = []
         for layer in self.layers:
-            if output_hidden_states:
-                between.append(hidden_BSD)
             hidden_BSD = layer(hidden_BSD, turns, mask, causal, cache)
-        hidden_BSD = _normed(hidden_BSD, self.norm)
-        states = (*between, hidden_BSD) if output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=hidden_BSD, hidden_states=states)
+        return BaseModelOutputWithPast(last_hidden_state=_normed(hidden_BSD, self.norm))
 
     def _turns(self, positions: Tensor | None, before: int, size: int) -> Tensor:
         longest = before + size if positions is None else int(positions.max()) + 1

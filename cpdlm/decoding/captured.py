@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from cpdlm.decoding.drafters import LOOKUP, Acceptance, Maker, Uniforms, make_drafter
 from cpdlm.decoding.drafting import propose
 from cpdlm.decoding.filtering import Sampling
-from cpdlm.decoding.forwards import Outcome, last_accepted, packed
+from cpdlm.decoding.forwards import Read, last_accepted, packed
 from cpdlm.decoding.model import DraftingModel
 from cpdlm.decoding.proposals import Proposal, nothing
 
@@ -77,10 +77,8 @@ class CapturedForwards:
 
     Made for one model, number of rows, sampling and draft; reusable for any number of texts. On CUDA, making it takes
     some tenths of a second. uniforms: of the rows that are written; the loop sets it. Raises ValueError for a model in
-    training mode or with adapters for the draft, and where a layer of the model attends to fewer slots than there are.
+    training mode, and where a layer of the model attends to fewer slots than there are.
     """
-
-    runs_ahead = True
 
     @torch.inference_mode()
     def __init__(
@@ -126,10 +124,6 @@ class CapturedForwards:
             )
         if self.model.training:  # a recording would keep its dropout
             raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
-        if getattr(self.model, "draft_trunk", None) is not None:
-            raise ValueError(
-                "adapters for the draft keep a second cache, which captured forwards do not have; decode without them"
-            )
         window = self.model.attention_window
         if window is not None and window < self.slots:
             raise ValueError(
@@ -163,34 +157,27 @@ class CapturedForwards:
         return int(self._count)
 
     @torch.inference_mode()
-    def first(self, prompts: Sequence[Tensor]) -> Outcome:
+    def first(self, prompts: Sequence[Tensor]) -> Read:
         assert len(prompts) == self.rows
         self.cache.reset()  # a NaN that an earlier text left behind would count for more than the mask
         hidden_BD, lengths_B = self._prefill(prompts)
-        target_B1V = self._target(hidden_BD[:, None])
-        if self._noise is not None:
-            self._noise.direct = self.uniforms
-        acceptance = self._drafter.verify(target_B1V, nothing(self._pending_B))
-        if self._noise is not None:
-            self._noise.direct = None
+        drafter = make_drafter(self.draft, self.sampling, self.uniforms, self.nodes)
+        acceptance = drafter.verify(self._target(hidden_BD[:, None]), nothing(self._pending_B))
         self._lengths_B.copy_(lengths_B)
         self._hidden_BD.copy_(hidden_BD)
         self._pending_B.copy_(acceptance.next_B.clamp(max=self.model.vocab_size - 1))
         self._count.fill_(1)
-        return _Copied(packed(acceptance))
+        return _copied(packed(acceptance))
 
     @torch.inference_mode()
-    def next(self, room: int) -> Outcome:
-        """room is not read: the shapes are fixed."""
+    def next(self) -> Read:
+        """It may be called before the last one is read. Rows that are done stay in it; theirs are not to be read."""
         if self._noise is not None:
             assert self.uniforms is not None, "the loop gives the rows' generators"
             self._noise.fill(self.uniforms)
         self._replay()
         assert self._out_BX is not None, "the first step made it"
-        return _Copied(self._out_BX)
-
-    def commit(self, emitted: Sequence[Sequence[int]], going: Sequence[int]) -> None:
-        raise AssertionError("captured forwards commit on the device")
+        return _copied(self._out_BX)
 
     def _prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Hidden states (B, D) behind the prompts, whose tokens take the first slots, and the prompts' lengths (B,).
@@ -284,12 +271,7 @@ class Captures:
         weights = [*self.model.parameters(), *self.model.buffers()]
         window = self.model.attention_window
         most = self.model.context if window is None else min(window, self.model.context)
-        if (
-            draft.startswith(LOOKUP)
-            or weights[0].device.type != self.on
-            or most < longest
-            or self.model.draft_trunk is not None
-        ):
+        if draft.startswith(LOOKUP) or weights[0].device.type != self.on or most < longest:
             return None
         kind = (rows, sampling, draft, nodes, *((each.data_ptr(), each.shape, each.dtype) for each in weights))
         if self.forwards is None or self.kind != kind or self.forwards.slots < longest:
@@ -307,11 +289,8 @@ class _Noise:
         self.rows, self.device = rows, device
         self.held: list[Tensor] = []
         self.turn = 0
-        self.direct: Uniforms | None = None  # where the numbers come from outside of a replayed forward
 
     def __call__(self, count: int) -> Tensor:
-        if self.direct is not None:
-            return self.direct(count)
         if self.turn == len(self.held):
             self.held.append(torch.zeros(self.rows, count, dtype=torch.float64, device=self.device))
         self.turn += 1
@@ -347,21 +326,18 @@ def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]
     return replay
 
 
-class _Copied:
-    """An outcome that the device writes to the host while it goes on."""
+def _copied(packed_BX: Tensor) -> Read:
+    """What the device writes to the host while it goes on."""
+    if packed_BX.device.type != "cuda":
+        return packed_BX.clone().tolist
+    host_BX = torch.empty(packed_BX.shape, dtype=packed_BX.dtype, pin_memory=True)
+    host_BX.copy_(packed_BX, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
 
-    def __init__(self, packed_BX: Tensor) -> None:
-        self.event: torch.cuda.Event | None = None
-        if packed_BX.device.type == "cuda":
-            self.host_BX = torch.empty(packed_BX.shape, dtype=packed_BX.dtype, pin_memory=True)
-            self.host_BX.copy_(packed_BX, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.host_BX = packed_BX.clone()
-
-    def read(self) -> list[list[int]]:
-        if self.event is not None:
-            self.event.synchronize()
-        rows: list[list[int]] = self.host_BX.tolist()
+    def read() -> list[list[int]]:
+        event.synchronize()
+        rows: list[list[int]] = host_BX.tolist()
         return rows
+
+    return read

@@ -7,7 +7,6 @@ drafters differ in how many of them survive.
 Letters: B batch, K drafts, S = K+1 positions of a window, J longest path through the drafts, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cpdlm.decoding.accept import verify, verify_block, verify_greedy, walk
+from cpdlm.config import CHOICES
+from cpdlm.decoding.accept import argmaxes, follow, verify, verify_block, walk
 from cpdlm.decoding.filtering import Sampling, draw, filtered, is_whole
 from cpdlm.decoding.proposals import Proposal, best_window, branched, greedy_chain, grow, sampled_chain
 from cpdlm.model.joint import Joint
@@ -65,26 +65,21 @@ Maker = Callable[[Sampling, Noise | None], Drafter]
 Distribution = Callable[[Tensor], Tensor]  # target scores (..., V) -> probabilities
 
 
-class Greedy:
-    """Chain at temperature 0: drafts and target by argmax."""
-
-    def draft(self, joint: Joint, depth: int) -> Proposal:
-        tokens_BK = greedy_chain(joint, depth)
-        return Proposal(tokens_BK, confidence=lambda: joint.marginal(depth).chain(tokens_BK).exp())
-
-    def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
-        accepted_B, next_B = verify_greedy(target_BSV, proposal.tokens_BK)
-        return Acceptance(accepted_B, proposal.tokens_BK, next_B)
-
-
 class RejectionSampling:
-    """Chain drawn from the filtered conditionals, accepted token by token; what is emitted has the filtered target p.
+    """Chain drawn from the filtered conditionals; what is emitted has the filtered target p.
 
-    target_distribution: the sampling's own filter unless the caller has another.
+    target_distribution: the sampling's own filter unless the caller has another. block: the chain is accepted as a
+    block, not token by token.
     """
 
-    def __init__(self, sampling: Sampling, uniforms: Noise, target_distribution: Distribution | None = None) -> None:
-        self.sampling, self.uniforms = sampling, uniforms
+    def __init__(
+        self,
+        sampling: Sampling,
+        uniforms: Noise,
+        target_distribution: Distribution | None = None,
+        block: bool = False,
+    ) -> None:
+        self.sampling, self.uniforms, self.block = sampling, uniforms, block
         self.target_distribution = target_distribution or (lambda scores: filtered(scores, sampling))
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
@@ -93,34 +88,20 @@ class RejectionSampling:
 
     def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
         tokens_BK, probs_BSV = proposal.tokens_BK, self.target_distribution(target_BSV)
-        uniforms_BS = self.uniforms(target_BSV.shape[1])
+        uniforms_BS, test = self.uniforms(target_BSV.shape[1]), verify_block if self.block else verify
         # Where there is no draft (-1), q is NaN, which rejects and leaves p.
-        accepted_B, next_B = self._accept(probs_BSV, proposal.distributions, tokens_BK.clamp(min=0), uniforms_BS)
+        accepted_B, next_B = test(probs_BSV, proposal.distributions, tokens_BK.clamp(min=0), uniforms_BS)
         return Acceptance(accepted_B, tokens_BK, next_B)
-
-    def _accept(self, *given: Tensor) -> tuple[Tensor, Tensor]:
-        return verify(*given)
-
-
-class BlockVerification(RejectionSampling):
-    """The same drafts, verified as a block (Sun et al., arXiv 2403.10444, algorithm 2): never fewer are accepted.
-
-    Rejection sampling accepts a prefix only if each of its tokens is accepted by itself; here a prefix is accepted as a
-    whole, so that a token which the target likes more than the draft does makes up for one before it.
-    """
-
-    def _accept(self, *given: Tensor) -> tuple[Tensor, Tensor]:
-        tokens_BK = given[2]
-        return verify_block(*given) if tokens_BK.shape[1] else verify(*given)
 
 
 class DeterministicDraft:
     """Drafts that are a function of the joint and the text alone: no draft q, no acceptance ratio.
 
     The target's choice is drawn (or, under greedy, taken) behind every token of the window; drafts are accepted while
-    they are what was chosen. shape: "tree", the `nodes` likeliest prefixes; "window", the likeliest whole window;
-    "path", the window with the largest sum of prefix probabilities, that is, the largest expected number of accepted
-    tokens if the joint were the target. The last two search a beam of `nodes`.
+    they are what was chosen. shape: "chain", the argmax of each conditional in turn; "tree", the `nodes` likeliest
+    prefixes; "window", the likeliest whole window; "path", the window with the largest sum of prefix probabilities,
+    that is, the largest expected number of accepted tokens if the joint were the target. The last two search a beam of
+    `nodes`.
     """
 
     def __init__(
@@ -137,26 +118,22 @@ class DeterministicDraft:
     def draft(self, joint: Joint, depth: int) -> Proposal:
         if self.shape == "tree":
             return grow(joint, depth, self.nodes)
-        tokens_BK = best_window(joint, depth, self.shape, self.nodes)
+        chain = self.shape == "chain"
+        tokens_BK = greedy_chain(joint, depth) if chain else best_window(joint, depth, self.shape, self.nodes)
         return Proposal(tokens_BK, confidence=lambda: joint.marginal(depth).chain(tokens_BK).exp())
 
     def verify(self, target_BSV: Tensor, proposal: Proposal) -> Acceptance:
         if proposal.parents_BK is not None and self.uniforms is not None:
             fresh = _fresh(self.target_distribution(target_BSV), self.uniforms(target_BSV.shape[1]))
             return _walked(proposal, proposal.parents_BK, fresh)
-        tokens_BK, next_BS = proposal.tokens_BK, self._choices(target_BSV)
-        if proposal.parents_BK is not None:
-            return _walked(proposal, proposal.parents_BK, lambda at_B: _at(next_BS, at_B))
-        accepted_B = (next_BS[:, :-1] == tokens_BK).long().cumprod(dim=1).sum(dim=1)
-        return Acceptance(accepted_B, tokens_BK, next_BS.gather(1, accepted_B.unsqueeze(1)).squeeze(1))
-
-    def _choices(self, target_BSV: Tensor) -> Tensor:
-        """(B, S) the target's choice behind each token; V where it is no distribution."""
         if self.uniforms is None:
-            best_BS = target_BSV.argmax(dim=-1)
-            value_BS = target_BSV.gather(-1, best_BS.unsqueeze(-1)).squeeze(-1)
-            return best_BS.masked_fill(~(value_BS > -math.inf), target_BSV.shape[-1])
-        return draw(self.target_distribution(target_BSV), self.uniforms(target_BSV.shape[1]))
+            chosen_BS = argmaxes(target_BSV)
+        else:
+            chosen_BS = draw(self.target_distribution(target_BSV), self.uniforms(target_BSV.shape[1]))
+        if proposal.parents_BK is not None:
+            return _walked(proposal, proposal.parents_BK, lambda at_B: _at(chosen_BS, at_B))
+        accepted_B, next_B = follow(chosen_BS, proposal.tokens_BK)
+        return Acceptance(accepted_B, proposal.tokens_BK, next_B)
 
 
 class Branched(RejectionSampling):
@@ -181,9 +158,8 @@ class Branched(RejectionSampling):
         tokens_BM, probs_BSV = proposal.tokens_BK, self.target_distribution(target_BSV)
         drafts = 0 if proposal.distributions is None else min(proposal.distributions.shape[1], tokens_BM.shape[1])
         test_BS, fresh = self.uniforms(drafts + 1), _fresh(probs_BSV, self.uniforms(target_BSV.shape[1]))
-        test = verify_block if drafts else verify
         q_BKV = probs_BSV[:, :0] if proposal.distributions is None else proposal.distributions[:, :drafts]
-        kept_B, next_B = test(probs_BSV[:, : drafts + 1], q_BKV, tokens_BM[:, :drafts], test_BS)
+        kept_B, next_B = verify_block(probs_BSV[:, : drafts + 1], q_BKV, tokens_BM[:, :drafts], test_BS)
         if proposal.parents_BK is None:
             return Acceptance(kept_B, tokens_BM, next_B)
 
@@ -210,22 +186,9 @@ def _walked(proposal: Proposal, parents_BM: Tensor, choose: Callable[[Tensor], T
     return Acceptance(accepted_B, proposal.tokens_BK.gather(1, (path_BJ - 1).clamp(min=0)), next_B, path_BJ)
 
 
-# What `draft=` takes, and what it does under greedy and under sampling.
-DRAFTERS = {
-    "none": "autoregressive decoding",
-    "chain": "argmaxes of the conditionals; sampled from the conditionals, accepted token by token",
-    "block": "the chain, accepted as a block (the same as chain under greedy)",
-    "tree": "the likeliest prefixes as a tree",
-    "branched": "the block with branches of one token beside it (the same as chain under greedy)",
-    "window": "the likeliest window",
-    "path": "the window with the largest expected number of accepted tokens",
-    "lookup": "what followed the last tokens where they stood before; none elsewhere, without heads",
-    "lookup+chain": "what followed the last tokens where they stood before; elsewhere the chain",
-    "lookup+block": "the same, accepted as a block",
-    "lookup+tree": "the tree, with what followed the last tokens before as one more branch",
-    "lookup+branched": "branched, with what followed the last tokens before as one more branch (greedy: lookup+chain)",
-}
+DRAFTERS = ("none", *CHOICES["decode.draft"])  # what `draft=` takes; docs/speed-up.md says what each does
 LOOKUP = "lookup"
+BRANCHES = ("tree", "branched")  # ends of the names whose drafts are a tree
 MOST_NODES = 4096  # what they see of each other grows with the square
 
 
@@ -249,11 +212,10 @@ def make_drafter(
     if name in ("tree", "window", "path", LOOKUP):
         return DeterministicDraft(name, sampling, uniforms, nodes, target_distribution)
     if uniforms is None:
-        return Greedy()
+        return DeterministicDraft("chain", sampling, uniforms, nodes, target_distribution)
     if name == "branched":
         return Branched(sampling, uniforms, nodes, target_distribution)
-    kind = BlockVerification if name == "block" else RejectionSampling
-    return kind(sampling, uniforms, target_distribution)
+    return RejectionSampling(sampling, uniforms, target_distribution, block=name == "block")
 
 
 def _normalised(scores: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cpdlm.decoding.drafters import LOOKUP, Branched, DeterministicDraft, Drafter, Maker, RejectionSampling
+from cpdlm.decoding.drafters import BRANCHES, LOOKUP, Branched, Drafter, RejectionSampling
 from cpdlm.decoding.length import Costs, DraftLength, shortened
 from cpdlm.decoding.lookup import NOTHING, Copy, Lookup, LookupSettings
 from cpdlm.decoding.model import DraftingModel
@@ -34,12 +34,13 @@ def propose(model: DraftingModel, drafter: Drafter, hidden_BD: Tensor, pending_B
 
 @dataclass
 class Drafting:
-    """heads: how deep their drafts are, 0 for none. lookups: one per row, or none. length: None verifies all drafts, as
-    far as a forward then has most_tokens tokens at most (0: however many)."""
+    """heads: how deep their drafts are, 0 for none. grows: they are a tree. lookups: one per row, or none. length: None
+    verifies all drafts, as far as a forward then has most_tokens tokens at most (0: however many)."""
 
     model: DraftingModel
     drafter: Drafter
     heads: int
+    grows: bool
     lookups: list[Lookup] = field(default_factory=list)
     length: DraftLength | None = None
     most_tokens: int = 0
@@ -49,22 +50,22 @@ class Drafting:
         cls,
         model: DraftingModel,
         drafter: Drafter,
-        draft: str | Maker,
+        draft: str,
         prompts: Sequence[Tensor],
         settings: LookupSettings,
         costs: Costs | None,
         most_tokens: int,
     ) -> Drafting:
-        """draft: as `loop.decode_batch` takes it, with the drafter of that name. costs, most_tokens: of its options."""
-        copies = isinstance(draft, str) and draft.startswith(LOOKUP)
-        lookups = [Lookup(prompt_T.tolist(), settings) for prompt_T in prompts] if copies else []
+        """draft: the drafter's name. costs, most_tokens: of `loop.Options`."""
+        lookups = [Lookup(prompt_T.tolist(), settings) for prompt_T in prompts] if draft.startswith(LOOKUP) else []
         length = None
         if costs is not None and isinstance(drafter, Branched):  # branches depend on the token that was drawn
             raise ValueError(f"costs= cannot choose among the drafts of draft={draft!r}; pass draft='lookup+block'")
         if costs is not None and draft != "none":
             length = DraftLength(costs, len(prompts), drawn=isinstance(drafter, RejectionSampling))
         heads = 0 if draft in ("none", LOOKUP) else model.horizon - 1
-        return cls(model, drafter, heads, lookups, length, most_tokens if costs is None else 0)
+        most_tokens = most_tokens if costs is None else 0
+        return cls(model, drafter, heads, draft.endswith(BRANCHES), lookups, length, most_tokens)
 
     def propose(self, hidden_BD: Tensor, pending_B: Tensor, room: int) -> Proposal:
         """Drafts of at most `room` tokens behind the pending one, which the lookups know."""
@@ -72,17 +73,14 @@ class Drafting:
         most = max(0, self.most_tokens // rows - 1) if self.most_tokens else UNLIMITED
         room = min(room, most)
         copies = [lookup.draft(room) for lookup in self.lookups] or [NOTHING] * rows
-        grows = isinstance(self.drafter, Branched) or (
-            isinstance(self.drafter, DeterministicDraft) and self.drafter.shape == "tree"
-        )
-        asked = self.heads > 0 and room > 0 and (grows or not all(copy.tokens for copy in copies))
+        asked = self.heads > 0 and room > 0 and (self.grows or not all(copy.tokens for copy in copies))
         if asked and self.length is not None:
             asked = self.length.heads_pay(rows)
         depth = min(self.heads, room) if asked else 0
         proposal = propose(self.model, self.drafter, hidden_BD, pending_B, depth)
         matched = [[0] * proposal.tokens_BK.shape[1]] * rows
         if any(copy.tokens for copy in copies):
-            if grows:
+            if self.grows:
                 proposal, matched = grafted(proposal, copies)
             else:
                 drawn = self.model.vocab_size if isinstance(self.drafter, RejectionSampling) else 0

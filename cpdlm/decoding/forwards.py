@@ -8,7 +8,6 @@ vocabulary, D width, X numbers of a row.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,34 +18,9 @@ from cpdlm.decoding.drafting import Drafting
 from cpdlm.decoding.model import DraftingModel
 from cpdlm.decoding.proposals import Proposal, nothing
 
-
-class Outcome(Protocol):
-    """What a target forward yields."""
-
-    def read(self) -> list[list[int]]:
-        """Per row: how many drafts were accepted, the drafts (those behind the accepted ones are not to be read), the
-        token after the accepted ones (V: the target was no distribution). The one host synchronisation of a forward."""
-        ...
-
-
-class Forwards(Protocol):
-    """runs_ahead: the next forward does not wait for the host, which then has nothing to commit; rows that are done
-    stay in it, and their outcomes are not to be read."""
-
-    runs_ahead: bool
-
-    def first(self, prompts: Sequence[Tensor]) -> Outcome:
-        """The forward over the prompts, (T,) ids each; it has no drafts."""
-        ...
-
-    def next(self, room: int) -> Outcome:
-        """room: the most drafts of use."""
-        ...
-
-    def commit(self, emitted: Sequence[Sequence[int]], going: Sequence[int]) -> None:
-        """emitted: per row of the last forward, the drafts that its text keeps and the token after them. going: the
-        rows that go on."""
-        ...
+# What a target forward says of each row: how many drafts were accepted, the drafts (those behind the accepted ones are
+# not to be read), the token after the accepted ones (V: the target was no distribution). The call waits for the device.
+Read = Callable[[], list[list[int]]]
 
 
 def last_accepted(acceptance: Acceptance) -> Tensor:
@@ -70,8 +44,6 @@ class GrowingForwards:
     process: what changes the target's scores (B, S, V) given the proposal, or None. timer: as in `loop.Options`.
     """
 
-    runs_ahead = False
-
     def __init__(
         self,
         model: DraftingModel,
@@ -84,11 +56,13 @@ class GrowingForwards:
         self.model, self.drafting, self.uniforms, self.text = model, drafting, uniforms, text
         self.process, self.timer = process, timer
 
-    def first(self, prompts: Sequence[Tensor]) -> Outcome:
+    def first(self, prompts: Sequence[Tensor]) -> Read:
+        """The forward over the prompts, (T,) ids each; it has no drafts."""
         self.hidden_BSD = self.text.prefill(prompts)
         return self._accept(nothing(prompts[0].new_zeros(len(prompts))))
 
-    def next(self, room: int) -> Outcome:
+    def next(self, room: int) -> Read:
+        """room: the most drafts of use."""
         proposal = self.drafting.propose(self.hidden_BD, self.pending_B, room)
         if proposal.tokens_BK.shape[1]:
             self.timer("draft")
@@ -97,15 +71,17 @@ class GrowingForwards:
         self.timer("trunk")
         return self._accept(proposal)
 
-    def _accept(self, proposal: Proposal) -> Outcome:
+    def _accept(self, proposal: Proposal) -> Read:
         greedy = self.uniforms is None
         target_BSV = (self.model.target_scores if greedy else self.model.target_log_probs)(self.hidden_BSD)
         if self.process is not None:
             target_BSV = self.process(target_BSV, proposal)
         self.acceptance = self.drafting.drafter.verify(target_BSV, proposal)
-        return _Made(packed(self.acceptance))
+        return packed(self.acceptance).tolist
 
     def commit(self, emitted: Sequence[Sequence[int]], going: Sequence[int]) -> None:
+        """emitted: per row of the last forward, the drafts that its text keeps and the token after them. going: the
+        rows that go on."""
         accepted = [len(tokens) - 1 for tokens in emitted]
         self.text.commit(accepted, self.acceptance.path_BJ)
         self.drafting.tell(emitted)
@@ -121,12 +97,3 @@ class GrowingForwards:
             self.hidden_BD, self.pending_B = self.hidden_BD[going], self.pending_B[going]
             if self.uniforms is not None:
                 self.uniforms.select(going)
-
-
-class _Made:
-    def __init__(self, packed_BX: Tensor) -> None:
-        self.packed_BX = packed_BX
-
-    def read(self) -> list[list[int]]:
-        rows: list[list[int]] = self.packed_BX.tolist()
-        return rows

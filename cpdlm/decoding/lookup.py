@@ -6,29 +6,16 @@ exact: all of the draft distribution q is on that token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-
-from cpdlm.decoding.filtering import is_whole
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class LookupSettings:
-    """least, longest: how many of the last tokens must, and may, stand earlier in the text. most: drafts copied.
-
-    Raises ValueError on a number that is no whole number of at least 1, and where longest is below least.
-    """
+    """least, longest: how many of the last tokens must, and may, stand earlier in the text. most: drafts copied."""
 
     least: int = 3
     longest: int = 8
     most: int = 8
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not is_whole(value):
-                raise ValueError(f"lookup {field.name}={value!r} is no number of tokens; pass a whole number from 1")
-        if self.longest < self.least:
-            raise ValueError(f"lookup longest={self.longest} is below least={self.least}; pass at least {self.least}")
 
 
 @dataclass(frozen=True)

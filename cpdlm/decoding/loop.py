@@ -27,10 +27,10 @@ from torch import Tensor
 
 from cpdlm.decoding.cache import Text, window_refusal
 from cpdlm.decoding.captured import CapturedForwards
-from cpdlm.decoding.drafters import LOOKUP, Maker, Uniforms, make_drafter
+from cpdlm.decoding.drafters import BRANCHES, LOOKUP, Maker, Uniforms, make_drafter
 from cpdlm.decoding.drafting import Drafting
 from cpdlm.decoding.filtering import Sampling, is_whole
-from cpdlm.decoding.forwards import Forwards, GrowingForwards
+from cpdlm.decoding.forwards import GrowingForwards
 from cpdlm.decoding.length import Costs
 from cpdlm.decoding.lookup import LookupSettings
 from cpdlm.decoding.model import DraftingModel
@@ -135,29 +135,30 @@ def decode_batch(
     and, when it happens, on a target of NaN or -inf alone, naming the position.
     """
     _check(model, prompts, max_new_tokens, sampling, generators)
-    depths = _deepest(model, draft, options)
+    name = draft if isinstance(draft, str) else "chain"
+    depths = _deepest(model, name, options)
     texts = _Texts([prompt_T.long() for prompt_T in prompts], max_new_tokens, eos, depths, model, options)
     uniforms = Uniforms(generators, prompts[0].device) if generators and not sampling.greedy else None
     forwards, timer = _forwards(model, texts, sampling, uniforms, draft, options), options.timer
     timer("other")
-    outcome, part = forwards.first(texts.prompts), "prefill"
+    read, part = forwards.first(texts.prompts), "prefill"
     while True:
-        # Forwards that do not wait for the host are one ahead of it; the last one is then in vain.
-        ahead = forwards.next(texts.room - 1) if forwards.runs_ahead else None
-        host = outcome.read()
+        # Captured forwards do not wait for the host and are one ahead of it; the last one is then in vain.
+        ahead = forwards.next() if isinstance(forwards, CapturedForwards) else None
+        host = read()
         timer(part)
         part = "verify"
         emitted, going = texts.commit(host)
         if not going:
             timer("other")
             return texts.written
-        if ahead is not None:
-            outcome = ahead
-            continue
-        texts.select(going)
-        forwards.commit(emitted, going)
-        timer("other")
-        outcome = forwards.next(texts.room - 1)
+        if isinstance(forwards, GrowingForwards):
+            texts.select(going)
+            forwards.commit(emitted, going)
+            timer("other")
+            ahead = forwards.next(texts.room - 1)
+        assert ahead is not None
+        read = ahead
 
 
 def _forwards(
@@ -167,7 +168,7 @@ def _forwards(
     uniforms: Uniforms | None,
     draft: str | Maker,
     options: Options,
-) -> Forwards:
+) -> GrowingForwards | CapturedForwards:
     """The captured ones, or new ones that grow."""
     changes, captured, rows = options.target_scores is not None, options.forwards, len(texts.prompts)
     if captured is not None:
@@ -179,10 +180,11 @@ def _forwards(
         captured.uniforms = uniforms
         return captured
     drafter = make_drafter(draft, sampling, uniforms, options.nodes, processed=changes)
-    if sampling.greedy and isinstance(draft, str):
-        draft = draft.replace("branched", "chain")
-    _check_window(model, rows, texts.longest, draft, options)
-    drafting = Drafting.of(model, drafter, draft, texts.prompts, options.lookup, options.costs, options.most_tokens)
+    name = draft if isinstance(draft, str) else "chain"
+    if sampling.greedy:
+        name = name.replace("branched", "chain")
+    _check_window(model, rows, texts.longest, name, options)
+    drafting = Drafting.of(model, drafter, name, texts.prompts, options.lookup, options.costs, options.most_tokens)
     text = Text(model, rows, texts.prompts[0].device, options.use_cache)
     return GrowingForwards(model, drafting, uniforms, text, texts.processed if changes else None, options.timer)
 
@@ -215,7 +217,7 @@ class _Texts:
         self.rows = [self.rows[index] for index in going]
 
     def commit(self, host: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-        """host: `Outcome.read`. -> accepted drafts and next token per row, and the indices of rows that go on."""
+        """host: see `Read`. -> accepted drafts and next token per row, and the indices of rows that go on."""
         going = []
         for index, (row, (accepted, *drafts, following)) in enumerate(zip(self.rows, host, strict=True)):
             if row in self.done:
@@ -323,17 +325,16 @@ def _ends(eos: int | Sequence[int] | None) -> frozenset[int]:
         raise ValueError(f"eos={eos!r} is no token id, nor several of them; pass whole numbers, or None") from error
 
 
-def _deepest(model: DraftingModel, draft: str | Maker, options: Options) -> int:
+def _deepest(model: DraftingModel, draft: str, options: Options) -> int:
     """How deep drafts may be."""
-    copies = isinstance(draft, str) and draft.startswith(LOOKUP)
-    return max(model.horizon - 1, options.lookup.most if copies else 0)
+    return max(model.horizon - 1, options.lookup.most if draft.startswith(LOOKUP) else 0)
 
 
-def _check_window(model: DraftingModel, rows: int, longest: int, draft: str | Maker, options: Options) -> None:
-    branches = isinstance(draft, str) and draft.endswith(("tree", "branched"))
+def _check_window(model: DraftingModel, rows: int, longest: int, draft: str, options: Options) -> None:
+    branches = draft.endswith(BRANCHES)
     size = 1 + _deepest(model, draft, options)
     if branches:
-        size = 1 + options.nodes + (options.lookup.most if str(draft).startswith(LOOKUP) else 0)
+        size = 1 + options.nodes + (options.lookup.most if draft.startswith(LOOKUP) else 0)
     apart = rows > 1 or branches  # slots are not positions
     window = model.attention_window if apart else None
     if window is not None and longest + size > window and not model.masks_windows:

@@ -19,6 +19,7 @@ Letters: O outputs, I inputs, V vocabulary, D width.
 """
 
 import contextlib
+import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,6 @@ from cpdlm.config import WEIGHTS, ConfigError
 from cpdlm.decoding.body import FewOperations, fits
 from cpdlm.decoding.products import LAYOUTS, ROUNDED, Int8, NoKernel, Product
 from cpdlm.files import default_cache, write_json
-from cpdlm.model.adapters import shortened
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, new_cache
 from cpdlm.processes import processor
@@ -135,14 +135,26 @@ def _runs_in_few_operations(model: LanguageModel) -> bool:
     body: Any = model.trunk.body
     if model.attention_window is not None or not fits(body):
         return False
-    first = shortened(body, "layers", nn.ModuleList(list(body.layers[:1])))
-    other = shortened(body, "layers", nn.ModuleList(list(body.layers[:1])))
     try:
-        theirs = _tried(Trunk(first))
-        ours = _tried(Trunk(FewOperations(other, LAYOUTS["joined"])))  # type: ignore[arg-type]
+        theirs = _tried(Trunk(_of_one_layer(body)))
+        ours = _tried(Trunk(FewOperations(_of_one_layer(body), LAYOUTS["joined"])))  # type: ignore[arg-type]
     except Exception:  # whatever a body of another kind makes of it
         return False
     return _near(ours, theirs)
+
+
+def _of_one_layer(body: Any) -> Any:
+    """The body with its first layer alone; everything else is shared with it."""
+    short = copy.copy(body)
+    # Parameters, buffers, modules and hooks are held in dictionaries, which the copy would share.
+    vars(short).update({key: each.copy() for key, each in vars(body).items() if isinstance(each, dict)})
+    short.layers = nn.ModuleList([body.layers[0]])
+    short.config = copy.deepcopy(body.config)
+    text = short.config.get_text_config(decoder=True)
+    text.num_hidden_layers = 1
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = kinds[:1]
+    return short
 
 
 def _tried(trunk: Trunk) -> list[Tensor]:

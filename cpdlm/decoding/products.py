@@ -42,9 +42,6 @@ class Product(nn.Module):
             )
         return self
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.dtype}"
-
 
 class Joined(Product):
     """Plain weights; several maps of one input may stand in them one below the other."""

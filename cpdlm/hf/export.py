@@ -12,7 +12,7 @@ from cpdlm.files import errors_named, partial_folder, remove_partial, write_byte
 from cpdlm.hf.card import card
 from cpdlm.hf.load import is_pretrained_tokenizer, load
 from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
-from cpdlm.training.checkpoints import CONFIG, RunError, read_config, read_json
+from cpdlm.training.checkpoints import CONFIG, RunError, read_json
 
 
 def export(source: Path, folder: Path) -> CpdlmForCausalLM:
@@ -24,10 +24,6 @@ def export(source: Path, folder: Path) -> CpdlmForCausalLM:
     for a folder that holds something else; ConfigError for a named model that cannot be had.
     """
     check_folder(folder)
-    if (source / CONFIG).is_file() and read_config(source).model.adapter_layers:
-        raise RunError(
-            f"{source} drafts with adapters in the trunk (model.adapter_layers), which an exported folder cannot hold"
-        )
     loaded = load(source)
     if loaded.config is None:
         raise RunError(f"{source} is an exported folder already; give the run that it was made of")

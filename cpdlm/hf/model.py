@@ -135,7 +135,7 @@ class CpdlmConfig(PreTrainedConfig):
         )
         if self.output_bias:
             model.unembedding.bias = nn.Parameter(torch.zeros(self.vocab_size), requires_grad=False)
-        model.use_active(self.active)
+        model.active = self.active
         return model
 
 

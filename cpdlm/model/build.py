@@ -26,7 +26,7 @@ def build_language_model(config: Config, vocab_size: int, trunk: LanguageModel |
         output=trunk.output if trunk is not None else None,
         chunk_bytes=config.loss.chunk_mib * 2**20,
     )
-    model.use_active(config.decode.active)
+    model.active = config.decode.active
     if trunk is not None:
         model.unembedding.bias = trunk.unembedding.bias
         if not trunk.embeddings_are_tied:
@@ -47,11 +47,6 @@ def parameter_counts(model: LanguageModel) -> dict[str, int]:
         "heads": count(model.heads) - gate,
         "gate": gate,
         "anchor": count(model.anchor),
-        **({"adapters": _trained(model.draft_trunk)} if model.draft_trunk is not None else {}),
         "total": count(model),
-        "trained": _trained(model),
+        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     }
-
-
-def _trained(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

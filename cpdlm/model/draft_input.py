@@ -16,16 +16,15 @@ class Anchor(nn.Module):
 
     Its control has the same parameters and costs the same, but sees A(h, h) (`link=blind`).
 
-    One map shared by them all, a perceptron of `depth` hidden layers; its output starts at zero, so that training
-    starts from the joint without it. normed: its two inputs are brought to root mean square 1 each. Where embeddings
+    One map shared by them all, a perceptron with a hidden layer; its output starts at zero, so that training starts
+    from the joint without it. normed: its two inputs are brought to root mean square 1 each. Where embeddings
     are much smaller than hidden states, as in many pretrained models, the token is hardly seen otherwise.
     """
 
-    def __init__(self, width: int, hidden_width: int, depth: int = 1, normed: bool = False) -> None:
+    def __init__(self, width: int, hidden_width: int, normed: bool = False) -> None:
         super().__init__()
         self.normed = normed
         self.into = nn.Linear(2 * width, hidden_width)
-        self.between = nn.ModuleList(nn.Linear(hidden_width, hidden_width) for _ in range(depth - 1))
         self.out = nn.Linear(hidden_width, width)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -35,10 +34,7 @@ class Anchor(nn.Module):
         seen = [hidden_PD, embedded_PD]
         if self.normed:
             seen = [F.rms_norm(each, each.shape[-1:]) for each in seen]
-        inner_PK = F.silu(self.into(torch.cat(seen, dim=-1)))
-        for layer in self.between:
-            inner_PK = inner_PK + F.silu(layer(inner_PK))
-        anchored_PD: Tensor = hidden_PD + self.out(inner_PK)
+        anchored_PD: Tensor = hidden_PD + self.out(F.silu(self.into(torch.cat(seen, dim=-1))))
         return anchored_PD
 
 

@@ -38,13 +38,12 @@ class HeadsConfig:
     joint: `cp`, or `hmm`, whose component may change between two positions.
     link: which factors see a token of the window. `first`: gate and later factors see x_{t+1} (`Anchor`). `all`: each
     factor sees the token before it as well (`Link`). `blind`: the control of `first`, which sees h_t twice.
-    draft_width: hidden width of the map that sees x_{t+1}, as a multiple of the trunk's.  draft_depth: its hidden
-    layers.  draft_normed: its two inputs have equal size.  link_width: inner width of the link.
+    draft_width: hidden width of the map that sees x_{t+1}, as a multiple of the trunk's.  draft_normed: its
+    two inputs have equal size.  link_width: inner width of the link.
     separate: an unembedding for each (position, component).  component_rank: components are offsets of that rank from
     one map per position (0: each has a map of its own).  map_rank: rank of each map (0: full).  map_hidden: hidden
     width of each map as a two-layer perceptron (0: a linear map).  noise: size of the maps' random start.
     bias_buffer: the gate has a buffer that balances it in place of a bias.
-    adapter_layers, adapter_rank: how many last layers of the trunk the draft has once more, with LoRA of that rank.
     """
 
     rank: int = 1
@@ -53,7 +52,6 @@ class HeadsConfig:
     joint: str = "cp"
     link: str = "none"
     draft_width: float = 4.0
-    draft_depth: int = 1
     draft_normed: bool = True
     link_width: int = 256
     separate: bool = False
@@ -62,8 +60,6 @@ class HeadsConfig:
     map_hidden: int = 0
     noise: float = 0.2
     bias_buffer: bool = False
-    adapter_layers: int = 0
-    adapter_rank: int = 8
 
     def __post_init__(self) -> None:
         assert self.first_is_tied or self.link == "none", "a token-conditioned draft has a next-token head of its own"
@@ -79,7 +75,6 @@ class HeadsConfig:
             joint=config.joint,
             link=config.link,
             draft_width=model.draft_width,
-            draft_depth=model.draft_depth,
             draft_normed=model.draft_normed,
             link_width=model.link_width,
             separate=model.head == "separate",
@@ -88,8 +83,6 @@ class HeadsConfig:
             map_hidden=model.map_hidden,
             noise=model.noise,
             bias_buffer=config.balance == "bias",
-            adapter_layers=model.adapter_layers,
-            adapter_rank=model.adapter_rank,
         )
 
     @staticmethod
@@ -214,36 +207,31 @@ class FactorHeads(nn.Module):
         inner_PNK = self.link(self.link.seen(seen_PD), before_PND, slice(None))
         return torch.cat([seen_PD, inner_PNK.flatten(-2)], dim=-1)
 
-    def joint(self, seen_PD: Tensor, table: Table, before: Before | None = None, active: int = 0) -> Joint:
-        """The joint at each position, over all factors. No factor is normalised before something asks for it.
-
-        active: how many components are evaluated, the heaviest of the gate (0: all). Their renormalised mixture is a
-        joint of that rank.
-        """
-        return self._joint(seen_PD, table, (0, self.factors), before, active)
-
-    def first(self, seen_PD: Tensor, table_VD: Tensor) -> Joint:
-        """`joint(...).marginal(1)`, without the work of the other factors: what eq. 11 needs."""
-        return self._joint(seen_PD, table_VD, (0, 1))
-
     def given_first(self, seen_BD: Tensor, table: Table, first_B: Tensor, active: int = 0) -> Joint:
         """`joint(...).condition(first_B)`. With one component the first factor tells nothing and is left out.
 
         first_B: rows of the table, -1 for a token that is not among them.
         """
         if self.rank == 1:
-            return self._joint(seen_BD, table, (1, self.factors))
+            return self.joint(seen_BD, table, start=1)
         return self.joint(seen_BD, table, active=active).condition(first_B)
 
-    def _joint(
+    def joint(
         self,
         seen: Tensor,
         table: Table,
-        factors: tuple[int, int],
         before: Before | None = None,
         active: int = 0,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Joint:
-        start, stop = factors
+        """The joint at each position (...), over the factors start..stop-1 (default: all). No factor is normalised
+        before something asks for it.
+
+        active: how many components are evaluated, the heaviest of the gate (0: all). Their renormalised mixture is a
+        joint of that rank.
+        """
+        stop = stop or self.factors
         log_weights, chosen = self.log_weights(seen), None
         if 0 < active < self.rank:
             assert self.transitions is None and not self.separate, "an HMM or separate heads evaluate all components"

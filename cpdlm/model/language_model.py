@@ -17,7 +17,7 @@ D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from cpdlm.model.adapters import DraftTrunk, TwoCaches, check_draft_trunk
 from cpdlm.model.draft_input import Anchor
-from cpdlm.model.heads import Before, FactorHeads, HeadsConfig, Multiplier, Table
+from cpdlm.model.heads import Before, FactorHeads, HeadsConfig, Multiplier
 from cpdlm.model.joint import Joint, log_normalise
 from cpdlm.model.losses.draft import Objective, Windows
 from cpdlm.model.losses.joint_nll import Gate, joint_nll
@@ -96,8 +95,10 @@ class LanguageModel(nn.Module):
         self.heads = FactorHeads(width, vocab_size, shape, self.output.scale) if shape.factors else None
         self.anchor: Anchor | None = None
         if shape.link != "none":
-            self.anchor = Anchor(width, round(shape.draft_width * width), shape.draft_depth, shape.draft_normed)
-        self.active = 0  # components that a draft evaluates (`use_active`)
+            self.anchor = Anchor(width, round(shape.draft_width * width), shape.draft_normed)
+        # Components that a draft evaluates, the heaviest of the gate at each position (0: all). Their renormalised
+        # mixture is a joint of that rank, from which drafts are drawn and against which they are accepted.
+        self.active = 0
         # `use_draft_vocabulary`: ids (V',), their rows of the unembedding, and where on the list an id is.
         for buffer in ("draft_ids", "_draft_table_VD", "_draft_index_V"):
             self.register_buffer(buffer, None, persistent=False)
@@ -105,11 +106,6 @@ class LanguageModel(nn.Module):
         if frozen_target:
             self.trunk.requires_grad_(False)
             self.unembedding.requires_grad_(False)
-        self.draft_trunk: DraftTrunk | None = None
-        if shape.adapter_layers:
-            assert frozen_target, "only a frozen trunk has adapters for the draft"
-            self.draft_trunk = DraftTrunk(trunk, shape.adapter_layers, shape.adapter_rank)
-            check_draft_trunk(trunk, self.draft_trunk)
 
     @property
     def embedded(self) -> int:
@@ -129,49 +125,42 @@ class LanguageModel(nn.Module):
         super().train(mode)
         if self.frozen_target:
             self.trunk.eval()
-        if self.draft_trunk is not None:
-            self.draft_trunk.eval()
         return self
 
-    def new_cache(self) -> Cache | TwoCaches:
-        return new_cache() if self.draft_trunk is None else TwoCaches()
+    def new_cache(self) -> Cache:
+        return new_cache()
 
     def hidden(
         self, tokens_BT: Tensor, position_ids_BT: Tensor | None = None, cache: Any = None, mask: Mask | None = None
     ) -> Tensor:
-        """Hidden states (B, T, D); see `Trunk.forward`. With adapters the target's and the draft's, (B, T, 2D)."""
-        if self.draft_trunk is None:
-            hidden_BTD: Tensor = self.trunk(tokens_BT, position_ids_BT, cache, mask)
-            return hidden_BTD
-        own, drafts = (cache.target, cache.draft) if cache is not None else (None, None)
-        target_BTD, middle_BTD = self.trunk.with_middle(tokens_BT, self.draft_trunk.layers, position_ids_BT, own, mask)
-        return torch.cat([target_BTD, self.draft_trunk(middle_BTD, position_ids_BT, drafts, mask)], dim=-1)
+        """Hidden states (B, T, D); see `Trunk.forward`."""
+        hidden_BTD: Tensor = self.trunk(tokens_BT, position_ids_BT, cache, mask)
+        return hidden_BTD
 
     def next_token_log_probs(self, hidden: Tensor) -> Tensor:
         """The model's own log p(x_{t+1}) (..., V): eq. 11, or the tied head's softmax."""
         if self.first_is_tied:
             return self._trunk_log_probs(hidden)
         assert self.heads is not None
-        return self.heads.first(self._for_heads(hidden), self.unembedding.weight).first()
+        return self.heads.joint(self._for_heads(hidden), self.unembedding.weight, stop=1).first()
 
     def target_log_probs(self, hidden: Tensor) -> Tensor:
         """log p (..., V) of x_{t+1}, which decoding preserves: the frozen trunk's, or the model's own."""
         return self._trunk_log_probs(hidden) if self.frozen_target else self.next_token_log_probs(hidden)
 
-    def joint(self, hidden: Tensor, pending: Tensor | None = None) -> Joint:
-        """The mixture at each position (...): untied over N tokens; tied over x_{t+2..t+N} given x_{t+1} = pending."""
-        assert self.heads is not None, "horizon 1 has no mixture"
-        return self._joint(hidden, pending, self.unembedding.weight, lambda tokens: tokens)
+    def joint(self, hidden: Tensor, pending: Tensor | None = None, active: int = 0) -> Joint:
+        """The mixture at each position (...): untied over N tokens; tied over x_{t+2..t+N} given x_{t+1} = pending.
 
-    def draft_vocabulary_joint(self, hidden: Tensor, pending: Tensor | None = None, active: int = 0) -> Joint:
-        """`joint` with each factor restricted to the draft vocabulary: token v of it is draft_ids[v].
-
-        active: components that are evaluated, the heaviest of the gate (0: all).
+        With a draft vocabulary each factor is restricted to it: token v is draft_ids[v]. active: components that are
+        evaluated, the heaviest of the gate (0: all).
         """
         assert self.heads is not None, "horizon 1 has no mixture"
-        ids = self.draft_ids
-        as_ids = (lambda tokens: tokens) if ids is None else (lambda tokens: ids[tokens.clamp(min=0)])
-        return self._joint(hidden, pending, self.draft_product or self._draft_table, as_ids, active)
+        before, ids = None, self.draft_ids
+        if self.heads.link is not None:
+            assert pending is not None, "linked factors need the pending token"
+            as_ids = (lambda tokens: tokens) if ids is None else (lambda tokens: ids[tokens.clamp(min=0)])
+            before = Before(self._embedded(pending), lambda tokens: self._embedded(as_ids(tokens)))
+        return self.heads.joint(self._seen(hidden, pending), self.draft_product or self._draft_table, before, active)
 
     def indices(self, tokens: Tensor) -> Tensor:
         """Where in the draft vocabulary each id is, -1 for one that is not; without one the ids themselves."""
@@ -184,36 +173,10 @@ class LanguageModel(nn.Module):
         """
         assert self.heads is not None, "horizon 1 has no mixture"
         if self.first_is_tied:
-            return self.draft_vocabulary_joint(hidden_BD, pending_B, self.active)
+            return self.joint(hidden_BD, pending_B, self.active)
         seen_BD = self._seen(hidden_BD, pending_B)
         table = self.draft_product or self._draft_table
         return self.heads.given_first(seen_BD, table, self.indices(pending_B), self.active)
-
-    def _joint(
-        self, hidden: Tensor, pending: Tensor | None, table: Table, as_ids: Callable[[Tensor], Tensor], active: int = 0
-    ) -> Joint:
-        """as_ids: rows of the table -> token ids."""
-        assert self.heads is not None
-        before = None
-        if self.heads.link is not None:
-            assert pending is not None, "linked factors need the pending token"
-            before = Before(self._embedded(pending), lambda tokens: self._embedded(as_ids(tokens)))
-        return self.heads.joint(self._seen(hidden, pending), table, before, active)
-
-    def use_active(self, components: int) -> None:
-        """Draft from the `components` heaviest components of the gate at each position (0: from all).
-
-        Their renormalised mixture is a joint of that rank, from which drafts are drawn and against which they are
-        accepted: what is written keeps its distribution. Raises ValueError where the heads cannot.
-        """
-        if components < 0:
-            raise ValueError(f"active={components} is no number of components; pass 1 to {self.rank}, or 0 for all")
-        if 0 < components < self.rank and self.heads is not None:
-            if self.heads.transitions is not None:
-                raise ValueError("the components of joint=hmm follow one another; only joint=cp can draft from a few")
-            if self.heads.separate:
-                raise ValueError("separate heads (model.head=separate) cannot draft from a few components; use shared")
-        self.active = components
 
     @property
     def _draft_table(self) -> Tensor:
@@ -237,19 +200,15 @@ class LanguageModel(nn.Module):
                 "separate heads (model.head=separate) have no unembedding in common to restrict; "
                 "use model.head=shared, or no draft vocabulary"
             )
-        if not isinstance(ids, Tensor):
-            try:
-                ids = torch.tensor(list(ids))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"a draft vocabulary is a list of token ids, or a tensor; got {type(ids)}") from error
-        if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32) or not len(ids):
+        try:
+            ids = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"a draft vocabulary is a list of token ids, or a tensor; got {type(ids)}") from error
+        whole = ids.dim() == 1 and len(ids) > 0 and ids.dtype in (torch.int64, torch.int32)
+        if not whole or int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size or len(ids.unique()) < len(ids):
             raise ValueError(
-                f"a draft vocabulary is a row of token ids, shape (V',), int64; got {ids.dtype} {tuple(ids.shape)}"
-            )
-        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size or len(ids.unique()) < len(ids):
-            raise ValueError(
-                f"a draft vocabulary holds distinct ids of 0..{self.vocab_size - 1}; got {len(ids)} ids from "
-                f"{int(ids.min())} to {int(ids.max())}, {len(ids.unique())} of them distinct"
+                f"a draft vocabulary is a row of distinct token ids of 0..{self.vocab_size - 1}; got {ids.dtype} "
+                f"{tuple(ids.shape)}: {ids}"
             )
         weight = self.unembedding.weight
         self.draft_ids = ids.to(weight.device, torch.int64)
@@ -276,8 +235,7 @@ class LanguageModel(nn.Module):
         return self.trunk.embed(tokens).to(self.heads.gate.weight.dtype)
 
     def _for_heads(self, hidden: Tensor) -> Tensor:
-        """The draft's half, in the heads' own precision: a frozen trunk may have a narrower one."""
-        hidden = hidden[..., -self.trunk.width :]
+        """In the heads' own precision: a frozen trunk may have a narrower one."""
         return hidden if self.heads is None else hidden.to(self.heads.gate.weight.dtype)
 
     # --- training and evaluation --------------------------------------------------------------------------------
@@ -299,8 +257,7 @@ class LanguageModel(nn.Module):
         joint's marginal over the successors that exist; tied, that of x_{t+2..} given x_{t+1}. With a draft vocabulary
         it covers the tokens of that alone. states: of the frozen trunk, if known. objective: replaces the rest term.
         """
-        learns = not self.frozen_target or self.draft_trunk is not None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_target):
             hidden_BTD = self.hidden(tokens_BT, position_ids_BT) if states is None else states.hidden_BTD
         first_loss, first_nll_P = self._first_nll(hidden_BTD, future_BTN, first_weight_BT)
         picked_BT = rest_weight_BT != 0
@@ -349,10 +306,9 @@ class LanguageModel(nn.Module):
     def target_logits(self, hidden: Tensor, table_VD: Tensor | None = None) -> Tensor:
         """(..., V) logits of the next-token softmax: of all tokens, or with the draft's unembeddings table_VD of those
         that drafts are made of. Drafts are scaled alike, and neither capped nor biased."""
-        hidden, ids = hidden[..., : self.trunk.width], self.draft_ids
         if table_VD is None:
             return self.output(hidden, self.unembedding)
-        bias_V = self.unembedding.bias
+        bias_V, ids = self.unembedding.bias, self.draft_ids
         return self.output(hidden, table_VD, bias_V if bias_V is None or ids is None else bias_V[ids])
 
     def target_scores(self, hidden: Tensor) -> Tensor:

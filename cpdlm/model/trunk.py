@@ -10,21 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2Model,
-    LlamaConfig,
-    LlamaModel,
-    PreTrainedModel,
-)
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from cpdlm.config import SIZES, Config, ConfigError
-from cpdlm.data.pretrained_files import brings_code
-from cpdlm.model.alibi import count_what_is_seen
+from cpdlm.config import SIZES, Config
 from cpdlm.model.growing_cache import GrowingCache
 
 # What this release of transformers calls the cache, among a model's arguments and in its outputs.
@@ -44,7 +34,6 @@ class Trunk(nn.Module):
     def __init__(self, body: PreTrainedModel) -> None:
         super().__init__()
         self.body = body
-        count_what_is_seen(body)
 
     @property
     def width(self) -> int:
@@ -105,33 +94,6 @@ class Trunk(nn.Module):
         mask: see `Mask`; tokens in the cache come first. Without one, positions that restart within a row separate
         documents: the attention is then block-diagonal.
         """
-        hidden_BTD: Tensor = self._run(position_ids_BT, cache, mask, input_ids=tokens_BT).last_hidden_state
-        return hidden_BTD
-
-    def with_middle(
-        self,
-        tokens_BT: Tensor,
-        last: int,
-        position_ids_BT: Tensor | None = None,
-        cache: Cache | None = None,
-        mask: Mask | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`forward`, and the states (B, T, D) that go into the last `last` layers."""
-        done = self._run(position_ids_BT, cache, mask, input_ids=tokens_BT, output_hidden_states=True)
-        return done.last_hidden_state, done.hidden_states[-1 - last]
-
-    def embedded(
-        self,
-        embedded_BTD: Tensor,
-        position_ids_BT: Tensor | None = None,
-        cache: Cache | None = None,
-        mask: Mask | None = None,
-    ) -> Tensor:
-        """`forward` of what stands where the embedded tokens would."""
-        hidden_BTD: Tensor = self._run(position_ids_BT, cache, mask, inputs_embeds=embedded_BTD).last_hidden_state
-        return hidden_BTD
-
-    def _run(self, position_ids_BT: Tensor | None, cache: Cache | None, mask: Mask | None, **inputs: Any) -> Any:
         if mask is None and cache is None and position_ids_BT is not None:
             mask = _documents_apart(position_ids_BT)
         given: Any = mask
@@ -141,13 +103,11 @@ class Trunk(nn.Module):
                 given = given["sliding_attention"]
         elif mask is not None and mask.dim() == 4:
             given = self._added(mask)
-        return self.body(
-            position_ids=position_ids_BT,
-            attention_mask=given,
-            use_cache=cache is not None,
-            **{CACHE: cache},
-            **inputs,
-        )
+        use: dict[str, Any] = {"use_cache": cache is not None, CACHE: cache}
+        hidden_BTD: Tensor = self.body(
+            input_ids=tokens_BT, position_ids=position_ids_BT, attention_mask=given, **use
+        ).last_hidden_state
+        return hidden_BTD
 
     def _added(self, mask: Tensor) -> Tensor:
         """A mask of four dimensions, as attention adds it. Not -inf: a padding row that sees nothing would be NaN."""
@@ -180,13 +140,7 @@ def new_cache() -> Cache:
 
 
 def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
-    """A randomly initialised body of the size and family that the config names; context = data.context.
-
-    Raises ConfigError for a config.json that is not a causal language model's, whose context is shorter than ours, or
-    whose layers keep a state that cannot be rolled back behind rejected drafts.
-    """
-    if config.model.family.endswith(".json"):
-        return _build_foreign_body(config.model.family, vocab_size, config.data.context)
+    """A randomly initialised body of the size and family that the config names; context = data.context."""
     size = SIZES[config.size]
     if config.model.family == "gpt2":
         return GPT2Model(
@@ -217,33 +171,3 @@ def build_body(config: Config, vocab_size: int) -> PreTrainedModel:
             pad_token_id=None,
         )
     )
-
-
-def _build_foreign_body(path: str, vocab_size: int, context: int) -> PreTrainedModel:
-    try:
-        shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        if brings_code(error):
-            raise ConfigError(
-                f"model.family={path} brings code of its own (auto_map), which is not executed"
-            ) from error
-        raise ConfigError(f"model.family={path} is not a Hugging Face config: {str(error).splitlines()[0]}") from error
-    text = shape.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None) or context
-    if longest < context:
-        raise ConfigError(f"model.family={path} has a context of {longest}, data.context={context}; lower data.context")
-    text.vocab_size = vocab_size
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(text, token, None)
-    try:
-        whole = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-    except ValueError as error:
-        raise ConfigError(f"model.family={path} is not a causal language model's config: {error}") from error
-    kinds = {"full_attention", "sliding_attention", "chunked_attention", *(getattr(text, "layer_types", None) or [])}
-    if getattr(whole, "_is_stateful", False) or len(kinds) > 3:
-        raise ConfigError(
-            f"model.family={path} is a {shape.model_type} model, which keeps a state that cannot be rolled back behind "
-            "rejected drafts; give the config of one with attention in every layer"
-        )
-    body: PreTrainedModel = getattr(whole, whole.base_model_prefix)
-    return body

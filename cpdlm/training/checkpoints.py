@@ -31,7 +31,6 @@ from cpdlm.config import INCIDENTAL, Config, ConfigError, as_yaml, flatten, from
 from cpdlm.data.target import WEIGHTS, Target
 from cpdlm.data.tokenizer import DESCRIBED, Tokenizer, store_tokenizer
 from cpdlm.files import LockHeld, errors_named, locked, replaced, replaced_folder, write_bytes, write_json
-from cpdlm.model.adapters import is_adapter
 from cpdlm.model.build import build_language_model
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.pretrained import load_pretrained
@@ -143,8 +142,8 @@ def save_model(
 
 def _is_stored(name: str, model: LanguageModel) -> bool:
     """Whether a tensor of that name is the run's own: not a frozen trunk's, nor a second name of a tied one."""
-    if model.frozen_target and name.startswith(("trunk.", "unembedding.", "draft_trunk.")):
-        return is_adapter(name)
+    if model.frozen_target and name.startswith(("trunk.", "unembedding.")):
+        return False
     return not (name == "unembedding.weight" and model.embeddings_are_tied)
 
 

@@ -67,7 +67,7 @@ def _shared_weights(config: Config, width: int) -> int:
     link = model.link_width * width * (2 + factors) if config.link == "all" else 0
     transitions = (factors - 1) * config.rank**2 * width if config.joint == "hmm" and config.rank > 1 else 0
     base = factors * width**2 if model.component_rank else 0
-    return 3 * width * inner + (model.draft_depth - 1) * inner**2 + link + transitions + base
+    return 3 * width * inner + link + transitions + base
 
 
 def trunk_flops(config: Config) -> float:
@@ -89,7 +89,7 @@ def trunk_forwards(config: Config) -> float:
     """Forwards of the trunk per token of training, a backward counted as two; stored states take one for all epochs."""
     if config.frozen == "self":
         return 3.0
-    if not config.data.states or config.model.adapter_layers:
+    if not config.data.states:
         return 1.0
     return min(1.0, config.data.states / (config.optim.steps * config.data.batch_rows * config.data.context))
 

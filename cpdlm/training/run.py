@@ -96,8 +96,7 @@ class Run:
         if checkpoints.is_finished(self.folder):
             return
         config = self.config
-        # Adapters change the states of the draft at every step, so the trunk runs on the same tokens.
-        if config.data.states and not config.model.adapter_layers:
+        if config.data.states:
             identity = {
                 "text": self.written.get("sha256", self.corpus.describe()["sha256"]),
                 "trunk": Target.of(config).sha256,

@@ -93,7 +93,7 @@ def with_active(heads: Heads, active: int) -> Heads:
     """The same weights, of which a draft evaluates so many components."""
     models = [copy(model) for model in heads.models]
     for model in models:
-        model.use_active(active)
+        model.active = active
     return replace(heads, models=models)
 
 

@@ -172,7 +172,7 @@ def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -
     chunk = max(1, CHUNK_BYTES // (4 * model.horizon * model.rank * model.vocab_size))
     for start in range(0, max(1, len(hidden_PD)), chunk):
         part_PD, future_CN = hidden_PD[start : start + chunk], future_PN[start : start + chunk]
-        joint = model.draft_vocabulary_joint(part_PD, future_CN[:, 0])
+        joint = model.joint(part_PD, future_CN[:, 0])
         indices_CK = model.indices(future_CN[:, model.horizon - joint.horizon :])
         gates.append(joint.log_weights_R)
         posteriors.append(joint.posterior(indices_CK))
@@ -201,7 +201,7 @@ def accepted_shares(model: LanguageModel, hidden_TD: Tensor, future_TN: Tensor, 
     shares = [hidden_TD.new_zeros(0, model.heads.factors, dtype=torch.float32)]
     for t_C in t_P.split(chunk):
         future_CN = future_TN[t_C]
-        joint = model.draft_vocabulary_joint(hidden_TD[t_C], future_CN[:, 0])
+        joint = model.joint(hidden_TD[t_C], future_CN[:, 0])
         indices_CN = model.indices(future_CN[:, first:])
         states_CN = t_C.unsqueeze(-1) + torch.arange(first, model.horizon, device=t_C.device)
         target_CNV = model.target_log_probs(hidden_TD[states_CN]).exp()

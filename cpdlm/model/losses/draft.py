@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cpdlm.model.joint import TINY, Joint
-from cpdlm.model.losses.teacher import Seen, Teacher, TopTeacher, WholeTeacher
+from cpdlm.model.losses.teacher import Seen, TopTeacher, WholeTeacher
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Windows:
     future_PN: Tensor
     counts_PN: Tensor
     state_PN: Tensor
-    teacher: Teacher
+    teacher: WholeTeacher | TopTeacher
 
     def narrowed(self, table_VD: Tensor, top: int, others: int, chunk_bytes: int) -> Windows:
         """The same with a `TopTeacher`, where `top` is not 0. Windows that share a state have one token behind it."""

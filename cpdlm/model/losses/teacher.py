@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,15 +46,6 @@ class Seen(NamedTuple):
     target_CNV: Tensor
 
 
-class Teacher(Protocol):
-    def hold(self, rows_MD: Tensor, table_VD: Tensor, future_CN: Tensor, state_CN: Tensor) -> tuple[Tensor, Seen]:
-        """(scores (M, V) of the draft's rows, what they are held against), over the same tokens or cells.
-
-        future_CN: tokens, -1 where drafts do not cover them. state_CN: which state each is read from.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class WholeTeacher:
     """states_UD: of the frozen model. log_normaliser_U: their log sum_v exp(logit) over the whole vocabulary."""
@@ -64,6 +55,10 @@ class WholeTeacher:
     logits: TargetLogits
 
     def hold(self, rows_MD: Tensor, table_VD: Tensor, future_CN: Tensor, state_CN: Tensor) -> tuple[Tensor, Seen]:
+        """(scores (M, V) of the draft's rows, what they are held against), over the same tokens or cells.
+
+        future_CN: tokens, -1 where drafts do not cover them. state_CN: which state each is read from.
+        """
         with torch.no_grad():  # windows that overlap share a state
             state_U, which_CN = state_CN.unique(return_inverse=True)
             logits_UV = self.logits(self.states_UD[state_U], table_VD).float()
@@ -102,6 +97,7 @@ class TopTeacher:
         return TopTeacher(tokens_UK, target_UK1, others)
 
     def hold(self, rows_MD: Tensor, table_VD: Tensor, future_CN: Tensor, state_CN: Tensor) -> tuple[Tensor, Seen]:
+        """As of `WholeTeacher`."""
         tokens_CNK = self.tokens_UK[state_CN]
         seen = Seen(torch.where(future_CN >= 0, 0, -1), self.target_UK1[state_CN])
         gain_A = None
