@@ -10,6 +10,7 @@ from made_pretrained import (
     GEMMA,
     GROUPED,
     SHAPES,
+    SMALL,
     V,
     continued,
     loaded,
@@ -24,10 +25,14 @@ from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
+    FalconConfig,
     Gemma2Config,
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -129,6 +134,33 @@ def test_rotary_frequencies_that_change_with_the_length_bound_the_context(tmp_pa
 
 def test_where_the_config_names_no_context_the_rows_say_it(tmp_path: Path) -> None:
     assert loaded(saved(SHAPES["llama tied"], tmp_path, max_position_embeddings=-1)).context == CONTEXT
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4),
+        FalconConfig(**SMALL, alibi=True),
+        FalconConfig(**SMALL, alibi=True, new_decoder_architecture=True, num_kv_heads=2),
+        MptConfig(vocab_size=V, d_model=48, n_layers=2, n_heads=6, max_seq_len=64, attn_config={"clip_qkv": 1.0}),
+    ],
+    ids=["bloom", "falcon", "falcon of groups", "mpt of six heads"],
+)
+def test_positions_by_alibi_are_exact(shape: PreTrainedConfig, tmp_path: Path) -> None:
+    """Their biases count the slots of the cache, dead ones and those of other documents and branches too."""
+    folder = saved(shape, tmp_path / "model")
+    model, whole = with_heads(loaded(folder), link="first"), AutoModelForCausalLM.from_pretrained(folder).eval()
+    asked = prompts(3, 9, 6)
+    theirs = [continued(whole, prompt_T, 30) for prompt_T in asked]
+    for draft in ("chain", "tree"):
+        assert [row.tokens for row in decode_batch(model, asked, 30, GREEDY, draft=draft)] == theirs
+        assert decode(model, asked[0], 30, GREEDY, draft=draft).tokens == theirs[0]
+    indices_BT = torch.cat([torch.arange(9), torch.arange(6)])[None]
+    with torch.inference_mode():
+        row_BTD = model.hidden(torch.cat(asked[1:])[None], indices_BT)
+        assert_close(row_BTD[:, 9:], model.hidden(asked[2][None]), rtol=1e-4, atol=1e-4)
+    CpdlmForCausalLM.from_language_model(model, 1, 2).save_pretrained(tmp_path / "fast")
+    assert continued(AutoModelForCausalLM.from_pretrained(tmp_path / "fast"), asked[1], 30) == theirs[1]
 
 
 def test_a_frozen_trunk_has_no_dropout_while_its_heads_train(pretrained: dict[str, Path]) -> None:

@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BertConfig,
-    BloomConfig,
     DistilBertConfig,
     Gemma2Config,
     GenerationConfig,
@@ -37,18 +36,18 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from cpdlm.config import ConfigError
+from cpdlm.config import ConfigError, parse
 from cpdlm.data.pretrained_files import ORIGIN, checkpoint_folder, content_hash, eos_of
 from cpdlm.data.tokenizer import HubTokenizer, tokenizer_hash
 from cpdlm.model import pretrained as model_files
 from cpdlm.model.pretrained import load_pretrained
+from cpdlm.training.plan import make_plan
 
 TINY: dict[str, Any] = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4}
 HALF = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 SEEING = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 REFUSED = {
     "an encoder": (BertConfig(**SMALL), "is not causal: earlier tokens see later ones"),
-    "positions by ALiBi": (BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4), "see each other"),
     "state space": (
         MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
         "cannot be cropped",
@@ -90,9 +89,19 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_built(
 ) -> None:
     shape = json.loads((pretrained["llama tied"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(shape))  # no weights at all
-    monkeypatch.setattr(model_files, "free_bytes", lambda label: 1000)
     with pytest.raises(ConfigError, match=r"0.00B parameters.*float32.*model.dtype=bfloat16 takes.*parameters fit"):
+        load_pretrained(str(tmp_path), torch.float32, CONTEXT, available_bytes=1000)
+    shape.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 10**9}))
+    layers = r"has 1,000,000,000 layers by its config.json, at least [\d,]+ GiB, and .* free"
+    with pytest.raises(ConfigError, match=layers):
         loaded(tmp_path)
+    with pytest.raises(ConfigError, match=layers):
+        make_plan(parse([f"model={tmp_path}", "data.tokenizer=model"]))
+    # As a hub name finds it among the files that the hub's client keeps.
+    monkeypatch.setattr(model_files, "cached_file", lambda name, file, **how: tmp_path / file)
+    with pytest.raises(ConfigError, match=layers):
+        load_pretrained("owner/name", torch.float32, CONTEXT)
 
 
 def test_a_quantised_checkpoint_that_cannot_be_read_says_what_to_give(

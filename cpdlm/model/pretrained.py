@@ -29,22 +29,31 @@ PROBE = 12  # tokens, or as many as an attention window holds beside DEAD
 FEWEST = 4
 DEAD = 2  # slots of a cache that do not count
 GIB = 2**30
+MANY_LAYERS = 1000
+LAYER_BYTES = 50_000  # of the Python objects of a layer without weights, at least
 
 
 def load_pretrained(
-    source: str, dtype: torch.dtype, context: int, label: str = "", probed: bool = False
+    source: str,
+    dtype: torch.dtype,
+    context: int,
+    label: str = "",
+    available_bytes: int | None = None,
+    probed: bool = False,
 ) -> LanguageModel:
     """The model of a Hugging Face folder or hub name as a next-token `LanguageModel`, frozen, in evaluation mode.
 
     dtype: of its weights and forwards. context: tokens of a training row; the model's own `context` is what its config
-    allows, and this where it says nothing. probed: whether heads were trained on these very weights, which then need no
-    probe.
+    allows, and this where it says nothing. available_bytes: memory it may take (default: what is free). probed:
+    whether heads were trained on these very weights, which then need no probe.
 
     Raises ConfigError, naming the model and what to type, where it is missing, gated, incomplete, too large, quantised
     in a way that cannot be read here, or not a causal model with an output embedding; and for a kind whose cache cannot
     be cropped or whose logits are not U h + b.
     """
     label = label or source
+    available = free_bytes(label) if available_bytes is None else available_bytes
+    check_layers(source, dtype.itemsize, label, available)
     shape = _shape(source, label)
     if shape.model_type == "cpdlm":
         raise ConfigError(f"model={label} has heads already; give the model that they were trained on")
@@ -57,7 +66,7 @@ def load_pretrained(
             raise ConfigError(
                 f"model={label} is a {shape.model_type} model, not a causal language model; give one that is"
             ) from error
-    _check_memory(empty, dtype, label)
+    _check_memory(empty, dtype, label, available)
     if empty.get_output_embeddings() is None:
         raise ConfigError(
             f"model={label} ({type(empty).__name__}) has no output embedding, so no next-token distribution; "
@@ -278,11 +287,17 @@ def width(source: str, label: str = "") -> int:
 
 def _kind(source: str) -> str | None:
     """model_type of a config.json that is here, "" where it names none; None where there is no config.json to read."""
+    content = _written(source, local_files_only=True)
+    return None if content is None else str(content.get("model_type", ""))
+
+
+def _written(source: str, **how: Any) -> dict[str, Any] | None:
+    """The config.json of a folder or hub name as it is written; None where there is none to read."""
     try:
-        content = json.loads(Path(str(cached_file(source, "config.json", local_files_only=True))).read_bytes())
+        content = json.loads(Path(str(cached_file(source, "config.json", **how))).read_bytes())
     except (OSError, ValueError, TypeError):
         return None
-    return str(content.get("model_type", "")) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def _longest(shape: Any) -> int | None:
@@ -337,8 +352,27 @@ def _check_shape(shape: Any, context: int, longest: int, label: str) -> None:
             )
 
 
-def _check_memory(empty: nn.Module, dtype: torch.dtype, label: str) -> None:
-    parameters, available = sum(parameter.numel() for parameter in empty.parameters()), free_bytes(label)
+def check_layers(source: str, itemsize: int, label: str, available: int) -> None:
+    """ConfigError where the layers alone take more than is free, before they are built one by one.
+
+    A layer counts as width^2 weights of `itemsize` bytes, which is fewer than any has, and its modules as LAYER_BYTES.
+    As many as MANY_LAYERS are built, and counted exactly.
+    """
+    written = _written(source) or {}  # the library's own classes make lists of all layers; `_shape` says what is wrong
+    inner = written.get("text_config")
+    text = written | inner if isinstance(inner, dict) else written
+    layers, width = (text.get(name) for name in ("num_hidden_layers", "hidden_size"))
+    layers, width = (value if isinstance(value, int) else 0 for value in (layers, width))
+    need = layers * (width * width * itemsize + LAYER_BYTES)
+    if layers > MANY_LAYERS and need > available:
+        raise ConfigError(
+            f"model={label} has {layers:,} layers by its config.json, at least {need / GIB:,.0f} GiB, and "
+            f"{available / GIB:.1f} GiB are free; look at num_hidden_layers, or give a smaller model"
+        )
+
+
+def _check_memory(empty: nn.Module, dtype: torch.dtype, label: str, available: int) -> None:
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
     need = parameters * dtype.itemsize
     if need > 0.9 * available:
         halved = "" if dtype.itemsize == 2 else f" model.dtype=bfloat16 takes {parameters * 2 / GIB:.1f} GiB."

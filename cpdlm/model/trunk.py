@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cpdlm.config import SIZES, Config
+from cpdlm.model.alibi import count_what_is_seen
 from cpdlm.model.growing_cache import GrowingCache
 
 # What this release of transformers calls the cache, among a model's arguments and in its outputs.
@@ -34,6 +35,7 @@ class Trunk(nn.Module):
     def __init__(self, body: PreTrainedModel) -> None:
         super().__init__()
         self.body = body
+        count_what_is_seen(body)
 
     @property
     def width(self) -> int:

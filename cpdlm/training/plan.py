@@ -18,10 +18,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PretrainedConfig
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.data.pretrained_files import free_memory
 from cpdlm.data.target import Target
 from cpdlm.model.build import build_language_model, parameter_counts
 from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel
+from cpdlm.model.pretrained import check_layers
 from cpdlm.model.trunk import Trunk
 from cpdlm.training.flop_count import FlopCount
 from cpdlm.training.flops import Shape, loss_flops, trunk_forwards
@@ -121,6 +123,8 @@ def _build(config: Config, vocab_size: int) -> LanguageModel:
             trunk = build_language_model(its, size)
         return build_language_model(config, size, trunk)
     name = target.name
+    if name not in PUBLISHED:
+        check_layers(name, 0, name, free_memory(name))
     try:
         shape = PUBLISHED[name]() if name in PUBLISHED else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (ValueError, OSError) as error:
