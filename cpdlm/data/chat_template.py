@@ -1,17 +1,11 @@
-"""The chat template of a Hugging Face tokenizer: how turns are written, and which tokens of that are an answer's.
+"""The chat template of a Hugging Face tokenizer: how turns are written, and which tokens of that are an answer's."""
 
-A template is a foreign program, which may raise and need not end.
-"""
-
-import ctypes
 import itertools
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpdlm.config import ConfigError
 
-TEMPLATE_SECONDS = 10.0  # that a template may take for one prompt or conversation
 OTHER_TEXT = "give a corpus without conversations"
 
 Message = Mapping[str, str]  # role (system, user or assistant) and content
@@ -41,42 +35,26 @@ def conversation(tokenizer: Any, name: str, messages: Sequence[Message]) -> tupl
 
 
 def rendered(tokenizer: Any, name: str, chats: Sequence[tuple[Sequence[Message], bool]], instead: str) -> list[str]:
-    """Texts by the template. ConfigError where it is missing, raises, or takes longer than TEMPLATE_SECONDS.
+    """Texts by the template. ConfigError where it is missing or raises.
 
     chats: messages, and whether an answer's beginning is to follow. instead: what to do where it cannot be used.
     """
     if not tokenizer.chat_template:
         raise no_template(name, instead)
-    done: list[list[str] | Exception] = []
-
-    def render() -> None:
-        try:
-            done.append(
-                [
-                    str(
-                        tokenizer.apply_chat_template(
-                            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer
-                        )
-                    )
-                    for turns, answer in chats
-                ]
+    try:
+        return [
+            str(
+                tokenizer.apply_chat_template(
+                    [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer
+                )
             )
-        except Exception as error:
-            done.append(error)
-
-    thread = threading.Thread(target=render, daemon=True)
-    thread.start()
-    thread.join(TEMPLATE_SECONDS)
-    if not done:
-        assert thread.ident is not None
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TimeoutError))
-        done.append(TimeoutError(f"it was not done after {TEMPLATE_SECONDS:g} s"))
-    if isinstance(done[0], list):
-        return done[0]
-    raise ConfigError(
-        f"the chat template of the tokenizer {name} cannot be used: {type(done[0]).__name__}: "
-        f"{(str(done[0]).splitlines() or [''])[0]}; {instead}, or mend the template"
-    ) from done[0]
+            for turns, answer in chats
+        ]
+    except Exception as error:  # a template is a foreign program
+        raise ConfigError(
+            f"the chat template of the tokenizer {name} cannot be used: {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}; {instead}, or mend the template"
+        ) from error
 
 
 def no_template(name: str, instead: str) -> ConfigError:
