@@ -143,6 +143,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_bytes(path, f"{text}\n".encode())
 
 
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_writable(folder: Path) -> None:
     """Raise WriteError now rather than after hours of work."""
     with errors_named(folder):

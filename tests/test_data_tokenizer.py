@@ -29,7 +29,7 @@ def test_bytes_round_trip_non_utf8() -> None:
 
 @pytest.fixture(scope="module")
 def bpe() -> BpeTokenizer:
-    return BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20], progress=False)
+    return BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20])
 
 
 def of_the_hub(bpe: BpeTokenizer, folder: Path, eos_token: str | None = "<|endoftext|>") -> Any:
@@ -50,7 +50,7 @@ def test_bpe_round_trip_and_bits_per_byte_accounting(bpe: BpeTokenizer) -> None:
 
 
 def test_bpe_training_is_deterministic_and_saved(bpe: BpeTokenizer, tmp_path: Path) -> None:
-    again = BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20], progress=False)
+    again = BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20])
     bpe.save(tmp_path)
     saved = SavedTokenizer("bpe:300", 300, 299, 299, tmp_path, bpe.token_bytes())
     for ours, theirs, third in zip(bpe.encode(TEXTS), again.encode(TEXTS), saved.encode(TEXTS), strict=True):

@@ -43,7 +43,7 @@ class Killed(BaseException):
 def test_pieces_and_kills_change_nothing_and_finished_pieces_are_kept(
     tokenizer: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = load_corpus(config(tmp_path / "whole", folder, tokenizer), progress=False).describe()
+    whole = load_corpus(config(tmp_path / "whole", folder, tokenizer)).describe()
     for module in (tokens, corpus_module):
         monkeypatch.setattr(module, "PIECE_BYTES", 8000)
     made: list[str] = []
@@ -59,11 +59,11 @@ def test_pieces_and_kills_change_nothing_and_finished_pieces_are_kept(
     monkeypatch.setattr(tokens, "write_piece", dying)
     chosen = config(tmp_path / "cache", folder, tokenizer)
     with pytest.raises(Killed):
-        load_corpus(chosen, progress=False)
+        load_corpus(chosen)
     before, made[:] = list(made), []
     monkeypatch.setattr(tokens, "write_piece", lambda *a: (original(*a), made.append(a[1].name)))
     monkeypatch.setattr(corpus_module, "build_tokenizer", lambda *a: pytest.fail("another tokenizer"))
-    assert load_corpus(chosen, progress=False).describe() == whole
+    assert load_corpus(chosen).describe() == whole
     assert len(before) == 4 and made and not set(before) & set(made)
     assert len([p for p in (tmp_path / "cache" / "tokens").iterdir() if p.is_dir()]) == 1, "pieces are left behind"
 
@@ -74,7 +74,7 @@ def test_a_script_without_a_main_guard_loads_a_corpus(tmp_path: Path, folder: Pa
     script.write_text(
         "from cpdlm.config import resolve\nfrom cpdlm.data import corpus, tokens\n"
         "tokens.PIECE_BYTES = corpus.PIECE_BYTES = 8000\n"
-        f"corpus.load_corpus(resolve({settings(tmp_path / 'cache', folder, 'bpe:300')!r}), progress=False)\n"
+        f"corpus.load_corpus(resolve({settings(tmp_path / 'cache', folder, 'bpe:300')!r}))\n"
         "print('loaded')\n"
     )
     command = [sys.executable, str(script)]

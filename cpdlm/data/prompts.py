@@ -95,8 +95,8 @@ def _test_documents(corpus: str, cache: Path) -> list[bytes]:
     packages = CORPORA[corpus]
     kept = cache / "prompts" / f"{corpus}-{packages[0].sha256[:12]}-{READER_VERSION}.json"
     if not kept.is_file():
-        documents = read_packages(packages, cache, progress=True)
-        chosen, _ = assign_splits(documents, Config(corpus=corpus), progress=True)
+        documents = read_packages(packages, cache)
+        chosen, _ = assign_splits(documents, Config(corpus=corpus))
         write_json(kept, {"documents": [documents.texts[index].decode() for index in chosen["test"]]})
     return [text.encode() for text in json.loads(kept.read_bytes())["documents"]]
 

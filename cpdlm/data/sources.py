@@ -33,7 +33,7 @@ class Origin:
     provenance: list[dict[str, Any]]
 
 
-def locate(config: Config, progress: bool = True) -> Origin:
+def locate(config: Config) -> Origin:
     """The origin that `corpus` names. ConfigError where there is none such, or it is empty."""
     name = config.corpus
     if name in CORPORA:
@@ -43,11 +43,11 @@ def locate(config: Config, progress: bool = True) -> Origin:
                 "packages": [[p.name, p.version, p.sha256, p.reader, p.held_out] for p in packages],
                 "reader": READER_VERSION,
             },
-            lambda: read_packages(packages, Path(config.data.cache), progress),
+            lambda: read_packages(packages, Path(config.data.cache)),
             [package.provenance() for package in packages],
         )
     if name.startswith("hf:"):
-        return _hub(config, progress)
+        return _hub(config)
     path = Path(name).expanduser()
     if not name or not path.exists():
         near = difflib.get_close_matches(name, CORPORA, n=1, cutoff=0.4)
@@ -171,12 +171,12 @@ def _folder(path: Path, name: str) -> Documents:
     return documents
 
 
-def _hub(config: Config, progress: bool) -> Origin:
+def _hub(config: Config) -> Origin:
     """A dataset's train split, streamed once up to data.max_bytes and kept in the cache."""
     name = config.corpus.removeprefix("hf:")
     limit, cache = config.data.max_bytes or HUB_BYTES, Path(config.data.cache)
     stream = Stream(name, limit, cache, config.data.column, config.train.timeout)
-    meta = fetch_stream(stream, progress)
+    meta = fetch_stream(stream)
 
     def read() -> Documents:
         texts = stream.texts()

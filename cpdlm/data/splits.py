@@ -21,9 +21,7 @@ def document_hashes(texts: Sequence[bytes]) -> NDArray[np.uint64]:
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
 
 
-def assign_splits(
-    documents: Documents, config: Config, progress: bool = True
-) -> tuple[dict[str, list[int]], dict[str, int]]:
+def assign_splits(documents: Documents, config: Config) -> tuple[dict[str, list[int]], dict[str, int]]:
     """Indices of each split's documents in hash order, and counts of what was left out.
 
     Whole-document copies are dropped (a held-out one stays). A cluster of near-duplicates goes where the hash of the
@@ -36,7 +34,7 @@ def assign_splits(
     order = sorted(range(len(hashes)), key=lambda i: (documents.sources[i] not in documents.held_out, hashes[i], i))
     unique = list({int(hashes[i]): i for i in reversed(order)}.values())
     unique.sort(key=lambda i: hashes[i])
-    labels = clusters(Chosen(documents.texts, unique), progress)
+    labels = clusters(Chosen(documents.texts, unique))
     # Of a cluster, `unique` holds the lowest hash first, and labels name the lowest index.
     share = mix(hashes[np.array(unique)][labels] if unique else np.zeros(0, np.uint64)) / 2.0**64
     share = (share - 2 * HELD_OUT_SHARE * config.data.release) % 1.0

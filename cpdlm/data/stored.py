@@ -10,7 +10,6 @@ FOLDER/meta.json                format, request, sizes, sha256 of every file
        bpe.json or hf/          the tokenizer, for those that have files
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer
+from cpdlm.files import file_sha256
 
 FORMAT = 1  # raise when the layout or the way documents are split changes
 SPLITS = ("train", "validation", "test")
@@ -115,7 +115,7 @@ def read_tokens(folder: Path) -> Corpus:
             path = folder / name
             if (size := path.stat().st_size) != entry["size"]:
                 raise TornCache(f"{path} has {size} bytes instead of {entry['size']}")
-            if file_hash(path) != entry["sha256"]:
+            if file_sha256(path) != entry["sha256"]:
                 raise TornCache(f"{path} is not the file that was written (its sha256 differs)")
         splits = {}
         for split in SPLITS:
@@ -145,9 +145,3 @@ def _array(path: Path) -> NDArray[Any]:
     """Memory-mapped where it is long."""
     array: NDArray[Any] = np.load(path, mmap_mode="r" if path.name == "tokens.npy" else None)
     return array
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,7 +28,7 @@ import numpy as np
 
 from cpdlm.config import ConfigError
 from cpdlm.data.documents import FileTexts
-from cpdlm.files import LOCK_SECONDS, LockHeld, locked
+from cpdlm.files import LOCK_SECONDS, LockHeld, file_sha256, locked
 from cpdlm.progress import Bar
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
@@ -66,8 +66,7 @@ class Stream:
         try:
             meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text())
             offsets = np.load(self.folder / "offsets.npy")
-            with open(self.folder / "texts.bin", "rb") as file:
-                whole = hashlib.file_digest(file, "sha256").hexdigest() == meta["sha256"]
+            whole = file_sha256(self.folder / "texts.bin") == meta["sha256"]
             return meta if whole and len(offsets) == meta["documents"] + 1 and meta["nulls"] >= 0 else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -76,7 +75,7 @@ class Stream:
         return FileTexts(self.folder / "texts.bin", np.load(self.folder / "offsets.npy"))
 
 
-def fetch_stream(stream: Stream, progress: bool = True) -> dict[str, Any]:
+def fetch_stream(stream: Stream) -> dict[str, Any]:
     """The stream's meta, once its text is whole in its folder: read, or read on, where it is not.
 
     ConfigError where the dataset cannot be read or has no text; what has been read stays.
@@ -90,9 +89,7 @@ def fetch_stream(stream: Stream, progress: bool = True) -> dict[str, Any]:
     try:
         dataset, version = _open(stream)
         _start_over_for_other_files(stream, version)
-        with Bar(
-            total=stream.limit, desc=f"streaming {stream.name}", unit="B", unit_scale=True, disable=not progress
-        ) as bar:
+        with Bar(total=stream.limit, desc=f"streaming {stream.name}", unit="B", unit_scale=True) as bar:
             bar.update(sum(_note(stream, index).bytes for index in range(dataset.num_shards)))
             read_shards(stream, dataset, wait=False, advance=bar.update)
             read_shards(stream, dataset, wait=True, advance=bar.update)  # those that others had, or left unfinished

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ TRAINING_BYTES = 8 * 2**20  # a BPE is trained on this much of the train split, 
 
 
 class Tokenizer(ABC):
-    """What the rest of the project knows of a tokenizer; without a chat template where a class does not say otherwise."""
+    """What the rest of the project knows of a tokenizer; one without a chat template, where a class says no more."""
 
     name: str  # as in data.tokenizer
     vocab_size: int
@@ -104,7 +105,7 @@ class BpeTokenizer(Tokenizer):
         self.bos = self.eos = self.vocab_size - 1
 
     @classmethod
-    def train(cls, name: str, documents: Sequence[bytes], progress: bool = True) -> BpeTokenizer:
+    def train(cls, name: str, documents: Sequence[bytes]) -> BpeTokenizer:
         """name: bpe:SIZE, SIZE counting <|endoftext|>. Fewer ids (and a warning) where the text yields fewer merges."""
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -114,7 +115,9 @@ class BpeTokenizer(Tokenizer):
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=size - 1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=progress
+            vocab_size=size - 1,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=sys.stderr.isatty(),
         )
         sizes = np.cumsum([len(document) for document in documents])
         few = list(itertools.islice(documents, int((sizes <= TRAINING_BYTES).sum()) or 1))
@@ -300,16 +303,14 @@ class SavedTokenizer(Tokenizer):
         self._real.save(folder)
 
 
-def build_tokenizer(
-    name: str, train_documents: Sequence[bytes], progress: bool = True, source: str | None = None
-) -> Tokenizer:
+def build_tokenizer(name: str, train_documents: Sequence[bytes], source: str | None = None) -> Tokenizer:
     """The tokenizer of that name; a BPE is trained on the given documents. source: folder or hub name of a pretrained
     model whose own it is. Raises as the classes say."""
     kind, _, rest = name.partition(":")
     if kind == "bytes":
         return BytesTokenizer()
     if kind == "bpe":
-        return BpeTokenizer.train(name, train_documents, progress)
+        return BpeTokenizer.train(name, train_documents)
     return HubTokenizer(name, source or rest)
 
 

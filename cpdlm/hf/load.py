@@ -155,7 +155,7 @@ def run_tokenizer(run: Path) -> Tokenizer:
         raise RunError(f"{error}; delete that folder, and the tokenizer is made again") from error
     if config.data.bundle:
         try:
-            return load_corpus(config, progress=False).tokenizer
+            return load_corpus(config).tokenizer
         except ConfigError as error:
             raise RunError(f"{run} has no tokenizer here: {error}") from error
     if config.data.tokenizer == "model":
