@@ -28,7 +28,7 @@ import numpy as np
 
 from cpdlm.config import ConfigError
 from cpdlm.data.documents import FileTexts
-from cpdlm.files import LOCK_SECONDS, LockHeld, file_sha256, locked
+from cpdlm.files import LOCK_SECONDS, LockHeld, file_sha256, locked, write_json
 from cpdlm.progress import Bar
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
@@ -85,7 +85,6 @@ def fetch_stream(stream: Stream) -> dict[str, Any]:
         if (meta := stream.meta()) is not None:
             return meta
         (stream.folder / "meta.json").unlink(missing_ok=True)
-        stream.shards.mkdir(exist_ok=True)
     try:
         dataset, version = _open(stream)
         _start_over_for_other_files(stream, version)
@@ -107,11 +106,8 @@ def read_shards(stream: Stream, dataset: Any, wait: bool, advance: Callable[[int
     wait: for a shard that another process reads, instead of leaving it out. advance: called with the bytes of each
     document.
     """
-    before, first_open = 0, 0
     for index in range(dataset.num_shards):
-        while first_open < index and (note := _note(stream, first_open)).whole:
-            before, first_open = before + note.bytes, first_open + 1
-        if before >= stream.limit:
+        if _bytes_before(stream, index) >= stream.limit:
             return
         try:
             with locked(stream.shards / f"{index}.lock", stream.seconds if wait else 0):
@@ -119,13 +115,11 @@ def read_shards(stream: Stream, dataset: Any, wait: bool, advance: Callable[[int
                     return  # another process has joined the shards
                 if not _note(stream, index).whole:
                     _read_shard(stream, index, dataset.shard(num_shards=dataset.num_shards, index=index), advance)
-        except LockHeld:
-            if wait:
-                raise
-        except FileNotFoundError:
+        except OSError as error:
             if (stream.folder / "meta.json").exists():  # another process has joined the shards: they are gone
                 return
-            raise
+            if wait or not isinstance(error, LockHeld):
+                raise
 
 
 def _local_files(folder: Path) -> list[Any]:
@@ -289,9 +283,7 @@ def _join(stream: Stream, shards: int) -> dict[str, Any]:
     os.replace(stream.folder / "texts.partial", stream.folder / "texts.bin")
     np.save(stream.folder / "offsets.npy", offsets)
     meta = {"sha256": digest.hexdigest(), "documents": len(offsets) - 1, "column": column, "nulls": nulls}
-    aside = stream.folder / "meta.partial"
-    aside.write_text(json.dumps(meta))
-    os.replace(aside, stream.folder / "meta.json")
+    write_json(stream.folder / "meta.json", meta)
     shutil.rmtree(stream.shards, ignore_errors=True)
     return meta
 
