@@ -246,7 +246,7 @@ def foreign(path: Path) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (cut, "bytes instead of"),
+    (cut, "is not the file that was written"),
     (flip, "is not the file that was written"),
     (lambda path: (path / "test" / "offsets.npy").unlink(), "torn or foreign"),
     (lambda path: (path / "meta.json").write_text("[]"), "torn or foreign"),

@@ -185,17 +185,16 @@ class Stream(DataLoader[dict[str, Tensor]]):
 
 
 class TokenDataModule(L.LightningDataModule):
-    """Batches of one config on one corpus. Rank, world size and step come from the trainer where there is one.
+    """Batches of one config on one corpus. Rank, world size and step come from the trainer; without one: 0, 1 and 0.
 
-    start_step: the optimiser step that train_dataloader() begins with when there is no trainer.
     states: set it where the frozen trunk's states at `training_rows()` are known.
     """
 
     states: KeptStates | None = None
 
-    def __init__(self, config: Config, corpus: Corpus, *, start_step: int = 0) -> None:
+    def __init__(self, config: Config, corpus: Corpus) -> None:
         super().__init__()
-        self.config, self.corpus, self.start_step = config, corpus, start_step
+        self.config, self.corpus = config, corpus
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless; begins with the batch of the trainer's global step, so call it after the step is restored."""
@@ -230,9 +229,9 @@ class TokenDataModule(L.LightningDataModule):
         batches = np.array_split(chosen, min(-(-len(chosen) // size), len(chosen) // world))
         return self._loader(rows, [np.array_split(batch, world)[rank].tolist() for batch in batches])
 
-    def test_batches(self, split: str = "test") -> DataLoader[dict[str, Tensor]]:
-        """All of `evaluate.rows` rows spread evenly over a split, in order, `evaluate.batch_rows` at a time."""
-        rows = self._rows(split)
+    def test_batches(self) -> DataLoader[dict[str, Tensor]]:
+        """`evaluate.rows` rows spread evenly over the test split, in order, `evaluate.batch_rows` at a time."""
+        rows = self._rows("test")
         count = min(self.config.evaluate.rows, rows.count)
         chosen = (np.arange(count) * rows.count // count).tolist()
         size = self.config.evaluate.batch_rows
@@ -269,5 +268,5 @@ class TokenDataModule(L.LightningDataModule):
 
     def _rank_world_step(self) -> tuple[int, int, int]:
         if self.trainer is None:
-            return 0, 1, self.start_step
+            return 0, 1, 0
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step

@@ -8,8 +8,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,11 @@ def load_corpus(config: Config) -> Corpus:
     if config.data.bundle:
         corpus = _from_bundle(config)
     else:
-        with _disk_errors_explained(config):
-            corpus = _from_cache(config)
+        try:
+            with errors_named(Path(config.data.cache)):
+                corpus = _from_cache(config)
+        except LockHeld as error:
+            raise ConfigError(f"data.cache={config.data.cache}: {error}, or raise train.timeout") from error
     _check_length(config, corpus)
     return corpus
 
@@ -98,7 +100,7 @@ def _from_cache(config: Config) -> Corpus:
         return corpus
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / f".{folder.name}.lock", config.train.timeout):
-        if folder.exists() and (corpus := _read_or_warn(folder, quietly=True)) is not None:
+        if (corpus := _read_or_warn(folder)) is not None:
             return corpus  # another process built it meanwhile
         remove_partial(root)
         pieces = root / f".pieces-{folder.name}-{PIECE_BYTES}"
@@ -114,24 +116,14 @@ def _from_cache(config: Config) -> Corpus:
     return read_tokens(folder)
 
 
-def _read_or_warn(folder: Path, quietly: bool = False) -> Corpus | None:
+def _read_or_warn(folder: Path) -> Corpus | None:
     if not folder.exists():
         return None
     try:
         return read_tokens(folder)
     except TornCache as error:
-        if not quietly:
-            warnings.warn(f"{error}; building it again", stacklevel=3)
+        warnings.warn(f"{error}; building it again", stacklevel=3)
         return None
-
-
-@contextmanager
-def _disk_errors_explained(config: Config) -> Iterator[None]:
-    try:
-        with errors_named(Path(config.data.cache)):
-            yield
-    except LockHeld as error:
-        raise ConfigError(f"data.cache={config.data.cache}: {error}, or raise train.timeout") from error
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -178,15 +170,11 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path) -
         "provenance": origin.provenance,
         "notes": documents.notes | {"documents": counts},
         "source_names": documents.source_names,
-        "tokenizer": _describe(tokenizer),
+        "tokenizer": tokenizer.described(),
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "files": files,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
-
-
-def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "eos": tokenizer.eos}
 
 
 def _tokenizer(config: Config, train_texts: Sequence[bytes], pieces: Path) -> Tokenizer:
@@ -259,10 +247,8 @@ def _from_bundle(config: Config) -> Corpus:
         raise ConfigError(f"data.bundle={folder} is not a bundle ({type(error).__name__}: {error}); {again}") from error
     if form != FORMAT:
         raise ConfigError(f"data.bundle={folder} has format {form}, not {FORMAT}; {again}")
-    for entry in entries:
-        if entry["request"] == _request(config):
-            break
-    else:
+    entry = next((entry for entry in entries if entry["request"] == _request(config)), None)
+    if entry is None:
         there = "; ".join(", ".join(f"{key}={value}" for key, value in entry["request"].items()) for entry in entries)
         wanted = ", ".join(f"{key}={value}" for key, value in _request(config).items())
         raise ConfigError(f"data.bundle={folder} does not hold {wanted}; it holds {there}")

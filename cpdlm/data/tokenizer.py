@@ -69,6 +69,10 @@ class Tokenizer(ABC):
     def token_bytes(self) -> NDArray[np.int64]:
         """(V,) bytes of text behind each id; 0 for special tokens."""
 
+    def described(self) -> dict[str, Any]:
+        """What `SavedTokenizer` needs beside its files, JSON-able."""
+        return {"name": self.name, "vocab_size": self.vocab_size, "bos": self.bos, "eos": self.eos}
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the files that `SavedTokenizer` needs."""
@@ -249,8 +253,7 @@ def store_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a tokenizer into a folder that is there, so that `stored_tokenizer` needs nothing else."""
     tokenizer.save(folder)
     np.save(folder / "token_bytes.npy", tokenizer.token_bytes().astype(np.int64))
-    what = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "eos": tokenizer.eos}
-    write_json(folder / DESCRIBED, what)  # last: it says that the rest is there
+    write_json(folder / DESCRIBED, tokenizer.described())  # last: it says that the rest is there
 
 
 def stored_tokenizer(folder: Path) -> SavedTokenizer | None:
