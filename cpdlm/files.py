@@ -206,10 +206,7 @@ def locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
 
 
 def _acquired(path: Path, seconds: float) -> BaseFileLock:
-    # filelock takes a file that may not be written for one that is held, and waits.
-    os.close(
-        os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
-    )
+    path.open("ab").close()  # filelock takes a file that may not be written for one that is held, and waits
     lock: BaseFileLock = FileLock(path)
     try:
         try:

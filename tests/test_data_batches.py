@@ -1,8 +1,6 @@
 """Which rows a process sees: the same for every world size, for loader workers and after a resume."""
 
 import itertools
-import os
-import signal
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpdlm.config import Config, ConfigError, resolve
+from cpdlm.config import Config, resolve
 from cpdlm.data.batches import Rows, TokenDataModule, TrainingOrder, training_rows
 from cpdlm.data.stored import Corpus, TokenSplit
 from cpdlm.data.tokenizer import BytesTokenizer
@@ -116,22 +114,6 @@ def test_every_epoch_is_another_permutation() -> None:
 
 def take(loader: Any, count: int) -> list[dict[str, torch.Tensor]]:
     return list(itertools.islice(iter(loader), count))
-
-
-class Deadly:
-    """States whose reading kills a loader's process."""
-
-    def __getitem__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        assert torch.utils.data.get_worker_info() is not None
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
-
-
-def test_a_stream_that_stops_says_what_to_do(corpus: Corpus) -> None:
-    data = TokenDataModule(config(data__workers=1), corpus)
-    data.states = Deadly()
-    with pytest.raises(ConfigError, match=r"data.workers=1: a process that reads the training rows was stopped"):
-        take(data.train_dataloader(), 1)
 
 
 def test_batches_do_not_depend_on_loader_workers(corpus: Corpus) -> None:

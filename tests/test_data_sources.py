@@ -192,16 +192,9 @@ def test_folder_takes_text_files_and_identity_is_content(tmp_path: Path) -> None
     assert sources.locate(config(tmp_path, corpus=str(folder))).identity != origin.identity
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (gzip.compress(b"text\n" * 100, mtime=0), "is compressed; unpack it first"),
-        ("text\n".encode("utf-16"), "is UTF-16 or UTF-32; convert it to UTF-8"),
-        ("text\n".encode("utf-16-le"), "is binary"),
-        (b"\x7fELF\0\0", "is binary"),
-    ],
-)
-def test_what_is_no_text_is_no_corpus(content: bytes, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [gzip.compress(b"text\n" * 100), "text\n".encode("utf-16"), b"\x7fELF\0\0"])
+def test_what_is_no_text_is_no_corpus(content: bytes, tmp_path: Path) -> None:
+    said = r"is no text \(it has NUL bytes\); unpack it, or convert it to UTF-8"
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a").write_bytes(content)
     with pytest.raises(ConfigError, match=said):

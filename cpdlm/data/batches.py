@@ -168,22 +168,6 @@ def prompts(split: TokenSplit, wanted: int, length: int) -> Tensor:
     return torch.from_numpy(split.tokens[indices_PT].astype(np.int64))
 
 
-class Stream(DataLoader[dict[str, Tensor]]):
-    """A loader that says what to do where a process that reads for it is gone."""
-
-    def __iter__(self) -> Any:
-        try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ConfigError(
-                f"data.workers={self.num_workers}: a process that reads the training rows was stopped (for want of "
-                f"memory, most often); type data.workers=0, and the run goes on from its last checkpoint. It said: "
-                f"{error}"
-            ) from error
-
-
 class TokenDataModule(L.LightningDataModule):
     """Batches of one config on one corpus. Rank, world size and step come from the trainer; without one: 0, 1 and 0.
 
@@ -264,7 +248,7 @@ class TokenDataModule(L.LightningDataModule):
         self, rows: Dataset[dict[str, Tensor]], order: Sampler[Any] | list[list[int]]
     ) -> DataLoader[dict[str, Tensor]]:
         workers = self.config.data.workers
-        return Stream(rows, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+        return DataLoader(rows, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
     def _rank_world_step(self) -> tuple[int, int, int]:
         if self.trainer is None:

@@ -21,6 +21,7 @@ from cpdlm.data.streams import Stream, fetch_stream
 
 READER_VERSION = 2  # raise when a reader changes what it yields
 PIECE = 4096  # bytes of a single text file that make one document
+NOT_TEXT = "no text (it has NUL bytes); unpack it, or convert it to UTF-8 (iconv -t UTF-8)"
 HUB_BYTES = 200 * 10**6  # taken from a Hugging Face dataset when data.max_bytes is 0
 
 
@@ -70,27 +71,9 @@ def content_hash(texts: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(hashlib.sha256(text).digest() for text in texts))).hexdigest()
 
 
-# How files that are not text begin.
-_COMPRESSED = (
-    b"\x1f\x8b",
-    b"PK\x03\x04",
-    b"BZh",
-    b"\xfd7zXZ\0",
-    b"\x28\xb5\x2f\xfd",
-    b"\x04\x22\x4d\x18",
-    b"7z\xbc\xaf",
-)
-_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
-
-
-def not_text(content: bytes) -> str:
-    """What a file is that is no text as bytes have it; "" for text, in UTF-8 or another code of single bytes."""
-    if content.startswith(_COMPRESSED):
-        return "compressed; unpack it first"
-    if content.startswith(_WIDE):
-        return "UTF-16 or UTF-32; convert it to UTF-8 (iconv -t UTF-8)"
-    # A NUL byte early on means a binary file, as git and grep have it.
-    return "binary (it has NUL bytes); give text in UTF-8" if b"\0" in content[:8192] else ""
+def is_text(content: bytes) -> bool:
+    """In UTF-8 or another code of single bytes. A NUL byte early on means something else, as git and grep have it."""
+    return b"\0" not in content[:8192]
 
 
 def _read(path: Path, name: str) -> bytes:
@@ -111,8 +94,8 @@ def _file(path: Path, name: str, skip_broken: bool = False) -> Documents:
     content = _read(path, name)
     if not content.strip():
         raise ConfigError(f"corpus={name} is empty; give a file with text in it")
-    if kind := not_text(content):
-        raise ConfigError(f"corpus={name} is {kind}")
+    if not is_text(content):
+        raise ConfigError(f"corpus={name} is {NOT_TEXT}")
     documents = Documents(conversations=path.suffix == ".jsonl")
     texts = read_conversations(path, content, name, skip_broken) if documents.conversations else pieces(content)
     documents.add_source(path.name, texts)
@@ -154,8 +137,8 @@ def _folder(path: Path, name: str) -> Documents:
     texts, left_out = [], []
     for file in sorted(file for file in files if file.is_file()):
         content = _read(file, name)
-        if kind := not_text(content):
-            left_out.append(f"{file} is {kind}")
+        if not is_text(content):
+            left_out.append(f"{file} is {NOT_TEXT}")
         elif content.strip():
             texts.append(content)
     if not texts:
