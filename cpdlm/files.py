@@ -64,16 +64,13 @@ def replaced(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well; else the old one stays."""
-    aside, old = beside(folder), beside(folder)
-    aside.mkdir()
-    try:
+    old = beside(folder)
+    with partial_folder(folder) as aside:
         yield aside
         if folder.exists():
             os.replace(folder, old)
         os.replace(aside, folder)
-    finally:
-        for left in (aside, old):
-            shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def beside(path: Path) -> Path:

@@ -21,7 +21,7 @@ from cpdlm.data.documents import Chosen
 from cpdlm.data.packages import PACKAGES, fetch
 from cpdlm.data.pretrained_files import NAMED, origin_hash
 from cpdlm.data.splits import assign_splits, take
-from cpdlm.data.stored import ARRAYS, FORMAT, SPLITS, TRAINED, Corpus, TornCache, assemble, read_tokens
+from cpdlm.data.stored import FORMAT, SPLITS, TRAINED, Corpus, TornCache, assemble, read_tokens
 from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import Tokenizer, build_tokenizer, store_tokenizer, stored_tokenizer, tokenizer_hash
 from cpdlm.data.tokens import PIECE_BYTES
@@ -259,6 +259,4 @@ def _from_bundle(config: Config) -> Corpus:
             raise ConfigError(f"data.bundle={folder}: {name} is missing, cut or changed; copy it again, or {again}")
     meta = json.loads((inner / "meta.json").read_text())
     with np.load(inner / "tokens.npz") as arrays:
-        names = {split: [key for key in (*ARRAYS, TRAINED) if f"{split}.{key}" in arrays] for split in SPLITS}
-        splits = {split: {key: arrays[f"{split}.{key}"] for key in names[split]} for split in SPLITS}
-        return assemble(meta, splits, arrays["token_bytes"], inner)
+        return assemble(meta, arrays, inner)

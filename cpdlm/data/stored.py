@@ -11,6 +11,7 @@ FOLDER/meta.json                format, request, sizes, sha256 of every file
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,28 +116,28 @@ def read_tokens(folder: Path) -> Corpus:
             path = folder / name
             if file_sha256(path) != entry["sha256"]:
                 raise TornCache(f"{path} is not the file that was written (its sha256 differs)")
-        splits = {}
-        for split in SPLITS:
-            names = [*ARRAYS, TRAINED] if f"{split}/{TRAINED}.npy" in meta["files"] else ARRAYS
-            splits[split] = {name: _array(folder / split / f"{name}.npy") for name in names}
-        return assemble(meta, splits, np.load(folder / "token_bytes.npy"), folder)
+        names = [name.removesuffix(".npy") for name in meta["files"] if name.endswith(".npy")]
+        return assemble(meta, {name.replace("/", "."): _array(folder / f"{name}.npy") for name in names}, folder)
+    except TornCache:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, TornCache):
-            raise
         raise TornCache(f"{folder} is torn or foreign ({type(error).__name__}: {error})") from error
 
 
-def assemble(
-    meta: dict[str, Any], splits: dict[str, dict[str, NDArray[Any]]], token_bytes: NDArray[np.int64], folder: Path
-) -> Corpus:
-    """The corpus of a meta.json and its arrays; TornCache where these do not fit. folder: has the tokenizer's files."""
-    tokenizer = SavedTokenizer(**meta["tokenizer"], folder=folder, token_bytes=token_bytes)
-    made = {name: TokenSplit(**arrays, source_names=list(meta["source_names"])) for name, arrays in splits.items()}
-    for name, split in made.items():
+def assemble(meta: dict[str, Any], arrays: Mapping[str, NDArray[Any]], folder: Path) -> Corpus:
+    """The corpus of a meta.json and its arrays; TornCache where these do not fit.
+
+    arrays: token_bytes and SPLIT.ARRAY. folder: has the tokenizer's files.
+    """
+    tokenizer = SavedTokenizer(**meta["tokenizer"], folder=folder, token_bytes=arrays["token_bytes"])
+    made = {}
+    for name in SPLITS:
+        mine = {key: arrays[f"{name}.{key}"] for key in (*ARRAYS, TRAINED) if f"{name}.{key}" in arrays}
+        made[name] = split = TokenSplit(**mine, source_names=list(meta["source_names"]))
         marked = len(split.tokens) if split.trained is None else len(split.trained)
         if not split.offsets[-1] == len(split.tokens) == marked or len(split.source_ids) != split.documents:
             raise TornCache(f"{folder}: the arrays of {name} do not belong together")
-    return Corpus(made["train"], made["validation"], made["test"], tokenizer, meta)
+    return Corpus(**made, tokenizer=tokenizer, meta=meta)
 
 
 def _array(path: Path) -> NDArray[Any]:
