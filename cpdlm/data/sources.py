@@ -50,15 +50,19 @@ def locate(config: Config) -> Origin:
     if name.startswith("hf:"):
         return _hub(config)
     path = Path(name).expanduser()
-    if not name or not path.exists():
+    if not name or not (path.is_file() or path.is_dir()):
         near = difflib.get_close_matches(name, CORPORA, n=1, cutoff=0.4)
         guess = f"; did you mean corpus={near[0]}?" if near else ""
         raise ConfigError(
             f"corpus={name!r} is neither {' nor '.join(CORPORA)} nor hf:NAME nor a file or folder that exists{guess}"
         )
-    if not path.is_dir() and not path.is_file():
-        raise ConfigError(f"corpus={name} is neither a file nor a folder; give one of these")
-    documents = _folder(path, name) if path.is_dir() else _file(path, name, config.data.skip_broken)
+    try:
+        documents = _folder(path, name) if path.is_dir() else _file(path, name, config.data.skip_broken)
+    except OSError as error:
+        raise ConfigError(
+            f"corpus={name}: {error.filename} cannot be read ({error.strerror or error}); make it readable, or give a "
+            "folder without it"
+        ) from error
     return Origin(
         {"content": content_hash(documents.texts), "sources": documents.source_names, "reader": READER_VERSION},
         lambda: documents,
@@ -76,22 +80,8 @@ def is_text(content: bytes) -> bool:
     return b"\0" not in content[:8192]
 
 
-def _read(path: Path, name: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, name, error) from error
-
-
-def _unreadable(path: Path | str, name: str, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"corpus={name}: {path} cannot be read ({error.strerror or error}); make it readable, or give a folder "
-        "without it"
-    )
-
-
-def _file(path: Path, name: str, skip_broken: bool = False) -> Documents:
-    content = _read(path, name)
+def _file(path: Path, name: str, skip_broken: bool) -> Documents:
+    content = path.read_bytes()
     if not content.strip():
         raise ConfigError(f"corpus={name} is empty; give a file with text in it")
     if not is_text(content):
@@ -128,7 +118,7 @@ def _folder(path: Path, name: str) -> Documents:
     """Every text file is a document. What is hidden is not looked at; what is no text is left out and counted."""
 
     def refuse(error: OSError) -> NoReturn:
-        raise _unreadable(error.filename, name, error) from error
+        raise error
 
     files: list[Path] = []
     for folder, inner, found in os.walk(path, onerror=refuse):
@@ -136,7 +126,7 @@ def _folder(path: Path, name: str) -> Documents:
         files += [Path(folder) / each for each in found if not each.startswith(".")]
     texts, left_out = [], []
     for file in sorted(file for file in files if file.is_file()):
-        content = _read(file, name)
+        content = file.read_bytes()
         if not is_text(content):
             left_out.append(f"{file} is {NOT_TEXT}")
         elif content.strip():
