@@ -13,7 +13,6 @@ import pytest
 
 from cpdlm.config import Config, ConfigError, resolve
 from cpdlm.data import sources, streams
-from cpdlm.data.documents import Chosen, FileTexts
 from cpdlm.data.streams import Stream, fetch_stream, read_shards
 from cpdlm.files import locked
 
@@ -172,10 +171,3 @@ def test_other_files_are_another_text(dataset: Path, tmp_path: Path, monkeypatch
     there |= {"version": "b", "texts": ["new", "one", "two", "three"]}
     fetch_stream(stream)
     assert list(stream.texts()) == [b"new", b"one", b"two", b"three"]
-
-
-def test_texts_of_a_file_and_some_of_a_sequence(tmp_path: Path) -> None:
-    (tmp_path / "texts").write_bytes(b"onetwothree")
-    texts = FileTexts(tmp_path / "texts", np.array([0, 3, 6, 6, 11]))
-    assert list(texts) == [b"one", b"two", b"", b"three"] and len(texts) == 4
-    assert list(Chosen(texts, [3, 0])) == [b"three", b"one"]
