@@ -12,13 +12,12 @@ folder. The text is that of the stream from its beginning, whoever read it. A ki
 its last note; the next one goes on from there.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,6 @@ from cpdlm.data.documents import FileTexts
 from cpdlm.files import LOCK_SECONDS, LockHeld, file_sha256, locked, write_json
 from cpdlm.progress import Bar
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
 FORMAT = 2  # raise when the column is chosen, or rows are read, in another way
 NOTE_BYTES = 32 * 2**20  # read between two notes of the position
 
@@ -226,14 +224,10 @@ def _read_shard(stream: Stream, index: int, shard: Any, advance: Callable[[int],
             aside.write_text(json.dumps(asdict(Note(total, documents, column, nulls, shard.state_dict(), whole))))
             os.replace(aside, stream.shards / f"{index}.json")
 
-        try:
-            for row in shard:
-                if row.get(column) is None:
-                    nulls += 1
-                    continue
-                text = row[column].encode()
-                if not text.strip():
-                    continue
+        for text in _texts(stream, shard, column):
+            if text is None:
+                nulls += 1
+            elif text.strip():
                 text_file.write(text)
                 length_file.write(np.int64(len(text)).tobytes())
                 total, documents = total + len(text), documents + 1
@@ -245,13 +239,16 @@ def _read_shard(stream: Stream, index: int, shard: Any, advance: Callable[[int],
                     note = _note(stream, index)
                     if _bytes_before(stream, index) + total >= stream.limit:
                         break
-        except ConfigError:
-            raise
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in DISK:
-                raise
-            raise _unreadable(stream, error) from error
         write_note(True)
+
+
+def _texts(stream: Stream, shard: Any, column: str) -> Iterator[bytes | None]:
+    """Of every row; None for one without."""
+    try:
+        for row in shard:
+            yield None if row.get(column) is None else row[column].encode()
+    except Exception as error:  # the hub client raises errors of many libraries
+        raise _unreadable(stream, error) from error
 
 
 def _join(stream: Stream, shards: int) -> dict[str, Any]:
