@@ -211,7 +211,7 @@ def _load(request: Request) -> Loaded:
 def _without_heads(name: str) -> Loaded:
     import torch
 
-    from cpdlm.data.pretrained_files import checkpoint_folder, eos_of
+    from cpdlm.data.pretrained_files import checkpoint_folder, generation_of
     from cpdlm.data.tokenizer import HubTokenizer
     from cpdlm.hf.load import Loaded
     from cpdlm.model.pretrained import load_pretrained, multiplies_bfloat16
@@ -219,7 +219,7 @@ def _without_heads(name: str) -> Loaded:
     source = checkpoint_folder(name, str(default_cache()))
     dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
     model = load_pretrained(source, dtype, 1, name)
-    tokenizer, eos = HubTokenizer("model", source), eos_of(source)
+    tokenizer, eos = HubTokenizer("model", source), generation_of(source).eos_token_id
     return Loaded(model, tokenizer, tokenizer.eos if eos is None else eos)
 
 

@@ -64,16 +64,13 @@ def replaced(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well; else the old one stays."""
-    aside, old = beside(folder), beside(folder)
-    aside.mkdir()
-    try:
+    old = beside(folder)
+    with partial_folder(folder) as aside:
         yield aside
         if folder.exists():
             os.replace(folder, old)
         os.replace(aside, folder)
-    finally:
-        for left in (aside, old):
-            shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def beside(path: Path) -> Path:
@@ -143,6 +140,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_bytes(path, f"{text}\n".encode())
 
 
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_writable(folder: Path) -> None:
     """Raise WriteError now rather than after hours of work."""
     with errors_named(folder):
@@ -201,10 +203,7 @@ def locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
 
 
 def _acquired(path: Path, seconds: float) -> BaseFileLock:
-    # filelock takes a file that may not be written for one that is held, and waits.
-    os.close(
-        os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
-    )
+    path.open("ab").close()  # filelock takes a file that may not be written for one that is held, and waits
     lock: BaseFileLock = FileLock(path)
     try:
         try:

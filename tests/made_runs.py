@@ -64,7 +64,7 @@ def bpe_run(tmp_path: Path) -> Path:
     overrides = {"corpus": str(tmp_path / "words.txt"), "data.tokenizer": "bpe:290"}
     overrides |= {"data.cache": str(tmp_path / "cache")}
     config = resolve(MICRO | overrides)
-    corpus = load_corpus(config, progress=False)
+    corpus = load_corpus(config)
     make_run(tmp_path / "run", overrides, corpus.vocab_size, measured=False)
     checkpoints.save_tokenizer(tmp_path / "run", corpus.tokenizer)
     write_measurements(tmp_path / "run", config)

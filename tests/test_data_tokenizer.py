@@ -1,7 +1,5 @@
 """Ids and back, and the bytes behind each id."""
 
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,6 @@ import numpy as np
 import pytest
 
 from cpdlm.config import ConfigError
-from cpdlm.data import chat_template
 from cpdlm.data.tokenizer import BpeTokenizer, BytesTokenizer, HubTokenizer, SavedTokenizer, build_tokenizer
 
 TEXTS = [
@@ -32,7 +29,7 @@ def test_bytes_round_trip_non_utf8() -> None:
 
 @pytest.fixture(scope="module")
 def bpe() -> BpeTokenizer:
-    return BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20], progress=False)
+    return BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20])
 
 
 def of_the_hub(bpe: BpeTokenizer, folder: Path, eos_token: str | None = "<|endoftext|>") -> Any:
@@ -53,7 +50,7 @@ def test_bpe_round_trip_and_bits_per_byte_accounting(bpe: BpeTokenizer) -> None:
 
 
 def test_bpe_training_is_deterministic_and_saved(bpe: BpeTokenizer, tmp_path: Path) -> None:
-    again = BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20], progress=False)
+    again = BpeTokenizer.train("bpe:300", [text.encode() for text in TEXTS * 20])
     bpe.save(tmp_path)
     saved = SavedTokenizer("bpe:300", 300, 299, 299, tmp_path, bpe.token_bytes())
     for ours, theirs, third in zip(bpe.encode(TEXTS), again.encode(TEXTS), saved.encode(TEXTS), strict=True):
@@ -147,24 +144,14 @@ def test_of_a_conversation_only_the_answers_and_their_ends_are_marked(bpe: BpeTo
         build_tokenizer(f"hf:{tmp_path / 'hf'}", []).conversation(messages)
 
 
-def test_a_chat_template_may_raise_and_need_not_end(
-    bpe: BpeTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.3)
-    before = threading.active_count()
+def test_a_chat_template_may_raise(bpe: BpeTokenizer, tmp_path: Path) -> None:
     model = of_the_hub(bpe, tmp_path)
-    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     for template, why in (
         ("{{ raise_exception('no such role') }}", "TemplateError: no such role"),
         ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
-        (loop, "TimeoutError: it was not done after 0.3 s"),
     ):
         model.chat_template = template
         model.save_pretrained(tmp_path / "hf")
         theirs = build_tokenizer(f"hf:{tmp_path / 'hf'}", [])
         with pytest.raises(ConfigError, match=f"the chat template of .* cannot be used: {why}; leave --chat out"):
             theirs.prompt("def", chat=True)
-    until = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < until:
-        time.sleep(0.05)
-    assert threading.active_count() == before, "the template is stopped, too"

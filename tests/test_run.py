@@ -238,7 +238,7 @@ def _until(condition: Callable[[], bool], process: Popen[str], timeout: float = 
 def test_a_tokenizer_of_another_model_is_refused(
     corpus: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bpe = BpeTokenizer.train("bpe:400", [path.read_bytes() for path in corpus.glob("*.py")], progress=False)
+    bpe = BpeTokenizer.train("bpe:400", [path.read_bytes() for path in corpus.glob("*.py")])
     other = PreTrainedTokenizerFast(tokenizer_object=bpe._model, eos_token="<|endoftext|>")
     other.save_pretrained(tmp_path / "other")
     words = typed(TINY | {"data.tokenizer": f"hf:{tmp_path}/other", "rank": 2})

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 
 from cpdlm import cli
-from cpdlm.terminal import fitted
 from experiments import bundle, compare, plan, run, sweep, verify
 from experiments.report import __main__ as report
 from experiments.tracking import __main__ as tracking
@@ -30,12 +29,3 @@ def test_no_line_of_help_is_wider_than_the_terminal(
     said = capsys.readouterr().out
     assert code == 0 and said
     assert not [line for line in said.splitlines() if len(line) > width and len(line.split()) > 1]
-
-
-def test_a_line_goes_on_under_its_last_column_where_there_is_room() -> None:
-    line = "  rank=4  int   components of the mixture (1 = independent heads)"
-    assert fitted(line, 70) == line
-    under = "  rank=4  int   components of the mixture\n" + 16 * " " + "(1 = independent heads)"
-    assert fitted(line, 42) == under
-    assert fitted(line, 30) == "  rank=4  int  components of\n      the mixture (1 =\n      independent heads)"
-    assert fitted("of two words\n\nand-one-that-is-long", 8) == "of two\nwords\n\nand-one-that-is-long"

@@ -52,7 +52,7 @@ def small_pretrained(folder: Path, texts: list[Path]) -> Path:
 
     from cpdlm.data.tokenizer import BpeTokenizer
 
-    bpe = BpeTokenizer.train("bpe:300", [path.read_bytes() for path in texts], progress=False)
+    bpe = BpeTokenizer.train("bpe:300", [path.read_bytes() for path in texts])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._model, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
     )

@@ -168,34 +168,17 @@ def prompts(split: TokenSplit, wanted: int, length: int) -> Tensor:
     return torch.from_numpy(split.tokens[indices_PT].astype(np.int64))
 
 
-class Stream(DataLoader[dict[str, Tensor]]):
-    """A loader that says what to do where a process that reads for it is gone."""
-
-    def __iter__(self) -> Any:
-        try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ConfigError(
-                f"data.workers={self.num_workers}: a process that reads the training rows was stopped (for want of "
-                f"memory, most often); type data.workers=0, and the run goes on from its last checkpoint. It said: "
-                f"{error}"
-            ) from error
-
-
 class TokenDataModule(L.LightningDataModule):
-    """Batches of one config on one corpus. Rank, world size and step come from the trainer where there is one.
+    """Batches of one config on one corpus. Rank, world size and step come from the trainer; without one: 0, 1 and 0.
 
-    start_step: the optimiser step that train_dataloader() begins with when there is no trainer.
     states: set it where the frozen trunk's states at `training_rows()` are known.
     """
 
     states: KeptStates | None = None
 
-    def __init__(self, config: Config, corpus: Corpus, *, start_step: int = 0) -> None:
+    def __init__(self, config: Config, corpus: Corpus) -> None:
         super().__init__()
-        self.config, self.corpus, self.start_step = config, corpus, start_step
+        self.config, self.corpus = config, corpus
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Endless; begins with the batch of the trainer's global step, so call it after the step is restored."""
@@ -230,9 +213,9 @@ class TokenDataModule(L.LightningDataModule):
         batches = np.array_split(chosen, min(-(-len(chosen) // size), len(chosen) // world))
         return self._loader(rows, [np.array_split(batch, world)[rank].tolist() for batch in batches])
 
-    def test_batches(self, split: str = "test") -> DataLoader[dict[str, Tensor]]:
-        """All of `evaluate.rows` rows spread evenly over a split, in order, `evaluate.batch_rows` at a time."""
-        rows = self._rows(split)
+    def test_batches(self) -> DataLoader[dict[str, Tensor]]:
+        """`evaluate.rows` rows spread evenly over the test split, in order, `evaluate.batch_rows` at a time."""
+        rows = self._rows("test")
         count = min(self.config.evaluate.rows, rows.count)
         chosen = (np.arange(count) * rows.count // count).tolist()
         size = self.config.evaluate.batch_rows
@@ -265,9 +248,9 @@ class TokenDataModule(L.LightningDataModule):
         self, rows: Dataset[dict[str, Tensor]], order: Sampler[Any] | list[list[int]]
     ) -> DataLoader[dict[str, Tensor]]:
         workers = self.config.data.workers
-        return Stream(rows, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+        return DataLoader(rows, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
     def _rank_world_step(self) -> tuple[int, int, int]:
         if self.trainer is None:
-            return 0, 1, self.start_step
+            return 0, 1, 0
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step

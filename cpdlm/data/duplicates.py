@@ -29,18 +29,18 @@ _BYTE_HASH = mix(_BYTES + np.uint64(1000))
 _WORD_FACTORS = mix(np.arange(WORDS, dtype=np.uint64)) | np.uint64(1)
 
 
-def clusters(texts: Sequence[bytes], progress: bool = True) -> NDArray[np.int64]:
+def clusters(texts: Sequence[bytes]) -> NDArray[np.int64]:
     """(len(texts),) the lowest index in each document's cluster of near-duplicates (its own where it is alone)."""
     if len(texts) >= 2**DOCUMENT_BITS:
         raise ValueError(f"{len(texts):,} documents are more than {2**DOCUMENT_BITS:,}; set data.max_bytes lower")
-    entries = _inverted_index(texts, progress)
+    entries = _inverted_index(texts)
     first_P, second_P, shared_P = _shared_counts(entries)
     distinct = np.bincount((entries & _DOCUMENT).astype(np.int64), minlength=len(texts))
     near_P = shared_P >= SHARED * np.minimum(distinct[first_P], distinct[second_P])
     return _components(len(texts), first_P[near_P], second_P[near_P])
 
 
-def _inverted_index(texts: Sequence[bytes], progress: bool) -> NDArray[np.uint64]:
+def _inverted_index(texts: Sequence[bytes]) -> NDArray[np.uint64]:
     """Sorted, distinct (shingle << 24 | document)."""
     # A chunk is up to CHUNK bytes, or one longer text, and a separator per text.
     powers, inverses = _powers(max(CHUNK, *map(len, texts), 0) + len(texts) + 2)
@@ -51,7 +51,7 @@ def _inverted_index(texts: Sequence[bytes], progress: bool) -> NDArray[np.uint64
         keep_one_in *= 2
     parts: list[NDArray[np.uint64]] = []
     start = 0
-    with Bar(total=total, desc="comparing documents", unit="B", unit_scale=True, disable=not progress) as bar:
+    with Bar(total=total, desc="comparing documents", unit="B", unit_scale=True) as bar:
         while start < len(texts):
             stop, size = start, 0
             while stop < len(texts) and (size == 0 or size + len(texts[stop]) <= CHUNK):

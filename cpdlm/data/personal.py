@@ -28,79 +28,14 @@ _GREETED = re.compile(
 _WORD = re.compile(r"[A-Za-z][\w'-]*")
 _LOWER = re.compile(r"\b[a-z]+\b")
 # Capitalised after "I'm" and not names; more are found by how often the corpus writes them in lower case.
-_NOT_NAMES = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "are",
-        "is",
-        "was",
-        "not",
-        "only",
-        "too",
-        "also",
-        "and",
-        "but",
-        "so",
-        "just",
-        "kinda",
-        "actually",
-        "spelled",
-        "something",
-        "showing",
-        "hidden",
-        "korean",
-        "american",
-        "greek",
-        "french",
-        "mexican",
-        "norwegian",
-        "chinese",
-        "vietnamese",
-        "filipino",
-        "english",
-        "german",
-        "spanish",
-        "italian",
-        "japanese",
-        "indian",
-        "canadian",
-        "international",
-        "mechanical",
-        "computer",
-        "mormon",
-        "christian",
-        "monday",
-        "tuesday",
-        "wednesday",
-        "thursday",
-        "friday",
-        "saturday",
-        "sunday",
-        "january",
-        "february",
-        "april",
-        "june",
-        "july",
-        "august",
-        "september",
-        "october",
-        "november",
-        "december",
-        "christmas",
-        "thanksgiving",
-        "byu",
-        "god",
-        "jesus",
-        "im",
-        "ill",
-        "ive",
-        "hows",
-        "wasnt",
-        "its",
-    ]
-)
+_ORDINARY = """
+a an the are is was not only too also and but so just kinda actually spelled something showing hidden korean
+american greek french mexican norwegian chinese vietnamese filipino english german spanish italian japanese
+indian canadian international mechanical computer mormon christian monday tuesday wednesday thursday friday
+saturday sunday january february april june july august september october november december christmas
+thanksgiving byu god jesus im ill ive hows wasnt its
+"""
+_NOT_NAMES = frozenset(_ORDINARY.split())
 ORDINARY_SHARE = 0.02  # a word that this share of conversations writes in lower case is not taken for a name
 
 

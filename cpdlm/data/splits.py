@@ -1,10 +1,8 @@
 """Which documents train, validate and test: a function of their content alone."""
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cpdlm.config import Config, ConfigError
 from cpdlm.data.documents import Chosen, Documents
@@ -15,15 +13,7 @@ from cpdlm.data.windows import mix
 HELD_OUT_SHARE = 0.05  # of the documents, for validation and for test
 
 
-def document_hashes(texts: Sequence[bytes]) -> NDArray[np.uint64]:
-    """(len(texts),) the first 64 bits of each sha256: what splits and orders are made from."""
-    digests = b"".join(hashlib.sha256(text).digest()[:8] for text in texts)
-    return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
-
-
-def assign_splits(
-    documents: Documents, config: Config, progress: bool = True
-) -> tuple[dict[str, list[int]], dict[str, int]]:
+def assign_splits(documents: Documents, config: Config) -> tuple[dict[str, list[int]], dict[str, int]]:
     """Indices of each split's documents in hash order, and counts of what was left out.
 
     Whole-document copies are dropped (a held-out one stays). A cluster of near-duplicates goes where the hash of the
@@ -31,12 +21,13 @@ def assign_splits(
     held out, they alone are the test split, near-duplicates of theirs are dropped, and the other documents are 95 %
     train. ConfigError below 3 clusters.
     """
-    hashes = document_hashes(documents.texts)
+    digests = b"".join(hashlib.sha256(text).digest()[:8] for text in documents.texts)
+    hashes = np.frombuffer(digests, dtype=">u8").astype(np.uint64)
     # Held-out documents first, so that of two copies theirs is kept.
     order = sorted(range(len(hashes)), key=lambda i: (documents.sources[i] not in documents.held_out, hashes[i], i))
     unique = list({int(hashes[i]): i for i in reversed(order)}.values())
     unique.sort(key=lambda i: hashes[i])
-    labels = clusters(Chosen(documents.texts, unique), progress)
+    labels = clusters(Chosen(documents.texts, unique))
     # Of a cluster, `unique` holds the lowest hash first, and labels name the lowest index.
     share = mix(hashes[np.array(unique)][labels] if unique else np.zeros(0, np.uint64)) / 2.0**64
     share = (share - 2 * HELD_OUT_SHARE * config.data.release) % 1.0

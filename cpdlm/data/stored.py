@@ -10,8 +10,8 @@ FOLDER/meta.json                format, request, sizes, sha256 of every file
        bpe.json or hf/          the tokenizer, for those that have files
 """
 
-import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer
+from cpdlm.files import file_sha256
 
 FORMAT = 1  # raise when the layout or the way documents are split changes
 SPLITS = ("train", "validation", "test")
@@ -113,41 +114,33 @@ def read_tokens(folder: Path) -> Corpus:
             raise TornCache(f"{folder} has format {meta['format']}, not {FORMAT}")
         for name, entry in meta["files"].items():
             path = folder / name
-            if (size := path.stat().st_size) != entry["size"]:
-                raise TornCache(f"{path} has {size} bytes instead of {entry['size']}")
-            if file_hash(path) != entry["sha256"]:
+            if file_sha256(path) != entry["sha256"]:
                 raise TornCache(f"{path} is not the file that was written (its sha256 differs)")
-        splits = {}
-        for split in SPLITS:
-            names = [*ARRAYS, TRAINED] if f"{split}/{TRAINED}.npy" in meta["files"] else ARRAYS
-            splits[split] = {name: _array(folder / split / f"{name}.npy") for name in names}
-        return assemble(meta, splits, np.load(folder / "token_bytes.npy"), folder)
+        names = [name.removesuffix(".npy") for name in meta["files"] if name.endswith(".npy")]
+        return assemble(meta, {name.replace("/", "."): _array(folder / f"{name}.npy") for name in names}, folder)
+    except TornCache:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, TornCache):
-            raise
         raise TornCache(f"{folder} is torn or foreign ({type(error).__name__}: {error})") from error
 
 
-def assemble(
-    meta: dict[str, Any], splits: dict[str, dict[str, NDArray[Any]]], token_bytes: NDArray[np.int64], folder: Path
-) -> Corpus:
-    """The corpus of a meta.json and its arrays; TornCache where these do not fit. folder: has the tokenizer's files."""
-    tokenizer = SavedTokenizer(**meta["tokenizer"], folder=folder, token_bytes=token_bytes)
-    made = {name: TokenSplit(**arrays, source_names=list(meta["source_names"])) for name, arrays in splits.items()}
-    for name, split in made.items():
+def assemble(meta: dict[str, Any], arrays: Mapping[str, NDArray[Any]], folder: Path) -> Corpus:
+    """The corpus of a meta.json and its arrays; TornCache where these do not fit.
+
+    arrays: token_bytes and SPLIT.ARRAY. folder: has the tokenizer's files.
+    """
+    tokenizer = SavedTokenizer(**meta["tokenizer"], folder=folder, token_bytes=arrays["token_bytes"])
+    made = {}
+    for name in SPLITS:
+        mine = {key: arrays[f"{name}.{key}"] for key in (*ARRAYS, TRAINED) if f"{name}.{key}" in arrays}
+        made[name] = split = TokenSplit(**mine, source_names=list(meta["source_names"]))
         marked = len(split.tokens) if split.trained is None else len(split.trained)
         if not split.offsets[-1] == len(split.tokens) == marked or len(split.source_ids) != split.documents:
             raise TornCache(f"{folder}: the arrays of {name} do not belong together")
-    return Corpus(made["train"], made["validation"], made["test"], tokenizer, meta)
+    return Corpus(**made, tokenizer=tokenizer, meta=meta)
 
 
 def _array(path: Path) -> NDArray[Any]:
     """Memory-mapped where it is long."""
     array: NDArray[Any] = np.load(path, mmap_mode="r" if path.name == "tokens.npy" else None)
     return array
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

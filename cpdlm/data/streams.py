@@ -12,13 +12,12 @@ folder. The text is that of the stream from its beginning, whoever read it. A ki
 its last note; the next one goes on from there.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +27,9 @@ import numpy as np
 
 from cpdlm.config import ConfigError
 from cpdlm.data.documents import FileTexts
-from cpdlm.files import LOCK_SECONDS, LockHeld, locked
+from cpdlm.files import LOCK_SECONDS, LockHeld, file_sha256, locked, write_json
 from cpdlm.progress import Bar
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
 FORMAT = 2  # raise when the column is chosen, or rows are read, in another way
 NOTE_BYTES = 32 * 2**20  # read between two notes of the position
 
@@ -66,8 +64,7 @@ class Stream:
         try:
             meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text())
             offsets = np.load(self.folder / "offsets.npy")
-            with open(self.folder / "texts.bin", "rb") as file:
-                whole = hashlib.file_digest(file, "sha256").hexdigest() == meta["sha256"]
+            whole = file_sha256(self.folder / "texts.bin") == meta["sha256"]
             return meta if whole and len(offsets) == meta["documents"] + 1 and meta["nulls"] >= 0 else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -76,7 +73,7 @@ class Stream:
         return FileTexts(self.folder / "texts.bin", np.load(self.folder / "offsets.npy"))
 
 
-def fetch_stream(stream: Stream, progress: bool = True) -> dict[str, Any]:
+def fetch_stream(stream: Stream) -> dict[str, Any]:
     """The stream's meta, once its text is whole in its folder: read, or read on, where it is not.
 
     ConfigError where the dataset cannot be read or has no text; what has been read stays.
@@ -86,13 +83,10 @@ def fetch_stream(stream: Stream, progress: bool = True) -> dict[str, Any]:
         if (meta := stream.meta()) is not None:
             return meta
         (stream.folder / "meta.json").unlink(missing_ok=True)
-        stream.shards.mkdir(exist_ok=True)
     try:
         dataset, version = _open(stream)
         _start_over_for_other_files(stream, version)
-        with Bar(
-            total=stream.limit, desc=f"streaming {stream.name}", unit="B", unit_scale=True, disable=not progress
-        ) as bar:
+        with Bar(total=stream.limit, desc=f"streaming {stream.name}", unit="B", unit_scale=True) as bar:
             bar.update(sum(_note(stream, index).bytes for index in range(dataset.num_shards)))
             read_shards(stream, dataset, wait=False, advance=bar.update)
             read_shards(stream, dataset, wait=True, advance=bar.update)  # those that others had, or left unfinished
@@ -110,11 +104,8 @@ def read_shards(stream: Stream, dataset: Any, wait: bool, advance: Callable[[int
     wait: for a shard that another process reads, instead of leaving it out. advance: called with the bytes of each
     document.
     """
-    before, first_open = 0, 0
     for index in range(dataset.num_shards):
-        while first_open < index and (note := _note(stream, first_open)).whole:
-            before, first_open = before + note.bytes, first_open + 1
-        if before >= stream.limit:
+        if _bytes_before(stream, index) >= stream.limit:
             return
         try:
             with locked(stream.shards / f"{index}.lock", stream.seconds if wait else 0):
@@ -122,13 +113,11 @@ def read_shards(stream: Stream, dataset: Any, wait: bool, advance: Callable[[int
                     return  # another process has joined the shards
                 if not _note(stream, index).whole:
                     _read_shard(stream, index, dataset.shard(num_shards=dataset.num_shards, index=index), advance)
-        except LockHeld:
-            if wait:
-                raise
-        except FileNotFoundError:
+        except OSError as error:
             if (stream.folder / "meta.json").exists():  # another process has joined the shards: they are gone
                 return
-            raise
+            if wait or not isinstance(error, LockHeld):
+                raise
 
 
 def _local_files(folder: Path) -> list[Any]:
@@ -235,14 +224,10 @@ def _read_shard(stream: Stream, index: int, shard: Any, advance: Callable[[int],
             aside.write_text(json.dumps(asdict(Note(total, documents, column, nulls, shard.state_dict(), whole))))
             os.replace(aside, stream.shards / f"{index}.json")
 
-        try:
-            for row in shard:
-                if row.get(column) is None:
-                    nulls += 1
-                    continue
-                text = row[column].encode()
-                if not text.strip():
-                    continue
+        for text in _texts(stream, shard, column):
+            if text is None:
+                nulls += 1
+            elif text.strip():
                 text_file.write(text)
                 length_file.write(np.int64(len(text)).tobytes())
                 total, documents = total + len(text), documents + 1
@@ -254,13 +239,16 @@ def _read_shard(stream: Stream, index: int, shard: Any, advance: Callable[[int],
                     note = _note(stream, index)
                     if _bytes_before(stream, index) + total >= stream.limit:
                         break
-        except ConfigError:
-            raise
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in DISK:
-                raise
-            raise _unreadable(stream, error) from error
         write_note(True)
+
+
+def _texts(stream: Stream, shard: Any, column: str) -> Iterator[bytes | None]:
+    """Of every row; None for one without."""
+    try:
+        for row in shard:
+            yield None if row.get(column) is None else row[column].encode()
+    except Exception as error:  # the hub client raises errors of many libraries
+        raise _unreadable(stream, error) from error
 
 
 def _join(stream: Stream, shards: int) -> dict[str, Any]:
@@ -292,9 +280,7 @@ def _join(stream: Stream, shards: int) -> dict[str, Any]:
     os.replace(stream.folder / "texts.partial", stream.folder / "texts.bin")
     np.save(stream.folder / "offsets.npy", offsets)
     meta = {"sha256": digest.hexdigest(), "documents": len(offsets) - 1, "column": column, "nulls": nulls}
-    aside = stream.folder / "meta.partial"
-    aside.write_text(json.dumps(meta))
-    os.replace(aside, stream.folder / "meta.json")
+    write_json(stream.folder / "meta.json", meta)
     shutil.rmtree(stream.shards, ignore_errors=True)
     return meta
 

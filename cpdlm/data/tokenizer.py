@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,25 +31,27 @@ DESCRIBED = "tokenizer.json"  # name, size, bos and eos of a stored tokenizer
 TRAINING_BYTES = 8 * 2**20  # a BPE is trained on this much of the train split, documents in hash order
 
 
-class Tokenizer(Protocol):
-    """What the rest of the project knows of a tokenizer."""
+class Tokenizer(ABC):
+    """What the rest of the project knows of a tokenizer; one without a chat template, where a class says no more."""
 
     name: str  # as in data.tokenizer
     vocab_size: int
     bos: int
     eos: int
 
+    @abstractmethod
     def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
         """Ids of each document, without bos and eos. ConfigError where a document is no text the tokenizer can read."""
-        ...
 
     def prompt(self, text: bytes | str, chat: bool = False) -> list[int]:
-        """Ids from which a model continues a text, special tokens of its tokenizer included.
+        """Ids from which a model continues a text as it has seen documents: special tokens of its tokenizer included.
 
         chat: as a user's turn, by the tokenizer's chat template.
         ConfigError where it has none, or cannot read the text.
         """
-        ...
+        if chat:
+            raise no_template(self.name, "leave --chat out")
+        return [self.bos, *(int(each) for each in self.encode([text])[0])]
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """(ids by the chat template, which of them are an answer's), up to the last answer.
@@ -55,22 +59,26 @@ class Tokenizer(Protocol):
         An answer is what the template puts behind its prompt for one, up to the first special token, included.
         ConfigError where there is no template, or one that changes earlier turns.
         """
-        ...
+        raise no_template(self.name, OTHER_TEXT)
 
+    @abstractmethod
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         """The text of some ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
-        ...
 
+    @abstractmethod
     def token_bytes(self) -> NDArray[np.int64]:
         """(V,) bytes of text behind each id; 0 for special tokens."""
-        ...
 
+    def described(self) -> dict[str, Any]:
+        """What `SavedTokenizer` needs beside its files, JSON-able."""
+        return {"name": self.name, "vocab_size": self.vocab_size, "bos": self.bos, "eos": self.eos}
+
+    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what `load` needs."""
-        ...
+        """Write the files that `SavedTokenizer` needs."""
 
 
-class BytesTokenizer:
+class BytesTokenizer(Tokenizer):
     """Ids 0..255 are bytes; 256 is <|endoftext|>, both bos and eos. Takes any bytes, UTF-8 or not."""
 
     name = "bytes"
@@ -78,13 +86,7 @@ class BytesTokenizer:
     bos = eos = 256
 
     def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
-        return [np.frombuffer(_as_bytes(document), dtype=np.uint8) for document in documents]
-
-    def prompt(self, text: bytes | str, chat: bool = False) -> list[int]:
-        return _begun(self, text, chat)
-
-    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        raise no_template(self.name, OTHER_TEXT)
+        return [np.frombuffer(each.encode() if isinstance(each, str) else each, dtype=np.uint8) for each in documents]
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
@@ -96,27 +98,18 @@ class BytesTokenizer:
         """Nothing to keep."""
 
 
-class BpeTokenizer:
+class BpeTokenizer(Tokenizer):
     """Byte-level BPE. Its last id is <|endoftext|>, both bos and eos, kept outside the BPE itself so that the same
-    characters in a document stay ordinary text. `tokenizers` is imported when text is read or written, not before."""
+    characters in a document stay ordinary text."""
 
     FILE = "bpe.json"
 
-    def __init__(self, name: str, vocab_size: int, folder: Path | None = None, model: Any = None) -> None:
-        self.name, self.vocab_size, self._folder = name, vocab_size, folder
-        self.bos = self.eos = vocab_size - 1
-        if model is not None:
-            self._model = model
-
-    @cached_property
-    def _model(self) -> Any:
-        assert self._folder is not None
-        from tokenizers import Tokenizer as Model
-
-        return Model.from_file(str(self._folder / self.FILE))
+    def __init__(self, name: str, model: Any) -> None:
+        self.name, self.vocab_size, self._model = name, model.get_vocab_size() + 1, model
+        self.bos = self.eos = self.vocab_size - 1
 
     @classmethod
-    def train(cls, name: str, documents: Sequence[bytes], progress: bool = True) -> BpeTokenizer:
+    def train(cls, name: str, documents: Sequence[bytes]) -> BpeTokenizer:
         """name: bpe:SIZE, SIZE counting <|endoftext|>. Fewer ids (and a warning) where the text yields fewer merges."""
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -126,24 +119,20 @@ class BpeTokenizer:
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=size - 1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=progress
+            vocab_size=size - 1,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=sys.stderr.isatty(),
         )
         sizes = np.cumsum([len(document) for document in documents])
         few = list(itertools.islice(documents, int((sizes <= TRAINING_BYTES).sum()) or 1))
         model.train_from_iterator(_texts(few, name), trainer)
         if model.get_vocab_size() < size - 1:
             warnings.warn(f"{name}: the corpus yields only {model.get_vocab_size() + 1} tokens", stacklevel=2)
-        return cls(name, model.get_vocab_size() + 1, model=model)
+        return cls(name, model)
 
     def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
         encoded = self._model.encode_batch(_texts(documents, self.name), add_special_tokens=False)
         return [np.array(one.ids, dtype=np.int64) for one in encoded]
-
-    def prompt(self, text: bytes | str, chat: bool = False) -> list[int]:
-        return _begun(self, text, chat)
-
-    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        raise no_template(self.name, OTHER_TEXT)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         text: str = self._model.decode([int(i) for i in ids if int(i) != self.eos])
@@ -158,7 +147,7 @@ class BpeTokenizer:
         self._model.save(str(folder / self.FILE))
 
 
-class HubTokenizer:
+class HubTokenizer(Tokenizer):
     """A Hugging Face tokenizer with an end-of-sequence token; bos is its own, or eos where it has none."""
 
     FOLDER = "hf"
@@ -188,9 +177,8 @@ class HubTokenizer:
             ) from error
         if len(self._model) <= len(self._model.all_special_ids):  # what the library makes of a folder without one
             raise ConfigError(
-                f"data.tokenizer={name}: {source} holds no tokenizer (tokenizer.json and its like); put the "
-                f"model's own "
-                "there, or name it: data.tokenizer=hf:NAME"
+                f"data.tokenizer={name}: {source} holds no tokenizer (tokenizer.json and its like); put the model's "
+                "own there, or name it: data.tokenizer=hf:NAME"
             )
         if self._model.eos_token_id is None:
             raise ConfigError(
@@ -265,8 +253,7 @@ def store_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a tokenizer into a folder that is there, so that `stored_tokenizer` needs nothing else."""
     tokenizer.save(folder)
     np.save(folder / "token_bytes.npy", tokenizer.token_bytes().astype(np.int64))
-    what = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos": tokenizer.bos, "eos": tokenizer.eos}
-    write_json(folder / DESCRIBED, what)  # last: it says that the rest is there
+    write_json(folder / DESCRIBED, tokenizer.described())  # last: it says that the rest is there
 
 
 def stored_tokenizer(folder: Path) -> SavedTokenizer | None:
@@ -280,7 +267,7 @@ def stored_tokenizer(folder: Path) -> SavedTokenizer | None:
         raise ConfigError(f"{folder} holds a damaged tokenizer ({type(error).__name__}: {error})") from error
 
 
-class SavedTokenizer:
+class SavedTokenizer(Tokenizer):
     """A tokenizer in a token cache or bundle: ids need only numpy; text loads the real one at the first call."""
 
     def __init__(
@@ -295,7 +282,9 @@ class SavedTokenizer:
         if kind == "bytes":
             return BytesTokenizer()
         if kind == "bpe":
-            return BpeTokenizer(self.name, self.vocab_size, self._folder)
+            from tokenizers import Tokenizer as Model
+
+            return BpeTokenizer(self.name, Model.from_file(str(self._folder / BpeTokenizer.FILE)))
         return HubTokenizer(self.name, self._folder / HubTokenizer.FOLDER)
 
     def encode(self, documents: Sequence[bytes | str]) -> list[NDArray[np.integer]]:
@@ -317,28 +306,15 @@ class SavedTokenizer:
         self._real.save(folder)
 
 
-def build_tokenizer(
-    name: str, train_documents: Sequence[bytes], progress: bool = True, source: str | None = None
-) -> Tokenizer:
+def build_tokenizer(name: str, train_documents: Sequence[bytes], source: str | None = None) -> Tokenizer:
     """The tokenizer of that name; a BPE is trained on the given documents. source: folder or hub name of a pretrained
     model whose own it is. Raises as the classes say."""
     kind, _, rest = name.partition(":")
     if kind == "bytes":
         return BytesTokenizer()
     if kind == "bpe":
-        return BpeTokenizer.train(name, train_documents, progress)
+        return BpeTokenizer.train(name, train_documents)
     return HubTokenizer(name, source or rest)
-
-
-def _begun(tokenizer: Tokenizer, text: bytes | str, chat: bool) -> list[int]:
-    """A prompt as the model has seen documents: bos before it."""
-    if chat:
-        raise no_template(tokenizer.name, "leave --chat out")
-    return [tokenizer.bos, *(int(each) for each in tokenizer.encode([text])[0])]
-
-
-def _as_bytes(document: bytes | str) -> bytes:
-    return document.encode() if isinstance(document, str) else document
 
 
 def _texts(documents: Sequence[bytes | str], name: str) -> list[str]:

@@ -7,7 +7,6 @@ No process is started: the threads of the `tokenizers` library are as fast as pr
 (results/benchmarks/processes.json).
 """
 
-import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from numpy.typing import NDArray
 from cpdlm.data.conversations import messages
 from cpdlm.data.stored import TRAINED
 from cpdlm.data.tokenizer import Tokenizer
+from cpdlm.files import replaced
 
 PIECE_BYTES = 4 * 2**20  # of text
-BATCH = 512  # documents given to the tokenizer at a time
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,8 @@ def write_piece(tokenizer: Tokenizer, path: Path, texts: list[bytes], conversati
     The file appears when it is whole and on the disk.
     """
     arrays = _conversations(tokenizer, texts) if conversations else _documents(tokenizer, texts)
-    aside = path.with_suffix(".partial")
-    with open(aside, "wb") as file:
+    with replaced(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _documents(tokenizer: Tokenizer, texts: list[bytes]) -> dict[str, Any]:
@@ -79,10 +74,9 @@ def _documents(tokenizer: Tokenizer, texts: list[bytes]) -> dict[str, Any]:
     bos, eos = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos], dtype)
     parts: list[NDArray[Any]] = []
     lengths = []
-    for start in range(0, len(texts), BATCH):
-        for ids in tokenizer.encode(texts[start : start + BATCH]):
-            parts += [bos, ids.astype(dtype), eos]
-            lengths.append(len(ids) + 2)
+    for ids in tokenizer.encode(texts):
+        parts += [bos, ids.astype(dtype), eos]
+        lengths.append(len(ids) + 2)
     return {"tokens": np.concatenate(parts), "lengths": np.array(lengths, np.int64)}
 
 

@@ -96,7 +96,7 @@ def make_plan(request: Request, say: Say = print) -> Plan:
     request.check()
     first = parse([*request.words, *request.settings])
     if not first.corpus.startswith("hf:"):  # which is asked over the network
-        locate(first, progress=False)
+        locate(first)
     source = checkpoint_folder(request.model, first.data.cache)
     words = [*request.words, *_fitting(request, source), _name(request)]
     base = parse([*words, *request.settings])

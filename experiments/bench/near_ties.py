@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cpdlm.bench.contenders import Ours, hugging_face
-from cpdlm.data.pretrained_files import checkpoint_folder, eos_of
+from cpdlm.data.pretrained_files import checkpoint_folder, generation_of
 from cpdlm.data.prompts import read_task
 from cpdlm.data.tokenizer import HubTokenizer
 from cpdlm.decoding import Sampling
@@ -95,7 +95,7 @@ def measured(options: argparse.Namespace) -> record.Record:
     entries = [
         {"dtype": dtype} | entry
         for dtype in options.dtypes
-        for entry in compare(load(dtype), exact, prompts, options.new_tokens, eos_of(source))
+        for entry in compare(load(dtype), exact, prompts, options.new_tokens, generation_of(source).eos_token_id)
     ]
     return {"entries": entries}
 
