@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cpdlm.config import ConfigError
+from cpdlm.data import chat_template
 from cpdlm.data.tokenizer import BpeTokenizer, BytesTokenizer, HubTokenizer, SavedTokenizer, build_tokenizer
 
 TEXTS = [
@@ -144,11 +145,16 @@ def test_of_a_conversation_only_the_answers_and_their_ends_are_marked(bpe: BpeTo
         build_tokenizer(f"hf:{tmp_path / 'hf'}", []).conversation(messages)
 
 
-def test_a_chat_template_may_raise(bpe: BpeTokenizer, tmp_path: Path) -> None:
+def test_a_chat_template_may_raise_and_need_not_end(
+    bpe: BpeTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.3)
     model = of_the_hub(bpe, tmp_path)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     for template, why in (
         ("{{ raise_exception('no such role') }}", "TemplateError: no such role"),
         ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        (loop, "TimeoutError: it was not done after 0.3 s"),
     ):
         model.chat_template = template
         model.save_pretrained(tmp_path / "hf")
