@@ -13,8 +13,7 @@ Contenders of a group (one dtype, mode and batch: autoregressive decoding, `gene
 take turns in one process. Single calls are timed right after the decoding that they explain, and ratios are taken
 within a repeat. Speed-ups count the prompt's forward; forwards against the floor do not.
 
-On a GPU forwards are captured (`cpdlm.decoding.captured`), and so are the calls that they are held against. The ranks
-of --batch-ranks at the first horizon and the last dtype are measured with launched kernels, too (`captured: false`).
+On a GPU forwards are captured (`cpdlm.decoding.captured`), and so are the calls that they are held against.
 
 Letters: B batch, T position.
 """
@@ -23,7 +22,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,14 +43,7 @@ from cpdlm.decoding import Sampling
 from cpdlm.model.build import build_language_model, parameter_counts
 from cpdlm.model.language_model import LanguageModel
 from experiments.bench import record
-from experiments.bench.speed_calls import (
-    Run,
-    SingleCalls,
-    Subject,
-    milliseconds_by_part,
-    timed_decoding,
-    timed_generate,
-)
+from experiments.bench.speed_calls import Run, SingleCalls, Subject, timed_generate
 from experiments.bench.speed_record import cell_entry, rate_entry, speed_ratio, targets
 from experiments.report.benchmarks import upgrade
 from experiments.report.speed import speed_table
@@ -78,32 +70,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """What is compared side by side; captured: forwards are replayed graphs."""
+    """What is compared side by side."""
 
     dtype: str
     mode: str
     batch: int
     cells: tuple[Cell, ...]
     new_tokens: int
-    captured: bool = False
-
-    @property
-    def longest(self) -> int:
-        return max(cell.horizon for cell in self.cells)
 
 
-def groups(options: argparse.Namespace, captures: bool) -> list[Group]:
+def groups(options: argparse.Namespace) -> list[Group]:
     """Every rank and horizon at batch 1; of the larger batches --batch-ranks at the first horizon and dtype."""
     sizes, first = tuple(dict.fromkeys((0, options.shortlist))), options.horizons[0]
     all_cells = tuple(Cell(r, n, size) for n in options.horizons for r in options.ranks for size in sizes)
-    few, whole = (tuple(Cell(r, first, size) for r in options.batch_ranks) for size in (sizes[-1], 0))
+    few = tuple(Cell(r, first, sizes[-1]) for r in options.batch_ranks)
     made = [Group(dtype, mode, 1, all_cells, options.new_tokens) for dtype in options.dtypes for mode in MODES]
     for batch in options.batches:
         made += [Group(options.dtypes[0], mode, batch, few, options.batch_tokens) for mode in MODES]
-    if not captures:
-        return made
-    launched = [Group(options.dtypes[-1], mode, 1, whole, options.new_tokens) for mode in MODES]
-    return [*launched, *(replace(group, captured=True) for group in made)]
+    return made
 
 
 def models(
@@ -121,7 +105,7 @@ def models(
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), options.vocab)
     trunk = trunk.to(device, getattr(torch, dtype)).eval()
     cells = {}
-    wanted = (cell for group in groups(options, device.type == "cuda") for cell in group.cells)
+    wanted = (cell for group in groups(options) for cell in group.cells)
     for cell in dict.fromkeys(wanted):
         settings = {"rank": cell.rank, "horizon": cell.horizon, "model.map_rank": options.map_rank}
         model = build_language_model(resolve(base | settings | {"model.trunk": "random"}), options.vocab, trunk)
@@ -135,37 +119,30 @@ def models(
 
 
 def measure(
-    group: Group, trunk: LanguageModel, cells: dict[Cell, LanguageModel], options: argparse.Namespace
+    group: Group, trunk: LanguageModel, cells: dict[Cell, LanguageModel], options: argparse.Namespace, captures: bool
 ) -> dict[str, Any]:
     """One group's part of the record; times in ms."""
     sampling, new_tokens, batch = MODES[group.mode], group.new_tokens, group.batch
-    length = options.prompt_tokens + new_tokens // 2 + group.longest
+    horizons = {cell.horizon for cell in cells}
+    length = options.prompt_tokens + new_tokens // 2 + max(horizons)
     text_BT = _random_tokens(options, (batch, length), trunk)
     prompts_BT = text_BT[:, : options.prompt_tokens]
-    subjects: dict[str | Cell, Subject] = {"plain": Subject.of(trunk, drafts=False)}
-    subjects |= {cell: Subject.of(model, drafts=True) for cell, model in cells.items()}
-    if group.captured:
-        subjects = {key: one.captured(batch, sampling, length + new_tokens) for key, one in subjects.items()}
-    contenders: dict[str | Cell, Callable[[int], Run]] = {
-        key: partial(timed_decoding, subject, prompts_BT, sampling) for key, subject in subjects.items()
-    }
+    slots = (length + new_tokens) * captures
+    subjects: dict[str | Cell, Subject] = {"plain": Subject(trunk, prompts_BT, sampling, drafts=False, slots=slots)}
+    for cell, model in cells.items():
+        subjects[cell] = Subject(model, prompts_BT, sampling, drafts=True, slots=slots)
+    contenders: dict[str | Cell, Callable[[int], Run]] = {key: subject.timed for key, subject in subjects.items()}
     generate = hugging_face(trunk)
     if batch == 1 and generate is not None:
         contenders["generate"] = partial(timed_generate, generate, prompts_BT[0], sampling)
-    single = SingleCalls(trunk, text_BT, group.longest, sampling)
-    runs, calls = _by_turns(contenders, subjects, single, new_tokens, options)
+    runs, calls = _by_turns(contenders, subjects, SingleCalls(trunk, text_BT, horizons, sampling), new_tokens, options)
     base, ones = runs["plain"], [one for one, _ in calls["plain"]]
     rates: dict[str, Any] = {key: rate_entry(runs[key], batch) for key in ("plain", "generate") if key in runs}
     if "generate" in runs:
         rates["plain_over_generate"] = interval(speed_ratio(base, runs["generate"]))
-
-    def split(key: str | Cell) -> dict[str, Any]:
-        return {"ms_by_part": milliseconds_by_part(subjects[key], prompts_BT, sampling, new_tokens)}
-
-    rates["plain"] |= split("plain")
-    entries = [asdict(cell) | cell_entry(base, runs[cell], ones, calls[cell], batch) | split(cell) for cell in cells]
+    entries = [asdict(cell) | cell_entry(base, runs[cell], ones, calls[cell], batch) for cell in cells]
     what = {"dtype": group.dtype, "mode": group.mode, "batch": batch, "new_tokens": new_tokens}
-    return what | {"captured": group.captured, **rates, "cells": entries}
+    return what | {"captured": captures, **rates, "cells": entries}
 
 
 def _by_turns(
@@ -206,13 +183,13 @@ def compiled_generate(options: argparse.Namespace, device: torch.device, dtype: 
     trunk, _ = models(options, device, dtype)
     sampling, new_tokens = MODES["greedy"], options.new_tokens
     prompt_T = _random_tokens(options, (options.prompt_tokens,), trunk)
-    ours = Subject.of(trunk, drafts=False).captured(1, sampling, options.prompt_tokens + new_tokens)
+    ours = Subject(trunk, prompt_T[None], sampling, drafts=False, slots=options.prompt_tokens + new_tokens)
     generate = hugging_face(trunk, static=True)
     assert generate is not None, "the trunk is a next-token model"
     runs: dict[str, list[Run]] = {"plain": [], "generate": []}
     try:
         for _ in range(options.warmups + options.repeats):
-            runs["plain"].append(timed_decoding(ours, prompt_T[None], sampling, new_tokens))
+            runs["plain"].append(ours.timed(new_tokens))
             runs["generate"].append(timed_generate(generate, prompt_T, sampling, new_tokens))
     except Exception as error:
         return {"dtype": dtype, "failure": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
@@ -230,7 +207,7 @@ def records(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[d
     `seconds`: since the start.
     """
     device = record.device(options)
-    began = time.monotonic()
+    captures, began = device.type == "cuda", time.monotonic()
     settings = record.chosen(options, SETTINGS)
     settings |= {"device": device.type, "kept": "0, 1, .. n-1 drafts in turn"}
     what = "decoding speed, forced acceptance, common target, head=shared"
@@ -238,17 +215,17 @@ def records(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[d
     for dtype in options.dtypes:
         trunk, cells = models(options, device, dtype)
         trunk_parameters = settings["trunk_parameters"] = parameter_counts(trunk)["trunk"]
-        for group in groups(options, device.type == "cuda"):
+        for group in groups(options):
             if group.dtype == dtype:
                 record.say(f"{dtype}, {group.mode}, batch {group.batch}")
-                found["groups"].append(measure(group, trunk, {cell: cells[cell] for cell in group.cells}, options))
+                mine = {cell: cells[cell] for cell in group.cells}
+                found["groups"].append(measure(group, trunk, mine, options, captures))
                 found["targets"] = targets(found["groups"], trunk_parameters)
                 found["seconds"] = time.monotonic() - began
                 yield found
-    if device.type == "cuda":
-        for dtype in options.dtypes:
-            found.setdefault("compiled_generate", []).append(compiled_generate(options, device, dtype))
-            yield found
+    for dtype in options.dtypes if captures else ():
+        found.setdefault("compiled_generate", []).append(compiled_generate(options, device, dtype))
+        yield found
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -61,17 +61,13 @@ def cell_entry(
 
 
 def targets(measured: list[dict[str, Any]], trunk_parameters: int) -> list[dict[str, Any]]:
-    """Every target: {"what", "cell", "measured", "target", "holds"}; of batches above 1 the floor's.
-
-    Launched kernels on a GPU have none.
-    """
+    """Every target: {"what", "cell", "measured", "target", "holds"}; of batches above 1 the floor's."""
     found = []
 
     def add(what: str, cell: str, value: float, target: float, holds: bool) -> None:
         found.append({"what": what, "cell": cell, "measured": value, "target": target, "holds": holds})
 
-    captured = any(group.get("captured") for group in measured)
-    for group in (group for group in measured if group.get("captured", False) == captured):
+    for group in measured:
         alone = group["batch"] == 1
         where = f"{group['dtype']} {group['mode']}" + ("" if alone else f" batch {group['batch']}")
         if "plain_over_generate" in group:
