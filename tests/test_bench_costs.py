@@ -1,6 +1,7 @@
 """The benchmarks of loss, overhead and memory: all sides compute one thing, and what is measured is what was meant."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,8 @@ def row_nll(rows_MD: Tensor, table_VD: Tensor, tokens_M: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_a_fused_cross_entropy_per_row_gives_the_joint_loss(at_once: bool) -> None:
-    found = loss_sides.errors(
-        lambda case, positions: loss_sides.fused(case, positions, row_nll, at_once), torch.float64, torch.device("cpu")
-    )
+    side = partial(loss_sides.fused, row_nll=row_nll, at_once=at_once)
+    found = loss_sides.errors(side, torch.float64, torch.device("cpu"))
     assert len(found) == 6 and max(found.values()) < 1e-12, found
 
 

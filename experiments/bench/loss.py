@@ -79,7 +79,7 @@ def in_fresh_process(side: str, options: argparse.Namespace, **changes: Any) -> 
 
 def _measured(found: dict[str, Any]) -> str:
     mib = found["peak_bytes"] / 2**20
-    return f"{found['seconds']:8.3f} s {found['cpu_seconds']:8.2f} s CPU {mib:9.0f} MiB"
+    return f"{found['seconds']:8.3f} s {mib:9.0f} MiB"
 
 
 def _reason(text: str) -> str:

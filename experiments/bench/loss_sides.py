@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import copy
 import math
-import resource
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpdlm.bench.memory import most_alive
+from cpdlm.bench.timers import Timer
 from cpdlm.model.heads import FactorHeads, HeadsConfig
 from cpdlm.model.losses import joint_nll
 from experiments.bench.fresh import medians
@@ -62,49 +61,46 @@ class Case:
         return sum(leaf.numel() * leaf.element_size() for leaf in self.leaves().values())
 
 
-# --- the sides: mean joint NLL of the first positions of a case --------------------------------------------------
+# --- the sides: mean joint NLL of a case -------------------------------------------------------------------------
 
 
-def bounded(case: Case, positions: int, chunk_mib: int) -> Tensor:
-    future_PN = case.future_PN[:positions]
-    weight_P = torch.full((positions,), 1 / positions, device=future_PN.device)
+Loss = Callable[[Case], Tensor]
+
+
+def bounded(case: Case, chunk_mib: int) -> Tensor:
+    weight_P = torch.full((case.positions,), 1 / case.positions, device=case.future_PN.device)
     return case.heads.nll(
-        case.hidden_PD[:positions],
-        future_PN,
-        weight_P,
-        case.table_VD,
-        case.horizon,
-        chunk_mib * 2**20,
+        case.hidden_PD, case.future_PN, weight_P, case.table_VD, case.horizon, chunk_bytes=chunk_mib * 2**20
     )[0]
 
 
-def dense(case: Case, positions: int) -> Tensor:
-    return -case.heads.joint(case.hidden_PD[:positions], case.table_VD).log_prob(case.future_PN[:positions]).mean()
+def dense(case: Case) -> Tensor:
+    return -case.heads.joint(case.hidden_PD, case.table_VD).log_prob(case.future_PN).mean()
 
 
-def fused(case: Case, positions: int, row_nll: Callable[[Tensor, Tensor, Tensor], Tensor], at_once: bool) -> Tensor:
+def fused(case: Case, row_nll: Callable[[Tensor, Tensor, Tensor], Tensor], at_once: bool) -> Tensor:
     """row_nll: (rows (M, D), table (V, D), tokens (M,)) -> nll (M,), once per (component, position) or for all."""
-    hidden_PD, width = case.hidden_PD[:positions], case.hidden_PD.shape[-1]
-    maps = case.heads.maps["full"].split(width)
+    maps = case.heads.maps["full"].split(case.hidden_PD.shape[-1])
 
     def rows(m: int) -> Tensor:
-        return hidden_PD + F.linear(hidden_PD, maps[m])
+        return case.hidden_PD + F.linear(case.hidden_PD, maps[m])
 
-    tokens = [case.future_PN[:positions, m // case.rank].contiguous() for m in range(len(maps))]
+    tokens = [case.future_PN[:, m // case.rank].contiguous() for m in range(len(maps))]
     if at_once:
-        nll = row_nll(torch.cat([rows(m) for m in range(len(maps))]), case.table_VD, torch.cat(tokens)).split(positions)
+        every = torch.cat([rows(m) for m in range(len(maps))])
+        nll = row_nll(every, case.table_VD, torch.cat(tokens)).split(case.positions)
     else:
         nll = tuple(row_nll(rows(m), case.table_VD, tokens[m]) for m in range(len(maps)))
-    nll_PR = torch.stack(nll, dim=-1).view(positions, case.horizon, case.rank).sum(dim=1)
-    return -(case.heads.log_weights(hidden_PD) - nll_PR).logsumexp(dim=-1).mean()
+    nll_PR = torch.stack(nll, dim=-1).view(case.positions, case.horizon, case.rank).sum(dim=1)
+    return -(case.heads.log_weights(case.hidden_PD) - nll_PR).logsumexp(dim=-1).mean()
 
 
-def make(side: str, chunk_mib: int) -> Callable[[Case, int], Tensor]:
-    """The side's loss (case, positions) -> mean NLL; imports what it needs."""
+def make(side: str, chunk_mib: int) -> Loss:
+    """The side's loss; imports what it needs."""
     if side.startswith("bounded"):
         if side.endswith("eager"):
             joint_nll.can_compile = lambda: False  # type: ignore[assignment]
-        return lambda case, positions: bounded(case, positions, chunk_mib)
+        return partial(bounded, chunk_mib=chunk_mib)
     if side == "dense":
         return dense
     name, _, way = side.partition(", ")
@@ -120,58 +116,48 @@ def make(side: str, chunk_mib: int) -> Callable[[Case, int], Tensor]:
             eps = "auto" if way == "filtered" else None
             return linear_cross_entropy(rows_MD, table_VD, tokens_M, reduction="none", filter_eps=eps)
 
-    return lambda case, positions: fused(case, positions, row_nll, way == "all rows")
+    return partial(fused, row_nll=row_nll, at_once=way == "all rows")
 
 
 # --- one measurement ---------------------------------------------------------------------------------------------
 
 
-def measure(loss: Callable[[Case, int], Tensor], case: Case, repeats: int) -> dict[str, Any]:
-    """{"seconds", "cpu_seconds", "peak_bytes", "loss", "repeats"}: peak beside weights, inputs and their gradients.
+def measure(loss: Loss, case: Case, repeats: int) -> dict[str, Any]:
+    """{"seconds", "peak_bytes", "loss", "repeats"}: peak beside weights, inputs and their gradients, of a run that is
+    not timed, the first at full size, which compiles."""
+    timer = Timer(case.hidden_PD.device)
+    values: list[float] = []
 
-    On a GPU after a run at full size, which compiles. On the CPU freed memory stays the process's: there after a run
-    over one position, and the peak is that of the first run at full size.
-    """
-    device = case.hidden_PD.device
-
-    def one_run(positions: int) -> float:
+    def run() -> None:
         for leaf in case.leaves().values():
             leaf.grad = None
-        value = loss(case, positions)
+        value = loss(case)
         value.backward()
-        if not math.isfinite(value.item()):
-            raise RuntimeError(f"the loss is {value.item()}")
-        return value.item()
+        values.append(value.item())
+        if not math.isfinite(values[-1]):
+            raise RuntimeError(f"the loss is {values[-1]}")
 
-    one_run(case.positions if device.type == "cuda" else 1)
+    run()
+    for leaf in case.leaves().values():
+        leaf.grad = None
+    peak = most_alive(run, timer.device) - case.gradient_bytes()
     runs = []
     for _ in range(repeats):
-        for leaf in case.leaves().values():
-            leaf.grad = None
-        before = _reset_peak(device)
-        began, began_cpu = time.perf_counter(), time.process_time()
-        value = one_run(case.positions)
-        peak = _peak(device)  # waits for the GPU
-        runs.append(
-            {
-                "seconds": time.perf_counter() - began,
-                "cpu_seconds": time.process_time() - began_cpu,  # beside the wall clock, to see a busy machine
-                "peak_bytes": peak - before - case.gradient_bytes(),
-                "loss": value,
-            }
-        )
+        began = timer.now()
+        run()
+        runs.append({"seconds": timer.now() - began, "peak_bytes": peak, "loss": values[-1]})
     return summary(runs)
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
-    middle = medians(runs, ("seconds", "cpu_seconds"))
-    return middle | {"peak_bytes": max(run["peak_bytes"] for run in runs), "loss": runs[0]["loss"], "repeats": runs}
+    peak = max(run["peak_bytes"] for run in runs)
+    return medians(runs, ("seconds",)) | {"peak_bytes": peak, "loss": runs[0]["loss"], "repeats": runs}
 
 
-def errors(loss: Callable[[Case, int], Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def errors(loss: Loss, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Of the value and of each gradient, relative to its norm, against the dense loss in float64 on a small case."""
     case = Case(ACCURACY, dtype, device)
-    value, exact = loss(case, case.positions), dense(double := case.doubled(), case.positions)
+    value, exact = loss(case), dense(double := case.doubled())
     value.backward()
     exact.backward()
     found = {"value": abs(value.item() - exact.item()) / abs(exact.item())}
@@ -181,34 +167,3 @@ def errors(loss: Callable[[Case, int], Tensor], dtype: torch.dtype, device: torc
         if not math.isfinite(found[name]):
             raise RuntimeError(f"the gradient of {name} is not finite")
     return found
-
-
-def _reset_peak(device: torch.device) -> int:
-    """Memory in use now, from which the peak counts (bytes)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    peak = Path("/proc/self/clear_refs")
-    if peak.exists():
-        peak.write_text("5")
-        return _status("VmRSS")
-    return _peak(device)
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    if Path("/proc/self/status").exists():
-        return _status("VmHWM")
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib if sys.platform == "darwin" else kib * 1024
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
