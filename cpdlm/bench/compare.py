@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cpdlm.bench.acceptance import acceptance
-from cpdlm.bench.contenders import Contender, CountsItself, Ours, hugging_face, theirs
+from cpdlm.bench.contenders import Contender, Ours, forwards_of, hugging_face, theirs
 from cpdlm.bench.intervals import Effect, log_ratio, named, pseudo_values
 from cpdlm.bench.timers import PARTS, Timer, count_forwards, forward_milliseconds, undisturbed
 from cpdlm.config import DecodeConfig
@@ -254,7 +253,7 @@ def interleaved(
 
                 result, seconds, hooked = undisturbed(once, watch, say)
                 timing.seconds[repeat].append(seconds)
-                seen = contender.forwards(hooked) if isinstance(contender, CountsItself) else hooked
+                seen = forwards_of(contender, hooked)
                 timing.forwards[repeat].append(seen)
                 if isinstance(result, Decoded):
                     assert seen == result.forwards, f"{key}: {seen} forwards were made, the loop says {result.forwards}"
@@ -268,24 +267,12 @@ def interleaved(
 
 
 def _shared_autoregressive(models: Mapping[str, LanguageModel]) -> dict[str, str]:
-    """Cell -> the cell whose autoregressive decoder stands for it: the first with the very same target and weights."""
-    shared: dict[str, str] = {}
-    for name, model in models.items():
-        same = (first for first in shared.values() if _same_target(models[first], model))
-        shared[name] = next(same, name)
-    return shared
-
-
-def _same_target(one: LanguageModel, other: LanguageModel) -> bool:
-    if not (one.frozen_target and other.frozen_target):
-        return one is other
-    weights, others = (
-        [each for part in (model.trunk.body, model.unembedding) for each in part.state_dict().values()]
-        for model in (one, other)
-    )
-    return len(weights) == len(others) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(weights, others, strict=True)
-    )
+    """Cell -> the cell whose autoregressive decoder stands for it: the first on the very same frozen trunk."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(model.trunk if model.frozen_target else model), name)
+        for name, model in models.items()
+    }
 
 
 def run_seed(seed: int, index: int, repeat: int) -> int:

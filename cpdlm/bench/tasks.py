@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.compare import Protocol, Timing, interleaved, rate_interval, rate_ratio, run_seed
-from cpdlm.bench.contenders import FILLER, Contender, CountsItself, Ours
+from cpdlm.bench.contenders import FILLER, Contender, Ours, forwards_of
 from cpdlm.bench.intervals import of_ratio
 from cpdlm.bench.llama import UNTOLD
 from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, METHODS, Method, Setup
@@ -146,9 +146,7 @@ def _written(
     for prompt_T, seed in zip(prompts, seeds, strict=True):
         with count_forwards(model) as forwards:
             text = contender(prompt_T, seed)
-        found.append(
-            (text, contender.forwards(forwards.count) if isinstance(contender, CountsItself) else forwards.count)
-        )
+        found.append((text, forwards_of(contender, forwards.count)))
     return found
 
 
