@@ -5,7 +5,6 @@ FOLDER/hydra.json          what they are and what they cost
 """
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -46,10 +45,9 @@ def train_hydra(
     torch.manual_seed(config.seed)
     base.requires_grad_(False)
     optim, device = config.optim, base.unembedding.weight.device
-    model = HydraModel(base, HydraHeads(base.trunk.width, config.horizon, base.trunk.width).to(device))
+    model = HydraModel(base, HydraHeads(base.trunk.width, config.horizon).to(device))
     weights = list(model.heads.parameters())
     optimizer, schedule = _optimizer(weights, optim)
-    curve: list[float] = []
     began = time.monotonic()
     for step, batch in enumerate(islice(data.train_dataloader(), optim.steps), start=1):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -64,27 +62,13 @@ def train_hydra(
             torch.nn.utils.clip_grad_norm_(weights, optim.clip)
         optimizer.step()
         schedule.step()
-        curve.append(loss.item())
-        progress(step, curve[-1])
+        progress(step, loss.item())
     seconds = time.monotonic() - began
     model.heads.eval()
     with replaced(folder / WEIGHTS) as path:
         save_file(model.heads.state_dict(), path)
-    write_json(
-        folder / SUMMARY,
-        {
-            "horizon": config.horizon,
-            "hidden_width": base.trunk.width,
-            "trunk": Path(config.model.trunk).name,
-            "steps": optim.steps,
-            "batch_rows": config.data.batch_rows,
-            "context": config.data.context,
-            "seed": config.seed,
-            "seconds": seconds,
-            "parameters": sum(each.numel() for each in weights),
-            "last_nll": statistics.fmean(curve[-50:]),
-        },
-    )
+    parameters = sum(each.numel() for each in weights)
+    write_json(folder / SUMMARY, {"horizon": config.horizon, "seconds": seconds, "parameters": parameters})
     return model
 
 
@@ -101,7 +85,7 @@ def load_hydra(folder: Path, base: LanguageModel) -> tuple[HydraModel, dict[str,
     """The model and its summary; raises RunError for a folder without them or of another trunk."""
     try:
         summary = json.loads((folder / SUMMARY).read_bytes())
-        heads = HydraHeads(base.trunk.width, summary["horizon"], summary["hidden_width"])
+        heads = HydraHeads(base.trunk.width, summary["horizon"])
         heads.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RunError(
