@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cpdlm.bench.memory import working_memory
 from cpdlm.training.plan import make_plan
-from experiments.bench import fresh, loss, loss_sides, overhead, training_rate
+from experiments.bench import fresh, loss, overhead, training_rate
 from experiments.bench.overhead import NEXT_TOKEN, RECIPES, WHOLE, configure
 from tests.tiny import code_folder, small_pretrained
 
@@ -68,16 +68,16 @@ def row_nll(rows_MD: Tensor, table_VD: Tensor, tokens_M: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_a_fused_cross_entropy_per_row_gives_the_joint_loss(at_once: bool) -> None:
-    side = partial(loss_sides.fused, row_nll=row_nll, at_once=at_once)
-    found = loss_sides.errors(side, torch.float64, torch.device("cpu"))
+    side = partial(loss.fused, row_nll=row_nll, at_once=at_once)
+    found = loss.errors(side, torch.float64, torch.device("cpu"))
     assert len(found) == 6 and max(found.values()) < 1e-12, found
 
 
 @pytest.mark.parametrize("side", ["bounded", "dense"])
 def test_our_sides_against_float64(side: str) -> None:
-    found = loss_sides.errors(loss_sides.make(side, 1), torch.float32, torch.device("cpu"))
+    found = loss.errors(loss.make(side, 1), torch.float32, torch.device("cpu"))
     assert max(found.values()) < 1e-5, found
-    found = loss_sides.errors(loss_sides.make(side, 1), torch.bfloat16, torch.device("cpu"))
+    found = loss.errors(loss.make(side, 1), torch.bfloat16, torch.device("cpu"))
     assert 1e-5 < max(found.values()) < 0.05, found
 
 
@@ -94,7 +94,7 @@ def test_growth_measures_every_dimension(monkeypatch: pytest.MonkeyPatch) -> Non
     cell = {"seconds": 1.0, "peak_bytes": 1}
     monkeypatch.setattr(loss, "in_fresh_process", lambda side, options, **changes: cell)
     record = loss.growth(loss.parse([*TOY, "--growth"]))
-    for name in loss_sides.DIMENSIONS:
+    for name in loss.DIMENSIONS:
         assert len({found[name] for found in record["cells"]}) >= 2, name
 
 

@@ -14,8 +14,8 @@ import torch
 from cpdlm.decoding import Decoded, Sampling, drafters
 from cpdlm.model.language_model import LanguageModel
 from experiments.bench import speed
+from experiments.bench.speed import LEAST_TRUNK, targets
 from experiments.bench.speed_calls import Subject
-from experiments.bench.speed_record import LEAST_TRUNK, targets
 
 ROOT = Path(__file__).parents[1]
 
