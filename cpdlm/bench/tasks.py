@@ -38,15 +38,12 @@ def contenders_of(methods: Mapping[str, Method], setup: Setup, mode: str, batch:
     A method that is another one under greedy is left out beside that.
     """
     sampling = MODES[mode]
-    made = {
-        name: method.make(setup, sampling)
-        for name, method in methods.items()
-        if not (sampling.greedy and method.greedy_twin in methods)
-    }
     return {
         name: contender
-        for name, contender in made.items()
-        if contender is not None and (batch == 1 or isinstance(contender, Ours))
+        for name, method in methods.items()
+        if not (sampling.greedy and method.greedy_twin in methods)
+        and (contender := method.make(setup, sampling)) is not None
+        and (batch == 1 or isinstance(contender, Ours))
     }
 
 

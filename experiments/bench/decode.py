@@ -41,8 +41,8 @@ RECORDS: dict[str, dict[str, Callable[[Bench], list[dict[str, Any]]]]] = {
     "baselines": {"methods": baselines},
 }
 SETTINGS = (
-    *("prompts", "timed_prompts", "prompt_tokens", "new_tokens", "nodes", "validation_draws", "draws"),
-    *("acceptance_draws", "baseline_draws", "warmups", "seeds", "assistant_tokens", "lookup_longest", "active"),
+    *("prompts", "timed_prompts", "prompt_tokens", "new_tokens", "nodes", "draws", "acceptance_draws"),
+    *("baseline_draws", "warmups", "seeds", "active"),
 )
 QUICK = (
     "--prompts 3 --timed-prompts 2 --prompt-tokens 8 --new-tokens 6 --nodes 3 --draws 1 --acceptance-draws 2 "
@@ -85,9 +85,7 @@ def parser() -> argparse.ArgumentParser:
     add("--hydra", type=Path, help="folder that --train-hydra wrote")
     assistants = "finished next-token runs, one per corpus, that draft for transformers' assisted generation"
     add("--assistant", type=Path, nargs="*", default=[], help=assistants)
-    add("--assistant-tokens", type=int, default=3, help="drafts of the assistant per forward")
     add("--lookup-horizons", type=int, nargs="*", default=[4, 8], help="windows of prompt lookup, with pending token")
-    add("--lookup-longest", type=int, default=3, help="longest n-gram that prompt lookup looks for")
     add("--prompts", type=int, default=32, help="of the acceptance")
     add("--timed-prompts", type=int, default=8, help="how many of them are timed")
     add("--prompt-tokens", type=int, default=64, help="tokens of a prompt")
@@ -96,7 +94,6 @@ def parser() -> argparse.ArgumentParser:
     add("--active", type=int, nargs="*", default=[], help="components of a higher rank that a draft evaluates")
     add("--acceptance-draws", type=int, default=3, help="texts per prompt and seed, of the acceptance under sampling")
     add("--draws", type=int, default=2, help="timed texts per prompt and seed of each drafter, test split")
-    add("--validation-draws", type=int, default=1, help="and validation split")
     add("--baseline-draws", type=int, default=3, help="timed texts per prompt and seed of the baselines, test split")
     add("--warmups", type=int, default=1, help="untimed texts of each contender")
     only = (

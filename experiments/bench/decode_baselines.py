@@ -36,6 +36,9 @@ from experiments.bench.decode_heads import (
 from experiments.bench.record import say
 from experiments.report.benchmarks import read_file
 
+LOOKUP_LONGEST = 3  # tokens of an n-gram that prompt lookup looks for
+ASSISTANT_TOKENS = 3  # drafts of the assistant per forward
+
 Racers = Callable[[str], list[Racer]]  # by mode
 Method = tuple[dict[str, Any], Racers]  # what the record says of it, and what runs
 
@@ -87,7 +90,7 @@ def _methods(bench: Bench) -> list[Method]:
         (_entry(bench, "generate", "generate", 1, _same("none")), _generate(bench)),
     ]
     for width in options.lookup_horizons:
-        lookup = LookupSettings(least=1, longest=options.lookup_longest, most=width - 1)
+        lookup = LookupSettings(least=1, longest=LOOKUP_LONGEST, most=width - 1)
 
         def racers(mode: str, lookup: LookupSettings = lookup) -> list[Racer]:
             return [(trunk, bench.decoder(trunk, SAMPLINGS[mode], "lookup", lookup=lookup))]
@@ -145,18 +148,18 @@ def _generate(bench: Bench, **more: Any) -> Racers:
 
 def _assistant(bench: Bench, folder: Path) -> Method:
     """transformers' assisted generation."""
-    model, trunk, tokens = checkpoints.load_model(folder), bench.trunk, bench.options.assistant_tokens
+    model, trunk = checkpoints.load_model(folder), bench.trunk
     if model.vocab_size != trunk.vocab_size or model.horizon != 1:
         raise SystemExit(
             f"{folder} has a vocabulary of {model.vocab_size} and horizon={model.horizon}; an assistant is a "
             f"next-token model (preset=trunk) with the target's vocabulary of {trunk.vocab_size}"
         )
     assistant = as_hugging_face(model.to(bench.prompts["test"].device))
-    assistant.generation_config.num_assistant_tokens = tokens
+    assistant.generation_config.num_assistant_tokens = ASSISTANT_TOKENS
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     name, drafter = f"assisted, {checkpoints.read_config(folder).size} draft model", _same("assistant")
     parameters = sum(each.numel() for each in model.parameters())
-    entry = _entry(bench, name, "assistant", tokens + 1, drafter, parameters, training_seconds(folder))
+    entry = _entry(bench, name, "assistant", ASSISTANT_TOKENS + 1, drafter, parameters, training_seconds(folder))
     return entry, _generate(bench, assistant_model=assistant)
 
 

@@ -30,7 +30,7 @@ def speeds(bench: Bench) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [heads.label | {"modes": {mode: {} for mode in DRAFTERS}} for heads in bench.heads]
     for mode, names in DRAFTERS.items():
         wanted = [(index, drafter) for index, heads in enumerate(bench.heads) for drafter in distinct(names, heads)]
-        for split, draws in (("validation", bench.options.validation_draws), ("test", bench.options.draws)):
+        for split, draws in (("validation", 1), ("test", bench.options.draws)):
             say(f"drafters, {bench.config.corpus}, {mode}, {split}")
             racers = {"AR": bench.autoregressive(SAMPLINGS[mode])} | {
                 f"{index} {drafter}": bench.speculative(bench.heads[index], SAMPLINGS[mode], drafter)
