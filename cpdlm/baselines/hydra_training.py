@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from cpdlm.baselines.hydra import HydraHeads, HydraModel
-from cpdlm.config import Config, OptimConfig
+from cpdlm.config import Config
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.files import replaced, write_json
 from cpdlm.model.language_model import LanguageModel
@@ -34,20 +33,24 @@ def train_hydra(
     config: Config,
     data: TokenDataModule,
     folder: Path,
-    *,
-    progress: Callable[[int, float], None] = lambda step, nll: None,
-) -> HydraModel:
+    progress: Callable[[int, float], None],
+) -> None:
     """Train for config.optim.steps and write the folder. The heads' hidden layers are as wide as the trunk.
 
     Freezes `base`. The loss is the mean of -log q(x_{t+2..t+N} | x_{t+1}) over the positions that train our heads'
-    later factors.
+    later factors. progress: takes the step and its loss (nats).
     """
     torch.manual_seed(config.seed)
     base.requires_grad_(False)
     optim, device = config.optim, base.unembedding.weight.device
     model = HydraModel(base, HydraHeads(base.trunk.width, config.horizon).to(device))
     weights = list(model.heads.parameters())
-    optimizer, schedule = _optimizer(weights, optim)
+    groups = [
+        {"params": [each for each in weights if each.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [each for each in weights if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, optim))
     began = time.monotonic()
     for step, batch in enumerate(islice(data.train_dataloader(), optim.steps), start=1):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -64,21 +67,10 @@ def train_hydra(
         schedule.step()
         progress(step, loss.item())
     seconds = time.monotonic() - began
-    model.heads.eval()
     with replaced(folder / WEIGHTS) as path:
         save_file(model.heads.state_dict(), path)
     parameters = sum(each.numel() for each in weights)
     write_json(folder / SUMMARY, {"horizon": config.horizon, "seconds": seconds, "parameters": parameters})
-    return model
-
-
-def _optimizer(weights: list[nn.Parameter], optim: OptimConfig) -> tuple[AdamW, LambdaLR]:
-    groups = [
-        {"params": [each for each in weights if each.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [each for each in weights if each.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
-    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, optim))
 
 
 def load_hydra(folder: Path, base: LanguageModel) -> tuple[HydraModel, dict[str, Any]]:

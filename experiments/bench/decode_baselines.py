@@ -189,5 +189,5 @@ def train_sequential_heads(options: argparse.Namespace) -> None:
                     say(f"{folder.name}: step {step}/{config.optim.steps}: {nll:.3f} nats")
 
             data = TokenDataModule(config, load_corpus(config))
-            train_hydra(load_target(config, device), config, data, folder, progress=progress)
+            train_hydra(load_target(config, device), config, data, folder, progress)
             say(f"sequential heads: {folder}")
