@@ -20,7 +20,6 @@ from cpdlm.files import check_writable, default_cache, write_bytes
 from cpdlm.progress import Bar
 
 if TYPE_CHECKING:
-    from cpdlm.bench.compare import Protocol
     from cpdlm.bench.methods import Method
     from cpdlm.data.prompts import Task
     from cpdlm.hf.load import Loaded
@@ -125,6 +124,7 @@ def measure(request: Request, output: Path | None = None) -> Measured:
     import torch
 
     from cpdlm.bench import methods, tasks
+    from cpdlm.bench.compare import Protocol
     from cpdlm.bench.kept import Kept
     from cpdlm.data.pretrained_files import gguf_file
     from cpdlm.decoding import prepare
@@ -138,7 +138,7 @@ def measure(request: Request, output: Path | None = None) -> Measured:
     model = loaded.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     plain = copy.deepcopy(model) if any(method.is_plain for method in wanted.values()) else model
     facts = _facts(request, loaded, given, wanted)  # before weights are laid out anew
-    kept = Kept(output, vars(request) | facts | {"content": _content(model, given)}, _say)
+    kept = Kept(output, vars(request) | facts | {"content": _content(model, given)})
     told = prepare(model, request.weights).sentences
     needs_file = any(name.startswith(methods.LLAMA) for name in wanted)
     gguf = request.gguf or (gguf_file(request.model, str(default_cache())) if needs_file else None)
@@ -147,6 +147,7 @@ def measure(request: Request, output: Path | None = None) -> Measured:
     runs = [
         (task, mode, tasks.contenders_of(wanted, setup, mode, request.batch)) for task in given for mode in tasks.MODES
     ]
+    protocol = Protocol(request.new_tokens, repeats=request.repeats, warmups=request.warmups, seed=request.seed)
     progress = Bar(total=sum(_texts(request, task) * len(each) for task, _, each in runs), unit="text")
     entries = []
     for task, mode, contenders in runs:
@@ -155,7 +156,7 @@ def measure(request: Request, output: Path | None = None) -> Measured:
         comparison = tasks.Comparison(setup, task, mode, contenders, progress, request.batch)
         work = partial(comparison.counted, request.rows, request.seed)
         if not request.acceptance_only:
-            work = partial(comparison.timed, _protocol(request))
+            work = partial(comparison.timed, protocol)
         if part in kept.parts:
             progress.total -= _texts(request, task) * len(contenders)
         entries += kept.part(part, work)
@@ -259,20 +260,10 @@ def _texts(request: Request, task: Task) -> int:
     return math.ceil(len(task.prompts) / request.batch) * request.repeats + request.warmups
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _content(model: LanguageModel, given: Sequence[Task]) -> list[Any]:
     """What tells weights and prompts of the same names apart."""
     weights = [each for each in model.parameters() if each.requires_grad] + [model.unembedding.weight]
     return [sum(float(each.detach().double().abs().sum()) for each in weights), [task.prompts for task in given]]
-
-
-def _protocol(request: Request) -> Protocol:
-    from cpdlm.bench.compare import Protocol
-
-    return Protocol(request.new_tokens, repeats=request.repeats, warmups=request.warmups, seed=request.seed)
 
 
 def _facts(request: Request, loaded: Loaded, given: Sequence[Task], wanted: Mapping[str, Method]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _speed_up_arguments(parser: Parser) -> None:
 
 
 def _speed_up(options: Namespace) -> Sequence[str]:
-    from cpdlm.speed_up import Request, make_plan, speed_up
+    from cpdlm.speed_up import Request, lines, make_plan, speed_up
     from cpdlm.training.checkpoints import RunError
     from cpdlm.training.module import NonFiniteLoss
     from cpdlm.training.stopping import Interrupted, ProcessLost
@@ -148,7 +148,8 @@ def _speed_up(options: Namespace) -> Sequence[str]:
     except Interrupted as error:
         raise KeyboardInterrupt(str(error)) from error
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
-    return [*found.lines(width), "", f"{folder}: {found.use}"]
+    use = f"load it with cpdlm.load({str(folder)!r}), or cpdlm generate --model {folder} --show"
+    return [*lines(request.model, found, width), "", f"{folder}: {use}"]
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------

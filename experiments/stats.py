@@ -128,8 +128,7 @@ def contrast(pairs: Sequence[tuple[Sample, Sample]]) -> Interval:
 
 
 def _made(effect: Effect, level: float, *common: float) -> Interval:
-    ends = effect.ends(level, *common)
-    return Interval(effect.mean, ends.low, ends.high, level, effect.seeds, effect.spread, effect)
+    return Interval(effect.mean, *effect.ends(level, *common), level, effect.seeds, effect.spread, effect)
 
 
 def together(found: Mapping[Key, Interval], level: float = LEVEL, one_base: bool = False) -> dict[Key, Interval]:

@@ -88,7 +88,7 @@ def hydra(vocab_size: int = 5) -> HydraModel:
     base = build_language_model(
         resolve({"size": "micro", "horizon": 1, "rank": 1, "balance": "none"}), vocab_size
     ).eval()
-    heads = HydraHeads(base.trunk.width, 3, 16)
+    heads = HydraHeads(base.trunk.width, 3)
     for weight in heads.parameters():
         torch.nn.init.normal_(weight, std=0.5)
     return HydraModel(base, heads.eval())

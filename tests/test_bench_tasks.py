@@ -15,7 +15,7 @@ from cpdlm import benchmark, cli
 from cpdlm.bench.compare import Protocol
 from cpdlm.bench.contenders import exit_layer
 from cpdlm.bench.table import fitting
-from cpdlm.bench.tasks import Comparison
+from cpdlm.bench.tasks import MODES, Comparison
 from cpdlm.benchmark import Request, measure
 from cpdlm.config import ConfigError
 from cpdlm.data.conversations import messages, written
@@ -102,22 +102,11 @@ def test_a_text_ends_where_the_models_text_ends(run: Path, prompts: str, monkeyp
 def test_the_command_writes_rows_table_and_figure(
     run: Path, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["bench", str(run), "--tasks", prompts, "--methods", "chain", "--prompts", "2", "--new-tokens", "6"]
-    words += [
-        "--repeats",
-        "2",
-        "--warmups",
-        "0",
-        "--json",
-        str(tmp_path / "rows.json"),
-        "--output",
-        str(tmp_path / "new"),
-    ]
-    assert cli.main(words) == 0
+    words = ["--methods", "chain", "--prompts", "2", "--new-tokens", "6", "--repeats", "2", "--warmups", "0"]
+    words += ["--json", str(tmp_path / "rows.json"), "--output", str(tmp_path / "new")]
+    assert cli.main(["bench", str(run), "--tasks", prompts, *words]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["method"], row["mode"]) for row in rows] == [
-        (m, k) for k in ("greedy", "T=1") for m in ("AR", "chain")
-    ]
+    assert [(row["method"], row["mode"]) for row in rows] == [(m, k) for k in MODES for m in ("AR", "chain")]
     assert all(set(row) == ROW and set(row["speedup"]) == {"median", "low", "high", "sem"} for row in rows)
     assert rows[0]["prompts"] == 2 and rows[0]["accepted_by_depth"] == [] and len(rows[1]["accepted_by_depth"]) > 0
     out = capsys.readouterr().out
@@ -287,11 +276,8 @@ def test_a_killed_measurement_goes_on_where_it_was(
     run: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is finished stands beside the output until that is written; of other weights or options nothing is taken."""
-    request, file = (
-        Request(str(run), (prompts,), methods=("chain",), new_tokens=4, repeats=1, warmups=0),
-        tmp_path / "r",
-    )
-    whole, calls = Comparison.timed, []
+    request = Request(str(run), (prompts,), methods=("chain",), new_tokens=4, repeats=1, warmups=0)
+    file, whole, calls = tmp_path / "r", Comparison.timed, []
 
     def killed(comparison: Comparison, protocol: Protocol) -> list[dict[str, Any]]:
         calls.append(comparison.mode)

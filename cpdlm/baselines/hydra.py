@@ -26,13 +26,13 @@ from cpdlm.model.language_model import LanguageModel
 class HydraHeads(nn.Module):
     """Head J = 1..N-1 gives x_{t+1+J} from h_t and x_{t+1..t+J}.
 
-    It is the softmax of U (h + out SiLU(into [h, E x_{t+1}, .., E x_{t+J}])).
+    It is the softmax of U (h + out SiLU(into [h, E x_{t+1}, .., E x_{t+J}])), D numbers wide inside.
     """
 
-    def __init__(self, width: int, horizon: int, hidden_width: int) -> None:
+    def __init__(self, width: int, horizon: int) -> None:
         super().__init__()
-        self.into = nn.ModuleList(nn.Linear((1 + seen) * width, hidden_width) for seen in range(1, horizon))
-        self.out = nn.ModuleList(nn.Linear(hidden_width, width) for _ in range(1, horizon))
+        self.into = nn.ModuleList(nn.Linear((1 + seen) * width, width) for seen in range(1, horizon))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(1, horizon))
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 

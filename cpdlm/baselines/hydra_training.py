@@ -5,7 +5,6 @@ FOLDER/hydra.json          what they are and what they cost
 """
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -15,12 +14,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from cpdlm.baselines.hydra import HydraHeads, HydraModel
-from cpdlm.config import Config, OptimConfig
+from cpdlm.config import Config
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.files import replaced, write_json
 from cpdlm.model.language_model import LanguageModel
@@ -35,21 +33,24 @@ def train_hydra(
     config: Config,
     data: TokenDataModule,
     folder: Path,
-    *,
-    progress: Callable[[int, float], None] = lambda step, nll: None,
-) -> HydraModel:
+    progress: Callable[[int, float], None],
+) -> None:
     """Train for config.optim.steps and write the folder. The heads' hidden layers are as wide as the trunk.
 
     Freezes `base`. The loss is the mean of -log q(x_{t+2..t+N} | x_{t+1}) over the positions that train our heads'
-    later factors.
+    later factors. progress: takes the step and its loss (nats).
     """
     torch.manual_seed(config.seed)
     base.requires_grad_(False)
     optim, device = config.optim, base.unembedding.weight.device
-    model = HydraModel(base, HydraHeads(base.trunk.width, config.horizon, base.trunk.width).to(device))
+    model = HydraModel(base, HydraHeads(base.trunk.width, config.horizon).to(device))
     weights = list(model.heads.parameters())
-    optimizer, schedule = _optimizer(weights, optim)
-    curve: list[float] = []
+    groups = [
+        {"params": [each for each in weights if each.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [each for each in weights if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, optim))
     began = time.monotonic()
     for step, batch in enumerate(islice(data.train_dataloader(), optim.steps), start=1):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -64,44 +65,19 @@ def train_hydra(
             torch.nn.utils.clip_grad_norm_(weights, optim.clip)
         optimizer.step()
         schedule.step()
-        curve.append(loss.item())
-        progress(step, curve[-1])
+        progress(step, loss.item())
     seconds = time.monotonic() - began
-    model.heads.eval()
     with replaced(folder / WEIGHTS) as path:
         save_file(model.heads.state_dict(), path)
-    write_json(
-        folder / SUMMARY,
-        {
-            "horizon": config.horizon,
-            "hidden_width": base.trunk.width,
-            "trunk": Path(config.model.trunk).name,
-            "steps": optim.steps,
-            "batch_rows": config.data.batch_rows,
-            "context": config.data.context,
-            "seed": config.seed,
-            "seconds": seconds,
-            "parameters": sum(each.numel() for each in weights),
-            "last_nll": statistics.fmean(curve[-50:]),
-        },
-    )
-    return model
-
-
-def _optimizer(weights: list[nn.Parameter], optim: OptimConfig) -> tuple[AdamW, LambdaLR]:
-    groups = [
-        {"params": [each for each in weights if each.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [each for each in weights if each.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
-    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, optim))
+    parameters = sum(each.numel() for each in weights)
+    write_json(folder / SUMMARY, {"horizon": config.horizon, "seconds": seconds, "parameters": parameters})
 
 
 def load_hydra(folder: Path, base: LanguageModel) -> tuple[HydraModel, dict[str, Any]]:
     """The model and its summary; raises RunError for a folder without them or of another trunk."""
     try:
         summary = json.loads((folder / SUMMARY).read_bytes())
-        heads = HydraHeads(base.trunk.width, summary["horizon"], summary["hidden_width"])
+        heads = HydraHeads(base.trunk.width, summary["horizon"])
         heads.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RunError(

@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cpdlm.bench.acceptance import acceptance
-from cpdlm.bench.contenders import Contender, CountsItself, Ours, hugging_face, theirs
+from cpdlm.bench.contenders import Contender, Ours, forwards_of, hugging_face, theirs
 from cpdlm.bench.intervals import Effect, log_ratio, named, pseudo_values
 from cpdlm.bench.timers import PARTS, Timer, count_forwards, forward_milliseconds, undisturbed
 from cpdlm.config import DecodeConfig
@@ -74,17 +73,6 @@ class Timing:
         return float(np.median(self.rates()))
 
 
-@dataclass(frozen=True)
-class _Rivals:
-    """The timings that one cell's mode is made of; None where there is no such contender."""
-
-    autoregressive: Timing
-    speculative: Timing
-    generate: Timing | None
-    trunk: Timing | None
-    rank_one: Timing | None
-
-
 def measure(
     models: Mapping[str, LanguageModel],
     prompts_PT: Tensor,
@@ -103,16 +91,7 @@ def measure(
     compares with that (null without one). reference: a next-token model of equal training; "speedup_over_trunk"
     compares with its autoregressive decoding (null without one; on a frozen trunk that is "speedup" itself). Tokens
     and forwards are summed over repeats. Times in seconds, or ms where the name says so.
-
-    Raises ValueError on an empty group or a cell without drafts.
     """
-    if not models:
-        raise ValueError("no cell to measure; pass at least one model")
-    for name, model in models.items():
-        if model.horizon < 2:
-            raise ValueError(
-                f"cell {name} has horizon {model.horizon} and drafts nothing; measure cells of horizon 2 or more"
-            )
     say = progress or (lambda line: None)
     shared, new_tokens = _shared_autoregressive(models), protocol.new_tokens
     subjects = dict(models)
@@ -131,21 +110,24 @@ def measure(
     modes = {}
     for name, model in models.items():
         say(f"{name}: time split")
-        rivals = _Rivals(
-            timings["plain", shared[name]],
-            timings["speculative", name],
-            timings.get(("generate", shared[name])),
-            timings.get(("plain", REFERENCE)),
-            timings["speculative", rank_one[name]] if rank_one and name in rank_one else None,
-        )
-        modes[name] = _mode(model, prompts_PT, sampling, protocol, rivals)
+        ours, base, generated = timings["speculative", name], timings["plain", shared[name]], ("generate", shared[name])
+        modes[name] = _mode(model, prompts_PT, sampling, protocol, base, ours, timings.get(generated))
+        others = {"trunk": ("plain", REFERENCE), "rank1": ("speculative", (rank_one or {}).get(name, ""))}
+        for key, other in others.items():
+            modes[name][f"speedup_over_{key}"] = rate_ratio(ours, timings[other]) if other in timings else None
     return modes
 
 
 def _mode(
-    model: LanguageModel, prompts_PT: Tensor, sampling: Sampling, protocol: Protocol, rivals: _Rivals
+    model: LanguageModel,
+    prompts_PT: Tensor,
+    sampling: Sampling,
+    protocol: Protocol,
+    base: Timing,
+    ours: Timing,
+    generate: Timing | None,
 ) -> dict[str, Any]:
-    base, ours, generate = rivals.autoregressive, rivals.speculative, rivals.generate
+    """base: of autoregressive decoding."""
     statistics = acceptance(ours.decoded, model.horizon)
     speedup = rate_ratio(ours, base)
     one, window = forward_milliseconds(model, prompts_PT, protocol.new_tokens)
@@ -163,8 +145,6 @@ def _mode(
             "generate": generate.rate() if generate is not None else None,
         },
         "speedup": speedup,
-        "speedup_over_rank1": rate_ratio(ours, rivals.rank_one) if rivals.rank_one is not None else None,
-        "speedup_over_trunk": rate_ratio(ours, rivals.trunk) if rivals.trunk is not None else None,
         "plain_over_generate": rate_ratio(base, generate) if generate is not None else None,
         "other_than_generate": _differing(ours, generate) if generate is not None and sampling.greedy else None,
         "conversion": speedup["median"] / statistics["tokens_per_pass"]["mean"],
@@ -254,7 +234,7 @@ def interleaved(
 
                 result, seconds, hooked = undisturbed(once, watch, say)
                 timing.seconds[repeat].append(seconds)
-                seen = contender.forwards(hooked) if isinstance(contender, CountsItself) else hooked
+                seen = forwards_of(contender, hooked)
                 timing.forwards[repeat].append(seen)
                 if isinstance(result, Decoded):
                     assert seen == result.forwards, f"{key}: {seen} forwards were made, the loop says {result.forwards}"
@@ -268,24 +248,12 @@ def interleaved(
 
 
 def _shared_autoregressive(models: Mapping[str, LanguageModel]) -> dict[str, str]:
-    """Cell -> the cell whose autoregressive decoder stands for it: the first with the very same target and weights."""
-    shared: dict[str, str] = {}
-    for name, model in models.items():
-        same = (first for first in shared.values() if _same_target(models[first], model))
-        shared[name] = next(same, name)
-    return shared
-
-
-def _same_target(one: LanguageModel, other: LanguageModel) -> bool:
-    if not (one.frozen_target and other.frozen_target):
-        return one is other
-    weights, others = (
-        [each for part in (model.trunk.body, model.unembedding) for each in part.state_dict().values()]
-        for model in (one, other)
-    )
-    return len(weights) == len(others) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(weights, others, strict=True)
-    )
+    """Cell -> the cell whose autoregressive decoder stands for it: the first on the very same frozen trunk."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(model.trunk if model.frozen_target else model), name)
+        for name, model in models.items()
+    }
 
 
 def run_seed(seed: int, index: int, repeat: int) -> int:

@@ -29,6 +29,11 @@ class CountsItself(Protocol):
     def forwards(self, hooked: int) -> int: ...
 
 
+def forwards_of(contender: Contender, hooked: int) -> int:
+    """Of its last call. hooked: how many a hook on the trunk counted."""
+    return contender.forwards(hooked) if isinstance(contender, CountsItself) else hooked
+
+
 class Ours:
     """Our decoding; on CUDA with captured forwards, made at the first prompt.
 
@@ -51,33 +56,26 @@ class Ours:
         self.captured: CapturedForwards | None = None
 
     def __call__(self, prompt_T: Tensor, seed: int) -> Decoded | list[int]:
+        self.captured = None
         if prompt_T.ndim == 2:
             rows = [row_T[row_T != FILLER] for row_T in prompt_T]
-            limit = batch_limit(len(rows), prompt_T.device)
-            texts = self._batch(rows, [seed + row for row in range(len(rows))], limit)
-            return [token for text in texts for token in text.tokens]
-        longest = len(prompt_T) + self.new_tokens
+            seeds, limit = [seed + row for row in range(len(rows))], batch_limit(len(rows), prompt_T.device)
+            return [token for text in self._written(rows, seeds, most_tokens=limit) for token in text.tokens]
         if self.costs is None:
+            longest = len(prompt_T) + self.new_tokens
             self.captured = self.captures(1, longest, self.sampling, self.draft, self.nodes)
-        return self._decode(prompt_T, seed, Options(nodes=self.nodes, forwards=self.captured, costs=self.costs))
+        return self._written([prompt_T], [seed], forwards=self.captured)[0]
 
     def timed(self, prompt_T: Tensor, seed: int, timer: Callable[[str], None]) -> Decoded:
         """The same, launched kernel by kernel; timer(part) is called at the end of each stretch of work."""
-        return self._decode(prompt_T, seed, Options(nodes=self.nodes, timer=timer))
-
-    def _decode(self, prompt_T: Tensor, seed: int, options: Options) -> Decoded:
-        (text,) = self._written([prompt_T], [seed], options)
-        return text
+        return self._written([prompt_T], [seed], timer=timer)[0]
 
     def batch(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> list[Decoded]:
         """All at once, with the texts that single calls write; launched kernel by kernel."""
-        return self._batch(prompts, seeds, 0)
+        return self._written(prompts, seeds)
 
-    def _batch(self, prompts: Sequence[Tensor], seeds: Sequence[int], most_tokens: int) -> list[Decoded]:
-        self.captured = None
-        return self._written(prompts, seeds, Options(nodes=self.nodes, costs=self.costs, most_tokens=most_tokens))
-
-    def _written(self, prompts: Sequence[Tensor], seeds: Sequence[int], options: Options) -> list[Decoded]:
+    def _written(self, prompts: Sequence[Tensor], seeds: Sequence[int], **more: Any) -> list[Decoded]:
+        """more: options of the loop."""
         return decode_batch(
             self.model,
             prompts,
@@ -86,7 +84,7 @@ class Ours:
             [torch.Generator(prompts[0].device).manual_seed(seed) for seed in seeds],
             draft=self.draft,
             eos=self.eos,
-            options=options,
+            options=Options(nodes=self.nodes, costs=self.costs, **more),
         )
 
     def forwards(self, hooked: int) -> int:
@@ -147,14 +145,18 @@ def hugging_face(
     shell = as_hugging_face(model)
 
     def generate(prompt_T: Tensor, new_tokens: int, sampling: Sampling, seed: int) -> list[int]:
-        choice: dict[str, Any] = {"do_sample": not sampling.greedy}
+        choice: dict[str, Any] = {"eos_token_id": eos, "prompt_lookup_num_tokens": lookup}
         if not sampling.greedy:
             choice |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
         if static:
             choice["cache_implementation"] = "static"
-        choice |= {"eos_token_id": eos, "prompt_lookup_num_tokens": lookup}
         settings = GenerationConfig(
-            max_new_tokens=new_tokens, min_new_tokens=None, pad_token_id=0, use_cache=True, **choice
+            max_new_tokens=new_tokens,
+            min_new_tokens=None,
+            do_sample=not sampling.greedy,
+            pad_token_id=0,
+            use_cache=True,
+            **choice,
         )
         shell.generation_config = settings
         devices = [prompt_T.device] if prompt_T.device.type == "cuda" else []

@@ -37,12 +37,6 @@ def pseudo_values(statistic: Callable[..., Array], *parts_SU: Array) -> tuple[Ar
 
 
 @dataclass(frozen=True)
-class Ends:
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Effect:
     """A mean over seeds and the two parts of its variance. Of one seed nothing is known of `between`.
 
@@ -72,20 +66,20 @@ class Effect:
             mixed = float((apart_SU**2).sum()) / (seeds - 1) / (units - 1) / units
         return cls(mean, seeds, spread, spread**2 - mixed, seeds - 1, within, units - 1)
 
-    def ends(self, level: float = 0.95, between: float | None = None, freedom: float | None = None) -> Ends:
-        """between, freedom: of several settings, where it is common to them."""
+    def ends(
+        self, level: float = 0.95, between: float | None = None, freedom: float | None = None
+    ) -> tuple[float, float]:
+        """(low, high). between, freedom: of several settings, where it is common to them."""
         seeds = max(0.0, self.between if between is None else between) / self.seeds
         freedom = self.freedom if freedom is None else freedom
         q = (1 + level) / 2
         half = math.sqrt(_share(seeds, freedom, q) + _share(self.within, self.freedom_within, q))
-        return Ends(self.mean - half, self.mean + half)
+        return self.mean - half, self.mean + half
 
 
 def _share(variance: float, freedom: float, q: float) -> float:
     """Of the squared half-width: each part of the variance has Student's t of its own degrees of freedom."""
-    if not variance:
-        return 0.0
-    return variance * t_quantile(freedom, q) ** 2
+    return variance * t_quantile(freedom, q) ** 2 if variance else 0.0
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,8 +98,7 @@ def named(name: str, point: float, effect: Effect, change: Callable[[float], flo
     """{name, "low", "high"} at 95 %, the point alone where one unit leaves it without an interval.
 
     A median may lie outside the interval of a mean, which then reaches to it."""
-    ends = effect.ends()
-    low, high = (change(end) if math.isfinite(end) else point for end in (ends.low, ends.high))
+    low, high = (change(end) if math.isfinite(end) else point for end in effect.ends())
     return {name: point, "low": min(point, low), "high": max(point, high)}
 
 

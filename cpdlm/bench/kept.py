@@ -1,6 +1,7 @@
 """What a measurement has finished so far, beside its output: a killed one goes on with the next part."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ Entries = list[dict[str, Any]]
 class Kept:
     """Parts by name, in FILE.parts until `remove`. asked: what was asked for, on what; nothing is taken of another.
 
-    file: the output; None keeps nothing. say: takes a line for the user.
+    file: the output; None keeps nothing. What is taken or replaced is said on standard error.
     """
 
-    def __init__(self, file: Path | None, asked: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(self, file: Path | None, asked: Mapping[str, Any]) -> None:
         self.path = None if file is None else _place(file)
         self.asked: dict[str, Any] = json.loads(json.dumps(asked, default=str))
         self.parts: dict[str, Entries] = {}
@@ -28,9 +29,9 @@ class Kept:
             found = None
         if isinstance(found, dict) and found.get("asked") == self.asked:
             self.parts = found["parts"]
-            say(f"goes on after {', '.join(self.parts)} of {self.path}")
+            print(f"goes on after {', '.join(self.parts)} of {self.path}", file=sys.stderr, flush=True)
         else:
-            say(f"{self.path} is of another measurement, and is replaced")
+            print(f"{self.path} is of another measurement, and is replaced", file=sys.stderr, flush=True)
 
     def part(self, name: str, measure: Callable[[], Entries]) -> Entries:
         """Of an earlier call, or measured and kept."""

@@ -1,4 +1,4 @@
-"""Memory that decoding takes: what is alive at its worst moments beyond what was alive before it.
+"""Memory that work takes, decoding above all: what is alive at its worst moments beyond what was alive before it.
 
 The forward over a long prompt takes more than anything after it, and is the same for every method. So hooks separate
 the target's forwards, and what comes after the first is reported by itself. Weights that are loaded already do not
@@ -39,8 +39,7 @@ class _Stretch:
 
 def working_memory(work: Callable[[], Any], target: nn.Module, device: torch.device) -> Memory:
     """What `work()` takes, whose forwards are calls of `target`. Raises ValueError where it makes none."""
-    measure = _on_cuda if device.type == "cuda" else _on_cpu
-    stretches = measure(work, target, device)
+    stretches = _stretches(work, target, device)
     after = stretches[2:]  # after the first forward
     if not after:
         raise ValueError("the work makes no forward of the target; give the module whose calls are its forwards")
@@ -51,7 +50,17 @@ def working_memory(work: Callable[[], Any], target: nn.Module, device: torch.dev
     )
 
 
-def _on_cpu(work: Callable[[], Any], target: nn.Module, device: torch.device) -> list[_Stretch]:
+def most_alive(work: Callable[[], Any], device: torch.device) -> int:
+    """Bytes: most alive at once in `work()`, less those alive before it."""
+    (whole,) = _stretches(work, nn.Identity(), device)
+    return whole.most
+
+
+def _stretches(work: Callable[[], Any], target: nn.Module, device: torch.device) -> list[_Stretch]:
+    return _on_cuda(work, target, device) if device.type == "cuda" else _on_cpu(work, target)
+
+
+def _on_cpu(work: Callable[[], Any], target: nn.Module) -> list[_Stretch]:
     def mark(name: str) -> None:
         with torch.profiler.record_function(name):
             pass

@@ -3,18 +3,11 @@
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cpdlm.bench.contenders import (
-    Contender,
-    EarlyExit,
-    Ends,
-    Ours,
-    as_hugging_face,
-    exit_layer,
-    hugging_face,
-    theirs,
-)
+from cpdlm.bench.contenders import Contender, EarlyExit, Ends, Ours, as_hugging_face, exit_layer, hugging_face, theirs
 from cpdlm.bench.llama import LlamaCpp
 from cpdlm.config import ConfigError
 from cpdlm.decoding import Sampling
@@ -76,78 +69,63 @@ def chosen(words: Sequence[str], model: LanguageModel) -> dict[str, Method]:
     return {name: method for name, method in METHODS.items() if name == AUTOREGRESSIVE or name in wanted}
 
 
-def _ours(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
-    def make(setup: Setup, sampling: Sampling) -> Contender:
-        return Ours(setup.model, setup.new_tokens, sampling, draft, setup.nodes, setup.eos)
-
-    return make
-
-
-def _paying(draft: str) -> Callable[[Setup, Sampling], Contender | None]:
-    def make(setup: Setup, sampling: Sampling) -> Contender:
-        costs = Costs.measure(setup.model, sampling, next(setup.model.parameters()).device)
-        return Ours(setup.model, setup.new_tokens, sampling, draft, setup.nodes, setup.eos, costs)
-
-    return make
+def _ours(setup: Setup, sampling: Sampling, draft: str, paying: bool = False) -> Contender:
+    """paying: only as many drafts as pay on this machine."""
+    costs = Costs.measure(setup.model, sampling, next(setup.model.parameters()).device) if paying else None
+    return Ours(setup.model, setup.new_tokens, sampling, draft, setup.nodes, setup.eos, costs)
 
 
-def _theirs(lookup: int | None = None) -> Callable[[Setup, Sampling], Contender | None]:
-    def make(setup: Setup, sampling: Sampling) -> Contender | None:
-        generate = hugging_face(setup.plain, eos=setup.eos, lookup=lookup)
-        return None if generate is None else theirs(generate, setup.new_tokens, sampling)
-
-    return make
+def _theirs(setup: Setup, sampling: Sampling, **more: Any) -> Contender | None:
+    """more: arguments of its generate."""
+    generate = hugging_face(setup.plain, eos=setup.eos, **more)
+    return None if generate is None else theirs(generate, setup.new_tokens, sampling)
 
 
 def _early_exit(setup: Setup, sampling: Sampling) -> Contender | None:
-    generate = hugging_face(setup.plain, eos=setup.eos, assistant_early_exit=exit_layer(setup.plain))
-    return None if generate is None else EarlyExit(setup.plain, theirs(generate, setup.new_tokens, sampling))
+    write = _theirs(setup, sampling, assistant_early_exit=exit_layer(setup.plain))
+    return None if write is None else EarlyExit(setup.plain, write)
 
 
 def _assisted(setup: Setup, sampling: Sampling) -> Contender | None:
     assert setup.assistant is not None
-    generate = hugging_face(setup.plain, eos=setup.eos, assistant_model=as_hugging_face(setup.assistant))
-    return None if generate is None else theirs(generate, setup.new_tokens, sampling)
+    return _theirs(setup, sampling, assistant_model=as_hugging_face(setup.assistant))
 
 
-def _llama(speculation: str = "") -> Callable[[Setup, Sampling], Contender]:
-    def make(setup: Setup, sampling: Sampling) -> Contender:
-        return LlamaCpp(setup.gguf, setup.new_tokens, sampling, speculation)
+def _llama(setup: Setup, sampling: Sampling, speculation: str = "") -> Contender:
+    return LlamaCpp(setup.gguf, setup.new_tokens, sampling, speculation)
 
-    return make
+
+def _heads(about: str, draft: str, greedy_twin: str = "", paying: bool = False) -> Method:
+    make = partial(_ours, draft=draft, paying=paying)
+    return Method(about, make, needs_heads=True, counted=not paying, greedy_twin=greedy_twin)
 
 
 METHODS = {
-    AUTOREGRESSIVE: Method("our loop without drafts", _ours("none"), counted=False),
-    GENERATE: Method("transformers' generate", _theirs(), counted=False, is_plain=True),
-    "generate-lookup": Method("transformers' prompt lookup", _theirs(LOOKED_UP), is_plain=True),
+    AUTOREGRESSIVE: Method("our loop without drafts", partial(_ours, draft="none"), counted=False),
+    GENERATE: Method("transformers' generate", _theirs, counted=False, is_plain=True),
+    "generate-lookup": Method("transformers' prompt lookup", partial(_theirs, lookup=LOOKED_UP), is_plain=True),
     "generate-early-exit": Method(
         "transformers' drafts of the first third of the layers", _early_exit, named=True, is_plain=True
     ),
     ASSISTED: Method("transformers' drafts of a second model", _assisted, named=True, is_plain=True),
-    "lookup": Method("our prompt lookup", _ours("lookup")),
-    "chain": Method("the heads' drafts as a chain", _ours("chain"), needs_heads=True),
-    "block": Method("the same, accepted as a block", _ours("block"), needs_heads=True, greedy_twin="chain"),
-    "tree": Method("the heads' likeliest prefixes as a tree", _ours("tree"), needs_heads=True),
-    "branched": Method("the block, with branches beside it", _ours("branched"), needs_heads=True, greedy_twin="chain"),
-    "lookup+chain": Method(
-        "prompt lookup where it finds something, else the chain", _ours("lookup+chain"), needs_heads=True
+    "lookup": Method("our prompt lookup", partial(_ours, draft="lookup")),
+    "chain": _heads("the heads' drafts as a chain", "chain"),
+    "block": _heads("the same, accepted as a block", "block", greedy_twin="chain"),
+    "tree": _heads("the heads' likeliest prefixes as a tree", "tree"),
+    "branched": _heads("the block, with branches beside it", "branched", greedy_twin="chain"),
+    "lookup+chain": _heads("prompt lookup where it finds something, else the chain", "lookup+chain"),
+    "lookup+block": _heads("the same, accepted as a block", "lookup+block", greedy_twin="lookup+chain"),
+    "lookup+tree": _heads("the tree, and prompt lookup as one more branch", "lookup+tree"),
+    "lookup+branched": _heads(
+        "branched, and prompt lookup as one more branch", "lookup+branched", greedy_twin="lookup+chain"
     ),
-    "lookup+block": Method(
-        "the same, accepted as a block", _ours("lookup+block"), needs_heads=True, greedy_twin="lookup+chain"
+    "chain-paying": _heads("as many drafts of the chain as pay on this machine", "chain", paying=True),
+    "lookup+chain-paying": _heads("the same of lookup+chain", "lookup+chain", paying=True),
+    LLAMA: Method("llama.cpp on the GGUF file", _llama, counted=False, named=True),
+    "llama.cpp-ngram-simple": Method(
+        "the same, with its simple prompt lookup", partial(_llama, speculation="NGRAM_SIMPLE"), named=True
     ),
-    "lookup+tree": Method("the tree, and prompt lookup as one more branch", _ours("lookup+tree"), needs_heads=True),
-    "lookup+branched": Method(
-        "branched, and prompt lookup as one more branch",
-        _ours("lookup+branched"),
-        needs_heads=True,
-        greedy_twin="lookup+chain",
+    "llama.cpp-ngram-mod": Method(
+        "the same, with its hashed prompt lookup", partial(_llama, speculation="NGRAM_MOD"), named=True
     ),
-    "chain-paying": Method(
-        "as many drafts of the chain as pay on this machine", _paying("chain"), needs_heads=True, counted=False
-    ),
-    "lookup+chain-paying": Method("the same of lookup+chain", _paying("lookup+chain"), needs_heads=True, counted=False),
-    "llama.cpp": Method("llama.cpp on the GGUF file", _llama(), counted=False, named=True),
-    "llama.cpp-ngram-simple": Method("the same, with its simple prompt lookup", _llama("NGRAM_SIMPLE"), named=True),
-    "llama.cpp-ngram-mod": Method("the same, with its hashed prompt lookup", _llama("NGRAM_MOD"), named=True),
 }

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.compare import Protocol, Timing, interleaved, rate_interval, rate_ratio, run_seed
-from cpdlm.bench.contenders import FILLER, Contender, CountsItself, Ours
+from cpdlm.bench.contenders import FILLER, Contender, Ours, forwards_of
 from cpdlm.bench.intervals import of_ratio
 from cpdlm.bench.llama import UNTOLD
 from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, METHODS, Method, Setup
@@ -38,15 +38,12 @@ def contenders_of(methods: Mapping[str, Method], setup: Setup, mode: str, batch:
     A method that is another one under greedy is left out beside that.
     """
     sampling = MODES[mode]
-    made = {
-        name: method.make(setup, sampling)
-        for name, method in methods.items()
-        if not (sampling.greedy and method.greedy_twin in methods)
-    }
     return {
         name: contender
-        for name, contender in made.items()
-        if contender is not None and (batch == 1 or isinstance(contender, Ours))
+        for name, method in methods.items()
+        if not (sampling.greedy and method.greedy_twin in methods)
+        and (contender := method.make(setup, sampling)) is not None
+        and (batch == 1 or isinstance(contender, Ours))
     }
 
 
@@ -146,9 +143,7 @@ def _written(
     for prompt_T, seed in zip(prompts, seeds, strict=True):
         with count_forwards(model) as forwards:
             text = contender(prompt_T, seed)
-        found.append(
-            (text, contender.forwards(forwards.count) if isinstance(contender, CountsItself) else forwards.count)
-        )
+        found.append((text, forwards_of(contender, forwards.count)))
     return found
 
 

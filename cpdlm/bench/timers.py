@@ -6,6 +6,7 @@ Letters: B rows, T positions, S tokens of a window, P prompts.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -47,25 +48,24 @@ def undisturbed(
     raise StoodStill(f"{TRIES} times in a row this process stood still while it was timed; measure on a quiet machine")
 
 
-class ForwardCounter:
-    """Forwards of a module since the hook was set."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self.count += 1
+@dataclass
+class Counter:
+    count: int = 0
 
 
-def count_forwards(model: LanguageModel) -> AbstractContextManager[ForwardCounter]:
+def count_forwards(model: LanguageModel) -> AbstractContextManager[Counter]:
     """Counts by a forward hook on the trunk's body, independently of the decoding loop."""
     return count_calls(model.trunk.body)
 
 
 @contextmanager
-def count_calls(module: nn.Module) -> Iterator[ForwardCounter]:
-    counter = ForwardCounter()
-    hook = module.register_forward_hook(counter)
+def count_calls(module: nn.Module) -> Iterator[Counter]:
+    counter = Counter()
+
+    def count(*call: Any) -> None:
+        counter.count += 1
+
+    hook = module.register_forward_hook(count)
     try:
         yield counter
     finally:

@@ -3,7 +3,6 @@
 import hashlib
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +30,6 @@ FIRST, LATER = 0.45, 0.4
 SHORTEST, LONGEST = 3, 8  # tokens of a window; a link needs two drafts
 SHARE = 0.9  # of the minutes that is planned for
 GIB = 2**30
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -80,14 +77,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """config: of the training. lines: what is told of it. seconds: of writing, training and measuring."""
+    """config: of the training. lines: what is told of it."""
 
     config: Config
     lines: list[str]
-    seconds: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
-def make_plan(request: Request, say: Say = print) -> Plan:
+def make_plan(request: Request, say: run.Say = print) -> Plan:
     """The settings that pay on this machine, from forwards of the model itself; seconds for one of 100M parameters.
 
     A run that was begun by the same request keeps its settings. Raises ConfigError and RunError on bad input, and where
@@ -114,9 +110,7 @@ def make_plan(request: Request, say: Say = print) -> Plan:
         run.check_vocabulary(base, HubTokenizer("model", source), target)
     pace = measure_pace(base, target, device, base.data.text != "corpus")
     config = parse([*words, *_picked(base, pace, 60 * SHARE * request.minutes), *request.settings])
-    plan = Plan(config, [], _seconds(config, pace))
-    plan.lines.extend(_lines(request, plan, pace, why))
-    return plan
+    return Plan(config, _lines(request, config, pace, why))
 
 
 def _name(request: Request) -> str:
@@ -188,6 +182,7 @@ def best_horizon(pace: Pace, measured: int) -> int:
 
 
 def _seconds(config: Config, pace: Pace) -> tuple[float, float, float]:
+    """Of writing, training and measuring."""
     data = config.data
     written = data.states if data.text != "corpus" else 0
     positions = config.optim.steps * data.batch_rows * data.context
@@ -202,9 +197,8 @@ def _measuring(config: Config, pace: Pace) -> float:
     return texts * decode.new_tokens * pace.forward[1] / 1000
 
 
-def _lines(request: Request, plan: Plan, pace: Pace, why: str) -> list[str]:
+def _lines(request: Request, config: Config, pace: Pace, why: str) -> list[str]:
     """What the plan says. why: the precision. ConfigError where memory or disk do not suffice."""
-    config = plan.config
     data, weight = config.data, 2 if config.model.dtype == "bfloat16" else 4
     states = data.states * (pace.width * weight + 4)
     disk = states + weight * (pace.parameters + pace.head_parameters) + 16 * pace.head_parameters
@@ -218,7 +212,7 @@ def _lines(request: Request, plan: Plan, pace: Pace, why: str) -> list[str]:
     text = config.corpus if data.text == "corpus" else f"{data.states:,} tokens that it writes ({data.prompts})"
     copied = weight * pace.parameters if data.text != "corpus" else 0  # what writes is a copy that is laid out anew
     listed = config.loss.draft_vocabulary
-    writing, training, measuring = (seconds / 60 for seconds in plan.seconds)
+    writing, training, measuring = (seconds / 60 for seconds in _seconds(config, pace))
     return [
         f"{request.model}: {pace.parameters / 1e6:.1f}M parameters, in {config.model.dtype} ({why})",
         f"a forward of {', '.join(map(str, pace.forward))} tokens: "

@@ -17,7 +17,7 @@ decode_baselines.json    autoregressive, generate, prompt lookup, assisted gener
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,19 @@ experiments.check_python()
 from cpdlm.files import check_writable
 from experiments.bench import decode_drafters as drafters
 from experiments.bench import record
-from experiments.bench.decode_baselines import baselines, train_sequential_heads
+from experiments.bench.decode_baselines import baselines, chosen_drafters, train_sequential_heads
 from experiments.bench.decode_heads import Bench, load_benches, target_entry
-from experiments.report.benchmarks import read_file
 
+# record -> its parts, each of the rows of every corpus
+RECORDS: dict[str, dict[str, Callable[[Bench], list[dict[str, Any]]]]] = {
+    "acceptance": {"strategies": drafters.accepted, "agreement": drafters.agreements, "filters": drafters.filters},
+    "strategies": {"cells": drafters.speeds},
+    "sparse": {"rows": drafters.sparse},
+    "baselines": {"methods": baselines},
+}
 SETTINGS = (
-    *("prompts", "timed_prompts", "prompt_tokens", "new_tokens", "nodes", "validation_draws", "draws"),
-    *("acceptance_draws", "baseline_draws", "warmups", "seeds", "assistant_tokens", "lookup_longest", "active"),
+    *("prompts", "timed_prompts", "prompt_tokens", "new_tokens", "nodes", "draws", "acceptance_draws"),
+    *("baseline_draws", "warmups", "seeds", "active"),
 )
 QUICK = (
     "--prompts 3 --timed-prompts 2 --prompt-tokens 8 --new-tokens 6 --nodes 3 --draws 1 --acceptance-draws 2 "
@@ -50,43 +56,22 @@ def main(arguments: Sequence[str]) -> int:
         train_sequential_heads(options)
         return 0
     check_writable(options.output)
-    path = options.output / "decode_strategies.json"
-    if options.only == "baselines" and isinstance(there := read_file(path), str):
-        raise SystemExit(f"{there}; the chosen drafters are in it: leave out --only baselines")
+    if options.only == "baselines":
+        chosen_drafters(options)  # SystemExit where there are none
     benches = load_benches(options)
-    if options.only in (None, "acceptance"):
-        found = _begin("acceptance", benches, arguments)
-        parts = {"strategies": drafters.accepted, "agreement": drafters.agreements, "filters": drafters.filters}
+    for what, parts in RECORDS.items():
+        if options.only not in (None, what) or (what == "sparse" and not options.active):
+            continue
+        settings = record.chosen(options, SETTINGS)
+        found = record.begin(f"decoding {what}", "decode", arguments, settings, benches[0].seed)
+        found["targets"] = [target_entry(bench) for bench in benches]
         for part, measure in parts.items():
             found[part] = [row for bench in benches for row in measure(bench)]
-        record.write(options, "decode_acceptance", found)
-    if options.only in (None, "strategies"):
-        found = _begin("strategies", benches, arguments)
-        found["cells"] = [row for bench in benches for row in drafters.speeds(bench)]
-        found["suggested"] = drafters.suggested(found["cells"])
-        record.write(options, "decode_strategies", found)
-        print(f"suggested: {found['suggested']}")
-    if options.active and options.only in (None, "sparse"):
-        found = _begin("sparse", benches, arguments)
-        found["rows"] = [row for bench in benches for row in drafters.sparse(bench)]
-        record.write(options, "decode_sparse", found)
-    if options.only in (None, "baselines"):
-        strategies = read_file(path)
-        assert not isinstance(strategies, str), strategies
-        chosen = {
-            cell["names"][0]: {mode: entry["chosen"] for mode, entry in cell["modes"].items()}
-            for cell in strategies["cells"]
-        }
-        found = _begin("baselines", benches, arguments)
-        found["methods"] = [row for bench in benches for row in baselines(bench, chosen)]
-        record.write(options, "decode_baselines", found)
+        if what == "strategies":
+            found["suggested"] = drafters.suggested(found["cells"])
+            print(f"suggested: {found['suggested']}")
+        record.write(options, f"decode_{what}", found)
     return 0
-
-
-def _begin(what: str, benches: Sequence[Bench], arguments: Sequence[str]) -> dict[str, Any]:
-    settings = record.chosen(benches[0].options, SETTINGS)
-    begun = record.begin(f"decoding {what}", "decode", arguments, settings, benches[0].seed)
-    return begun | {"targets": [target_entry(bench) for bench in benches]}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,9 +85,7 @@ def parser() -> argparse.ArgumentParser:
     add("--hydra", type=Path, help="folder that --train-hydra wrote")
     assistants = "finished next-token runs, one per corpus, that draft for transformers' assisted generation"
     add("--assistant", type=Path, nargs="*", default=[], help=assistants)
-    add("--assistant-tokens", type=int, default=3, help="drafts of the assistant per forward")
     add("--lookup-horizons", type=int, nargs="*", default=[4, 8], help="windows of prompt lookup, with pending token")
-    add("--lookup-longest", type=int, default=3, help="longest n-gram that prompt lookup looks for")
     add("--prompts", type=int, default=32, help="of the acceptance")
     add("--timed-prompts", type=int, default=8, help="how many of them are timed")
     add("--prompt-tokens", type=int, default=64, help="tokens of a prompt")
@@ -111,13 +94,12 @@ def parser() -> argparse.ArgumentParser:
     add("--active", type=int, nargs="*", default=[], help="components of a higher rank that a draft evaluates")
     add("--acceptance-draws", type=int, default=3, help="texts per prompt and seed, of the acceptance under sampling")
     add("--draws", type=int, default=2, help="timed texts per prompt and seed of each drafter, test split")
-    add("--validation-draws", type=int, default=1, help="and validation split")
     add("--baseline-draws", type=int, default=3, help="timed texts per prompt and seed of the baselines, test split")
     add("--warmups", type=int, default=1, help="untimed texts of each contender")
     only = (
-        "make one record (acceptance is not timed; sparse needs --active; baselines takes the choice from strategies)"
+        "make one record (acceptance is not timed; sparse needs --active; baselines takes its drafters from strategies)"
     )
-    add("--only", choices=("acceptance", "strategies", "sparse", "baselines"), help=only)
+    add("--only", choices=tuple(RECORDS), help=only)
     return made
 
 

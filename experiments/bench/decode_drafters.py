@@ -27,36 +27,25 @@ TEMPERATURES, TOP_P = (0.5, 0.8, 1.0, 1.2), (0.8, 0.95, 1.0)  # temperature 0 ha
 
 def speeds(bench: Bench) -> list[dict[str, Any]]:
     """Per heads and mode: each drafter on both splits, and the one chosen."""
-    found: list[dict[str, Any]] = [heads.label | {"modes": {mode: {} for mode in DRAFTERS}} for heads in bench.heads]
-    for mode in DRAFTERS:
-        for split, draws in (("validation", bench.options.validation_draws), ("test", bench.options.draws)):
+    rows: list[dict[str, Any]] = [heads.label | {"modes": {mode: {} for mode in DRAFTERS}} for heads in bench.heads]
+    for mode, names in DRAFTERS.items():
+        wanted = [(index, drafter) for index, heads in enumerate(bench.heads) for drafter in distinct(names, heads)]
+        for split, draws in (("validation", 1), ("test", bench.options.draws)):
             say(f"drafters, {bench.config.corpus}, {mode}, {split}")
-            for index, entries in enumerate(_race(bench, mode, split, draws)):
-                for drafter, entry in entries.items():
-                    found[index]["modes"][mode].setdefault(drafter, {})[split] = entry
-        for heads in found:
-            rates = _validation_speeds(heads, mode)
-            heads["modes"][mode]["chosen"] = max(rates, key=lambda drafter: rates[drafter])
-    return found
-
-
-def _race(bench: Bench, mode: str, split: str, draws: int) -> list[dict[str, dict[str, Any]]]:
-    """Per heads, by drafter: its part of the record."""
-    sampling = SAMPLINGS[mode]
-    names = [distinct(DRAFTERS[mode], heads) for heads in bench.heads]
-    racers = {"AR": bench.autoregressive(sampling)} | {
-        f"{index} {drafter}": bench.speculative(heads, sampling, drafter)
-        for index, heads in enumerate(bench.heads)
-        for drafter in names[index]
-    }
-    raced = bench.race(racers, split, draws)
-
-    def entry(index: int, drafter: str) -> dict[str, Any]:
-        mine, chain = raced[f"{index} {drafter}"], raced[f"{index} chain"]
-        over_chain = {"speed_over_chain": speed_ratio(mine, chain)}
-        return acceptance(mine.decoded, bench.config.horizon) | speed_entry(mine, raced["AR"]) | over_chain
-
-    return [{drafter: entry(index, drafter) for drafter in each} for index, each in enumerate(names)]
+            racers = {"AR": bench.autoregressive(SAMPLINGS[mode])} | {
+                f"{index} {drafter}": bench.speculative(bench.heads[index], SAMPLINGS[mode], drafter)
+                for index, drafter in wanted
+            }
+            raced = bench.race(racers, split, draws)
+            for index, drafter in wanted:
+                mine, chain = raced[f"{index} {drafter}"], raced[f"{index} chain"]
+                entry = acceptance(mine.decoded, bench.config.horizon) | speed_entry(mine, raced["AR"])
+                entry["speed_over_chain"] = speed_ratio(mine, chain)
+                rows[index]["modes"][mode].setdefault(drafter, {})[split] = entry
+        for row in rows:
+            rates = _validation_speeds(row, mode)
+            row["modes"][mode]["chosen"] = max(rates, key=lambda drafter: rates[drafter])
+    return rows
 
 
 def sparse(bench: Bench) -> list[dict[str, Any]]:

@@ -175,6 +175,10 @@ def load_benches(options: argparse.Namespace) -> list[Bench]:
     return benches
 
 
+def training_seconds(run: Path) -> float:
+    return float(json.loads((run / checkpoints.TRAINED).read_bytes())["seconds"])
+
+
 def load_target(config: Config, device: torch.device) -> LanguageModel:
     target = checkpoints.load_target(config)
     assert target is not None, "these heads stand on a frozen trunk"
@@ -235,7 +239,7 @@ def _by_seed(folders: Sequence[Path], configs: dict[Path, Config]) -> list[Heads
             [configs[path].run_name for path in paths],
             [configs[path].seed for path in paths],
             [checkpoints.load_model(path) for path in paths],
-            [float(json.loads((path / checkpoints.TRAINED).read_bytes())["seconds"]) for path in paths],
+            [training_seconds(path) for path in paths],
         )
         for paths in same.values()
     ]

@@ -65,12 +65,11 @@ class Way:
     @property
     def bytes(self) -> int:
         """Of weights that the linear maps read."""
-        total = 0.0
-        for each in self.maps:
-            width = each.weight.dtype.itemsize if isinstance(each, nn.Linear) else each.dtype.itemsize
-            size = {Int8: 1.0, Int4: 0.5 + 4 / GROUP}.get(type(each), width)
-            total += size * each.in_features * each.out_features
-        return int(total)
+        width = {Int8: 1.0, Int4: 0.5 + 4 / GROUP}
+        sizes = (
+            width.get(type(each), self.dtype.itemsize) * each.in_features * each.out_features for each in self.maps
+        )
+        return int(sum(sizes))
 
     def turn(self, taken: Timed) -> None:
         """One forward and one round of the maps for each number of tokens, after one that does not count."""

@@ -64,8 +64,3 @@ def train(what: str, words: Sequence[str], environment: Mapping[str, str] | None
 def spread(values: Sequence[float], middle: str) -> dict[str, float]:
     """{"median" or "mean", "low", "high"}: middle, least and greatest."""
     return {middle: getattr(statistics, middle)(values), "low": min(values), "high": max(values)}
-
-
-def medians(runs: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> dict[str, Any]:
-    """The median of each key over the runs."""
-    return {key: statistics.median(run[key] for run in runs) for key in keys}

@@ -13,8 +13,10 @@ Contenders of a group (one dtype, mode and batch: autoregressive decoding, `gene
 take turns in one process. Single calls are timed right after the decoding that they explain, and ratios are taken
 within a repeat. Speed-ups count the prompt's forward; forwards against the floor do not.
 
-On a GPU forwards are captured (`cpdlm.decoding.captured`), and so are the calls that they are held against. The ranks
-of --batch-ranks at the first horizon and the last dtype are measured with launched kernels, too (`captured: false`).
+On a GPU forwards are captured (`cpdlm.decoding.captured`), and so are the calls that they are held against.
+
+The keys of a record are those of the records on disk: a "pass" is a target forward, "plain" autoregressive decoding,
+"conversion" the speed-up per token per forward, "shortlist" the draft vocabulary.
 
 Letters: B batch, T position.
 """
@@ -23,7 +25,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ import experiments
 
 experiments.check_python()
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,18 +47,14 @@ from cpdlm.decoding import Sampling
 from cpdlm.model.build import build_language_model, parameter_counts
 from cpdlm.model.language_model import LanguageModel
 from experiments.bench import record
-from experiments.bench.speed_calls import (
-    Run,
-    SingleCalls,
-    Subject,
-    milliseconds_by_part,
-    timed_decoding,
-    timed_generate,
-)
-from experiments.bench.speed_record import cell_entry, rate_entry, speed_ratio, targets
+from experiments.bench.speed_calls import Run, SingleCalls, Subject, timed_generate
 from experiments.report.benchmarks import upgrade
 from experiments.report.speed import speed_table
 
+# rank -> least share of the limit, at horizon 4, batch 1, a trunk of 50M parameters or more, greedy and temperature 1
+TARGETS = {1: 0.92, 8: 0.80}
+LEAST_TRUNK = 50_000_000
+GENERATE_TARGET, FLOOR_TARGET = 0.95, 1.05
 MODES = {"greedy": Sampling(temperature=0), "sampling": Sampling()}
 SETTINGS = (
     *("size", "vocab", "map_rank", "shortlist", "prompt_tokens", "new_tokens"),
@@ -78,32 +77,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """What is compared side by side; captured: forwards are replayed graphs."""
+    """What is compared side by side."""
 
     dtype: str
     mode: str
     batch: int
     cells: tuple[Cell, ...]
     new_tokens: int
-    captured: bool = False
-
-    @property
-    def longest(self) -> int:
-        return max(cell.horizon for cell in self.cells)
 
 
-def groups(options: argparse.Namespace, captures: bool) -> list[Group]:
+def groups(options: argparse.Namespace) -> list[Group]:
     """Every rank and horizon at batch 1; of the larger batches --batch-ranks at the first horizon and dtype."""
     sizes, first = tuple(dict.fromkeys((0, options.shortlist))), options.horizons[0]
     all_cells = tuple(Cell(r, n, size) for n in options.horizons for r in options.ranks for size in sizes)
-    few, whole = (tuple(Cell(r, first, size) for r in options.batch_ranks) for size in (sizes[-1], 0))
+    few = tuple(Cell(r, first, sizes[-1]) for r in options.batch_ranks)
     made = [Group(dtype, mode, 1, all_cells, options.new_tokens) for dtype in options.dtypes for mode in MODES]
     for batch in options.batches:
         made += [Group(options.dtypes[0], mode, batch, few, options.batch_tokens) for mode in MODES]
-    if not captures:
-        return made
-    launched = [Group(options.dtypes[-1], mode, 1, whole, options.new_tokens) for mode in MODES]
-    return [*launched, *(replace(group, captured=True) for group in made)]
+    return made
 
 
 def models(
@@ -121,7 +112,7 @@ def models(
     trunk = build_language_model(resolve(base | {"rank": 1, "horizon": 1}), options.vocab)
     trunk = trunk.to(device, getattr(torch, dtype)).eval()
     cells = {}
-    wanted = (cell for group in groups(options, device.type == "cuda") for cell in group.cells)
+    wanted = (cell for group in groups(options) for cell in group.cells)
     for cell in dict.fromkeys(wanted):
         settings = {"rank": cell.rank, "horizon": cell.horizon, "model.map_rank": options.map_rank}
         model = build_language_model(resolve(base | settings | {"model.trunk": "random"}), options.vocab, trunk)
@@ -135,37 +126,30 @@ def models(
 
 
 def measure(
-    group: Group, trunk: LanguageModel, cells: dict[Cell, LanguageModel], options: argparse.Namespace
+    group: Group, trunk: LanguageModel, cells: dict[Cell, LanguageModel], options: argparse.Namespace, captures: bool
 ) -> dict[str, Any]:
     """One group's part of the record; times in ms."""
     sampling, new_tokens, batch = MODES[group.mode], group.new_tokens, group.batch
-    length = options.prompt_tokens + new_tokens // 2 + group.longest
+    horizons = {cell.horizon for cell in cells}
+    length = options.prompt_tokens + new_tokens // 2 + max(horizons)
     text_BT = _random_tokens(options, (batch, length), trunk)
     prompts_BT = text_BT[:, : options.prompt_tokens]
-    subjects: dict[str | Cell, Subject] = {"plain": Subject.of(trunk, drafts=False)}
-    subjects |= {cell: Subject.of(model, drafts=True) for cell, model in cells.items()}
-    if group.captured:
-        subjects = {key: one.captured(batch, sampling, length + new_tokens) for key, one in subjects.items()}
-    contenders: dict[str | Cell, Callable[[int], Run]] = {
-        key: partial(timed_decoding, subject, prompts_BT, sampling) for key, subject in subjects.items()
-    }
+    slots = (length + new_tokens) * captures
+    subjects: dict[str | Cell, Subject] = {"plain": Subject(trunk, prompts_BT, sampling, drafts=False, slots=slots)}
+    for cell, model in cells.items():
+        subjects[cell] = Subject(model, prompts_BT, sampling, drafts=True, slots=slots)
+    contenders: dict[str | Cell, Callable[[int], Run]] = {key: subject.timed for key, subject in subjects.items()}
     generate = hugging_face(trunk)
     if batch == 1 and generate is not None:
         contenders["generate"] = partial(timed_generate, generate, prompts_BT[0], sampling)
-    single = SingleCalls(trunk, text_BT, group.longest, sampling)
-    runs, calls = _by_turns(contenders, subjects, single, new_tokens, options)
+    runs, calls = _by_turns(contenders, subjects, SingleCalls(trunk, text_BT, horizons, sampling), new_tokens, options)
     base, ones = runs["plain"], [one for one, _ in calls["plain"]]
     rates: dict[str, Any] = {key: rate_entry(runs[key], batch) for key in ("plain", "generate") if key in runs}
     if "generate" in runs:
         rates["plain_over_generate"] = interval(speed_ratio(base, runs["generate"]))
-
-    def split(key: str | Cell) -> dict[str, Any]:
-        return {"ms_by_part": milliseconds_by_part(subjects[key], prompts_BT, sampling, new_tokens)}
-
-    rates["plain"] |= split("plain")
-    entries = [asdict(cell) | cell_entry(base, runs[cell], ones, calls[cell], batch) | split(cell) for cell in cells]
+    entries = [asdict(cell) | cell_entry(base, runs[cell], ones, calls[cell], batch) for cell in cells]
     what = {"dtype": group.dtype, "mode": group.mode, "batch": batch, "new_tokens": new_tokens}
-    return what | {"captured": group.captured, **rates, "cells": entries}
+    return what | {"captured": captures, **rates, "cells": entries}
 
 
 def _by_turns(
@@ -206,13 +190,13 @@ def compiled_generate(options: argparse.Namespace, device: torch.device, dtype: 
     trunk, _ = models(options, device, dtype)
     sampling, new_tokens = MODES["greedy"], options.new_tokens
     prompt_T = _random_tokens(options, (options.prompt_tokens,), trunk)
-    ours = Subject.of(trunk, drafts=False).captured(1, sampling, options.prompt_tokens + new_tokens)
+    ours = Subject(trunk, prompt_T[None], sampling, drafts=False, slots=options.prompt_tokens + new_tokens)
     generate = hugging_face(trunk, static=True)
     assert generate is not None, "the trunk is a next-token model"
     runs: dict[str, list[Run]] = {"plain": [], "generate": []}
     try:
         for _ in range(options.warmups + options.repeats):
-            runs["plain"].append(timed_decoding(ours, prompt_T[None], sampling, new_tokens))
+            runs["plain"].append(ours.timed(new_tokens))
             runs["generate"].append(timed_generate(generate, prompt_T, sampling, new_tokens))
     except Exception as error:
         return {"dtype": dtype, "failure": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
@@ -224,13 +208,82 @@ def compiled_generate(options: argparse.Namespace, device: torch.device, dtype: 
     }
 
 
+# --- what is recorded ---------------------------------------------------------------------------------------------
+
+
+def rate_entry(runs: Sequence[Run], batch: int) -> dict[str, Any]:
+    """Latency per token of a row, throughput over all rows."""
+    return {
+        "token_ms": interval([run.token_seconds * 1e3 for run in runs]),
+        "tokens_per_second": interval([batch / run.token_seconds for run in runs]),
+    }
+
+
+def speed_ratio(ours: Sequence[Run], others: Sequence[Run]) -> list[float]:
+    """Of each repeat: how many times as fast ours is."""
+    return [other.token_seconds / our.token_seconds for our, other in zip(ours, others, strict=True)]
+
+
+def cell_entry(
+    autoregressive: Sequence[Run],
+    ours: Sequence[Run],
+    ones: Sequence[float],
+    windows: Sequence[tuple[float, float]],
+    batch: int,
+) -> dict[str, Any]:
+    """Of each repeat: both runs, t(1) in seconds, and (t(N), draft)."""
+    speedups = speed_ratio(ours, autoregressive)
+    per_forward = [run.tokens / run.forwards for run in ours]
+    shares = [speedup / each for speedup, each in zip(speedups, per_forward, strict=True)]
+    limits = [one / window for one, (window, _) in zip(ones, windows, strict=True)]
+    floors = [window + draft for window, draft in windows]
+    return {
+        "tokens_per_pass": float(np.mean(per_forward)),
+        "speedup": interval(speedups),
+        "conversion": interval(shares),
+        "limit": interval(limits),
+        "share_of_limit": interval([share / limit for share, limit in zip(shares, limits, strict=True)]),
+        "t1_ms": interval([one * 1e3 for one in ones]),
+        "tn_ms": interval([window * 1e3 for window, _ in windows]),
+        "draft_ms": interval([draft * 1e3 for _, draft in windows]),
+        "floor_ms": interval([floor * 1e3 for floor in floors]),
+        "pass_ms": interval([run.forward_seconds * 1e3 for run in ours]),
+        "pass_over_floor": interval([run.forward_seconds / floor for run, floor in zip(ours, floors, strict=True)]),
+        **rate_entry(ours, batch),
+    }
+
+
+def targets(measured: list[dict[str, Any]], trunk_parameters: int) -> list[dict[str, Any]]:
+    """Every target: {"what", "cell", "measured", "target", "holds"}; of batches above 1 the floor's."""
+    found = []
+
+    def add(what: str, cell: str, value: float, target: float, holds: bool) -> None:
+        found.append({"what": what, "cell": cell, "measured": value, "target": target, "holds": holds})
+
+    for group in measured:
+        alone = group["batch"] == 1
+        where = f"{group['dtype']} {group['mode']}" + ("" if alone else f" batch {group['batch']}")
+        if "plain_over_generate" in group:
+            ratio = group["plain_over_generate"]["median"]
+            add("AR over generate, at least", where, ratio, GENERATE_TARGET, ratio >= GENERATE_TARGET)
+        for cell in group["cells"]:
+            name = f"{where} r{cell['rank']} n{cell['horizon']} draft vocabulary {cell['shortlist'] or 'none'}"
+            least = TARGETS.get(cell["rank"])
+            if alone and least is not None and cell["horizon"] == 4 and trunk_parameters >= LEAST_TRUNK:
+                share = cell["share_of_limit"]["median"]
+                add("speed-up per token per forward over its limit, at least", name, share, least, share >= least)
+            over = cell["pass_over_floor"]["median"]
+            add("forward over floor, at most", name, over, FLOOR_TARGET, over <= FLOOR_TARGET)
+    return found
+
+
 def records(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The record as it grows: after every group, so that a run that is cut off leaves what it measured.
 
     `seconds`: since the start.
     """
     device = record.device(options)
-    began = time.monotonic()
+    captures, began = device.type == "cuda", time.monotonic()
     settings = record.chosen(options, SETTINGS)
     settings |= {"device": device.type, "kept": "0, 1, .. n-1 drafts in turn"}
     what = "decoding speed, forced acceptance, common target, head=shared"
@@ -238,17 +291,17 @@ def records(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[d
     for dtype in options.dtypes:
         trunk, cells = models(options, device, dtype)
         trunk_parameters = settings["trunk_parameters"] = parameter_counts(trunk)["trunk"]
-        for group in groups(options, device.type == "cuda"):
+        for group in groups(options):
             if group.dtype == dtype:
                 record.say(f"{dtype}, {group.mode}, batch {group.batch}")
-                found["groups"].append(measure(group, trunk, {cell: cells[cell] for cell in group.cells}, options))
+                mine = {cell: cells[cell] for cell in group.cells}
+                found["groups"].append(measure(group, trunk, mine, options, captures))
                 found["targets"] = targets(found["groups"], trunk_parameters)
                 found["seconds"] = time.monotonic() - began
                 yield found
-    if device.type == "cuda":
-        for dtype in options.dtypes:
-            found.setdefault("compiled_generate", []).append(compiled_generate(options, device, dtype))
-            yield found
+    for dtype in options.dtypes if captures else ():
+        found.setdefault("compiled_generate", []).append(compiled_generate(options, device, dtype))
+        yield found
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """What the speed benchmark times: decoding with forced acceptance, and the single calls that explain it.
 
-Letters: B batch, T position, N horizon, S window, D width, V vocabulary.
+Letters: B batch, T position, N horizon, S window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 
 from cpdlm.bench.contenders import Generate
-from cpdlm.bench.timers import Timer
+from cpdlm.bench.timers import Timer, target_calls
 from cpdlm.decoding import CapturedForwards, Decoded, Options, Sampling, captured, decode_batch
 from cpdlm.decoding.drafters import Acceptance, Drafter, Maker, Noise, Uniforms, make_drafter
-from cpdlm.decoding.proposals import Proposal, nothing
+from cpdlm.decoding.drafting import propose
+from cpdlm.decoding.proposals import Proposal
 from cpdlm.model.joint import Joint
 from cpdlm.model.language_model import LanguageModel
 
 
 class Forced:
-    """A drafter that does all of another's work and then accepts 0, 1, .. N-1 drafts in turn, rows out of step."""
+    """The drafter "chain": it does all of its work, then accepts 0, 1, .. N-1 drafts in turn, rows out of step."""
 
-    def __init__(self, drafter: Drafter, horizon: int) -> None:
-        self.drafter, self.horizon = drafter, horizon
+    def __init__(self, horizon: int, sampling: Sampling, uniforms: Noise | None) -> None:
+        self.drafter: Drafter = make_drafter("chain", sampling, uniforms)
+        self.horizon = horizon
         self.forwards: Tensor | None = None  # on the device: a captured forward counts itself
 
     def draft(self, joint: Joint, depth: int) -> Proposal:
@@ -44,51 +46,6 @@ class Forced:
         turn_B = turn_B + self.forwards
         self.forwards.add_(1)
         return replace(acceptance, accepted_B=(turn_B % self.horizon).clamp(max=drafts))
-
-
-@dataclass(frozen=True)
-class ForcedChain:
-    """The drafter "chain" with forced acceptance, as `decode_batch` takes a drafter."""
-
-    horizon: int
-
-    def __call__(self, sampling: Sampling, uniforms: Noise | None) -> Forced:
-        return Forced(make_drafter("chain", sampling, uniforms), self.horizon)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What decodes. draft: "none" or what makes the drafter; forwards: captured ones, where they are replayed."""
-
-    model: LanguageModel
-    draft: str | Maker
-    forwards: CapturedForwards | None = None
-
-    @classmethod
-    def of(cls, model: LanguageModel, drafts: bool) -> Subject:
-        return cls(model, ForcedChain(model.horizon) if drafts else "none")
-
-    @property
-    def drafts(self) -> bool:
-        return self.draft != "none"
-
-    def captured(self, rows: int, sampling: Sampling, slots: int) -> Subject:
-        forwards = CapturedForwards(self.model, rows, sampling, draft=self.draft, slots=slots)
-        return replace(self, forwards=forwards)
-
-    def decode(
-        self, prompts_BT: Tensor, sampling: Sampling, new_tokens: int, timer: Callable[[str], None]
-    ) -> list[Decoded]:
-        generators, options = generators_of(prompts_BT), Options(forwards=self.forwards, timer=timer)
-        prompts = list(prompts_BT)
-        return decode_batch(self.model, prompts, new_tokens, sampling, generators, draft=self.draft, options=options)
-
-
-def generators_of(rows_BT: Tensor) -> list[torch.Generator]:
-    return [torch.Generator(rows_BT.device).manual_seed(row) for row in range(len(rows_BT))]
-
-
-# --- decoding ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -109,20 +66,46 @@ class Run:
         return self.seconds / self.tokens
 
 
-def timed_decoding(subject: Subject, prompts_BT: Tensor, sampling: Sampling, new_tokens: int) -> Run:
-    """One timed call of `decode_batch`."""
-    clock = Timer(prompts_BT.device)
-    began = clock.now()
-    prefill: list[float] = []
+class Subject:
+    """A model that continues prompts (B, T), drafting with forced acceptance or not at all (horizon 1).
 
-    def timer(part: str) -> None:
-        if part == "prefill":
-            prefill.append(clock.now() - began)
+    slots: tokens of the longest text, where forwards are captured; 0 where they are launched.
+    """
 
-    written = subject.decode(prompts_BT, sampling, new_tokens, timer)
-    seconds = clock.now() - began
-    tokens, forwards = ([len(one.tokens) for one in written], [one.forwards for one in written])
-    return Run(seconds, prefill[0], float(np.mean(tokens)), float(np.mean(forwards)))
+    def __init__(
+        self, model: LanguageModel, prompts_BT: Tensor, sampling: Sampling, *, drafts: bool, slots: int = 0
+    ) -> None:
+        self.model, self.prompts_BT, self.sampling = model, prompts_BT, sampling
+        self.horizon = model.horizon if drafts else 1
+        self.draft: str | Maker = partial(Forced, model.horizon) if drafts else "none"
+        self.forwards: CapturedForwards | None = None
+        if slots:
+            self.forwards = CapturedForwards(model, len(prompts_BT), sampling, draft=self.draft, slots=slots)
+
+    def decode(self, new_tokens: int, timer: Callable[[str], None]) -> list[Decoded]:
+        return decode_batch(
+            self.model,
+            list(self.prompts_BT),
+            new_tokens,
+            self.sampling,
+            generators_of(self.prompts_BT),
+            draft=self.draft,
+            options=Options(forwards=self.forwards, timer=timer),
+        )
+
+    def timed(self, new_tokens: int) -> Run:
+        clock, prefill = Timer(self.prompts_BT.device), 0.0
+        began = clock.now()
+
+        def timer(part: str) -> None:
+            nonlocal prefill
+            if part == "prefill":
+                prefill = clock.now() - began
+
+        written = self.decode(new_tokens, timer)
+        seconds = clock.now() - began
+        tokens, forwards = ([len(one.tokens) for one in written], [one.forwards for one in written])
+        return Run(seconds, prefill, float(np.mean(tokens)), float(np.mean(forwards)))
 
 
 def timed_generate(generate: Generate, prompt_T: Tensor, sampling: Sampling, new_tokens: int) -> Run:
@@ -132,21 +115,8 @@ def timed_generate(generate: Generate, prompt_T: Tensor, sampling: Sampling, new
     return Run(clock.now() - began, 0.0, len(written), len(written))
 
 
-def milliseconds_by_part(
-    subject: Subject, prompts_BT: Tensor, sampling: Sampling, new_tokens: int
-) -> dict[str, float] | None:
-    """Of one decoding. Synchronises at every part, so that the sum may exceed an untimed run.
-
-    None where forwards are replayed: their parts cannot be told apart from outside.
-    """
-    if subject.forwards is not None:
-        return None
-    clock = Timer(prompts_BT.device)
-    subject.decode(prompts_BT, sampling, new_tokens, clock)
-    return {part: seconds * 1e3 for part, seconds in clock.seconds.items()}
-
-
-# --- single calls ------------------------------------------------------------------------------------------------
+def generators_of(rows_BT: Tensor) -> list[torch.Generator]:
+    return [torch.Generator(rows_BT.device).manual_seed(row) for row in range(len(rows_BT))]
 
 
 class SingleCalls:
@@ -159,59 +129,49 @@ class SingleCalls:
 
     REPLAYS = 10
 
-    def __init__(self, trunk: LanguageModel, text_BT: Tensor, longest: int, sampling: Sampling) -> None:
-        """longest: tokens of the largest window, the last ones of text_BT."""
-        self.trunk, self.sampling = trunk, sampling
-        self.text_BT, self.window_BS = text_BT[:, :-longest], text_BT[:, -longest:]
+    @torch.inference_mode()
+    def __init__(self, trunk: LanguageModel, text_BT: Tensor, horizons: set[int], sampling: Sampling) -> None:
+        """horizons: of the windows, the longest of which is the end of text_BT."""
+        longest = max(horizons)
+        self.text_BT, window_BS = text_BT[:, :-longest], text_BT[:, -longest:]
+        self.pending_B, self.sampling = window_BS[:, 0], sampling
+        self.targets = target_calls(trunk, self.text_BT, window_BS, sorted({1, *horizons}))
+        self.hidden_BD = trunk.hidden(self.text_BT)[:, -1]
         self.clock = Timer(text_BT.device)
-        self.cache = trunk.new_cache()
-        with torch.inference_mode():
-            self.hidden_BD = trunk.hidden(self.text_BT, cache=self.cache)[:, -1]
-        self.uniforms = None if sampling.greedy else Uniforms(generators_of(text_BT), text_BT.device)
-        self.graphs: dict[CapturedForwards, tuple[Callable[[], None], Callable[[], None]]] = {}
+        self.times = self.REPLAYS if text_BT.device.type == "cuda" else 1
+        self.drafts: dict[Subject, Callable[[], Any]] = {}
 
     @torch.inference_mode()
     def seconds(self, subject: Subject, calls: int) -> tuple[float, float]:
         """(t(N), draft), medians over `calls`; of autoregressive decoding (t(1), 0)."""
-        if subject.forwards is not None:
-            return self._captured(subject, subject.forwards, calls)
-        horizon = subject.model.horizon if subject.drafts else 1
+        if subject.horizon > 1 and subject not in self.drafts:
+            self.drafts[subject] = self._draft(subject)
+        drafts: list[float] = []
         target: list[float] = []
-        draft: list[float] = []
         for _ in range(calls + 1):  # the first does not count
-            draft.append(self._timed(partial(self._draft, subject.model)) if subject.drafts else 0.0)
-            target.append(self._timed(partial(self._target, horizon)))
-            self.cache.crop(-horizon)
-        return float(np.median(target[1:])), float(np.median(draft[1:]))
+            drafts.append(self._timed(self.drafts[subject])[0] if subject.horizon > 1 else 0.0)
+            seconds, undo = self._timed(self.targets[subject.horizon])
+            undo()
+            target.append(seconds)
+        return float(np.median(target[1:])), float(np.median(drafts[1:]))
 
-    def _captured(self, subject: Subject, forwards: CapturedForwards, calls: int) -> tuple[float, float]:
-        forwards.uniforms = self.uniforms
-        forwards.first(list(self.text_BT))
-        if forwards not in self.graphs:
-            window_BS = self.window_BS[:, : subject.model.horizon if subject.drafts else 1].contiguous()
+    def _draft(self, subject: Subject) -> Callable[[], Any]:
+        device, forwards = self.text_BT.device, subject.forwards
+        uniforms = None if self.sampling.greedy else Uniforms(generators_of(self.text_BT), device)
+        if forwards is not None:
+            forwards.uniforms = uniforms
+            forwards.first(list(self.text_BT))
 
-            def target() -> None:
-                subject.model.target_log_probs(forwards.run(window_BS, nothing(window_BS)))
-
-            def draft() -> None:
+            def step() -> None:
                 forwards.propose()
 
-            self.graphs[forwards] = captured.record(target, forwards.device), captured.record(draft, forwards.device)
-        target_graph, draft_graph = self.graphs[forwards]
-        window = [self._timed(target_graph, self.REPLAYS) for _ in range(calls)]
-        drafts = [self._timed(draft_graph, self.REPLAYS) if subject.drafts else 0.0 for _ in range(calls)]
-        return float(np.median(window)), float(np.median(drafts))
+            return captured.record(step, device)
+        drafter = make_drafter("chain", self.sampling, uniforms)
+        return partial(propose, subject.model, drafter, self.hidden_BD, self.pending_B, subject.horizon - 1)
 
-    def _timed(self, call: Callable[[], Any], times: int = 1) -> float:
+    def _timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds, and what the last of the calls gave."""
         began = self.clock.now()
-        for _ in range(times):
-            call()
-        return (self.clock.now() - began) / times
-
-    def _target(self, size: int) -> Tensor:
-        return self.trunk.target_log_probs(self.trunk.hidden(self.window_BS[:, :size], cache=self.cache))
-
-    def _draft(self, model: LanguageModel) -> Proposal:
-        drafter = make_drafter("chain", self.sampling, self.uniforms)
-        proposal = drafter.draft(model.draft_joint(self.hidden_BD, self.window_BS[:, 0]), model.horizon - 1)
-        return proposal if model.draft_ids is None else proposal.on_vocabulary(model.draft_ids, model.vocab_size)
+        for _ in range(self.times):
+            result = call()
+        return (self.clock.now() - began) / self.times, result

@@ -13,7 +13,7 @@ A step's time is the median of its run; contenders take turns; medians over the 
 """
 
 import argparse
-import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +25,7 @@ import experiments
 
 experiments.check_python()
 
+from cpdlm.bench.hardware import hardware
 from cpdlm.config import parse as settings_of
 from experiments.bench import fresh, record
 
@@ -40,11 +41,8 @@ SETTINGS = {
     "heads": ("model", "corpus", "ranks", "horizon", "context", "steps", "states", "train_bytes", "repeats"),
 }
 CONTEXT, STEPS = {"processes": 128, "heads": 256}, {"processes": 30, "heads": 12}
+CORES: int = hardware()["cores"]
 Contender = tuple[list[str], dict[str, str]]  # settings, and what is added to the environment
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processes(options: argparse.Namespace) -> dict[str, Contender]:
@@ -53,7 +51,7 @@ def processes(options: argparse.Namespace) -> dict[str, Contender]:
     return {
         f"train {way} {count}": (
             [*words, f"parallel={way}", f"devices={count}"],
-            {"OMP_NUM_THREADS": str(max(1, (options.threads or cores()) // count))},
+            {"OMP_NUM_THREADS": str(max(1, (options.threads or CORES) // count))},
         )
         for way in ("ddp", "fsdp")
         for count in options.processes
@@ -104,7 +102,8 @@ def measure(options: argparse.Namespace) -> record.Record:
         runs[label].append(train_once(label, contenders[label], options))
     cells: dict[str, dict[str, Any]] = {}
     for label, each in runs.items():
-        cells[label] = fresh.medians(each, each[0]) | {"repeats": each}
+        medians = {key: statistics.median(run[key] for run in each) for key in each[0]}
+        cells[label] = medians | {"repeats": each}
         if options.what == "heads":
             states, _, *rank = label.split()
             first = runs[" ".join([states, "retrofit", *rank])]
@@ -125,7 +124,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--cache", default=".cache/cpdlm", help="folder of prepared texts")
     add("--context", type=int, help="tokens of a row (default: 128; heads: 256)")
     add("--steps", type=int, help="of a run (default: 30; heads: 12)")
-    add("--processes", nargs="+", type=int, default=sorted({1, 2, cores()}), help="numbers of processes")
+    add("--processes", nargs="+", type=int, default=sorted({1, 2, CORES}), help="numbers of processes")
     add("--size", default="small", help="processes: trunk of the training runs")
     add("--rows", type=int, default=4, help="processes: of a batch")
     add("--model", default="smollm2", help="heads: what they stand on")
