@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from cpdlm.decoding.proposals import beam, greedy_chain
-from cpdlm.model.joint import Joint, log_normalise
+from cpdlm.model.joint import Joint, log_likelihood, log_normalise
 
 RANK, HORIZON, VOCABULARY = USUAL = (3, 3, 3)
 Shape = tuple[int, int, int]
@@ -128,6 +129,28 @@ def test_a_link_has_no_marginals_in_closed_form() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_samples_follow_log_prob(kind: str) -> None:
+    """Chi-square over all windows of 40 000 draws; a fresh seed would fail with probability 1e-6."""
+    joint, gains = make(kind, seed=1)
+    sampled = spread(joint, 40_000).sample(torch.Generator().manual_seed(3))
+    index = torch.tensor([VOCABULARY**k for k in reversed(range(HORIZON))])
+    observed = torch.bincount((sampled * index).sum(-1), minlength=VOCABULARY**HORIZON)
+    exact_W = torch.tensor([exact(joint, gains, window) for window in windows(VOCABULARY, HORIZON)])
+
+    def p_value(distribution_W: Tensor) -> float:
+        expected = 40_000 * distribution_W.double()
+        common = expected >= 5
+        pooled = [[*each[common].tolist(), float(each[~common].sum())] for each in (observed, expected)]
+        return float(stats.chisquare(*pooled, sum_check=False).pvalue)
+
+    assert p_value(exact_W) > 1e-6
+    if kind == "cp":  # the test would see components drawn per token instead of once per window
+        apart = joint.marginals()
+        wrong = [math.prod(float(apart[k, v]) for k, v in enumerate(w)) for w in windows(VOCABULARY, HORIZON)]
+        assert p_value(torch.tensor(wrong)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_beam_finds_the_likeliest_prefixes(kind: str) -> None:
     joint, gains = make(kind, seed=2)
     found = beam(spread(joint, 1), HORIZON, VOCABULARY**HORIZON)
@@ -141,6 +164,13 @@ def test_a_beam_finds_the_likeliest_prefixes(kind: str) -> None:
     for k in range(HORIZON):
         choices = [exact(joint, gains, (*chain[:k], v)) for v in range(VOCABULARY)]
         assert chain[k] == max(range(VOCABULARY), key=choices.__getitem__)
+
+
+def test_identity_transitions_are_cp() -> None:
+    joint, _ = make("cp")
+    identity = torch.eye(RANK, dtype=torch.float64).log().expand(HORIZON - 1, -1, -1)
+    seen_NR = torch.randn(HORIZON, RANK, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    close(log_likelihood(joint.log_weights_R, seen_NR, identity), log_likelihood(joint.log_weights_R, seen_NR, None))
 
 
 def test_batch_dimensions_are_independent() -> None:

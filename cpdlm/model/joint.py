@@ -211,6 +211,25 @@ class Joint:
             transitions = transitions[..., : max(k - 1, 0), :, :]
         return replace(self, scores_NRV=self.scores_NRV[..., :k, :, :], log_transitions_NRR=transitions)
 
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """A window (..., N): each position's component first, then its token, distributed as the chain is.
+
+        A sampled token's draft probability is the mixture's conditional (`chain`), never the component's own.
+        """
+        component = _draw(self.log_weights_R, generator)
+        tokens: list[Tensor] = []
+        for k in range(self.horizon):
+            scores_RV = self.scores_NRV[..., k, :, :]
+            if self.link is not None and k > 0:
+                scores_RV = scores_RV + self.link(k, tokens[-1].unsqueeze(-1))
+            chosen_V = scores_RV.take_along_dim(component[..., None, None], dim=-2).squeeze(-2)
+            tokens.append(_draw(log_normalise(chosen_V), generator))
+            if self.log_transitions_NRR is not None and k + 1 < self.horizon:
+                behind_RR = self.log_transitions_NRR[..., k, :, :]
+                log_next_R = behind_RR.take_along_dim(component[..., None, None], dim=-2).squeeze(-2)
+                component = _draw(log_next_R, generator)
+        return torch.stack(tokens, dim=-1)
+
     def _running(self, seen_NR: Tensor) -> Tensor:
         return running(self.log_weights_R, seen_NR, self.log_transitions_NRR)
 
@@ -266,3 +285,8 @@ def normalise(scores: Tensor) -> Tensor:
 
 def _log_sums(scores: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(dim=-1)
+
+
+def _draw(log_probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    flat = log_probs.exp().reshape(-1, log_probs.shape[-1])
+    return torch.multinomial(flat, 1, generator=generator).reshape(log_probs.shape[:-1])
