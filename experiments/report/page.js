@@ -1,5 +1,6 @@
 // Records: sorting by a click on a column's head, filtering by words that a row must all have.
-// Elsewhere: a link opens what it leads to, Escape makes an enlarged figure small.
+// Elsewhere: a link opens what it leads to, Escape makes an enlarged figure small. On a narrow screen a row stands as a
+// list, each cell behind its column's name.
 "use strict";
 const table = document.querySelector("#records table");
 const body = table.tBodies[0];
@@ -24,7 +25,7 @@ function sort(head) {
   const up = head.getAttribute("aria-sort") !== "ascending";
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const value = (row) => row.cells[column].textContent;
+  const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
   const numeric = head.classList.contains("number");
   const missing = (text) => text === "" || text === "-";
   rows.sort((one, two) => {
@@ -39,6 +40,11 @@ function sort(head) {
 for (const head of table.tHead.rows[0].cells) head.firstElementChild.addEventListener("click", () => sort(head));
 box.addEventListener("input", filter);
 filter();
+
+for (const each of document.querySelectorAll(".scroll table")) {
+  const heads = Array.from(each.tHead.rows[0].cells, (head) => head.textContent);
+  for (const row of each.tBodies[0].rows) for (const cell of row.cells) cell.dataset.head = heads[cell.cellIndex];
+}
 
 function unfold() {
   let target = document.getElementById(decodeURIComponent(location.hash.slice(1)));

@@ -30,6 +30,11 @@ _LEAD = (
     "Intervals are 95% unless marked, over test rows or prompts and over seeds. All of it is a function of the records "
     "under `results/`, drawn by `./dev report`. A click enlarges a figure."
 )
+_COLUMNS = 11  # that a table shows at once; the others are a tick away
+_TELLING = re.compile(
+    r"(setting|corpus|model|trunk|target|method|mode|law|variant|heads|rank|n|drafter|strategy|chosen)$"
+    r"|joint NLL|tokens per (pass|forward)|speed-up|speed over|over rank 1"
+)
 
 
 def write(
@@ -214,33 +219,61 @@ def _tables(tables: Sequence[Made]) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in table.header)
-    rows = ["".join(f"<td>{html.escape(worded(cell))}</td>" for cell in row) for row in table.rows]
-    return f"{_scrolled(head, rows)}\n<p class=soft>{_text(table.caption)}</p>"
+    shown = _shown(table)
+    head = "".join(f'<th scope="col"{_more(name, shown)}>{_text(name)}</th>' for name in table.header)
+    rows = [
+        "".join(
+            f"<td{_more(name, shown)}>{html.escape(worded(cell))}</td>"
+            for name, cell in zip(table.header, row, strict=True)
+        )
+        for row in table.rows
+    ]
+    return f"{_whole(head, rows, len(table.header) - len(shown))}\n<p class=soft>{_text(table.caption)}</p>"
 
 
-def _scrolled(head: str, rows: Iterable[str]) -> str:
+def _shown(table: Table) -> set[str]:
+    """The columns that tell rows apart, then the telling ones, as many as fit; all where there are few."""
+    if len(table.header) < _COLUMNS:
+        return set(table.header)
+    apart = next((n for n in range(1, _COLUMNS) if len({row[:n] for row in table.rows}) == len(table.rows)), 2)
+    telling = [name for name in table.header[apart:] if _TELLING.search(name)] or table.header[apart:]
+    return {*table.header[:apart], *telling[: _COLUMNS - apart]}
+
+
+def _whole(head: str, rows: Iterable[str], hidden: int) -> str:
+    """A table whose columns of class `more` are shown by a tick."""
+    tick = f'<label class="columns"><input type="checkbox"> show {hidden} more columns</label>\n' if hidden else ""
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    return (
+        f'<div class="table">{tick}<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div></div>"
+    )
+
+
+def _more(name: str, shown: Iterable[str]) -> str:
+    return "" if name in shown else " class=more"
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
 
+_SHOWN = {"record", "corpus", "target", "heads", "rank", "n", "joint NLL"} | {
+    f"{what}, {mode}" for what in ("tokens per forward", "speed-up") for mode in MODES
+}
 _TEXTS = ("record", "corpus", "trunk", "target", "heads", "balance", "commit", "trained on", "decoded on", "command")
 
 
 def _records(records: Sequence[Record]) -> str:
     """Every record, a row each; a script sorts and filters them."""
     rows = [_row(record) for record in records]
+    names = list(rows[0]) if rows else []
     head = "".join(
-        f'<th scope="col"{_class(name)}><button type="button">{name}</button></th>'
-        for name in (rows[0] if rows else ())
+        f'<th scope="col" class="{_class(name)}"><button type="button">{name}</button></th>' for name in names
     )
-    body = ["".join(f"<td{_class(name)}>{html.escape(value)}</td>" for name, value in row.items()) for row in rows]
+    body = ["".join(_cell(name, value) for name, value in row.items()) for row in rows]
     return (
         '<div class="filter"><label for="filter">Filter</label><input id="filter" type="search" '
         'placeholder="words that a row must have: code untied r8"><output id="count"></output></div>\n'
-        + _scrolled(head, body)
+        + _whole(head, body, len(set(names) - _SHOWN))
     )
 
 
@@ -278,7 +311,13 @@ def _row(record: Record) -> dict[str, str]:
 
 
 def _class(name: str) -> str:
-    return "" if name in _TEXTS else ' class="number"'
+    return " ".join(["number"] * (name not in _TEXTS) + ["more"] * (name not in _SHOWN))
+
+
+def _cell(name: str, value: str) -> str:
+    shown = f"<code>{html.escape(value)}</code>" if name == "command" else html.escape(value)
+    classes = _class(name)
+    return f'<td class="{classes}">{shown}</td>' if classes else f"<td>{shown}</td>"
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
