@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to the claims table: environment, data, training, decoding, report.
+# From nothing to the verdicts: environment, data, training, decoding, report.
 set -euo pipefail
 FROM=$PWD
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -9,7 +9,7 @@ usage() {
     cat <<'HELP'
 usage: ./reproduce.sh [OPTIONS]
 
-Makes its own environment (.venv, exact versions, no root), gets the data, trains, decodes, and prints the claims table.
+Makes its own environment (.venv, exact versions, no root), gets the data, trains, decodes, and prints the verdicts.
 Every stage skips what is complete, so the same command continues a run that was stopped.
 
   --profile NAME   smoke            everything once, too small to mean anything   2 cores, 3 min

@@ -126,6 +126,11 @@ def test_what_the_readme_says_is_what_the_records_say() -> None:
     assert f" {llama['tokens_per_second']['median']:.0f} (greedy)" in rates.splitlines()[-1]
 
 
+def test_the_papers_unknown_numbers_are_never_printed(drawn: tuple[Path, Report]) -> None:
+    rows = list(csv.DictReader((drawn[0] / "tables" / "claims.csv").open()))
+    assert not any(re.search(r"\d", row["expected"].replace("rank 1", "")) for row in rows)
+
+
 def test_entry_point_errors_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--results", str(tmp_path / "no"), "--figures", str(tmp_path)]) == 2
     assert "is not a folder of records" in capsys.readouterr().err
@@ -162,6 +167,14 @@ def test_the_table_of_pretrained_models_tells_every_dial_apart(tmp_path: Path) -
     shown = {(row[1], row[2]) for row in table.rows}
     assert shown >= {("eq14", "untied"), ("eq14", "token-conditioned, draft 3"), ("eq14", "tied, low 64")}
     assert shown >= {("blend", "tied"), ("eq14, alpha 0.5", "tied"), ("eq14, the model's own text (greedy)", "tied")}
+
+
+def test_figures_hold_no_date_version_or_path(drawn: tuple[Path, Report]) -> None:
+    folder, _ = drawn
+    for path in [*folder.glob("*.pdf"), *folder.glob("*.png")]:
+        content = path.read_bytes()
+        for word in (b"CreationDate", b"Producer", b"Software", b"matplotlib", str(folder).encode()):
+            assert word not in content, f"{path.name} holds {word!r}"
 
 
 @pytest.mark.parametrize("kept", [0, 1])

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What `render` made. text: the claims table for a terminal. notes: what a reader must know, one line each."""
+    """What `render` made. text: the verdicts for a terminal. notes: what a reader must know, one line each."""
 
     text: str
     verdicts: list[Verdict]
