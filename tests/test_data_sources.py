@@ -206,7 +206,9 @@ def test_folder_takes_text_files_and_identity_is_content(tmp_path: Path) -> None
     assert sources.locate(config(tmp_path, corpus=str(folder))).identity != origin.identity
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b"text\n" * 100, mtime=0), "text\n".encode("utf-16"), b"\x7fELF\0\0"])
+@pytest.mark.parametrize(
+    "content", [gzip.compress(b"text\n" * 100, mtime=0), "text\n".encode("utf-16"), b"\x7fELF\0\0"]
+)
 def test_what_is_no_text_is_no_corpus(content: bytes, tmp_path: Path) -> None:
     said = r"is no text \(it has NUL bytes\); unpack it, or convert it to UTF-8"
     (tmp_path / "folder").mkdir()
