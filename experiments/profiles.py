@@ -2,7 +2,7 @@
 
 from experiments.claims import CLAIMS
 from experiments.pretrained import CPU_SCREEN, objectives, retrofit, retrofit_gpu, retrofit_own
-from experiments.star import joints, seeds
+from experiments.star import joints, longer_from_scratch, seeds
 from experiments.suite import RANKS, SEEDS, Cell, complete, controls, heads, scratch, trunk
 
 SCALES = ("cpu", "gpu")
@@ -65,6 +65,7 @@ PROFILES = {
     "retrofit-own": retrofit_own,
     "joints": lambda: complete(joints()),
     "seeds": lambda: complete(seeds()),
+    "scratch-long": lambda: complete(longer_from_scratch()),
     "gpu": lambda: study("all", "gpu"),
     "retrofit-gpu": retrofit_gpu,
     "paper": paper,

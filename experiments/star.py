@@ -21,7 +21,15 @@ BALANCES: dict[str, dict[str, Any]] = {
     "bias": {"balance": "bias"},
     "unbalanced": {"balance": "none"},
 }
-FRESH = {"data.release": 1, "decode.prompts": 32, "decode.repeats": 1, "decode.warmups": 1}
+# Ten times the steps, at the rate that validation text prefers (results/LOG.md).
+LONG: dict[str, Any] = {
+    "optim.steps": 5000,
+    "optim.warmup": 200,
+    "optim.lr": 4e-3,
+    "train.precision": "bf16-mixed",
+    "data.release": 2,
+}
+FRESH: dict[str, Any] = {"data.release": 1, "decode.prompts": 32, "decode.repeats": 1, "decode.warmups": 1}
 # On a GPU a token of a small model takes as long as on a core: decoding would take most of the time otherwise.
 GPU_DECODING = {"decode.prompts": 8, "decode.repeats": 3, "decode.warmups": 1}
 TIMING = {"optim.steps": 40, "optim.warmup": 10, "train.validate_every": 40, "evaluate.rows": 8}
@@ -50,6 +58,16 @@ def scratch_for_equal_time() -> list[Cell]:
     """Rank 1 from scratch, for the training time of rank 8."""
     rank_one = [replace(scratch(1, seed=seed), reference=None) for seed in SEEDS]
     return [cell.varied("time8", {"optim.steps": SCRATCH_TIME_OF_RANK_8}) for cell in rank_one]
+
+
+def longer_from_scratch() -> list[Cell]:
+    """Rank, from scratch, trained ten times as long, beside the next-token model of equal training."""
+    cells = []
+    for seed in SEEDS:
+        next_token = trunk("code", "trunk", seed).varied("long", FRESH | LONG)
+        models = (replace(scratch(rank, seed=seed), reference=next_token) for rank in RANKS)
+        cells += [next_token, *(model.varied("long", FRESH | LONG) for model in models)]
+    return cells
 
 
 def timings() -> list[Cell]:

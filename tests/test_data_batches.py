@@ -232,6 +232,21 @@ def test_prompts_are_disjoint_within_documents_and_fixed(wanted: int) -> None:
     assert torch.equal(other_seed.prompts(), prompts) and torch.equal(other_seed.prompts("validation"), prompts)
 
 
+def test_every_release_has_test_rows_and_prompts_of_its_own() -> None:
+    split = make_split(40, 2)
+    unique = replace(split, tokens=np.arange(len(split.tokens), dtype=np.uint32))
+    corpus = Corpus(make_split(5, 1), unique, unique, BytesTokenizer(), {})
+    seen: set[tuple[str, int]] = set()
+    for release in range(9):
+        data = TokenDataModule(config(decode__prompts=4, evaluate__rows=4, data__release=release), corpus)
+        rows = torch.cat([batch["tokens_BT"] for batch in data.test_batches()])
+        prompts = data.prompts()
+        assert rows.shape[0] == prompts.shape[0] == 4
+        places = {("row", int(row[0])) for row in rows} | {("prompt", int(prompt[0])) for prompt in prompts}
+        assert len(places) == 8 and not places & seen, release
+        seen |= places
+
+
 def test_training_sees_only_the_rows_whose_states_are_kept(corpus: Corpus) -> None:
     some = TokenDataModule(config(**{"data.states": 5 * 16 + 7, "model.trunk": "x"}), corpus).training_rows()
     every = TokenDataModule(config(), corpus).training_rows()

@@ -23,6 +23,7 @@ from cpdlm.data.stored import Corpus, TokenSplit
 
 # Keys that keep the draws of different purposes apart.
 _TRAINING, _VALIDATION, _PROMPTS, _SLOTS, _PICKS, _STATES = 1, 2, 3, 4, 5, 6
+RELEASES = 9  # each has test rows and prompts of its own, also where a package is the whole test split
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -145,16 +146,17 @@ class TrainingOrder(Sampler[Share]):
             step += 1
 
 
-def prompts(split: TokenSplit, wanted: int, length: int) -> Tensor:
+def prompts(split: TokenSplit, wanted: int, length: int, release: int = 0) -> Tensor:
     """(P, T) int64 ids, P at most `wanted`: pieces of T = length tokens.
 
     Documents are taken in an order given by a hash, one prompt from each as long as there are documents, at an offset
-    given by a hash; no two prompts share a position and none contains an end of document.
+    given by a hash; no two prompts share a position and none contains an end of document. Each release begins with
+    other documents.
     """
     lengths = np.diff(split.offsets) - 1  # without eos
     slots = lengths // length
     wanted = min(wanted, int(slots.sum()))
-    order = windows.hash_order(len(lengths), _PROMPTS)
+    order = np.roll(windows.hash_order(len(lengths), _PROMPTS), -release * len(lengths) // RELEASES)
     starts: list[int] = []
     turn = 0
     while len(starts) < wanted:
@@ -214,10 +216,14 @@ class TokenDataModule(L.LightningDataModule):
         return self._loader(rows, [np.array_split(batch, world)[rank].tolist() for batch in batches])
 
     def test_batches(self) -> DataLoader[dict[str, Tensor]]:
-        """`evaluate.rows` rows spread evenly over the test split, in order, `evaluate.batch_rows` at a time."""
+        """`evaluate.rows` rows spread evenly over the test split, in order, `evaluate.batch_rows` at a time.
+
+        Every release takes others, as far as there are as many.
+        """
         rows = self._rows("test")
         count = min(self.config.evaluate.rows, rows.count)
-        chosen = (np.arange(count) * rows.count // count).tolist()
+        shift = self.config.data.release * (rows.count // count) // RELEASES
+        chosen = (np.arange(count) * rows.count // count + shift).tolist()
         size = self.config.evaluate.batch_rows
         return self._loader(rows, [chosen[start : start + size] for start in range(0, count, size)])
 
@@ -227,7 +233,7 @@ class TokenDataModule(L.LightningDataModule):
         ConfigError where the split has too few.
         """
         wanted, length = self.config.decode.prompts, self.config.decode.prompt_tokens
-        found_PT = prompts(self.corpus.split(split), wanted, length)
+        found_PT = prompts(self.corpus.split(split), wanted, length, self.config.data.release)
         if len(found_PT) < wanted:
             raise ConfigError(
                 f"decode.prompts={wanted} prompts of decode.prompt_tokens={length} tokens: the {split} split of "

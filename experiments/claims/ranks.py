@@ -26,8 +26,10 @@ TARGETS = {"own": "a target of their own", "common": "one frozen target"}
 
 
 def over_ranks(claim: Claim, families: Sequence[Family], rows: Rows) -> list[Verdict]:
-    """The rows of every family with the claim's target and two ranks, that of most seeds first, of two alike that of
-    code, as the star's base cell; where some have rank 1 and the top one, of those alone."""
+    """The rows of every family with the claim's target and two ranks; where some have rank 1 and the top one, of those.
+
+    That of most seeds comes first, of those that of code, as the star's base cell, of those the longest training.
+    """
     ours = trained(families)
     usable = [family for family in ours if family.target == claim.target and len(family.ranks()) > 1]
     whole = [family for family in usable if {1, claim.top} <= set(family.ranks())]
@@ -36,9 +38,9 @@ def over_ranks(claim: Claim, families: Sequence[Family], rows: Rows) -> list[Ver
     return claim.complete(found, missing, [family for family in ours if family.target == claim.target])
 
 
-def _evidence(family: Family) -> tuple[int, bool]:
+def _evidence(family: Family) -> tuple[int, bool, int]:
     seeds = set.intersection(*map(set, family.by_rank().values()))
-    return -len(seeds), family.settings["corpus"] != "code"
+    return -len(seeds), family.settings["corpus"] != "code", -family.settings["optim.steps"]
 
 
 def judged(claim: Claim, family: Family, rule: Rule) -> Verdict:
