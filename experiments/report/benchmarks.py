@@ -36,6 +36,7 @@ KINDS = {
     "training_overhead": ("", "experiments/bench/overhead.py time"),
     "training_recipes": ("", "experiments/bench/overhead.py gain"),
     "near_ties": ("near ties", "experiments/bench/near_ties.py smollm2"),
+    "byte_counts": ("byte counts", "experiments/bench/byte_counts.py corpus=code data.release=2"),
     "processes": ("", "experiments/bench/training_rate.py processes"),
     "forwards": ("forwards", "experiments/bench/forwards.py"),
     "sample": ("sample", "experiments/bench/sample.py"),
