@@ -203,7 +203,7 @@ def _load(request: Request) -> Loaded:
     from cpdlm.training.checkpoints import read_json
 
     path = Path(request.model)
-    shape = read_json(path / "config.json")
+    shape = read_json(path / "config.json", "")
     if path.suffix != ".gguf" and (shape is None or shape.get("model_type") == "cpdlm"):
         return load(path, request.draft_vocabulary == "own", widen=True)
     return _without_heads(request.model)

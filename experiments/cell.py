@@ -57,6 +57,8 @@ def is_trained(config: Config) -> bool:
     if not all((folder / name).is_file() for name in (EVALUATED, checkpoints.WEIGHTS, checkpoints.TRAINED)):
         return False
     checkpoints.check_same_run(folder, config)
+    if not checkpoints.has_tokenizer(folder):  # is written again
+        return False
     found = _read(folder / EVALUATED)
     same = _same(found.get("settings"), config.evaluate) and found.get("weights") == _weights_hash(config)
     same = same and not non_finite(found["likelihood"])  # else it has diverged, and says so when it is evaluated
@@ -72,7 +74,7 @@ def trained_by(config: Config) -> str:
 def is_measured(config: Config, beside: Iterable[str] = (), reference: Config | None = None) -> bool:
     """True where the cell was measured as its config says, beside (at least) these runs and the reference."""
     path = run_folder(config) / MEASURED
-    if not path.is_file():
+    if not path.is_file() or not checkpoints.has_draft_vocabulary(path.parent, config.decode.draft_vocabulary):
         return False
     found = _read(path)
     same = _same(found.get("settings"), config.decode) and found.get("weights") == _weights_hash(config)
@@ -203,9 +205,9 @@ def measure(configs: list[Config], reference: Config | None = None) -> None:
             "rank_one": rank_one.get(name),
             "modes": {mode: cells[name] for mode, cells in modes.items()},
         }
-        write_json(run_folder(config) / MEASURED, shared | own)
         ids = torch.from_numpy(listed.ids) if listed is not None else None
         checkpoints.save_draft_vocabulary(run_folder(config), config, ids)
+        write_json(run_folder(config) / MEASURED, shared | own)
 
 
 def _decoded(

@@ -5,6 +5,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,17 @@ def test_what_the_readme_says_is_what_the_records_say() -> None:
     timed = json.loads((results / "benchmarks/tasks_int4.json").read_text())
     [llama] = [e for e in timed["entries"] if e["method"] == "llama.cpp" and e["mode"] == "greedy"]
     assert f" {llama['tokens_per_second']['median']:.0f} (greedy)" in rates.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["tasks_smollm2", "tasks_counted", "decode_baselines"])
+def test_an_odd_benchmark_leaves_the_readme_its_other_lines(name: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "results" / "benchmarks", tmp_path / "benchmarks")
+    path = tmp_path / "benchmarks" / f"{name}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "entries": [3], "methods": [3], "targets": 3}))
+    made = readme.blocks(tmp_path, [], [], [])
+    assert ("humaneval, greedy" in made["rates"]) == (name != "tasks_smollm2")
+    assert ("humaneval 1." in made["sceptic"]) == (name != "tasks_counted")
+    assert ("prompt lookup and" in made["sceptic"]) == (name != "decode_baselines")
 
 
 def test_the_papers_unknown_numbers_are_never_printed(drawn: tuple[Path, Report]) -> None:

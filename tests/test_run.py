@@ -128,6 +128,12 @@ def test_drafts_from_a_draft_vocabulary_are_an_option_of_a_cell(
     assert ids is not None and len(ids.unique()) == 257
     wrapped = export.export(tmp_path / "runs" / "one", tmp_path / "mine")
     assert wrapped.config.draft_ids == ids.tolist()
+    # What is lost comes back with the same command, as the error says.
+    (tmp_path / "runs" / "one" / checkpoints.DRAFT_VOCABULARY).unlink()
+    with pytest.raises(checkpoints.RunError, match="run its command again"):
+        checkpoints.run_draft_vocabulary(tmp_path / "runs" / "one")
+    assert run.main([*words, "decode.draft_vocabulary=300"]) == 0
+    assert checkpoints.run_draft_vocabulary(tmp_path / "runs" / "one") is not None
 
 
 @pytest.mark.slow

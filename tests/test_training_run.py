@@ -1,5 +1,6 @@
 """The life of a run as the library offers it: trains without the suite, resumes, and refuses what does not fit."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def test_heads_train_on_a_models_own_text_without_the_suite(
     model = checkpoints.load_model(folder)
     assert model.frozen_target and model.vocab_size == checkpoints.load_model(trunk).vocab_size
     before = (folder / checkpoints.WEIGHTS).stat().st_mtime_ns
+    shutil.rmtree(folder / checkpoints.TOKENIZER)
+    assert train(config, say=quiet) == folder and checkpoints.has_tokenizer(folder), "what is lost comes back"
     monkeypatch.setattr("cpdlm.training.run.load_corpus", None)  # a finished run needs no text
     assert train(config) == folder and (folder / checkpoints.WEIGHTS).stat().st_mtime_ns == before
 

@@ -186,7 +186,7 @@ def _walked(proposal: Proposal, parents_BM: Tensor, choose: Callable[[Tensor], T
     return Acceptance(accepted_B, proposal.tokens_BK.gather(1, (path_BJ - 1).clamp(min=0)), next_B, path_BJ)
 
 
-DRAFTERS = ("none", *CHOICES["decode.draft"])  # what `draft=` takes; docs/speed-up.md says what each does
+DRAFTERS = ("none", *CHOICES["decode.draft"])  # what `draft=` takes
 LOOKUP = "lookup"
 BRANCHES = ("tree", "branched")  # ends of the names whose drafts are a tree
 MOST_NODES = 4096  # what they see of each other grows with the square

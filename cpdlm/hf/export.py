@@ -67,7 +67,7 @@ def check_folder(folder: Path) -> None:
         raise RunError(f"{folder} is a file; give a new or empty folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    theirs = read_json(folder / "config.json")
+    theirs = read_json(folder / "config.json", "; give a new or empty folder")
     if (folder / CONFIG).exists() or theirs is None or theirs.get("model_type") != CpdlmConfig.model_type:
         raise RunError(f"{folder} holds something else than an exported model; give a new or empty folder")
 

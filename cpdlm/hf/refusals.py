@@ -119,7 +119,7 @@ def check_options(options: GenerationConfig, processors: LogitsProcessorList) ->
         if options.return_dict_in_generate and getattr(options, name):
             raise ValueError(
                 f"{name}=True: this loop returns `sequences` alone; {STOCK} returns scores and logits, "
-                "model.model.trunk.body(sequences, ...) attentions and hidden states"
+                "model.model.trunk.body(sequences, ...) attentions and hidden states (before model.prepare())"
             )
     for processor in processors:
         if isinstance(processor, _STATEFUL):

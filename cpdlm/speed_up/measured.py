@@ -74,7 +74,8 @@ def measure_drafts(config: Config, command: str, say: run.Say) -> dict[str, Any]
     home = checkpoints.run_folder(config)
     identity = hashlib.sha256((home / checkpoints.WEIGHTS).read_bytes() + Target.of(config).sha256.encode()).hexdigest()
     found = checkpoints.read_json(home / MEASURED)
-    if found is not None and found.get("measured_weights") == identity:
+    is_known = checkpoints.has_draft_vocabulary(home, config.decode.draft_vocabulary)
+    if found is not None and found.get("measured_weights") == identity and is_known:
         return found
     began, device = time.monotonic(), run.training_device()
     corpus, target = load_corpus(config), run.frozen_model(config)
@@ -115,8 +116,8 @@ def measure_drafts(config: Config, command: str, say: run.Say) -> dict[str, Any]
         "seconds": time.monotonic() - began,
         "origin": {"hardware": hardware()},
     }
-    write_json(home / MEASURED, content)
     checkpoints.save_draft_vocabulary(home, chosen, torch.from_numpy(listed.ids) if listed is not None else None)
+    write_json(home / MEASURED, content)
     return content
 
 

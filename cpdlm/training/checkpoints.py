@@ -48,14 +48,14 @@ class RunError(RuntimeError):
     """A run folder that cannot be used; the message says what is there and what to type."""
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file. RunError for a damaged one."""
+def read_json(path: Path, advice: str = "; delete it, and the same command makes it again") -> dict[str, Any] | None:
+    """None where there is no such file. RunError for a damaged one, with what to do about it."""
     if not path.is_file():
         return None
     try:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
+        raise RunError(f"{path} is damaged ({error}){advice}") from error
 
 
 def run_folder(config: Config) -> Path:
@@ -66,6 +66,11 @@ def run_folder(config: Config) -> Path:
 def is_finished(folder: Path) -> bool:
     """Whether the run's training is complete and its weights are there."""
     return (folder / TRAINED).is_file() and (folder / WEIGHTS).is_file()
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the run's folder holds its tokenizer."""
+    return (folder / TOKENIZER / DESCRIBED).is_file()
 
 
 @contextlib.contextmanager
@@ -286,7 +291,7 @@ def refuse_misfit(path: Path, error: Exception) -> None:
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Put it into the run's folder, where it is not there yet: the folder needs no cache to be used."""
     with errors_named(folder):
-        if not (folder / TOKENIZER / DESCRIBED).is_file():
+        if not has_tokenizer(folder):
             with replaced_folder(folder / TOKENIZER) as temporary:
                 store_tokenizer(tokenizer, temporary)
 
@@ -301,14 +306,18 @@ def save_draft_vocabulary(folder: Path, config: Config, ids: Tensor | None) -> N
         write_json(folder / DRAFT_VOCABULARY, {"ids": ids.tolist(), "size": config.decode.draft_vocabulary})
 
 
+def has_draft_vocabulary(run: Path, size: int) -> bool:
+    """Whether the run's folder holds the tokens that it drafts from; RunError where the file is damaged."""
+    return not size or (read_json(run / DRAFT_VOCABULARY) or {}).get("size") == size
+
+
 def run_draft_vocabulary(run: Path) -> Tensor | None:
     """(V',) the tokens that a run drafts from; None for all. RunError where they are not known."""
     size = read_config(run).decode.draft_vocabulary
     if not size:
         return None
-    content = read_json(run / DRAFT_VOCABULARY) or {}
-    if content.get("size") == size:
-        return torch.tensor(content["ids"])
+    if has_draft_vocabulary(run, size):
+        return torch.tensor((read_json(run / DRAFT_VOCABULARY) or {})["ids"])
     raise RunError(
         f"{run} drafts from a part of the vocabulary (decode.draft_vocabulary={size}) that its {DRAFT_VOCABULARY} does "
         "not hold; run its command again, which measures it with that size"

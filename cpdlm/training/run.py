@@ -67,7 +67,7 @@ def train(config: Config, *, logger: Logger | None = None, watch: Watch | None =
     folder = checkpoints.run_folder(config)
     with checkpoints.exclusive(folder) if is_first_process() else contextlib.nullcontext():
         checkpoints.check_same_run(folder, config)
-        if not checkpoints.is_finished(folder):
+        if not checkpoints.is_finished(folder) or not checkpoints.has_tokenizer(folder):
             prepare(config, say).fit(logger, watch, say)
     return folder
 
