@@ -29,6 +29,7 @@ LONG: dict[str, Any] = {
     "train.precision": "bf16-mixed",
     "data.release": 2,
 }
+LONG_TIME_OF_RANK_8 = 12_000  # of 5000
 FRESH: dict[str, Any] = {"data.release": 1, "decode.prompts": 32, "decode.repeats": 1, "decode.warmups": 1}
 # On a GPU a token of a small model takes as long as on a core: decoding would take most of the time otherwise.
 GPU_DECODING = {"decode.prompts": 8, "decode.repeats": 3, "decode.warmups": 1}
@@ -61,12 +62,15 @@ def scratch_for_equal_time() -> list[Cell]:
 
 
 def longer_from_scratch() -> list[Cell]:
-    """Rank, from scratch, trained ten times as long, beside the next-token model of equal training."""
+    """Rank, from scratch, trained ten times as long, beside the next-token model of equal training; rank 1 also for
+    the training time of rank 8."""
     cells = []
     for seed in SEEDS:
         next_token = trunk("code", "trunk", seed).varied("long", FRESH | LONG)
-        models = (replace(scratch(rank, seed=seed), reference=next_token) for rank in RANKS)
+        models = [replace(scratch(rank, seed=seed), reference=next_token) for rank in RANKS]
+        longer = FRESH | LONG | {"optim.steps": LONG_TIME_OF_RANK_8}
         cells += [next_token, *(model.varied("long", FRESH | LONG) for model in models)]
+        cells.append(replace(models[0], reference=None).varied("long-time8", longer))
     return cells
 
 
