@@ -1,8 +1,8 @@
 """What README.md and docs/reproducing.md say about results: blocks between markers, generated from the records.
 
 `<!-- claims:begin -->` to `<!-- claims:end -->` is a row per claim, `rates` tokens a second of the released heads,
-`sceptic` what a sceptical reader asks first, `reruns` another group's numbers beside ours, `carried` the cells that
-answers rest on, `compute` what the records took.
+`sceptic` what a sceptical reader asks first, `training` how far C1's models are trained, `reruns` another group's
+numbers beside ours, `carried` the cells that answers rest on, `compute` what the records took.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from experiments.claims import Verdict, answers
 from experiments.families import Cells, Family
 from experiments.records import MODES, Record, RecordError, counted
 from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
-from experiments.report.reproducing import carried_table, compute_table, reruns_table
+from experiments.report.reproducing import carried_table, compute_table, reruns_table, training_table
 from experiments.report.tasks import COUNTED, rates_block
 
 ALL_ROWS = "paper_figures/tables/claims.md"
@@ -29,6 +29,7 @@ def blocks(
         "claims": claims_block(families, verdicts),
         "rates": _unless_odd(rates_block, results),
         "sceptic": sceptic_block(results, families, verdicts),
+        "training": training_table(results, families, verdicts),
         "reruns": reruns_table(families),
         "carried": carried_table(records, verdicts),
         "compute": compute_table(records, verdicts),

@@ -2,13 +2,15 @@
 the compute spent."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from experiments.claims import Verdict
 from experiments.claims.verdict import NOT_RUN
-from experiments.families import Family
-from experiments.records import MODES, Record
+from experiments.families import Cells, Family, trained_longer
+from experiments.records import MODES, Record, counted
+from experiments.report.benchmarks import read_benchmark
 from experiments.stats import over_seeds
 from experiments.verify import TOLERANCE
 
@@ -74,6 +76,35 @@ def _small(families: Sequence[Family], mode: str) -> str:
         if rate is not None and (speeds := [each["tokens_per_second"]["speculative"] for each in modes if each]):
             found.append(f"rank {rank} {rate.mean:.2f}, {fmean(speeds):,.0f}")
     return "; ".join(found) or "-"
+
+
+def training_table(results: Path, families: Sequence[Family], verdicts: Sequence[Verdict]) -> str:
+    """Markdown: how far the models that decide C1 are trained, beside counted contexts and a model without heads."""
+    deciding = next((v for v in verdicts if v.claim.id == "C1" and v.word != NOT_RUN and v.records), None)
+    if deciding is None:
+        return ""
+    family = next(f for f in families if {record.path for record in f.records()} >= set(deciding.records))
+    record = read_benchmark(results, "byte_counts")
+    entries = [] if isinstance(record, str) else record["entries"]
+    rows: list[tuple[str, ...]] = []
+    for entry in entries:
+        if entry["order"] == max(each["order"] for each in entries):
+            name = f"counts of up to {entry['order']} bytes before the next"
+            rows.append((name, f"{entry['tokens'] / 1e6:.1f}M", f"{entry['nll']:.2f}", "-"))
+    without = {record.seed: record for record in family.reference}
+    named = {"no heads: the next byte alone": without} if without else {}
+    named |= {f"rank {rank}": cells for rank, cells in family.by_rank().items()}
+    rows += [_trained(name, cells) for name, cells in named.items()]
+    rows += [_trained("rank 1, longer", cells) for cells in trained_longer(family, families)]
+    return _table(("model", "bytes read", "next byte (nats)", f"next {family.horizon} bytes (nats)"), rows)
+
+
+def _trained(name: str, cells: Cells) -> tuple[str, ...]:
+    read = next(iter(cells.values()))["training"]["tokens"]
+    found = [over_seeds(cells, quantity) for quantity in ("first_token_nll", "joint_nll")]
+    first, joint = (f"{mean.mean:.2f}" if mean is not None else "-" for mean in found)
+    without = next(iter(cells.values())).horizon == 1
+    return f"{name}, {counted(len(cells), 'seed')}", f"{read / 1e6:.1f}M", first, "-" if without else joint
 
 
 def carried_table(records: Iterable[Record], verdicts: Sequence[Verdict]) -> str:
