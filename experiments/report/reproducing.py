@@ -87,10 +87,10 @@ def training_table(results: Path, families: Sequence[Family], verdicts: Sequence
     record = read_benchmark(results, "byte_counts")
     entries = [] if isinstance(record, str) else record["entries"]
     rows: list[tuple[str, ...]] = []
-    for entry in entries:
-        if entry["order"] == max(each["order"] for each in entries):
-            name = f"counts of up to {entry['order']} bytes before the next"
-            rows.append((name, f"{entry['tokens'] / 1e6:.1f}M", f"{entry['nll']:.2f}", "-"))
+    for read in sorted({entry["tokens"] for entry in entries}):
+        best = min((entry for entry in entries if entry["tokens"] == read), key=lambda entry: entry["nll"])
+        name = f"counts behind up to {best['order']} bytes, the best length here"
+        rows.append((name, f"{read / 1e6:.1f}M", f"{best['nll']:.2f}", "-"))
     without = {record.seed: record for record in family.reference}
     named = {"no heads: the next byte alone": without} if without else {}
     named |= {f"rank {rank}": cells for rank, cells in family.by_rank().items()}
