@@ -201,7 +201,8 @@ def headline(verdicts: Sequence[Verdict], shorten: Callable[[Verdict], tuple[str
     words = [verdict.word for verdict in run[1:] if not set(verdict.numbers) <= set(run[0].beside)]
     others = [f"{words.count(word)} {said}" for word, said in _OTHERS.items() if word in words]
     if set(words) - {run[0].word}:
-        answer += f" (other settings: {', '.join(others)})"
+        said = f"other settings: {', '.join(others)})"
+        answer = f"{answer[:-1]}; {said}" if answer.endswith(")") else f"{answer} ({said}"
     return Answer(verdicts[0].claim, answer, number)
 
 
