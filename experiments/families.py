@@ -29,8 +29,12 @@ _FREE = (
     "model.map_rank",
     "model.trunk",
 )
-# Said only where nothing else differs: what other text brings with it, and how long decoding was measured.
-_CONSEQUENCES = ("data.sha256", "data.vocab_size", "trunk", "decode.prompts", "decode.repeats", "decode.warmups")
+# Said only where nothing else differs: what other text or longer training brings with it, and how long decoding was
+# measured.
+_CONSEQUENCES = (
+    *("data.sha256", "data.vocab_size", "trunk", "optim.lr", "optim.warmup", "train.precision"),
+    *("decode.prompts", "decode.repeats", "decode.warmups"),
+)
 Cells = dict[int, Record]  # seed -> record
 
 

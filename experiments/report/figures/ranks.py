@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def nll(families: list[Family]) -> Drawn | str:
     """Joint NLL against rank, and each position's change against rank 1."""
-    shown = style.widest(families)
+    own, common = ([family for family in families if family.target == target] for target in ("own", "common"))
+    shown = [*style.widest(own, least=2), *style.widest(common)][: style.PANELS]
     if not shown:
         return "no records of two or more ranks"
     beside = min(len(shown), 2)  # comparisons to a row, of two panels each
@@ -57,7 +58,7 @@ def nll(families: list[Family]) -> Drawn | str:
 
 def first_token(families: list[Family]) -> Drawn | str:
     """First-token NLL against rank, with the margin of C2 round rank 1."""
-    shown = style.widest([f for f in families if f.target == "own" and 1 in f.ranks()])
+    shown = style.widest([f for f in families if f.target == "own" and 1 in f.ranks()], least=2)
     if not shown:
         return "no from-scratch records of two or more ranks"
     margin = c2_first_token.CLAIM.margin

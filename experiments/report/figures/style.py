@@ -232,14 +232,14 @@ def arms(values: Sequence[Interval]) -> Any:
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def widest(families: Sequence[Family], variant: str = "untied") -> list[Family]:
-    """The comparisons worth a panel: of three ranks or more (two, where none has more), PANELS at most.
+def widest(families: Sequence[Family], variant: str = "untied", least: int = 3) -> list[Family]:
+    """The comparisons worth a panel: of `least` ranks or more (two, where none has more), PANELS at most.
 
     Of those that differ in the horizon alone it is the largest.
     """
     several = [family for family in families if len(family.ranks(variant)) > 1]
     found: list[Family] = []
-    for family in [family for family in several if len(family.ranks(variant)) > 2] or several:
+    for family in [family for family in several if len(family.ranks(variant)) >= least] or several:
         if not any(along([family, other], "horizon") for other in found):
             found.append(family)
     return found[:PANELS]
