@@ -29,7 +29,7 @@ def blocks(
         "claims": claims_block(families, verdicts),
         "rates": _unless_odd(rates_block, results),
         "sceptic": sceptic_block(results, families, verdicts),
-        "training": training_table(results, families, verdicts),
+        "training": _unless_odd(lambda there: training_table(there, families, verdicts), results),
         "reruns": reruns_table(families),
         "carried": carried_table(records, verdicts),
         "compute": compute_table(records, verdicts),
