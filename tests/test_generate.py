@@ -2,7 +2,6 @@
 
 import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -192,13 +191,6 @@ def test_a_folder_that_cannot_be_used_is_named(run: Path, tmp_path: Path, capsys
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "theirs" / name).replace(tmp_path / "other" / name)
     assert "the weights 257; they do not belong together" in error(tmp_path / "other")
-
-
-def test_the_command_reads_standard_input(run: Path) -> None:
-    line = [sys.executable, "-m", "cpdlm", "generate", "--model", str(run), "--max-new-tokens", "9"]
-    done = subprocess.run(line, cwd=ROOT, input=PROMPT.encode() + b"\n", capture_output=True, timeout=300)
-    assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
-    assert done.stdout.decode() == written(run, "--prompt", PROMPT, "--max-new-tokens", "9")
 
 
 @pytest.mark.parametrize("given", [b"", b"\n", b"\r\n"])

@@ -56,6 +56,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return work
 
 
+@pytest.mark.slow  # eight trainings, for a script that is borrowed for 25 minutes
 def test_every_step_runs_and_is_not_run_twice(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home = tmp_path / "home"
     words = ["--minutes", "60", "--work", str(work), "--home", str(home)]

@@ -107,9 +107,21 @@ def stock_text(name: str, layout: str, rows: int) -> tuple[dict[str, Any], list[
     return chosen, stock(layout, **batch(rows), **chosen).tolist()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_greedy_is_what_the_library_writes(name: str, layout: str) -> None:
+# Few options know the layout: those that read the size or sign of scores, which are log-probabilities under eq. 11.
+ELSEWHERE = {
+    "own": (
+        *("repetition_penalty", "encoder_repetition_penalty", "sequence_bias", "min_new_tokens", "length penalty"),
+        *("several eos", "own processor", "use_cache"),
+    ),
+    "tied": ("max_new_tokens", "several eos", "use_cache"),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [("common", name) for name in OPTIONS] + [(layout, name) for layout, names in ELSEWHERE.items() for name in names],
+)
+def test_greedy_is_what_the_library_writes(layout: str, name: str) -> None:
     for rows in (1, 3):
         chosen, theirs = stock_text(name, layout, rows)
         ours = wrapped(layout).generate(**batch(rows), **chosen)

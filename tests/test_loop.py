@@ -286,16 +286,19 @@ def real(
 
 
 REAL = [
-    (family, rank, anchor, tie, common)
-    for family in ("llama", "gpt2")
-    for rank in (1, 4)
-    for anchor, tie, common in (
-        ("none", False, False),
-        ("none", True, False),
-        ("token", False, False),
-        ("none", False, True),
-        ("token", False, True),
-    )
+    *(
+        ("llama", 4, anchor, tie, common)
+        for anchor, tie, common in (
+            ("none", False, False),
+            ("none", True, False),
+            ("token", False, False),
+            ("none", False, True),
+            ("token", False, True),
+        )
+    ),
+    ("llama", 1, "none", False, False),
+    *(("gpt2", rank, "token", False, True) for rank in (1, 4)),
+    ("gpt2", 4, "none", False, False),
 ]
 
 

@@ -189,8 +189,10 @@ def test_heads_are_wider_than_a_narrow_trunk(pretrained: dict[str, Path]) -> Non
     assert len(decode(model, torch.tensor([3, 4]), 12, Sampling(0.9), torch.Generator().manual_seed(0)).tokens) == 12
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in SHAPES), *((name, torch.bfloat16) for name in ("llama tied", "gpt2"))],
+)
 def test_an_exported_model_comes_back_bit_for_bit(
     name: str, dtype: torch.dtype, pretrained: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -203,7 +205,7 @@ def test_an_exported_model_comes_back_bit_for_bit(
         # In a mapped file tensors stand where they happen to, and the rounding of a product depends on where that is.
         theirs[key].data = theirs[key].data.clone()
     prompt_T, tokens_BT = torch.tensor([5, 6, 7]), torch.randint(0, V, (1, 9))
-    assert decode(again, prompt_T, 24, GREEDY).tokens == decode(model, prompt_T, 24, GREEDY).tokens
+    assert decode(again, prompt_T, 8, GREEDY).tokens == decode(model, prompt_T, 8, GREEDY).tokens
     with torch.inference_mode():
         hidden_BTD = model.hidden(tokens_BT)
         assert torch.equal(again.target_log_probs(again.hidden(tokens_BT)), model.target_log_probs(hidden_BTD))

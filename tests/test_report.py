@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from experiments import claims
 from experiments import records as store
 from experiments.families import families_of
-from experiments.records import RecordError, load_all, write
+from experiments.records import Record, RecordError, load_all, write
 from experiments.report import Report, benchmarks, figures, readme, render, tables, tasks
 from experiments.report.__main__ import main
 from experiments.report.cells import pretrained_table
@@ -98,10 +98,10 @@ def test_a_readme_without_markers_is_left_alone_and_a_torn_one_refused(tmp_path:
         assert path.read_text() == torn
 
 
-def test_what_the_readme_says_is_what_the_records_say() -> None:
+def test_what_the_readme_says_is_what_the_records_say(committed: list[Record]) -> None:
     """Of the committed records: a row per claim, no line over 200 characters, every number found in a record."""
     results = ROOT / "results"
-    families, _ = families_of(load_all(results)[0])
+    families, _ = families_of(committed)
     verdicts = claims.judge(families)
     rows = [line for line in readme.claims_block(families, verdicts).splitlines() if line.startswith("| C")]
     lines = readme.sceptic_block(results, families, verdicts).splitlines()
@@ -201,8 +201,8 @@ def test_missing_cells_leave_notes_not_tracebacks(kept: int, tmp_path: Path) -> 
     assert report.notes[-1] == figures.ADDING and "mix=yes" in figures.ADDING
 
 
-def test_the_readmes_figure_cuts_no_text_off() -> None:
-    families, _ = families_of(load_all(ROOT / "results")[0])
+def test_the_readmes_figure_cuts_no_text_off(committed: list[Record]) -> None:
+    families, _ = families_of(committed)
     held = [benchmarks.read_benchmark(ROOT / "results", name) for name in tasks.HELD]
     with matplotlib.rc_context(figures.STYLE):
         figure, _ = speed.front(families, held)

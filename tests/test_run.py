@@ -65,17 +65,6 @@ def test_a_mistake_exits_2_with_one_line(
     assert says in said and said.splitlines()[-1].startswith("error: ")
 
 
-def test_one_cell_from_the_command_line(corpus: Path, tmp_path: Path) -> None:
-    words = typed(TINY)
-    done = _run(*words, "rank=2", f"corpus={corpus}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs")
-    assert done.returncode == 0, done.stderr
-    path = Path(done.stdout.split("record: ")[1].strip())
-    record = load(path)
-    assert record["command"].startswith("python experiments/run.py ") and record["config"]["rank"] == 2
-    assert "tokens per forward, sampling" in done.stdout
-    assert f"{json.loads(path.read_text())['likelihood']['joint_nll']['mean']:.4f}" in done.stdout
-
-
 def test_a_trunk_that_changed_since_is_not_taken_for_the_old_one(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +256,11 @@ def test_a_finished_cell_says_so_and_its_estimate_comes_first(
     words = _words(corpus, tmp_path)
     assert run.main(words) == 0
     first = capsys.readouterr().out
+    path = Path(first.split("record: ")[1].split()[0])
+    record = load(path)
+    assert record["command"].startswith("python experiments/run.py ") and record["config"]["rank"] == 2
+    assert "tokens per forward, sampling" in first
+    assert f"{json.loads(path.read_text())['likelihood']['joint_nll']['mean']:.4f}" in first
     assert first.startswith("estimate: ") and "to train" in first and "already complete" not in first
     assert "2 steps of training, so its speeds mean nothing" in first
     assert run.main(words) == 0

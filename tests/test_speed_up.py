@@ -88,22 +88,15 @@ def test_a_folder_that_holds_something_else_is_named_before_any_work(
     assert "did you mean optim.steps?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import cpdlm",
-        "from cpdlm.cli import main; main(['--help'])",
-        "import cpdlm.hf.load",
-        "import cpdlm.text, cpdlm.generate",
-    ],
-)
-def test_what_starts_quickly_loads_nothing_slow(code: str) -> None:
+def test_what_starts_quickly_loads_nothing_slow() -> None:
     slow = ("mlflow", "lightning", "matplotlib", "datasets")
-    check = f"{code}; import sys; assert not [m for m in {slow} if m in sys.modules]"
+    code = "import sys, cpdlm, cpdlm.hf.load, cpdlm.text, cpdlm.generate; from cpdlm.cli import main; main(['--help'])"
+    check = f"{code}; assert not [m for m in {slow} if m in sys.modules]"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_command_and_the_heads(tmp_path: Path) -> None:
     """Built without isolation, unpacked elsewhere: the command answers, and nothing of the suite is needed."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]

@@ -153,6 +153,7 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
     cells = [shrunk(cell, corpus, tmp_path / "cache") for cell in complete(kinds.values())]
     monkeypatch.setitem(sweep.PROFILES, "smoke", lambda: cells)
     monkeypatch.setattr(sweep, "Local", lambda slots, devices: InProcess())
+    monkeypatch.setattr(pipeline, "render", lambda *given: Report("", [], []))  # slow, and test_report.py's
     arguments = ["profile=smoke", f"out={tmp_path / 'out'}"]
     assert sweep.main(arguments) == 0
     records, damaged = load_all(tmp_path / "out" / "results")
@@ -162,7 +163,6 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
         for mode in (record["decoding"] or {"modes": {}})["modes"].values():
             assert mode["tokens"] == sum(mode["per_prompt"]["tokens"]) == 2 * 2 * 8
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.json") if ".sweep" not in str(path)}
-    monkeypatch.setattr(pipeline, "render", lambda *given: Report("", [], []))  # it is drawn anew, and slow
     assert stamps and sweep.main(arguments) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}, "a finished cell was run or written again"
 
