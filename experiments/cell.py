@@ -35,9 +35,8 @@ from cpdlm.training import checkpoints
 from cpdlm.training import run as training
 from cpdlm.training.checkpoints import run_folder
 from cpdlm.training.module import NonFiniteLoss, lower
-from experiments import machine, tracking
+from experiments import likelihood, machine, tracking
 from experiments.compare import table
-from experiments.measure import likelihood
 from experiments.provenance import provenance
 from experiments.records import build, load, write
 from experiments.schema import NUMBER, Maybe, check_kind, non_finite
@@ -127,14 +126,12 @@ def _evaluate(prepared: training.Run, command: str) -> None:
     model = checkpoints.load_model(prepared.folder)
     if prepared.draft_vocabulary is not None:
         model.use_draft_vocabulary(torch.from_numpy(prepared.draft_vocabulary.ids))
-    texts_V = [corpus.tokenizer.decode([token]) for token in range(corpus.vocab_size)]
     held_out = likelihood.evaluate(
         model,
         prepared.data.test_batches(),
         corpus.token_bytes(),
         corpus.source_names,
         training.training_device(),
-        texts_V,
     )
     if field := non_finite(held_out):
         raise NonFiniteLoss(

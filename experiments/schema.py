@@ -155,14 +155,14 @@ FIELDS: dict[str, Any] = {
         "position_nll": [_MEAN],
         "first_token_nll": _MEAN,
         "bits_per_byte": Maybe(AMOUNT),
-        "kept_by_depth": Optional([{"depth": FEW, "mean": SHARE, "sem": AMOUNT}]),
+        "kept_by_depth": [{"depth": FEW, "mean": SHARE, "sem": AMOUNT}],
         "per_row": {
             "positions": [POSITIVE],
             "joint_nll": [NATS],
             "first_token_nll": [NATS],
-            "position_nll": Optional([[NATS]]),
-            "target_nll": Optional([NATS]),
-            "bytes": Optional([AMOUNT]),
+            "position_nll": [[NATS]],
+            "target_nll": [NATS],
+            "bytes": [AMOUNT],
         },
         "shortlist": Optional({"tokens": COUNT, "windows": SHARE}),
         "weights": {
@@ -170,15 +170,6 @@ FIELDS: dict[str, Any] = {
             "dead": COUNT,
             "mean": [SHARE],
         },
-        "components": Optional(
-            {
-                "classes": [str],
-                "class_share": [[SHARE]],
-                "certainty": SHARE,
-                "top_tokens": [[{"token": str, "share": SHARE, "lift": AMOUNT}]],
-                "examples": [{"source": str, "tokens": [str], "component": [COUNT], "share": [SHARE]}],
-            }
-        ),
     },
     "decoding": Maybe(
         {

@@ -177,22 +177,19 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
     if name in ("joint_nll", "first_token_nll"):
         return Sample.ratio(rows[name], rows["positions"])
     if name == "position_nll":
-        if rows[name]:
-            return Sample.ratio(rows[name][int(which) - 1], rows["positions"])
-        term = likelihood[name][int(which) - 1]
-        return Sample(term["mean"], sem=term["sem"])
+        return Sample.ratio(rows[name][int(which) - 1], rows["positions"])
     if name == "bits_per_byte":
-        if rows["target_nll"] and sum(rows["bytes"] or ()):
-            return Sample.ratio(np.asarray(rows["target_nll"]) / math.log(2), rows["bytes"])
-        return None if likelihood[name] is None else Sample(likelihood[name])
+        if not sum(rows["bytes"]):
+            return None
+        return Sample.ratio(np.asarray(rows["target_nll"]) / math.log(2), rows["bytes"])
     if name == "joint_bits_per_byte":
-        size, joint = _bytes_per_token(record), measured(record, "joint_nll")
-        return None if size is None or joint is None else joint.scaled(1 / (record.horizon * math.log(2) * size))
+        joint, scale = measured(record, "joint_nll"), record.horizon * math.log(2) * _bytes_per_token(record)
+        return joint and joint.scaled(1 / scale)
     if name == "bytes_per_pass":
-        size, rate = _bytes_per_token(record), measured(record, "tokens_per_pass", mode)
-        return None if size is None or rate is None else rate.scaled(size)
+        rate = measured(record, "tokens_per_pass", mode)
+        return rate and rate.scaled(_bytes_per_token(record))
     if name == "kept":
-        share = next((each for each in likelihood["kept_by_depth"] or () if each["depth"] == int(which)), None)
+        share = next((each for each in likelihood["kept_by_depth"] if each["depth"] == int(which)), None)
         return None if share is None else Sample(share["mean"], sem=share["sem"])
     if name == "effective":
         return Sample(likelihood["weights"]["effective"])
@@ -207,10 +204,10 @@ def measured(record: Record, quantity: str, mode: str = "sampling") -> Sample | 
     return None if decoded[name] is None else Sample.log_ratio(decoded[name], decoded)
 
 
-def _bytes_per_token(record: Record) -> float | None:
-    """Over the test split, what separates documents included; None where the record does not count it."""
-    test = record["data"]["splits"].get("test")
-    return test["bytes"] / test["tokens"] if test else None
+def _bytes_per_token(record: Record) -> float:
+    """Over the test split, what separates documents included."""
+    test = record["data"]["splits"]["test"]
+    return float(test["bytes"] / test["tokens"])
 
 
 def over_seeds(cells: Cells, quantity: str, mode: str = "sampling") -> Interval | None:

@@ -66,6 +66,7 @@ def made(
         "position_nll": [{"mean": term, "sem": 0.004 * (k + 1)} for k, term in enumerate(terms)],
         "first_token_nll": {"mean": first_nll, "sem": 0.02},
         "bits_per_byte": first_nll / math.log(2),
+        "kept_by_depth": [],
         "per_source": {
             "package": {"joint_nll": joint, "bits_per_byte": first_nll / math.log(2), "positions": int(positions.sum())}
         },
@@ -73,6 +74,9 @@ def made(
             "positions": positions.tolist(),
             "joint_nll": ((joint + config.horizon * difficulty + own.normal(0, noise, 60)) * positions).tolist(),
             "first_token_nll": ((first_nll + difficulty + own.normal(0, noise, 60)) * positions).tolist(),
+            "position_nll": [((term + difficulty) * positions).tolist() for term in terms],
+            "target_nll": ((first_nll + difficulty) * positions).tolist(),
+            "bytes": positions.tolist(),
         },
         "weights": {
             "entropy_mean": 0.8 * math.log(rank),

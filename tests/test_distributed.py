@@ -134,11 +134,9 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = CROSSED | {"horizon": 1, "rank": 1, "balance": "none", "optim.steps": 1}
     open_run(folder / "trunk", resolve(two_processes.BASE | plain))
     two_processes.train(folder / "trunk", plain)
-    for name in FROZEN:
-        work += [
-            entry(folder / f"frozen, {name}", mode(name, CROSSED | frozen(folder)), fault) for fault in (DIE, None)
-        ]
-    work.append(entry(folder / "frozen, left", mode("sharded", CROSSED | frozen(folder)), DIE))
+    heads = CROSSED | frozen(folder)
+    work += [entry(folder / f"frozen, {name}", mode(name, heads), fault) for name in FROZEN for fault in (DIE, None)]
+    work.append(entry(folder / "frozen, left", mode("sharded", heads), DIE))
     # Faults that every process notices, so that the next case can follow.
     work.append(entry(folder / "nan", ("ddp", CROSSED, "adamw"), {"kind": "nan", "step": 3, "rank": 1}))
     work.append(entry(folder / "disk", mode("sharded", CROSSED), {"kind": "full disk", "step": 3, "rank": 1}))
@@ -235,9 +233,7 @@ def test_heads_on_a_frozen_trunk_resume_from_checkpoints_without_it(
     compare(load_file(default / f"frozen, {name}" / WEIGHTS), frozen_whole, 1e-8)
 
 
-def test_one_process_takes_over_heads_on_a_frozen_trunk_from_two(
-    default: Path, frozen_whole: dict[str, Tensor]
-) -> None:
+def test_one_process_takes_over_heads_from_two(default: Path, frozen_whole: dict[str, Tensor]) -> None:
     left = default / "frozen, left"
     consolidate(left)
     held = torch.load(left / CHECKPOINT, weights_only=True)["state_dict"]

@@ -10,8 +10,7 @@ import torch
 
 from cpdlm.config import parse
 from cpdlm.model.build import build_language_model
-from experiments.measure import likelihood
-from experiments.measure.components import CLASSES
+from experiments import likelihood
 
 V = 11
 
@@ -151,42 +150,3 @@ def test_no_position_with_all_successors_is_an_error() -> None:
     batch["successors_BT"].clamp_(max=1)
     with pytest.raises(ValueError, match="all 3 successors"):
         likelihood.evaluate(build_language_model(config, V), [batch], np.ones(V), ["a"])
-
-
-def test_components_are_weighed_by_their_posterior() -> None:
-    """Shares, tokens and examples against a plain loop over windows."""
-    config = parse(["rank=3", "size=micro", "horizon=3"])
-    torch.manual_seed(0)
-    model = build_language_model(config, V).double().eval()
-    batch = _batch(3, 120, config.horizon)
-    batch["successors_BT"].fill_(config.horizon)
-    batch["successors_BT"][2, 100:] = 0
-    texts = ["", *"aB3 \n(+\ufffdbc"]
-    found = likelihood.evaluate(model, [batch], np.arange(V), ["a", "b"], "cpu", texts)["components"]
-    share_RC, sure, count = np.zeros((3, len(CLASSES))), 0.0, 0
-    expected_class = [7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 0]
-    with torch.no_grad():
-        hidden_BTD = model.hidden(batch["tokens_BT"])
-        for row in range(3):
-            for t in range(120 if row < 2 else 100):
-                distribution, window_N = model.joint(hidden_BTD[row, t]), batch["future_BTN"][row, t]
-                posterior_R = distribution.posterior(window_N).exp().numpy()
-                share_RC[:, expected_class[int(window_N[0])]] += posterior_R
-                sure, count = sure + posterior_R.max(), count + 1
-                if row == 0 and t < 5:
-                    assert found["examples"][0]["component"][t] == posterior_R.argmax()
-                    assert found["examples"][0]["tokens"][t] == texts[int(window_N[0])]
-    assert np.array(found["class_share"]) == pytest.approx(share_RC / count, abs=1e-5)
-    assert found["certainty"] == pytest.approx(sure / count)
-    assert [len(example["tokens"]) for example in found["examples"]] == [120, 120, 100]
-    assert [example["source"] for example in found["examples"]] == ["a", "b", "a"]
-    best = found["top_tokens"][0][0]
-    assert best["token"] in texts and best["lift"] > 1
-    assert all(0 <= token["share"] <= 1 for tops in found["top_tokens"] for token in tops)
-
-
-def test_rank_1_has_no_components_to_tell_apart() -> None:
-    model = build_language_model(parse(["rank=1", "size=micro", "horizon=3"]), V)
-    assert "components" not in likelihood.evaluate(
-        model, [_batch(4, 16, 3)], np.ones(V), ["a", "b"], token_texts_V=["x"] * V
-    )

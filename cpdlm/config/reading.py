@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 from cpdlm.config.checks import check, check_choice
 from cpdlm.config.presets import PRESETS
 from cpdlm.config.settings import Config, ConfigError, flat, leaves
-from cpdlm.config.sizes import SIZES
 
 # Earlier names of settings, still read on the command line, in saved configurations and in records.
 ALIASES = {
@@ -31,7 +30,7 @@ OBSOLETE = {
     "model.adapter_layers": "drafts have no adapters in the trunk",
     "model.adapter_rank": "drafts have no adapters in the trunk",
 }
-WIDTH = "model.anchor_width"  # was in units, 0 for half the trunk's width; model.draft_width is a multiple of that
+WIDTH = "model.anchor_width"  # older records have 0, for half the trunk's width
 
 
 def parse(arguments: list[str]) -> Config:
@@ -119,16 +118,6 @@ def upgrade(saved: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _multiple(units: int, saved: Mapping[str, Any]) -> float:
-    """An earlier model.anchor_width as model.draft_width. saved: the settings beside it, by dotted name."""
-    if units and (saved.get("model.trunk") or saved.get("size") not in SIZES):
-        raise ConfigError(
-            f"{WIDTH}={units} is now model.draft_width, a multiple of the trunk's width: type it so, for example "
-            f"model.draft_width=2 for {WIDTH}=1152 on a width of 576"
-        )
-    return units / SIZES[saved["size"]].width if units else 0.5
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary, as saved with a run and in its record; without what logs in at tracking.uri."""
     plain: Any = OmegaConf.to_container(OmegaConf.structured(config))
@@ -182,7 +171,9 @@ def _renamed(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The same overrides in the same order, each by its present name."""
     found = {ALIASES.get(key, key): value for key, value in overrides.items() if key not in OBSOLETE}
     if WIDTH in found:
-        found["model.draft_width"] = _multiple(int(found.pop(WIDTH)), found)
+        if units := int(found.pop(WIDTH)):
+            raise ConfigError(f"{WIDTH}={units} is now model.draft_width, a multiple of the trunk's width; type it so")
+        found["model.draft_width"] = 0.5
     return {
         key: VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value for key, value in found.items()
     }

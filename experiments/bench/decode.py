@@ -1,4 +1,4 @@
-"""Ways to draft, measured side by side: every drafter and rank, filters, and the baselines; four records.
+"""Ways to draft, measured side by side: every drafter and rank, and the baselines; four records.
 
     python experiments/bench/decode.py --runs runs/cpu-full --train-hydra runs/hydra  # once, a minute a corpus and seed
     python experiments/bench/decode.py --runs runs/cpu-full --only acceptance          # not timed
@@ -8,8 +8,7 @@ All methods of a corpus share one frozen trunk, hence one target, the prompts, t
 `cpdlm.bench.compare`. Heads of several seeds are one contender: every seed's heads write every draw of every prompt.
 Intervals are over prompts, each with all its draws and seeds.
 
-decode_acceptance.json   tokens per forward of every drafter; agreement with the target per depth; temperatures and
-                         top-p; not timed
+decode_acceptance.json   tokens per forward of every drafter; not timed
 decode_strategies.json   speed of every drafter, greedy and sampling
 decode_sparse.json       the chain by how many components of a draft are evaluated (only with --active)
 decode_baselines.json    autoregressive, generate, prompt lookup, assisted generation, sequential heads, ours; memory
@@ -35,7 +34,7 @@ from experiments.bench.decode_heads import Bench, load_benches, target_entry
 
 # record -> its parts, each of the rows of every corpus
 RECORDS: dict[str, dict[str, Callable[[Bench], list[dict[str, Any]]]]] = {
-    "acceptance": {"strategies": drafters.accepted, "agreement": drafters.agreements, "filters": drafters.filters},
+    "acceptance": {"strategies": drafters.accepted},
     "strategies": {"cells": drafters.speeds},
     "sparse": {"rows": drafters.sparse},
     "baselines": {"methods": baselines},

@@ -2,8 +2,6 @@
 
 A drafter is chosen on prompts of the validation split and reported on those of the test split. What each gains over the
 chain, and over rank 1, is for the report, which makes it of the counts by prompt.
-
-Letters: P prompts, T positions.
 """
 
 import math
@@ -12,17 +10,13 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from cpdlm.bench.acceptance import acceptance
 from cpdlm.bench.intervals import of_ratio
 from cpdlm.decoding import Sampling
 from experiments.bench.decode_heads import SAMPLINGS, Bench, Heads, speed_entry, speed_ratio, sums
 from experiments.bench.record import say
-from experiments.measure.agreement import agreement
 
 DRAFTERS = {"greedy": ("chain", "tree", "window", "path"), "sampling": ("chain", "block", "tree", "window", "path")}
-TEMPERATURES, TOP_P = (0.5, 0.8, 1.0, 1.2), (0.8, 0.95, 1.0)  # temperature 0 has no top-p
 
 
 def speeds(bench: Bench) -> list[dict[str, Any]]:
@@ -124,43 +118,6 @@ def accepted(bench: Bench) -> list[dict[str, Any]]:
 def _accepted(heads: Heads, sampling: Sampling, drafter: str, bench: Bench) -> dict[str, Any]:
     draws = 1 if sampling.greedy else bench.options.acceptance_draws  # another greedy draw is the same text
     return acceptance(bench.batch(heads.models, sampling, drafter, draws), heads.config.horizon)
-
-
-def agreements(bench: Bench) -> list[dict[str, Any]]:
-    """Per heads and mode: `agreement` on the target's own continuations of the test prompts, of all seeds together."""
-    prompts_PT = bench.prompts["test"]
-    found: list[dict[str, Any]] = [heads.label | {"modes": {}} for heads in bench.heads]
-    for mode, sampling in SAMPLINGS.items():
-        written = [one.tokens for (one,) in bench.batch([bench.trunk], sampling, "none", 1)]
-        texts_PT = torch.cat([prompts_PT, torch.tensor(written, device=prompts_PT.device)], dim=1)
-        for entry, heads in zip(found, bench.heads, strict=True):
-            say(f"agreement, {bench.config.corpus}, {mode}, {heads.variant}, rank {heads.rank}")
-            entry["modes"][mode] = _averaged(
-                [agreement(model, texts_PT, prompts_PT.shape[1], bench.options.nodes) for model in heads.models]
-            )
-    return found
-
-
-def _averaged(found: Sequence[Any]) -> Any:
-    """Counts summed, shares averaged: every seed's heads see the same positions."""
-    if isinstance(found[0], dict):
-        return {key: _averaged([each[key] for each in found]) for key in found[0]}
-    if isinstance(found[0], list):
-        return [_averaged(each) for each in zip(*found, strict=True)]
-    return sum(found) if isinstance(found[0], int) else sum(found) / len(found)
-
-
-def filters(bench: Bench) -> list[dict[str, Any]]:
-    """Acceptance under each temperature and top-p on the test prompts: chain and tree, of the heads of `ends`."""
-    settings = [Sampling(0.0), *(Sampling(temperature, 0, p) for temperature in TEMPERATURES for p in TOP_P)]
-    rows = []
-    for heads in ends(bench.heads):
-        say(f"filters, {bench.config.corpus}, {heads.variant}, rank {heads.rank}")
-        for sampling in settings:
-            for drafter in ("chain", "tree"):
-                what = {"temperature": sampling.temperature, "top_p": sampling.top_p, "strategy": drafter}
-                rows.append(heads.label | what | _accepted(heads, sampling, drafter, bench))
-    return rows
 
 
 def ends(heads: Sequence[Heads]) -> list[Heads]:

@@ -11,7 +11,7 @@ Letters: B batch, T position, P positions picked, N horizon, K factors of the mi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from torch import Tensor
 from cpdlm.config import ConfigError
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.losses.draft import overlap
-from experiments.measure.components import Components
 
 CHUNK_BYTES = 64 * 2**20
 STRIDE = 8  # positions between those whose draft q is held against the target p
@@ -34,20 +33,17 @@ def evaluate(
     token_bytes_V: np.ndarray,
     source_names: list[str],
     device: torch.device | str = "cpu",
-    token_texts_V: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The record's `likelihood` entry, in nats (and bits per byte).
 
     batches: as the data module's, one row per sequence, with `source_B` (index into source_names). token_bytes_V: how
-    many bytes of text each token stands for (0 for special tokens). token_texts_V: the text of each token ("" for
-    special ones); with it, a mixture's entry has `components`, too. With a draft vocabulary `positions`, the joint, its
-    terms, the weights and the components are of the windows that it covers, and `shortlist` says how many it does.
+    many bytes of text each token stands for (0 for special tokens). With a draft vocabulary `positions`, the joint, its
+    terms and the weights are of the windows that it covers, and `shortlist` says how many it does.
     Raises ConfigError where no window has all successors, or none is covered.
     """
     model = model.to(device).eval()
     bytes_V = torch.as_tensor(token_bytes_V, dtype=torch.float64)
-    components = Components(model, token_texts_V) if token_texts_V and model.rank > 1 else None
-    sums = _Sums(model, bytes_V, components)
+    sums = _Sums(model, bytes_V)
     for batch in batches:
         hidden_BTD = model.hidden(batch["tokens_BT"].to(device), batch["position_ids_BT"].to(device))
         rows = zip(hidden_BTD, batch["future_BTN"], batch["successors_BT"], batch["source_B"], strict=True)
@@ -59,8 +55,8 @@ def evaluate(
 class _Sums:
     """Of all rows. entropy: of the gate's weights, summed; whole: windows with all successors; shares: (P, K) a row."""
 
-    def __init__(self, model: LanguageModel, bytes_V: Tensor, components: Components | None) -> None:
-        self.model, self.bytes_V, self.components = model, bytes_V, components
+    def __init__(self, model: LanguageModel, bytes_V: Tensor) -> None:
+        self.model, self.bytes_V = model, bytes_V
         self.rows: list[dict[str, Any]] = []
         self.weights_R = torch.zeros(model.rank, dtype=torch.float64)
         self.entropy, self.whole = 0.0, 0
@@ -74,7 +70,7 @@ class _Sums:
         target_P = _gathered(model.target_log_probs(hidden_TD[exists_T.to(device)]), token_P.to(device))
         whole_T = successors_T >= model.horizon
         covered_T = whole_T & _covered(model, future_TN.to(device)).cpu()
-        terms_PN, log_weights_PR, log_posterior_PR = position_terms(
+        terms_PN, log_weights_PR = position_terms(
             model, hidden_TD[covered_T.to(device)], future_TN[covered_T].to(device)
         )
         weights_PR = log_weights_PR.double().exp().cpu()
@@ -90,8 +86,6 @@ class _Sums:
                 "bytes": float(self.bytes_V[token_P].sum()),
             }
         )
-        if self.components is not None:
-            self.components.add(log_posterior_PR, future_TN, covered_T, source)
         self.shares.append(accepted_shares(model, hidden_TD, future_TN.to(device), whole_T.to(device)))
 
     def summary(self) -> dict[str, Any]:
@@ -132,8 +126,6 @@ class _Sums:
                 "mean": [float(value) for value in mean_R],
             },
         }
-        if self.components is not None:
-            found["components"] = self.components.summary()
         if model.draft_ids is not None:
             found["shortlist"] = {"tokens": len(model.draft_ids), "windows": positions / self.whole}
         return found
@@ -158,30 +150,27 @@ def _covered(model: LanguageModel, future_TN: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Chain-rule log-probabilities (P, N), the gate's log-weights (P, R) and the log-posterior (P, R) over components.
+def position_terms(model: LanguageModel, hidden_PD: Tensor, future_PN: Tensor) -> tuple[Tensor, Tensor]:
+    """Chain-rule log-probabilities (P, N), which sum to the joint's, and the gate's log-weights (P, R).
 
-    The terms sum to the joint's; the posterior is of the known window. With a draft vocabulary, which has to have the
-    tokens, all are of the distribution restricted to it.
+    With a draft vocabulary, which has to have the tokens, both are of the distribution restricted to it.
     """
     if model.heads is None:
-        certain_PR = torch.zeros(len(hidden_PD), 1, device=hidden_PD.device)
         first_P = _gathered(model.next_token_log_probs(hidden_PD), future_PN[:, 0])
-        return first_P.unsqueeze(-1), certain_PR, certain_PR
-    terms, gates, posteriors = [], [], []
+        return first_P.unsqueeze(-1), torch.zeros(len(hidden_PD), 1, device=hidden_PD.device)
+    terms, gates = [], []
     chunk = max(1, CHUNK_BYTES // (4 * model.horizon * model.rank * model.vocab_size))
     for start in range(0, max(1, len(hidden_PD)), chunk):
         part_PD, future_CN = hidden_PD[start : start + chunk], future_PN[start : start + chunk]
         joint = model.joint(part_PD, future_CN[:, 0])
         indices_CK = model.indices(future_CN[:, model.horizon - joint.horizon :])
         gates.append(joint.log_weights_R)
-        posteriors.append(joint.posterior(indices_CK))
         if model.first_is_tied:
             first_C1 = _gathered(model.next_token_log_probs(part_PD), future_CN[:, 0]).unsqueeze(-1)
             terms.append(torch.cat([first_C1, joint.chain(indices_CK)], dim=-1))
         else:
             terms.append(joint.chain(indices_CK))
-    return torch.cat(terms), torch.cat(gates), torch.cat(posteriors)
+    return torch.cat(terms), torch.cat(gates)
 
 
 @torch.no_grad()
