@@ -31,7 +31,6 @@ Every stage skips what is complete, so the same command continues a run that was
   --out DIR        folder of the runs (default: runs/PROFILE)
   --results DIR    folder of the records (default: OUT/results); figures and README are redrawn from there
   --jobs N         cells trained at once (default: one per core, 8 at most; one per GPU)
-  --mix yes        add to records of other code or data, which is refused otherwise
 HELP
 }
 

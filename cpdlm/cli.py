@@ -9,7 +9,6 @@
 Slow imports come after the words are read.
 """
 
-import difflib
 import io
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from cpdlm import benchmark
 from cpdlm.config import CHOICES, WEIGHTS
+from cpdlm.config.words import nearest
 from cpdlm.terminal import Parser, fitted
 
 INTERRUPTED = 130
@@ -45,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0
     if words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        hint = f"did you mean cpdlm {near[0]}?" if near else f"give one of {', '.join(COMMANDS)}"
-        print(f"error: there is no command {words[0]!r}; {hint}", file=sys.stderr)
+        hint = nearest(words[0], COMMANDS, "cpdlm {}") or f"; give one of {', '.join(COMMANDS)}"
+        print(f"error: there is no command {words[0]!r}{hint}", file=sys.stderr)
         return 2
     options = parse(words[0], words[1:])
     if sys.stderr.isatty():

@@ -65,11 +65,6 @@ def is_trained(config: Config) -> bool:
     return same and found["likelihood"].get("shortlist", {"tokens": 0})["tokens"] == config.loss.draft_vocabulary
 
 
-def trained_by(config: Config) -> str:
-    """The commit that trained and evaluated the cell; "" where none has."""
-    return str(_read(run_folder(config) / EVALUATED)["origin"]["commit"]) if is_trained(config) else ""
-
-
 def is_measured(config: Config, beside: Iterable[str] = (), reference: Config | None = None) -> bool:
     """True where the cell was measured as its config says, beside (at least) these runs and the reference."""
     path = run_folder(config) / MEASURED

@@ -1,11 +1,11 @@
 """The grammar of the suite's commands: settings as KEY=VALUE words and flags, in any order."""
 
 import argparse
-import difflib
 from collections.abc import Iterable
 from typing import NoReturn
 
 from cpdlm.config import ConfigError, check_words
+from cpdlm.config.words import nearest
 from cpdlm.terminal import Parser
 
 
@@ -35,7 +35,7 @@ def pairs(words: Iterable[str], known: Iterable[str], prefix: str = "") -> dict[
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not (key in known or (prefix and key.startswith(prefix))):
-            guess = nearest(key, known, "=")
+            guess = nearest(key, known, "{}=")
             raise ConfigError(f"'{word}': write KEY=VALUE with one of {', '.join(known)}{guess} (--help explains them)")
         if not value:
             raise ConfigError(f"{key}= needs a value")
@@ -48,9 +48,3 @@ def one_of(key: str, value: str, allowed: Iterable[str]) -> str:
     if value not in allowed:
         raise ConfigError(f"{key}={value}: not one of {', '.join(allowed)}{nearest(value, allowed)}")
     return value
-
-
-def nearest(word: str, known: Iterable[str], end: str = "") -> str:
-    """ "; did you mean X?", or "" where nothing is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}{end}?" if near else ""

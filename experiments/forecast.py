@@ -9,7 +9,7 @@ from experiments.machine import memory_text, time_text
 from experiments.records import load_all
 from experiments.scheduler import ROOT
 from experiments.suite import Cell
-from experiments.sweep_plan import Plan, mixed_code
+from experiments.sweep_plan import Plan
 
 
 def forecast(plan: Plan, scale: str, jobs: int = 0) -> str:
@@ -42,6 +42,5 @@ def forecast(plan: Plan, scale: str, jobs: int = 0) -> str:
             f"{len(plan.pending)} to finish, {len(to_train)} to train; about {left} with {jobs} at once"
             + (f" and {unknown} cells on a model of which there are no records" if unknown else ""),
             model.text(),
-            *(f"mixed: {line}{'' if plan.mix else '; refused without mix=yes'}" for line in mixed_code(plan)),
         ]
     )

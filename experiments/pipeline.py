@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from cpdlm.config import Config, ConfigError
+from cpdlm.config import Config
 from cpdlm.files import check_writable, remove_partial, write_json
 from cpdlm.progress import Bar
 from experiments import tracking
 from experiments.report import render
 from experiments.scheduler import Job, Launcher, Slurm, schedule
 from experiments.suite import Cell, decode_groups, mates
-from experiments.sweep_plan import STAGES, Plan, data_settings, refuse_mixed_code, refuse_mixed_data, refused_trunk
+from experiments.sweep_plan import STAGES, Plan, data_settings, other_target, other_text
 
 
 def run(plan: Plan, launcher: Launcher) -> int:
@@ -26,7 +26,6 @@ def run(plan: Plan, launcher: Launcher) -> int:
     check_writable(plan.results)
     for folder in {plan.results, *(plan.results / cell.folder for cell in plan.cells)}:
         remove_partial(folder)  # of killed sweeps; runs do so in their own folders
-    refuse_mixed_code(plan)
     stages: dict[str, Callable[[], str]] = {
         "data": lambda: _data(plan),
         "train": lambda: _train(plan, launcher, failures),
@@ -58,7 +57,7 @@ def _data(plan: Plan) -> str:
         key = f"{data_settings(config)}/{config.data.context}"
         if key not in made:
             corpus = load_corpus(config)
-            refuse_mixed_data(plan, config, str(corpus.describe()["sha256"]))
+            _warn(other_text(plan, config, str(corpus.describe()["sha256"])))
             made[key] = f"{config.corpus} ({config.data.tokenizer}): {len(corpus.train.tokens):,} training tokens"
     return "; ".join(made.values()) or "skipped: nothing is left to run"
 
@@ -69,9 +68,9 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
     pending = {cell.name: cell for cell in plan.needed if not one.is_trained(cell.config(str(plan.out)))}
     if not pending:
         return f"skipped: all {len(plan.cells)} cells are complete"
-    refused = [why for cell in plan.needed if cell.name not in pending and (why := refused_trunk(plan, cell))]
-    if refused:
-        raise ConfigError("; ".join(refused))
+    for cell in plan.needed:
+        if cell.name not in pending:
+            _warn(other_target(plan, cell))
     parent = tracking.start_sweep(plan.title, plan.out, plan.command, experiment=plan.experiment).run_id
     track = [f"tracking.experiment={plan.experiment}", *([f"tracking.parent={parent}"] if parent else [])]
     jobs = [_training_job(cell, plan, launcher, track) for cell in pending.values()]
@@ -81,9 +80,8 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
         def ended(job: Job, code: int) -> bool:
             bar.update()
             if code == 0:
-                why = refused_trunk(plan, pending[job.name])
-                failures.extend([why] if why else [])
-                return not why
+                _warn(other_target(plan, pending[job.name]))
+                return True
             failures.append(_failure(job, code))
             Bar.write(f"failed: {failures[-1]}", file=sys.stderr)
             return False
@@ -91,6 +89,11 @@ def _train(plan: Plan, launcher: Launcher, failures: list[str]) -> str:
         skipped = schedule(jobs, launcher, ended)
     failures += [f"{job.name}: its trunk failed" for job in skipped]
     return f"{len(pending)} cells run for {len(plan.cells)}, {len(failures)} failed"
+
+
+def _warn(why: str) -> None:
+    if why:
+        Bar.write(f"warning: {why}", file=sys.stderr)
 
 
 def _training_job(cell: Cell, plan: Plan, launcher: Launcher, track: list[str]) -> Job:

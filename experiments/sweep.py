@@ -41,7 +41,6 @@ SETTINGS = {
     "data": "token bundle made by `./dev bundle`; nothing is downloaded",
     "jobs": "cells trained at once on this machine (default: one per core, 8 at most; one per GPU)",
     "launcher": "local | slurm (default: local)",
-    "mix": "yes: add to records of other code or data, which is refused otherwise (default: no)",
     "slurm.KEY": "what sbatch is told: slurm.partition=NAME slurm.time=MINUTES slurm.gpus_per_node=1 ...",
 }
 
@@ -58,7 +57,6 @@ class Options:
     data: str = ""
     jobs: int = 0
     launcher: str = "local"
-    mix: bool = False
     dry_run: bool = False
     slurm: dict[str, Any] = field(default_factory=dict)
     command: str = PROGRAM
@@ -118,7 +116,6 @@ def parse(arguments: list[str]) -> Options:
         if not given["jobs"].isdecimal() or not 1 <= int(given["jobs"]) <= 1024:
             raise ConfigError(f"jobs={given['jobs']}: write a number from 1 to 1024")
         given["jobs"] = int(given["jobs"])
-    given["mix"] = one_of("mix", given.get("mix", "no"), ("yes", "no")) == "yes"
     given |= {key: _from_root(given[key]) for key in ("out", "results", "data") if key in given}
     if slurm and given.get("launcher") != "slurm":
         key, value = next(iter(slurm.items()))
@@ -139,29 +136,23 @@ def plan_of(options: Options) -> Plan:
         cells = study(options.claim, options.profile)
         if not cells:
             raise ConfigError(f"claim={options.claim} has no cells for profile={options.profile}; type profile=cpu")
-        chosen = [each.id for each in CLAIMS if each.id != "C6"] if options.claim == "all" else [options.claim]
-        comparisons = [study(each, options.profile) for each in chosen]
         on_gpu = options.profile == "gpu"
         out = Path(options.out or ("runs/claims-gpu" if on_gpu else "runs/claims"))
         results = Path(options.results or ("results/gpu" if on_gpu else "results"))
     else:
-        cells, comparisons = PROFILES[options.profile](), []
+        cells = PROFILES[options.profile]()
         out = Path(options.out or f"runs/{options.profile}")
         results = Path(options.results or out / "results")
     if options.data:
-        bundle = {"data.bundle": options.data}
-        cells = [cell.with_needs(bundle) for cell in cells]
-        comparisons = [[cell.with_needs(bundle) for cell in each] for each in comparisons]
+        cells = [cell.with_needs({"data.bundle": options.data}) for cell in cells]
     return Plan(
         title=options.claim or options.profile,
         cells=cells,
         out=out,
         results=results,
         command=options.command,
-        comparisons=[each for each in comparisons if each],
         experiment=f"cpdlm {options.claim}" if options.claim not in ("", "all") else "cpdlm",
         stages=options.only,
-        mix=options.mix,
     )
 
 

@@ -3,41 +3,24 @@
 A cell is finished once its record lies among the results, with these settings and timed beside its mates.
 """
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import INCIDENTAL, Config, ConfigError, flat, to_dict
-from experiments.provenance import git_state, is_commit, run_git
-from experiments.records import Record, RecordError, counted, load
-from experiments.scheduler import ROOT
+from cpdlm.config import INCIDENTAL, Config, flat, to_dict
+from experiments.records import Record, RecordError, load
 from experiments.suite import Cell, complete, mates
 
 STAGES = ("data", "train", "decode", "report")
-AFRESH = "out=OTHER results=OTHER/results"
-# What decides the numbers of a record. Commits that differ elsewhere only are the same code.
-CODE = (
-    "cpdlm/config",
-    "cpdlm/data",
-    "cpdlm/model",
-    "cpdlm/training",
-    "cpdlm/decoding",
-    "cpdlm/bench",
-    "experiments/likelihood.py",
-    "experiments/measure",  # where it stood before 2026-12
-    "experiments/cell.py",
-)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to run and where.
 
-    title: the claim or the profile. comparisons: sets of cells that are compared with each other. mix: records of other
-    code or data may be added to.
+    title: the claim or the profile.
     """
 
     title: str
@@ -45,10 +28,8 @@ class Plan:
     out: Path
     results: Path
     command: str
-    comparisons: list[list[Cell]] = field(default_factory=list)
     experiment: str = "cpdlm"
     stages: tuple[str, ...] = STAGES
-    mix: bool = False
 
     @property
     def shown(self) -> Path:
@@ -104,44 +85,11 @@ def _comparable(*nested: dict[str, Any]) -> dict[str, Any]:
     return kept | {"model.trunk": Path(kept["model.trunk"]).name}
 
 
-# --- what may be compared --------------------------------------------------------------------------------------------
+# --- what will not be compared ---------------------------------------------------------------------------------------
 
 
-def mixed_code(plan: Plan) -> list[str]:
-    """A line per set of records, or of trained cells, of other code that pending cells would be compared with."""
-    from experiments import cell as one
-
-    trained = {cell.name: one.trained_by(cell.config(str(plan.out))) for cell in plan.pending}
-    other = {name: commit for name, commit in trained.items() if commit and not _goes_on(commit)}
-    lines = []
-    for cells in plan.comparisons or [plan.cells]:
-        names = {cell.name for cell in cells}
-        if not names & trained.keys():
-            continue
-        old = [record for name, record in plan.finished.items() if name in names and not _same_code(record)]
-        if old:
-            commits = sorted({str(record["commit"])[:10] + "-dirty" * bool(record["dirty"]) for record in old})
-            lines.append(f"{len(old)} records of other code ({', '.join(commits)}) under {plan.results}: {_some(old)}")
-        found = sorted(names & other.keys())
-        if found:
-            commits = sorted({other[name][:10] for name in found})
-            what = f"{counted(len(found), 'cell')} that other code ({', '.join(commits)}) trained"
-            lines.append(f"{what} under {plan.out}: {_some(found)}")
-    return list(dict.fromkeys(lines))
-
-
-def refuse_mixed_code(plan: Plan) -> None:
-    """Raise ConfigError unless plan.mix."""
-    lines = mixed_code(plan)
-    if lines and not plan.mix:
-        raise ConfigError(
-            f"the missing cells would be compared with {'; and with '.join(lines)}. Type mix=yes to add to them (the "
-            f"report names the commits), or {AFRESH} to begin afresh"
-        )
-
-
-def refuse_mixed_data(plan: Plan, config: Config, sha256: str) -> None:
-    """Raise ConfigError where finished records were made of other text, unless plan.mix."""
+def other_text(plan: Plan, config: Config, sha256: str) -> str:
+    """Which finished records are of other text than the corpus is now; "" where none are."""
     mine = data_settings(config)
     other = [
         record
@@ -150,12 +98,12 @@ def refuse_mixed_data(plan: Plan, config: Config, sha256: str) -> None:
         == mine
         and record["data"]["sha256"] != sha256
     ]
-    if other and not plan.mix:
-        raise ConfigError(
-            f"{len(other)} records under {plan.results} are of other text than corpus={config.corpus} is now (sha256 "
-            f"{other[0]['data']['sha256'][:12]} then, {sha256[:12]} now): {_some(other)}. Restore it, type {AFRESH}, "
-            "or mix=yes: the report never compares the two"
-        )
+    if not other:
+        return ""
+    return (
+        f"{len(other)} records under {plan.results} are of other text than corpus={config.corpus} is now (sha256 "
+        f"{other[0]['data']['sha256'][:12]} then, {sha256[:12]} now): {_some(other)}. The report never compares the two"
+    )
 
 
 def data_settings(config: Config) -> dict[str, Any]:
@@ -164,11 +112,8 @@ def data_settings(config: Config) -> dict[str, Any]:
     return {"corpus": config.corpus} | {key: getattr(data, key) for key in ("tokenizer", "max_bytes", "release")}
 
 
-def refused_trunk(plan: Plan, trunk: Cell) -> str:
-    """Why heads on this trunk would have another target than finished records; "" where they would not.
-
-    With plan.mix that is a warning, and "" is returned.
-    """
+def other_target(plan: Plan, trunk: Cell) -> str:
+    """Which finished records of heads have another target than this trunk; "" where none have."""
     from cpdlm.data.target import WEIGHTS, Target
 
     heads = {cell.name: cell for cell in plan.cells if cell.trunk is not None and cell.trunk.name == trunk.name}
@@ -178,34 +123,12 @@ def refused_trunk(plan: Plan, trunk: Cell) -> str:
     other = [r for name, r in plan.finished.items() if name in heads and r.trunk_sha256 not in ("", mine)]
     if not other:
         return ""
-    found = f"{trunk.name} trained to other weights than those under {len(other)} records ({_some(other)})"
-    paired = "pairs no cell on one with a cell on the other"
-    if plan.mix:
-        print(f"warning: {found}: another target, and the report {paired}", file=sys.stderr)
-        return ""
     return (
-        f"{found}: the heads would not share one target. Type mix=yes to add cells on this one (the report says so and "
-        f"{paired}), or {AFRESH}"
+        f"{trunk.name} trained to other weights than those under {len(other)} records ({_some(other)}): another "
+        "target, and the report pairs no cell on one with a cell on the other"
     )
 
 
-@lru_cache(maxsize=64)
-def _unchanged_since(commit: str) -> bool:
-    here, _ = git_state()
-    if not is_commit(here):
-        return commit == here
-    return run_git(ROOT, "diff", "--quiet", commit, "--", *CODE).returncode == 0
-
-
-def _same_code(record: Record) -> bool:
-    return not record["dirty"] and _unchanged_since(str(record["commit"]))
-
-
-def _goes_on(commit: str) -> bool:
-    """Whether cells that a sweep of that commit left may be continued, also with uncommitted changes."""
-    return commit == git_state()[0] or _unchanged_since(commit)
-
-
-def _some(found: Sequence[Record | str]) -> str:
-    names = [each if isinstance(each, str) else str(each["name"]) for each in found]
+def _some(found: Sequence[Record]) -> str:
+    names = [str(each["name"]) for each in found]
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

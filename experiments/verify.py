@@ -9,7 +9,6 @@ Exit code 0 where all agrees, 1 where something differs or the run fails, 2 wher
 """
 
 import contextlib
-import difflib
 import hashlib
 import os
 import shlex
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm.config import INCIDENTAL, flat, is_name
+from cpdlm.config.words import nearest
 from cpdlm.files import owner, remove_partial
 from cpdlm.terminal import Parser
 from experiments.provenance import is_commit, run_git
@@ -136,8 +136,7 @@ def check(path: Path, root: Path) -> Record:
     """The record, if it can be run again; raises VerifyError."""
     if not path.is_file():
         names = {str(found.relative_to(root)) for found in (root / "results").rglob("*.json")}
-        near = difflib.get_close_matches(str(path), sorted(names), n=1, cutoff=0.4)
-        guess = f"; did you mean {near[0]}?" if near else "" if names else "; results/ has no record yet"
+        guess = nearest(str(path), sorted(names), cutoff=0.4) if names else "; results/ has no record yet"
         raise VerifyError(f"{path}: there is no such record{guess}")
     try:
         record = load(path)

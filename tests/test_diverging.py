@@ -115,7 +115,6 @@ def test_a_cell_without_a_record_stops_no_others(
 
     told: list[Any] = []
     monkeypatch.setattr("experiments.cell.is_trained", lambda config: True)
-    monkeypatch.setattr("experiments.cell.trained_by", lambda config: "")
     monkeypatch.setattr("experiments.cell.write_record", write)
     monkeypatch.setattr(pipeline, "render", lambda *given: Report("the tables", [], []))
     monkeypatch.setattr(pipeline, "_log", lambda plan, records, *given: told.extend(records))

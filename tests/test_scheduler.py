@@ -118,7 +118,6 @@ def test_a_failing_cell_is_named_and_tried_again(
     monkeypatch.setattr(pipeline, "train_command", command)
     done = tmp_path / "out"
     monkeypatch.setattr("experiments.cell.is_trained", lambda config: (done / config.run_name / "done").exists())
-    monkeypatch.setattr("experiments.cell.trained_by", lambda config: "")
     monkeypatch.setattr("experiments.tracking.start_sweep", lambda *given, **more: Tracker())
     mine = plan(tmp_path, cells, stages=("train",))
     assert pipeline.run(mine, Local(2)) == 1

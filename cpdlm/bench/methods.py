@@ -1,6 +1,5 @@
 """Ways to decode one target, by name: what `cpdlm bench` can run. A new way is a line in `METHODS`."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 from cpdlm.bench.contenders import Contender, EarlyExit, Ends, Ours, as_hugging_face, exit_layer, hugging_face, theirs
 from cpdlm.bench.llama import LlamaCpp
 from cpdlm.config import ConfigError
+from cpdlm.config.words import nearest
 from cpdlm.decoding import Sampling
 from cpdlm.decoding.length import Costs
 from cpdlm.model.language_model import LanguageModel
@@ -57,9 +57,8 @@ def chosen(words: Sequence[str], model: LanguageModel) -> dict[str, Method]:
     """
     for word in words:
         if word not in METHODS:
-            near = difflib.get_close_matches(word, METHODS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"give some of {', '.join(METHODS)}"
-            raise ConfigError(f"--methods {word}: there is no such method; {hint}")
+            hint = nearest(word, METHODS) or f"; give some of {', '.join(METHODS)}"
+            raise ConfigError(f"--methods {word}: there is no such method{hint}")
         if METHODS[word].needs_heads and model.horizon < 2:
             raise ConfigError(
                 f"--methods {word} drafts with heads, and this model has none; cpdlm speed-up trains them"

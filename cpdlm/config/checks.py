@@ -1,10 +1,10 @@
 """What a configuration must satisfy: choices, ranges, and rules between settings, which name both values."""
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
 from cpdlm.config.settings import CHOICES, FAMILIES, WITHIN, Config, ConfigError, flatten, leaves
+from cpdlm.config.words import nearest
 
 MOST_TOKENS = 2**20  # of a vocabulary that is made here
 PRETRAINED = "a Hugging Face folder or name, a GGUF file, smollm2"
@@ -25,8 +25,7 @@ def check(config: Config) -> None:
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
     """ConfigError, with the nearest choice, where the value is none of those allowed."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        guess = f"; did you mean {key}={near[0]}?" if near else ""
+        guess = nearest(str(value), allowed, key + "={}")
         raise ConfigError(f"{key}={value!r} is not one of {', '.join(allowed)}{guess}")
 
 

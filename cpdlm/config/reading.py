@@ -1,7 +1,6 @@
 """Words and saved files -> a checked Config, and back."""
 
 import copy
-import difflib
 import functools
 import re
 import sys
@@ -14,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cpdlm.config.checks import check, check_choice
 from cpdlm.config.presets import PRESETS
 from cpdlm.config.settings import Config, ConfigError, flat, leaves
+from cpdlm.config.words import nearest
 
 # Earlier names of settings, still read on the command line, in saved configurations and in records.
 ALIASES = {
@@ -180,8 +180,6 @@ def _renamed(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unknown(key: str, known: tuple[str, ...]) -> NoReturn:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:
-        near = [name for name in known if name.split(".")[-1] == key][:1]
-    guess = f"; did you mean {near[0]}?" if near else ""
+    same = [name for name in known if name.split(".")[-1] == key]
+    guess = nearest(key, known, cutoff=0.5) or nearest(key, same, cutoff=0.0)
     raise ConfigError(f"unknown setting '{key}'{guess} (--help lists them all)")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpdlm.config import ConfigError
+from cpdlm.config.words import first_line
 
 TEMPLATE_SECONDS = 10.0  # that a template may take for one prompt or conversation
 OTHER_TEXT = "give a corpus without conversations"
@@ -75,7 +76,7 @@ def rendered(tokenizer: Any, name: str, chats: Sequence[tuple[Sequence[Message],
         return done[0]
     raise ConfigError(
         f"the chat template of the tokenizer {name} cannot be used: {type(done[0]).__name__}: "
-        f"{(str(done[0]).splitlines() or [''])[0]}; {instead}, or mend the template"
+        f"{first_line(done[0])}; {instead}, or mend the template"
     ) from done[0]
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm.config import ConfigError
+from cpdlm.config.words import first_line
 from cpdlm.data.packages import PACKAGES, Package, fetch
 from cpdlm.files import errors_named, file_sha256, locked, partial_folder, remove_partial, write_bytes
 
@@ -104,7 +105,7 @@ def check_hub(name: str, setting: str) -> None:
             f"{advice}"
         ) from error
     except Exception as error:  # those of whichever HTTP library the hub's client has
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(
             f"{setting}: there is no such folder here, and the hub cannot be reached ({reason}); {advice} that this "
             "machine can reach"
@@ -254,7 +255,7 @@ def _convert(path: Path, folder: Path, label: str) -> None:
     except ConfigError:
         raise
     except Exception as error:  # gguf, numpy and transformers each raise their own on a file that is cut off
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise ConfigError(
             f"model={label} cannot be read ({type(error).__name__}: {reason}); it may be no GGUF file, or cut off "
             "(download it again), or of an architecture that transformers does not read from GGUF: give its Hugging "

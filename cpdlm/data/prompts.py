@@ -3,7 +3,6 @@
 The chats and articles come from the test split of corpus=chat and corpus=wiki, which heads on these never see.
 """
 
-import difflib
 import gzip
 import json
 import zipfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.config.words import nearest
 from cpdlm.data.conversations import messages
 from cpdlm.data.packages import Package, fetch
 from cpdlm.data.readers import CORPORA, read_packages
@@ -96,9 +96,8 @@ def _test_documents(corpus: str, cache: Path) -> list[bytes]:
 
 def _file(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
     if not path.is_file():
-        near = difflib.get_close_matches(str(path), TASKS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give {', '.join(TASKS)} or a file of JSON lines"
-        raise ConfigError(f"--tasks {path}: there is no such task and no such file; {hint}")
+        hint = nearest(str(path), TASKS) or f"; give {', '.join(TASKS)} or a file of JSON lines"
+        raise ConfigError(f"--tasks {path}: there is no such task and no such file{hint}")
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

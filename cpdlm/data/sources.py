@@ -3,7 +3,6 @@
 What a corpus *is* (`Origin.identity`) is known without reading it where pins say it; so a cached corpus loads at once.
 """
 
-import difflib
 import hashlib
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.config.words import nearest
 from cpdlm.data.conversations import read_conversations
 from cpdlm.data.documents import Documents
 from cpdlm.data.readers import CORPORA, read_packages
@@ -51,8 +51,7 @@ def locate(config: Config) -> Origin:
         return _hub(config)
     path = Path(name).expanduser()
     if not name or not (path.is_file() or path.is_dir()):
-        near = difflib.get_close_matches(name, CORPORA, n=1, cutoff=0.4)
-        guess = f"; did you mean corpus={near[0]}?" if near else ""
+        guess = nearest(name, CORPORA, "corpus={}", cutoff=0.4)
         raise ConfigError(
             f"corpus={name!r} is neither {' nor '.join(CORPORA)} nor hf:NAME nor a file or folder that exists{guess}"
         )

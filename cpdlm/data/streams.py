@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from cpdlm.config import ConfigError
+from cpdlm.config.words import first_line
 from cpdlm.data.documents import FileTexts
 from cpdlm.files import LOCK_SECONDS, LockHeld, file_sha256, locked, write_json
 from cpdlm.progress import Bar
@@ -163,7 +164,7 @@ def _has_nulls_alone(dataset: Any) -> bool:
 
 
 def _unreadable(stream: Stream, error: Exception) -> ConfigError:
-    reason = (str(error).splitlines() or [""])[0]
+    reason = first_line(error)
     return ConfigError(
         f"corpus={stream.corpus} could not be read ({type(error).__name__}: {reason}). Check the name and the "
         "connection, and run again (what is here is not read twice), or use corpus=code, corpus=text, a file "

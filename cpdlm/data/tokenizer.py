@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpdlm.config import ConfigError
+from cpdlm.config.words import first_line
 from cpdlm.data.chat_template import OTHER_TEXT, Message, conversation, no_template, rendered
 from cpdlm.data.pretrained_files import brings_code, check_hub
 from cpdlm.files import write_json
@@ -166,7 +167,7 @@ class HubTokenizer(Tokenizer):
                     f"data.tokenizer={name} brings code of its own (auto_map in {source}), which is not executed; "
                     "give a tokenizer that transformers has"
                 ) from error
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             advice = (
                 "Give a Hugging Face name or a local folder (hf:./folder), or type data.tokenizer=bpe:8192 or bytes"
             )

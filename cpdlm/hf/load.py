@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.config.words import first_line
 from cpdlm.data.pretrained_files import NAMED, generation_of
 from cpdlm.data.target import Target
 from cpdlm.data.tokenizer import BytesTokenizer, HubTokenizer, Tokenizer, stored_tokenizer
@@ -106,7 +107,7 @@ def _exported(folder: Path, draft_vocabulary: bool) -> Opened:
         shape, _ = CpdlmConfig.get_config_dict(folder)
         eos = generation_of(str(folder)).eos_token_id
     except OSError as error:
-        raise RunError(f"{folder / 'config.json'} is damaged ({_first_line(error)}); export it again") from error
+        raise RunError(f"{folder / 'config.json'} is damaged ({first_line(error)}); export it again") from error
     if not (folder / "tokenizer_config.json").is_file():
         raise RunError(f"{folder} has no tokenizer (tokenizer_config.json); export it again with cpdlm export")
 
@@ -114,7 +115,7 @@ def _exported(folder: Path, draft_vocabulary: bool) -> Opened:
         try:
             wrapped = CpdlmForCausalLM.from_pretrained(folder)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = f"{type(error).__name__}: {_first_line(error)}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise RunError(f"{folder} cannot be loaded ({reason}); export it again") from error
         if not draft_vocabulary:
             wrapped.model.use_draft_vocabulary(None)
@@ -140,10 +141,6 @@ def run_tokenizer(run: Path) -> Tokenizer:
     if stored is None:
         raise RunError(f"{run} has no tokenizer (no folder {TOKENIZER}); {again}")
     return stored
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def is_pretrained_tokenizer(tokenizer: Tokenizer) -> bool:

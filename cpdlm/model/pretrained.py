@@ -19,6 +19,7 @@ from transformers import __version__ as version
 from transformers.utils import cached_file
 
 from cpdlm.config import ConfigError
+from cpdlm.config.words import first_line
 from cpdlm.data.pretrained_files import brings_code, free_memory
 from cpdlm.model.heads import HeadsConfig
 from cpdlm.model.language_model import LanguageModel
@@ -78,7 +79,7 @@ def load_pretrained(
         )
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         advice = _quantised(shape) or "give a folder with whole safetensors weights"
-        raise ConfigError(f"model={label} cannot be loaded: {_first_line(error).rstrip('.')}; {advice}") from error
+        raise ConfigError(f"model={label} cannot be loaded: {first_line(error).rstrip('.')}; {advice}") from error
     whole, found = loaded
     if found["missing_keys"]:
         advice = _quantised(shape) or "download it again"
@@ -100,7 +101,7 @@ def _wrapped(whole: PreTrainedModel, context: int, label: str) -> LanguageModel:
     except (AttributeError, NotImplementedError) as error:
         raise ConfigError(
             f"model={label} ({type(whole).__name__}) has no body that can be run without its output layer "
-            f"({_first_line(error)}); it cannot be the trunk here"
+            f"({first_line(error)}); it cannot be the trunk here"
         ) from error
     model = LanguageModel(
         Trunk(body),
@@ -162,7 +163,7 @@ def _probe(model: LanguageModel, whole: PreTrainedModel, label: str) -> None:
         ours_BTV = _logits(model, model.hidden(tokens_BT))
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{kind} does not run on a row of tokens ({_first_line(error)}); give another model"
+            f"{kind} does not run on a row of tokens ({first_line(error)}); give another model"
         ) from error
     # Of the largest logit: bfloat16 through 30 layers leaves 2e-2 on processors that emulate it; tokens that should not
     # be seen change logits by their own size.
@@ -267,7 +268,7 @@ def _shape(source: str, label: str) -> Any:
                 f"transformers {version} does not know; install a release that does, or give another model"
             ) from error
         raise ConfigError(
-            f"model={label} cannot be found, or is gated: {_first_line(error).rstrip('.')}. "
+            f"model={label} cannot be found, or is gated: {first_line(error).rstrip('.')}. "
             "Give a Hugging Face folder, a GGUF file, smollm2, or a hub name that this machine can reach "
             "(a gated one after `hf auth login`)"
         ) from error
@@ -387,7 +388,3 @@ def free_bytes(label: str) -> int:
     """Of the machine and of its accelerator, if any: weights are read into the one, then moved to the other."""
     free = free_memory(label)
     return min(free, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else free
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

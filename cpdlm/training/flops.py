@@ -31,9 +31,9 @@ class Shape:
     shared_weights: int = 0
 
     @classmethod
-    def of(cls, config: Config, vocab: int) -> Shape:
-        """Of a config with a trunk of ours."""
-        width, model = SIZES[config.size].width, config.model
+    def of(cls, config: Config, vocab: int, width: int = 0) -> Shape:
+        """width: of the trunk (default: that of config.size)."""
+        width, model = width or SIZES[config.size].width, config.model
         separate, inner = model.head == "separate", model.map_hidden or model.map_rank or model.component_rank
         return cls(
             vocab,

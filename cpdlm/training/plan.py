@@ -92,7 +92,10 @@ def make_plan(config: Config, vocab_size: int = 0, compiled: bool = True) -> Pla
         kept, layer_bytes, trunk_flops = _run_trunk(model, config, rows)
     trains_trunk = not model.frozen_target
     tokens = config.optim.steps * config.data.batch_rows * config.data.context
-    flops = {"trunk": trunk_flops * trunk_forwards(config), **loss_flops(_shape(model), config)}
+    flops = {
+        "trunk": trunk_flops * trunk_forwards(config),
+        **loss_flops(Shape.of(config, model.vocab_size, model.trunk.width), config),
+    }
     layers = len(model.trunk.layers())
     one_layer = kept // layers
     memory = _weights(model, config) | {
@@ -180,22 +183,6 @@ def _run_trunk(model: LanguageModel, config: Config, rows: int) -> tuple[int, in
     return sum(kept.values()), layer_bytes, counted.total / tokens_BT.numel()
 
 
-def _shape(model: LanguageModel) -> Shape:
-    """Of the model that was built, which may be another's."""
-    heads, width = model.heads, model.trunk.width
-    inner = heads.inner if heads is not None else 0
-    return Shape(
-        model.vocab_size,
-        width,
-        model.rank,
-        heads.factors if heads is not None else 0,
-        0 if _separate(model) else 2 * width * inner if inner else width * width,
-        _separate(model),
-        model.first_is_tied,
-        model.frozen_target,
-    )
-
-
 def _separate(model: LanguageModel) -> bool:
     return model.heads is not None and model.heads.separate
 
@@ -235,7 +222,7 @@ def _loss_memory(model: LanguageModel, config: Config, rows: int, compiled: bool
         # Beside them, their float32 copy in eager half precision, and about six copies of the rows that they come from.
         return logits * (1 + (fast / logit if logit > fast else 0) + 6 * width / tokens)
 
-    has_next_token = loss_flops(_shape(model), config)["next token"] > 0
+    has_next_token = loss_flops(Shape.of(config, model.vocab_size, model.trunk.width), config)["next token"] > 0
     table_bytes = 0 if model.frozen_target or _separate(model) else _size([table])
     most, sums = 0.0, 0
     if has_next_token:

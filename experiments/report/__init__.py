@@ -56,5 +56,4 @@ def render(results: Path, figures: Path, readme: Path | None = None) -> Report:
     files, notes = [*files, *written], [*notes, *left_out]
     html = page.write(figures / "report.html", records, found, shown, made, notes)
     notes += [f"figure {each.name} left out: {each.caption}" for each in shown if each.picture is None]
-    hint = [drawing.ADDING] if any(each.picture is None for each in shown) else []
-    return Report(tables.claims_text(found), found, [*files, *drawn, html], notes + hint)
+    return Report(tables.claims_text(found), found, [*files, *drawn, html], notes)

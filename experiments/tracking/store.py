@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpdlm.config import Config, flat, without_credentials
+from cpdlm.config import Config, flat, without_credentials, words
 from cpdlm.files import is_gone, locked, owner, write_json
 from experiments.tracking.view import RESULTS, experiment_tags
 
@@ -50,7 +50,7 @@ class Tracker:
         self.curve([{"step": step, **values}])
 
     def curve(self, points: list[dict[str, float]]) -> None:
-        """Log [{"step", name: value, ...}], many at a time."""
+        """Log [{"step", name: value, ...}]."""
 
         def log() -> None:
             from mlflow.entities import Metric
@@ -62,8 +62,7 @@ class Tracker:
                 for key, value in point.items()
                 if key != "step" and isinstance(value, int | float)
             ]
-            for start in range(0, len(found), 500):
-                self._client.log_batch(self.run_id, metrics=found[start : start + 500])
+            self._client.log_batch(self.run_id, metrics=found)
 
         self.attempt(log)
 
@@ -73,9 +72,7 @@ class Tracker:
         def log() -> None:
             from mlflow.entities import Param
 
-            found = [Param(key, str(value)[:500]) for key, value in values.items()]
-            for start in range(0, len(found), 100):
-                self._client.log_batch(self.run_id, params=found[start : start + 100])
+            self._client.log_batch(self.run_id, params=[Param(key, str(value)[:500]) for key, value in values.items()])
 
         self.attempt(log)
 
@@ -326,7 +323,7 @@ def warn(message: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """The start of an error, without names, passwords and tokens of an address that it may quote."""
-    return without_credentials((str(error).splitlines() or [""])[0])[:200] or type(error).__name__
+    return without_credentials(words.first_line(error))[:200]
 
 
 def shown(uri: str) -> str:

@@ -22,11 +22,6 @@ from experiments.report.table import described
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ADDING = (
-    "a sweep refuses to add to records of other code, as the committed ones are once the code has changed: end its "
-    "command with mix=yes to add all the same, or with out=OTHER results=OTHER/results to begin afresh"
-)
-
 # In the order of the report.
 FIGURES: dict[str, Plot] = {
     "pretrained": Plot("Heads on a pretrained model, and what rank adds", "C6", speed.pretrained, decoded=True),
