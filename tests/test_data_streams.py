@@ -4,6 +4,7 @@ Local folders of JSON lines, through `datasets` itself.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import pytest
 
 from cpdlm.config import Config, ConfigError, resolve
 from cpdlm.data import sources, streams
-from cpdlm.data.streams import Stream, fetch_stream, read_shards
-from cpdlm.files import locked
+from cpdlm.data.streams import Stream, fetch_stream
 
 SHARDS, DOCUMENTS = 3, 400
 
@@ -78,33 +78,25 @@ def test_a_killed_reader_goes_on_behind_its_last_note(
 ) -> None:
     """kills: after how many documents of each session."""
     monkeypatch.setattr(streams, "NOTE_BYTES", 1000)
-    stream, read = Stream(str(dataset), 10**6, tmp_path), 0
-    stream.shards.mkdir(parents=True)
+    stream, read, whole = Stream(str(dataset), 10**6, tmp_path), 0, streams._texts
     for kill in [*kills, 10**6]:
-        dataset_now, _ = streams._open(stream)
         session: list[int] = []
 
-        def advance(size: int, session: list[int] = session, kill: int = kill) -> None:
-            session.append(size)
-            if len(session) == kill:
-                raise Killed
+        def texts(*given: Any, session: list[int] = session, kill: int = kill) -> Iterator[bytes | None]:
+            for text in whole(*given):
+                session.append(len(text or b""))
+                yield text
+                if len(session) == kill:
+                    raise Killed
 
+        monkeypatch.setattr(streams, "_texts", texts)
         try:
-            read_shards(stream, dataset_now, wait=True, advance=advance)
+            fetch_stream(stream)
         except Killed:
             assert len(session) == kill
         read += sum(session)
-    fetch_stream(stream)
     assert list(stream.texts()) == story, "a document is lost or repeated"
     assert read - sum(map(len, story)) <= len(kills) * (1000 + 20), "more is read again than lay behind the last note"
-
-
-def test_shards_of_another_process_are_left_to_it(dataset: Path, tmp_path: Path) -> None:
-    stream = Stream(str(dataset), 10**6, tmp_path)
-    stream.shards.mkdir(parents=True)
-    with locked(stream.shards / "1.lock"):
-        read_shards(stream, streams._open(stream)[0], wait=False, advance=lambda size: None)
-    assert sorted(path.name for path in stream.shards.glob("*.json")) == ["0.json", "2.json"]
 
 
 def test_one_column_for_the_whole_set_and_its_nulls_are_counted(tmp_path: Path) -> None:
@@ -164,10 +156,12 @@ def test_other_files_are_another_text(dataset: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(streams, "_open", opened)
     stream = Stream("who/what", 100, tmp_path)
-    stream.shards.mkdir(parents=True)
-    streams._start_over_for_other_files(stream, "a")
-    with locked(stream.shards / "1.lock"):
-        read_shards(stream, opened(stream)[0], wait=False, advance=lambda size: None)
-    there |= {"version": "b", "texts": ["new", "one", "two", "three"]}
-    fetch_stream(stream)
-    assert list(stream.texts()) == [b"new", b"one", b"two", b"three"]
+    stream.folder.mkdir(parents=True)
+    (stream.folder / "texts.bin").write_bytes(b"one")
+    (stream.folder / "lengths.bin").write_bytes(np.int64(3).tobytes())
+    for version, right in (("a", [b"one", b"one", b"two"]), ("b", [b"new", b"one"])):
+        (stream.folder / "position.json").write_text(json.dumps({"version": "a", "bytes": 3, "documents": 1}))
+        there |= {"version": version, "texts": ["new", "one"] if version == "b" else ["one", "two"]}
+        fetch_stream(stream)
+        assert list(stream.texts()) == right
+        (stream.folder / "meta.json").unlink()

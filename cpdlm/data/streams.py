@@ -1,15 +1,12 @@
-"""The text of a Hugging Face dataset, streamed to disk shard by shard.
+"""The text of a Hugging Face dataset, streamed to disk.
 
 FOLDER/texts.bin        the documents, end to end; offsets.npy: where each begins
        meta.json        sha256 of texts.bin, documents, column, rows without text (nulls); written last
-       shards/version   which files of the dataset the shards are of
-       shards/I.bin     what is here of shard I, a file of the dataset; I.lengths: the bytes of each document
-       shards/I.json    how much of that is sure to be on the disk, and the dataset's own position behind it
-       shards/I.lock    held by the process that reads shard I
+       lengths.bin      of a reader at work: the bytes of each document
+       position.json    of a reader at work: how much is sure to be on the disk, and the dataset's own position there
 
-The first process that finds a shard free reads it, be it of a distributed run or of another machine with the same
-folder. The text is that of the stream from its beginning, whoever read it. A killed process loses what it read since
-its last note; the next one goes on from there.
+One process reads, and the others wait for it. A killed one loses what it read since its last note; the next one goes on
+from there.
 """
 
 import hashlib
@@ -17,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +25,7 @@ import numpy as np
 from cpdlm.config import ConfigError
 from cpdlm.config.words import first_line
 from cpdlm.data.documents import FileTexts
-from cpdlm.files import LOCK_SECONDS, LockHeld, file_sha256, locked, write_json
+from cpdlm.files import LOCK_SECONDS, file_sha256, locked, write_json
 from cpdlm.progress import Bar
 
 FORMAT = 2  # raise when the column is chosen, or rows are read, in another way
@@ -57,8 +54,12 @@ class Stream:
         return self.cache / "hf" / f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{self.limit}"
 
     @property
-    def shards(self) -> Path:
-        return self.folder / "shards"
+    def lengths(self) -> Path:
+        return self.folder / "lengths.bin"
+
+    @property
+    def position(self) -> Path:
+        return self.folder / "position.json"
 
     def meta(self) -> dict[str, Any] | None:
         """What meta.json says; None where the text is not whole."""
@@ -84,41 +85,12 @@ def fetch_stream(stream: Stream) -> dict[str, Any]:
         if (meta := stream.meta()) is not None:
             return meta
         (stream.folder / "meta.json").unlink(missing_ok=True)
-    try:
-        dataset, version = _open(stream)
-        _start_over_for_other_files(stream, version)
-        with Bar(total=stream.limit, desc=f"streaming {stream.name}", unit="B", unit_scale=True) as bar:
-            bar.update(sum(_note(stream, index).bytes for index in range(dataset.num_shards)))
-            read_shards(stream, dataset, wait=False, advance=bar.update)
-            read_shards(stream, dataset, wait=True, advance=bar.update)  # those that others had, or left unfinished
-        with locked(stream.folder / "lock", stream.seconds):
-            return stream.meta() or _join(stream, dataset.num_shards)
-    except ConfigError:
-        if not any(path.stat().st_size for path in stream.shards.glob("*.bin")):
-            shutil.rmtree(stream.folder, ignore_errors=True)
-        raise
-
-
-def read_shards(stream: Stream, dataset: Any, wait: bool, advance: Callable[[int], Any]) -> None:
-    """Read the shards that are not whole, in order until the limit.
-
-    wait: for a shard that another process reads, instead of leaving it out. advance: called with the bytes of each
-    document.
-    """
-    for index in range(dataset.num_shards):
-        if _bytes_before(stream, index) >= stream.limit:
-            return
         try:
-            with locked(stream.shards / f"{index}.lock", stream.seconds if wait else 0):
-                if (stream.folder / "meta.json").exists():
-                    return  # another process has joined the shards
-                if not _note(stream, index).whole:
-                    _read_shard(stream, index, dataset.shard(num_shards=dataset.num_shards, index=index), advance)
-        except OSError as error:
-            if (stream.folder / "meta.json").exists():  # another process has joined the shards: they are gone
-                return
-            if wait or not isinstance(error, LockHeld):
-                raise
+            return _read(stream, *_open(stream))
+        except ConfigError:
+            if not any(path.stat().st_size for path in stream.folder.glob("texts.bin")):
+                shutil.rmtree(stream.folder, ignore_errors=True)
+            raise
 
 
 def _local_files(folder: Path) -> list[Any]:
@@ -127,17 +99,6 @@ def _local_files(folder: Path) -> list[Any]:
         return []
     files = ((path, path.stat()) for path in sorted(folder.resolve().rglob("*")) if path.is_file())
     return [[str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns] for path, state in files]
-
-
-def _start_over_for_other_files(stream: Stream, version: str) -> None:
-    """Drop the shards of a killed reader where the dataset has changed since: they would not fit together."""
-    with locked(stream.folder / "lock", stream.seconds):
-        note = stream.shards / "version"
-        if note.is_file() and note.read_text() != version:
-            shutil.rmtree(stream.shards)
-        if not (stream.folder / "meta.json").exists():
-            stream.shards.mkdir(exist_ok=True)
-            note.write_text(version)
 
 
 def _open(stream: Stream) -> tuple[Any, str]:
@@ -174,116 +135,80 @@ def _unreadable(stream: Stream, error: Exception) -> ConfigError:
 
 @dataclass(frozen=True)
 class Note:
-    """How far a shard has been read. state: the dataset's own position. whole: there is no more, or no need of it."""
+    """How far the stream has been read. version: which files of the dataset. state: the dataset's own position."""
 
+    version: str
     bytes: int = 0
     documents: int = 0
-    column: str = ""
     nulls: int = 0
     state: dict[str, Any] | None = None
-    whole: bool = False
+
+    @classmethod
+    def of(cls, path: Path, version: str) -> "Note":
+        """Where a killed reader stopped: at the beginning, if the dataset has changed since."""
+        try:
+            note = cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return cls(version)
+        return note if note.version == version else cls(version)
 
 
-def _note(stream: Stream, index: int) -> Note:
-    try:
-        return Note(**json.loads((stream.shards / f"{index}.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return Note()
-
-
-def _bytes_before(stream: Stream, index: int) -> int:
-    """Bytes of the shards before this one, as far as they are whole without a gap."""
-    total = 0
-    for earlier in range(index):
-        note = _note(stream, earlier)
-        if not note.whole:
-            break
-        total += note.bytes
-    return total
-
-
-def _read_shard(stream: Stream, index: int, shard: Any, advance: Callable[[int], Any]) -> None:
-    note = _note(stream, index)
+def _read(stream: Stream, dataset: Any, version: str) -> dict[str, Any]:
+    """Read to the end or to the limit. The meta of what is then there."""
+    note = Note.of(stream.position, version)
     if note.state is not None:
-        shard.load_state_dict(note.state)
+        dataset.load_state_dict(note.state)
     total, documents, nulls = note.bytes, note.documents, note.nulls
-    column = text_column({name: str(getattr(kind, "dtype", kind)) for name, kind in shard.features.items()}, stream)
-    if _has_nulls_alone(shard):
-        shard.info.features = None
+    column = text_column({name: str(getattr(kind, "dtype", kind)) for name, kind in dataset.features.items()}, stream)
+    if _has_nulls_alone(dataset):
+        dataset.info.features = None
     with (
-        open(stream.shards / f"{index}.bin", "ab") as text_file,
-        open(stream.shards / f"{index}.lengths", "ab") as length_file,
+        open(stream.folder / "texts.bin", "ab") as text_file,
+        open(stream.lengths, "ab") as length_file,
+        Bar(total=stream.limit, initial=total, desc=f"streaming {stream.name}", unit="B", unit_scale=True) as bar,
     ):
         text_file.truncate(note.bytes)
         length_file.truncate(8 * note.documents)
 
-        def write_note(whole: bool) -> None:
+        def on_disk() -> None:
             for file in (text_file, length_file):
                 file.flush()
                 os.fsync(file.fileno())
-            aside = stream.shards / f"{index}.partial"
-            aside.write_text(json.dumps(asdict(Note(total, documents, column, nulls, shard.state_dict(), whole))))
-            os.replace(aside, stream.shards / f"{index}.json")
 
-        for text in _texts(stream, shard, column):
+        for text in _texts(stream, dataset, column) if total < stream.limit else ():
             if text is None:
                 nulls += 1
             elif text.strip():
                 text_file.write(text)
                 length_file.write(np.int64(len(text)).tobytes())
                 total, documents = total + len(text), documents + 1
-                advance(len(text))
+                bar.update(len(text))
                 if total >= stream.limit:
                     break
                 if total - note.bytes >= NOTE_BYTES:
-                    write_note(False)
-                    note = _note(stream, index)
-                    if _bytes_before(stream, index) + total >= stream.limit:
-                        break
-        write_note(True)
+                    on_disk()
+                    note = Note(version, total, documents, nulls, dataset.state_dict())
+                    write_json(stream.position, asdict(note))
+        on_disk()
+    if not documents:
+        raise ConfigError(f"corpus={stream.corpus} has no text in its train split")
+    lengths = np.fromfile(stream.lengths, np.int64)
+    np.save(stream.folder / "offsets.npy", np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+    digest = file_sha256(stream.folder / "texts.bin")
+    meta = {"sha256": digest, "documents": documents, "column": column, "nulls": nulls}
+    write_json(stream.folder / "meta.json", meta)
+    stream.lengths.unlink()
+    stream.position.unlink(missing_ok=True)
+    return meta
 
 
-def _texts(stream: Stream, shard: Any, column: str) -> Iterator[bytes | None]:
+def _texts(stream: Stream, dataset: Any, column: str) -> Iterator[bytes | None]:
     """Of every row; None for one without."""
     try:
-        for row in shard:
+        for row in dataset:
             yield None if row.get(column) is None else row[column].encode()
     except Exception as error:  # the hub client raises errors of many libraries
         raise _unreadable(stream, error) from error
-
-
-def _join(stream: Stream, shards: int) -> dict[str, Any]:
-    """One file of the shards in order, up to the limit; then they go."""
-    lengths, digest, column, left = [np.zeros(0, np.int64)], hashlib.sha256(), "", stream.limit
-    nulls = sum(_note(stream, index).nulls for index in range(shards))
-    with open(stream.folder / "texts.partial", "wb") as file:
-        for index in range(shards):
-            note = _note(stream, index)
-            if left <= 0 or not note.documents:
-                continue
-            lengths_here = np.fromfile(stream.shards / f"{index}.lengths", np.int64, note.documents)
-            wanted = int(np.searchsorted(np.cumsum(lengths_here), left)) + 1  # with the document that reaches the limit
-            lengths.append(lengths_here[:wanted])
-            size, column = int(lengths[-1].sum()), column or note.column
-            left -= size
-            with open(stream.shards / f"{index}.bin", "rb") as shard:
-                while size:
-                    part = shard.read(min(size, 2**24))
-                    assert part, "a shard is shorter than its note says"
-                    digest.update(part)
-                    file.write(part)
-                    size -= len(part)
-        file.flush()
-        os.fsync(file.fileno())
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
-    if len(offsets) == 1:
-        raise ConfigError(f"corpus={stream.corpus} has no text in its train split")
-    os.replace(stream.folder / "texts.partial", stream.folder / "texts.bin")
-    np.save(stream.folder / "offsets.npy", offsets)
-    meta = {"sha256": digest.hexdigest(), "documents": len(offsets) - 1, "column": column, "nulls": nulls}
-    write_json(stream.folder / "meta.json", meta)
-    shutil.rmtree(stream.shards, ignore_errors=True)
-    return meta
 
 
 def text_column(kinds: dict[str, str], stream: Stream) -> str:
