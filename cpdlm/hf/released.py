@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cpdlm.config import Config, from_dict, to_dict
 from cpdlm.data.pretrained_files import NAMED
 from cpdlm.data.target import Target
-from cpdlm.files import default_cache, replaced
+from cpdlm.files import default_cache
 from cpdlm.model.build import build_language_model
 from cpdlm.model.language_model import LanguageModel
 from cpdlm.training.checkpoints import (
@@ -28,6 +28,7 @@ from cpdlm.training.checkpoints import (
     load_target,
     read_config,
     run_draft_vocabulary,
+    write_tensors,
 )
 
 FOLDER = Path(__file__).parents[1] / "released"
@@ -48,8 +49,7 @@ def release(run: Path, name: str) -> Path:
     # The folder of the run is not for others. In bfloat16 a model is read fastest; `load` widens it elsewhere.
     elsewhere = replace(config, output=Config().output, model=replace(config.model, dtype="bfloat16"))
     facts = {"config": to_dict(elsewhere), "vocab_size": model.vocab_size, "trunk_sha256": target.sha256}
-    with replaced(_path(name)) as path:
-        save_file(tensors, path, {key: json.dumps(value) for key, value in facts.items()})
+    write_tensors(_path(name), tensors, {key: json.dumps(value) for key, value in facts.items()})
     return _path(name)
 
 

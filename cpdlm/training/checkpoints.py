@@ -134,13 +134,18 @@ def save_model(
     dtype: what numbers are rounded to (default: what they are).
     """
     kept = {
-        name: tensor.to(dtype if tensor.is_floating_point() else None).contiguous()
+        name: tensor.to(dtype if tensor.is_floating_point() else None)
         for name, tensor in state.items()
         if _is_stored(name, model)
     }
-    with replaced(folder / WEIGHTS) as path:
+    write_tensors(folder / WEIGHTS, kept, {"vocab_size": str(vocab_size)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A whole file or none. WriteError where the disk is full."""
+    with replaced(path) as temporary:
         try:
-            save_file(kept, path, metadata={"vocab_size": str(vocab_size)})
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         except SafetensorError as error:  # how it says that the disk is full
             raise OSError(str(error)) from error
 
