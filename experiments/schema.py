@@ -122,7 +122,7 @@ FIELDS: dict[str, Any] = {
         "sha256": str,
         "tokenizer": str,
         "vocab_size": Within(int, 2, 2**31),
-        "splits": Each({}),
+        "splits": {"test": {"bytes": COUNT, "tokens": POSITIVE}},
         "trunk_sha256": Optional(str),
     },
     "seconds": Each(AMOUNT),
@@ -229,7 +229,7 @@ def _disagreements(content: dict[str, Any]) -> Iterator[str]:
     yield from _lengths("likelihood", {"position_nll": likelihood["position_nll"]}, horizon, "config.horizon")
     yield from _lengths("training", {"clock": training["clock"]}, len(steps), "the length of training.curve")
     for key, values in per_row.items():
-        by_position = key == "position_nll" and values
+        by_position = key == "position_nll"
         if by_position:
             yield from _lengths("likelihood.per_row", {key: values}, horizon, "config.horizon")
         for each in values if by_position else [values]:

@@ -1,4 +1,4 @@
-"""What a sweep runs, and what it refuses: cells that would be compared with records of other code or data.
+"""What a sweep runs, and what it warns of: records of other text or of another trunk's weights.
 
 A cell is finished once its record lies among the results, with these settings and timed beside its mates.
 """

@@ -157,9 +157,14 @@ def test_other_files_are_another_text(dataset: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(streams, "_open", opened)
     stream = Stream("who/what", 100, tmp_path)
     stream.folder.mkdir(parents=True)
-    (stream.folder / "texts.bin").write_bytes(b"one")
-    (stream.folder / "lengths.bin").write_bytes(np.int64(3).tobytes())
-    for version, right in (("a", [b"one", b"one", b"two"]), ("b", [b"new", b"one"])):
+    # Of the same version it goes on, of another or behind what is gone it begins anew.
+    for version, kept, right in (
+        ("a", b"one", [b"one", b"one", b"two"]),
+        ("b", b"one", [b"new", b"one"]),
+        ("a", b"", [b"one", b"two"]),
+    ):
+        (stream.folder / "texts.bin").write_bytes(kept)
+        (stream.folder / "lengths.bin").write_bytes(np.int64(3).tobytes())
         (stream.folder / "position.json").write_text(json.dumps({"version": "a", "bytes": 3, "documents": 1}))
         there |= {"version": version, "texts": ["new", "one"] if version == "b" else ["one", "two"]}
         fetch_stream(stream)

@@ -205,7 +205,7 @@ def greedy(*kind: Any) -> list[list[int]]:
 @pytest.mark.parametrize("kind", [("llama", "token", True), ("gpt2", "none", False)])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_a_batch_is_its_rows_one_by_one(draft: str, kind: tuple[str, str, bool]) -> None:
-    """Greedy and sampled, with and without a cache, rows that end at different times; dead slots closed up or not."""
+    """Greedy and sampled, greedy without a cache as well, rows that end at different times."""
     model, alone_greedily, accepted, texts = real(*kind), greedy(*kind), 0, RAGGED[:4]
     for sampling in (Sampling(0.0), Sampling(0.8, 5, 0.95)):
         cached = None

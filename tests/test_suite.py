@@ -20,7 +20,8 @@ from cpdlm.model.language_model import LanguageModel
 from cpdlm.model.trunk import Trunk, build_body
 from experiments import cell as one_cell
 from experiments import pipeline, run, scheduler, sweep
-from experiments.claims import CLAIMS
+from experiments.claims import CLAIMS, judge
+from experiments.families import families_of
 from experiments.profiles import PROFILES, study
 from experiments.records import Record, load_all
 from experiments.report import Report
@@ -158,6 +159,7 @@ def test_every_kind_of_cell_runs_to_a_valid_record(
     assert sweep.main(arguments) == 0
     records, damaged = load_all(tmp_path / "out" / "results")
     assert not damaged and len(records) == len(cells)
+    assert judge(families_of(records)[0])
     for record in records:
         assert record["training"]["steps"] == 2
         for mode in (record["decoding"] or {"modes": {}})["modes"].values():

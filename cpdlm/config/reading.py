@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cpdlm.config.checks import check, check_choice
 from cpdlm.config.presets import PRESETS
 from cpdlm.config.settings import Config, ConfigError, flat, leaves
-from cpdlm.config.words import nearest
+from cpdlm.config.words import first_line, nearest
 
 # Earlier names of settings, still read on the command line, in saved configurations and in records.
 ALIASES = {
@@ -141,7 +141,7 @@ def from_dict(plain: Mapping[str, Any]) -> Config:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(_defaults(), upgrade(plain)))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"this configuration was written by another version: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"this configuration was written by another version: {first_line(error)}") from error
     assert isinstance(config, Config)
     check(config)
     return config

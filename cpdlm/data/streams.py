@@ -84,13 +84,10 @@ def fetch_stream(stream: Stream) -> dict[str, Any]:
     with locked(stream.folder / "lock", stream.seconds):
         if (meta := stream.meta()) is not None:
             return meta
-        (stream.folder / "meta.json").unlink(missing_ok=True)
-        try:
-            return _read(stream, *_open(stream))
-        except ConfigError:
-            if not any(path.stat().st_size for path in stream.folder.glob("texts.bin")):
-                shutil.rmtree(stream.folder, ignore_errors=True)
-            raise
+        if (stream.folder / "meta.json").exists():  # the text was damaged since
+            for name in ("meta.json", "position.json"):
+                (stream.folder / name).unlink(missing_ok=True)
+        return _read(stream, *_open(stream))
 
 
 def _local_files(folder: Path) -> list[Any]:
@@ -135,7 +132,7 @@ def _unreadable(stream: Stream, error: Exception) -> ConfigError:
 
 @dataclass(frozen=True)
 class Note:
-    """How far the stream has been read. version: which files of the dataset. state: the dataset's own position."""
+    """How far a stream has been read. version: which files of the dataset. state: the dataset's own position."""
 
     version: str
     bytes: int = 0
@@ -144,18 +141,23 @@ class Note:
     state: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, path: Path, version: str) -> "Note":
-        """Where a killed reader stopped: at the beginning, if the dataset has changed since."""
+    def of(cls, stream: Stream, version: str) -> "Note":
+        """Where a killed reader stopped: at the beginning, if the dataset or what was read of it has changed since."""
         try:
-            note = cls(**json.loads(path.read_text()))
+            note = cls(**json.loads(stream.position.read_text()))
+            texts, lengths = (stream.folder / "texts.bin").stat().st_size, stream.lengths.stat().st_size
+            if note.version == version and texts >= note.bytes and lengths >= 8 * note.documents:
+                return note
         except (OSError, ValueError, TypeError):
-            return cls(version)
-        return note if note.version == version else cls(version)
+            pass
+        stream.position.unlink(missing_ok=True)
+        return cls(version)
 
 
 def _read(stream: Stream, dataset: Any, version: str) -> dict[str, Any]:
     """Read to the end or to the limit. The meta of what is then there."""
-    note = Note.of(stream.position, version)
+    shutil.rmtree(stream.folder / "shards", ignore_errors=True)  # of earlier versions
+    note = Note.of(stream, version)
     if note.state is not None:
         dataset.load_state_dict(note.state)
     total, documents, nulls = note.bytes, note.documents, note.nulls
@@ -170,26 +172,29 @@ def _read(stream: Stream, dataset: Any, version: str) -> dict[str, Any]:
         text_file.truncate(note.bytes)
         length_file.truncate(8 * note.documents)
 
-        def on_disk() -> None:
+        def on_disk() -> Note:
             for file in (text_file, length_file):
                 file.flush()
                 os.fsync(file.fileno())
+            done = Note(version, total, documents, nulls, dataset.state_dict())
+            write_json(stream.position, asdict(done))
+            return done
 
-        for text in _texts(stream, dataset, column) if total < stream.limit else ():
-            if text is None:
-                nulls += 1
-            elif text.strip():
-                text_file.write(text)
-                length_file.write(np.int64(len(text)).tobytes())
-                total, documents = total + len(text), documents + 1
-                bar.update(len(text))
-                if total >= stream.limit:
-                    break
-                if total - note.bytes >= NOTE_BYTES:
-                    on_disk()
-                    note = Note(version, total, documents, nulls, dataset.state_dict())
-                    write_json(stream.position, asdict(note))
-        on_disk()
+        try:
+            for text in _texts(stream, dataset, column) if total < stream.limit else ():
+                if text is None:
+                    nulls += 1
+                elif text.strip():
+                    text_file.write(text)
+                    length_file.write(np.int64(len(text)).tobytes())
+                    total, documents = total + len(text), documents + 1
+                    bar.update(len(text))
+                    if total >= stream.limit:
+                        break
+                    if total - note.bytes >= NOTE_BYTES:
+                        note = on_disk()
+        finally:  # also where the connection is lost
+            on_disk()
     if not documents:
         raise ConfigError(f"corpus={stream.corpus} has no text in its train split")
     lengths = np.fromfile(stream.lengths, np.int64)

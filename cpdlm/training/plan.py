@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PretrainedConfig
 
 from cpdlm.config import Config, ConfigError
+from cpdlm.config.words import first_line
 from cpdlm.data.pretrained_files import free_memory
 from cpdlm.data.target import Target
 from cpdlm.model.build import build_language_model, parameter_counts
@@ -132,7 +133,7 @@ def _build(config: Config, vocab_size: int) -> LanguageModel:
         shape = PUBLISHED[name]() if name in PUBLISHED else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"model={name}: its shape is not known here ({str(error).splitlines()[0]}); give a folder that holds it, "
+            f"model={name}: its shape is not known here ({first_line(error)}); give a folder that holds it, "
             f"or one of {', '.join(PUBLISHED)}"
         ) from error
     whole = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype), trust_remote_code=False)

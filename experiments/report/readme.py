@@ -127,7 +127,7 @@ def _other_heads(verdicts: Sequence[Verdict]) -> str:
     if not blind or not slow:
         return ""
     return (
-        f"C6 with the paper's drafts, which see only h_t, and a quarter of the training: {blind[0]}. In float32, "
+        f"C6 with the paper's drafts, which see only h_t, and less training: {blind[0]}. In float32, "
         f"without bf16 instructions, on an older decoder: {min(slow):.2f}x to {max(slow):.2f}x."
     )
 
