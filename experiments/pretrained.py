@@ -69,7 +69,7 @@ CPU_OWN = Effort(
     more={
         "train.precision": "bf16-mixed",
         "train.decode_prompts": 0,
-        "decode.prompts": 64,
+        "decode.prompts": 48,
         "decode.new_tokens": 64,
         "decode.repeats": 1,
     },
