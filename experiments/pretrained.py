@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.suite import RANKS, Cell
+from experiments.suite import RANKS, SEEDS, Cell
 
 OBJECTIVES = ("joint", "eq14", "eq14-marginal", "acceptance", "log-acceptance", "blend")
 CHOSEN = "eq14"  # on the validation split; results/LOG.md tells how
@@ -145,14 +145,12 @@ def retrofit_gpu() -> list[Cell]:
 
 
 def retrofit_own() -> list[Cell]:
-    """What rank is worth in heads of the released kind, on text that the model wrote; four seeds.
+    """What rank is worth in heads of the released kind, on text that the model wrote.
 
     Wide drafts, components as offsets from one base, every position trains the drafts.
     """
     return [
-        heads("code", rank, CPU_OWN, OWN, link="all", seed=seed, folder="C6-own")
-        for seed in range(4)
-        for rank in (1, 4)
+        heads("code", rank, CPU_OWN, OWN, link="all", seed=seed, folder="C6-own") for seed in SEEDS for rank in (1, 4)
     ]
 
 
