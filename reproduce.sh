@@ -19,7 +19,7 @@ Every stage skips what is complete, so the same command continues a run that was
                    seeds            C3 and C4 with eight seeds                    2 cores, 50 min
                    retrofit-screen  heads on a pretrained model: which objective  2 cores, 1 h
                    retrofit         heads on a pretrained model: ranks and text   2 cores, 4 h
-                   retrofit-own     the same on text that the model writes        2 cores, 1 h
+                   retrofit-own     the same on text that the model writes        2 cores, 2 h
                    joints           what rank is worth by kind of joint           2 cores, 30 min
                    gpu              a 56.3M-parameter model                       one GPU
                    retrofit-gpu     heads on a pretrained model, the whole grid   one GPU

@@ -150,7 +150,7 @@ def retrofit_own() -> list[Cell]:
     Wide drafts, components as offsets from one base, every position trains the drafts.
     """
     return [
-        heads("code", rank, CPU_OWN, OWN, link="all", seed=seed, folder="C6-own") for seed in SEEDS for rank in (1, 4)
+        heads("code", rank, CPU_OWN, OWN, link="all", seed=seed, folder="C6-timed") for seed in SEEDS for rank in (1, 4)
     ]
 
 
