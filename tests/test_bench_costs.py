@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cpdlm.bench.memory import working_memory
 from experiments.bench import fresh, loss, overhead, training_rate
 from experiments.bench.overhead import NEXT_TOKEN, WHOLE
+from experiments.report import scaling
 from tests.tiny import code_folder, small_pretrained
 
 VOCAB = 64
@@ -146,6 +147,8 @@ def test_a_quick_run_measures_each_way_to_train_heads(tmp_path: Path) -> None:
     small_pretrained(tmp_path / "model", sorted(texts.iterdir()))
     folders = ["--model", str(tmp_path / "model"), "--corpus", str(texts), "--cache", str(tmp_path / "cache")]
     assert training_rate.main(["heads", "--quick", *folders, "--output", str(tmp_path)]) == 0
-    cells = json.loads((tmp_path / "training_rate.json").read_text())["cells"]
+    record = json.loads((tmp_path / "training_rate.json").read_text())
+    cells = record["cells"]
+    assert len(scaling.rates_table(record).rows) == len(cells)
     assert len(cells) == 2 * len(training_rate.TARGETS)
     assert all(cell["tokens_per_second"] > 0 and cell["over_retrofit"] for cell in cells.values())

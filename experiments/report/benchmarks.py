@@ -38,6 +38,7 @@ KINDS = {
     "near_ties": ("near ties", "experiments/bench/near_ties.py smollm2"),
     "byte_counts": ("byte counts", "experiments/bench/byte_counts.py corpus=code data.release=2"),
     "processes": ("", "experiments/bench/training_rate.py processes"),
+    "training_rate": ("", "experiments/bench/training_rate.py heads"),
     "forwards": ("forwards", "experiments/bench/forwards.py"),
     "sample": ("sample", "experiments/bench/sample.py"),
     "tasks": ("tasks", "experiments/bench/tasks.py smollm2 --name smollm2"),

@@ -199,6 +199,25 @@ def processes_table(record: Benchmark) -> Table:
     return tabulated("processes", caption, columns, rows)
 
 
+def rates_table(record: Benchmark) -> Table:
+    """Positions a second at which heads on a frozen model train, by recipe."""
+    settings = record["settings"]
+    columns: Columns = {
+        "states": lambda row: row["label"].split()[0],
+        "recipe": lambda row: row["label"].split()[1],
+        "rank": lambda row: row["label"].split()[-1],
+        "positions/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+        "times retrofit's": lambda row: ranged(row["over_retrofit"], ".1f"),
+    }
+    caption = (
+        f"Heads on {settings['model']}, n={settings['horizon']}: positions trained a second. The trunk's states are "
+        "kept on disk, or it runs in every step (streamed). retrofit and many: the presets; whole: every position of a "
+        "row against the whole target; few: against its likeliest tokens; many also estimates the draft's normaliser. "
+        f"Median and range over {settings['repeats']} repeats by turns. {described(record)}"
+    )
+    return tabulated("rates", caption, columns, [cell | {"label": label} for label, cell in record["cells"].items()])
+
+
 TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "loss_large": (large_table, ("joint-loss-large-gpu",)),
     "loss_growth_gpu": (growth_table, ("joint-loss-growth-gpu",)),
@@ -206,6 +225,7 @@ TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "loss_dense": (dense_table, ("joint-loss-cpu",)),
     "overhead": (overhead_table, ("training_overhead", "training_recipes")),
     "processes": (processes_table, ("processes",)),
+    "rates": (rates_table, ("training_rate",)),
 }
 
 
