@@ -14,6 +14,7 @@ from experiments.records import Record, RecordError, load
 from experiments.suite import Cell, complete, mates
 
 STAGES = ("data", "train", "decode", "report")
+AFRESH = "stop, and end the command with out=OTHER results=OTHER/results, to have all cells of one kind"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def other_text(plan: Plan, config: Config, sha256: str) -> str:
         return ""
     return (
         f"{len(other)} records under {plan.results} are of other text than corpus={config.corpus} is now (sha256 "
-        f"{other[0]['data']['sha256'][:12]} then, {sha256[:12]} now): {_some(other)}. The report never compares the two"
+        f"{other[0]['data']['sha256'][:12]} then, {sha256[:12]} now): {_some(other)}. The report never compares the "
+        f"two: {AFRESH}"
     )
 
 
@@ -125,7 +127,7 @@ def other_target(plan: Plan, trunk: Cell) -> str:
         return ""
     return (
         f"{trunk.name} trained to other weights than those under {len(other)} records ({_some(other)}): another "
-        "target, and the report pairs no cell on one with a cell on the other"
+        f"target, and the report pairs no cell on one with a cell on the other: {AFRESH}"
     )
 
 

@@ -94,6 +94,7 @@ def test_records_of_other_text_or_another_trunk_are_named(tmp_path: Path) -> Non
     (mine.out / code.name / checkpoints.WEIGHTS).write_bytes(b"other weights")
     said = sweep_plan.other_target(mine, code)
     assert said.startswith(f"{code.name} trained to other weights than those under 2 records")
+    assert "out=OTHER results=OTHER/results" in said
 
 
 # --- the words -------------------------------------------------------------------------------------------------------
