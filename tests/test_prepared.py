@@ -14,10 +14,12 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     LlamaConfig,
+    Ministral3Config,
     PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from cpdlm.config import ConfigError
@@ -46,6 +48,10 @@ SMALL: dict[str, Any] = {
     "pad_token_id": None,
 }
 GPT2 = {"vocab_size": 61, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 96, "initializer_range": 0.3}
+GROWING = {"rope_type": "default", "rope_theta": 10000.0} | {
+    "llama_4_scaling_beta": 0.5,
+    "original_max_position_embeddings": 16,
+}
 KINDS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SMALL),
     "tied, biases, wide heads": LlamaConfig(
@@ -56,6 +62,9 @@ KINDS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**SMALL, head_dim=8),
     "gpt2": GPT2Config(**GPT2, bos_token_id=None, eos_token_id=None),
     "phi, biased logits": PhiConfig(**SMALL),
+    # The same parts as a Llama, but a layer without rotations; and queries that grow from some position on.
+    "smollm3": SmolLM3Config(**SMALL | {"num_hidden_layers": 4}),
+    "ministral3": Ministral3Config(**SMALL | {"head_dim": 8}, rope_parameters=GROWING),
 }
 FEW = {"llama", "tied, biases, wide heads", "scaled", "qwen2"}
 

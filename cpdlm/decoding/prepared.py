@@ -43,6 +43,7 @@ ROWS = (1, 4, 8)  # of the products that are measured
 MEASURED = 2**16  # weights of a map, from which on that tells something
 STREAMED = 2**24  # weights that few processors keep in a cache between two products
 PROBE = 7  # tokens
+FAR = 2**15  # positions, beyond which a probe does not go
 Maker = Callable[[Tensor, Tensor | None], Product]
 
 
@@ -131,41 +132,58 @@ class _Makers:
 
 
 def _runs_in_few_operations(model: LanguageModel) -> bool:
-    """Whether the body fits, and its first layer gives what it gave: alone, behind a cache and under a mask."""
+    """Whether the body fits, and each of its layers gives what it gave: at positions near and far, under a mask, and
+    the first one behind a cache. Layers of one model may differ, as may positions (SmolLM3, Ministral 3)."""
     body: Any = model.trunk.body
     if model.attention_window is not None or not fits(body):
         return False
     try:
-        theirs = _tried(Trunk(_of_one_layer(body)))
-        ours = _tried(Trunk(FewOperations(_of_one_layer(body), LAYOUTS["joined"])))  # type: ignore[arg-type]
+        return all(_layer_is_ours(body, index) for index in range(len(body.layers)))
     except Exception:  # whatever a body of another kind makes of it
         return False
+
+
+def _layer_is_ours(body: Any, index: int) -> bool:
+    tried = _tried if index == 0 else _tried_at_once
+    theirs = tried(Trunk(_of_one_layer(body, index)))
+    ours = tried(Trunk(FewOperations(_of_one_layer(body, index), LAYOUTS["joined"])))  # type: ignore[arg-type]
     return _near(ours, theirs)
 
 
-def _of_one_layer(body: Any) -> Any:
-    """The body with its first layer alone; everything else is shared with it."""
+def _of_one_layer(body: Any, index: int) -> Any:
+    """The body with one of its layers alone; everything else is shared with it."""
     short = copy.copy(body)
     # Parameters, buffers, modules and hooks are held in dictionaries, which the copy would share.
     vars(short).update({key: each.copy() for key, each in vars(body).items() if isinstance(each, dict)})
-    short.layers = nn.ModuleList([body.layers[0]])
+    short.layers = nn.ModuleList([body.layers[index]])
     short.config = copy.deepcopy(body.config)
     text = short.config.get_text_config(decoder=True)
     text.num_hidden_layers = 1
     if kinds := getattr(text, "layer_types", None):
-        text.layer_types = kinds[:1]
+        text.layer_types = kinds[index : index + 1]
     return short
 
 
 def _tried(trunk: Trunk) -> list[Tensor]:
-    embedding = trunk.embedding
-    tokens_BT = torch.arange(2 * PROBE, device=embedding.device).remainder(len(embedding)).view(2, PROBE)
-    seen = torch.ones(2, 1, PROBE, PROBE, dtype=torch.bool, device=embedding.device).tril()
-    seen[1, :, 3:, 1] = False
-    cache, places_BT = new_cache(), torch.arange(PROBE, device=embedding.device).expand(2, -1)
-    states = [trunk(tokens_BT), trunk(tokens_BT, places_BT, mask=seen)]
+    tokens_BT, cache = _probe(trunk), new_cache()
+    states = [trunk(tokens_BT), *_tried_at_once(trunk)]
     states += [trunk(part_BS, cache=cache) for part_BS in tokens_BT.split([3, 3, 1], dim=1)]
     return states
+
+
+def _tried_at_once(trunk: Trunk) -> list[Tensor]:
+    """One forward under a mask: a row at the first positions, one at the last that the model has (of FAR)."""
+    tokens_BT = _probe(trunk)
+    seen = torch.ones(2, 1, PROBE, PROBE, dtype=torch.bool, device=tokens_BT.device).tril()
+    seen[:, :, 3:, 1] = False
+    positions = min(getattr(trunk.config, "max_position_embeddings", None) or PROBE, FAR)
+    far_B1 = torch.tensor([[0], [max(0, positions - PROBE)]], device=tokens_BT.device)
+    return [trunk(tokens_BT, torch.arange(PROBE, device=tokens_BT.device) + far_B1, mask=seen)]
+
+
+def _probe(trunk: Trunk) -> Tensor:
+    vocabulary = trunk.embedding
+    return torch.arange(2 * PROBE, device=vocabulary.device).remainder(len(vocabulary)).view(2, PROBE)
 
 
 def _near(ours: list[Tensor], theirs: list[Tensor]) -> bool:
