@@ -129,6 +129,16 @@ def test_too_few_prompts_are_named(model: LanguageModel, split: TokenSplit, tmp_
         written_text(model, split, Writing("greedy", 90_000, CONTEXT, WORDS), tmp_path, {}, CPU)
 
 
+def test_a_sampling_model_begins_again_with_the_first_prompt(
+    model: LanguageModel, split: TokenSplit, tmp_path: Path
+) -> None:
+    text, _ = written_text(model, split, Writing("sampled", 1500, CONTEXT, WORDS, "starts"), tmp_path, {}, CPU)
+    written = [tuple(each) for each in documents(text) if set(each) != {EOS}]
+    assert len(set(written)) > split.documents, "each prompt goes on in one way"
+    with pytest.raises(ConfigError, match="data.text=greedy: the corpus has prompts for"):
+        written_text(model, split, Writing("greedy", 1500, CONTEXT, WORDS, "starts"), tmp_path, {}, CPU)
+
+
 @pytest.mark.parametrize("how", ["starts", "conversations"])
 def test_only_what_the_model_writes_is_trained_on_and_no_row_cuts_it(
     how: str, model: LanguageModel, split: TokenSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,7 @@ def _copy(folder: Path) -> Path:
 
 
 PACE = plan.Pace(
+    horizon=4,
     forward={1: 20.0, 2: 20.5, 4: 21.0, 8: 23.0, 16: 30.0},
     draft=0.5,
     draft_all=9.0,
@@ -136,16 +137,26 @@ PACE = plan.Pace(
 def test_a_plan_picks_what_pays() -> None:
     """Long windows where forwards of many tokens cost little, a draft vocabulary where the whole one costs much, and as
     many steps as there is time for."""
-    assert plan.best_horizon(PACE, 4) > plan.best_horizon(replace(PACE, forward={1: 20.0, 16: 320.0}), 4) == 3
-    words = [*plan.SETTINGS, "model=x"]
+    assert plan.best_horizon(PACE) > plan.best_horizon(replace(PACE, forward={1: 20.0, 16: 320.0})) == 3
+    words = [*plan.SETTINGS, "model=x", "horizon=6"]
     base = parse(words)
     config = parse([*words, *plan._picked(base, PACE, 600.0)])
-    assert config.loss.draft_vocabulary == 8192 and config.horizon == plan.best_horizon(PACE, 4)
+    assert config.loss.draft_vocabulary == 8192
     assert plan._seconds(config, PACE)[1] == pytest.approx(600.0, rel=0.01)
     assert "loss.draft_vocabulary=0" in plan._picked(base, replace(PACE, draft_all=0.6), 600.0)
     words += ["data.text=sampled", "data.states=256"]
     config = parse([*words, *plan._picked(parse(words), PACE, 600.0)])
     assert sum(plan._seconds(config, PACE)[:2]) == pytest.approx(600.0, rel=0.02)
+    wide = replace(PACE, width=2**14)
+    config = parse([*words, "data.states_gib=1", *plan._picked(parse([*words, "data.states_gib=1"]), wide, 600.0)])
+    assert config.data.states * (4 * 2**14 + 4) <= 2**30, "what is kept exceeds data.states_gib"
+    assert sum(plan._seconds(config, wide)[:2]) == pytest.approx(600.0, rel=0.02)
+
+
+def test_a_disk_that_is_too_small_is_named(tmp_path: Path) -> None:
+    plan._check_disks({tmp_path / "runs" / "deep": 10, tmp_path: 10})
+    with pytest.raises(ConfigError, match=f"{tmp_path}: the plan takes .* GiB of that disk"):
+        plan._check_disks({tmp_path: shutil.disk_usage(tmp_path).free, tmp_path / "b": 2**34})
 
 
 @pytest.mark.parametrize("slow", ["bfloat16", "float32"])
@@ -179,8 +190,10 @@ def test_the_precision_is_the_one_that_multiplies_faster(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--minutes", "0"], "--minutes 0 leaves no time to train; give at least 1"),
-        (["--minutes", "nan"], "leaves no time to train"),
+        (["--minutes", "0"], "--minutes 0 is no time to train in; give at least 1"),
+        (["--minutes", "nan"], "is no time to train in"),
+        (["--minutes", "inf"], "is no time to train in"),
+        (["name=mine"], "name= is how a killed speed-up is found again"),
         (["--corpus", "code", "--chat", "chat.jsonl"], "--corpus and --chat are two texts"),
         (["--corpus", "nowhere", "--dry-run"], "corpus='nowhere' is neither code"),
         (["--chat", "none.jsonl"], "none.jsonl: there is no such file"),

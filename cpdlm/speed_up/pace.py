@@ -27,11 +27,12 @@ WRITTEN_ROWS, WRITTEN_TOKENS = 64, 16
 
 @dataclass(frozen=True)
 class Pace:
-    """forward: ms of a target forward by its number of tokens. draft, draft_all: ms of the heads' drafts, from the
+    """horizon: of the heads that were timed. forward: ms of a target forward by its number of tokens. draft, draft_all: ms of the heads' drafts, from the
     commonest tokens and from the whole vocabulary. states, heads, writing: seconds per token for the target's states,
     for a position in training, and for a token that the model writes (0 where it writes none). width, parameters:
     of the model. head_parameters: of the heads. peak: bytes of memory so far."""
 
+    horizon: int
     forward: dict[int, float]
     draft: float
     draft_all: float
@@ -59,6 +60,7 @@ def measure_pace(config: Config, target: LanguageModel, device: torch.device, wr
         model.use_draft_vocabulary(None)
     whole = Costs.measure(model, device=device, sizes=SIZES[:2], rows=(1,)).draft[1] if listed else costs.draft[1]
     return Pace(
+        horizon=config.horizon,
         forward=dict(costs.forward),
         draft=costs.draft[1],
         draft_all=whole,

@@ -1,6 +1,7 @@
 """What `speed_up` will do, and what that takes: picked by what this machine was measured to do, and said first."""
 
 import hashlib
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -62,8 +63,12 @@ class Request:
         """ConfigError for options that do not fit together or that nothing can be done with, RunError for a folder that
         holds something else."""
         check_folder(self.output)
-        if not self.minutes > 0:
-            raise ConfigError(f"--minutes {self.minutes:g} leaves no time to train; give at least 1, or leave it out")
+        if not 0 < self.minutes < math.inf:
+            raise ConfigError(f"--minutes {self.minutes:g} is no time to train in; give at least 1, or leave it out")
+        if any(word.startswith("name=") for word in self.settings):
+            raise ConfigError(
+                "name= is how a killed speed-up is found again, and is made from the request; leave it out"
+            )
         if self.corpus and self.chat is not None:
             raise ConfigError("--corpus and --chat are two texts to train on; give one of them")
         if self.chat is None:
@@ -109,6 +114,9 @@ def make_plan(request: Request, say: run.Say = print) -> Plan:
     if base.data.tokenizer == "model":
         run.check_vocabulary(base, HubTokenizer("model", source), target)
     pace = measure_pace(base, target, device, base.data.text != "corpus")
+    if not any(word.startswith("horizon=") for word in request.settings):
+        words.append(f"horizon={best_horizon(pace)}")
+        base = parse([*words, *request.settings])
     config = parse([*words, *_picked(base, pace, 60 * SHARE * request.minutes), *request.settings])
     return Plan(config, _lines(request, config, pace, why))
 
@@ -148,20 +156,20 @@ def _fitting(request: Request, source: str) -> list[str]:
 
 
 def _picked(base: Config, pace: Pace, seconds: float) -> list[str]:
-    """Settings that follow from the pace: horizon, draft vocabulary, steps, and tokens that the model writes."""
-    data, horizon = base.data, best_horizon(pace, base.horizon)
-    words = [f"horizon={horizon}"]
+    """Settings that follow from the pace: draft vocabulary, steps, and tokens that the model writes."""
+    data, words = base.data, []
     if pace.draft_all - pace.draft < 0.03 * pace.forward[1]:
         words += ["loss.draft_vocabulary=0", "decode.draft_vocabulary=0"]
     positions = data.batch_rows * data.context
-    heads = pace.heads * (horizon - 1) / (base.horizon - 1)
+    heads = _heads_seconds(base, pace)
     if data.text == "corpus":
         steps = seconds / ((pace.states + heads) * positions)
     else:
-        tokens = seconds / (pace.writing + pace.states + PASSES * heads)
-        rows = max(2 * data.batch_rows, round(tokens / data.context))
+        kept = data.states_gib * GIB / _state_bytes(base, pace)
+        tokens = min(kept, seconds / (pace.writing + pace.states + PASSES * heads))
+        rows = max(2 * data.batch_rows, int(tokens / data.context))
         words.append(f"data.states={rows * data.context}")
-        steps = PASSES * rows / data.batch_rows
+        steps = (seconds - rows * data.context * (pace.writing + pace.states)) / (heads * positions)
     number = max(10, round(steps))
     often = max(1, min(200, round(60 / (positions * (pace.states + heads)))))  # a kill costs a minute
     measuring = _measuring(base, pace)
@@ -170,13 +178,27 @@ def _picked(base: Config, pace: Pace, seconds: float) -> list[str]:
     return [*words, f"optim.steps={number}", f"optim.warmup={min(50, number // 10)}", f"train.checkpoint_every={often}"]
 
 
-def best_horizon(pace: Pace, measured: int) -> int:
-    """The window that writes most tokens a second. measured: that of pace.draft."""
+def _heads_seconds(config: Config, pace: Pace) -> float:
+    """Of a position in training."""
+    return pace.heads * (config.horizon - 1) / (pace.horizon - 1)
+
+
+def _state_bytes(config: Config, pace: Pace) -> int:
+    """Of the target's state at a token, with its normaliser."""
+    return pace.width * _weight_bytes(config) + 4
+
+
+def _weight_bytes(config: Config) -> int:
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def best_horizon(pace: Pace) -> int:
+    """The window that writes most tokens a second."""
 
     def rate(horizon: int) -> float:
         reached = [FIRST * LATER**depth for depth in range(horizon - 1)]
         forward = np.interp(horizon, list(pace.forward), list(pace.forward.values()))
-        return (1 + sum(reached)) / float(forward + pace.draft * (horizon - 1) / (measured - 1))
+        return (1 + sum(reached)) / float(forward + pace.draft * (horizon - 1) / (pace.horizon - 1))
 
     return max(range(SHORTEST, LONGEST + 1), key=rate)
 
@@ -186,7 +208,7 @@ def _seconds(config: Config, pace: Pace) -> tuple[float, float, float]:
     data = config.data
     written = data.states if data.text != "corpus" else 0
     positions = config.optim.steps * data.batch_rows * data.context
-    training = positions * pace.heads * (config.horizon - 1) / 3 + (data.states or positions) * pace.states
+    training = positions * _heads_seconds(config, pace) + (data.states or positions) * pace.states
     return written * pace.writing, training, _measuring(config, pace)
 
 
@@ -199,18 +221,20 @@ def _measuring(config: Config, pace: Pace) -> float:
 
 def _lines(request: Request, config: Config, pace: Pace, why: str) -> list[str]:
     """What the plan says. why: the precision. ConfigError where memory or disk do not suffice."""
-    data, weight = config.data, 2 if config.model.dtype == "bfloat16" else 4
-    states = data.states * (pace.width * weight + 4)
-    disk = states + weight * (pace.parameters + pace.head_parameters) + 16 * pace.head_parameters
-    place = next(each for each in (request.output.absolute(), *request.output.absolute().parents) if each.is_dir())
-    free, memory = shutil.disk_usage(place).free, free_memory(request.model)
-    if disk > free:
-        raise ConfigError(
-            f"--output {request.output}: the plan takes {disk / GIB:.1f} GiB of disk, {free / GIB:.1f} GiB are free "
-            "there; free some, or give another place"
-        )
+    data, weight, memory = config.data, _weight_bytes(config), free_memory(request.model)
+    takes = {
+        Path(data.cache): data.states * _state_bytes(config, pace),
+        Path(config.output): 16 * pace.head_parameters,
+        request.output: weight * (pace.parameters + pace.head_parameters),
+    }
+    _check_disks(takes)
     text = config.corpus if data.text == "corpus" else f"{data.states:,} tokens that it writes ({data.prompts})"
     copied = weight * pace.parameters if data.text != "corpus" else 0  # what writes is a copy that is laid out anew
+    if copied > memory:
+        raise ConfigError(
+            f"model={request.model} writes its training text as a copy of {copied / GIB:.1f} GiB, and "
+            f"{memory / GIB:.1f} GiB of memory are free; give a text with --corpus, or free some memory"
+        )
     listed = config.loss.draft_vocabulary
     writing, training, measuring = (seconds / 60 for seconds in _seconds(config, pace))
     return [
@@ -222,6 +246,21 @@ def _lines(request: Request, config: Config, pace: Pace, why: str) -> list[str]:
         f"text: {text}",
         f"training: {config.optim.steps:,} steps of {data.batch_rows * data.context:,} positions",
         f"minutes: {f'{writing:.1f} writing, ' if writing else ''}{training:.1f} training, {measuring:.1f} measuring",
-        f"memory: {(pace.peak + copied) / GIB:.1f} GiB ({memory / GIB:.1f} are free); disk: {disk / GIB:.2f} GiB "
-        f"({free / GIB:.1f} are free)",
+        f"memory: {(pace.peak + copied) / GIB:.1f} GiB ({memory / GIB:.1f} are free); "
+        f"disk: {sum(takes.values()) / GIB:.2f} GiB",
     ]
+
+
+def _check_disks(takes: dict[Path, int]) -> None:
+    """ConfigError where a disk has less room than what comes on it takes."""
+    there = {
+        path: next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir()) for path in takes
+    }
+    for path, place in there.items():
+        disk = place.stat().st_dev
+        wanted = sum(size for other, size in takes.items() if there[other].stat().st_dev == disk)
+        if wanted > (free := shutil.disk_usage(place).free):
+            raise ConfigError(
+                f"{path}: the plan takes {wanted / GIB:.1f} GiB of that disk, {free / GIB:.1f} GiB are free; free some, "
+                "or give another place (--output, data.cache=, output=)"
+            )

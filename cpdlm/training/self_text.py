@@ -88,13 +88,22 @@ class Writing:
         if self.prompts == "windows":
             yield from map(list, prompts(split, self.tokens // PROMPT, PROMPT).split(self.batch))
             return
-        found = openings(self.prompts, split, self.tokenizer, self.most_prompt_tokens)
+        found = self._openings(split)
         for number in itertools.count():
             pool = sorted(itertools.islice(found, POOL * self.batch), key=len)
             if not pool:
                 return
             for index in hash_order(-(-len(pool) // self.batch), number).tolist():
                 yield [torch.tensor(prompt) for prompt in pool[index * self.batch : (index + 1) * self.batch]]
+
+    def _openings(self, split: TokenSplit) -> Iterator[list[int]]:
+        """Once, or over and over where the model samples: it goes on otherwise each time."""
+        for turn in itertools.count():
+            found = openings(self.prompts, split, self.tokenizer, self.most_prompt_tokens)
+            first = next(found, None)
+            if first is None or (turn > 0 and self.how == "greedy"):
+                return
+            yield from itertools.chain([first], found)
 
 
 def written_text(
