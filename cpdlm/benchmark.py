@@ -134,6 +134,8 @@ def measure(request: Request, output: Path | None = None) -> Measured:
     wanted = methods.chosen(request.methods, loaded.model)
     if request.acceptance_only:  # what others count says nothing
         wanted = {name: method for name, method in wanted.items() if method.counted}
+        if not wanted:
+            raise ConfigError("--acceptance-only counts accepted drafts; give --methods that draft, such as chain,tree")
     given = _tasks(request, loaded)
     model = loaded.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     plain = copy.deepcopy(model) if any(method.is_plain for method in wanted.values()) else model
@@ -143,7 +145,8 @@ def measure(request: Request, output: Path | None = None) -> Measured:
     needs_file = any(name.startswith(methods.LLAMA) for name in wanted)
     gguf = request.gguf or (gguf_file(request.model, str(default_cache())) if needs_file else None)
     assistant = _assistant(request.assistant, loaded) if request.assistant else None
-    setup = methods.Setup(model, plain, request.new_tokens, loaded.eos, request.nodes, gguf, assistant)
+    longest = max(len(prompt) for task in given for prompt in task.prompts)
+    setup = methods.Setup(model, plain, request.new_tokens, longest, loaded.eos, request.nodes, gguf, assistant)
     runs = [
         (task, mode, tasks.contenders_of(wanted, setup, mode, request.batch)) for task in given for mode in tasks.MODES
     ]
@@ -198,15 +201,17 @@ def _check(request: Request) -> None:
 
 
 def _load(request: Request) -> Loaded:
-    """With its heads, where it has some. A folder of transformers or a GGUF file is a model without."""
+    """With its heads, where it has some. A folder of transformers, a GGUF file or a hub name is a model without."""
+    from cpdlm.hf import released
     from cpdlm.hf.load import load
     from cpdlm.training.checkpoints import read_json
 
     path = Path(request.model)
     shape = read_json(path / "config.json", "")
-    if path.suffix != ".gguf" and (shape is None or shape.get("model_type") == "cpdlm"):
-        return load(path, request.draft_vocabulary == "own", widen=True)
-    return _without_heads(request.model)
+    is_theirs = path.suffix == ".gguf" or (shape is not None and shape.get("model_type") != "cpdlm")
+    if is_theirs or not (path.exists() or released.is_name(path)):
+        return _without_heads(request.model)
+    return load(path, request.draft_vocabulary == "own", widen=True)
 
 
 def _without_heads(name: str) -> Loaded:

@@ -121,6 +121,10 @@ def test_a_model_without_heads_is_measured(tmp_path: Path, prompts: str) -> None
     assert {each["method"] for each in found.entries} == {"AR", "generate", "generate-lookup", "lookup"}
     with pytest.raises(ConfigError, match="--methods chain drafts with heads, and this model has none"):
         measure(Request(str(folder), (prompts,), methods=("chain",)))
+    with pytest.raises(ConfigError, match="--acceptance-only counts accepted drafts; give --methods that draft"):
+        measure(Request(str(folder), (prompts,), methods=("generate",), acceptance_only=True))
+    with pytest.raises(ConfigError, match="model=nobody/nothing.* a hub name"):
+        measure(Request("nobody/nothing", (prompts,)))
 
 
 def test_early_layers_and_a_second_model_draft_for_generate(
@@ -151,6 +155,21 @@ def test_early_layers_and_a_second_model_draft_for_generate(
     for name, said in {"": "need each other; give both", str(other): "has another vocabulary than the model"}.items():
         with pytest.raises(ConfigError, match=said):
             measure(replace(request, assistant=name))
+
+
+@pytest.mark.slow
+def test_what_torch_compiled_writes_the_same(tmp_path: Path, prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = sorted(code_folder(tmp_path).glob("*.py"))
+    folder = small_pretrained(tmp_path / "model", texts)
+    monkeypatch.setattr("cpdlm.model.pretrained.multiplies_bfloat16", lambda: False)  # no near-ties
+    request = Request(str(folder), (prompts,), methods=("generate-compiled",), new_tokens=12, repeats=1, warmups=1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        (_, greedy, *_) = measure(request).entries
+    assert greedy["method"] == "generate-compiled" and greedy["other_than_autoregressive"] == 0
+    assert greedy["forwards"] == greedy["tokens"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler; install"):
+        measure(request)
 
 
 def test_a_model_that_runs_all_its_layers_has_no_early_exit(pretrained: dict[str, Path]) -> None:

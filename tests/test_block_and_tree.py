@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from cpdlm.decoding import Sampling, accept, decode_batch, proposals
+from cpdlm.decoding.drafters import _walked
+from cpdlm.decoding.proposals import Proposal
 from cpdlm.model.joint import Joint
 from tests.toy import ToyModel
 
@@ -181,3 +183,20 @@ def test_the_best_window_by_enumeration(shape: str, nodes: int) -> None:
             w: every[w] if shape == "window" else sum(every[w[:k]] for k in (1, 2, 3)) for w in every if len(w) == 3
         }
         assert tuple(drafts[row].tolist()) == max(value, key=lambda w: value[w])
+
+
+def test_behind_a_leaf_no_draft_was_tested() -> None:
+    """Nodes 5, 6 behind it, and 7: what the target chooses behind 7 says nothing of a second draft."""
+    tree = Proposal(torch.tensor([[5, 6, 7]]), parents_BK=torch.tensor([[0, 1, 0]]), deepest=2)
+    assert tree.parents_BK is not None
+    for chosen, accepted, tokens in (
+        ([7, 6], 1, [7, -1]),
+        ([5, 9], 1, [5, 5]),
+        ([9, 9], 0, [5, 5]),
+        ([5, 6], 2, [5, 6]),
+    ):
+        choices = iter([*chosen, 3])
+        found = _walked(tree, tree.parents_BK, lambda at_B, choices=choices: torch.tensor([next(choices)]))
+        assert found.accepted_B.tolist() == [accepted]
+        assert [token >= 0 for token in found.tokens_BJ[0].tolist()] == [token >= 0 for token in tokens]
+        assert found.tokens_BJ[0, :accepted].tolist() == tokens[:accepted]

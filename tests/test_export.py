@@ -62,6 +62,7 @@ def test_an_export_that_ends_half_way_leaves_the_older_one(tmp_path: Path, monke
     make_run(run, {})
     export.export(run, folder)
     (folder / "model-00001-of-00002.safetensors").touch()  # of a larger one, before
+    (folder / "chat_template.jinja").touch()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full(*_: object) -> None:
@@ -76,7 +77,10 @@ def test_an_export_that_ends_half_way_leaves_the_older_one(tmp_path: Path, monke
             export.export(run, folder)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     export.export(run, folder)
-    assert before.keys() - {path.name for path in folder.iterdir()} == {"model-00001-of-00002.safetensors"}
+    assert before.keys() - {path.name for path in folder.iterdir()} == {
+        "model-00001-of-00002.safetensors",
+        "chat_template.jinja",
+    }, "another model's parts are read with this one"
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "by the umask, as all files"
 
 

@@ -155,7 +155,7 @@ def test_a_plan_picks_what_pays() -> None:
 
 def test_a_disk_that_is_too_small_is_named(tmp_path: Path) -> None:
     plan._check_disks({tmp_path / "runs" / "deep": 10, tmp_path: 10})
-    with pytest.raises(ConfigError, match=f"{tmp_path}: the plan takes .* GiB of that disk"):
+    with pytest.raises(ConfigError, match=f"{tmp_path}/b: the plan takes .* GiB of that disk"):
         plan._check_disks({tmp_path: shutil.disk_usage(tmp_path).free, tmp_path / "b": 2**34})
 
 

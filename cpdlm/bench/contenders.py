@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 
 from cpdlm.bench.timers import count_calls
 from cpdlm.config import ConfigError
@@ -126,6 +126,29 @@ def exit_layer(model: LanguageModel) -> int:
     return few
 
 
+class Compiled:
+    """Hugging Face's generate with a cache of fixed size and a compiled forward. Called with (prompt_T, seed).
+
+    generate: of `hugging_face(static=True)`. longest: tokens of a prompt; the first call compiles for that many.
+    """
+
+    def __init__(self, generate: Generate, new_tokens: int, sampling: Sampling, longest: int) -> None:
+        self.write, self.made = theirs(generate, new_tokens, sampling), 0
+        self.longest, self.compiled = longest, False
+
+    def __call__(self, prompt_T: Tensor, seed: int) -> Decoded | list[int]:
+        if not self.compiled:
+            self.write(prompt_T.new_zeros(self.longest), seed)
+            self.compiled = True
+        text = self.write(prompt_T, seed)
+        self.made = len(text)
+        return text
+
+    def forwards(self, hooked: int) -> int:
+        """Of the last call: one for each token. The hook does not see what is compiled."""
+        return self.made
+
+
 def theirs(generate: Generate, new_tokens: int, sampling: Sampling) -> Contender:
     return lambda prompt_T, seed: generate(prompt_T, new_tokens, sampling, seed)
 
@@ -135,7 +158,7 @@ def hugging_face(
 ) -> Generate | None:
     """Hugging Face's generate on the model's own trunk and unembedding (shared, not copied).
 
-    static: with its cache of fixed size, for which it compiles the model on CUDA. eos: ids that end a text; they are
+    static: with its cache of fixed size, for which it compiles the model. eos: ids that end a text; they are
     written. lookup: tokens that its prompt lookup drafts. more: arguments of its generate. None where the target is
     not softmax(U h) (a self target that is not tied): no Hugging Face model has that distribution. The result is
     (prompt_T, new tokens, sampling, seed) -> ids. The global generator, which generate uses, is restored.
@@ -149,7 +172,7 @@ def hugging_face(
         if not sampling.greedy:
             choice |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
         if static:
-            choice["cache_implementation"] = "static"
+            choice |= {"cache_implementation": "static", "compile_config": compile_config(prompt_T.device)}
         settings = GenerationConfig(
             max_new_tokens=new_tokens,
             min_new_tokens=None,
@@ -168,6 +191,15 @@ def hugging_face(
         return ids
 
     return generate
+
+
+def compile_config(device: torch.device) -> CompileConfig:
+    """As it is fastest there. transformers compiles on processors only if told so, by this attribute."""
+    if device.type == "cuda":
+        return CompileConfig()
+    made = CompileConfig(mode=None, options={"freezing": True})
+    made._compile_all_devices = True
+    return made
 
 
 def as_hugging_face(model: LanguageModel) -> Any:

@@ -10,7 +10,10 @@ from cpdlm.processes import processor
 
 
 def hardware() -> dict[str, Any]:
-    """Kind of machine, never its name. Memory in GiB; threads are torch's, None before torch is loaded."""
+    """Kind of machine, never its name. Memory in GiB; threads are torch's. Without torch, what it knows is None.
+
+    instructions: those of the processor that bfloat16 is fast with, and AVX-512, in the order of their speed.
+    """
     torch = sys.modules.get("torch")
     accelerator = "none"
     if torch is not None and torch.cuda.is_available():
@@ -25,5 +28,11 @@ def hardware() -> dict[str, Any]:
         "cores": cores,
         "threads": torch.get_num_threads() if torch is not None else None,
         "memory_gib": memory,
+        "instructions": _instructions(torch) if torch is not None else None,
         "accelerator": accelerator,
     }
+
+
+def _instructions(torch: Any) -> list[str]:
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.11 has none
+    return [name for name in ("avx512_f", "avx512_bf16", "amx_bf16") if known.get(name)]

@@ -1,12 +1,24 @@
 """Ways to decode one target, by name: what `cpdlm bench` can run. A new way is a line in `METHODS`."""
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cpdlm.bench.contenders import Contender, EarlyExit, Ends, Ours, as_hugging_face, exit_layer, hugging_face, theirs
+from cpdlm.bench.contenders import (
+    Compiled,
+    Contender,
+    EarlyExit,
+    Ends,
+    Ours,
+    as_hugging_face,
+    exit_layer,
+    hugging_face,
+    theirs,
+)
 from cpdlm.bench.llama import LlamaCpp
 from cpdlm.config import ConfigError
 from cpdlm.config.words import nearest
@@ -22,13 +34,15 @@ LOOKED_UP = 10  # tokens that transformers' prompt lookup drafts, as its own exa
 class Setup:
     """What all methods of a comparison share.
 
-    model: made ready for this machine. plain: the same as transformers has it. nodes: drafts of a tree. eos: ids that
-    end a text. gguf: the same model for llama.cpp. assistant: another model that drafts for it.
+    model: made ready for this machine. plain: the same as transformers has it. longest: tokens of a prompt. nodes:
+    drafts of a tree. eos: ids that end a text. gguf: the same model for llama.cpp. assistant: another model that drafts
+    for it.
     """
 
     model: LanguageModel
     plain: LanguageModel
     new_tokens: int
+    longest: int = 0
     eos: Ends = None
     nodes: int = 8
     gguf: Path | None = None
@@ -80,6 +94,13 @@ def _theirs(setup: Setup, sampling: Sampling, **more: Any) -> Contender | None:
     return None if generate is None else theirs(generate, setup.new_tokens, sampling)
 
 
+def _compiled(setup: Setup, sampling: Sampling) -> Contender | None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ConfigError("--methods generate-compiled needs a C++ compiler; install g++, or leave that method out")
+    generate = hugging_face(setup.plain, static=True, eos=setup.eos)
+    return None if generate is None else Compiled(generate, setup.new_tokens, sampling, setup.longest)
+
+
 def _early_exit(setup: Setup, sampling: Sampling) -> Contender | None:
     write = _theirs(setup, sampling, assistant_early_exit=exit_layer(setup.plain))
     return None if write is None else EarlyExit(setup.plain, write)
@@ -102,6 +123,9 @@ def _heads(about: str, draft: str, greedy_twin: str = "", paying: bool = False) 
 METHODS = {
     AUTOREGRESSIVE: Method("our loop without drafts", partial(_ours, draft="none"), counted=False),
     GENERATE: Method("transformers' generate", _theirs, counted=False, is_plain=True),
+    "generate-compiled": Method(
+        "the same, compiled by torch, with a cache of fixed size", _compiled, counted=False, named=True, is_plain=True
+    ),
     "generate-lookup": Method("transformers' prompt lookup", partial(_theirs, lookup=LOOKED_UP), is_plain=True),
     "generate-early-exit": Method(
         "transformers' drafts of the first third of the layers", _early_exit, named=True, is_plain=True

@@ -23,9 +23,9 @@ from cpdlm.model.joint import Joint
 
 @dataclass(frozen=True)
 class Acceptance:
-    """accepted_B: how many drafts are accepted. tokens_BJ: they, in order (what lies behind accepted_B is not read).
-    next_B: the token after them; V marks a target that is no distribution. path_BJ: for a tree, the window positions of
-    tokens_BJ; None for a chain."""
+    """accepted_B: how many drafts are accepted. tokens_BJ: they, in order, and those that were tested behind them; -1
+    where there was none. next_B: the token after them; V marks a target that is no distribution. path_BJ: for a tree,
+    the window positions of tokens_BJ; None for a chain."""
 
     accepted_B: Tensor
     tokens_BJ: Tensor
@@ -182,8 +182,14 @@ def _fresh(probs_BSV: Tensor, uniforms_BS: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def _walked(proposal: Proposal, parents_BM: Tensor, choose: Callable[[Tensor], Tensor]) -> Acceptance:
-    accepted_B, path_BJ, next_B = walk(proposal.tokens_BK, parents_BM, choose, proposal.deepest)
-    return Acceptance(accepted_B, proposal.tokens_BK.gather(1, (path_BJ - 1).clamp(min=0)), next_B, path_BJ)
+    """Behind a leaf no draft was tested: the path has no token there."""
+    tokens_BM = proposal.tokens_BK
+    accepted_B, path_BJ, next_B = walk(tokens_BM, parents_BM, choose, proposal.deepest)
+    last_B1 = torch.cat([torch.zeros_like(path_BJ[:, :1]), path_BJ], dim=1).gather(1, accepted_B.unsqueeze(1))
+    is_leaf_B1 = ~((parents_BM == last_B1) & (tokens_BM >= 0)).any(dim=1, keepdim=True)
+    behind_BJ = torch.arange(path_BJ.shape[1], device=path_BJ.device) >= accepted_B.unsqueeze(1)
+    tokens_BJ = tokens_BM.gather(1, (path_BJ - 1).clamp(min=0)).masked_fill(is_leaf_B1 & behind_BJ, -1)
+    return Acceptance(accepted_B, tokens_BJ, next_B, path_BJ)
 
 
 DRAFTERS = ("none", *CHOICES["decode.draft"])  # what `draft=` takes

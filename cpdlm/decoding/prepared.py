@@ -49,10 +49,9 @@ Maker = Callable[[Tensor, Tensor | None], Product]
 
 @dataclass
 class Prepared:
-    """weights: how they are held now. layout: of `packed`, its name. sentences: what a user should know."""
+    """weights: how they are held now. sentences: what a user should know."""
 
     weights: str = "plain"
-    layout: str = ""
     few_operations: bool = False
     sentences: list[str] = field(default_factory=list)
 
@@ -78,12 +77,11 @@ def prepare(model: LanguageModel, weights: str = "auto") -> Prepared:
         )
         return Prepared(sentences=told)
     done = Prepared(weights if weights in ROUNDED else "packed")
-    done.layout = "" if weights in ROUNDED else _fastest(model)
-    maker = _Makers(LAYOUTS[done.layout] if done.layout else ROUNDED[weights])
+    maker = _Makers(ROUNDED[weights] if weights in ROUNDED else LAYOUTS[_fastest(model)])
     done.few_operations = _runs_in_few_operations(model)
     if done.few_operations:
         model.trunk.body = FewOperations(model.trunk.body, maker)  # type: ignore[assignment]
-    elif done.layout == "joined" or not _replaced_in(model, maker):
+    elif maker.kind is LAYOUTS["joined"] or not _replaced_in(model, maker):
         told = [] if weights in ("auto", "packed") else [_stays(weights, maker.lacking or "no map could be replaced")]
         return Prepared(sentences=told)
     _unembedding(model, maker)

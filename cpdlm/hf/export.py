@@ -14,6 +14,10 @@ from cpdlm.hf.load import is_pretrained_tokenizer, load
 from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.training.checkpoints import CONFIG, RunError, read_json
 
+# What `from_pretrained` would read beside the files of a new export: more shards, another tokenizer's files.
+READ = ("model*.safetensors*", "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json")
+READ += ("vocab.*", "merges.txt")
+
 
 def export(source: Path, folder: Path) -> CpdlmForCausalLM:
     """Write a folder that `from_pretrained` reads and `push_to_hub` uploads as it is; returns the model.
@@ -49,7 +53,7 @@ def export(source: Path, folder: Path) -> CpdlmForCausalLM:
 def _take_over(aside: Path, folder: Path) -> None:
     """Move the files of `aside` into `folder`, with the mode that the umask says, in place of an older export."""
     mode = aside.stat().st_mode & 0o666
-    for old in folder.glob("model*.safetensors*"):  # there may be more of them, which would be read
+    for old in (path for pattern in READ for path in folder.glob(pattern)):
         if not (aside / old.name).exists():
             old.unlink()
     for path in sorted(aside.rglob("*")):

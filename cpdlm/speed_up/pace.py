@@ -27,10 +27,10 @@ WRITTEN_ROWS, WRITTEN_TOKENS = 64, 16
 
 @dataclass(frozen=True)
 class Pace:
-    """horizon: of the heads that were timed. forward: ms of a target forward by its number of tokens. draft, draft_all: ms of the heads' drafts, from the
-    commonest tokens and from the whole vocabulary. states, heads, writing: seconds per token for the target's states,
-    for a position in training, and for a token that the model writes (0 where it writes none). width, parameters:
-    of the model. head_parameters: of the heads. peak: bytes of memory so far."""
+    """horizon: of the heads that were timed. forward: ms of a target forward by its number of tokens. draft, draft_all:
+    ms of the heads' drafts, from the commonest tokens and from the whole vocabulary. states, heads, writing: seconds
+    per token for the target's states, for a position in training, and for a token that the model writes (0 where it
+    writes none). width, parameters: of the model. head_parameters: of the heads. peak: bytes of memory so far."""
 
     horizon: int
     forward: dict[int, float]

@@ -66,9 +66,7 @@ class Request:
         if not 0 < self.minutes < math.inf:
             raise ConfigError(f"--minutes {self.minutes:g} is no time to train in; give at least 1, or leave it out")
         if any(word.startswith("name=") for word in self.settings):
-            raise ConfigError(
-                "name= is how a killed speed-up is found again, and is made from the request; leave it out"
-            )
+            raise ConfigError("name= is how a killed speed-up is found again, made from the request; leave it out")
         if self.corpus and self.chat is not None:
             raise ConfigError("--corpus and --chat are two texts to train on; give one of them")
         if self.chat is None:
@@ -253,14 +251,13 @@ def _lines(request: Request, config: Config, pace: Pace, why: str) -> list[str]:
 
 def _check_disks(takes: dict[Path, int]) -> None:
     """ConfigError where a disk has less room than what comes on it takes."""
-    there = {
-        path: next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir()) for path in takes
-    }
-    for path, place in there.items():
-        disk = place.stat().st_dev
-        wanted = sum(size for other, size in takes.items() if there[other].stat().st_dev == disk)
-        if wanted > (free := shutil.disk_usage(place).free):
+    wanted: dict[int, int] = {}
+    for path, size in takes.items():
+        place = next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
+        disk, free = place.stat().st_dev, shutil.disk_usage(place).free
+        wanted[disk] = wanted.get(disk, 0) + size
+        if wanted[disk] > free:
             raise ConfigError(
-                f"{path}: the plan takes {wanted / GIB:.1f} GiB of that disk, {free / GIB:.1f} GiB are free; free some, "
-                "or give another place (--output, data.cache=, output=)"
+                f"{path}: the plan takes {wanted[disk] / GIB:.1f} GiB of that disk, {free / GIB:.1f} GiB are free; "
+                "free some, or give another place (--output, data.cache=, output=)"
             )
