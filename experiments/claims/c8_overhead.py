@@ -110,7 +110,8 @@ def _is_low(step: Interval | None, drafting: Interval | None, seeds: int) -> Fin
 def shown(verdict: Verdict) -> tuple[str, str]:
     """The numbers are those of training and of sampling."""
     step, forward = verdict.numbers
-    return verdict.plain, f"{step.short('per training step')}, {forward.short('per sampled forward')}"
+    said = f"{step.short('per training step')}, {forward.short('per sampled forward')}; limit {1 + CLAIM.margin:g}x"
+    return verdict.plain, said
 
 
 def _over_rank_one(cells: dict[int, Cells], cost: Cost) -> dict[int, Interval]:

@@ -12,7 +12,7 @@ from typing import Any
 from cpdlm.bench.tasks import row
 from cpdlm.files import write_bytes
 from experiments.claims import Verdict, answers
-from experiments.families import Cells, Family
+from experiments.families import Family
 from experiments.records import MODES, Record, RecordError, counted
 from experiments.report.benchmarks import ODD, Benchmark, read_benchmark
 from experiments.report.reproducing import carried_table, compute_table, reruns_table, training_table
@@ -81,11 +81,10 @@ def claims_block(families: Sequence[Family], verdicts: Sequence[Verdict]) -> str
 
 
 def _machines(records: Sequence[Record]) -> str:
-    """How many kinds of machine, and which."""
+    """Which kinds of machine. Older records do not say which instructions they have."""
     every = [record["hardware"] for record in records] + _decoded_on(records)
     kinds = {each["processor"] if each["accelerator"] == "none" else each["accelerator"] for each in every}
-    named = "; ".join(sorted(kind.replace("(R)", "") for kind in kinds))
-    return f"{counted(len(kinds), 'kind')} of machine ({named})" if kinds else "no machine"
+    return " and ".join(sorted(kind.replace("(R)", "") for kind in kinds)) or "no machine"
 
 
 def _decoded_on(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -133,32 +132,20 @@ def _other_heads(verdicts: Sequence[Verdict]) -> str:
 
 
 def _lookup(results: Path) -> str:
-    """What prompt lookup and heads gain on the model that all drafters were measured on."""
+    """What the best of each kind of drafter gains on the model that all of them were measured on."""
     record = read_benchmark(results, "decode_baselines")
     if isinstance(record, str):
         return ""
-    parts = []
-    for mode in MODES:
-        best = [_best(record, kind, mode) for kind in ("lookup", "heads")]
-        if None in best:
-            return ""
-        parts.append(f"{mode} {best[0]:.2f}x and {best[1]:.2f}x")
-    target = record["targets"][0]
+    kinds = {"lookup": "prompt lookup", "hydra": "sequential heads (as Hydra's)", "heads": "ours"}
+    best = {name: [_best(record, kind, mode) for mode in MODES] for kind, name in kinds.items()}
+    parts = [f"{name} {greedy:.2f}x / {sampling:.2f}x" for name, (greedy, sampling) in best.items()]
+    target, prompts = record["targets"][0], record["settings"]["timed_prompts"]
     size = f"{target['parameters'] / 1e6:.1f}M {target['corpus']} model"
-    return f"On the {size} over AR, prompt lookup and heads (not C4's): {'; '.join(parts)}."
+    return f"{size} over AR, greedy / sampling, {prompts} prompts: {', '.join(parts)}. EAGLE: not done."
 
 
-def _best(record: Benchmark, kind: str, mode: str) -> float | None:
-    speeds = [each["modes"][mode]["speedup"]["mean"] for each in record["methods"] if each["kind"] == kind]
-    return max(speeds, default=None)
-
-
-def _pretrained(families: Sequence[Family], folder: str, rank: int, variant: str) -> Cells:
-    for family in families:
-        cells = family.cells.get((variant, rank), {})
-        if family.is_pretrained and cells and all(Path(r.path).parent.name == folder for r in cells.values()):
-            return cells
-    return {}
+def _best(record: Benchmark, kind: str, mode: str) -> float:
+    return max(each["modes"][mode]["speedup"]["mean"] for each in record["methods"] if each["kind"] == kind)
 
 
 def _released(results: Path) -> str:
@@ -176,18 +163,15 @@ def _released(results: Path) -> str:
 
 
 def _near_ties(families: Sequence[Family]) -> str:
-    """Greedy texts that differ from those of `generate`, rank 1 on SmolLM2, by precision."""
-    shown = []
-    for folder in ("C6", "C6-float32"):
-        cells = _pretrained(families, folder, 1, "token-conditioned")
-        found = [mode["other_than_generate"] for each in cells.values() if (mode := each.mode("greedy"))]
-        if not found or None in found:
-            return ""
-        differing, of = (sum(one[key] for one in found) for key in ("prompts", "of"))
-        shown.append(f"{differing} of {of} in {next(iter(cells.values())).config['model']['dtype']}")
-    return (
-        f"Greedy texts that differ from transformers' at near-ties (rounding, see below), SmolLM2: {', '.join(shown)}."
-    )
+    """Greedy texts that differ from those of `generate`, rank 1 on pretrained models, by precision."""
+    counts: dict[str, tuple[int, int]] = {}
+    for record in (each for family in families if family.is_pretrained for each in family.records()):
+        found = (record.mode("greedy") or {}).get("other_than_generate")
+        if record.rank == 1 and found:
+            differing, of = counts.get(dtype := record.config["model"]["dtype"], (0, 0))
+            counts[dtype] = differing + found["prompts"], of + found["of"]
+    shown = [f"{differing} of {of} in {dtype}" for dtype, (differing, of) in sorted(counts.items())]
+    return f"Greedy texts that differ from transformers' at near-ties (rounding), C6: {', '.join(shown)}." * bool(shown)
 
 
 def _gpu(results: Path, families: Sequence[Family]) -> str:

@@ -10,7 +10,7 @@ from cpdlm.bench.figure import figure_of
 from cpdlm.bench.methods import AUTOREGRESSIVE, GENERATE, LLAMA
 from cpdlm.bench.tasks import Entry, row
 from cpdlm.benchmark import Measured
-from experiments.records import machine_text
+from experiments.records import counted, machine_text
 from experiments.report import benchmarks
 from experiments.report.benchmarks import Benchmark, read_benchmark
 from experiments.report.table import Columns, Made, Table, dash, recorded, tabulated
@@ -74,7 +74,7 @@ def rates_block(results: Path) -> str:
             gain = recorded("speedup", ".2f")(entries.get("lookup+branched", {"speedup": None}))
             star = "" if _machine(record) == _machine(records[0]) else " *"
             lines.append(_line(f"{task}, {mode}, {_held(record)}{star}", *shown, gain))
-    return "\n".join([*lines, "", _notes(records)]) if records else ""
+    return "\n".join([*lines, "", _notes(records), *_elsewhere(results, records)]) if records else ""
 
 
 def texts(record: Benchmark) -> list[tuple[str, str]]:
@@ -112,6 +112,25 @@ def _notes(records: Sequence[Benchmark]) -> str:
         "Bold: highest median. Brackets: 95% over prompts. int4: weights rounded, so another target.",
     ]
     return "\n".join([*lines, *filter(None, map(_llama, records))])
+
+
+def _elsewhere(results: Path, records: Sequence[Benchmark]) -> list[str]:
+    """What the first text's other records say: on other machines, with earlier heads or drafts."""
+    task, found = records[0]["entries"][0]["task"], dict[str, list[float]]()
+    for path in sorted((results / "benchmarks").glob(f"{HELD[0]}_*.json")):
+        record = read_benchmark(results, path.stem)
+        if isinstance(record, str) or record.get("batch") != 1 or record["dtype"] != records[0]["dtype"]:
+            continue
+        for each, mode in texts(record):
+            entry = rivals(record, task, mode).get("lookup+branched")
+            if each == task and entry and entry.get("speedup"):
+                found.setdefault(mode, []).append(entry["speedup"]["median"])
+    if not found:
+        return []
+    ranges = [f"{min(each):.2f}x to {max(each):.2f}x ({mode})" for mode, each in found.items()]
+    count = max(map(len, found.values()))
+    others = f"Other machines, earlier heads or drafts ({counted(count, 'record')})"
+    return [f"{others}, over AR: {task} {', '.join(ranges)}."]
 
 
 def _machine(record: Benchmark) -> str:
