@@ -145,6 +145,25 @@ def test_of_a_conversation_only_the_answers_and_their_ends_are_marked(bpe: BpeTo
         build_tokenizer(f"hf:{tmp_path / 'hf'}", []).conversation(messages)
 
 
+def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt() -> None:
+    """As with Llama 2, whose texts begin with a space that their later parts do not have."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=99, special_tokens=["<unk>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["user assistant yes no"] * 5, trainer)
+    model = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    model.chat_template = "{% for turn in messages %}{{ turn.content }}</s>{% endfor %}"
+    messages = [{"role": "user", "content": "no"}, {"role": "assistant", "content": "yes"}]
+    ids, answered = chat_template.conversation(model, "m", messages)
+    assert ids == model("no</s>yes</s>")["input_ids"]
+    assert model.convert_ids_to_tokens(model("yes</s>")["input_ids"])[0].startswith("\u2581")
+    tokens = model.convert_ids_to_tokens([id for id, mark in zip(ids, answered, strict=True) if mark])
+    assert "".join(tokens) == "yes</s>"
+
+
 def test_a_chat_template_may_raise_and_need_not_end(
     bpe: BpeTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 A template is a foreign program, which may raise and need not end.
 """
 
+import bisect
 import ctypes
 import itertools
 import threading
@@ -31,13 +32,17 @@ def conversation(tokenizer: Any, name: str, messages: Sequence[Message]) -> tupl
                 f"the chat template of the tokenizer {name} does not append an answer to its prompt "
                 f"({before[-40:]!r} becomes {after[max(0, len(before) - 40) : len(before)]!r}); {OTHER_TEXT}"
             )
-    parts = [after[len(before) :] for before, after in itertools.pairwise(texts)]
-    ids, answered = [], []
-    special = set(tokenizer.all_special_ids)
-    for number, part in enumerate(tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]):
-        end = next((place for place, token in enumerate(part) if token in special), len(part)) + 1
-        ids += [int(token) for token in part]
-        answered += [number % 2 == 1 and place < end for place in range(len(part))]
+    if not tokenizer.is_fast:
+        raise ConfigError(f"the tokenizer {name} does not say where its tokens stand in a text; {OTHER_TEXT}")
+    # All at once, as a prompt is: alone, an answer may begin with other tokens.
+    encoded = tokenizer(texts[-1], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends, special = [len(text) for text in texts[1:]], set(tokenizer.all_special_ids)
+    ids, answered, ended = [int(token) for token in encoded["input_ids"]], [], -1
+    for token, (begin, _) in zip(ids, encoded["offset_mapping"], strict=True):
+        part = bisect.bisect_right(ends, begin)  # prompts and answers by turns
+        answered.append(part % 2 == 1 and part != ended)
+        if token in special:
+            ended = part
     return ids, answered
 
 
