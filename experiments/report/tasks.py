@@ -51,8 +51,8 @@ def tasks_table(*records: Benchmark) -> Table:
     }
     caption = (
         "Ways to decode a model: same weights, prompts and machine; a text ends where the model ends it. Accepted by "
-        "depth: from the second token on, the share of drafts that are accepted where all before them are; of trees and "
-        "branches too low, since until 30 November 2026 the places behind their leaves were counted as drafts. 95% "
+        "depth: from the second token on, the share of drafts that are accepted where all before them are. For trees "
+        "and branches it is too low: until 30 November 2026 places behind their leaves were counted as drafts. 95% "
         f"intervals over prompts; those of speeds are the record's own. {' '.join(map(described, records))}"
     )
     entries = [entry | {"record": _name(record)} for record in records for entry in record["entries"]]
