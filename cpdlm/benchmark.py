@@ -246,7 +246,8 @@ def _tasks(request: Request, loaded: Loaded) -> list[Task]:
     """ConfigError where a prompt and its new tokens do not fit the context."""
     from cpdlm.data.prompts import read_task
 
-    given = [read_task(word, loaded.tokenizer, default_cache(), request.prompts) for word in request.tasks]
+    release = loaded.config.data.release if loaded.config is not None else 0
+    given = [read_task(word, loaded.tokenizer, default_cache(), request.prompts, release) for word in request.tasks]
     room = loaded.model.context - request.new_tokens
     for task in given:
         for number, ids in enumerate(task.prompts, start=1):

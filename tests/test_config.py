@@ -85,6 +85,7 @@ BAD: list[tuple[str, str]] = [
     ("loss.objective=blend", "loss.objective=blend is for heads on a frozen model: give model=NAME"),
     ("loss.gamma=0.5 model.trunk=x model.head=separate", "loss.gamma=0.5 needs model.head=shared"),
     ("data.states=10 model.trunk=x", "data.states=10 tokens are less than one row of data.context=256"),
+    ("joint=hmm horizon=2 model.tie_first=true", "joint=hmm needs horizon of at least 3"),
     ("loss.target_top=8 model.trunk=x", "loss.target_top=8: loss.objective=joint has no target"),
     ("loss.normaliser_tokens=9 model.trunk=x", "loss.normaliser_tokens=9 needs loss.target_top"),
     ("loss.objective=blind", "did you mean loss.objective=blend?"),

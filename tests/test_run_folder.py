@@ -51,6 +51,18 @@ def test_a_checkpoint_that_is_damaged_foreign_or_of_other_weights_is_refused(
         refused(why)
 
 
+def test_what_else_fails_at_a_start_says_nothing_against_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*arguments: object) -> None:
+        raise RuntimeError("all devices are busy")
+
+    killed_run(tmp_path, monkeypatch)
+    monkeypatch.setattr("cpdlm.training.module.MultiTokenModule.configure_optimizers", busy)
+    with pytest.raises(RuntimeError, match="^all devices are busy"):
+        train(settings(), tmp_path)
+
+
 @pytest.mark.parametrize("here", [True, False])
 def test_a_checkpoint_that_other_processes_do_not_see_is_refused(here: bool, tmp_path: Path) -> None:
     if here:

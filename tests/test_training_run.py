@@ -94,6 +94,35 @@ def test_heads_train_on_a_models_own_text_without_the_suite(
     assert train(config) == folder and (folder / checkpoints.WEIGHTS).stat().st_mtime_ns == before
 
 
+def test_a_trunk_whose_tokens_mean_something_else_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
+    """Each corpus trains a BPE of its own: as many ids, of other tokens."""
+    base |= {"data.tokenizer": "bpe:270"}
+    train(resolve(base | PLAIN), say=quiet)
+    (tmp_path / "texts").mkdir()
+    for index in range(40):
+        (tmp_path / "texts" / f"{index}.py").write_text(f"lorem{index} = ipsum\n" * (20 + index))
+    with pytest.raises(RunError, match="has another vocabulary .* use the trunk's own data settings"):
+        train(heads(base, corpus=str(tmp_path / "texts")), say=quiet)
+
+
+def test_text_that_a_model_wrote_otherwise_since_is_refused(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(resolve(base | PLAIN), say=quiet)
+    own = heads(base, **{"data.text": "sampled", "data.states": 480})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cpdlm.training.run.fit", _interrupted)
+        train(own, say=quiet)
+    shutil.rmtree(Path(base["data.cache"]) / "written")
+    monkeypatch.setattr("cpdlm.training.self_text.SEED", 1)  # as another machine rounds
+    with pytest.raises(RunError, match="heads was trained on other text"):
+        train(own, say=quiet)
+
+
+def _interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_what_does_not_fit_is_refused_before_any_step(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="needs a launcher: torchrun --nproc-per-node=2"):
         train(resolve(base | {"devices": 2}))
@@ -104,6 +133,8 @@ def test_what_does_not_fit_is_refused_before_any_step(base: dict[str, Any], monk
         train(resolve(base | PLAIN | {"seed": 1}))
     with pytest.raises(RunError, match="has data.context=48; lower data.context=64"):
         train(heads(base, **{"data.context": 64}))
+    with pytest.raises(RunError, match="was trained with data.release=0, and has read test text of data.release=1"):
+        train(heads(base, **{"data.release": 1}))
     with pytest.raises(RunError, match="is not a run folder"):
         train(heads(base, **{"model.trunk": base["corpus"]}))
     with pytest.raises(ConfigError, match="decode.prompts=99999"):

@@ -18,7 +18,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from cpdlm.baselines.hydra import HydraHeads, HydraModel
-from cpdlm.config import Config
+from cpdlm.config import Config, ConfigError
 from cpdlm.data.batches import TokenDataModule
 from cpdlm.files import replaced, write_json
 from cpdlm.model.language_model import LanguageModel
@@ -40,6 +40,8 @@ def train_hydra(
     Freezes `base`. The loss is the mean of -log q(x_{t+2..t+N} | x_{t+1}) over the positions that train our heads'
     later factors. progress: takes the step and its loss (nats).
     """
+    if config.train.accumulate > 1 or config.data.text != "corpus":
+        raise ConfigError("sequential heads train with train.accumulate=1 and data.text=corpus alone")
     torch.manual_seed(config.seed)
     base.requires_grad_(False)
     optim, device = config.optim, base.unembedding.weight.device

@@ -73,6 +73,8 @@ def _mixture(config: Config) -> Iterator[str]:
         yield f"link={config.link} needs horizon of at least 2 (horizon=1)"
     if horizon == 2 and config.link == "all":
         yield "link=all needs horizon of at least 3: with horizon=2 the only draft follows x_{t+1}; type link=first"
+    if horizon == 2 and config.joint == "hmm" and config.first_is_tied:
+        yield "joint=hmm needs horizon of at least 3: with horizon=2 one factor has no transition; type joint=cp"
     if config.decode.active > config.rank:
         yield f"decode.active={config.decode.active} is more than rank={config.rank} components"
     if 0 < config.decode.active < config.rank and (config.joint == "hmm" or config.model.head == "separate"):

@@ -60,7 +60,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         *("chain", "block", "tree", "branched", "window", "path"),
         *("lookup", "lookup+chain", "lookup+block", "lookup+tree", "lookup+branched"),
     ),
-    "train.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
+    "train.precision": ("32-true", "bf16-mixed", "64-true"),
 }
 
 
@@ -76,7 +76,10 @@ class DataConfig:
     column: str = knob("", "corpus=hf:NAME: column of text (default: text, content, story, document, the only one)")
     skip_broken: bool = knob(False, "corpus=FILE.jsonl: leave out lines that are no conversation, and say how many")
     max_bytes: int = knob(
-        0, "bytes of text to take from the corpus, documents in hash order (0 = all)", least=0, most=2**63 - 1
+        0,
+        "bytes of text to take from the corpus, documents in hash order (0 = all; of hf:NAME 200 MB)",
+        least=0,
+        most=2**63 - 1,
     )
     release: int = knob(0, "which documents are held out: each release has a test split of its own", least=0, most=8)
     cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
@@ -188,7 +191,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    precision: str = knob("32-true", "Lightning precision: 32-true | bf16-mixed | bf16-true | 64-true")
+    precision: str = knob("32-true", "Lightning precision: 32-true | bf16-mixed | 64-true")
     accumulate: int = knob(1, "micro-batches per optimiser step; data.batch_rows is split among them", least=1)
     log_every: int = knob(20, "steps between logged metrics", least=1)
     validate_every: int = knob(200, "steps between validations", least=1)
@@ -310,7 +313,7 @@ class Config:
             size = re.sub(r"[^a-z0-9]+", "-", Path(self.model.trunk).name.removesuffix(".gguf").lower()).strip("-")
         low = f"-low{self.model.map_rank}" if self.model.map_rank else ""
         objective = f"-{self.loss.objective}" if self.loss.objective != "joint" else ""
-        if self.loss.alpha != LossConfig.alpha:
+        if self.loss.objective.startswith("eq14") and self.loss.alpha != LossConfig.alpha:
             objective += f"-a{self.loss.alpha:g}"
         if self.loss.gamma != LossConfig.gamma:
             objective += f"-g{self.loss.gamma:g}"

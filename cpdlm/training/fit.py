@@ -5,6 +5,7 @@ import resource
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -67,7 +68,6 @@ class Journal(Callback):
         self.config, self.folder = config, folder
         self.summary = Summary()
         self.stop = Stop()
-        self.is_restored = False
         self._step_ms: list[float] = []
         self._spent: list[float] = []  # seconds of this step's micro-batches
         self._paused = 0.0  # of them, those in which this process stood still
@@ -100,7 +100,6 @@ class Journal(Callback):
         trainer.strategy.barrier()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.is_restored = True
         self.stop.take_sigterm()
         if trainer.world_size == 1 and self.summary.matmul_flops_per_second is None:
             self.summary.matmul_flops_per_second = matmul_rate(pl_module.device, self.config.train.precision)
@@ -282,9 +281,14 @@ def _run(trainer: L.Trainer, module: MultiTokenModule, data: L.LightningDataModu
                     f"why), was killed, or did not answer within train.timeout={config.train.timeout} s; "
                     "the same command " + (f"continues from {checkpoint}" if checkpoint.exists() else "starts again")
                 ) from error
-            if checkpoint.exists() and not journal.is_restored:
+            if checkpoint.exists() and _was_restoring(error):
                 checkpoints.refuse_misfit(checkpoint, error)
             raise
+
+
+def _was_restoring(error: Exception) -> bool:
+    """Whether Lightning was reading its checkpoint then: whatever else fails at a start does not speak against that."""
+    return any("checkpoint_connector" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 def build_trainer(config: Config, callbacks: list[Callback], logger: Logger | None = None) -> L.Trainer:

@@ -40,8 +40,7 @@ class MultiTokenModule(L.LightningModule):
         self.watch = watch
         self.config = config
         self.model = model
-        self.validation_joint = MeanMetric()
-        self.validation_first = MeanMetric()
+        self.validation_joint, self.validation_first = (MeanMetric(nan_strategy="disable") for _ in range(2))
         self.uses: list[objective.ComponentUse] = []  # of the micro-batches of this optimiser step
         self.seen: dict[str, list[Tensor]] = {}  # what those micro-batches logged
         self.register_state_dict_post_hook(_without_frozen)

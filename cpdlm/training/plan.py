@@ -86,8 +86,9 @@ def make_plan(config: Config, vocab_size: int = 0, compiled: bool = True) -> Pla
     compiled: as on a GPU, where the loss needs no float32 copy of a chunk of logits. Raises ConfigError where a shape
     is not known.
     """
-    rows = config.data.batch_rows // (config.devices * config.train.accumulate)
-    own = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(config.train.precision, torch.float32)
+    processes = config.nodes * config.devices
+    rows = config.data.batch_rows // (processes * config.train.accumulate)
+    own = torch.float64 if config.train.precision == "64-true" else torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True), _new_tensors_in(own):
         model = _build(config, vocab_size)
         kept, layer_bytes, trunk_flops = _run_trunk(model, config, rows)
@@ -104,7 +105,7 @@ def make_plan(config: Config, vocab_size: int = 0, compiled: bool = True) -> Pla
         **_loss_memory(model, config, rows, compiled),
     }
     checkpointed = layers * layer_bytes + one_layer if trains_trunk else one_layer
-    return Plan(parameter_counts(model), memory, checkpointed, flops, tokens, config.devices)
+    return Plan(parameter_counts(model), memory, checkpointed, flops, tokens, processes)
 
 
 def known_vocab_size(config: Config) -> int:
@@ -196,7 +197,7 @@ def _weights(model: LanguageModel, config: Config) -> dict[str, int]:
     """Weights, gradients and AdamW's two moments; under fsdp a share of each, and what is gathered at a time."""
 
     everything, trained = list(model.parameters()), [p for p in model.parameters() if p.requires_grad]
-    share = config.devices if config.parallel == "fsdp" else 1
+    share = config.nodes * config.devices if config.parallel == "fsdp" else 1
     found = {
         "weights": _size(everything) // share,
         "gradients": _size(trained) // share,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 
@@ -26,7 +27,7 @@ from cpdlm.data.corpus import load_corpus
 from cpdlm.data.draft_vocabulary import DraftVocabulary, frequent_tokens
 from cpdlm.data.stored import Corpus
 from cpdlm.data.target import Target
-from cpdlm.data.tokenizer import HubTokenizer
+from cpdlm.data.tokenizer import HubTokenizer, stored_tokenizer
 from cpdlm.files import write_json
 from cpdlm.model.build import build_language_model
 from cpdlm.model.heads import FactorHeads, HeadsConfig
@@ -41,6 +42,7 @@ from cpdlm.training.self_text import Writing, written_text
 from cpdlm.training.states import kept_states
 
 INPUTS = "sessions.json"
+MANY_PASSES = 4  # over the same rows, from which on a run says so
 
 Watch = Callable[[LanguageModel], dict[str, float]]
 Say = Callable[[str], None]
@@ -137,12 +139,17 @@ def prepare(config: Config, say: Say = print, session: Mapping[str, Any] | None 
     torch.manual_seed(config.seed)
     model = build_language_model(config, corpus.vocab_size, trunk)
     text, written = training_text(config, corpus, trunk, say)
+    if written:
+        _note_written(folder, written["sha256"])
     listed = None
     if config.loss.draft_vocabulary:
         listed = draft_vocabulary(config.loss.draft_vocabulary, text)
         model.use_draft_vocabulary(torch.from_numpy(listed.ids))
         say(f"loss.draft_vocabulary={len(listed.ids)} tokens cover {listed.coverage:.2%} of the training text")
     data = TokenDataModule(config, text)
+    rows = data.training_rows().count
+    if (passes := config.optim.steps * config.data.batch_rows / rows) >= MANY_PASSES:
+        say(f"training goes {passes:.0f} times over {rows:,} rows of {config.data.context} tokens")
     return Run(config, folder, corpus, data, model, written, listed, sessions, data_seconds)
 
 
@@ -170,6 +177,11 @@ def frozen_model(config: Config) -> LanguageModel | None:
     ):
         if mine != trunk:
             raise RunError(f"model.trunk={folder} has {key}={trunk}, this run {key}={mine}; write {key}={trunk}")
+    if theirs.corpus == config.corpus and theirs.data.release != config.data.release:
+        raise RunError(
+            f"model.trunk={folder} was trained with data.release={theirs.data.release}, and has read test text of "
+            f"data.release={config.data.release}; write data.release={theirs.data.release}"
+        )
     if theirs.data.context < config.data.context:
         raise RunError(
             f"model.trunk={folder} has data.context={theirs.data.context}; lower data.context={config.data.context}"
@@ -229,12 +241,16 @@ def check_vocabulary(config: Config, corpus: Corpus | HubTokenizer, trunk: Langu
                 else "type data.tokenizer=model"
             )
         )
-    if target.kind == "run" and trunk.vocab_size != corpus.vocab_size:
-        raise RunError(
-            f"model.trunk={target.name} has a vocabulary of {trunk.vocab_size}, data.tokenizer="
-            f"{config.data.tokenizer} on corpus={config.corpus} one of {corpus.vocab_size}; "
-            "use the trunk's own data settings"
-        )
+    if target.kind == "run" and isinstance(corpus, Corpus):
+        stored = stored_tokenizer(Path(target.name) / checkpoints.TOKENIZER)
+        theirs = stored.token_bytes() if stored is not None else np.zeros(trunk.vocab_size)  # of an old run: its size
+        ours = corpus.tokenizer.token_bytes() if stored is not None else np.zeros(corpus.vocab_size)
+        if not np.array_equal(theirs, ours):
+            raise RunError(
+                f"model.trunk={target.name} has another vocabulary ({trunk.vocab_size} tokens) than data.tokenizer="
+                f"{config.data.tokenizer} on corpus={config.corpus} ({corpus.vocab_size} tokens); use the trunk's own "
+                "data settings"
+            )
 
 
 def _check_memory(config: Config, vocab_size: int, trunk: LanguageModel | None) -> None:
@@ -245,13 +261,23 @@ def _check_memory(config: Config, vocab_size: int, trunk: LanguageModel | None) 
     with torch.device("meta"), contextlib.suppress(RuntimeError, TypeError):  # of sizes beyond 64 bits
         body = trunk.trunk if trunk is not None else Trunk(build_body(config, vocab_size))
         parameters = sum(each.numel() for each in FactorHeads(body.width, vocab_size, shape).parameters())
-    need, free = 16 * parameters / (config.devices if config.parallel == "fsdp" else 1), free_bytes(config.run_name)
+    share = config.nodes * config.devices if config.parallel == "fsdp" else 1
+    need, free = 16 * parameters / share, free_bytes(config.run_name)
     if need > free:
         raise ConfigError(
             f"rank={config.rank} horizon={config.horizon}: heads of {parameters / 1e9:.2f}B parameters take "
             f"{need / 2**30:.1f} GiB to train, and {free / 2**30:.1f} GiB are free; lower the rank, or give them "
             "model.map_rank"
         )
+
+
+def _note_written(folder: Path, text_sha256: str) -> None:
+    """Note which text of the model's own the run trains on. RunError where that is another than when it began: written
+    again on another machine, it may be."""
+    found = checkpoints.read_json(folder / INPUTS) or {}
+    check_same_text(folder, found.get("text_sha256", text_sha256), text_sha256)
+    if is_first_process() and "text_sha256" not in found:
+        write_json(folder / INPUTS, found | {"text_sha256": text_sha256})
 
 
 def _note_inputs(
@@ -273,5 +299,6 @@ def _note_inputs(
     if session is not None and not (trained and sessions):
         sessions = [*sessions, dict(session)]
     if is_first_process() and not (trained and found.get("sessions") == sessions):
-        write_json(folder / INPUTS, {"sessions": sessions, "data_sha256": data_sha256, "trunk_sha256": trunk_sha256})
+        noted = {"sessions": sessions, "data_sha256": data_sha256, "trunk_sha256": trunk_sha256}
+        write_json(folder / INPUTS, found | noted)
     return sessions
