@@ -16,7 +16,7 @@ Every stage skips what is complete, so the same command continues a run that was
                    cpu              C1 to C4 on code, two ranks on prose          2 cores, 40 min
                    cpu-full         every claim but C6, three seeds               2 cores, 4 h
                    scratch-long     C1 and C2, trained ten times as long          2 cores, 3 h
-                   seeds            C3 and C4 with eight seeds                    2 cores, 50 min
+                   seeds            C3 and C4 with eight seeds                    2 cores, 2 h
                    retrofit-screen  heads on a pretrained model: which objective  2 cores, 1 h
                    retrofit         heads on a pretrained model: ranks and text   2 cores, 4 h
                    retrofit-own     the same on text that the model writes        2 cores, 2 h

@@ -19,6 +19,7 @@ from experiments.provenance import provenance
 from experiments.schema import SCHEMA, RecordError, check_settings, validate, with_nulls
 
 MODES = ("greedy", "sampling")
+SPARE_LOAD = 0.5  # of a load average beyond the cores: the decoding itself keeps all of them busy
 VARIANTS = ("untied", "tied", "token-conditioned", "blind")
 
 
@@ -223,7 +224,7 @@ def is_busy(record: Record) -> str:
     """What to say beside its timings where other work kept the machine busy; "" where it did not, or is not known."""
     origin = record["decoding"]["origin"] if record["decoding"] else record.content
     load, cores = origin["load"], origin["hardware"]["cores"]
-    if load is None or load <= cores:
+    if load is None or load <= cores + SPARE_LOAD:
         return ""
     return f"the machine was busy (load average {load:.1f} on {counted(cores, 'core')}); do not trust its timings"
 

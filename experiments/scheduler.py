@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cpdlm.config import ConfigError
-from cpdlm.files import write_json
+from cpdlm.files import errors_named, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 130  # exit code of a run that was told to stop and left a checkpoint
@@ -83,7 +83,7 @@ def schedule(jobs: list[Job], launcher: Launcher, ended: Callable[[Job, int], bo
 
 def _child(job: Job, environment: dict[str, str], first: Callable[[], Any], apart: bool) -> subprocess.Popen[bytes]:
     """The job's process. first: what it does before its command. apart: it has a session of its own."""
-    with open(job.log, "ab") as log:
+    with errors_named(job.log), open(job.log, "ab") as log:
         log.write(f"$ python {shlex.join(job.argv)}\n".encode())
         log.flush()
         return subprocess.Popen(

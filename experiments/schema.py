@@ -5,7 +5,7 @@ A range says what can be, not what is likely: a number beyond it would stop a ta
 
 import datetime
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,13 +234,24 @@ def _disagreements(content: dict[str, Any]) -> Iterator[str]:
             yield from _lengths("likelihood.per_row", {key: values}, horizon, "config.horizon")
         for each in values if by_position else [values]:
             yield from _lengths("likelihood.per_row", {key: each}, likelihood["rows"], "likelihood.rows")
+    positions = sum(per_row["positions"])
+    for key in ("joint_nll", "first_token_nll"):
+        yield from _sums(f"likelihood.per_row.{key}", per_row[key], likelihood[key]["mean"] * positions)
     for mode, measured in (content["decoding"] or {"modes": {}})["modes"].items():
         at, drafts = f"decoding.modes.{mode}", measured["drafts_per_prompt"]
         yield from _lengths(f"{at}.per_prompt", measured["per_prompt"], measured["prompts"], "prompts")
+        for key in ("tokens", "passes"):
+            yield from _sums(f"{at}.per_prompt.{key}", measured["per_prompt"][key], measured[key])
         depths = len(measured["acceptance_by_depth"])
         yield from _lengths(f"{at}.drafts_per_prompt", drafts, depths, "acceptance_by_depth")
         for each in (*drafts["reached"], *drafts["accepted"]):
             yield from _lengths(f"{at}.drafts_per_prompt", {"[]": each}, measured["prompts"], "prompts")
+
+
+def _sums(field: str, parts: Sequence[float], total: float) -> Iterator[str]:
+    """total: what is read in one place, where the parts are read in another."""
+    if not math.isclose(sum(parts), total, rel_tol=1e-4, abs_tol=1e-4):
+        yield f"{field} sums to {sum(parts):g}, which is not {total:g}"
 
 
 def _lengths(field: str, lists: Mapping[str, Any], length: int, of: str) -> Iterator[str]:

@@ -14,7 +14,10 @@ from experiments.records import Record, RecordError, load
 from experiments.suite import Cell, complete, mates
 
 STAGES = ("data", "train", "decode", "report")
-AFRESH = "stop, and end the command with out=OTHER results=OTHER/results, to have all cells of one kind"
+AFRESH = (
+    "stop, and end the command with out=OTHER results=OTHER/results (./reproduce.sh: --out OTHER --results "
+    "OTHER/results), to have all cells of one kind"
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,12 @@ class Plan:
 
     @cached_property
     def finished(self) -> dict[str, Record]:
-        """By name: the cells with a record that stands."""
-        found = ((cell.name, self._record(cell)) for cell in self.cells)
-        return {name: record for name, record in found if record is not None}
+        """By name: the cells with a record that stands, and whose mates have one: what is timed side by side is so anew
+        where a part of it is lost."""
+        every = {cell.name: self._record(cell) for cell in self.cells}
+        lost = {name for name, record in every.items() if record is None}
+        whole = [cell.name for cell in self.cells if not mates(cell, self.cells) & lost]
+        return {name: record for name in whole if (record := every[name]) is not None}
 
     @cached_property
     def pending(self) -> list[Cell]:

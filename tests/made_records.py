@@ -51,7 +51,11 @@ def made(
     own = np.random.default_rng([seed, rank, config.link == "first", config.corpus == "text"])
     wobble = noise * own.standard_normal()
     positions = rows.integers(180, 250, 60)
-    difficulty = rows.normal(0, 0.15, 60)
+
+    def centred(values: Any) -> Any:
+        return values - np.average(values, weights=positions)
+
+    difficulty = centred(rows.normal(0, 0.15, 60))
     first_nll = 1.35 + (0.2 if config.corpus == "text" else 0) + first * octave + wobble
     terms = [first_nll] + [
         1.35 + 0.45 * k**0.7 - bonus * 0.5 - slope * octave * k / 6 + wobble for k in range(1, config.horizon)
@@ -72,8 +76,10 @@ def made(
         },
         "per_row": {
             "positions": positions.tolist(),
-            "joint_nll": ((joint + config.horizon * difficulty + own.normal(0, noise, 60)) * positions).tolist(),
-            "first_token_nll": ((first_nll + difficulty + own.normal(0, noise, 60)) * positions).tolist(),
+            "joint_nll": (
+                (joint + config.horizon * difficulty + centred(own.normal(0, noise, 60))) * positions
+            ).tolist(),
+            "first_token_nll": ((first_nll + difficulty + centred(own.normal(0, noise, 60))) * positions).tolist(),
             "position_nll": [((term + difficulty) * positions).tolist() for term in terms],
             "target_nll": ((first_nll + difficulty) * positions).tolist(),
             "bytes": positions.tolist(),
@@ -88,7 +94,7 @@ def made(
     decoding = None
     if config.horizon > 1:
         modes = {mode: _mode(config, mode, octave, pace, speed, bonus, rows, own) for mode in MODES}
-        decoding = {"group": [config.run_name], "rank_one": None, "origin": origin, "modes": modes}
+        decoding = {"group": ["all at once"], "rank_one": None, "origin": origin, "modes": modes}
     heads, trunk = 128 * 128 * config.horizon * rank, 100_000 if config.size == "micro" else 800_000
     return build(
         config,

@@ -72,6 +72,20 @@ def test_a_value_that_cannot_be_is_named(field: str, value: Any, said: str) -> N
         validate(content, "here.json")
 
 
+def test_what_claims_are_made_of_sums_to_what_is_compared() -> None:
+    for part, key, factor in (
+        (("likelihood", "per_row"), "joint_nll", 0.8),
+        (("decoding", "modes", "sampling", "per_prompt"), "tokens", 1.5),
+    ):
+        content: Any = made(2)
+        place = content
+        for name in part:
+            place = place[name]
+        place[key] = [factor * each for each in place[key]]
+        with pytest.raises(RecordError, match=rf"{key} sums to .*, which is not"):
+            validate(content, "here.json")
+
+
 def test_every_committed_record_loads(committed: list[Record]) -> None:
     today = flat(to_dict(Config())).keys()
     assert len(committed) >= 225 and all(today <= flat(record.config).keys() for record in committed)

@@ -48,6 +48,10 @@ def test_a_cell_with_a_record_of_its_settings_is_finished(tmp_path: Path) -> Non
     unfinished = small(more, tmp_path)
     assert {cell.name for cell in unfinished.pending} == {cell.name for cell in more[1:]}
     assert unfinished.needed[0].name == code.name and code.name in unfinished.finished
+    # A lost record is made again beside what it is timed with.
+    (tmp_path / "results" / cells[2].folder / f"{cells[2].name}.json").unlink()
+    assert {cell.name for cell in small(cells, tmp_path).pending} == {cell.name for cell in cells[1:]}
+    recorded(tmp_path / "results", cells)
     # Another dial is another comparison: nothing else is due.
     other = [*cells, heads(code, 8, "cpu-heads").varied("kl", {"balance": "kl"})]
     assert [cell.name for cell in small(other, tmp_path).pending] == [other[-1].name]

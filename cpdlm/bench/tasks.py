@@ -114,7 +114,10 @@ class Comparison:
             self.progress.write(line, file=sys.stderr)
 
     def _entry(self, name: str, tokens: list[int], forwards: list[int], decoded: Sequence[Sequence[Decoded]]) -> Entry:
-        """Without times. tokens, forwards: per prompt, all repeats together; forwards 0 where they cannot be seen."""
+        """Without times. tokens, forwards: per prompt or batch, all repeats together; forwards 0 where unseen.
+
+        The forwards of a batch write a token for each of its rows: there are no tokens per forward.
+        """
         depths: list[dict[str, int]] = []
         if all(decoded):
             statistics = acceptance(decoded, len(decoded[0][0].reached) + 1)
@@ -123,10 +126,10 @@ class Comparison:
             "task": self.task.name,
             "method": name,
             "mode": self.mode,
-            "prompts": len(tokens),
+            "prompts": len(self.task.prompts),
             "tokens": tokens,
             "forwards": forwards if all(forwards) else None,
-            "tokens_per_forward": of_ratio(tokens, forwards) if all(forwards) else None,
+            "tokens_per_forward": of_ratio(tokens, forwards) if all(forwards) and self.batch == 1 else None,
             "acceptance_by_depth": depths,
             "tokens_per_second": None,
             "speedup": None,

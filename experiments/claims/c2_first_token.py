@@ -30,6 +30,7 @@ CLAIM = Claim(
     arms=(star.ranks_from_scratch,),
     gpu_arms=(star.gpu_from_scratch,),
     margin=0.02,
+    beyond=0.02,
 )
 
 

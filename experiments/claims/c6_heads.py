@@ -57,7 +57,9 @@ def positions(record: Record) -> int:
 
 
 def row(claim: Claim, family: Family, variant: str, finding: Finding, beside: Sequence[Number] = ()) -> Verdict:
-    seeds = [len(cells) for cells in family.by_rank(variant).values()]
+    seeds = [
+        sum(record["decoding"] is not None for record in cells.values()) for cells in family.by_rank(variant).values()
+    ]
     fewest, most = min(seeds), max(seeds)
     said = counted(most, "seed") if fewest == most else f"{fewest} to {most} seeds by rank"
     return finding.of(

@@ -10,7 +10,7 @@ from experiments import star
 from experiments.claims.verdict import CONTRADICTED, HOLDS, NOT_RUN, Claim, Finding, Number, Verdict, cited, trained
 from experiments.families import Cells, Family, along
 from experiments.records import counted
-from experiments.stats import difference, over_seeds, shared_seeds, together
+from experiments.stats import difference, over_seeds, together
 
 SIZES_NEEDED, LENGTHS_NEEDED = 4, 3
 
@@ -47,7 +47,8 @@ def judge(families: Sequence[Family]) -> list[Verdict]:
 
 def _row(group: list[Family]) -> Verdict:
     cells = [(family, family.cells["untied", CLAIM.top], family.cells["untied", 1]) for family in group]
-    seeds = min(len(shared_seeds(top, one)) for _, top, one in cells)
+    found = [difference(top, one, CLAIM.quantity) for _, top, one in cells]
+    seeds = min(gap.seeds if gap is not None else 0 for gap in found)
     return _everywhere(group, seeds).of(
         CLAIM,
         f"n={group[0].horizon}, frozen targets, {counted(len(group), 'setting')}, {counted(seeds, 'seed')}",

@@ -55,23 +55,29 @@ def _equal_parameters(claim: Claim, family: Family) -> list[Verdict]:
 
 
 def _row(claim: Claim, setting: str, what: str, top: Cells, rank_one: Cells) -> Verdict:
-    seeds = shared_seeds(top, rank_one)
     gap = difference(top, rank_one, claim.quantity)
+    those = _shared(rank_one, top) + _shared(top, rank_one)
     if gap is None:
         found = Finding(NOT_RUN, f"no seed with {claim.quantity} is shared")
+    elif gap.is_ratio and not all(map(_timed_together, _shared(top, rank_one), _shared(rank_one, top))):
+        found = Finding(NOT_RUN, "the two were not timed side by side")
     else:
         name = f"rank {claim.top} {'over' if gap.is_ratio else '-'} rank 1, {what}:"
         numbers = [claim.number(name, gap, sign=not gap.is_ratio)]
-        found = claim.too_few(len(seeds), [gap], numbers) or claim.signed(gap, numbers)
+        found = claim.too_few(gap.seeds, [gap], numbers) or claim.signed(gap, numbers)
     # Rank 1 has seen more data by then, which the first token shows.
     beside = [
         Number(f"{name}:", other, 3, "nats", sign=True)
         for quantity, name in (("joint_nll", "joint"), ("first_token_nll", "first token alone"))
         if quantity != claim.quantity and (other := difference(top, rank_one, quantity)) is not None
     ]
-    those = _shared(rank_one, top) + _shared(top, rank_one)
-    where = f"{setting}, {counted(len(seeds), 'seed')}"
-    return found.of(claim, where, beside=beside if gap is not None else [], seeds=len(seeds), **cited(those))
+    seeds = gap.seeds if gap is not None else 0
+    where = f"{setting}, {counted(seeds, 'seed')}"
+    return found.of(claim, where, beside=beside if found.numbers else [], seeds=seeds, **cited(those))
+
+
+def _timed_together(one: Record, other: Record) -> bool:
+    return bool(one["decoding"] and other["decoding"] and one["decoding"]["group"] == other["decoding"]["group"])
 
 
 def _top(claim: Claim, family: Family) -> Cells:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from experiments.claims.verdict import (
     CONTRADICTED,
@@ -13,6 +14,7 @@ from experiments.claims.verdict import (
     Number,
     Verdict,
     cited,
+    fewest_seeds,
     sign,
     trained,
 )
@@ -28,19 +30,24 @@ TARGETS = {"own": "a target of their own", "common": "one frozen target"}
 def over_ranks(claim: Claim, families: Sequence[Family], rows: Rows) -> list[Verdict]:
     """The rows of every family with the claim's target and two ranks; where some have rank 1 and the top one, of those.
 
-    That of most seeds comes first, of those that of code, as the star's base cell, of those the longest training.
+    That of most seeds of rank 1 and the top one comes first, of those that of code, as the star's base cell, of those
+    the longest training.
     """
     ours = trained(families)
     usable = [family for family in ours if family.target == claim.target and len(family.ranks()) > 1]
     whole = [family for family in usable if {1, claim.top} <= set(family.ranks())]
-    found = [row for family in sorted(whole or usable, key=_evidence) for row in rows(family, ours)]
+    found = [row for family in sorted(whole or usable, key=partial(_evidence, claim.top)) for row in rows(family, ours)]
     missing = f"no records of two or more ranks with {TARGETS[claim.target]} and link=none"
     return claim.complete(found, missing, [family for family in ours if family.target == claim.target])
 
 
-def _evidence(family: Family) -> tuple[int, bool, int]:
-    seeds = set.intersection(*map(set, family.by_rank().values()))
-    return -len(seeds), family.settings["corpus"] != "code", -family.settings["optim.steps"]
+def _evidence(top: int, family: Family) -> tuple[int, bool, int]:
+    cells = family.by_rank()
+    return (
+        -len(shared_seeds(cells.get(1, {}), cells.get(top, {}))),
+        family.settings["corpus"] != "code",
+        -family.settings["optim.steps"],
+    )
 
 
 def judged(claim: Claim, family: Family, rule: Rule) -> Verdict:
@@ -48,19 +55,20 @@ def judged(claim: Claim, family: Family, rule: Rule) -> Verdict:
     cells = family.by_rank()
     missing = [rank for rank in (1, claim.top) if rank not in cells]
     means, greedy = (_means(claim, cells, mode) for mode in ("sampling", "greedy"))
-    shared = [] if missing else shared_seeds(cells[1], cells[claim.top])
+    seeds = 0 if missing else len(shared_seeds(cells[1], cells[claim.top]))
     if missing:
         lacking, there = " and ".join(map(str, missing)), ", ".join(map(str, cells))
         found = Finding(NOT_RUN, f"no cell of rank {lacking} (there is {there})", means)
     else:
         found = rule(claim, cells)
-        found = claim.too_few(len(shared), [each.interval for each in found.numbers], found.numbers) or found
+        seeds = fewest_seeds(found.numbers) if found.numbers else seeds
+        found = claim.too_few(seeds, [each.interval for each in found.numbers], found.numbers) or found
     beside = means * bool(found.numbers and not missing) + greedy * (claim.target == "common")
     return replace(found, numbers=found.numbers or means).of(
         claim,
-        f"{family.label}, {counted(len(shared), 'seed')}",
+        f"{family.label}, {counted(seeds, 'seed')}",
         beside=beside,
-        seeds=len(shared),
+        seeds=seeds,
         **cited(family.records("untied")),
     )
 

@@ -70,7 +70,7 @@ class Verdict(Finding):
     """The finding of a claim in one setting (what its records share).
 
     numbers decide; beside are reported next to them. expected: what the paper says of this setting, where that is not
-    what it says of the claim. started: when the first of its records began.
+    what it says of the claim. started: when the first of its records began. profile: what they were made by.
     """
 
     claim: Claim
@@ -80,6 +80,7 @@ class Verdict(Finding):
     seeds: int = 0
     expected: str = ""
     started: str = ""
+    profile: str = ""
 
     @property
     def verdict(self) -> str:
@@ -88,7 +89,13 @@ class Verdict(Finding):
     @property
     def visible(self) -> str:
         """The smallest effect that its deciding intervals could have shown."""
-        return visible([number.interval for number in self.numbers], self.claim.unit) if self.numbers else "-"
+        return self.claim.visible([number.interval for number in self.numbers]) if self.numbers else "-"
+
+    @property
+    def command(self) -> str:
+        """What makes its records."""
+        of_claim = self.profile in ("", "all", "single", self.claim.id)
+        return f"python experiments/sweep.py {f'claim={self.claim.id}' if of_claim else f'profile={self.profile}'}"
 
     @property
     def is_ruled_after(self) -> bool:
@@ -110,7 +117,7 @@ class Claim:
     sign of the difference that the paper expects. margin: in units of the statistic, of a ratio a share; a difference
     that surely lies inside it counts as none. top: the rank held against rank 1. seeds: fewer decide nothing; with one,
     intervals are over rows or prompts alone, and the setting says `1 seed`. part: tells two questions of one claim
-    apart.
+    apart. beyond: what an effect must exceed to contradict, in `unit`.
     """
 
     id: str
@@ -130,6 +137,7 @@ class Claim:
     top: int = 8
     seeds: int = 1
     part: str = ""
+    beyond: float = 0.0
 
     @property
     def name(self) -> str:
@@ -150,7 +158,18 @@ class Claim:
     def underpowered(self, open_: Iterable[Interval], reason: str, numbers: Numbers = ()) -> Finding:
         """open_: the intervals that decide nothing, at least one. What could have been seen is the largest half-width
         among them, for ratios as a factor: an effect of that size would have moved its interval clear of no effect."""
-        return Finding(UNDERPOWERED, reason, numbers, f"(could have seen {visible(open_, self.unit)})")
+        return Finding(UNDERPOWERED, reason, numbers, f"(could have seen {self.visible(open_)})")
+
+    def visible(self, intervals: Iterable[Interval]) -> str:
+        """The largest half-width, for ratios as a factor: an effect of that size beyond `beyond` moves its interval
+        clear of none."""
+        if self.unit == "x":
+            widest = max(math.sqrt(each.high / each.low) if each.low > 0 else math.inf for each in intervals)
+            size = f"{widest:.2f}x"
+        else:
+            widest = self.beyond + max((each.high - each.low) / 2 for each in intervals)
+            size = f"{widest:.2g} {self.unit}"
+        return f"{size} or more" if math.isfinite(widest) else "nothing: one row or prompt has no interval"
 
     def signed(self, gap: Interval, numbers: Numbers) -> Finding:
         """Of one difference that should have the wanted sign."""
@@ -206,15 +225,9 @@ def headline(verdicts: Sequence[Verdict], shorten: Callable[[Verdict], tuple[str
     return Answer(verdicts[0].claim, answer, number)
 
 
-def visible(intervals: Iterable[Interval], unit: str) -> str:
-    """The largest half-width, for ratios as a factor: an effect of that size moves its interval clear of none."""
-    if unit == "x":
-        widest = max(math.sqrt(each.high / each.low) if each.low > 0 else math.inf for each in intervals)
-        size = f"{widest:.2f}x"
-    else:
-        widest = max((each.high - each.low) / 2 for each in intervals)
-        size = f"{widest:.2g} {unit}"
-    return f"{size} or more" if math.isfinite(widest) else "nothing: one row or prompt has no interval"
+def fewest_seeds(numbers: Numbers) -> int:
+    """Of those that each number was measured with: cells that were trained and not decoded do not count."""
+    return min(number.interval.seeds for number in numbers)
 
 
 def cited(records: Iterable[Record]) -> dict[str, Any]:
@@ -223,6 +236,7 @@ def cited(records: Iterable[Record]) -> dict[str, Any]:
     return {
         "records": [record.path for record in those],
         "started": min((str(record["started"]) for record in those), default=""),
+        "profile": min((str(record["profile"]) for record in those), default=""),
     }
 
 

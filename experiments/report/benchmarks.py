@@ -83,7 +83,7 @@ def upgrade(record: Benchmark) -> Benchmark:
         if "per_prompt" in part:
             part["tokens_per_pass"] = of_ratio(*_counts(part))
         elif part.get("forwards") and "tokens_per_forward" in part:
-            part["tokens_per_forward"] = of_ratio(part["tokens"], part["forwards"])
+            part["tokens_per_forward"] = of_ratio(part["tokens"], part["forwards"]) if record["batch"] == 1 else None
     cells = record["cells"] if record.get("benchmark") == "decoding strategies" else []
     for modes in (mode for cell in cells for mode in cell["modes"].values()):
         for splits in (each for each in modes.values() if isinstance(each, dict)):

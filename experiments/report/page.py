@@ -17,7 +17,7 @@ from cpdlm.files import write_bytes
 from experiments.claims import Claim, Verdict, answers
 from experiments.claims.verdict import CONTRADICTED, HOLDS, RULED
 from experiments.records import MODES, Record, decoding_hardware, is_busy, training_hardware
-from experiments.report.figures import Shown, command
+from experiments.report.figures import Shown
 from experiments.report.figures.style import COLUMN, DPI, worded
 from experiments.report.table import Made, Table, braces, described
 
@@ -124,7 +124,7 @@ def _claims(by_claim: Sequence[tuple[Claim, list[Verdict]]], figures: dict[str, 
         rest = _folded(f"{len(others)} other settings", "\n".join(map(_verdict, others))) if others else ""
         how = (
             f"<p>{_text(claim.statistic)}. {_text(claim.rule)}.</p>"
-            f"<p>Its records: <code>{html.escape(command(claim.id))}</code>.</p>"
+            f"<p>Records of its first setting: <code>{html.escape(first.command)}</code>.</p>"
         )
         shown = figures.get(claim.figure)
         if there := placed.get(claim.figure):

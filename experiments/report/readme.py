@@ -141,7 +141,7 @@ def _lookup(results: Path) -> str:
     parts = [f"{name} {greedy:.2f}x / {sampling:.2f}x" for name, (greedy, sampling) in best.items()]
     target, prompts = record["targets"][0], record["settings"]["timed_prompts"]
     size = f"{target['parameters'] / 1e6:.1f}M {target['corpus']} model"
-    return f"{size} over AR, greedy / sampling, {prompts} prompts: {', '.join(parts)}. EAGLE: not done."
+    return f"{size} over AR, greedy / sampling, best of each on {prompts} prompts: {', '.join(parts)}. EAGLE: not done."
 
 
 def _best(record: Benchmark, kind: str, mode: str) -> float:
