@@ -114,7 +114,7 @@ def test_what_the_readme_says_is_what_the_records_say(committed: list[Record]) -
     )
     baselines = json.loads((results / "benchmarks/decode_baselines.json").read_text())
     greedy = max(m["modes"]["greedy"]["speedup"]["mean"] for m in baselines["methods"] if m["kind"] == "lookup")
-    assert any(f"greedy {greedy:.2f}x and" in line for line in lines)
+    assert any(f"prompt lookup {greedy:.2f}x / " in line for line in lines)
     assert not any(
         word in line for line in [*rows, *lines] for word in ("anchor", "tied", "common", "retrofit", "pass")
     )
@@ -124,7 +124,7 @@ def test_what_the_readme_says_is_what_the_records_say(committed: list[Record]) -
     assert rates in text and max(map(len, rates.splitlines())) <= 200
     timed = json.loads((results / "benchmarks/tasks_int4.json").read_text())
     [llama] = [e for e in timed["entries"] if e["method"] == "llama.cpp" and e["mode"] == "greedy"]
-    assert f" {llama['tokens_per_second']['median']:.0f} (greedy)" in rates.splitlines()[-1]
+    assert f" {llama['tokens_per_second']['median']:.0f} (greedy)" in rates
 
 
 @pytest.mark.parametrize("name", ["tasks_smollm2", "tasks_counted", "decode_baselines"])
@@ -135,7 +135,7 @@ def test_an_odd_benchmark_leaves_the_readme_its_other_lines(name: str, tmp_path:
     made = readme.blocks(tmp_path, [], [], [])
     assert ("humaneval, greedy" in made["rates"]) == (name != "tasks_smollm2")
     assert ("humaneval 1." in made["sceptic"]) == (name != "tasks_counted")
-    assert ("prompt lookup and" in made["sceptic"]) == (name != "decode_baselines")
+    assert ("prompt lookup 2." in made["sceptic"]) == (name != "decode_baselines")
 
 
 def test_the_papers_unknown_numbers_are_never_printed(drawn: tuple[Path, Report]) -> None:

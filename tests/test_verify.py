@@ -93,6 +93,10 @@ def test_verify_runs_a_record_again_at_its_commit(repository: Path, capfd: pytes
     assert "judged quantities agree" in capfd.readouterr().out
     likelihood = made(4)["likelihood"]
     likelihood["first_token_nll"]["mean"] += 0.5
+    rows = likelihood["per_row"]
+    rows["first_token_nll"] = [
+        nll + 0.5 * count for nll, count in zip(rows["first_token_nll"], rows["positions"], strict=True)
+    ]
     assert verify.main([str(save(repository, likelihood=likelihood))], repository) == 1
     out = capfd.readouterr().out
     assert re.search(r"first-token NLL \(nats\) .* DIFFERS", out) and "1 of" in out

@@ -131,7 +131,7 @@ def _elsewhere(results: Path, records: Sequence[Benchmark]) -> list[str]:
     ranges = [f"{min(each):.2f}x to {max(each):.2f}x ({mode})" for mode, each in found.items()]
     count = max(map(len, found.values()))
     others = f"Other machines, earlier heads or drafts ({counted(count, 'record')})"
-    return [f"{others}, over AR: {task} {', '.join(ranges)}."]
+    return ["", f"{others}, over AR: {task} {', '.join(ranges)}."]
 
 
 def _machine(record: Benchmark) -> str:
