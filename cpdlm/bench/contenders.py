@@ -133,14 +133,14 @@ class Compiled:
     """
 
     def __init__(self, generate: Generate, new_tokens: int, sampling: Sampling, longest: int) -> None:
-        self.write, self.made = theirs(generate, new_tokens, sampling), 0
+        self.generate, self.new_tokens, self.sampling, self.made = generate, new_tokens, sampling, 0
         self.longest, self.compiled = longest, False
 
     def __call__(self, prompt_T: Tensor, seed: int) -> Decoded | list[int]:
         if not self.compiled:
-            self.write(prompt_T.new_zeros(self.longest), seed)
+            self.generate(prompt_T.new_zeros(self.longest), self.new_tokens, self.sampling, seed)
             self.compiled = True
-        text = self.write(prompt_T, seed)
+        text = self.generate(prompt_T, self.new_tokens, self.sampling, seed)
         self.made = len(text)
         return text
 
@@ -197,8 +197,8 @@ def compile_config(device: torch.device) -> CompileConfig:
     """As it is fastest there. transformers compiles on processors only if told so, by this attribute."""
     if device.type == "cuda":
         return CompileConfig()
-    made = CompileConfig(mode=None, options={"freezing": True})
-    made._compile_all_devices = True
+    made: Any = CompileConfig(options={"freezing": True})
+    made.mode, made._compile_all_devices = None, True  # torch takes a mode or options
     return made
 
 

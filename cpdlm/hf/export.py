@@ -15,8 +15,14 @@ from cpdlm.hf.model import CpdlmConfig, CpdlmForCausalLM
 from cpdlm.training.checkpoints import CONFIG, RunError, read_json
 
 # What `from_pretrained` would read beside the files of a new export: more shards, another tokenizer's files.
-READ = ("model*.safetensors*", "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json")
-READ += ("vocab.*", "merges.txt")
+READ = (
+    "model*.safetensors*",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+)
 
 
 def export(source: Path, folder: Path) -> CpdlmForCausalLM:
