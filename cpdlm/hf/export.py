@@ -22,6 +22,7 @@ READ = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
+    "merges.txt",
 )
 
 
