@@ -130,7 +130,7 @@ def _elsewhere(results: Path, records: Sequence[Benchmark]) -> list[str]:
         return []
     ranges = [f"{min(each):.2f}x to {max(each):.2f}x ({mode})" for mode, each in found.items()]
     count = max(map(len, found.values()))
-    others = f"Other machines, earlier heads or drafts ({counted(count, 'record')})"
+    others = f"Other runs, machines and heads ({counted(count, 'record')})"
     return ["", f"{others}, over AR: {task} {', '.join(ranges)}."]
 
 
