@@ -143,9 +143,8 @@ def _runs_in_few_operations(model: LanguageModel) -> bool:
 
 def _layer_is_ours(body: Any, index: int) -> bool:
     tried = _tried if index == 0 else _tried_at_once
-    theirs = tried(Trunk(_of_one_layer(body, index)))
-    ours = tried(Trunk(FewOperations(_of_one_layer(body, index), LAYOUTS["joined"])))  # type: ignore[arg-type]
-    return _near(ours, theirs)
+    few: Any = FewOperations(_of_one_layer(body, index), LAYOUTS["joined"])
+    return _near(tried(Trunk(few)), tried(Trunk(_of_one_layer(body, index))))
 
 
 def _of_one_layer(body: Any, index: int) -> Any:
