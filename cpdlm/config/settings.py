@@ -81,7 +81,9 @@ class DataConfig:
         least=0,
         most=2**63 - 1,
     )
-    release: int = knob(0, "which documents are held out: each release has a test split of its own", least=0, most=8)
+    release: int = knob(
+        0, "which documents are held out (of a held-out package: which rows and prompts)", least=0, most=8
+    )
     cache: str = knob(".cache/cpdlm", "folder of downloaded packages and token arrays")
     bundle: str = knob("", "folder made by `./dev bundle`: take the tokens from it and download nothing")
     workers: int = knob(0, "data-loader worker processes", least=0, most=1024)

@@ -193,9 +193,7 @@ def _read(stream: Stream, dataset: Any, version: str) -> dict[str, Any]:
                         break
                     if total - note.bytes >= NOTE_BYTES:
                         note = on_disk()
-        except (
-            Exception
-        ):  # the connection is lost; an interrupt may be in the middle of a row, and leaves the last note
+        except Exception:  # the connection is lost. An interrupt may be in the middle of a row: the last note stays
             on_disk()
             raise
         on_disk()

@@ -185,7 +185,7 @@ def _walked(proposal: Proposal, parents_BM: Tensor, choose: Callable[[Tensor], T
     """Behind a leaf no draft was tested: the path has no token there."""
     tokens_BM = proposal.tokens_BK
     accepted_B, path_BJ, next_B = walk(tokens_BM, parents_BM, choose, proposal.deepest)
-    last_B1 = torch.cat([torch.zeros_like(path_BJ[:, :1]), path_BJ], dim=1).gather(1, accepted_B.unsqueeze(1))
+    last_B1 = torch.nn.functional.pad(path_BJ, (1, 0)).gather(1, accepted_B.unsqueeze(1))
     is_leaf_B1 = ~((parents_BM == last_B1) & (tokens_BM >= 0)).any(dim=1, keepdim=True)
     behind_BJ = torch.arange(path_BJ.shape[1], device=path_BJ.device) >= accepted_B.unsqueeze(1)
     tokens_BJ = tokens_BM.gather(1, (path_BJ - 1).clamp(min=0)).masked_fill(is_leaf_B1 & behind_BJ, -1)
